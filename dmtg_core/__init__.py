@@ -1,0 +1,51 @@
+"""Differentiable multi-task grouping (DMTG; Gao et al., ICML 2024) in plain PyTorch.
+
+Learn in one training run which tasks should share an encoder:
+
+    network = GroupingNetwork(NetworkSpec(input, tasks, EncoderSpec("mlp"), groups=3))
+    state = fit(network, data, TrainSettings(epochs=20))
+    print(state.network.grouping())
+    models = state.network.specialise()
+"""
+
+from dmtg_core.context import LocalContext, TrainContext
+from dmtg_core.data import ArrayData, Arrays, Batch, Data
+from dmtg_core.encoders import ENCODERS, EncoderSpec
+from dmtg_core.grouping import Grouping, GroupGate
+from dmtg_core.metrics import Metrics, MetricSums, normalized_gain, total_error
+from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec
+from dmtg_core.schedules import TemperatureSchedule
+from dmtg_core.search import SearchResult, search
+from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.training import NonFiniteLossError, TrainSettings, TrainState, evaluate, fit, train_step
+
+__all__ = [
+    "ENCODERS",
+    "ArrayData",
+    "Arrays",
+    "Batch",
+    "Data",
+    "EncoderSpec",
+    "GroupGate",
+    "GroupModel",
+    "Grouping",
+    "GroupingNetwork",
+    "InputSpec",
+    "LocalContext",
+    "MetricSums",
+    "Metrics",
+    "NetworkSpec",
+    "NonFiniteLossError",
+    "SearchResult",
+    "Task",
+    "TemperatureSchedule",
+    "TrainContext",
+    "TrainSettings",
+    "TrainState",
+    "evaluate",
+    "fit",
+    "normalized_gain",
+    "search",
+    "total_error",
+    "train_step",
+]

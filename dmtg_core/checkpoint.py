@@ -1,0 +1,118 @@
+"""Networks and optimisers on disk: safetensors for tensors, readable JSON for the rest, never a pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec
+
+FORMAT = 1
+
+
+def save_network(folder: Path, network: GroupingNetwork) -> None:
+    """Write `network.json` (spec and live pairs) and `network.safetensors` (weights) into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "network.safetensors", network.state_dict())
+    alive = [[bool(x) for x in row] for row in network.gate.alive.tolist()]
+    write_json(folder / "network.json", {"format": FORMAT, "spec": network.spec.to_dict(), "alive": alive})
+
+
+def load_network(folder: Path, device: torch.device | str = "cpu") -> GroupingNetwork:
+    """The network of `save_network`, pruned shape included.
+
+    Raises:
+        ValueError: When the folder is not such a checkpoint, or of a format this version does not know.
+    """
+    described = read_json(folder / "network.json")
+    if described.get("format") != FORMAT:
+        raise ValueError(f"{folder}: network format {described.get('format')!r}, this version reads {FORMAT}")
+    network = GroupingNetwork(NetworkSpec.from_dict(described["spec"]))
+    network.keep(torch.tensor(described["alive"]))
+    network.load_state_dict(load_tensors(folder / "network.safetensors"))
+    return network.to(device)
+
+
+def save_model(folder: Path, model: GroupModel) -> None:
+    """Write one group's model into `folder`."""
+    save_network(folder, model.network)
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> GroupModel:
+    """The model of `save_model`, in evaluation mode.
+
+    Raises:
+        ValueError: As `load_network`, and for a network of more than one group.
+    """
+    network = load_network(folder)
+    if network.spec.groups != 1:
+        raise ValueError(f"{folder}: holds a network of {network.spec.groups} branches, not one group's model")
+    model = GroupModel(network.spec)
+    model.network.load_state_dict(network.state_dict())
+    return model.to(device).eval()
+
+
+def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
+    """Write the optimiser's tensors under the names of the parameters they belong to."""
+    tensors = {}
+    for name, parameter in network.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{key}"] = torch.as_tensor(value)
+    save_tensors(path, tensors)
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
+    """Put the tensors of `save_optimizer` back.
+
+    Raises:
+        ValueError: When they belong to a parameter that the network does not have.
+    """
+    parameters = dict(network.named_parameters())
+    for name, value in load_tensors(path).items():
+        owner, key = name.rsplit("/", 1)
+        if owner not in parameters:
+            raise ValueError(f"{path}: optimiser state of {owner!r}, which the network does not have")
+        parameter = parameters[owner]
+        # the step count of a fused optimiser lives with its parameter
+        optimizer.state[parameter][key] = value.to(parameter.device)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors."""
+    # a slice of a larger tensor, or a channels-last one, has to be laid out anew
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read safetensors.
+
+    Raises:
+        ValueError: When the file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: missing or damaged weights ({error})") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON."""
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: When the file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: missing or damaged ({error})") from error

@@ -1,0 +1,100 @@
+"""Where a training loop runs: the loop sees this small object and nothing of what is behind it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Save = Callable[[Path], None]
+
+
+class TrainContext(Protocol):
+    """One worker's view of the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Move to the device and wrap for data-parallel training."""
+        ...
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all workers, on every worker."""
+        ...
+
+    def report(self, record: Mapping[str, Any], save: Save) -> None:
+        """Hand over the figures of an epoch, and a function that writes the checkpoint into an empty folder.
+
+        Every worker calls it; only one needs to write.
+        """
+        ...
+
+    def latest(self) -> Path | None:
+        """The checkpoint to go on from, if there is one."""
+        ...
+
+
+class LocalContext:
+    """One process, no cluster.
+
+    Args:
+        folder: Where checkpoints go; without it none is written.
+        device: Where to train; by default the GPU if there is one.
+        keep: How many checkpoints stay.
+        on_record: Called with the figures of every epoch.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        device: torch.device | str | None = None,
+        keep: int = 2,
+        on_record: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.keep = keep
+        self.on_record = on_record
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Move to the device."""
+        return module.to(self.device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+    def report(self, record: Mapping[str, Any], save: Save) -> None:
+        """Write the checkpoint beside its place, then move it there whole."""
+        if self.on_record is not None:
+            self.on_record(record)
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        done = self._checkpoints()
+        number = int(done[-1].name.split("_")[1]) + 1 if done else 0
+        part = self.folder / ".part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        save(part)
+        part.rename(self.folder / f"checkpoint_{number:06d}")
+        for old in self._checkpoints()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint of the folder."""
+        done = self._checkpoints()
+        return done[-1] if done else None
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoint_*")) if self.folder is not None else []

@@ -1,0 +1,247 @@
+"""Which task goes with which: `GroupGate`, the learnable Categorical distribution, and `Grouping`, its hard result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+SAMPLINGS = ("gumbel", "gumbel_per_sample", "softmax", "straight_through", "fixed")
+EPSILON = torch.finfo(torch.float32).tiny
+
+
+def _uniform(tasks: int, groups: int, _scale: float, _generator: torch.Generator) -> Tensor:
+    return torch.zeros(tasks, groups)
+
+
+def _uniform_noise(tasks: int, groups: int, scale: float, generator: torch.Generator) -> Tensor:
+    return scale * (torch.rand(tasks, groups, generator=generator) - 0.5)
+
+
+def _diagonal(tasks: int, groups: int, scale: float, _generator: torch.Generator) -> Tensor:
+    return scale * torch.eye(groups).repeat(math.ceil(tasks / groups), 1)[:tasks]
+
+
+def _gaussian(tasks: int, groups: int, scale: float, generator: torch.Generator) -> Tensor:
+    return scale * torch.randn(tasks, groups, generator=generator)
+
+
+# (tasks, groups, scale, generator) → logits (N, K). Diagonal favours branch n mod K for task n.
+INITIAL_LOGITS: Mapping[str, Callable[[int, int, float, torch.Generator], Tensor]] = {
+    "uniform": _uniform,
+    "uniform_noise": _uniform_noise,
+    "diagonal": _diagonal,
+    "gaussian": _gaussian,
+}
+
+
+class GroupGate(nn.Module):
+    """The relaxed Categorical distribution over branches of each task (Gao et al. 2024, section 3).
+
+    Logits θ are `(N, K)`. A pair (task, branch) that was pruned is dead: its probability is 0 and it gets no
+    gradient. Every task keeps at least one branch.
+
+    Args:
+        tasks: N.
+        groups: K.
+        sampling: "gumbel" draws one relaxed sample a step (the paper); "gumbel_per_sample" one for each sample
+            of the batch; "straight_through" is "gumbel" with a hard forward pass; "softmax" takes the tempered
+            probabilities without noise; "fixed" takes the untempered probabilities and learns nothing.
+        initial: A key of `INITIAL_LOGITS`.
+        scale: Size of the initial logits' structure or noise.
+        generator: Source of the initial noise.
+
+    Raises:
+        ValueError: For an unknown option or a size below 1.
+    """
+
+    alive: Tensor
+
+    def __init__(
+        self,
+        tasks: int,
+        groups: int,
+        *,
+        sampling: str = "gumbel",
+        initial: str = "uniform",
+        scale: float = 0.01,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if tasks < 1 or groups < 1:
+            raise ValueError(f"a gate needs at least 1 task and 1 group, got {tasks} and {groups}")
+        if sampling not in SAMPLINGS:
+            raise ValueError(f"unknown sampling {sampling!r}, expected one of {', '.join(SAMPLINGS)}")
+        if initial not in INITIAL_LOGITS:
+            raise ValueError(f"unknown initial logits {initial!r}, expected one of {', '.join(INITIAL_LOGITS)}")
+        generator = generator or torch.Generator().manual_seed(0)
+        self.sampling = sampling
+        logits = INITIAL_LOGITS[initial](tasks, groups, scale, generator)
+        self.logits = nn.Parameter(logits, requires_grad=sampling != "fixed")
+        self.register_buffer("alive", torch.ones(tasks, groups, dtype=torch.bool))
+
+    def masked_logits(self) -> Tensor:
+        """θ with -inf for dead pairs, float32 `(N, K)`."""
+        return self.logits.float().masked_fill(~self.alive, -torch.inf)
+
+    def probabilities(self) -> Tensor:
+        """π = softmax(θ) over the branches that are alive, `(N, K)`."""
+        return self.masked_logits().softmax(1)
+
+    def noise(self, generator: torch.Generator, samples: int = 0) -> Tensor:
+        """Standard Gumbel noise, `(N, K)`, or `(samples, N, K)`, on the generator's device."""
+        shape = self.logits.shape if samples == 0 else (samples, *self.logits.shape)
+        uniform = torch.rand(shape, generator=generator, device=generator.device)
+        exponential = -torch.log(uniform.clamp_min(EPSILON))
+        return -torch.log(exponential.clamp_min(EPSILON))
+
+    def forward(self, temperature: float | Tensor, noise: Tensor) -> Tensor:
+        """Weights of the branches for one step: `softmax((θ + Gumbel) / τ)` row by row.
+
+        Args:
+            temperature: τ > 0.
+            noise: From `noise`; not read by the samplings that draw none.
+
+        Returns:
+            `(N, K)`, or `(B, N, K)` for per-sample noise; rows sum to 1.
+        """
+        logits = self.masked_logits()
+        if self.sampling == "fixed":
+            return logits.softmax(-1).detach()
+        if self.sampling == "softmax":
+            return (logits / temperature).softmax(-1)
+        soft = ((logits + noise) / temperature).softmax(-1)
+        if self.sampling != "straight_through":
+            return soft
+        hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
+        return hard + soft - soft.detach()
+
+    def entropy(self) -> Tensor:
+        """Entropy of each task's π in nats, `(N,)`; a saturated row gives 0 and a zero gradient, never NaN."""
+        # dead pairs are taken out before the logarithm: 0 · log 0 is 0 forward but NaN backward
+        log_p = self.masked_logits().log_softmax(1).masked_fill(~self.alive, 0.0)
+        return -(self.probabilities() * log_p).sum(1)
+
+    def assignment(self) -> list[int]:
+        """The branch of each task: the argmax of π, the lowest index on a tie."""
+        choice: list[int] = self.masked_logits().argmax(1).tolist()
+        return choice
+
+    @torch.no_grad()
+    def survivors(self, threshold: float) -> Tensor:
+        """Which pairs stay when those with π below `threshold` go, bool `(N, K)`.
+
+        A task's likeliest branch always stays, so no threshold can take a task's last head.
+        """
+        probabilities = self.probabilities()
+        best = torch.zeros_like(self.alive).scatter_(1, probabilities.argmax(1, keepdim=True), value=True)
+        return self.alive & ((probabilities >= threshold) | best)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """A partition of tasks into groups.
+
+    Empty groups are legal and vanish; groups are ordered by their first task, so that equal partitions are
+    equal objects. Build it with `Grouping.of`.
+    """
+
+    tasks: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, groups: Iterable[Iterable[str]], tasks: Sequence[str] | None = None) -> Grouping:
+        """The partition made of `groups`.
+
+        Args:
+            groups: Task names, each in exactly one group.
+            tasks: All tasks in the order to keep; by default the order of appearance.
+
+        Raises:
+            ValueError: When a task is in two groups, in none, or unknown.
+        """
+        members = [tuple(group) for group in groups]
+        flat = [name for group in members for name in group]
+        order = tuple(tasks) if tasks is not None else tuple(flat)
+        twice = sorted({name for name in flat if flat.count(name) > 1})
+        if twice:
+            raise ValueError(f"each task belongs to one group, got {', '.join(twice)} in several")
+        if set(flat) != set(order):
+            missing, unknown = sorted(set(order) - set(flat)), sorted(set(flat) - set(order))
+            raise ValueError(f"groups must cover the tasks: without a group {missing}, unknown {unknown}")
+        position = {name: i for i, name in enumerate(order)}
+        ordered = [tuple(sorted(group, key=position.__getitem__)) for group in members if group]
+        return cls(order, tuple(sorted(ordered, key=lambda group: position[group[0]])))
+
+    @classmethod
+    def from_assignment(cls, tasks: Sequence[str], assignment: Sequence[int]) -> Grouping:
+        """The partition that sends `tasks[i]` to group number `assignment[i]`.
+
+        Raises:
+            ValueError: When the lengths differ.
+        """
+        if len(tasks) != len(assignment):
+            raise ValueError(f"expected an assignment of {len(tasks)} tasks, got {len(assignment)}")
+        return cls.of(
+            [[t for t, a in zip(tasks, assignment, strict=True) if a == g] for g in sorted(set(assignment))], tasks
+        )
+
+    @classmethod
+    def from_dict(cls, groups: Mapping[str, Sequence[str]], tasks: Sequence[str] | None = None) -> Grouping:
+        """The inverse of `to_dict`."""
+        return cls.of(groups.values(), tasks)
+
+    @classmethod
+    def from_json(cls, text: str) -> Grouping:
+        """The inverse of `to_json`."""
+        values = json.loads(text)
+        return cls.from_dict(values["groups"], values["tasks"])
+
+    def to_dict(self) -> dict[str, list[str]]:
+        """`{"group_0": [...], …}`."""
+        return {f"group_{i}": list(group) for i, group in enumerate(self.groups)}
+
+    def to_json(self) -> str:
+        """Readable JSON with the tasks in order, the groups and the name."""
+        return json.dumps({"name": self.name, "tasks": list(self.tasks), "groups": self.to_dict()}, indent=2) + "\n"
+
+    @property
+    def assignment(self) -> list[int]:
+        """Group number of each task, in the order of `tasks`."""
+        group_of = {name: i for i, group in enumerate(self.groups) for name in group}
+        return [group_of[name] for name in self.tasks]
+
+    @property
+    def name(self) -> str:
+        """A short name that is the same for the same partition, whatever the order of its tasks."""
+        canonical = sorted(sorted(group) for group in self.groups)
+        digest = hashlib.sha256(json.dumps(canonical).encode()).hexdigest()
+        return f"g{len(self.groups)}-{digest[:8]}"
+
+    def __str__(self) -> str:
+        return " | ".join(", ".join(group) for group in self.groups)
+
+    def adjusted_rand_index(self, other: Grouping) -> float:
+        """Agreement of two partitions of the same tasks: 1 when equal, 0 on average by chance.
+
+        Hubert and Arabie, "Comparing partitions", 1985, equation 5.
+
+        Raises:
+            ValueError: When the tasks differ.
+        """
+        if set(self.tasks) != set(other.tasks):
+            raise ValueError(f"cannot compare groupings of different tasks: {self.tasks} and {other.tasks}")
+        mine = [set(group) for group in self.groups]
+        theirs = [set(group) for group in other.groups]
+        together = sum(math.comb(len(a & b), 2) for a in mine for b in theirs)
+        rows, columns = (sum(math.comb(len(g), 2) for g in groups) for groups in (mine, theirs))
+        pairs = math.comb(len(self.tasks), 2)
+        expected = rows * columns / pairs if pairs else 0.0
+        largest = (rows + columns) / 2
+        # both trivial (all together or all apart): equal partitions
+        return 1.0 if largest == expected else (together - expected) / (largest - expected)

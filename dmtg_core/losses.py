@@ -1,0 +1,153 @@
+"""Losses as sums over what is annotated, for all live heads at once.
+
+Everything here returns a sum for each sample and leaves the division to the caller, who knows how many labels
+the global batch holds. Missing labels (see `dmtg_core.tasks`) add nothing to sum or count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dmtg_core.network import PairOutputs
+from dmtg_core.tasks import Task
+
+# (output, target) → error of each element; NaN targets have been replaced
+_ELEMENTWISE: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "binary_cross_entropy": lambda o, t: F.binary_cross_entropy_with_logits(o, t, reduction="none"),
+    "mse": lambda o, t: F.mse_loss(o, t, reduction="none"),
+    "l1": lambda o, t: F.l1_loss(o, t, reduction="none"),
+    "smooth_l1": lambda o, t: F.smooth_l1_loss(o, t, reduction="none"),
+}
+
+
+def valid(task: Task, target: Tensor) -> Tensor:
+    """Where `target` holds a label, bool of its shape."""
+    return target != task.ignore_index if task.classes else ~target.isnan()
+
+
+def label_counts(tasks: Sequence[Task], targets: Mapping[str, Tensor]) -> Tensor:
+    """Number of labels of each task in a batch, float32 `(N,)`: pixels × channels for a dense regression."""
+    return torch.stack([_interior(t, valid(t, targets[t.name])).sum() for t in tasks]).float()
+
+
+def _interior(task: Task, mask: Tensor) -> Tensor:
+    return mask[..., 1:-1, 1:-1] if task.loss == "l1_shift" else mask
+
+
+def masked_elementwise(loss: str, output: Tensor, target: Tensor) -> Tensor:
+    """Error of each element, 0 where the target is NaN. Shapes broadcast."""
+    known = ~target.isnan()
+    return _ELEMENTWISE[loss](output, target.nan_to_num(0.0).expand_as(output)) * known
+
+
+def shifted_l1(output: Tensor, target: Tensor) -> Tensor:
+    """L1 against the best of the nine one-pixel shifts of the output, pixel by pixel.
+
+    The "rotate loss" of Standley et al. (2020) for depth and normals: labels rendered from a mesh are up to a
+    pixel off the image. The border pixel has no full neighbourhood and is left out.
+
+    Args:
+        output, target: `(B, C, H, W)`; NaN in the target is not annotated.
+
+    Returns:
+        `(B, C, H-2, W-2)`; the shift is chosen for all channels of a pixel together.
+    """
+    height, width = target.shape[2:]
+    inner = target[:, :, 1:-1, 1:-1]
+    known = ~inner.isnan()
+    inner = inner.nan_to_num(0.0)
+    best: Tensor | None = None
+    for dy in range(3):
+        for dx in range(3):
+            error = (output[:, :, dy : height - 2 + dy, dx : width - 2 + dx] - inner).abs() * known
+            total = error.sum(1, keepdim=True)
+            best = total if best is None else torch.minimum(best, total)
+    assert best is not None
+    # spread over the annotated channels, so that sums and counts agree with plain L1
+    return best * known / known.sum(1, keepdim=True).clamp_min(1)
+
+
+def dense_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
+    """Sum over the annotated pixels of each sample, `(B,)`, of one dense output `(B, C, H, W)`."""
+    output = output.float()
+    if task.kind == "dense_classification":
+        loss = F.cross_entropy(output, target, ignore_index=task.ignore_index, reduction="none")
+    elif task.loss == "l1_shift":
+        loss = shifted_l1(output, target)
+    else:
+        loss = masked_elementwise(task.loss, output, target)
+    return loss.flatten(1).sum(1)
+
+
+def sample_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
+    """Sum over the labels of each sample, `(B,)`, of one output as `GroupingNetwork.forward` gives it."""
+    if task.dense:
+        return dense_loss(task, output, target)
+    output = output.float()
+    if task.kind == "multiclass":
+        return F.cross_entropy(output, target, ignore_index=task.ignore_index, reduction="none")
+    return masked_elementwise(task.loss, output, target).reshape(len(target), -1).sum(1)
+
+
+class PairLosses(nn.Module):
+    """The loss of every live (branch, task) pair on every sample.
+
+    Heads of one loss and width are computed together, so that N small tasks cost a few tensor operations and
+    not N. Make it anew after pruning.
+
+    Args:
+        tasks: The N tasks.
+        pairs: `GroupingNetwork.pairs`.
+    """
+
+    def __init__(self, tasks: Sequence[Task], pairs: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self.tasks = tuple(tasks)
+        self.dense = [(k, n) for k, n in pairs if tasks[n].dense]
+        families: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+        row = 0
+        for place, (_, n) in enumerate(pairs):
+            if not tasks[n].dense:
+                task = tasks[n]
+                families.setdefault((task.loss, task.channels), []).append((place, row, n))
+                row += task.channels
+        self.families = list(families)
+        places: list[int] = []
+        for number, ((_, channels), members) in enumerate(families.items()):
+            places += [place for place, _, _ in members]
+            rows = torch.tensor([[first + c for c in range(channels)] for _, first, _ in members])
+            self.register_buffer(f"rows_{number}", rows.flatten(), persistent=False)
+            unique = sorted({n for _, _, n in members})
+            self.register_buffer(
+                f"target_{number}", torch.tensor([unique.index(n) for _, _, n in members]), persistent=False
+            )
+        self.members = [sorted({n for _, _, n in members}) for members in families.values()]
+        places += range(len(places), len(pairs))
+        # families come out one after the other; this puts them back into the order of the pairs
+        self.register_buffer("order", torch.tensor(places).argsort(), persistent=False)
+
+    def forward(self, outputs: PairOutputs, targets: Mapping[str, Tensor]) -> Tensor:
+        """Loss sums `(P, B)` in the order of the pairs; see `label_counts` for what to divide by."""
+        parts = [self._family(number, outputs.rows.float(), targets) for number in range(len(self.families))]
+        parts += [
+            dense_loss(self.tasks[n], outputs.dense[k, n], targets[self.tasks[n].name]).unsqueeze(0)
+            for k, n in self.dense
+        ]
+        return torch.cat(parts).index_select(0, self.get_buffer("order"))
+
+    def _family(self, number: int, rows: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
+        loss, channels = self.families[number]
+        tasks = [self.tasks[n] for n in self.members[number]]
+        which = self.get_buffer(f"target_{number}")
+        out = rows.index_select(0, self.get_buffer(f"rows_{number}"))  # (P·C, B)
+        if tasks[0].kind == "multiclass":
+            stacked = torch.stack([targets[t.name].masked_fill(~valid(t, targets[t.name]), -1) for t in tasks])
+            wanted = stacked.index_select(0, which)  # (P, B)
+            return F.cross_entropy(out.unflatten(0, (-1, channels)), wanted, ignore_index=-1, reduction="none")
+        wanted = torch.stack([targets[t.name].reshape(-1, channels).T for t in tasks])  # (N, C, B)
+        wanted = wanted.index_select(0, which)
+        return masked_elementwise(loss, out.unflatten(0, (-1, channels)), wanted).sum(1)  # (P, B)

@@ -1,0 +1,316 @@
+"""`GroupingNetwork`: stem → K branches → K·N heads with a gate, and `GroupModel`, one group cut out of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmtg_core.encoders import EncoderSpec, build_encoder, seeded
+from dmtg_core.grouping import Grouping, GroupGate
+from dmtg_core.heads import DenseDecoder, HeadBank
+from dmtg_core.tasks import InputSpec, Task, check_names
+
+Pair = tuple[int, int]  # (branch, task)
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Everything that determines a network but its weights; JSON-ready through `to_dict`.
+
+    Args:
+        input: What it reads.
+        tasks: The N tasks.
+        encoder: The encoder and its cut.
+        groups: K, the number of branches; more than N is legal.
+        decoder_width: Channels of the dense decoders.
+        sampling, initial, initial_scale: Options of `GroupGate`.
+        rescale_gradients: Scale gradients by 1/√N between heads and branches and by 1/√K between branches and stem.
+        seed: Seed of the initial weights.
+    """
+
+    input: InputSpec
+    tasks: tuple[Task, ...]
+    encoder: EncoderSpec
+    groups: int
+    decoder_width: int = 64
+    sampling: str = "gumbel"
+    initial: str = "uniform"
+    initial_scale: float = 0.01
+    rescale_gradients: bool = False
+    seed: int = 22
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        check_names(self.tasks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` reads it back."""
+        plain = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ("input", "tasks", "encoder")}
+        encoder = {"name": self.encoder.name, "stem": self.encoder.stem, "options": dict(self.encoder.options or {})}
+        return {"input": self.input.to_dict(), "tasks": [t.to_dict() for t in self.tasks], "encoder": encoder} | plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NetworkSpec:
+        """The inverse of `to_dict`."""
+        parts = {
+            "input": InputSpec(**values["input"]),
+            "tasks": tuple(Task.from_dict(task) for task in values["tasks"]),
+            "encoder": EncoderSpec(**values["encoder"]),
+        }
+        return cls(**{**values, **parts})
+
+
+class Normalise(nn.Module):
+    """Stored input to network input: `(B, H, W, C)` to float32 `(B, C, H, W)`, or `(B, F)` to float32."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: InputSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("mean", torch.tensor(spec.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std), persistent=False)
+
+    def forward(self, raw: Tensor) -> Tensor:
+        if raw.shape[1:] != self.spec.shape:
+            wanted = ", ".join(map(str, self.spec.shape))
+            raise ValueError(f"expected input of shape (B, {wanted}), got {tuple(raw.shape)}")
+        value = (raw.float() - self.mean) / self.std
+        return value.permute(0, 3, 1, 2) if self.spec.kind == "image" else value  # (B, C, H, W), channels last
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity, with its gradient multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+@dataclass(frozen=True)
+class PairOutputs:
+    """What all live heads give: `rows` `(M, B)` of the head bank, `dense` `(B, C, H, W)` for each dense pair."""
+
+    rows: Tensor
+    dense: dict[Pair, Tensor]
+
+
+class GroupingNetwork(nn.Module):
+    """Shared stem, K branches, and on each branch a head for every task that is alive there.
+
+    Calling it gives the hard network: each task through its likeliest branch. `forward_pairs` gives all live
+    heads, which is what training weighs with the gate.
+
+    Args:
+        spec: See `NetworkSpec`.
+
+    Raises:
+        ValueError: When the parts do not fit each other, with the two that do not.
+    """
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.tasks = spec.tasks
+        generator = torch.Generator().manual_seed(spec.seed)
+        self.gate = GroupGate(
+            len(spec.tasks), spec.groups, sampling=spec.sampling, initial=spec.initial,
+            scale=spec.initial_scale, generator=generator,
+        )  # fmt: skip
+        self.normalise = Normalise(spec.input)
+        self.stem, branches, features = build_encoder(spec.encoder, spec.input, spec.groups, spec.seed)
+        self.branches = nn.ModuleDict({str(k): branch for k, branch in enumerate(branches)})
+        dense = [task for task in spec.tasks if task.dense]
+        if dense and not features.stride:
+            raise ValueError(f"task {dense[0].name!r} is dense, but encoder {spec.encoder.name} gives no feature map")
+        with seeded(spec.seed + 1):
+            self.bank = HeadBank([t for t in spec.tasks if not t.dense], features.channels, spec.groups)
+            self.decoders = nn.ModuleDict(
+                {
+                    f"{k}_{n}": DenseDecoder(features.channels, task.channels, features.stride, spec.decoder_width)
+                    for k in range(spec.groups)
+                    for n, task in enumerate(spec.tasks)
+                    if task.dense
+                }
+            )
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The live (branch, task) pairs: first those of the head bank in its order, then the dense ones."""
+        number = {task: n for n, task in enumerate(self.tasks)}
+        bank = [(k, number[task]) for k, kept in self.bank.kept.items() for task in kept]
+        return bank + [_pair(key) for key in self.decoders]
+
+    def features(self, raw: Tensor, branches: Iterable[int] | None = None) -> dict[int, Tensor]:
+        """Features of the live branches (or of `branches`): `(B, F)` or `(B, F, h, w)`."""
+        shared = self.stem(self.normalise(raw))
+        if self.spec.rescale_gradients:
+            shared = _ScaleGradient.apply(shared, 1 / math.sqrt(self.spec.groups))
+        wanted = [int(k) for k in self.branches] if branches is None else sorted(set(branches))
+        out = {k: self.branches[str(k)](shared) for k in wanted}
+        if self.spec.rescale_gradients:
+            out = {k: _ScaleGradient.apply(f, 1 / math.sqrt(len(self.tasks))) for k, f in out.items()}
+        return out
+
+    def forward_pairs(self, raw: Tensor) -> PairOutputs:
+        """Every live head on stored input `(B, …)`."""
+        features = self.features(raw)
+        rows = self.bank({k: pooled(f) for k, f in features.items()}) if self.bank.kept else raw.new_zeros(0)
+        dense = {_pair(key): decoder(features[_pair(key)[0]], raw.shape[1:3]) for key, decoder in self.decoders.items()}
+        return PairOutputs(rows, dense)
+
+    def forward(self, raw: Tensor) -> dict[str, Tensor]:
+        """The hard network on stored input: task name to output.
+
+        Returns:
+            `(B,)` for one channel, `(B, C)` for several, `(B, C, H, W)` for a dense task; logits for classes,
+            network units for values.
+        """
+        assignment = self.gate.assignment()
+        features = self.features(raw, assignment)
+        return {task.name: self._head(assignment[n], n, features, raw) for n, task in enumerate(self.tasks)}
+
+    def _head(self, k: int, n: int, features: Mapping[int, Tensor], raw: Tensor) -> Tensor:
+        if self.tasks[n].dense:
+            out: Tensor = self.decoders[f"{k}_{n}"](features[k], raw.shape[1:3])
+            return out
+        return self.bank.head(k, self.tasks[n], pooled(features[k]))
+
+    def grouping(self) -> Grouping:
+        """The grouping that the gate holds now: each task with its likeliest branch."""
+        return Grouping.from_assignment([task.name for task in self.tasks], self.gate.assignment())
+
+    def prune(self, threshold: float) -> dict[nn.Parameter, tuple[nn.Parameter, Tensor]]:
+        """Remove every head whose probability is below `threshold`, and branches left without one.
+
+        A task's likeliest head always stays; a threshold of 0 changes nothing, above 1 leaves N heads.
+
+        Returns:
+            As `keep`.
+        """
+        return self.keep(self.gate.survivors(threshold))
+
+    def keep(self, alive: Tensor) -> dict[nn.Parameter, tuple[nn.Parameter, Tensor]]:
+        """Remove all pairs but those of `alive`, bool `(N, K)`.
+
+        Returns:
+            For each parameter that shrank: new parameter → (old parameter, rows of it that stayed), so that an
+            optimiser's state can follow.
+
+        Raises:
+            ValueError: When the shape is wrong, or a task would be left without a head.
+        """
+        if alive.shape != self.gate.alive.shape:
+            raise ValueError(f"expected alive of shape {tuple(self.gate.alive.shape)}, got {tuple(alive.shape)}")
+        alive = alive.to(self.gate.alive.device) & self.gate.alive
+        rows = alive.tolist()
+        bare = [task.name for task, row in zip(self.tasks, rows, strict=True) if not any(row)]
+        if bare:
+            raise ValueError(f"every task needs a head, none left for {', '.join(bare)}")
+        self.gate.alive.copy_(alive)
+        for key in list(self.decoders):
+            k, n = _pair(key)
+            if not rows[n][k]:
+                del self.decoders[key]
+        for key in list(self.branches):
+            if not any(row[int(key)] for row in rows):
+                del self.branches[key]
+        return self.bank.keep(
+            {k: [task for n, task in enumerate(self.tasks) if rows[n][k]] for k in range(self.spec.groups)}
+        )
+
+    def keep_grouping(self, grouping: Grouping) -> None:
+        """Give group i of `grouping` branch i and remove all other heads.
+
+        Raises:
+            ValueError: When there are more groups than branches or the tasks differ.
+        """
+        if len(grouping.groups) > self.spec.groups:
+            raise ValueError(f"{len(grouping.groups)} groups do not fit {self.spec.groups} branches")
+        branch = {name: k for k, group in enumerate(grouping.groups) for name in group}
+        if set(branch) != {task.name for task in self.tasks}:
+            raise ValueError(f"grouping of {sorted(branch)} does not fit tasks {[t.name for t in self.tasks]}")
+        alive = torch.zeros_like(self.gate.alive)
+        for n, task in enumerate(self.tasks):
+            alive[n, branch[task.name]] = True
+        self.keep(alive)
+
+    def specialise(self) -> dict[str, GroupModel]:
+        """One model per group of `grouping()`, with its own copy of stem and branch: "group_0", ….
+
+        In evaluation mode each gives exactly what this network gives for its tasks.
+        """
+        branch = dict(zip((t.name for t in self.tasks), self.gate.assignment(), strict=True))
+        models = {}
+        for name, members in self.grouping().to_dict().items():
+            models[name] = GroupModel.cut(self, branch[members[0]], members)
+        return models
+
+
+class GroupModel(nn.Module):
+    """One group's stem, branch and heads; a network of its own that needs nothing of the others.
+
+    Args:
+        spec: A spec of one group with the group's tasks.
+    """
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.tasks = spec.tasks
+        self.network = GroupingNetwork(replace(spec, groups=1, sampling="fixed"))
+
+    @classmethod
+    def cut(cls, source: GroupingNetwork, k: int, members: Sequence[str]) -> GroupModel:
+        """Copy branch `k` and the heads of `members` out of `source`."""
+        tasks = tuple(task for task in source.tasks if task.name in members)
+        model = cls(replace(source.spec, tasks=tasks))
+        net = model.network
+        net.stem.load_state_dict(source.stem.state_dict())
+        net.branches["0"].load_state_dict(source.branches[str(k)].state_dict())
+        for n, task in enumerate(tasks):
+            if task.dense:
+                decoder = source.decoders[f"{k}_{source.tasks.index(task)}"]
+                net.decoders[f"0_{n}"].load_state_dict(decoder.state_dict())
+                continue
+            for mine, theirs in ((net.bank.weights, source.bank.weights), (net.bank.biases, source.bank.biases)):
+                mine["0"].data[net.bank.rows(0, task)] = theirs[str(k)].detach()[source.bank.rows(k, task)].cpu()
+        return model.to(source.gate.logits.device).train(source.training)
+
+    def forward(self, raw: Tensor) -> dict[str, Tensor]:
+        """Stored input `(B, …)` to task name → output, as `GroupingNetwork.forward`."""
+        out: dict[str, Tensor] = self.network(raw)
+        return out
+
+    @torch.no_grad()
+    def predict(self, raw: Tensor) -> dict[str, Tensor]:
+        """Stored input to what `Task.decode` gives: probabilities, class ids, values in raw units."""
+        outputs = self(raw)
+        return {task.name: task.decode(outputs[task.name]) for task in self.tasks}
+
+
+def pooled(features: Tensor) -> Tensor:
+    """A feature map averaged over its pixels, `(B, F)`; a feature vector as it is."""
+    return features.mean((2, 3)) if features.dim() == 4 else features
+
+
+def _pair(key: str) -> Pair:
+    k, n = key.split("_")
+    return int(k), int(n)
+
+
+def clone(network: GroupingNetwork) -> GroupingNetwork:
+    """An independent copy, weights and pruned shape included."""
+    return copy.deepcopy(network)

@@ -1,0 +1,234 @@
+"""What is predicted (`Task`) and from what (`InputSpec`), with the way from stored values to the network and back.
+
+Stored ("raw") values are what the label files hold: 16-bit depth, class ids, 0/1 flags. The network works
+in its own units. `Task.encode` and `Task.decode` are the only places where the two meet.
+
+A missing label has one form everywhere in the core: NaN in a floating-point target and
+`Task.ignore_index` in an integer target. Losses and metrics leave such entries out by sums and counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CLASS_KINDS = ("multiclass", "dense_classification")
+DENSE_KINDS = ("dense_classification", "dense_regression")
+
+# The first entry of each tuple is the default.
+LOSSES: Mapping[str, tuple[str, ...]] = {
+    "binary": ("binary_cross_entropy",),
+    "multiclass": ("cross_entropy",),
+    "regression": ("mse", "l1", "smooth_l1"),
+    "dense_classification": ("cross_entropy",),
+    "dense_regression": ("l1", "mse", "l1_shift"),
+}
+METRICS: Mapping[str, tuple[str, ...]] = {
+    "binary": ("accuracy", "balanced_accuracy", "f1", "auroc"),
+    "multiclass": ("accuracy", "balanced_accuracy"),
+    "regression": ("rmse", "mae", "r2"),
+    "dense_classification": ("miou", "accuracy"),
+    "dense_regression": ("rmse", "mae", "r2", "within_30", "mean_angle"),
+}
+
+
+def _one_of(what: str, value: str, allowed: Sequence[str], task: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"task {task!r}: unknown {what} {value!r}, expected one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One prediction task.
+
+    Args:
+        name: Unique among the tasks of a network.
+        kind: A key of `LOSSES`.
+        channels: Classes of a multiclass or dense classification task, values a sample (or a pixel) of a
+            regression task; 1 for a binary task.
+        loss: One of `LOSSES[kind]`; empty for the default.
+        metric: The headline metric, one of `METRICS[kind]`; empty for the default. The normalized gain is
+            computed from it.
+        ignore_index: Class id that means "not annotated" (integer targets only).
+        offset, scale: Network units are `(raw - offset) / scale`, one value for all channels or one a channel.
+        valid_below: Raw values at or above it are not annotated (dense regression only).
+        labels: Names of the classes.
+        unit: Unit of a raw value, for people to read.
+        weight: Factor of this task's loss in the training loss.
+
+    Raises:
+        ValueError: For an unknown kind, loss or metric, and for numbers that do not fit the kind.
+    """
+
+    name: str
+    kind: str
+    channels: int = 1
+    loss: str = ""
+    metric: str = ""
+    ignore_index: int = -1
+    offset: tuple[float, ...] = (0.0,)
+    scale: tuple[float, ...] = (1.0,)
+    valid_below: float | None = None
+    labels: tuple[str, ...] = ()
+    unit: str = ""
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of("kind", self.kind, tuple(LOSSES), self.name)
+        object.__setattr__(self, "loss", self.loss or LOSSES[self.kind][0])
+        object.__setattr__(self, "metric", self.metric or METRICS[self.kind][0])
+        for name in ("offset", "scale", "labels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        _one_of("loss", self.loss, LOSSES[self.kind], self.name)
+        _one_of("metric", self.metric, METRICS[self.kind], self.name)
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        if self.kind in CLASS_KINDS and self.channels < 2:
+            raise ValueError(f"task {self.name!r}: a {self.kind} task needs at least 2 classes, got {self.channels}")
+        if self.kind == "binary" and self.channels != 1:
+            raise ValueError(f"task {self.name!r}: a binary task has 1 channel, got {self.channels}")
+        if self.channels < 1:
+            raise ValueError(f"task {self.name!r}: channels must be at least 1, got {self.channels}")
+        for name, values in (("offset", self.offset), ("scale", self.scale)):
+            if len(values) not in (1, self.channels):
+                raise ValueError(
+                    f"task {self.name!r}: {name} needs 1 or {self.channels} values, got {len(values)}"
+                )
+        if any(s <= 0 for s in self.scale):
+            raise ValueError(f"task {self.name!r}: scale must be positive, got {self.scale}")
+        if self.labels and self.kind in CLASS_KINDS and len(self.labels) != self.channels:
+            raise ValueError(
+                f"task {self.name!r}: {len(self.labels)} class names for {self.channels} classes"
+            )
+        if self.metric in ("within_30", "mean_angle") and self.channels != 3:
+            raise ValueError(f"task {self.name!r}: metric {self.metric} needs 3 channels, got {self.channels}")
+
+    @property
+    def dense(self) -> bool:
+        """Whether there is a label for every pixel."""
+        return self.kind in DENSE_KINDS
+
+    @property
+    def classes(self) -> bool:
+        """Whether labels are class ids."""
+        return self.kind in CLASS_KINDS
+
+    def encode(self, raw: Tensor, present: Tensor | None = None) -> Tensor:
+        """Stored values to a training target.
+
+        Args:
+            raw: `(B,)` or `(B, C)` for a sample-wise task; `(B, H, W)` or `(B, H, W, C)` for a dense one; any
+                dtype.
+            present: Bool, `(B,)` or `(B, H, W)`; False where there is no label.
+
+        Returns:
+            int64 `(B,)` or `(B, H, W)` for class ids; float32 `(B,)`, `(B, C)` or `(B, C, H, W)` otherwise.
+            `C` is there for every dense regression task and for a regression task of more than one channel.
+        """
+        if self.classes:
+            target = raw.long()
+            return target if present is None else target.where(_expand(present, target), self.ignore_index)
+        value = raw.float()
+        missing = value.isnan()
+        if self.valid_below is not None:
+            missing = missing | (value >= self.valid_below)
+        if present is not None:
+            missing = missing | ~_expand(present, value)
+        if self.kind != "binary":
+            # the channel is the last axis of what is stored; a single channel is stored without it
+            value = (value - value.new_tensor(self.offset)) / value.new_tensor(self.scale)
+        value = value.masked_fill(missing, torch.nan)
+        if self.kind == "dense_regression":
+            return value.unsqueeze(1) if value.dim() == 3 else value.permute(0, 3, 1, 2)
+        return value
+
+    def decode(self, output: Tensor) -> Tensor:
+        """A network output to what a user asks for, in the layout of the stored labels.
+
+        Args:
+            output: `(B,)`, `(B, C)` or `(B, C, H, W)`, as `GroupModel` gives it.
+
+        Returns:
+            binary: probability of class 1, `(B,)`; multiclass: probabilities, `(B, C)`; regression: values in
+            raw units, `(B,)` or `(B, C)`; dense classification: class ids, int64 `(B, H, W)`; dense regression:
+            values in raw units, `(B, H, W)` or `(B, H, W, C)`.
+        """
+        output = output.float()
+        if self.kind == "binary":
+            return output.sigmoid()
+        if self.kind == "multiclass":
+            return output.softmax(1)
+        if self.kind == "dense_classification":
+            return output.argmax(1)
+        if self.kind == "dense_regression":
+            output = output.squeeze(1) if self.channels == 1 else output.permute(0, 2, 3, 1)
+        return output * output.new_tensor(self.scale) + output.new_tensor(self.offset)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields; `from_dict` reads them back."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Task:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: For a field that `Task` does not have.
+        """
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"task has no field {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+
+def _expand(present: Tensor, like: Tensor) -> Tensor:
+    return present.reshape(present.shape + (1,) * (like.dim() - present.dim()))
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What the network reads: its stored shape and dtype, and the constants that normalise it.
+
+    Args:
+        kind: "image" (stored `(H, W, C)`) or "features" (stored `(F,)`).
+        shape: Stored shape of one sample.
+        dtype: Stored numpy dtype name.
+        mean, std: One value, or one a channel (feature).
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        for name in ("shape", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        rank = {"image": 3, "features": 1}.get(self.kind)
+        if rank is None:
+            raise ValueError(f"unknown input kind {self.kind!r}, expected image or features")
+        if len(self.shape) != rank:
+            raise ValueError(f"expected a stored shape of {rank} axes for {self.kind} input, got {self.shape}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.shape[-1]):
+                raise ValueError(f"input {name} needs 1 or {self.shape[-1]} values, got {len(values)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields; `InputSpec(**...)` reads them back."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+
+def check_names(tasks: Sequence[Task]) -> None:
+    """Raise ValueError when there is no task, or two have one name."""
+    names = [task.name for task in tasks]
+    if not names:
+        raise ValueError("at least one task is needed, got none")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"task names must be unique, got {', '.join(twice)} more than once")

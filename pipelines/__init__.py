@@ -1,0 +1,1 @@
+"""The drivers behind the `dmtg` command: shard, inspect, train, evaluate, register, report."""

@@ -1,0 +1,3 @@
+"""The `dmtg` command."""
+def main() -> None:
+    """Run."""

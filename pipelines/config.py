@@ -1,0 +1,61 @@
+"""Strict configuration: YAML plus `section.key=value` words, checked before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipelines.errors import UserError
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused, values cannot be changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def checked(model: type[S], values: Mapping[str, Any], where: str = "") -> S:
+    """`values` as a `model`, or one error that names every key that is wrong.
+
+    Args:
+        where: Prefix of the keys in the message, as the user would write it (`source.options`).
+
+    Raises:
+        UserError: With the nearest valid keys for an unknown one.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        problems = [_problem(model, dict(found), where) for found in error.errors()]
+        raise UserError(
+            "; ".join(problem for problem, _ in problems),
+            where=where or "configuration",
+            remedy="; ".join(dict.fromkeys(remedy for _, remedy in problems)),
+            wrong_use=True,
+        ) from error
+
+
+def _problem(model: type[BaseModel], found: dict[str, Any], where: str) -> tuple[str, str]:
+    path = [str(part) for part in found["loc"]]
+    name = ".".join([where, *path] if where else path)
+    if found["type"] != "extra_forbidden":
+        return f"{name}: {found['msg']}, got {found['input']!r}", "correct the value"
+    valid = list(_keys_at(model, path[:-1]))
+    nearest = difflib.get_close_matches(path[-1], valid, n=3) or valid
+    return f"unknown key {name}", f"did you mean {', '.join(nearest)}?"
+
+
+def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """The keys of the section that `path` leads to from `model`."""
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            break
+        model = field.annotation
+    return list(model.model_fields)

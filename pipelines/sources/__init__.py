@@ -1,0 +1,101 @@
+"""Raw data on disk or in a bucket, read into rows: one reader a format.
+
+A reader is cheap to make and safe to send to a worker. `entries` lists what there is without opening images;
+`read` opens one sample and either gives all of its columns or says why it cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from dmtg_core.tasks import InputSpec, Task
+from pipelines.errors import UserError
+from pipelines.storage import Location, locate
+
+INPUT = "input"  # the column of what the network reads
+
+
+class BadSampleError(Exception):
+    """A sample that cannot be used; its message is the reason, and goes to the quarantine file."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one column is stored: numpy dtype name and the shape of one sample's value (`()` for a number)."""
+
+    dtype: str
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Description:
+    """What every row of a source holds.
+
+    `columns` has `INPUT`, `task.<name>` for each task and, where pixels can lack a label, `mask.<name>`
+    (uint8, 1 = annotated).
+    """
+
+    input: InputSpec
+    tasks: tuple[Task, ...]
+    columns: Mapping[str, Column]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample before it is read: its unique id, its split ("train", "val" or "test") and what `read` needs."""
+
+    id: str
+    split: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """What a reader of a raw format does."""
+
+    def describe(self) -> Description:
+        """The columns of every row. May look at a few files."""
+        ...
+
+    def entries(self) -> list[Entry]:
+        """All samples in a fixed order. Problems of the whole set raise `UserError`."""
+        ...
+
+    def read(self, entry: Entry) -> dict[str, np.ndarray | None]:
+        """All columns of one sample in the dtype and shape of `describe`; None is a missing label.
+
+        Raises:
+            BadSampleError: When the sample cannot be used.
+        """
+        ...
+
+
+def build_source(kind: str, root: str, options: Mapping[str, Any]) -> Source:
+    """The reader of a raw format.
+
+    Raises:
+        UserError: For an unknown kind or option, and for a root that does not exist.
+    """
+    # imported here: a reader's libraries are needed only where raw data is read
+    from pipelines.sources.folder import FolderSource
+    from pipelines.sources.nuclei import NucleiSource
+    from pipelines.sources.rooms import RoomsSource
+    from pipelines.sources.taskonomy import TaskonomySource
+
+    sources: dict[str, Callable[[Location, Mapping[str, Any]], Source]] = {
+        "folder": FolderSource,
+        "nuclei": NucleiSource,
+        "rooms": RoomsSource,
+        "taskonomy": TaskonomySource,
+    }
+    if kind not in sources:
+        raise UserError(
+            f"unknown source kind {kind!r}",
+            where="source.kind",
+            remedy=f"use one of {', '.join(sources)}",
+            wrong_use=True,
+        )
+    return sources[kind](locate(root), options)

@@ -1,0 +1,196 @@
+"""One address (a local path or `s3://…`) as a pyarrow filesystem and a path.
+
+S3 credentials, region and endpoint come from the standard AWS chain alone (`AWS_ENDPOINT_URL` names a server
+that is not Amazon's); an address that carries them is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow.fs as pafs
+
+from pipelines.errors import UserError
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder on some filesystem. Cheap to make, safe to send to a worker."""
+
+    filesystem: pafs.FileSystem
+    path: str
+    scheme: str = ""
+
+    def __truediv__(self, name: str) -> Location:
+        return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}", self.scheme)
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.path}" if self.scheme else self.path
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self.path.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def local(self) -> Path | None:
+        """The local path, or None where the filesystem is remote."""
+        return None if self.scheme else Path(self.path)
+
+    def exists(self) -> bool:
+        """Whether there is a file or a folder."""
+        return bool(self._info().type != pafs.FileType.NotFound)
+
+    def is_dir(self) -> bool:
+        """Whether there is a folder."""
+        return bool(self._info().type == pafs.FileType.Directory)
+
+    def size(self) -> int | None:
+        """Bytes of a file; None where there is none."""
+        info = self._info()
+        return int(info.size) if info.type == pafs.FileType.File else None
+
+    def _info(self) -> pafs.FileInfo:
+        try:
+            return self.filesystem.get_file_info(self.path)
+        except OSError as error:
+            raise UserError(
+                f"cannot reach the storage: {_first_line(error)}", where=str(self), remedy=_remedy(self)
+            ) from error
+
+    def files(self, *, recursive: bool = True) -> list[str]:
+        """Paths of the files below this folder, relative to it, sorted; empty where there is no folder."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
+        found = self.filesystem.get_file_info(selector)
+        return sorted(
+            info.path[len(self.path.rstrip("/")) + 1 :] for info in found if info.type == pafs.FileType.File
+        )
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly below this one, sorted."""
+        found = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
+
+    def read_bytes(self) -> bytes:
+        """The whole file.
+
+        Raises:
+            FileNotFoundError: Where there is none.
+        """
+        with self.filesystem.open_input_file(self.path) as file:
+            return bytes(file.readall())
+
+    def read_text(self) -> str:
+        """The whole file as UTF-8."""
+        return self.read_bytes().decode("utf-8")
+
+    def read_json(self) -> Any:
+        """The whole file as JSON.
+
+        Raises:
+            UserError: When it is not JSON.
+        """
+        try:
+            return json.loads(self.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"not a JSON file: {error}", where=str(self), remedy="restore the file or make it again"
+            ) from error
+
+    def write_bytes(self, data: bytes) -> None:
+        """Write the file whole or not at all: a reader never sees a part of it.
+
+        Raises:
+            UserError: When the place cannot be written to.
+        """
+        try:
+            self._write(data)
+        except OSError as error:
+            raise UserError(
+                f"cannot write: {_first_line(error)}", where=str(self), remedy=_remedy(self)
+            ) from error
+
+    def _write(self, data: bytes) -> None:
+        if self.local is None:  # an object store shows an object only when it is whole
+            with self.filesystem.open_output_stream(self.path) as file:
+                file.write(data)
+            return
+        self.local.parent.mkdir(parents=True, exist_ok=True)
+        part = self.local.with_name(f".{self.local.name}.{uuid.uuid4().hex[:8]}.part")
+        try:
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.local)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def write_text(self, text: str) -> None:
+        """`write_bytes` of UTF-8."""
+        self.write_bytes(text.encode("utf-8"))
+
+    def write_json(self, value: Any) -> None:
+        """`write_text` of indented JSON that ends with a newline."""
+        self.write_text(json.dumps(value, indent=2) + "\n")
+
+    def delete(self) -> None:
+        """Remove the file or the folder with all it holds; nothing happens where there is none."""
+        kind = self._info().type
+        if kind == pafs.FileType.Directory:
+            self.filesystem.delete_dir(self.path)
+        elif kind == pafs.FileType.File:
+            self.filesystem.delete_file(self.path)
+
+    def check_writable(self) -> None:
+        """Write and remove a small file, so that a job stops before its work rather than after it.
+
+        Raises:
+            UserError: When the place cannot be written to.
+        """
+        probe = self / f".probe-{uuid.uuid4().hex[:8]}"
+        probe.write_bytes(b"")
+        probe.delete()
+
+
+def locate(uri: str) -> Location:
+    """The location of a local path or an `s3://bucket/path` address.
+
+    Raises:
+        UserError: For another scheme, or an address that carries credentials.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme in ("", "file"):
+        path = parts.path if parts.scheme else uri
+        return Location(pafs.LocalFileSystem(), str(Path(path).expanduser().absolute()))
+    if parts.scheme != "s3":
+        raise UserError(
+            f"cannot open an address of the kind {parts.scheme}://",
+            where=uri,
+            remedy="use a local path or s3://bucket/path",
+            wrong_use=True,
+        )
+    if "@" in parts.netloc:
+        raise UserError(
+            "an address must not carry credentials",
+            where=f"s3://…@{parts.netloc.rsplit('@', 1)[1]}{parts.path}",
+            remedy="take them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            wrong_use=True,
+        )
+    return Location(pafs.S3FileSystem(), f"{parts.netloc}{parts.path}".rstrip("/"), "s3")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _remedy(location: Location) -> str:
+    if location.local is None:
+        return "check the bucket, AWS_ENDPOINT_URL and the AWS credentials of this machine"
+    return "choose a folder that this user may write to, on a disk with room"
