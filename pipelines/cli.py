@@ -1,3 +1,240 @@
-"""The `dmtg` command."""
+"""The `dmtg` command: parse, call one function of a room, print.
+
+Ray, MLflow and torch are imported only where a command runs, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipelines.console import number, print_table, run, say
+
+if TYPE_CHECKING:
+    from pipelines.config import Config
+    from pipelines.train import Trained
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Learn which prediction tasks should share an encoder, and train one model per group.",
+    epilog="Configuration: -c takes a YAML file or the name of a recipe that ships; section.key=value words change it.",
+)
+models_app = typer.Typer(no_args_is_help=True, help="Look into the model registry.")
+
+ConfigFile = Annotated[str, typer.Option("--config", "-c", help="YAML file, or the name of a recipe that ships.")]
+Words = Annotated[list[str] | None, typer.Argument(help="section.key=value, laid over the file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+RayFile = Annotated[
+    str, typer.Option("--ray-config", help="Where and how Ray runs; ./ray_config.yaml by default.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _load(config: str, words: list[str] | None, ray_config: str = "") -> Config:
+    from pipelines.config import load_config
+
+    return load_config(config, words or [], ray_config)
+
+
+@app.command()
+def demo(words: Words = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Everything at once on rooms it renders itself: shards, grouping, models, report. Minutes, no server."""
+    run("demo", lambda: _train(_load("rooms", words)), as_json=as_json, debug=debug)
+
+
+@app.command()
+def shard(
+    config: ConfigFile, words: Words = None, ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
+) -> None:
+    """Raw data (source) to Parquet shards (data.shards). Killed, it is run again and makes what is missing."""
+
+    def body() -> dict[str, Any]:
+        from pipelines.cluster import session
+        from pipelines.shards import shard as make
+
+        loaded = _load(config, words, ray_config)
+        with session(loaded.ray):
+            done = make(loaded, say)
+        described = done.manifest.to_dict()
+        say(
+            f"{described['rows']} samples in {done.made + done.kept} shards ({done.kept} kept), "
+            f"{described['quarantined']} quarantined: {loaded.data.shards}"
+        )
+        return {"rows": described["rows"], "quarantined": described["quarantined"], "made": done.made,
+                "kept": done.kept, "shards": loaded.data.shards, "digest": described["digest"]}  # fmt: skip
+
+    run("shard", body, as_json=as_json, debug=debug)
+
+
+@app.command()
+def inspect(config: ConfigFile, words: Words = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Statistics of every task in the shards; exit code 1 for a broken dataset or a target without signal."""
+
+    def body() -> dict[str, Any]:
+        from pipelines.inspect import inspect as look
+
+        loaded = _load(config, words)
+        found = look(loaded)
+        print_table(f"{loaded.data.shards}: {found['rows']} samples", found["table"],
+                    right=("rows", "missing", "mean", "std", "min", "max"))  # fmt: skip
+        for problem in found["problems"]:
+            say(f"problem: {problem}")
+        for note in found["notes"]:
+            say(f"note: {note}")
+        return found | {"status": "failed" if found["problems"] else "done"}
+
+    run("inspect", body, as_json=as_json, debug=debug)
+
+
+@app.command()
+def train(
+    config: ConfigFile, words: Words = None, ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
+) -> None:
+    """Shards to a grouping and one model a group. Killed, it is run again with the same words and goes on."""
+    run("train", lambda: _train(_load(config, words, ray_config)), as_json=as_json, debug=debug)
+
+
+def _train(config: Config) -> dict[str, Any]:
+    from pipelines.train import train as work
+
+    done = work(config, say)
+    _summary(config, done)
+    result = done.result
+    shown = ("grouping", "split", "metrics", "baseline", "normalized_gain", "notes")
+    return {
+        "run_dir": str(done.run),
+        "run_id": done.run_id,
+        **{key: result[key] for key in shown},
+        "models": [model.uri for model in done.models],
+        "report": str(done.report),
+    }
+
+
+def _summary(config: Config, done: Trained) -> None:
+    from pipelines.report import task_rows
+    from pipelines.tracking import tracking_uri
+
+    rows = [
+        {
+            "group": row["group"],
+            "task": row["task"],
+            "metric": row["metric"],
+            "this grouping": number(row["value"]),
+            "naive MTL": number(row["baseline"]),
+            "error": "–" if row["gain"] is None else f"{-row['gain']:+.1f} %",
+        }
+        for row in sorted(task_rows(done.result), key=lambda row: str(row["group"]))
+    ]
+    title = f"Grouping {done.result['grouping_name']} on {done.result['split']}"
+    print_table(title, rows, right=("this grouping", "naive MTL", "error"))
+    if done.result["normalized_gain"] is not None:
+        say(f"mean error against naive MTL: {-done.result['normalized_gain']:+.1f} % (one run; other seeds vary)")
+    for note in done.result["notes"]:
+        say(f"note: {note}")
+    say(f"run:      {done.run}\nreport:   {done.report}")
+    for model in done.models:
+        say(f"model:    {model.uri}")
+    if done.models:
+        say(f"registry: mlflow ui --backend-store-uri {tracking_uri(config.track)}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="models:/<name>/<version>, or a run folder.")],
+    config: ConfigFile,
+    words: Words = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Metrics of a registered model (or a finished run) on shards."""
+
+    def body() -> dict[str, Any]:
+        from pipelines.evaluate import evaluate as measure
+
+        metrics = measure(_load(config, words), model, split)
+        rows = [
+            {"task": task, "metric": name, "value": number(value)}
+            for task, found in metrics.items()
+            for name, value in found.items()
+        ]
+        print_table(f"{model} on {split}", rows, right=("value",))
+        return {"model": model, "split": split, "metrics": metrics}
+
+    run("evaluate", body, as_json=as_json, debug=debug)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[str, typer.Argument(help="Folder of a finished run.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """One self-contained HTML page of a finished run."""
+
+    def body() -> dict[str, Any]:
+        from pipelines.report import write_report
+        from pipelines.storage import locate
+
+        page = write_report(locate(run_dir))
+        say(f"report: {page}")
+        return {"run_dir": run_dir, "report": str(page)}
+
+    run("report", body, as_json=as_json, debug=debug)
+
+
+TrackUri = Annotated[str, typer.Option("--uri", help="Tracking server; an SQLite file here by default.")]
+
+
+@models_app.command("list")
+def models_list(uri: TrackUri = "", as_json: Json = False, debug: Debug = False) -> None:
+    """The newest version of every registered model."""
+
+    def body() -> dict[str, Any]:
+        from pipelines.config import TrackSection
+        from pipelines.registry import list_models
+
+        found = list_models(TrackSection(uri=uri))
+        columns = ("name", "version", "aliases", "tasks", "grouping")
+        rows = [{key: ", ".join(m[key]) if key == "aliases" else m[key] for key in columns} for m in found]
+        print_table("Registered models", rows)
+        return {"models": [model["uri"] for model in found], "entries": found}
+
+    run("models list", body, as_json=as_json, debug=debug)
+
+
+@models_app.command("show")
+def models_show(
+    name: Annotated[str, typer.Argument(help="Registered name, or name/version.")],
+    uri: TrackUri = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """One registered model: which tasks it serves, how well, from which data and run."""
+
+    def body() -> dict[str, Any]:
+        from pipelines.config import TrackSection
+        from pipelines.registry import show_model
+
+        found = show_model(TrackSection(uri=uri), name)
+        rows = [{"": key, "value": value} for key, value in found.items() if key != "metrics"]
+        print_table(found["uri"], rows)
+        metrics = [
+            {"task": task, **{key: number(value) for key, value in values.items()}}
+            for task, values in found["metrics"].items()
+        ]
+        for row in metrics:
+            say("  ".join(f"{key} {value}" for key, value in row.items()))
+        return found
+
+    run("models show", body, as_json=as_json, debug=debug)
+
+
+app.add_typer(models_app, name="models")
+
+
 def main() -> None:
-    """Run."""
+    """Entry point of the console script."""
+    app()

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Any, TypeVar
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dmtg_core.encoders import EncoderSpec
+from dmtg_core.network import NetworkSpec
+from dmtg_core.schedules import TemperatureSchedule
+from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.training import TrainSettings
 from pipelines.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
 
 
 S = TypeVar("S", bound=BaseModel)
@@ -55,7 +66,240 @@ def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
     """The keys of the section that `path` leads to from `model`."""
     for part in path:
         field = model.model_fields.get(part)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+        inner = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        sections = [t for t in inner if isinstance(t, type) and issubclass(t, BaseModel)]
+        if not sections:
             break
-        model = field.annotation
+        model = sections[0]
     return list(model.model_fields)
+
+
+class SourceSection(Section):
+    """Raw data to make shards from."""
+
+    kind: str = Field(description="reader of the raw format: folder, nuclei, rooms or taskonomy")
+    root: str = Field("", description="local folder or s3:// address of the raw data")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the reader")
+
+
+class DataSection(Section):
+    """Shards and how they are read."""
+
+    shards: str = Field(description="local folder or s3:// address of the shards")
+    tasks: list[str] | None = Field(None, description="tasks to train on; all that the shards hold by default")
+    rows_per_shard: int = Field(256, ge=1, description="samples in one Parquet file")
+    compression: Literal["none", "lz4", "zstd"] = Field("lz4", description="compression of the Parquet pages")
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unusable samples that stops sharding")
+    verify_checksums: bool = Field(True, description="compare every shard with its checksum before training")
+    min_support: int = Field(20, ge=1, description="labels of a class below which a result says little")
+    cache: Literal["auto", "memory", "stream"] = Field(
+        "auto", description="keep the samples in memory, stream them every epoch, or decide by their size"
+    )
+    cache_gib: float = Field(2.0, gt=0, description="decoded size up to which auto keeps samples in memory")
+
+
+class NetworkSection(Section):
+    """The encoder, where it is cut, and the number of groups."""
+
+    encoder: str = Field("convnet", description="mlp, convnet, resnet18, resnet34 or resnet50")
+    stem: int = Field(0, ge=0, description="stages of the encoder that all groups share")
+    groups: int = Field(3, ge=1, description="K, the most groups there can be")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the encoder")
+    decoder_width: int = Field(64, ge=1, description="channels of the dense decoders")
+    rescale_gradients: bool = Field(False, description="scale gradients by 1/√N into branches, 1/√K into the stem")
+
+
+class TemperatureSection(Section):
+    """Temperature of the gate over the search."""
+
+    family: Literal["constant", "linear", "cosine", "exponential"] = "constant"
+    start: float = Field(2.5, gt=0)
+    end: float = Field(0.5, gt=0)
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the search spent at the start temperature")
+
+
+class GateSection(Section):
+    """The distribution over branches."""
+
+    sampling: Literal["gumbel", "gumbel_per_sample", "softmax", "straight_through", "fixed"] = "gumbel"
+    initial: Literal["uniform", "uniform_noise", "diagonal", "gaussian"] = "uniform"
+    initial_scale: float = 0.01
+    learning_rate: float | None = Field(None, gt=0, description="of the gate; train.learning_rate by default")
+    entropy_weight: float = Field(0.0, description="factor of the gate's entropy in the loss")
+    prune_threshold: float = Field(0.02, ge=0, lt=1, description="probability under which a head is removed")
+    temperature: TemperatureSection = TemperatureSection()
+
+
+class TrainSection(Section):
+    """The training run."""
+
+    epochs: int = Field(20, ge=1, description="search and fine-tuning together")
+    batch_size: int = Field(64, ge=1, description="samples of a global batch, over all workers")
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    lr_schedule: Literal["constant", "cosine", "halving"] = "cosine"
+    lr_every: int = Field(15, ge=1, description="epochs between two halvings")
+    clip_norm: float = Field(0.0, ge=0, description="largest gradient norm; 0 for no limit")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 22
+
+
+class SearchSection(Section):
+    """How the grouping is searched for."""
+
+    starts: int = Field(1, ge=1, description="searches; the best on validation data is fine-tuned")
+    share: float = Field(0.5, gt=0, le=1, description="share of the epochs in which the gate learns")
+    baseline: bool = Field(True, description="train naive MTL beside it")
+
+
+class TrackSection(Section):
+    """MLflow."""
+
+    uri: str = Field(
+        "", description="tracking server; empty for an SQLite file in the current folder, none for no tracking"
+    )
+    experiment: str = Field("dmtg", description="MLflow experiment")
+    register_models: bool = Field(True, description="register the grouping and one model a group")
+
+
+class RunSection(Section):
+    """Where a run leaves its files."""
+
+    root: str = Field("runs", description="local folder or s3:// address that holds run folders")
+    name: str = Field("", description="name of the run folder; by default it follows from the configuration")
+
+
+class RaySection(Section):
+    """Where and how Ray runs (ray_config.yaml)."""
+
+    address: str = Field("", description="address of a cluster; empty for RAY_ADDRESS, else a local one")
+    workers: int = Field(2, ge=1, description="data-parallel training workers")
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    data_cpus: float = Field(2, gt=0, description="CPUs that Ray Data can count on beside the workers")
+    object_store_mib: int = Field(1024, ge=80, description="shared memory of a local cluster")
+    max_failures: int = Field(2, ge=0, description="times that lost workers are replaced")
+    timeout_s: int = Field(300, ge=1, description="longest wait of a worker for the others")
+
+
+class Config(Section):
+    """A whole configuration."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="name of the run and of the registered models")
+    source: SourceSection | None = None
+    data: DataSection
+    network: NetworkSection = NetworkSection()
+    gate: GateSection = GateSection()
+    train: TrainSection = TrainSection()
+    search: SearchSection = SearchSection()
+    track: TrackSection = TrackSection()
+    run: RunSection = RunSection()
+    ray: RaySection = RaySection()
+
+    def digest(self) -> str:
+        """Eight hex digits that change with everything that can change a run's result."""
+        values = self.model_dump(
+            mode="json", include={"name", "source", "data", "network", "gate", "train", "search"}
+        )
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+    def run_name(self) -> str:
+        """Name of the run folder: the same words always lead to the same folder."""
+        return self.run.name or f"{self.name}-{self.digest()}"
+
+    def settings(self) -> TrainSettings:
+        """What the core's training takes."""
+        shared = {k: v for k, v in self.train.model_dump().items() if k in TrainSettings.__dataclass_fields__}
+        return TrainSettings(
+            **shared,
+            search_share=self.search.share,
+            gate_learning_rate=self.gate.learning_rate,
+            temperature=TemperatureSchedule(**self.gate.temperature.model_dump()),
+            entropy_weight=self.gate.entropy_weight,
+            prune_threshold=self.gate.prune_threshold,
+        )
+
+    def network_spec(self, spec: InputSpec, tasks: Sequence[Task]) -> NetworkSpec:
+        """What the core's network takes."""
+        return NetworkSpec(
+            input=spec,
+            tasks=tuple(tasks),
+            encoder=EncoderSpec(self.network.encoder, self.network.stem, dict(self.network.options)),
+            groups=self.network.groups,
+            decoder_width=self.network.decoder_width,
+            sampling=self.gate.sampling,
+            initial=self.gate.initial,
+            initial_scale=self.gate.initial_scale,
+            rescale_gradients=self.network.rescale_gradients,
+            seed=self.train.seed,
+        )
+
+
+def load_config(path: str, words: Sequence[str] = (), ray_config: str = "") -> Config:
+    """The configuration of a YAML file (or of a recipe by its name) with `section.key=value` words laid over it.
+
+    Args:
+        ray_config: File with the `ray` section; by default `ray_config.yaml` in the current folder if there is one.
+
+    Raises:
+        UserError: For a file that is missing or not YAML, a word without "=", and any wrong key or value.
+    """
+    values = _read_yaml(_find(path))
+    ray_file = Path(ray_config or "ray_config.yaml")
+    if ray_config or ray_file.exists():
+        values["ray"] = {**_read_yaml(ray_file), **(values.get("ray") or {})}
+    for word in words:
+        _apply(values, word)
+    return checked(Config, values)
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that ship."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _find(path: str) -> Path:
+    for candidate in (Path(path), RECIPES / path, RECIPES / f"{path}.yaml"):
+        if candidate.is_file():
+            return candidate
+    raise UserError(
+        f"no configuration file {path!r}",
+        where=str(Path(path).absolute()),
+        remedy=f"give a YAML file, or a recipe: {', '.join(recipes())}",
+        wrong_use=True,
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(
+            f"cannot read the configuration: {error}", where=str(path), remedy="correct the file", wrong_use=True
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(
+            f"expected sections with keys, got {type(values).__name__}",
+            where=str(path),
+            remedy="start from a recipe",
+            wrong_use=True,
+        )
+    return values
+
+
+def _apply(values: dict[str, Any], word: str) -> None:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise UserError(
+            f"expected section.key=value, got {word!r}",
+            where="command line",
+            remedy="write for example train.epochs=10",
+            wrong_use=True,
+        )
+    *path, last = key.split(".")
+    section = values
+    for part in path:
+        inner = section.get(part)
+        section[part] = section = dict(inner) if isinstance(inner, dict) else {}
+    section[last] = yaml.safe_load(text)

@@ -7,6 +7,7 @@ that is not Amazon's); an address that carries them is refused.
 from __future__ import annotations
 
 import json
+import math
 import os
 import uuid
 from dataclasses import dataclass
@@ -42,6 +43,11 @@ class Location:
     def local(self) -> Path | None:
         """The local path, or None where the filesystem is remote."""
         return None if self.scheme else Path(self.path)
+
+    @property
+    def parent(self) -> Location:
+        """The folder that holds this file or folder."""
+        return Location(self.filesystem, self.path.rstrip("/").rsplit("/", 1)[0], self.scheme)
 
     def exists(self) -> bool:
         """Whether there is a file or a folder."""
@@ -137,8 +143,8 @@ class Location:
         self.write_bytes(text.encode("utf-8"))
 
     def write_json(self, value: Any) -> None:
-        """`write_text` of indented JSON that ends with a newline."""
-        self.write_text(json.dumps(value, indent=2) + "\n")
+        """`write_text` of indented JSON that ends with a newline; a figure that is not defined becomes null."""
+        self.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
     def delete(self) -> None:
         """Remove the file or the folder with all it holds; nothing happens where there is none."""
@@ -157,6 +163,15 @@ class Location:
         probe = self / f".probe-{uuid.uuid4().hex[:8]}"
         probe.write_bytes(b"")
         probe.delete()
+
+
+def finite(value: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def locate(uri: str) -> Location:

@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from PIL import Image, ImageOps
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from dmtg_core.tasks import Task, check_names
 from pipelines.config import Section, checked
@@ -47,6 +47,7 @@ _EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"
 _YES = ("true", "yes", "1", "1.0")
 _NO = ("false", "no", "0", "0.0", "-1", "-1.0")
 _GREY = (127, 127, 127)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class FolderTask(Section):
@@ -54,8 +55,9 @@ class FolderTask(Section):
 
     `classes` fixes the names and their order (default: those in the file, sorted). `drop` lists values whose
     rows are left out. `one_vs_rest` ("all" or a list of classes) makes one binary task a class, named
-    `<name>.<class>`, of a class column. `positive` lists the values that count as 1 for a binary task (default:
-    true, yes, 1 against false, no, 0, -1; anything else is a bad sample).
+    `<name>.<class>`, of a class column, whether `kind` says binary or multiclass. `positive` lists the values
+    that count as 1 for a binary task (default: true, yes, 1 against false, no, 0, -1; anything else is a bad
+    sample).
     """
 
     model_config = ConfigDict(coerce_numbers_to_str=True)  # YAML reads the class names of `[1, 2, 3]` as numbers
@@ -69,6 +71,19 @@ class FolderTask(Section):
     positive: tuple[str, ...] | None = Field(None, min_length=1)
     metric: str = ""
     loss: str = ""
+
+    @model_validator(mode="after")
+    def _check_use(self) -> Self:
+        """An option that the kind has no use for would be ignored in silence."""
+        of_classes = self.kind == "multiclass" or self.one_vs_rest is not None
+        for option, used in (
+            ("one_vs_rest", self.kind != "regression"),
+            ("classes", of_classes and self.kind != "regression"),
+            ("positive", self.kind == "binary" and self.one_vs_rest is None),
+        ):
+            if getattr(self, option) is not None and not used:
+                raise ValueError(f"{option} has no meaning for this {self.kind} task of column {self.column}")
+        return self
 
     @property
     def task_name(self) -> str:
@@ -293,7 +308,7 @@ def _number(cell: str) -> float | None:
         number = float(cell)
     except ValueError:
         return None
-    return number if abs(number) <= np.finfo(np.float32).max else None
+    return number if abs(number) <= _LARGEST else None
 
 
 def _statistics(cells: Sequence[str], column: str, where: str) -> tuple[float, float]:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -131,12 +132,11 @@ def check_unique(ids: Sequence[str], where: str) -> None:
     Raises:
         UserError: With up to five of the ids.
     """
-    seen: set[str] = set()
-    twice = dict.fromkeys(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
+    twice = [name for name, count in Counter(ids).items() if count > 1]
     if twice:
         more = f" and {len(twice) - 5} more" if len(twice) > 5 else ""
         raise UserError(
-            f"{len(twice)} ids occur more than once: {', '.join(list(twice)[:5])}{more}",
+            f"{len(twice)} ids occur more than once: {', '.join(twice[:5])}{more}",
             where=where,
             remedy="keep one row an id",
         )

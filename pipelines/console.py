@@ -1,0 +1,81 @@
+"""What commands print, and how they end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.errors import UserError
+from pipelines.storage import finite
+
+FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
+
+
+def say(text: str) -> None:
+    """A line for a person; stdout is kept for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debug: bool) -> None:
+    """Run a command's body and leave with its exit code.
+
+    Args:
+        command: Name of the command.
+        body: Does the work; gives the fields of the JSON object. A "status" of "failed" in it makes exit code 1.
+        as_json: Print the JSON object as the last line of stdout.
+        debug: Let an error through with its traceback.
+
+    Raises:
+        typer.Exit: Always, with 0 done, 1 failed, 2 wrong use, 130 interrupted.
+    """
+    started = time.monotonic()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    outcome: dict[str, Any] = {"command": command, "status": "failed"}
+    try:
+        outcome |= {"status": "done"} | body()
+        code = 0 if outcome["status"] == "done" else FAILED
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the one place where errors become exit codes
+        code, outcome["error"] = _explain(command, error)
+        if debug:
+            raise
+    outcome["seconds"] = round(time.monotonic() - started, 1)
+    if as_json:
+        print(json.dumps(finite(outcome), allow_nan=False), flush=True)
+    raise typer.Exit(code)
+
+
+def _explain(command: str, error: BaseException) -> tuple[int, dict[str, str]]:
+    """Exit code and error object, after telling the user."""
+    code = FAILED
+    if isinstance(error, KeyboardInterrupt):
+        code, shown = INTERRUPTED, UserError("interrupted", remedy="the same command goes on from here")
+    elif isinstance(error, UserError):
+        code, shown = WRONG_USE if error.wrong_use else FAILED, error
+    else:
+        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        shown = UserError(what, where=f"dmtg {command}", remedy="run it again with --debug to see where it failed")
+    say(f"\ndmtg {command} stopped\n{shown}")
+    return code, shown.to_dict()
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, right: Sequence[str] = ()) -> None:
+    """Rows of equal keys as a table on stderr; columns named in `right` hold numbers."""
+    table = Table(title=title, title_justify="left")
+    for name in rows[0] if rows else ():
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console(stderr=True).print(table)
+
+
+def number(value: float | None) -> str:
+    """A figure with four digits, or a dash where it is not defined."""
+    return "–" if value is None else f"{value:.4g}"

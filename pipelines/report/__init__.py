@@ -1,0 +1,98 @@
+"""`report.html`: one page without a network, made from a run folder alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from dmtg_core.metrics import error_of
+from pipelines.errors import UserError
+from pipelines.report import figures
+from pipelines.storage import Location
+from pipelines.worker import GATE, METRICS, RESULT, read_jsonl
+
+TEMPLATES = Path(__file__).parent
+
+
+def write_report(run: Location) -> Location:
+    """Make the page of a finished run beside its results; where it is.
+
+    Raises:
+        UserError: When the run is not finished.
+    """
+    target = run / "report.html"
+    target.write_text(page(run))
+    return target
+
+
+def page(run: Location) -> str:
+    """The page as HTML.
+
+    Raises:
+        UserError: When the run is not finished.
+    """
+    if not (run / RESULT).exists():
+        raise UserError(
+            "no finished run here", where=str(run), remedy="run dmtg train to its end, or name another run folder"
+        )
+    result = (run / RESULT).read_json()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    rows = task_rows(result)
+    gate = [g for g in read_jsonl(run / GATE) if len(g["probabilities"][0]) > 1]
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
+    drawn = {
+        "grouping": figures.grouping(result["grouping"]),
+        "gate": figures.gate(gate, list(result["metrics"])) if gate else "",
+        "metrics": figures.metrics(rows) if result["baseline"] else "",
+        "learning": figures.learning(read_jsonl(run / METRICS)),
+    }
+    return environment.get_template("page.html").render(
+        run=str(run),
+        result=result,
+        verdict=verdict(result),
+        rows=rows,
+        config=yaml.safe_dump(config, sort_keys=False),
+        style=Markup((TEMPLATES / "page.css").read_text()),  # noqa: S704 - a file of this package
+        figures={name: Markup(svg) for name, svg in drawn.items()},  # noqa: S704 - drawn here, labels escaped
+    )
+
+
+def task_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each task: group, headline metric, its value, naive MTL's, and the change of the error in per cent."""
+    group_of = {task: name for name, tasks in result["grouping"].items() for task in tasks}
+    rows = []
+    for task, found in result["metrics"].items():
+        metric = result["headline"][task]
+        value, base = found[metric], result["baseline"].get(task, {}).get(metric)
+        change = None
+        if value is not None and base is not None and error_of(metric, base):
+            change = 100 * (error_of(metric, base) - error_of(metric, value)) / error_of(metric, base)
+        rows.append(
+            {
+                "task": task,
+                "group": group_of[task],
+                "metric": metric,
+                "value": value,
+                "baseline": base,
+                "gain": change,
+            }
+        )
+    return rows
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """The result in one sentence, no stronger than one run allows."""
+    count = len(result["grouping"])
+    groups = f"{len(result['metrics'])} tasks in {count} {'group' if count == 1 else 'groups'}"
+    gain = result["normalized_gain"]
+    if gain is None:
+        return f"{groups}."
+    direction = "lower" if gain >= 0 else "higher"
+    return (
+        f"{groups}. Against one shared encoder (naive MTL) the mean error on {result['split']} is {abs(gain):.1f} % "
+        f"{direction} in this one run, which says nothing yet about how it varies with the seed."
+    )

@@ -1,0 +1,194 @@
+"""What each training worker does: data, search, results. It runs inside Ray Train."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmtg_core import checkpoint
+from dmtg_core.context import Save
+from dmtg_core.metrics import normalized_gain
+from dmtg_core.search import SearchResult, search
+from pipelines.config import Config
+from pipelines.errors import UserError
+from pipelines.ingest import Reader, open_data
+from pipelines.storage import Location, finite
+
+METRICS, GATE, GROUPING, RESULT, MODELS = "metrics.jsonl", "gate.jsonl", "grouping.json", "result.json", "models"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker needs, sent to it whole.
+
+    Args:
+        held: References to the splits in shared memory, in a dictionary; None to stream.
+        notes: Warnings to keep beside the result, such as tasks with thin support.
+    """
+
+    config: Config
+    reader: Reader
+    held: Mapping[str, Any] | None
+    run: Location
+    notes: tuple[str, ...] = ()
+
+
+class RayContext:
+    """`TrainContext` on Ray Train: data-parallel workers, checkpoints in the run folder.
+
+    Rank 0 also writes the figures of every epoch into the run folder, where the driver and anyone else can follow.
+    """
+
+    def __init__(self, run: Location) -> None:
+        import ray.train
+        import ray.train.torch
+
+        own = ray.train.get_context()
+        self.rank: int = own.get_world_rank()
+        self.world_size: int = own.get_world_size()
+        self.device: torch.device = ray.train.torch.get_device()
+        self.run = run
+        self.records = _read_lines(run / METRICS) if self.rank == 0 else []
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """On the device, under DDP when there are several workers."""
+        import ray.train.torch
+
+        # running statistics are averaged once an epoch, not broadcast at every step
+        prepared: nn.Module = ray.train.torch.prepare_model(
+            module, parallel_strategy_kwargs={"broadcast_buffers": False}
+        )
+        return prepared
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the workers."""
+        if self.world_size > 1:
+            tensor = tensor.clone()
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def report(self, record: Mapping[str, Any], save: Save) -> None:
+        """Epoch figures to the run folder, checkpoint to Ray Train."""
+        import ray.train
+
+        if self.rank != 0:
+            ray.train.report({})
+            return
+        folder = Path(tempfile.mkdtemp(prefix="dmtg-"))
+        save(folder)
+        name = f"checkpoint_{record['stage']}_{record['epoch']:06d}_{uuid.uuid4().hex[:6]}"
+        # Ray Train copies the folder into the run's storage before this returns
+        ray.train.report(
+            {"stage": record["stage"], "epoch": record["epoch"], "val_score": record["val_score"]},
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+            checkpoint_dir_name=name,
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        self._write(dict(record))
+
+    def _write(self, record: dict[str, Any]) -> None:
+        """Add a record; what an interrupted run had written beyond its checkpoint is replaced."""
+        key = (record["stage"], record["epoch"])
+        self.records = [r for r in self.records if (r["stage"], r["epoch"]) != key] + [record]
+        gate = [
+            {k: r[k] for k in ("stage", "epoch", "phase", "temperature", "probabilities")} for r in self.records
+        ]
+        plain = [{k: v for k, v in r.items() if k != "probabilities"} for r in self.records]
+        _write_lines(self.run / GATE, gate)
+        _write_lines(self.run / METRICS, plain)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint that Ray Train has registered."""
+        import ray.train
+
+        found = ray.train.get_checkpoint()
+        if found is None:
+            return None
+        folder = Path(tempfile.mkdtemp(prefix="dmtg-"))
+        return Path(found.to_directory(str(folder)))
+
+
+def _read_lines(file: Location) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    gate = {(g["stage"], g["epoch"]): g["probabilities"] for g in read_jsonl(file.parent / GATE)}
+    return [r | {"probabilities": gate[r["stage"], r["epoch"]]} for r in read_jsonl(file)]
+
+
+def read_jsonl(file: Location) -> list[dict[str, Any]]:
+    """The objects of a file with one on every line; empty where there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _write_lines(file: Location, records: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(finite(record), allow_nan=False) + "\n" for record in records))
+
+
+def work(values: dict[str, Any]) -> None:
+    """The training function of Ray Train."""
+    job: Job = values["job"]
+    config = job.config
+    torch.set_num_threads(_threads(config))
+    context = RayContext(job.run)
+    data = open_data(
+        job.reader, job.held, seed=config.train.seed,
+        rank=context.rank, world_size=context.world_size, device=context.device,
+    )  # fmt: skip
+    tasks = job.reader.tasks
+    spec = config.network_spec(job.reader.manifest.description.input, tasks)
+    splits = [split for split in ("val", "test") if job.reader.manifest.rows(split)]
+    try:
+        result = search(
+            spec, data, config.settings(), starts=config.search.starts, baseline=config.search.baseline,
+            splits=splits, context=context,
+        )  # fmt: skip
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU ran out of memory: {str(error).splitlines()[0]}",
+            where="training worker",
+            remedy="lower train.batch_size, or set train.precision=bf16",
+        ) from error
+    if context.rank == 0:
+        write_result(job.run, result, job.notes)
+
+
+def _threads(config: Config) -> int:
+    """Each local worker gets its share of the machine's cores."""
+    return max((os.cpu_count() or 1) // config.ray.workers, 1)
+
+
+def write_result(run: Location, result: SearchResult, notes: Sequence[str] = ()) -> None:
+    """Group models, grouping and figures into the run folder; the result comes last and says that all is there."""
+    for name, model in result.network.specialise().items():
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save_model(Path(folder), model)
+            for file in sorted(Path(folder).iterdir()):
+                (run / MODELS / name / file.name).write_bytes(file.read_bytes())
+    (run / GROUPING).write_text(result.grouping.to_json())
+    split = "test" if "test" in result.metrics else "val"
+    tasks = result.network.tasks
+    gain = normalized_gain(tasks, result.metrics[split], result.baseline[split]) if result.baseline else None
+    (run / RESULT).write_json(
+        {
+            "grouping": result.grouping.to_dict(),
+            "grouping_name": result.grouping.name,
+            "split": split,
+            "metrics": result.metrics[split],
+            "baseline": result.baseline.get(split, {}),
+            "normalized_gain": gain,
+            "validation": result.metrics.get("val", {}),
+            "starts": result.starts,
+            "headline": {task.name: task.metric for task in tasks},
+            "notes": list(notes),
+        }
+    )
