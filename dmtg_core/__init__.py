@@ -11,7 +11,7 @@ Learn in one training run which tasks should share an encoder:
 from dmtg_core.context import LocalContext, TrainContext
 from dmtg_core.data import ArrayData, Arrays, Batch, Data
 from dmtg_core.encoders import ENCODERS, EncoderSpec
-from dmtg_core.grouping import Grouping, GroupGate
+from dmtg_core.grouping import GroupGate, Grouping
 from dmtg_core.metrics import Metrics, MetricSums, normalized_gain, total_error
 from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec
 from dmtg_core.schedules import TemperatureSchedule

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -119,8 +120,8 @@ class ArrayData:
         """See `Data.train`."""
         arrays = self.splits["train"]
         order = np.random.default_rng([self.seed, epoch]).permutation(len(arrays))
-        edges = [*range(0, len(order), batch_size)][: self.steps(batch_size)] + [len(order)]
-        for start, stop in zip(edges, edges[1:], strict=False):
+        edges = [*range(0, len(order), batch_size)[: self.steps(batch_size)], len(order)]
+        for start, stop in pairwise(edges):
             rows = np.array_split(order[start:stop], self.world_size)[self.rank]
             yield arrays.batch(self.tasks, rows, self.device)
 

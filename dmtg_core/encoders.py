@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from dmtg_core.tasks import InputSpec
@@ -20,7 +20,7 @@ from dmtg_core.tasks import InputSpec
 def mlp(spec: InputSpec, *, widths: Sequence[int] = (64, 32)) -> list[nn.Module]:
     """Linear layers with ReLU: one stage a width."""
     sizes = [*spec.shape, *widths]
-    return [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in zip(sizes, sizes[1:], strict=False)]
+    return [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(sizes)]
 
 
 def convnet(spec: InputSpec, *, widths: Sequence[int] = (32, 64, 128), dense_stride: int = 0) -> list[nn.Module]:
@@ -52,8 +52,11 @@ class _ConvBlock(nn.Module):
             nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
             nn.BatchNorm2d(outputs),
         )
-        same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride=stride)
+        # pooled, not strided (He et al. 2019, ResNet-D): it loses no pixel, and oneDNN's gradient of a strided
+        # 1×1 convolution writes out of bounds for three channels-last input channels (torch 2.15)
+        pool = nn.Identity() if stride == 1 else nn.AvgPool2d(stride, ceil_mode=True)
+        project = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+        self.shortcut = nn.Sequential(pool, project)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.body(x) + self.shortcut(x))
@@ -61,12 +64,9 @@ class _ConvBlock(nn.Module):
 
 def _resnet(depth: int) -> Callable[..., list[nn.Module]]:
     def stages(spec: InputSpec, *, weights: str | None = None) -> list[nn.Module]:
-        build = {
-            18: torchvision.models.resnet18,
-            34: torchvision.models.resnet34,
-            50: torchvision.models.resnet50,
-        }[depth]
-        net = build(weights=weights)
+        from torchvision import models  # takes longer to import than torch itself, in every worker
+
+        net = getattr(models, f"resnet{depth}")(weights=weights)
         if spec.shape[-1] != 3:
             net.conv1 = nn.Conv2d(spec.shape[-1], 64, 7, stride=2, padding=3, bias=False)
         first = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
@@ -127,7 +127,7 @@ class EncoderSpec:
             raise ValueError(f"encoder {self.name}: {error}") from error
         if not 0 <= self.stem < len(stages):
             raise ValueError(
-                f"encoder {self.name} has {len(stages)} stages, so the stem has 0 to {len(stages) - 1}, got {self.stem}"
+                f"encoder {self.name}: the stem takes 0 to {len(stages) - 1} of its stages, got {self.stem}"
             )
         return stages
 

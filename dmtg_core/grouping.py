@@ -1,4 +1,4 @@
-"""Which task goes with which: `GroupGate`, the learnable Categorical distribution, and `Grouping`, its hard result."""
+"""Which task goes with which: `GroupGate`, the learnable distribution, and `Grouping`, its hard result."""
 
 from __future__ import annotations
 
@@ -208,7 +208,9 @@ class Grouping:
 
     def to_json(self) -> str:
         """Readable JSON with the tasks in order, the groups and the name."""
-        return json.dumps({"name": self.name, "tasks": list(self.tasks), "groups": self.to_dict()}, indent=2) + "\n"
+        return (
+            json.dumps({"name": self.name, "tasks": list(self.tasks), "groups": self.to_dict()}, indent=2) + "\n"
+        )
 
     @property
     def assignment(self) -> list[int]:

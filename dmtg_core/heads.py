@@ -83,7 +83,8 @@ class HeadBank(nn.Module):
                 continue
             device = self.weights[key].device
             rows = torch.cat(
-                [torch.arange(self.rows(k, t).start, self.rows(k, t).stop) for t in stay] or [torch.empty(0).long()]
+                [torch.arange(self.rows(k, t).start, self.rows(k, t).stop) for t in stay]
+                or [torch.empty(0).long()]
             ).to(device)
             if not stay:
                 del self.weights[key], self.biases[key], self.kept[k]
@@ -104,32 +105,37 @@ class HeadBank(nn.Module):
 
 
 class DenseDecoder(nn.Module):
-    """Feature map to a map of the input's size: a convolution, then upsampling by two with one each.
+    """Feature map to a map of the input's size, doubling the resolution by sub-pixel convolutions.
+
+    Shi et al. 2016: a convolution gives four times the channels, which become a map of twice the size, so that
+    all computing is done at the lower resolution. The step is cheap where many decoders are trained at once.
 
     Args:
         features: Channels of the feature map.
         channels: Channels of the output.
-        stride: Input pixels a feature pixel spans.
-        width: Channels of the first convolution, halved with the resolution's doubling down to 16.
+        stride: Input pixels a feature pixel spans, a power of two.
+        width: Channels of the first convolution, halved with every doubling down to 16.
     """
 
     def __init__(self, features: int, channels: int, stride: int, width: int = 64) -> None:
         super().__init__()
-        layers: list[nn.Module] = [_conv(features, width)]
-        for _ in range(int(math.log2(stride))):
+        layers: list[nn.Module] = [nn.Conv2d(features, width, 3, padding=1, bias=False), *_activated(width)]
+        doublings = int(math.log2(stride))
+        for _ in range(doublings - 1):
             narrower = max(width // 2, 16)
-            layers += [nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False), _conv(width, narrower)]
+            layers += [nn.Conv2d(width, 4 * narrower, 3, padding=1, bias=False), *_activated(4 * narrower)]
+            layers.append(nn.PixelShuffle(2))
             width = narrower
-        self.body = nn.Sequential(*layers)
-        self.out = nn.Conv2d(width, channels, 1)
+        last = nn.Conv2d(width, channels * (4 if doublings else 1), 3, padding=1)
+        self.body = nn.Sequential(*layers, last, *([nn.PixelShuffle(2)] if doublings else []))
 
     def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
         """`(B, F, h, w)` to `(B, C, *size)`."""
-        out: Tensor = self.out(self.body(features))
+        out: Tensor = self.body(features)
         if out.shape[2:] != size:  # an input that the stride does not divide
             out = nn.functional.interpolate(out, size=size, mode="bilinear", align_corners=False)
         return out
 
 
-def _conv(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+def _activated(channels: int) -> list[nn.Module]:
+    return [nn.BatchNorm2d(channels), nn.ReLU()]

@@ -45,39 +45,37 @@ def masked_elementwise(loss: str, output: Tensor, target: Tensor) -> Tensor:
 
 
 def shifted_l1(output: Tensor, target: Tensor) -> Tensor:
-    """L1 against the best of the nine one-pixel shifts of the output, pixel by pixel.
+    """L1 against the best of the nine one-pixel shifts of each whole output image, summed over its pixels.
 
-    The "rotate loss" of Standley et al. (2020) for depth and normals: labels rendered from a mesh are up to a
-    pixel off the image. The border pixel has no full neighbourhood and is left out.
+    The "rotate loss" of Standley et al. (2020) for depth and normals: labels rendered from a mesh can be a pixel
+    off the photograph. The shift is chosen for an image, as they do; chosen for each pixel it would reward
+    outputs that alternate between guesses. The border has no full neighbourhood and is left out.
 
     Args:
         output, target: `(B, C, H, W)`; NaN in the target is not annotated.
 
     Returns:
-        `(B, C, H-2, W-2)`; the shift is chosen for all channels of a pixel together.
+        `(B,)`, to be divided by the annotated values inside the border.
     """
     height, width = target.shape[2:]
     inner = target[:, :, 1:-1, 1:-1]
     known = ~inner.isnan()
     inner = inner.nan_to_num(0.0)
-    best: Tensor | None = None
-    for dy in range(3):
-        for dx in range(3):
-            error = (output[:, :, dy : height - 2 + dy, dx : width - 2 + dx] - inner).abs() * known
-            total = error.sum(1, keepdim=True)
-            best = total if best is None else torch.minimum(best, total)
-    assert best is not None
-    # spread over the annotated channels, so that sums and counts agree with plain L1
-    return best * known / known.sum(1, keepdim=True).clamp_min(1)
+    sums = [
+        ((output[:, :, dy : height - 2 + dy, dx : width - 2 + dx] - inner).abs() * known).flatten(1).sum(1)
+        for dy in range(3)
+        for dx in range(3)
+    ]
+    return torch.stack(sums).amin(0)
 
 
 def dense_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
     """Sum over the annotated pixels of each sample, `(B,)`, of one dense output `(B, C, H, W)`."""
     output = output.float()
+    if task.loss == "l1_shift":
+        return shifted_l1(output, target)
     if task.kind == "dense_classification":
         loss = F.cross_entropy(output, target, ignore_index=task.ignore_index, reduction="none")
-    elif task.loss == "l1_shift":
-        loss = shifted_l1(output, target)
     else:
         loss = masked_elementwise(task.loss, output, target)
     return loss.flatten(1).sum(1)

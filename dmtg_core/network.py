@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dmtg_core.encoders import EncoderSpec, build_encoder, seeded
-from dmtg_core.grouping import Grouping, GroupGate
+from dmtg_core.grouping import GroupGate, Grouping
 from dmtg_core.heads import DenseDecoder, HeadBank
 from dmtg_core.tasks import InputSpec, Task, check_names
 
@@ -30,7 +30,7 @@ class NetworkSpec:
         groups: K, the number of branches; more than N is legal.
         decoder_width: Channels of the dense decoders.
         sampling, initial, initial_scale: Options of `GroupGate`.
-        rescale_gradients: Scale gradients by 1/√N between heads and branches and by 1/√K between branches and stem.
+        rescale_gradients: Scale gradients by 1/√N from heads to branches and by 1/√K from branches to stem.
         seed: Seed of the initial weights.
     """
 
@@ -52,8 +52,16 @@ class NetworkSpec:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` reads it back."""
         plain = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ("input", "tasks", "encoder")}
-        encoder = {"name": self.encoder.name, "stem": self.encoder.stem, "options": dict(self.encoder.options or {})}
-        return {"input": self.input.to_dict(), "tasks": [t.to_dict() for t in self.tasks], "encoder": encoder} | plain
+        encoder = {
+            "name": self.encoder.name,
+            "stem": self.encoder.stem,
+            "options": dict(self.encoder.options or {}),
+        }
+        return {
+            "input": self.input.to_dict(),
+            "tasks": [t.to_dict() for t in self.tasks],
+            "encoder": encoder,
+        } | plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NetworkSpec:
@@ -79,6 +87,7 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std), persistent=False)
 
     def forward(self, raw: Tensor) -> Tensor:
+        """Normalise, or raise ValueError when `raw` is not of the stored shape."""
         if raw.shape[1:] != self.spec.shape:
             wanted = ", ".join(map(str, self.spec.shape))
             raise ValueError(f"expected input of shape (B, {wanted}), got {tuple(raw.shape)}")
@@ -134,7 +143,9 @@ class GroupingNetwork(nn.Module):
         self.branches = nn.ModuleDict({str(k): branch for k, branch in enumerate(branches)})
         dense = [task for task in spec.tasks if task.dense]
         if dense and not features.stride:
-            raise ValueError(f"task {dense[0].name!r} is dense, but encoder {spec.encoder.name} gives no feature map")
+            raise ValueError(
+                f"task {dense[0].name!r} is dense, but encoder {spec.encoder.name} gives no feature map"
+            )
         with seeded(spec.seed + 1):
             self.bank = HeadBank([t for t in spec.tasks if not t.dense], features.channels, spec.groups)
             self.decoders = nn.ModuleDict(
@@ -168,7 +179,9 @@ class GroupingNetwork(nn.Module):
         """Every live head on stored input `(B, …)`."""
         features = self.features(raw)
         rows = self.bank({k: pooled(f) for k, f in features.items()}) if self.bank.kept else raw.new_zeros(0)
-        dense = {_pair(key): decoder(features[_pair(key)[0]], raw.shape[1:3]) for key, decoder in self.decoders.items()}
+        dense = {
+            _pair(key): decoder(features[_pair(key)[0]], raw.shape[1:3]) for key, decoder in self.decoders.items()
+        }
         return PairOutputs(rows, dense)
 
     def forward(self, raw: Tensor) -> dict[str, Tensor]:

@@ -36,7 +36,9 @@ class TemperatureSchedule:
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
-            raise ValueError(f"unknown temperature schedule {self.family!r}, expected one of {', '.join(FAMILIES)}")
+            raise ValueError(
+                f"unknown temperature schedule {self.family!r}, expected one of {', '.join(FAMILIES)}"
+            )
         if not (self.start > 0 and self.end > 0):
             raise ValueError(f"temperatures must be positive, got start={self.start}, end={self.end}")
         if not 0 <= self.warmup < 1:

@@ -89,7 +89,9 @@ class Task:
 
     def _check_numbers(self) -> None:
         if self.kind in CLASS_KINDS and self.channels < 2:
-            raise ValueError(f"task {self.name!r}: a {self.kind} task needs at least 2 classes, got {self.channels}")
+            raise ValueError(
+                f"task {self.name!r}: a {self.kind} task needs at least 2 classes, got {self.channels}"
+            )
         if self.kind == "binary" and self.channels != 1:
             raise ValueError(f"task {self.name!r}: a binary task has 1 channel, got {self.channels}")
         if self.channels < 1:
@@ -102,9 +104,7 @@ class Task:
         if any(s <= 0 for s in self.scale):
             raise ValueError(f"task {self.name!r}: scale must be positive, got {self.scale}")
         if self.labels and self.kind in CLASS_KINDS and len(self.labels) != self.channels:
-            raise ValueError(
-                f"task {self.name!r}: {len(self.labels)} class names for {self.channels} classes"
-            )
+            raise ValueError(f"task {self.name!r}: {len(self.labels)} class names for {self.channels} classes")
         if self.metric in ("within_30", "mean_angle") and self.channels != 3:
             raise ValueError(f"task {self.name!r}: metric {self.metric} needs 3 channels, got {self.channels}")
 

@@ -221,8 +221,8 @@ class TrainState:
         followed = self.network.keep(alive)
         self.optimizer = build_optimizer(self.network, settings)
         for name, parameter in self.network.named_parameters():
-            old, rows = followed.get(cast(nn.Parameter, parameter), (None, None))
-            held = before.get(name if old is None else old_names[old], {})
+            old, rows = followed.get(parameter, (parameter, None))
+            held = before.get(old_names.get(old, name), {})
             for key, value in held.items():
                 moved = value[rows].clone() if rows is not None and value.dim() else value
                 self.optimizer.state[parameter][key] = moved
@@ -243,7 +243,7 @@ def build_optimizer(network: GroupingNetwork, settings: TrainSettings) -> torch.
     if settings.optimizer == "sgd":
         options["momentum"] = 0.9
     optimizer = OPTIMIZERS[settings.optimizer](groups, **options)
-    cast(Any, optimizer).grad_scale = None
+    cast("Any", optimizer).grad_scale = None
     return optimizer
 
 
@@ -276,7 +276,7 @@ def train_step(
         This worker's share of each task's loss `(N,)`, and 1 where the step was refused because loss or
         gradient were not finite, else 0.
     """
-    loss_module = cast(WeighedLoss, getattr(module, "module", module))
+    loss_module = cast("WeighedLoss", getattr(module, "module", module))
     counts = context.sum(label_counts(loss_module.network.tasks, batch.targets)).clamp_min(1)
     # data-parallel training averages gradients over workers, and what is wanted is their sum
     loss, by_task = module(batch, temperature, noise, counts / context.world_size)
@@ -287,7 +287,7 @@ def train_step(
     if settings.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(list(loss_module.parameters()), settings.clip_norm, norm)
     refused = context.sum((~torch.isfinite(loss.detach() + norm)).float()).clamp_max(1)
-    cast(Any, optimizer).found_inf = refused
+    cast("Any", optimizer).found_inf = refused
     optimizer.step()
     return by_task / context.world_size, refused
 
@@ -304,7 +304,7 @@ def evaluate(
     context = context or LocalContext()
     was_training = network.training
     network.eval()
-    sums = MetricSums(cast(Any, network).tasks)
+    sums = MetricSums(cast("Any", network).tasks)
     for batch in data.evaluate(split, batch_size):
         sums.update(network(batch.inputs), batch.targets)
     sums.reduce(context.sum)
@@ -402,7 +402,7 @@ def _train_epoch(
             break
     losses = (context.sum(totals) / steps).tolist()  # the epoch's one look at the device
     if float(refused):
-        raise _non_finite(state, losses, int(refused), context)
+        raise _non_finite(state, losses, int(refused))
     seconds = time.perf_counter() - started
     return {
         "train_loss": dict(zip((t.name for t in state.network.tasks), losses, strict=True)),
@@ -413,14 +413,12 @@ def _train_epoch(
     }
 
 
-def _non_finite(state: TrainState, losses: list[float], refused: int, context: TrainContext) -> NonFiniteLossError:
-    names = [
-        task.name for task, loss in zip(state.network.tasks, losses, strict=True) if not math.isfinite(loss)
-    ]
+def _non_finite(state: TrainState, losses: list[float], refused: int) -> NonFiniteLossError:
+    names = [task.name for task, loss in zip(state.network.tasks, losses, strict=True) if not math.isfinite(loss)]
     culprits = ", ".join(names) if names else "a gradient, while all losses were finite"
     return NonFiniteLossError(
-        f"the loss became NaN or infinite in epoch {state.epoch + 1} ({culprits}); {refused} steps were refused and "
-        "the weights are those of the last good step: lower train.learning_rate, or set train.clip_norm to 1"
+        f"the loss became NaN or infinite in epoch {state.epoch + 1} ({culprits}); {refused} steps were refused "
+        "and the weights are those of the last good step: lower train.learning_rate, or set train.clip_norm=1"
     )
 
 

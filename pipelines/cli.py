@@ -19,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Learn which prediction tasks should share an encoder, and train one model per group.",
-    epilog="Configuration: -c takes a YAML file or the name of a recipe that ships; section.key=value words change it.",
+    epilog="-c takes a YAML file or the name of a recipe that ships; section.key=value words change it.",
 )
 models_app = typer.Typer(no_args_is_help=True, help="Look into the model registry.")
 

@@ -240,7 +240,7 @@ def load_config(path: str, words: Sequence[str] = (), ray_config: str = "") -> C
     """The configuration of a YAML file (or of a recipe by its name) with `section.key=value` words laid over it.
 
     Args:
-        ray_config: File with the `ray` section; by default `ray_config.yaml` in the current folder if there is one.
+        ray_config: File with the `ray` section; by default `ray_config.yaml` in the current folder, if any.
 
     Raises:
         UserError: For a file that is missing or not YAML, a word without "=", and any wrong key or value.

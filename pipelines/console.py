@@ -38,11 +38,12 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
     """
     started = time.monotonic()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pipelines").setLevel(logging.INFO)
     outcome: dict[str, Any] = {"command": command, "status": "failed"}
     try:
         outcome |= {"status": "done"} | body()
         code = 0 if outcome["status"] == "done" else FAILED
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the one place where errors become exit codes
+    except (Exception, KeyboardInterrupt) as error:
         code, outcome["error"] = _explain(command, error)
         if debug:
             raise

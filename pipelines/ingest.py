@@ -242,4 +242,4 @@ class StreamData:
 
 def _shuffled(tables: Sequence[pa.Table], rng: np.random.Generator) -> pa.Table:
     joined = pa.concat_tables(tables)
-    return cast(pa.Table, joined.take(rng.permutation(joined.num_rows)))
+    return cast("pa.Table", joined.take(rng.permutation(joined.num_rows)))

@@ -126,7 +126,7 @@ def read_manifest(folder: Location) -> Manifest:
     values = file.read_json()
     if values.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
-            f"the manifest has schema version {values.get('schema_version')!r}, this version reads {SCHEMA_VERSION}",
+            f"the manifest has schema {values.get('schema_version')!r}, this version reads {SCHEMA_VERSION}",
             where=str(file),
             remedy="make the shards again with dmtg shard",
         )
@@ -134,7 +134,7 @@ def read_manifest(folder: Location) -> Manifest:
 
 
 def broken_shards(folder: Location, manifest: Manifest, *, checksums: bool) -> list[str]:
-    """What is wrong with the files, one line each: missing, of another size or, if asked, of another checksum."""
+    """What is wrong with the files, a line each: missing, of another size or, if asked, checksum."""
     shards = [shard for split in manifest.shards.values() for shard in split]
     with ThreadPoolExecutor(8) as pool:  # reading and hashing both release the interpreter
         found = pool.map(lambda shard: _broken(folder, shard, checksums), shards)

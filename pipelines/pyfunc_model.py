@@ -16,7 +16,7 @@ from mlflow.models import set_model
 from dmtg_core.checkpoint import load_model
 
 
-class GroupPredictor(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+class GroupPredictor(mlflow.pyfunc.PythonModel):
     """Stored input in, decoded predictions out: a dictionary of arrays, one a task.
 
     The artifact "groups" is a folder with a sub-folder for each group: one for a group's own model, all of them
@@ -29,7 +29,7 @@ class GroupPredictor(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.models = [load_model(folder) for folder in folders]
 
     # MLflow reads annotations here as a schema of its own; the signature in the registry is the schema
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ARG002
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
         """Predict.
 
         Args:

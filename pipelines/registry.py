@@ -124,7 +124,7 @@ def _signature(models: Mapping[str, GroupModel], example: np.ndarray) -> Any:
 
 
 def list_models(section: TrackSection, name: str = "") -> list[dict[str, Any]]:
-    """Latest version of every registered model (of those whose name starts with `name`): what `models list` shows."""
+    """Newest version of every registered model whose name starts with `name`."""
     client = connect(section)
     found = []
     for model in client.search_registered_models():

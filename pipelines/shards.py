@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -65,6 +66,7 @@ def shard(config: Config, progress: Callable[[str], None] = log.info) -> ShardRe
         )
     folder = locate(config.data.shards)
     folder.check_writable()
+    progress(f"listing the samples of {config.source.root}")
     source = build_source(config.source.kind, config.source.root, config.source.options)
     entries = source.entries()
     description = source.describe()
@@ -78,7 +80,7 @@ def shard(config: Config, progress: Callable[[str], None] = log.info) -> ShardRe
         else:
             parts[plan.file] = part
     progress(f"{len(entries)} samples, {len(plans)} shards: {len(parts)} are there, {len(todo)} to make")
-    for done, part in enumerate(_run(source, description, todo, folder, config.data), start=1):
+    for done, part in enumerate(_run(source, description, todo, folder, config), start=1):
         parts[part["shard"]["file"]] = part
         progress(f"shard {done}/{len(todo)}: {part['shard']['file']}, {part['shard']['rows']} samples")
     manifest = _finish(folder, description, [parts[plan.file] for plan in plans], config)
@@ -136,7 +138,7 @@ def finished_part(folder: Location, plan: ShardPlan) -> dict[str, Any] | None:
 
 
 def _run(
-    source: Source, description: Description, plans: Sequence[ShardPlan], folder: Location, data: DataSection
+    source: Source, description: Description, plans: Sequence[ShardPlan], folder: Location, config: Config
 ) -> Iterator[dict[str, Any]]:
     """Write the shards as Ray Data tasks; what each of them holds, as they finish."""
     if not plans:
@@ -145,10 +147,10 @@ def _run(
 
     def make(row: dict[str, Any]) -> dict[str, Any]:
         plan = pickle.loads(row["plan"])  # noqa: S301 - written a few lines below by this very job
-        return {"part": json.dumps(write_shard(source, description, plan, folder, data.compression))}
+        return {"part": json.dumps(write_shard(source, description, plan, folder, config.data.compression))}
 
     dataset = ray.data.from_items([{"plan": pickle.dumps(plan)} for plan in plans], override_num_blocks=len(plans))
-    for row in dataset.map(make).iter_rows():
+    for row in dataset.map(make, concurrency=math.ceil(config.ray.data_cpus)).iter_rows():
         yield json.loads(row["part"])
 
 

@@ -109,20 +109,24 @@ class Location:
                 f"not a JSON file: {error}", where=str(self), remedy="restore the file or make it again"
             ) from error
 
-    def write_bytes(self, data: bytes) -> None:
+    def write_bytes(self, data: bytes, *, sync: bool = True) -> None:
         """Write the file whole or not at all: a reader never sees a part of it.
+
+        Args:
+            data: What to write.
+            sync: Wait until it is on the disk, so that it outlasts a power failure.
 
         Raises:
             UserError: When the place cannot be written to.
         """
         try:
-            self._write(data)
+            self._write(data, sync)
         except OSError as error:
             raise UserError(
                 f"cannot write: {_first_line(error)}", where=str(self), remedy=_remedy(self)
             ) from error
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes, sync: bool) -> None:
         if self.local is None:  # an object store shows an object only when it is whole
             with self.filesystem.open_output_stream(self.path) as file:
                 file.write(data)
@@ -132,8 +136,9 @@ class Location:
         try:
             with part.open("wb") as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
             part.replace(self.local)
         finally:
             part.unlink(missing_ok=True)

@@ -76,8 +76,7 @@ class MlflowTracker:
 
     def _describe(self, config: Config, manifest: Manifest) -> None:
         import mlflow.data
-        from mlflow.data.meta_dataset import MetaDataset
-        from mlflow.entities import DatasetInput, InputTag, Param
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
         flat = _flatten(config.model_dump(mode="json", exclude={"ray"}))
         self.client.log_batch(self.run_id, params=[Param(k, str(v)[:5000]) for k, v in flat.items()])
@@ -85,10 +84,13 @@ class MlflowTracker:
         with warnings.catch_warnings():  # a local path is a path to several of MLflow's kinds; any will do
             warnings.simplefilter("ignore", UserWarning)
             source = mlflow.data.dataset_source_registry.resolve_dataset_source(config.data.shards)
-        dataset = MetaDataset(source, name=config.name, digest=manifest.digest())
-        self.client.log_inputs(
-            self.run_id, [DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])]
+        entity = Dataset(
+            config.name,
+            manifest.digest(),
+            source_type=source._get_source_type(),  # noqa: SLF001 - the public way is bound to the active run
+            source=source.to_json(),
         )
+        self.client.log_inputs(self.run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
 
     def record(self, record: Mapping[str, Any]) -> None:
         """One batch of metrics: `<stage>/<task>/<metric>` and the gate's probabilities."""

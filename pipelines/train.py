@@ -1,10 +1,9 @@
-"""`dmtg train`: everything is checked, then shards, Ray Train, results, registry and report, each step resumable."""
+"""`dmtg train`: checks, shards, Ray Train, registry and report, each step taken up where a call before left it."""
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -64,10 +65,10 @@ class RayContext:
         """On the device, under DDP when there are several workers."""
         import ray.train.torch
 
-        # running statistics are averaged once an epoch, not broadcast at every step
-        prepared: nn.Module = ray.train.torch.prepare_model(
-            module, parallel_strategy_kwargs={"broadcast_buffers": False}
-        )
+        # running statistics are averaged once an epoch, not sent around at every step
+        accepted = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        option = "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
+        prepared: nn.Module = ray.train.torch.prepare_model(module, parallel_strategy_kwargs={option: False})
         return prepared
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def page(run: Location) -> str:
 
 
 def task_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each task: group, headline metric, its value, naive MTL's, and the change of the error in per cent."""
+    """A row a task: group, headline metric, its value, naive MTL's, and by how many per cent the error fell."""
     group_of = {task: name for name, tasks in result["grouping"].items() for task in tasks}
     rows = []
     for task, found in result["metrics"].items():
@@ -93,6 +93,6 @@ def verdict(result: dict[str, Any]) -> str:
         return f"{groups}."
     direction = "lower" if gain >= 0 else "higher"
     return (
-        f"{groups}. Against one shared encoder (naive MTL) the mean error on {result['split']} is {abs(gain):.1f} % "
-        f"{direction} in this one run, which says nothing yet about how it varies with the seed."
+        f"{groups}. Against one shared encoder (naive MTL) the mean error on {result['split']} is "
+        f"{abs(gain):.1f} % {direction} in this one run, which says nothing yet about how it varies with the seed."
     )

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by every common form of colour vision
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#666666")
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -96,7 +96,7 @@ def _gate_panel(axes: Axes, records: Sequence[Mapping[str, Any]], n: int) -> Non
 
 
 def _stretches(records: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    """Runs of records that belong together: a new start begins a new line, fine-tuning goes on with the chosen one."""
+    """Runs of records of one stage: each begins a line of its own."""
     edges = [i for i, r in enumerate(records) if i == 0 or records[i - 1]["stage"] != r["stage"]]
     return list(zip(edges, [*edges[1:], len(records)], strict=True))
 

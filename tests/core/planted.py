@@ -23,7 +23,9 @@ def planted(seed: int, *, tasks: int = 9, groups: int = 3, features: int = 16, r
     splits = {
         split: Arrays(x[part], {name: y[part] for name, y in labels.items()}, {})
         for split, part in (
-            ("train", slice(0, cut[0])), ("val", slice(cut[0], cut[1])), ("test", slice(cut[1], None))
+            ("train", slice(0, cut[0])),
+            ("val", slice(cut[0], cut[1])),
+            ("test", slice(cut[1], None)),
         )
     }
     spec = InputSpec("features", (features,))

@@ -1,0 +1,67 @@
+"""Two training processes on one machine: a minimal data-parallel context, and what each process runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dmtg_core import GroupingNetwork, NetworkSpec, TemperatureSchedule, TrainSettings, fit
+from dmtg_core.checkpoint import save_network
+from tests.core import samples
+
+SETTINGS = TrainSettings(
+    epochs=4, search_share=0.5, batch_size=16, optimizer="sgd", learning_rate=0.05, gate_learning_rate=1.0,
+    clip_norm=2.0, entropy_weight=0.01, prune_threshold=0.3, temperature=TemperatureSchedule("cosine", 2.5, 0.5),
+)  # fmt: skip
+ROWS, MISSING = 90, 0.4
+
+
+def spec_for(sampling: str) -> NetworkSpec:
+    """A network without batch normalisation, whose gradients are the same however a batch is split."""
+    return replace(samples.mlp_spec(stem=1), sampling=sampling, initial="gaussian", initial_scale=1.0)
+
+
+class ProcessContext:
+    """A worker of a gloo group."""
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device("cpu")
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Wrapped for data-parallel training."""
+        return DistributedDataParallel(module)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all workers."""
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    def report(self, record: Mapping[str, Any], save: Any) -> None:
+        """Nothing is written."""
+
+    def latest(self) -> Path | None:
+        """Nothing was written."""
+        return None
+
+
+def work(rank: int, workers: int, folder: str, sampling: str) -> None:
+    """What one process runs: train its part, write what it holds at the end."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
+    spec = spec_for(sampling)
+    data = samples.data(spec.input, spec.tasks, ROWS, missing=MISSING, rank=rank, world_size=workers)
+    state = fit(GroupingNetwork(spec), data, SETTINGS, ProcessContext())
+    place = Path(folder) / f"rank_{rank}"
+    save_network(place, state.network)
+    (place / "history.json").write_text(json.dumps(state.history))
+    dist.destroy_process_group()

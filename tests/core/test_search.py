@@ -1,0 +1,225 @@
+"""The whole run: naive MTL, several starts, the best one fine-tuned; interrupted anywhere, it ends the same."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dmtg_core import (
+    ArrayData,
+    Arrays,
+    Grouping,
+    GroupingNetwork,
+    LocalContext,
+    NonFiniteLossError,
+    TemperatureSchedule,
+    TrainSettings,
+    evaluate,
+    fit,
+    search,
+)
+from tests.core import samples
+from tests.core.samples import SAMPLEWISE, assert_same_tensors, mlp_spec
+from tests.core.test_training import Interrupted, without_times
+
+SETTINGS = TrainSettings(
+    epochs=4, search_share=0.5, batch_size=16, learning_rate=2e-2, gate_learning_rate=0.3, prune_threshold=0.3,
+    temperature=TemperatureSchedule("linear", 2.5, 0.5),
+)  # fmt: skip
+SPEC = mlp_spec(initial="gaussian", initial_scale=1.0)
+STARTS = 2
+STAGES = [("naive_mtl", n) for n in (1, 2, 3, 4)]
+STAGES += [(f"start_{i}", n) for i in range(STARTS) for n in (1, 2)]
+STAGES += [("finetune", n) for n in (3, 4)]
+
+
+def local(folder=None, **options) -> LocalContext:
+    """A context on the CPU."""
+    return LocalContext(folder, device="cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def data() -> ArrayData:
+    return samples.data(SPEC.input, SPEC.tasks, missing=0.2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data):
+    """A search that ran through, with its records."""
+    records = []
+    result = search(SPEC, data, SETTINGS, starts=STARTS, context=local(on_record=records.append))
+    return result, records
+
+
+def assert_same_result(found, expected) -> None:
+    assert_same_tensors(samples.snapshot(found.network), samples.snapshot(expected.network))
+    assert found.grouping == expected.grouping
+    assert found.metrics == expected.metrics
+    assert found.baseline == expected.baseline
+    assert found.starts == expected.starts
+
+
+def test_stages_run_in_order_for_their_share_of_the_epochs(undisturbed):
+    _, records = undisturbed
+    assert [(record["stage"], record["epoch"]) for record in records] == STAGES
+
+
+def test_the_result_is_the_hard_network_with_its_metrics_on_every_split(undisturbed, data):
+    result, _ = undisturbed
+    assert result.grouping == result.network.grouping()
+    assert len(result.network.pairs) == len(SPEC.tasks)
+    assert not result.network.training
+    assert result.metrics.keys() == result.baseline.keys() == {"val", "test"}
+    for split, expected in result.metrics.items():
+        assert evaluate(result.network, data, split, context=local()) == expected
+    assert set(result.metrics["test"]) == {task.name for task in SPEC.tasks}
+
+
+def test_the_start_with_the_best_validation_goes_on(undisturbed):
+    result, _ = undisturbed
+    scores = [start["score"] for start in result.starts]
+    assert [start["stage"] for start in result.starts] == ["start_0", "start_1"]
+    assert len(set(scores)) == 2
+    best = min(result.starts, key=lambda start: start["score"])
+    assert Grouping.from_dict(best["grouping"], result.grouping.tasks) == result.grouping
+
+
+def test_starts_differ_in_their_seeds(undisturbed, data):
+    _, records = undisturbed
+    firsts = [r for r in records if r["stage"].startswith("start_") and r["epoch"] == 1]
+    assert firsts[0]["train_loss"] != firsts[1]["train_loss"]
+    alone = []
+    spec, settings = replace(SPEC, seed=SPEC.seed + 1), replace(SETTINGS, seed=SETTINGS.seed + 1)
+    search(spec, data, settings, baseline=False, context=local(on_record=alone.append))
+    second = [r for r in records if r["stage"] == "start_1"]
+    for here, there in zip(second, alone[:2], strict=True):
+        assert without_times([here | {"stage": ""}]) == without_times([there | {"stage": ""}])
+
+
+def test_one_start_without_a_baseline_is_a_plain_run(data):
+    result = search(SPEC, data, SETTINGS, baseline=False, context=local())
+    state = fit(GroupingNetwork(SPEC), data, SETTINGS, local())
+    assert result.baseline == {}
+    assert len(result.starts) == 1
+    assert_same_tensors(samples.snapshot(result.network), samples.snapshot(state.network))
+
+
+def test_the_baseline_is_one_branch_trained_for_all_epochs(undisturbed, data):
+    result, records = undisturbed
+    naive = fit(GroupingNetwork(replace(SPEC, groups=1, sampling="fixed")), data, SETTINGS, local())
+    assert evaluate(naive.network, data, "test", context=local()) == result.baseline["test"]
+    assert [r["heads"] for r in records if r["stage"] == "naive_mtl"] == [len(SPEC.tasks)] * 4
+
+
+@pytest.mark.parametrize(("stage", "epoch"), STAGES)
+def test_a_search_killed_in_any_stage_ends_like_one_that_was_not(tmp_path, data, undisturbed, stage, epoch):
+    expected, records = undisturbed
+
+    def kill(record):
+        if (record["stage"], record["epoch"]) == (stage, epoch):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        search(SPEC, data, SETTINGS, starts=STARTS, context=local(tmp_path, on_record=kill))
+    rest = []
+    found = search(SPEC, data, SETTINGS, starts=STARTS, context=local(tmp_path, on_record=rest.append))
+    assert_same_result(found, expected)
+    assert without_times(rest) == without_times(records[STAGES.index((stage, epoch)) :])
+
+
+def test_a_search_killed_at_every_epoch_in_turn_ends_like_one_that_was_not(tmp_path, data, undisturbed):
+    seen: Counter = Counter()
+
+    def kill_once(record):
+        seen[record["stage"], record["epoch"]] += 1
+        if seen[record["stage"], record["epoch"]] == 1:
+            raise Interrupted
+
+    result = None
+    for _ in range(len(STAGES) + 1):
+        try:
+            result = search(SPEC, data, SETTINGS, starts=STARTS, context=local(tmp_path, on_record=kill_once))
+        except Interrupted:
+            continue
+    assert result is not None
+    assert_same_result(result, undisturbed[0])
+    assert set(seen.values()) == {2}
+
+
+def test_a_finished_search_is_taken_up_without_training(tmp_path, data, undisturbed):
+    search(SPEC, data, SETTINGS, starts=STARTS, context=local(tmp_path))
+    context = local(tmp_path, on_record=lambda _: pytest.fail("trained"))
+    assert_same_result(search(SPEC, data, SETTINGS, starts=STARTS, context=context), undisturbed[0])
+
+
+def test_a_search_over_all_epochs_ends_with_hard_groups(data):
+    settings = replace(SETTINGS, search_share=1.0, prune_threshold=0.0)
+    result = search(SPEC, data, settings, starts=2, context=local())
+    assert len(result.network.pairs) == len(SPEC.tasks)
+    assert result.grouping == result.network.grouping()
+
+
+def test_choices_use_validation_and_nothing_of_the_test_split(data, undisturbed):
+    test = data.splits["test"]
+    shuffled = Arrays(test.inputs[::-1].copy(), {n: y.copy() for n, y in test.labels.items()}, test.present)
+    other = ArrayData({**data.splits, "test": shuffled}, SPEC.tasks)
+    found = search(SPEC, other, SETTINGS, starts=STARTS, context=local())
+    expected, _ = undisturbed
+    assert_same_tensors(samples.snapshot(found.network), samples.snapshot(expected.network))
+    assert found.metrics["val"] == expected.metrics["val"]
+    assert found.metrics["test"] != expected.metrics["test"]
+
+
+def test_only_the_splits_asked_for_are_evaluated(data):
+    splits = {name: data.splits[name] for name in ("train", "val")}
+    result = search(SPEC, ArrayData(splits, SPEC.tasks), SETTINGS, splits=("val",), context=local())
+    assert result.metrics.keys() == {"val"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_search_and_names_its_task():
+    data = samples.data(SPEC.input, SPEC.tasks)
+    data.splits["train"].labels["age"][3] = np.inf
+    with pytest.raises(NonFiniteLossError, match="age"):
+        search(SPEC, data, SETTINGS, context=local())
+
+
+def test_a_search_needs_a_start(data):
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        search(SPEC, data, SETTINGS, starts=0)
+
+
+def test_a_checkpoint_that_lost_a_file_is_refused_by_its_name(tmp_path, data):
+    search(SPEC, data, SETTINGS, starts=STARTS, context=local(tmp_path))
+    (local(tmp_path).latest() / "search.json").unlink()
+    with pytest.raises(ValueError, match=r"search\.json"):
+        search(SPEC, data, SETTINGS, starts=STARTS, context=local(tmp_path))
+
+
+def test_a_search_of_images_with_dense_tasks_resumes_too(tmp_path):
+    spec = samples.image_spec(samples.ONE_OF_EACH, groups=2)
+    data = samples.data(spec.input, spec.tasks, 12)
+    settings = replace(SETTINGS, batch_size=6)
+    expected = search(spec, data, settings, baseline=False, context=local())
+
+    def kill(record):
+        if record["epoch"] == 3:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        search(spec, data, settings, baseline=False, context=local(tmp_path, on_record=kill))
+    assert_same_result(search(spec, data, settings, baseline=False, context=local(tmp_path)), expected)
+    torch.manual_seed(0)
+    inputs = samples.batch(spec.input, spec.tasks).inputs
+    with torch.no_grad():
+        hard = expected.network(inputs)
+        for model in expected.network.specialise().values():
+            assert all(torch.equal(value, hard[name]) for name, value in model(inputs).items())
+
+
+def test_more_groups_than_tasks_can_be_searched():
+    spec = mlp_spec(SAMPLEWISE[:2], groups=4)
+    data = samples.data(spec.input, spec.tasks, 24)
+    result = search(spec, data, SETTINGS, context=local())
+    assert 1 <= len(result.grouping.groups) <= 2

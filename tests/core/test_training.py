@@ -1,0 +1,747 @@
+"""Training: one step, refused steps, pruning, learning rates, and runs that are put down and taken up again."""
+
+import math
+import multiprocessing
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dmtg_core import (
+    ArrayData,
+    Arrays,
+    EncoderSpec,
+    GroupingNetwork,
+    InputSpec,
+    LocalContext,
+    NetworkSpec,
+    NonFiniteLossError,
+    Task,
+    TemperatureSchedule,
+    TrainSettings,
+    TrainState,
+    evaluate,
+    fit,
+)
+from dmtg_core.checkpoint import load_network, read_json
+from dmtg_core.losses import label_counts, sample_loss
+from dmtg_core.training import LR_SCHEDULES, WeighedLoss, build_optimizer, score_of, step_noise, train_step
+from tests.core import parallel, samples
+from tests.core.samples import MIXED, SAMPLEWISE, assert_same_tensors, decided, image_spec, mlp_spec
+from tests.core.test_checkpoint import moments
+from tests.core.test_network import pair_outputs
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+TIMES = ("seconds", "samples_per_second")
+
+
+def local(folder=None, **options) -> LocalContext:
+    """A context on the CPU."""
+    return LocalContext(folder, device="cpu", **options)
+
+
+def run_step(state: TrainState, settings: TrainSettings, batch, *, step: int = 0, temperature: float = 1.0):
+    """One update of a state; losses by task, and whether it was refused."""
+    module = WeighedLoss(state.network, settings.entropy_weight, settings.precision).train()
+    noise = step_noise(state.network, settings, step, 0, len(batch.inputs))
+    return train_step(module, state.optimizer, batch, noise, temperature, settings, local())
+
+
+def fresh(spec: NetworkSpec, settings: TrainSettings) -> TrainState:
+    """A state at the beginning of a run."""
+    return TrainState.fresh(GroupingNetwork(spec), settings)
+
+
+def without_times(history):
+    """Records without what a clock says."""
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in history]
+
+
+# --- the loss of a step
+
+
+@pytest.mark.parametrize("sampling", ["gumbel", "gumbel_per_sample", "softmax", "straight_through", "fixed"])
+def test_the_loss_is_the_gated_sum_of_mean_losses_by_the_formula(sampling):
+    spec = image_spec(sampling=sampling, initial="gaussian", initial_scale=1.0)
+    network = GroupingNetwork(spec).eval()
+    batch = samples.batch(spec.input, spec.tasks, 6, missing=0.3)
+    counts = label_counts(spec.tasks, batch.targets).clamp_min(1)
+    noise = step_noise(network, TrainSettings(), 3, 0, 6)
+    with torch.no_grad():
+        loss, by_task = WeighedLoss(network, entropy_weight=0.7).eval()(batch, 0.9, noise, counts)
+        gate = network.gate(0.9, noise)  # (N, K) or (B, N, K)
+        outputs = pair_outputs(network, network.forward_pairs(batch.inputs))
+        expected = torch.zeros(len(spec.tasks))
+        for (k, n), output in outputs.items():
+            task = spec.tasks[n]
+            each = sample_loss(task, output, batch.targets[task.name])  # (B,)
+            expected[n] += (gate[..., n, k] * each).sum() / counts[n]
+        entropy = network.gate.entropy().mean()
+    torch.testing.assert_close(by_task, expected)
+    weights = torch.tensor([task.weight for task in spec.tasks])
+    torch.testing.assert_close(loss, (expected * weights).sum() + 0.7 * entropy)
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (2, 3), (1, 2.5)], ids=str)
+def test_task_weights_may_be_whole_numbers(weights):
+    tasks = [Task(name, "binary", weight=weight) for name, weight in zip("ab", weights, strict=True)]
+    spec, settings = mlp_spec(tasks), TrainSettings()
+    _, refused = run_step(fresh(spec, settings), settings, samples.batch(spec.input, tasks))
+    assert not refused
+
+
+def test_a_pruned_head_takes_no_part_in_the_step():
+    spec, settings = mlp_spec(), TrainSettings()
+    state = fresh(spec, settings)
+    decided(state.network, [1] * 10)
+    state.keep(state.network.gate.survivors(2.0), settings)
+    run_step(state, settings, samples.batch(spec.input, spec.tasks))
+    assert {name.split(".")[1] for name, _ in state.network.named_parameters() if name.startswith("branches")} == {
+        "1"
+    }
+    assert state.network.gate.logits.grad is None or (state.network.gate.logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_steps_on_one_batch_lower_its_loss(optimizer, precision):
+    spec = image_spec(MIXED[:6])
+    settings = TrainSettings(optimizer=optimizer, learning_rate=1e-2, precision=precision, clip_norm=1.0)
+    state = fresh(spec, settings)
+    batch = samples.batch(spec.input, spec.tasks, 8)
+    losses = [run_step(state, settings, batch, step=0)[0].sum().item() for _ in range(15)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(p.dtype == torch.float32 for p in state.network.parameters())
+
+
+def test_the_gradient_is_clipped_to_its_norm():
+    spec = mlp_spec()
+    batch = samples.batch(spec.input, spec.tasks)
+    norms = {}
+    for clip in (0.0, 0.5):
+        settings = TrainSettings(clip_norm=clip)
+        state = fresh(spec, settings)
+        run_step(state, settings, batch)
+        grads = [p.grad for p in state.network.parameters() if p.grad is not None]
+        norms[clip] = torch.nn.utils.get_total_norm(grads).item()
+    assert norms[0.0] > 1.0
+    assert norms[0.5] == pytest.approx(0.5, rel=1e-4)
+
+
+def test_weight_decay_leaves_the_gate_alone():
+    spec = mlp_spec(initial="gaussian")
+    settings = TrainSettings(optimizer="sgd", weight_decay=0.5, learning_rate=0.1)
+    state = fresh(spec, settings)
+    batch = samples.batch(spec.input, spec.tasks, missing=1.0)  # no label: the only pull is the decay
+    before = samples.snapshot(state.network)
+    run_step(state, settings, batch)
+    after = samples.snapshot(state.network)
+    assert torch.equal(after["gate.logits"], before["gate.logits"])
+    torch.testing.assert_close(after["bank.weights.0"], before["bank.weights.0"] * (1 - 0.1 * 0.5))
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(None, 0.25), (0.5, 0.5), (0.0, 0.0)])
+def test_the_gate_has_its_own_learning_rate(rate, expected):
+    settings = TrainSettings(learning_rate=0.25, gate_learning_rate=rate)
+    network = GroupingNetwork(mlp_spec())
+    weights, gate = build_optimizer(network, settings).param_groups
+    assert gate["params"] == [network.gate.logits]
+    assert (weights["lr"], gate["lr"]) == (0.25, expected)
+    assert len(weights["params"]) == len(list(network.parameters())) - 1
+
+
+# --- the host does not wait for the device
+
+
+SYNCS = {
+    "_local_scalar_dense", "item", "nonzero", "nonzero_static", "masked_select", "equal", "is_nonzero", "unique",
+    "_unique2", "unique_consecutive", "unique_dim", "allclose", "bincount", "argwhere", "repeat_interleave",
+}  # fmt: skip
+
+
+class HostSyncs(TorchDispatchMode):
+    """Counts the operations that make the host wait for a GPU, wherever they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        self.seen[name] += 1
+        by_mask = name.startswith("index") and any(
+            isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+            for part in args
+            if isinstance(part, list | tuple)
+            for index in part
+        )
+        if name in SYNCS or by_mask:
+            self.found[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def syncs(monkeypatch):
+    """The counter, which also sees what reads a CPU tensor past the dispatcher."""
+    counter = HostSyncs()
+    for name in ("tolist", "numpy", "cpu"):
+        plain = getattr(torch.Tensor, name)
+
+        def counted(tensor, *args, _plain=plain, _name=name, **kwargs):
+            counter.found[_name] += 1
+            return _plain(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    return counter
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda t: t.sum().item(), lambda t: float(t[0]), lambda t: bool(t[0] > 0), lambda t: t.tolist(),
+        lambda t: t[t > 0], lambda t: t.nonzero(), lambda t: t.masked_select(t > 0), lambda t: torch.equal(t, t + 1),
+        lambda t: torch.where(t > 0), lambda t: t.unique(), lambda t: t.numpy(), lambda t: [0, 1][int(t[0])],
+        lambda t: t.index_put_((t > 0,), torch.tensor(1.0)), lambda t: t.clone().__setitem__(t > 0, t[:0]),
+    ],
+)  # fmt: skip
+def test_the_counter_finds_what_waits(syncs, read):
+    value = torch.tensor([0.0, 0.0])
+    with syncs:
+        read(value)
+    assert sum(syncs.found.values()) >= 1
+
+
+def wide_spec() -> NetworkSpec:
+    """4·40 heads of every kind, three of the tasks dense."""
+    small = [
+        replace(SAMPLEWISE[n % len(SAMPLEWISE)], name=f"{SAMPLEWISE[n % len(SAMPLEWISE)].name}_{n}")
+        for n in range(37)
+    ]
+    return image_spec([*small, *samples.DENSE[:3]], groups=4)
+
+
+@pytest.mark.parametrize("sampling", ["gumbel", "gumbel_per_sample", "straight_through"])
+def test_a_step_of_160_heads_reads_nothing_back(syncs, sampling):
+    spec = replace(wide_spec(), sampling=sampling)
+    settings = TrainSettings(clip_norm=1.0, entropy_weight=0.1)
+    state = fresh(spec, settings)
+    batch = samples.batch(spec.input, spec.tasks, missing=0.2)
+    module, context = WeighedLoss(state.network, 0.1).train(), local()
+    noise = step_noise(state.network, settings, 0, 0, len(batch.inputs))
+    assert len(state.network.pairs) == 160
+    with syncs:
+        train_step(module, state.optimizer, batch, noise, 1.0, settings, context)
+    assert not syncs.found
+    assert syncs.seen["convolution_backward"] > 0
+    assert syncs.seen["_fused_adam_"] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_of_160_heads_never_waits_for_the_gpu():
+    spec, settings = wide_spec(), TrainSettings(clip_norm=1.0, entropy_weight=0.1)
+    device = torch.device("cuda")
+    state = TrainState.fresh(GroupingNetwork(spec).to(device), settings)
+    module, context = WeighedLoss(state.network, 0.1).to(device).train(), LocalContext(device=device)
+    arrays = samples.arrays(spec.input, spec.tasks, 5, missing=0.2)
+    batch = arrays.batch(spec.tasks, np.arange(5), device)
+    noise = step_noise(state.network, settings, 0, 0, 5).to(device)
+    train_step(module, state.optimizer, batch, noise, 1.0, settings, context)  # allocates what it needs once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_step(module, state.optimizer, batch, noise, 1.0, settings, context)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_work_of_a_step_hardly_grows_with_the_number_of_small_tasks():
+    counts = []
+    for tasks in (10, 40):
+        spec, settings = mlp_spec([Task(f"t{n}", "binary") for n in range(tasks)]), TrainSettings()
+        state, batch = fresh(spec, settings), samples.batch(spec.input, spec.tasks)
+        module = WeighedLoss(state.network).train()
+        noise = step_noise(state.network, settings, 0, 0, 5)
+        with HostSyncs() as counter:
+            train_step(module, state.optimizer, batch, noise, 1.0, settings, local())
+        counts.append(sum(counter.seen.values()))
+    assert counts[1] - counts[0] <= 30 * 12  # a target's mask, its count and its place in the stack
+
+
+# --- refused steps
+
+
+def poisoned(batch, where: str):
+    """The batch with a value that is not finite."""
+    inputs, targets = batch.inputs.clone(), {name: t.clone() for name, t in batch.targets.items()}
+    if where == "input":
+        inputs[1, 0] = math.nan
+    else:
+        targets[where][1] = math.inf
+    return replace(batch, inputs=inputs, targets=targets)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+@pytest.mark.parametrize("where", ["input", "age"])
+def test_a_refused_step_changes_neither_weights_nor_moments_nor_gate(optimizer, clip_norm, where):
+    spec = mlp_spec()
+    settings = TrainSettings(optimizer=optimizer, clip_norm=clip_norm, learning_rate=1e-2, weight_decay=0.1)
+    state = fresh(spec, settings)
+    batch = samples.batch(spec.input, spec.tasks)
+    _, refused = run_step(state, settings, batch)
+    assert refused == 0
+    weights, held = samples.snapshot(state.network), moments(state)
+    assert held
+    _, refused = run_step(state, settings, poisoned(batch, where), step=1)
+    assert refused == 1
+    assert_same_tensors(samples.snapshot(state.network), weights)
+    assert_same_tensors(moments(state), held)
+    _, refused = run_step(state, settings, batch, step=2)
+    assert refused == 0
+    assert not torch.equal(state.network.gate.logits, weights["gate.logits"])
+    assert all(p.isfinite().all() for p in state.network.parameters())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_first_step_that_is_refused_leaves_no_trace_in_the_next(optimizer):
+    spec, settings = mlp_spec(), TrainSettings(optimizer=optimizer, learning_rate=1e-2)
+    batch = samples.batch(spec.input, spec.tasks)
+    refused, undisturbed = fresh(spec, settings), fresh(spec, settings)
+    run_step(refused, settings, poisoned(batch, "input"))
+    run_step(refused, settings, batch)
+    run_step(undisturbed, settings, batch)
+    assert_same_tensors(samples.snapshot(refused.network), samples.snapshot(undisturbed.network))
+
+
+def test_a_refused_step_leaves_running_statistics_finite():
+    spec, settings = image_spec(MIXED[:4]), TrainSettings()
+    spec = replace(spec, input=replace(spec.input, dtype="float32"))
+    state = fresh(spec, settings)
+    batch = samples.batch(spec.input, spec.tasks)
+    batch = replace(batch, inputs=batch.inputs.float())
+    run_step(state, settings, batch)
+    before = samples.snapshot(state.network)
+    broken = replace(batch, inputs=batch.inputs.clone())
+    broken.inputs[0, 0, 0, 0] = math.nan
+    assert run_step(state, settings, broken, step=1)[1] == 1
+    assert_same_tensors(samples.snapshot(state.network), before)
+
+
+def broken_data(spec: NetworkSpec, where: str, *, rows: int = 40) -> ArrayData:
+    """Training data with one sample that is not finite."""
+    data = samples.data(spec.input, spec.tasks, rows)
+    train = data.splits["train"]
+    target = train.inputs if where == "input" else train.labels[where]
+    target[7] = np.nan if where == "input" else np.inf
+    return data
+
+
+@pytest.mark.parametrize("where", ["age", "position", "mass"])
+def test_fit_names_the_task_whose_target_is_infinite(where):
+    spec = mlp_spec()
+    with pytest.raises(NonFiniteLossError) as caught:
+        fit(GroupingNetwork(spec), broken_data(spec, where), TrainSettings(epochs=2, batch_size=8), local())
+    assert f"epoch 1 ({where});" in str(caught.value)
+    assert "1 steps were refused" in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["input", "age"])
+def test_fit_stops_with_the_weights_of_the_good_steps_and_its_last_checkpoint(tmp_path, where):
+    spec = mlp_spec()
+    network = GroupingNetwork(spec)
+    good = samples.data(spec.input, spec.tasks, 40)
+    settings = TrainSettings(epochs=4, batch_size=8)
+    broken = broken_data(spec, where)
+
+    class LaterBroken(ArrayData):
+        def train(self, epoch, batch_size):
+            return (broken if epoch == 2 else good).train(epoch, batch_size)
+
+    data = LaterBroken(good.splits, spec.tasks)
+    with pytest.raises(NonFiniteLossError, match="epoch 3"):
+        fit(network, data, settings, local(tmp_path))
+    assert all(p.isfinite().all() for p in network.parameters())
+    assert read_json(local(tmp_path).latest() / "loop.json")["epoch"] == 2
+    state = fit(GroupingNetwork(spec), good, settings, local(tmp_path))
+    assert state.epoch == 4
+
+
+def test_an_endless_epoch_of_refused_steps_is_cut_short():
+    spec = mlp_spec(SAMPLEWISE[:1])
+    drawn = []
+
+    class Watched(ArrayData):
+        def train(self, epoch, batch_size):
+            for batch in super().train(epoch, batch_size):
+                drawn.append(epoch)
+                yield batch
+
+    arrays = samples.arrays(spec.input, spec.tasks, 900)
+    arrays.inputs[:] = np.nan
+    data = Watched({"train": arrays, "val": arrays}, spec.tasks)
+    with pytest.raises(NonFiniteLossError):
+        fit(GroupingNetwork(spec), data, TrainSettings(epochs=1, batch_size=2), local())
+    assert len(drawn) == 100
+
+
+# --- noise
+
+
+def test_gate_noise_is_a_function_of_seed_and_step_equal_on_all_workers():
+    network = GroupingNetwork(mlp_spec())
+
+    def noise(seed: int, step: int, rank: int = 0) -> torch.Tensor:
+        return step_noise(network, TrainSettings(seed=seed), step, rank, 5)
+
+    before = torch.get_rng_state()
+    assert torch.equal(noise(1, 2, rank=0), noise(1, 2, rank=3))
+    drawn = [noise(seed, step) for seed in (1, 2) for step in (0, 1, 2)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+    assert drawn[0].shape == (10, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_gate_noise_of_each_sample_differs_between_workers_too():
+    network = GroupingNetwork(mlp_spec(sampling="gumbel_per_sample"))
+    settings = TrainSettings()
+    first, same, other = (step_noise(network, settings, 2, rank, 5) for rank in (0, 0, 1))
+    assert first.shape == (5, 10, 3)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+# --- pruning
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("spec", [mlp_spec(stem=1), image_spec(MIXED[:8])], ids=["mlp", "convnet"])
+def test_moments_of_what_survives_a_pruning_are_kept_and_training_goes_on(spec, optimizer):
+    settings = TrainSettings(optimizer=optimizer, learning_rate=1e-2)
+    state = fresh(spec, settings)
+    batch = samples.batch(spec.input, spec.tasks)
+    for step in range(2):
+        run_step(state, settings, batch, step=step)
+    network, before = state.network, moments(state)
+    rows_before = {(k, t.name): network.bank.rows(k, t) for k, kept in network.bank.kept.items() for t in kept}
+    alive = torch.ones_like(network.gate.alive)
+    alive[0, 1:] = False
+    alive[2, 0] = False
+    alive[:, 2] = False
+    state.keep(alive, settings)
+    after = moments(state)
+    assert after.keys() == {
+        name for name in before
+        if not name.startswith(("branches.2.", "bank.weights.2/", "bank.biases.2/", "decoders.2_"))
+        and name.split("/")[0] in dict(network.named_parameters())
+    }  # fmt: skip
+    for name, value in after.items():
+        if not name.startswith("bank") or value.dim() == 0:
+            assert torch.equal(value, before[name]), name
+            continue
+        k = int(name.split("/")[0].split(".")[-1])
+        kept = torch.cat([before[name][rows_before[k, task.name]] for task in network.bank.kept[k]])
+        assert torch.equal(value, kept), name
+    weights = samples.snapshot(network)
+    assert run_step(state, settings, batch, step=2)[1] == 0
+    learnt = [name for name, p in network.named_parameters() if not torch.equal(p, weights[name])]
+    assert "bank.weights.0" in learnt
+    assert "gate.logits" in learnt
+
+
+def test_a_pruning_that_removes_nothing_changes_nothing_in_the_next_step():
+    spec, settings = mlp_spec(), TrainSettings()
+    kept, plain = fresh(spec, settings), fresh(spec, settings)
+    batch = samples.batch(spec.input, spec.tasks)
+    for state in (kept, plain):
+        run_step(state, settings, batch)
+    kept.keep(torch.ones_like(kept.network.gate.alive), settings)
+    for state in (kept, plain):
+        run_step(state, settings, batch, step=1)
+    assert_same_tensors(samples.snapshot(kept.network), samples.snapshot(plain.network))
+    assert_same_tensors(moments(kept), moments(plain))
+
+
+SEARCHING = TrainSettings(
+    epochs=6, search_share=0.67, batch_size=16, learning_rate=1e-2, gate_learning_rate=0.3, prune_threshold=0.25,
+    temperature=TemperatureSchedule("linear", 2.5, 0.5),
+)  # fmt: skip
+
+
+def test_heads_go_as_the_gate_decides_and_only_the_likeliest_stay_after_the_search():
+    spec = mlp_spec()
+    state = fit(GroupingNetwork(spec), samples.data(spec.input, spec.tasks), SEARCHING, local())
+    heads = [record["heads"] for record in state.history]
+    assert heads[0] == 30
+    assert heads == sorted(heads, reverse=True)
+    assert 10 < heads[3] < 30
+    assert heads[4:] == [10, 10]
+    assert [record["phase"] for record in state.history] == ["search"] * 4 + ["finetune"] * 2
+    final = torch.tensor(state.history[-1]["probabilities"])
+    assert (final.amax(1) == 1).all()
+    assert not state.network.training
+
+
+def test_the_grouping_at_the_end_of_the_search_is_the_grouping_of_the_result():
+    spec = mlp_spec()
+    state = fit(GroupingNetwork(spec), samples.data(spec.input, spec.tasks), SEARCHING, local())
+    chosen = torch.tensor(state.history[3]["probabilities"]).argmax(1).tolist()
+    assert state.network.gate.assignment() == chosen
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.25])
+def test_a_search_to_the_end_gives_its_best_epoch_whatever_was_pruned_since(threshold):
+    """With the labels of the validation turned around the first epoch is the best one."""
+    tasks = [task for task in SAMPLEWISE if task.kind == "binary"]
+    train = samples.arrays(samples.FEATURES, tasks, 48)
+    turned = replace(train, labels={name: 1 - label for name, label in train.labels.items()})
+    data = ArrayData({"train": train, "val": turned}, tasks)
+    settings = replace(
+        SEARCHING, search_share=1.0, epochs=8, prune_threshold=threshold, learning_rate=0.2, gate_learning_rate=0.1
+    )
+    state = fit(GroupingNetwork(mlp_spec(tasks)), data, settings, local())
+    assert {record["phase"] for record in state.history} == {"search"}
+    scores = [record["val_score"] for record in state.history]
+    assert scores[0] == min(scores)
+    assert (state.history[-1]["heads"] < state.history[0]["heads"]) == (threshold > 0)
+    assert score_of(evaluate(state.network, data, "val", context=local())) == pytest.approx(scores[0], rel=1e-6)
+    assert len(state.network.pairs) == len(tasks)
+
+
+# --- schedules and settings
+
+
+@pytest.mark.parametrize(
+    ("name", "factors"),
+    [
+        ("constant", [1, 1, 1, 1, 1, 1]),
+        ("cosine", [1.0, 0.933013, 0.75, 0.5, 0.25, 0.066987]),  # (1 + cos(π e / 6)) / 2
+        ("halving", [1, 1, 0.5, 0.5, 0.25, 0.25]),
+    ],
+)
+def test_learning_rates_follow_their_schedule(name, factors):
+    spec = mlp_spec(SAMPLEWISE[:2])
+    settings = TrainSettings(epochs=6, lr_schedule=name, lr_every=2, learning_rate=0.01, batch_size=32)
+    state = fit(GroupingNetwork(spec), samples.data(spec.input, spec.tasks), settings, local())
+    assert [r["learning_rate"] / 0.01 for r in state.history] == pytest.approx(factors, abs=1e-6)
+    assert state.optimizer.param_groups[0]["lr"] == state.history[-1]["learning_rate"]
+
+
+def test_every_learning_rate_schedule_starts_at_one_and_never_rises():
+    for schedule in LR_SCHEDULES.values():
+        factors = [schedule(epoch, 40, 15) for epoch in range(40)]
+        assert factors[0] == 1
+        assert factors == sorted(factors, reverse=True)
+        assert min(factors) > 0
+
+
+def test_temperature_runs_over_the_search_and_not_over_the_epochs():
+    spec = mlp_spec(SAMPLEWISE[:2])
+    settings = replace(SEARCHING, epochs=4, search_share=0.5)  # two epochs of three steps
+    state = fit(GroupingNetwork(spec), samples.data(spec.input, spec.tasks), settings, local())
+    # the last step of each epoch has 2 and 5 of the 6 steps behind it; then the search is over
+    expected = [2.5 - 2 * 2 / 6, 2.5 - 2 * 5 / 6, 0.5, 0.5]
+    assert [r["temperature"] for r in state.history] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("epochs", "share", "expected"), [(20, 0.5, 10), (1, 0.1, 1), (3, 1.0, 3), (10, 0.04, 1)])
+def test_the_search_takes_its_share_and_at_least_one_epoch(epochs, share, expected):
+    assert TrainSettings(epochs=epochs, search_share=share).search_epochs == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"lr_every": 0}, "lr_every must be at least 1, got 0"),
+        ({"search_share": 0.0}, "search_share"),
+        ({"search_share": 1.1}, "search_share"),
+        ({"search_share": math.nan}, "search_share"),
+        ({"prune_threshold": 1.0}, "prune_threshold"),
+        ({"prune_threshold": -0.1}, "prune_threshold"),
+        ({"clip_norm": -1.0}, "clip_norm"),
+    ],
+)
+def test_impossible_settings_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        TrainSettings(**values)
+
+
+@pytest.mark.parametrize(
+    ("losses", "score"),
+    [([1.0, 1.0], 0.0), ([math.e, math.e**3], 2.0), ([1.0, math.nan], math.inf), ([0.0], -27.631)],
+)
+def test_the_score_is_the_mean_logarithm_of_the_losses(losses, score):
+    metrics = {f"t{n}": {"loss": loss} for n, loss in enumerate(losses)}
+    assert score_of(metrics) == pytest.approx(score, abs=1e-3)
+
+
+def test_evaluation_leaves_the_network_as_it_was():
+    spec = image_spec(MIXED[:5])
+    network = GroupingNetwork(spec).train()
+    data = samples.data(spec.input, spec.tasks, 8)
+    before = samples.snapshot(network)
+    first = evaluate(network, data, "val", batch_size=3, context=local())
+    assert network.training
+    assert_same_tensors(samples.snapshot(network), before)
+    assert evaluate(network.eval(), data, "val", batch_size=3, context=local()) == first
+    assert not network.training
+
+
+def test_bf16_trains_and_stays_near_fp32():
+    spec = image_spec(MIXED[:6])
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        settings = TrainSettings(epochs=2, batch_size=16, precision=precision)
+        state = fit(GroupingNetwork(spec), samples.data(spec.input, spec.tasks, 32), settings, local())
+        losses[precision] = sum(state.history[-1]["train_loss"].values())
+    assert math.isfinite(losses["bf16"])
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+
+
+def test_a_run_is_repeated_by_its_seeds_and_draws_nothing_from_global_state():
+    spec = image_spec(MIXED[:6])
+    runs = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        runs.append(fit(GroupingNetwork(spec), samples.data(spec.input, spec.tasks, 24), SEARCHING, local()))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert without_times(runs[0].history) == without_times(runs[1].history)
+    assert_same_tensors(samples.snapshot(runs[0].network), samples.snapshot(runs[1].network))
+
+
+# --- put down and taken up again
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error of the program
+    """What a killed run raises here."""
+
+
+def interrupt_at(epoch: int):
+    """A listener that kills the run before the checkpoint of an epoch is written."""
+
+    def listen(record):
+        if record["epoch"] == epoch:
+            raise Interrupted
+
+    return listen
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("spec", [mlp_spec(stem=1), image_spec(MIXED[:6])], ids=["mlp", "convnet"])
+def test_a_run_killed_at_any_epoch_ends_like_one_that_was_not(tmp_path, spec, optimizer):
+    settings = replace(SEARCHING, epochs=5, search_share=0.6, optimizer=optimizer, lr_schedule="cosine")
+    data = samples.data(spec.input, spec.tasks, 32, missing=0.2)
+    expected = fit(GroupingNetwork(spec), data, settings, local())
+    assert len({record["heads"] for record in expected.history}) >= 2
+    for epoch in range(1, settings.epochs + 1):
+        folder = tmp_path / str(epoch)
+        with pytest.raises(Interrupted):
+            fit(GroupingNetwork(spec), data, settings, local(folder, on_record=interrupt_at(epoch)))
+        other = GroupingNetwork(replace(spec, seed=99))  # its weights must not matter once there is a checkpoint
+        resumed = fit(other if epoch > 1 else GroupingNetwork(spec), data, settings, local(folder))
+        assert_same_tensors(samples.snapshot(resumed.network), samples.snapshot(expected.network))
+        assert without_times(resumed.history) == without_times(expected.history)
+        assert_same_tensors(moments(resumed), moments(expected))
+
+
+def test_a_run_killed_at_every_epoch_in_turn_ends_like_one_that_was_not(tmp_path):
+    spec, settings = mlp_spec(), replace(SEARCHING, epochs=5)
+    data = samples.data(spec.input, spec.tasks)
+    expected = fit(GroupingNetwork(spec), data, settings, local())
+
+    def stop_after_writing(context):
+        plain = context.report
+
+        def report(record, save):
+            plain(record, save)
+            raise Interrupted
+
+        context.report = report
+        return context
+
+    for _ in range(settings.epochs):
+        with pytest.raises(Interrupted):
+            fit(GroupingNetwork(spec), data, settings, stop_after_writing(local(tmp_path)))
+    resumed = fit(GroupingNetwork(spec), data, settings, local(tmp_path))
+    assert_same_tensors(samples.snapshot(resumed.network), samples.snapshot(expected.network))
+    assert without_times(resumed.history) == without_times(expected.history)
+
+
+def test_a_finished_run_is_taken_up_without_training(tmp_path):
+    spec, settings = mlp_spec(), replace(SEARCHING, epochs=3)
+    data = samples.data(spec.input, spec.tasks)
+    first = fit(GroupingNetwork(spec), data, settings, local(tmp_path))
+    again = fit(GroupingNetwork(spec), data, settings, local(tmp_path, on_record=lambda _: pytest.fail("trained")))
+    assert_same_tensors(samples.snapshot(again.network), samples.snapshot(first.network))
+
+
+def test_a_checkpoint_holds_the_network_of_its_epoch(tmp_path):
+    spec, settings = mlp_spec(), replace(SEARCHING, epochs=2)
+    fit(GroupingNetwork(spec), samples.data(spec.input, spec.tasks), settings, local(tmp_path))
+    network = load_network(local(tmp_path).latest())
+    record = read_json(local(tmp_path).latest() / "loop.json")["history"][-1]
+    assert network.gate.probabilities().tolist() == record["probabilities"]
+    assert len(network.pairs) == record["heads"]
+
+
+# --- two processes
+
+
+@pytest.mark.parametrize("sampling", ["gumbel"])
+def test_two_processes_give_the_weights_of_one_on_the_same_global_batches(tmp_path, sampling):
+    spec = parallel.spec_for(sampling)
+    data = samples.data(spec.input, spec.tasks, parallel.ROWS, missing=parallel.MISSING)
+    single = fit(GroupingNetwork(spec), data, parallel.SETTINGS, local())
+    assert len({record["heads"] for record in single.history}) >= 2
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=parallel.work, args=(r, 2, str(tmp_path), sampling)) for r in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(180)
+    assert [process.exitcode for process in processes] == [0, 0]
+    histories = [read_json(tmp_path / f"rank_{rank}" / "history.json") for rank in range(2)]
+    networks = [load_network(tmp_path / f"rank_{rank}") for rank in range(2)]
+    assert_same_tensors(samples.snapshot(networks[0]), samples.snapshot(networks[1]))
+    expected = samples.snapshot(single.network)
+    found = samples.snapshot(networks[0])
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-5, msg=name)
+    for here, there, alone in zip(*histories, single.history, strict=True):
+        assert here["val"] == there["val"]
+        assert here["heads"] == alone["heads"]
+        assert here["val_score"] == pytest.approx(alone["val_score"], abs=1e-5)
+        assert here["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-4)
+
+
+# --- the method
+
+
+def test_a_gate_moves_a_task_to_the_branch_that_serves_it():
+    """Two tasks of opposite labels on one branch of a single feature: the gate must part them."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(512, 2)).astype(np.float32)
+    labels = {"left": (x[:, 0] > 0).astype(np.uint8), "right": (x[:, 1] > 0).astype(np.uint8)}
+    tasks = tuple(Task(name, "binary") for name in labels)
+    split = Arrays(x, labels, {})
+    spec = NetworkSpec(
+        InputSpec("features", (2,)),
+        tasks,
+        EncoderSpec("mlp", options={"widths": [1]}),
+        2,
+        initial="diagonal",
+        seed=3,
+    )
+    settings = TrainSettings(epochs=30, learning_rate=0.05, temperature=TemperatureSchedule("cosine", 2.5, 0.3))
+    data = ArrayData({"train": split, "val": split}, tasks)
+    state = fit(GroupingNetwork(spec), data, settings, local())
+    assert len(state.network.grouping().groups) == 2
+    found = evaluate(state.network, data, "val")
+    assert min(metrics["accuracy"] for metrics in found.values()) > 0.9

@@ -1,0 +1,78 @@
+"""A small image set that can be learned in seconds, its configuration, and one Ray session for a module."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.config import Config, checked
+
+
+def write_images(root: Path, rows: int = 96) -> Path:
+    """Patches of one colour with noise: which colour, whether bright, and how bright."""
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir(parents=True)
+    colours = {"red": (1.0, 0.2, 0.2), "green": (0.2, 1.0, 0.2), "blue": (0.2, 0.2, 1.0)}
+    with (root / "labels.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "colour", "bright", "level", "split"])
+        for i in range(rows):
+            name, value = list(colours)[i % 3], rng.uniform(0.3, 1.0)
+            pixels = 255 * value * np.array(colours[name]) * rng.uniform(0.8, 1.0, (16, 16, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / f"img{i:03d}.png")
+            split = "train" if i < rows * 0.6 else "val" if i < rows * 0.8 else "test"
+            table.writerow([f"img{i:03d}", name, value > 0.65, f"{value:.4f}", split])
+    return root
+
+
+TASKS = [
+    {"column": "colour", "kind": "multiclass"},
+    {"column": "bright", "kind": "binary"},
+    {"column": "level", "kind": "regression"},
+]
+
+
+def config_values(root: Path, work: Path, **sections: object) -> dict[str, object]:
+    """A configuration of the small set with everything below `work`; sections are laid over it."""
+    values: dict[str, object] = {
+        "name": "patches",
+        "source": {
+            "kind": "folder",
+            "root": str(root),
+            "options": {"suffix": ".png", "size": 16, "tasks": TASKS},
+        },
+        "data": {"shards": str(work / "shards"), "rows_per_shard": 16, "min_support": 2},
+        "network": {"encoder": "convnet", "groups": 2, "options": {"widths": [8, 16]}},
+        "train": {"epochs": 4, "batch_size": 16, "learning_rate": 0.01},
+        "track": {"uri": f"sqlite:///{work / 'mlflow.db'}"},
+        "run": {"root": str(work / "runs")},
+        "ray": {"object_store_mib": 128},
+    }
+    for name, section in sections.items():
+        held = values.get(name)
+        values[name] = held | section if isinstance(held, dict) and isinstance(section, dict) else section
+    return values
+
+
+def make_config(root: Path, work: Path, **sections: object) -> Config:
+    return checked(Config, config_values(root, work, **sections))
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Raw images and labels, not to be changed by a test."""
+    return write_images(tmp_path_factory.mktemp("raw"))
+
+
+@pytest.fixture(scope="module")
+def ray_session():
+    """One local Ray cluster for a module's tests."""
+    from pipelines.cluster import session
+    from pipelines.config import RaySection
+
+    with session(RaySection(object_store_mib=128)):
+        yield
