@@ -16,6 +16,7 @@ from rich.table import Table
 from pipelines.errors import UserError
 from pipelines.storage import finite
 
+LOG_WIDTH = 160
 FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
 
 
@@ -74,7 +75,8 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, right: Sequenc
         table.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
-    Console(stderr=True).print(table)
+    # a log has no width of its own; a table cut to eighty columns would lose what it is for
+    Console(stderr=True, width=None if sys.stderr.isatty() else LOG_WIDTH).print(table)
 
 
 def number(value: float | None) -> str:

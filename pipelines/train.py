@@ -24,7 +24,7 @@ from pipelines.registry import Registered, register
 from pipelines.shards import ensure_shards
 from pipelines.storage import Location, locate
 from pipelines.tracking import Tracker, enabled, open_tracker
-from pipelines.worker import GATE, GROUPING, METRICS, RESULT, Job, read_jsonl, work
+from pipelines.worker import FAILURE, GATE, GROUPING, METRICS, RESULT, Job, read_jsonl, work
 
 CONFIG, REPORT, REGISTERED = "config.yaml", "report.html", "models.json"
 POLL_S = 1.0
@@ -156,10 +156,13 @@ def _run_workers(
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
+    (run / FAILURE).delete()
     try:
         trainer.fit()
     except Exception as error:
         raise _explained(error, run) from error
+    if (run / FAILURE).exists():
+        raise UserError(**(run / FAILURE).read_json())
 
 
 def _explained(error: Exception, run: Location) -> Exception:
@@ -167,11 +170,6 @@ def _explained(error: Exception, run: Location) -> Exception:
     if found is not None:
         return found
     text = str(error)
-    mark = "NonFiniteLossError: "
-    if mark in text:
-        what = text.split(mark, 1)[1].splitlines()[0]
-        problem, _, remedy = what.partition(": lower ")
-        return UserError(problem, where=f"{run} (the last good checkpoint stays)", remedy=f"lower {remedy}")
     last = [line for line in text.splitlines() if line.strip()]
     return UserError(
         f"training failed: {last[-1].strip() if last else type(error).__name__}",

@@ -20,11 +20,13 @@ from dmtg_core import checkpoint
 from dmtg_core.context import Save
 from dmtg_core.metrics import normalized_gain
 from dmtg_core.search import SearchResult, search
+from dmtg_core.training import NonFiniteLossError
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.ingest import Reader, open_data
 from pipelines.storage import Location, finite
 
+FAILURE = "failure.json"  # why the workers gave up, where another try would end the same way
 METRICS, GATE, GROUPING, RESULT, MODELS = "metrics.jsonl", "gate.jsonl", "grouping.json", "result.json", "models"
 
 
@@ -153,6 +155,13 @@ def work(values: dict[str, Any]) -> None:
             spec, data, config.settings(), starts=config.search.starts, baseline=config.search.baseline,
             splits=splits, context=context,
         )  # fmt: skip
+    except NonFiniteLossError as error:
+        # raised, it would make Ray Train start the workers again, only to meet the same numbers
+        if context.rank == 0:
+            problem, _, remedy = str(error).partition(": ")
+            failure = UserError(problem, where=f"{job.run} (the last good checkpoint stays)", remedy=remedy)
+            (job.run / FAILURE).write_json(failure.to_dict())
+        return
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the GPU ran out of memory: {str(error).splitlines()[0]}",

@@ -203,7 +203,7 @@ def syncs(monkeypatch):
     "read",
     [
         lambda t: t.sum().item(), lambda t: float(t[0]), lambda t: bool(t[0] > 0), lambda t: t.tolist(),
-        lambda t: t[t > 0], lambda t: t.nonzero(), lambda t: t.masked_select(t > 0), lambda t: torch.equal(t, t + 1),
+        lambda t: t[t > 0], lambda t: t.nonzero(), lambda t: t.masked_select(t > 0), lambda t: torch.equal(t, t),
         lambda t: torch.where(t > 0), lambda t: t.unique(), lambda t: t.numpy(), lambda t: [0, 1][int(t[0])],
         lambda t: t.index_put_((t > 0,), torch.tensor(1.0)), lambda t: t.clone().__setitem__(t > 0, t[:0]),
     ],

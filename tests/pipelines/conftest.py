@@ -1,7 +1,8 @@
-"""A small image set that can be learned in seconds, its configuration, and one Ray session for a module."""
+"""A small image set that can be learned in seconds, its configuration, and one Ray session."""
 
 from __future__ import annotations
 
+import copy
 import csv
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def config_values(root: Path, work: Path, **sections: object) -> dict[str, objec
         "source": {
             "kind": "folder",
             "root": str(root),
-            "options": {"suffix": ".png", "size": 16, "tasks": TASKS},
+            "options": {"suffix": ".png", "size": 16, "tasks": copy.deepcopy(TASKS)},
         },
         "data": {"shards": str(work / "shards"), "rows_per_shard": 16, "min_support": 2},
         "network": {"encoder": "convnet", "groups": 2, "options": {"widths": [8, 16]}},
@@ -68,9 +69,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("raw"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ray_session():
-    """One local Ray cluster for a module's tests."""
+    """One local Ray cluster for all tests in this process; starting one takes longer than most of them."""
     from pipelines.cluster import session
     from pipelines.config import RaySection
 
