@@ -30,12 +30,15 @@ def load_network(folder: Path, device: torch.device | str = "cpu") -> GroupingNe
     Raises:
         ValueError: When the folder is not such a checkpoint, or of a format this version does not know.
     """
-    described = read_json(folder / "network.json")
-    if described.get("format") != FORMAT:
-        raise ValueError(f"{folder}: network format {described.get('format')!r}, this version reads {FORMAT}")
-    network = GroupingNetwork(NetworkSpec.from_dict(described["spec"]))
-    network.keep(torch.tensor(described["alive"]))
-    network.load_state_dict(load_tensors(folder / "network.safetensors"))
+    described = read_json(folder / "network.json", "format")
+    if described["format"] != FORMAT:
+        raise ValueError(f"{folder}: network format {described['format']!r}, this version reads {FORMAT}")
+    try:
+        network = GroupingNetwork(NetworkSpec.from_dict(described["spec"]).without_weights())
+        network.keep(torch.tensor(described["alive"]))
+        network.load_state_dict(load_tensors(folder / "network.safetensors"))
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder}: network.json and network.safetensors do not fit ({error})") from error
     return network.to(device)
 
 
@@ -106,13 +109,16 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON.
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """Read a JSON object that has `keys`.
 
     Raises:
-        ValueError: When the file is missing or not JSON.
+        ValueError: When the file is missing, not JSON, or something else than such an object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: missing or damaged ({error})") from error
+    if not isinstance(values, dict) or not set(keys) <= values.keys():
+        raise ValueError(f"{path}: expected an object with {', '.join(keys)}")
+    return values

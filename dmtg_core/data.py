@@ -112,6 +112,8 @@ class ArrayData:
 
     def steps(self, batch_size: int) -> int:
         """Global batches in an epoch; a remainder of less than two samples a worker joins the last."""
+        if batch_size < self.world_size:
+            raise ValueError(f"a batch of {batch_size} cannot be shared by {self.world_size} workers")
         rows = len(self.splits["train"])
         full, rest = divmod(rows, batch_size)
         return max(full + (rest >= 2 * self.world_size), 1)

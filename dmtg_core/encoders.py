@@ -92,7 +92,7 @@ ENCODERS: Mapping[str, tuple[Callable[..., list[nn.Module]], str]] = {
 def seeded(seed: int) -> Iterator[None]:
     """Parameters made inside depend on `seed` alone; the caller's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
 
 

@@ -139,7 +139,9 @@ class GroupGate(nn.Module):
         A task's likeliest branch always stays, so no threshold can take a task's last head.
         """
         probabilities = self.probabilities()
-        best = torch.zeros_like(self.alive).scatter_(1, probabilities.argmax(1, keepdim=True), value=True)
+        # the argmax of θ, as in `assignment`: two logits that differ by less than a rounding step tie in π
+        likeliest = self.masked_logits().argmax(1, keepdim=True)
+        best = torch.zeros_like(self.alive).scatter_(1, likeliest, value=True)
         return self.alive & ((probabilities >= threshold) | best)
 
 
@@ -168,7 +170,7 @@ class Grouping:
         members = [tuple(group) for group in groups]
         flat = [name for group in members for name in group]
         order = tuple(tasks) if tasks is not None else tuple(flat)
-        twice = sorted({name for name in flat if flat.count(name) > 1})
+        twice = sorted({name for names in (flat, order) for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"each task belongs to one group, got {', '.join(twice)} in several")
         if set(flat) != set(order):

@@ -41,7 +41,7 @@ def _interior(task: Task, mask: Tensor) -> Tensor:
 def masked_elementwise(loss: str, output: Tensor, target: Tensor) -> Tensor:
     """Error of each element, 0 where the target is NaN. Shapes broadcast."""
     known = ~target.isnan()
-    return _ELEMENTWISE[loss](output, target.nan_to_num(0.0).expand_as(output)) * known
+    return _ELEMENTWISE[loss](output, target.masked_fill(~known, 0.0).expand_as(output)) * known
 
 
 def shifted_l1(output: Tensor, target: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def shifted_l1(output: Tensor, target: Tensor) -> Tensor:
     height, width = target.shape[2:]
     inner = target[:, :, 1:-1, 1:-1]
     known = ~inner.isnan()
-    inner = inner.nan_to_num(0.0)
+    inner = inner.masked_fill(~known, 0.0)  # an infinite label stays, and makes the loss refuse the step
     sums = [
         ((output[:, :, dy : height - 2 + dy, dx : width - 2 + dx] - inner).abs() * known).flatten(1).sum(1)
         for dy in range(3)

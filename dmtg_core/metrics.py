@@ -52,8 +52,9 @@ def _value_sums(task: Task, output: Tensor, target: Tensor) -> Tensor:
     scale = target.new_tensor(task.scale).reshape(axis)
     offset = target.new_tensor(task.offset).reshape(axis)
     known = valid(task, target)
-    truth = (target.nan_to_num(0.0) * scale + offset).double() * known
-    error = ((output.float() - target.nan_to_num(0.0)) * scale).double() * known
+    filled = target.masked_fill(~known, 0.0)
+    truth = (filled * scale + offset).double() * known
+    error = ((output.float() - filled) * scale).double() * known
     sums = [known.double().sum(), (error**2).sum(), error.abs().sum(), truth.sum(), (truth**2).sum()]
     if task.metric in ("within_30", "mean_angle"):
         sums += _angle_sums(output.float(), target, known)
@@ -61,7 +62,7 @@ def _value_sums(task: Task, output: Tensor, target: Tensor) -> Tensor:
 
 
 def _angle_sums(output: Tensor, target: Tensor, known: Tensor) -> list[Tensor]:
-    cosine = torch.cosine_similarity(output, target.nan_to_num(0.0), dim=1).clamp(-1, 1)
+    cosine = torch.cosine_similarity(output, target.masked_fill(~known, 0.0), dim=1).clamp(-1, 1)
     angle = torch.rad2deg(torch.acos(cosine)).double()
     pixel = known.all(1).double()
     return [pixel.sum(), (angle * pixel).sum(), ((angle <= 30) * pixel).sum()]
@@ -110,6 +111,8 @@ def _class_metrics(task: Task, sums: Tensor) -> dict[str, float]:
 def _value_metrics(task: Task, sums: Tensor) -> dict[str, float]:
     count, squared, absolute, total, total_squared = sums[:5].tolist()
     spread = total_squared - _ratio(total**2, count)
+    if spread <= 1e-12 * total_squared:  # nothing but rounding: a constant has no spread to explain
+        spread = 0.0
     found = {
         "rmse": math.sqrt(_ratio(squared, count)) if count else math.nan,
         "mae": _ratio(absolute, count),

@@ -49,6 +49,11 @@ class NetworkSpec:
         object.__setattr__(self, "tasks", tuple(self.tasks))
         check_names(self.tasks)
 
+    def without_weights(self) -> NetworkSpec:
+        """The same, for a network whose weights are about to be loaded: pretrained ones need not be at hand."""
+        options = {key: value for key, value in (self.encoder.options or {}).items() if key != "weights"}
+        return replace(self, encoder=replace(self.encoder, options=options))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` reads it back."""
         plain = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ("input", "tasks", "encoder")}
@@ -289,7 +294,7 @@ class GroupModel(nn.Module):
     def cut(cls, source: GroupingNetwork, k: int, members: Sequence[str]) -> GroupModel:
         """Copy branch `k` and the heads of `members` out of `source`."""
         tasks = tuple(task for task in source.tasks if task.name in members)
-        model = cls(replace(source.spec, tasks=tasks))
+        model = cls(replace(source.spec.without_weights(), tasks=tasks))
         net = model.network
         net.stem.load_state_dict(source.stem.state_dict())
         net.branches["0"].load_state_dict(source.branches[str(k)].state_dict())

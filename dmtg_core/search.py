@@ -6,9 +6,10 @@ whose pruned network has the best validation score goes on, the others stop wher
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ class SearchState:
     """Where a search stands: what a checkpoint holds.
 
     `results` has an entry for each finished stage, in order: its name, score, grouping and metrics by split.
+    `plan` is what the search was asked for; a checkpoint of another plan is refused.
     """
 
+    plan: dict[str, Any]
     results: list[dict[str, Any]] = field(default_factory=list)
     current: TrainState | None = None
     leader: TrainState | None = None
@@ -39,7 +42,8 @@ class SearchState:
 
     def save(self, folder: Path) -> None:
         """Write everything into `folder`."""
-        described = {
+        described: dict[str, Any] = {
+            "plan": self.plan,
             "results": self.results,
             "leader_score": self.leader_score if math.isfinite(self.leader_score) else None,
         }
@@ -50,19 +54,27 @@ class SearchState:
         checkpoint.write_json(folder / "search.json", described)
 
     @classmethod
-    def load(cls, folder: Path, settings: TrainSettings, device: torch.device) -> SearchState:
+    def load(
+        cls, folder: Path, plan: dict[str, Any], settings: TrainSettings, device: torch.device
+    ) -> SearchState:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: When a file is missing or damaged.
+            ValueError: When a file is missing or damaged, or the checkpoint is of another plan.
         """
-        described = checkpoint.read_json(folder / "search.json")
+        described = checkpoint.read_json(
+            folder / "search.json", "plan", "results", "leader_score", "current", "leader"
+        )
+        if described["plan"] != plan:
+            changed = sorted(key for key in plan if described["plan"].get(key) != plan[key])
+            raise ValueError(f"{folder}: checkpoint of another search, differing in {', '.join(changed)}")
         score = described["leader_score"]
         held = {
             name: TrainState.load(folder / name, settings, device) if described[name] else None
             for name in ("current", "leader")
         }
-        return cls(described["results"], held["current"], held["leader"], math.inf if score is None else score)
+        leader_score = math.inf if score is None else score
+        return cls(plan, described["results"], held["current"], held["leader"], leader_score)
 
 
 @dataclass(frozen=True)
@@ -127,8 +139,13 @@ class _Search:
         self.stages: list[tuple[str, Callable[[str], None]]] = [(BASELINE, self._baseline)] if baseline else []
         self.stages += [(f"start_{i}", self._start) for i in range(starts)]
         self.stages.append((FINETUNE, self._finetune))
+        stages = [name for name, _ in self.stages]
+        # through JSON, as the checkpoint has it: tuples become lists
+        plan = json.loads(json.dumps({"network": spec.to_dict(), "settings": asdict(settings), "stages": stages}))
         latest = context.latest()
-        self.state = SearchState.load(latest, settings, context.device) if latest else SearchState()
+        self.state = SearchState(plan)
+        if latest is not None:
+            self.state = SearchState.load(latest, plan, settings, context.device)
 
     def run(self) -> SearchResult:
         for name, stage in self.stages[len(self.state.results) :]:

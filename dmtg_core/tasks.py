@@ -19,6 +19,8 @@ from torch import Tensor
 CLASS_KINDS = ("multiclass", "dense_classification")
 DENSE_KINDS = ("dense_classification", "dense_regression")
 
+INPUT_DTYPES = ("uint8", "uint16", "int16", "int32", "float16", "float32", "float64")
+
 # The first entry of each tuple is the default.
 LOSSES: Mapping[str, tuple[str, ...]] = {
     "binary": ("binary_cross_entropy",),
@@ -215,6 +217,10 @@ class InputSpec:
             raise ValueError(f"unknown input kind {self.kind!r}, expected image or features")
         if len(self.shape) != rank:
             raise ValueError(f"expected a stored shape of {rank} axes for {self.kind} input, got {self.shape}")
+        if self.dtype not in INPUT_DTYPES:
+            raise ValueError(f"unknown input dtype {self.dtype!r}, expected one of {', '.join(INPUT_DTYPES)}")
+        if any(s <= 0 for s in self.std):
+            raise ValueError(f"input std must be positive, got {self.std}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.shape[-1]):
                 raise ValueError(f"input {name} needs 1 or {self.shape[-1]} values, got {len(values)}")

@@ -22,7 +22,7 @@ from dmtg_core.context import LocalContext, TrainContext
 from dmtg_core.data import Batch, Data
 from dmtg_core.losses import PairLosses, label_counts
 from dmtg_core.metrics import Metrics, MetricSums
-from dmtg_core.network import GroupingNetwork
+from dmtg_core.network import GroupingNetwork, clone
 from dmtg_core.schedules import TemperatureSchedule
 
 OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
@@ -97,6 +97,8 @@ class TrainSettings:
         for name in ("epochs", "batch_size", "lr_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.clip_norm < 0:
+            raise ValueError(f"clip_norm must not be negative, got {self.clip_norm}")
         if not 0 < self.search_share <= 1:
             raise ValueError(f"search_share must be in (0, 1], got {self.search_share}")
         if not 0 <= self.prune_threshold < 1:
@@ -127,7 +129,9 @@ class WeighedLoss(nn.Module):
         self.pair_losses = PairLosses(network.tasks, pairs)
         self.register_buffer("branch_of", torch.tensor([k for k, _ in pairs]), persistent=False)
         self.register_buffer("task_of", torch.tensor([n for _, n in pairs]), persistent=False)
-        self.register_buffer("task_weights", torch.tensor([t.weight for t in network.tasks]), persistent=False)
+        self.register_buffer(
+            "task_weights", torch.tensor([float(t.weight) for t in network.tasks]), persistent=False
+        )
 
     def forward(self, batch: Batch, temperature: float, noise: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of a batch.
@@ -160,8 +164,8 @@ def _autocast(precision: str, device: torch.device) -> AbstractContextManager[ob
 class TrainState:
     """A network in training: all that a checkpoint holds.
 
-    `history` has one record an epoch; `best` holds the weights of the best epoch after the search (the
-    lowest `score`), which `take_best` puts into the network.
+    `history` has one record an epoch; `best` is the network as it was after the best epoch (the lowest score),
+    heads that have gone since included; `take_best` puts it in the place of the network.
     """
 
     network: GroupingNetwork
@@ -170,7 +174,7 @@ class TrainState:
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best_score: float = math.inf
-    best: dict[str, Tensor] = field(default_factory=dict)
+    best: GroupingNetwork | None = None
 
     @classmethod
     def fresh(cls, network: GroupingNetwork, settings: TrainSettings) -> TrainState:
@@ -181,7 +185,8 @@ class TrainState:
         """Write everything into `folder`."""
         checkpoint.save_network(folder, self.network)
         checkpoint.save_optimizer(folder / "optimizer.safetensors", self.optimizer, self.network)
-        checkpoint.save_tensors(folder / "best.safetensors", self.best)
+        if self.best is not None:
+            checkpoint.save_network(folder / "best", self.best)
         score = self.best_score if math.isfinite(self.best_score) else None
         loop = {"epoch": self.epoch, "step": self.step, "best_score": score, "history": self.history}
         checkpoint.write_json(folder / "loop.json", loop)
@@ -196,23 +201,23 @@ class TrainState:
         network = checkpoint.load_network(folder, device)
         state = cls.fresh(network, settings)
         checkpoint.load_optimizer(folder / "optimizer.safetensors", state.optimizer, network)
-        loop = checkpoint.read_json(folder / "loop.json")
+        loop = checkpoint.read_json(folder / "loop.json", "epoch", "step", "history", "best_score")
         state.epoch, state.step, state.history = loop["epoch"], loop["step"], loop["history"]
         state.best_score = math.inf if loop["best_score"] is None else loop["best_score"]
-        best = checkpoint.load_tensors(folder / "best.safetensors")
-        state.best = {name: tensor.to(device) for name, tensor in best.items()}
+        if loop["best_score"] is not None:
+            state.best = checkpoint.load_network(folder / "best", device)
         return state
 
     def take_best(self) -> None:
         """Put the weights of the best epoch into the network."""
-        if self.best:
-            self.network.load_state_dict(self.best)
+        if self.best is not None:
+            self.network = self.best
 
     def consider(self, score: float) -> None:
         """Remember the weights as they are when `score` is the lowest so far."""
         if score < self.best_score:
             self.best_score = score
-            self.best = {name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()}
+            self.best = clone(self.network)
 
     def keep(self, alive: Tensor, settings: TrainSettings) -> None:
         """Prune network and optimiser together; the moments of what stays are kept."""
@@ -234,7 +239,7 @@ def build_optimizer(network: GroupingNetwork, settings: TrainSettings) -> torch.
     Fused optimisers are the ones that can refuse a step on the device, without the host looking at a number.
     """
     weights = [p for name, p in network.named_parameters() if name != "gate.logits"]
-    gate_lr = settings.gate_learning_rate or settings.learning_rate
+    gate_lr = settings.learning_rate if settings.gate_learning_rate is None else settings.gate_learning_rate
     groups = [
         {"params": weights, "lr": settings.learning_rate, "base_lr": settings.learning_rate},
         {"params": [network.gate.logits], "lr": gate_lr, "base_lr": gate_lr, "weight_decay": 0.0},
@@ -243,6 +248,10 @@ def build_optimizer(network: GroupingNetwork, settings: TrainSettings) -> torch.
     if settings.optimizer == "sgd":
         options["momentum"] = 0.9
     optimizer = OPTIMIZERS[settings.optimizer](groups, **options)
+    if settings.optimizer == "sgd":
+        for parameter in [*weights, network.gate.logits]:
+            # left to a first step that is refused, it would start from memory that nobody wrote
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     cast("Any", optimizer).grad_scale = None
     return optimizer
 
@@ -277,6 +286,8 @@ def train_step(
         gradient were not finite, else 0.
     """
     loss_module = cast("WeighedLoss", getattr(module, "module", module))
+    statistics = list(loss_module.network.buffers())  # a forward pass moves those of its normalisation layers
+    before = [buffer.clone() for buffer in statistics]
     counts = context.sum(label_counts(loss_module.network.tasks, batch.targets)).clamp_min(1)
     # data-parallel training averages gradients over workers, and what is wanted is their sum
     loss, by_task = module(batch, temperature, noise, counts / context.world_size)
@@ -289,6 +300,8 @@ def train_step(
     refused = context.sum((~torch.isfinite(loss.detach() + norm)).float()).clamp_max(1)
     cast("Any", optimizer).found_inf = refused
     optimizer.step()
+    for buffer, old in zip(statistics, before, strict=True):
+        buffer.copy_(torch.where(refused.bool(), old, buffer))
     return by_task / context.world_size, refused
 
 

@@ -238,3 +238,7 @@ app.add_typer(models_app, name="models")
 def main() -> None:
     """Entry point of the console script."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ from dmtg_core.network import GroupingNetwork
 from dmtg_core.tasks import Task
 from pipelines import statistics
 from pipelines.cluster import session, user_error
-from pipelines.config import Config
+from pipelines.config import Config, checked
 from pipelines.errors import UserError
 from pipelines.ingest import Reader, fits_memory, load_splits
 from pipelines.manifest import Manifest, check_shards, check_targets
@@ -63,6 +63,15 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
     """
     run = locate(config.run.root) / config.run_name()
     run.check_writable()
+    if (run / CONFIG).exists() and checked(
+        Config, yaml.safe_load((run / CONFIG).read_text())
+    ).digest() != config.digest():
+        raise UserError(
+            "this run folder belongs to another configuration",
+            where=str(run / CONFIG),
+            remedy="give another run.name, or leave it out: the name then follows from the configuration",
+            wrong_use=True,
+        )
     config.settings()  # its numbers are checked here, not in a worker
     with session_if_needed(config):
         manifest = ensure_shards(config, say)

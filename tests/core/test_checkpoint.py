@@ -83,7 +83,7 @@ def test_a_training_state_comes_back_as_it_was(tmp_path, pruned, optimizer):
     state.save(tmp_path)
     loaded = TrainState.load(tmp_path, settings, torch.device("cpu"))
     assert_same_tensors(loaded.network.state_dict(), state.network.state_dict())
-    assert_same_tensors(loaded.best, state.best)
+    assert_same_tensors(loaded.best.state_dict(), state.best.state_dict())
     assert moments(state)
     assert_same_tensors(moments(loaded), moments(state))
     assert (loaded.epoch, loaded.step, loaded.best_score) == (2, 3, 0.25)
@@ -94,7 +94,7 @@ def test_a_state_without_a_best_epoch_comes_back_without_one(tmp_path):
     settings = TrainSettings()
     TrainState.fresh(GroupingNetwork(mlp_spec()), settings).save(tmp_path)
     loaded = TrainState.load(tmp_path, settings, torch.device("cpu"))
-    assert loaded.best == {}
+    assert loaded.best is None
     assert loaded.best_score == float("inf")
 
 
@@ -112,11 +112,9 @@ def looks_like_a_pickle(content: bytes) -> bool:
 def test_a_checkpoint_holds_safetensors_and_json_and_no_pickle(tmp_path):
     state, _ = trained("mlp")
     state.save(tmp_path)
-    written = sorted(path.name for path in tmp_path.iterdir())
-    assert written == [
-        "best.safetensors", "loop.json", "network.json", "network.safetensors", "optimizer.safetensors"
-    ]  # fmt: skip
-    for path in tmp_path.iterdir():
+    files_written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(str(path.relative_to(tmp_path)) for path in files_written) == sorted(NAMES)
+    for path in files_written:
         assert not looks_like_a_pickle(path.read_bytes()), path.name
         json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
 
@@ -136,7 +134,10 @@ def test_an_unknown_format_is_refused_with_both_numbers(tmp_path):
         files.load_network(tmp_path)
 
 
-NAMES = ("best.safetensors", "loop.json", "network.json", "network.safetensors", "optimizer.safetensors")
+NAMES = (
+    "best/network.json", "best/network.safetensors",
+    "loop.json", "network.json", "network.safetensors", "optimizer.safetensors",
+)  # fmt: skip
 DAMAGES = {
     "missing": lambda path: path.unlink(),
     "empty": lambda path: path.write_bytes(b""),

@@ -40,7 +40,10 @@ def test_every_sample_comes_once_an_epoch_on_any_number_of_workers(rows, batch_s
 
 @given(rows=st.integers(2, 40), batch_size=st.integers(1, 40), workers=st.integers(1, 3))
 def test_no_batch_is_empty_whatever_its_size(rows, batch_size, workers):
-    if rows >= workers:
+    if batch_size < workers <= rows:
+        with pytest.raises(ValueError, match="cannot be shared"):
+            drawn(numbered(rows, rank=0, world_size=workers), 0, batch_size)
+    elif rows >= workers:
         parts = [drawn(numbered(rows, rank=r, world_size=workers), 0, batch_size) for r in range(workers)]
         assert all(batch for part in parts for batch in part)
 

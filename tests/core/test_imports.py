@@ -55,7 +55,7 @@ print("done")
 
 def test_the_core_trains_and_serves_without_what_the_drivers_need():
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(  # noqa: S603 - our own interpreter and script
+    done = subprocess.run(
         [sys.executable, "-W", "error", "-c", SCRIPT],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip

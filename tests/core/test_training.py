@@ -1,5 +1,6 @@
 """Training: one step, refused steps, pruning, learning rates, and runs that are put down and taken up again."""
 
+import json
 import math
 import multiprocessing
 from collections import Counter
@@ -706,7 +707,7 @@ def test_two_processes_give_the_weights_of_one_on_the_same_global_batches(tmp_pa
     for process in processes:
         process.join(180)
     assert [process.exitcode for process in processes] == [0, 0]
-    histories = [read_json(tmp_path / f"rank_{rank}" / "history.json") for rank in range(2)]
+    histories = [json.loads((tmp_path / f"rank_{rank}" / "history.json").read_text()) for rank in range(2)]
     networks = [load_network(tmp_path / f"rank_{rank}") for rank in range(2)]
     assert_same_tensors(samples.snapshot(networks[0]), samples.snapshot(networks[1]))
     expected = samples.snapshot(single.network)

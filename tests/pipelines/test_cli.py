@@ -45,14 +45,20 @@ def test_help_lists_the_commands_in_the_order_of_use_and_imports_nothing_heavy()
         "print({'ray', 'torch', 'mlflow', 'pydantic_core'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    places = [out.index(f"│ {name} ") for name in ("demo", "shard", "inspect", "train", "evaluate", "report", "models")]
+    places = [
+        out.index(f"│ {name} ") for name in ("demo", "shard", "inspect", "train", "evaluate", "report", "models")
+    ]
     assert places == sorted(places)
     assert out.strip().endswith("set()")
 
 
 @pytest.mark.parametrize(
     ("word", "named"),
-    [("train.epoch=2", "train.epoch"), ("gate.sampling=gumble", "gate.sampling"), ("train.epochs", "train.epochs")],
+    [
+        ("train.epoch=2", "train.epoch"),
+        ("gate.sampling=gumble", "gate.sampling"),
+        ("train.epochs", "train.epochs"),
+    ],
 )
 def test_wrong_configuration_is_wrong_use(config: str, word: str, named: str) -> None:
     code, found, shown = call("train", "-c", config, word)

@@ -40,7 +40,9 @@ def test_unknown_key_is_refused_with_the_nearest_valid_ones(file: str, word: str
     assert found.value.wrong_use
 
 
-@pytest.mark.parametrize("word", ["train.epochs=0", "gate.sampling=gumble", "network.groups=two", "data.cache=disk"])
+@pytest.mark.parametrize(
+    "word", ["train.epochs=0", "gate.sampling=gumble", "network.groups=two", "data.cache=disk"]
+)
 def test_value_out_of_range_is_refused_and_shown(file: str, word: str) -> None:
     key, value = word.split("=")
     with pytest.raises(UserError) as found:

@@ -73,7 +73,9 @@ class TestWithRay:
     @pytest.mark.parametrize("world_size", [1, 2, 3])
     def test_every_sample_comes_once_an_epoch(self, reader: Reader, memory: bool, world_size: int) -> None:
         held = load_splits(reader) if memory else None
-        workers = [open_data(reader, held, seed=1, rank=r, world_size=world_size, device=CPU) for r in range(world_size)]
+        workers = [
+            open_data(reader, held, seed=1, rank=r, world_size=world_size, device=CPU) for r in range(world_size)
+        ]
         batches = [list(worker.train(0, 16)) for worker in workers]
         assert {len(b) for b in batches} == {workers[0].steps(16)}
         assert all(len(batch.inputs) for worker in batches for batch in worker)

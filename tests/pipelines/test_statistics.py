@@ -14,7 +14,11 @@ def test_sums_of_parts_are_the_sums_of_the_whole() -> None:
     parts = merge([label_sums(task, labels[:2], masks[:2]), label_sums(task, labels[2:], masks[2:])])
     assert whole == pytest.approx(parts)
     seen = np.concatenate(
-        [x[(x < 100) & (m.astype(bool) if m is not None else True)] for x, m in zip(labels, masks, strict=True) if x is not None]
+        [
+            x[(x < 100) & (m.astype(bool) if m is not None else True)]
+            for x, m in zip(labels, masks, strict=True)
+            if x is not None
+        ]
     ).astype(float)
     found = summary(whole)
     assert found["mean"] == pytest.approx(seen.mean())

@@ -1,4 +1,4 @@
-"""The whole path on a small set: shards → Ray Train on two workers → registry → report, in one run for the module."""
+"""The whole path on a small set, in one run: shards → Ray Train on two workers → registry → report."""
 
 from __future__ import annotations
 
@@ -149,7 +149,10 @@ def test_tracking_holds_parameters_metrics_data_and_report(run) -> None:
     assert stored.info.status == "FINISHED"
     assert stored.data.params["train.epochs"] == "4"
     assert stored.data.metrics["normalized_gain"] == pytest.approx(done.result["normalized_gain"])
-    assert [len(client.get_metric_history(done.run_id, f"{s}/val_score")) for s in ("naive_mtl", "start_0")] == [4, 2]
+    assert [len(client.get_metric_history(done.run_id, f"{s}/val_score")) for s in ("naive_mtl", "start_0")] == [
+        4,
+        2,
+    ]
     assert stored.inputs.dataset_inputs[0].dataset.digest == read_manifest(locate(config.data.shards)).digest()
     assert {"report.html", "grouping.json"} <= {f.path for f in client.list_artifacts(done.run_id)}
 
