@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test lint format lock bench
+.PHONY: install demo test soak lint format lock bench
 
 install: $(STAMP)
 
@@ -18,7 +18,10 @@ demo: install
 	$(BIN)/dmtg demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not soak"
+
+soak: install
+	$(BIN)/python -m pytest -m soak
 
 lint: install
 	$(BIN)/ruff check .

@@ -14,6 +14,8 @@ from pipelines.errors import UserError
 
 # Data source V2 starts dozens of one-CPU actors at every execution and makes small reads many times slower.
 os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")
+# A report of a worker is taken in when the controller polls; its default of 2 s is added to every epoch.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 

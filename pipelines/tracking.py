@@ -41,6 +41,10 @@ class Tracker(Protocol):
         """Final figures, and small text files (name → text) as artifacts."""
         ...
 
+    def fail(self) -> None:
+        """The run stopped before its end; it may be taken up again."""
+        ...
+
 
 class NullTracker:
     """Tracking is off."""
@@ -51,6 +55,9 @@ class NullTracker:
         """Nothing."""
 
     def finish(self, result: Mapping[str, Any], files: Mapping[str, str]) -> None:
+        """Nothing."""
+
+    def fail(self) -> None:
         """Nothing."""
 
 
@@ -65,7 +72,8 @@ class MlflowTracker:
         if note.exists():
             self.run_id: str = note.read_json()["run_id"]
             with _reached(config.track):
-                self.client.update_run(self.run_id, status="RUNNING")
+                if self.client.get_run(self.run_id).info.status == "FAILED":
+                    self.client.update_run(self.run_id, status="RUNNING")
             return
         with _reached(config.track):
             experiment = mlflow.set_experiment(config.track.experiment)
@@ -123,6 +131,11 @@ class MlflowTracker:
         for name, text in files.items():
             self.client.log_text(self.run_id, text, name)
         self.client.set_terminated(self.run_id)
+
+    def fail(self) -> None:
+        """The run is marked failed."""
+        with contextlib.suppress(Exception):  # the error that ended the run is the one to show
+            self.client.set_terminated(self.run_id, status="FAILED")
 
 
 def tracking_uri(section: TrackSection) -> str:

@@ -212,6 +212,9 @@ def following(run: Location, tracker: Tracker, say: Callable[[str], None]) -> It
     thread.start()
     try:
         yield
+    except BaseException:
+        tracker.fail()
+        raise
     finally:
         stop.set()
         thread.join()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import csv
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipelines.config import Config, checked
+
+if TYPE_CHECKING:
+    from pipelines.train import Trained
 
 
 def write_images(root: Path, rows: int = 96) -> Path:
@@ -77,3 +81,15 @@ def ray_session():
 
     with session(RaySection(object_store_mib=128)):
         yield
+
+
+@pytest.fixture(scope="session")
+def run(
+    images: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None
+) -> tuple[Config, Trained, list[str]]:
+    """A finished run on two workers, its configuration, and what it said."""
+    from pipelines.train import train
+
+    said: list[str] = []
+    config = make_config(images, tmp_path_factory.mktemp("run"), data={"min_support": 8})
+    return config, train(config, said.append), said

@@ -14,28 +14,17 @@ import yaml
 
 from dmtg_core import MetricSums
 from dmtg_core.checkpoint import load_model
-from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.evaluate import evaluate
 from pipelines.manifest import read_manifest
 from pipelines.registry import list_models, load_groups, show_model
 from pipelines.report import page, task_rows, verdict
 from pipelines.storage import locate
-from pipelines.train import Trained, stored_example, train
+from pipelines.train import stored_example, train
 from pipelines.worker import GATE, METRICS, read_jsonl
 from tests.pipelines.conftest import make_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-
-
-@pytest.fixture(scope="module")
-def run(
-    images: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None
-) -> tuple[Config, Trained, list[str]]:
-    """A finished run, its configuration, and what it said."""
-    said: list[str] = []
-    config = make_config(images, tmp_path_factory.mktemp("run"), data={"min_support": 8})
-    return config, train(config, said.append), said
 
 
 def test_result_is_better_than_chance_and_has_naive_mtl_beside_it(run) -> None:
@@ -182,11 +171,14 @@ def test_streaming_reaches_a_result_too(images: Path, tmp_path: Path) -> None:
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(images: Path, tmp_path: Path) -> None:
-    config = make_config(images, tmp_path, track={"uri": "none"}, train={"learning_rate": 1e30, "epochs": 2})
+    config = make_config(images, tmp_path, train={"learning_rate": 1e30, "epochs": 2})
     with pytest.raises(UserError, match="NaN or infinite") as found:
         train(config)
     assert "train.learning_rate" in found.value.remedy
-    assert not (locate(config.run.root) / config.run_name() / "result.json").exists()
+    folder = locate(config.run.root) / config.run_name()
+    assert not (folder / "result.json").exists()
+    tracked = mlflow.MlflowClient(config.track.uri).get_run((folder / "tracking.json").read_json()["run_id"])
+    assert tracked.info.status == "FAILED"
 
 
 def test_group_models_of_a_run_folder_load(run) -> None:
