@@ -19,18 +19,7 @@ TEMPLATES = Path(__file__).parent
 
 
 def write_report(run: Location) -> Location:
-    """Make the page of a finished run beside its results; where it is.
-
-    Raises:
-        UserError: When the run is not finished.
-    """
-    target = run / "report.html"
-    target.write_text(page(run))
-    return target
-
-
-def page(run: Location) -> str:
-    """The page as HTML.
+    """Make the page of a finished run, and a picture of its grouping, beside its results; where the page is.
 
     Raises:
         UserError: When the run is not finished.
@@ -39,6 +28,14 @@ def page(run: Location) -> str:
         raise UserError(
             "no finished run here", where=str(run), remedy="run dmtg train to its end, or name another run folder"
         )
+    target = run / "report.html"
+    (run / "grouping.png").write_bytes(figures.grouping_png((run / RESULT).read_json()["grouping"]))
+    target.write_text(page(run))
+    return target
+
+
+def page(run: Location) -> str:
+    """The page of a finished run as HTML."""
     result = (run / RESULT).read_json()
     config = yaml.safe_load((run / "config.yaml").read_text())
     rows = task_rows(result)

@@ -43,25 +43,37 @@ def _svg(figure: Figure, label: str) -> str:
 
 def grouping(groups: Mapping[str, Sequence[str]]) -> str:
     """The final grouping: one column of tasks joined to their branches."""
+    words = "; ".join(f"{name}: {', '.join(members)}" for name, members in groups.items())
     with mpl.rc_context(STYLE):
-        tasks = [(task, k) for k, members in enumerate(groups.values()) for task in members]
-        height = max(1.2, 0.34 * len(tasks))
-        figure = Figure(figsize=(6.4, height))
-        axes = figure.add_subplot()
-        for k, (name, members) in enumerate(groups.items()):
-            places = [i for i, (_, owner) in enumerate(tasks) if owner == k]
-            middle = sum(places) / len(places)
-            for place in places:
-                axes.plot([0.36, 0.62], [place, middle], color=colour(k), linewidth=3, solid_capstyle="round")
-            axes.scatter([0.64], [middle], s=160, color=colour(k), zorder=3)
-            axes.text(0.68, middle, f"{name} ({len(members)})", va="center")
-        for place, (task, k) in enumerate(tasks):
-            axes.scatter([0.35], [place], s=36, color=colour(k), zorder=3)
-            axes.text(0.33, place, task, va="center", ha="right")
-        axes.set(xlim=(0, 1), ylim=(len(tasks) - 0.4, -0.6))
-        axes.axis("off")
-        words = "; ".join(f"{name}: {', '.join(members)}" for name, members in groups.items())
-        return _svg(figure, f"Final grouping. {words}")
+        return _svg(_grouping(groups), f"Final grouping. {words}")
+
+
+def grouping_png(groups: Mapping[str, Sequence[str]]) -> bytes:
+    """The same as a picture for documents that take no SVG."""
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        _grouping(groups).savefig(buffer, format="png", dpi=130, bbox_inches="tight", facecolor="white")
+    return buffer.getvalue()
+
+
+def _grouping(groups: Mapping[str, Sequence[str]]) -> Figure:
+    tasks = [(task, k) for k, members in enumerate(groups.values()) for task in members]
+    height = max(1.2, 0.34 * len(tasks))
+    figure = Figure(figsize=(6.4, height))
+    axes = figure.add_subplot()
+    for k, (name, members) in enumerate(groups.items()):
+        places = [i for i, (_, owner) in enumerate(tasks) if owner == k]
+        middle = sum(places) / len(places)
+        for place in places:
+            axes.plot([0.36, 0.62], [place, middle], color=colour(k), linewidth=3, solid_capstyle="round")
+        axes.scatter([0.64], [middle], s=160, color=colour(k), zorder=3)
+        axes.text(0.68, middle, f"{name} ({len(members)})", va="center")
+    for place, (task, k) in enumerate(tasks):
+        axes.scatter([0.35], [place], s=36, color=colour(k), zorder=3)
+        axes.text(0.33, place, task, va="center", ha="right")
+    axes.set(xlim=(0, 1), ylim=(len(tasks) - 0.4, -0.6))
+    axes.axis("off")
+    return figure
 
 
 def gate(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:

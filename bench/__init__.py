@@ -1,0 +1,1 @@
+"""`make bench`: what is claimed, measured against something else in the same run."""
