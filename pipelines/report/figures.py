@@ -100,7 +100,7 @@ def _gate_panel(axes: Axes, records: Sequence[Mapping[str, Any]], n: int) -> Non
         for first, last in _stretches(records):
             part = records[first:last]
             axes.plot(
-                range(first, last),
+                range(first + 1, last + 1),
                 [record["probabilities"][n][k] for record in part],
                 color=colour(k),
                 linewidth=1.4,
