@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -58,8 +57,3 @@ def _shards(reader: Reader, split: str) -> Iterator[Any]:
             file = reader.folder / shard.file
             with file.filesystem.open_input_file(file.path) as opened:
                 yield reader.arrays([pq.read_table(opened, columns=list(reader.columns()))])
-
-
-def headline(tasks: Mapping[str, str], metrics: Metrics) -> dict[str, float]:
-    """Each task's headline metric; `tasks` is task → metric name."""
-    return {name: metrics[name].get(metric, math.nan) for name, metric in tasks.items()}

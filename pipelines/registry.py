@@ -21,7 +21,7 @@ from dmtg_core.network import GroupModel
 from pipelines.config import Config, TrackSection
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest
-from pipelines.storage import Location
+from pipelines.storage import Location, locate
 from pipelines.tracking import connect
 from pipelines.worker import GROUPING, MODELS
 
@@ -53,10 +53,7 @@ def register(
     client = connect(config.track)
     with tempfile.TemporaryDirectory() as folder:
         groups = Path(folder)
-        for file in (run / MODELS).files():
-            target = groups / file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes((run / MODELS / file).read_bytes())
+        _fetch_models(run, groups)
         tags = {
             "dmtg.grouping": result["grouping_name"],
             "dmtg.data_digest": manifest.digest(),
@@ -201,8 +198,6 @@ def load_groups(uri: str, section: TrackSection) -> dict[str, GroupModel]:
 
 
 def _groups_of_run(uri: str) -> dict[str, GroupModel]:
-    from pipelines.storage import locate
-
     run = locate(uri)
     if not (run / GROUPING).exists():
         raise UserError(
@@ -211,8 +206,13 @@ def _groups_of_run(uri: str) -> dict[str, GroupModel]:
             remedy="give models:/<name>/<version>, or a run folder that dmtg train has finished",
         )
     with tempfile.TemporaryDirectory() as folder:
-        for file in (run / MODELS).files():
-            target = Path(folder) / file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes((run / MODELS / file).read_bytes())
+        _fetch_models(run, Path(folder))
         return {path.name: load_model(path) for path in sorted(Path(folder).iterdir())}
+
+
+def _fetch_models(run: Location, folder: Path) -> None:
+    """Copy the group models of a run to the local disk."""
+    for file in (run / MODELS).files():
+        target = folder / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((run / MODELS / file).read_bytes())

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -95,10 +96,8 @@ def make_plans(
     Raises:
         UserError: When there are no samples, none for training, or two with one id.
     """
-    ids = [entry.id for entry in entries]
-    if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        twice = sorted({i for i in ids if i in seen or seen.add(i)})  # type: ignore[func-returns-value]
+    twice = sorted(name for name, count in Counter(entry.id for entry in entries).items() if count > 1)
+    if twice:
         raise UserError(
             f"{len(twice)} ids occur more than once: {', '.join(twice[:5])}",
             where=source.root,
