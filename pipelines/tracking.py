@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -103,15 +104,23 @@ class MlflowTracker:
     def record(self, record: Mapping[str, Any]) -> None:
         """One batch of metrics: `<stage>/<task>/<metric>` and the gate's probabilities."""
         from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
 
         values = {f"{record['stage']}/val_score": record["val_score"]}
         for task, found in record["val"].items():
             values |= {f"{record['stage']}/{task}/{name}": value for name, value in found.items()}
             values[f"{record['stage']}/{task}/train_loss"] = record["train_loss"][task]
-        with contextlib.suppress(Exception):  # a server that is away for a while must not end a training run
-            stamp = int(record.get("time", 0) * 1000)
-            metrics = [Metric(k, v, stamp, record["epoch"]) for k, v in values.items() if v is not None]
+        stamp = int(record["time"] * 1000)
+        metrics = [Metric(k, v, stamp, record["epoch"]) for k, v in values.items() if v is not None]
+        try:
             self.client.log_batch(self.run_id, metrics=metrics)
+        except (MlflowException, OSError) as error:  # a server that is away must not end a training run
+            log.warning(
+                "MLflow did not take epoch %s of %s (%s); its figures are in metrics.jsonl of the run folder",
+                record["epoch"],
+                record["stage"],
+                str(error).partition("\n")[0][:200],
+            )
 
     def finish(self, result: Mapping[str, Any], files: Mapping[str, str]) -> None:
         """Test figures and artifacts, and the run is marked finished."""
@@ -124,8 +133,9 @@ class MlflowTracker:
         }
         if result["normalized_gain"] is not None:
             values["normalized_gain"] = result["normalized_gain"]
+        stamp = int(time.time() * 1000)
         self.client.log_batch(
-            self.run_id, metrics=[Metric(k, v, 0, 0) for k, v in values.items() if v is not None]
+            self.run_id, metrics=[Metric(k, v, stamp, 0) for k, v in values.items() if v is not None]
         )
         self.client.set_tag(self.run_id, "dmtg.grouping", result["grouping_name"])
         for name, text in files.items():

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ class RayContext:
 
     def _write(self, record: dict[str, Any]) -> None:
         """Add a record; what an interrupted run had written beyond its checkpoint is replaced."""
+        record["time"] = time.time()
         key = (record["stage"], record["epoch"])
         self.records = [r for r in self.records if (r["stage"], r["epoch"]) != key] + [record]
         gate = [
