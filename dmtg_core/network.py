@@ -80,7 +80,7 @@ class NetworkSpec:
 
 
 class Normalise(nn.Module):
-    """Stored input to network input: `(B, H, W, C)` to float32 `(B, C, H, W)`, or `(B, F)` to float32."""
+    """Stored input to network input: `(B, H, W, C)` to float32 `(B, C, H, W)`, `(B, F)` to float32, ids to int64."""
 
     mean: Tensor
     std: Tensor
@@ -96,6 +96,8 @@ class Normalise(nn.Module):
         if raw.shape[1:] != self.spec.shape:
             wanted = ", ".join(map(str, self.spec.shape))
             raise ValueError(f"expected input of shape (B, {wanted}), got {tuple(raw.shape)}")
+        if self.spec.kind == "tokens":
+            return raw.long()
         value = (raw.float() - self.mean) / self.std
         return value.permute(0, 3, 1, 2) if self.spec.kind == "image" else value  # (B, C, H, W), channels last
 

@@ -59,6 +59,9 @@ class Task:
         offset, scale: Network units are `(raw - offset) / scale`, one value for all channels or one a channel.
         valid_below: Raw values at or above it are not annotated (dense regression only).
         labels: Names of the classes.
+        threshold: Raw value from which a pixel counts as positive for the metric "f1" (dense regression only).
+        flip: Factor of each channel, in network units, when the image is mirrored left to right: -1 for the x of
+            a surface normal. Empty where no channel changes.
         unit: Unit of a raw value, for people to read.
         weight: Factor of this task's loss in the training loss.
 
@@ -75,6 +78,8 @@ class Task:
     offset: tuple[float, ...] = (0.0,)
     scale: tuple[float, ...] = (1.0,)
     valid_below: float | None = None
+    threshold: float | None = None
+    flip: tuple[float, ...] = ()
     labels: tuple[str, ...] = ()
     unit: str = ""
     weight: float = 1.0
@@ -83,7 +88,7 @@ class Task:
         _one_of("kind", self.kind, tuple(LOSSES), self.name)
         object.__setattr__(self, "loss", self.loss or LOSSES[self.kind][0])
         object.__setattr__(self, "metric", self.metric or METRICS[self.kind][0])
-        for name in ("offset", "scale", "labels"):
+        for name in ("offset", "scale", "flip", "labels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         _one_of("loss", self.loss, LOSSES[self.kind], self.name)
         _one_of("metric", self.metric, METRICS[self.kind], self.name)
@@ -197,10 +202,12 @@ class InputSpec:
     """What the network reads: its stored shape and dtype, and the constants that normalise it.
 
     Args:
-        kind: "image" (stored `(H, W, C)`) or "features" (stored `(F,)`).
+        kind: "image" (stored `(H, W, C)`), "features" (stored `(F,)`) or "tokens" (stored `(L,)`, ids of which 0
+            is padding).
         shape: Stored shape of one sample.
         dtype: Stored numpy dtype name.
-        mean, std: One value, or one a channel (feature).
+        mean, std: One value, or one a channel (feature). Tokens have none.
+        vocabulary: Number of token ids, padding included; 0 for other kinds.
     """
 
     kind: str
@@ -208,17 +215,22 @@ class InputSpec:
     dtype: str = "float32"
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    vocabulary: int = 0
 
     def __post_init__(self) -> None:
         for name in ("shape", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        rank = {"image": 3, "features": 1}.get(self.kind)
+        rank = {"image": 3, "features": 1, "tokens": 1}.get(self.kind)
         if rank is None:
-            raise ValueError(f"unknown input kind {self.kind!r}, expected image or features")
+            raise ValueError(f"unknown input kind {self.kind!r}, expected image, features or tokens")
         if len(self.shape) != rank:
             raise ValueError(f"expected a stored shape of {rank} axes for {self.kind} input, got {self.shape}")
         if self.dtype not in INPUT_DTYPES:
             raise ValueError(f"unknown input dtype {self.dtype!r}, expected one of {', '.join(INPUT_DTYPES)}")
+        if (self.kind == "tokens") != (self.vocabulary > 1):
+            raise ValueError(f"{self.kind} input cannot have a vocabulary of {self.vocabulary}")
+        if self.kind == "tokens" and self.dtype not in ("uint16", "int32"):
+            raise ValueError(f"tokens are stored as uint16 or int32, got {self.dtype}")
         if any(s <= 0 for s in self.std):
             raise ValueError(f"input std must be positive, got {self.std}")
         for name, values in (("mean", self.mean), ("std", self.std)):

@@ -15,7 +15,7 @@ from pipelines.sources import Column, Description
 from pipelines.storage import Location
 
 FILE = "_manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SPLITS = ("train", "val", "test")
 
 
@@ -82,6 +82,7 @@ class Manifest:
                 name: {"dtype": column.dtype, "shape": list(column.shape)}
                 for name, column in self.description.columns.items()
             },
+            "preparation": dict(self.description.preparation),
             "splits": {
                 split: {
                     "rows": self.rows(split),
@@ -102,7 +103,7 @@ class Manifest:
         columns = {name: Column(c["dtype"], tuple(c["shape"])) for name, c in values["columns"].items()}
         tasks = tuple(Task.from_dict(task) for task in values["tasks"])
         return cls(
-            description=Description(InputSpec(**values["input"]), tasks, columns),
+            description=Description(InputSpec(**values["input"]), tasks, columns, values["preparation"]),
             shards={split: [Shard(**s) for s in v["shards"]] for split, v in values["splits"].items()},
             sums={split: v["statistics"] for split, v in values["splits"].items()},
             source=values["source"],

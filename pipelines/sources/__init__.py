@@ -36,12 +36,14 @@ class Description:
     """What every row of a source holds.
 
     `columns` has `INPUT`, `task.<name>` for each task and, where pixels can lack a label, `mask.<name>`
-    (uint8, 1 = annotated).
+    (uint8, 1 = annotated). `preparation` says how what a user has (a text, a row of a table) becomes the stored
+    input; see `pipelines.preparation`. It is empty where the stored input is what a user has: an image.
     """
 
     input: InputSpec
     tasks: tuple[Task, ...]
     columns: Mapping[str, Column]
+    preparation: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
