@@ -18,7 +18,9 @@ import torch
 from torch import nn
 
 from dmtg_core import ArrayData, Arrays, EncoderSpec, GroupingNetwork, InputSpec, LocalContext, NetworkSpec, Task
-from dmtg_core.training import TrainSettings, TrainState, WeighedLoss, step_noise, train_step
+from dmtg_core.settings import TrainSettings
+from dmtg_core.step import WeighedLoss, step_noise, train_step
+from dmtg_core.training import TrainState
 
 Timed = tuple[Callable[[], object], Callable[[], object]]
 

@@ -8,6 +8,7 @@ Learn in one training run which tasks should share an encoder:
     models = state.network.specialise()
 """
 
+from dmtg_core.augment import AUGMENTATIONS, augment
 from dmtg_core.context import LocalContext, TrainContext
 from dmtg_core.data import ArrayData, Arrays, Batch, Data
 from dmtg_core.encoders import ENCODERS, EncoderSpec
@@ -16,10 +17,13 @@ from dmtg_core.metrics import Metrics, MetricSums, normalized_gain, total_error
 from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec
 from dmtg_core.schedules import TemperatureSchedule
 from dmtg_core.search import SearchResult, search
+from dmtg_core.settings import TrainSettings
+from dmtg_core.step import train_step
 from dmtg_core.tasks import InputSpec, Task
-from dmtg_core.training import NonFiniteLossError, TrainSettings, TrainState, evaluate, fit, train_step
+from dmtg_core.training import NonFiniteLossError, TrainState, evaluate, fit
 
 __all__ = [
+    "AUGMENTATIONS",
     "ENCODERS",
     "ArrayData",
     "Arrays",
@@ -42,6 +46,7 @@ __all__ = [
     "TrainContext",
     "TrainSettings",
     "TrainState",
+    "augment",
     "evaluate",
     "fit",
     "normalized_gain",

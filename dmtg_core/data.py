@@ -1,11 +1,14 @@
-"""Batches of stored samples, and a data set that fits in memory."""
+"""Batches of stored samples: gathered from memory or from the device, made ahead, the same for any workers."""
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,11 +28,12 @@ class Batch:
 class Data(Protocol):
     """What training reads. Every worker has its own, which gives that worker's part."""
 
-    def train(self, epoch: int, batch_size: int) -> Iterator[Batch]:
-        """This worker's part of every global batch of an epoch.
+    def train(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
+        """This worker's part of every global batch of an epoch, from batch number `start` on.
 
         Every sample comes once in an epoch, in an order that depends on the seed and the epoch alone. All
-        workers get the same number of batches, none of them empty.
+        workers get the same number of batches, none of them empty. What is left out by `start` changes nothing
+        in the batches that follow.
         """
         ...
 
@@ -42,9 +46,21 @@ class Data(Protocol):
         ...
 
 
+class Samples(Protocol):
+    """Stored samples that batches can be drawn from: `Arrays`, `Chunks` or `DeviceArrays`."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def batch(self, tasks: Sequence[Task], rows: np.ndarray, device: torch.device) -> Batch:
+        """The samples at `rows`, encoded on `device`. Their order in the batch is not promised."""
+        ...
+
+
 @dataclass(frozen=True)
 class Arrays:
-    """One split as arrays of n stored samples.
+    """n stored samples.
 
     Args:
         inputs: `(n, …)`.
@@ -61,28 +77,204 @@ class Arrays:
         return len(self.inputs)
 
     def batch(self, tasks: Sequence[Task], rows: np.ndarray, device: torch.device) -> Batch:
-        """The samples at `rows`, encoded on `device`."""
+        """See `Samples.batch`."""
+        return gather([(self, rows)], tasks, device)
+
+
+class Chunks:
+    """Several `Arrays` read as one, without ever being put together: rows are copied once, into their batch.
+
+    Args:
+        parts: Their samples are numbered on from part to part.
+    """
+
+    def __init__(self, parts: Sequence[Arrays]) -> None:
+        self.parts = tuple(parts)
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def locate(self, rows: np.ndarray) -> list[tuple[Arrays, np.ndarray]]:
+        """The parts that hold `rows`, each with which of its samples."""
+        part_of = np.searchsorted(self.ends, rows, side="right")
+        return [
+            (self.parts[i], rows[part_of == i] - (self.ends[i] - len(self.parts[i]))) for i in np.unique(part_of)
+        ]
+
+    def batch(self, tasks: Sequence[Task], rows: np.ndarray, device: torch.device) -> Batch:
+        """See `Samples.batch`."""
+        return gather(self.locate(rows), tasks, device)
+
+
+def gather(parts: Sequence[tuple[Arrays, np.ndarray]], tasks: Sequence[Task], device: torch.device) -> Batch:
+    """One batch of some rows of each part, encoded on `device`."""
+    inputs = _gathered([(arrays.inputs, rows) for arrays, rows in parts], device)
+    targets = {}
+    for task in tasks:
+        raw = _gathered([(arrays.labels[task.name], rows) for arrays, rows in parts], device)
+        masks = [(arrays.present.get(task.name), rows) for arrays, rows in parts]
+        known = [mask for mask, _ in masks if mask is not None]
+        if not known:
+            targets[task.name] = task.encode(raw)
+            continue
+        shape = known[0].shape[1:]
+        # a part in which no label is missing has no mask
+        whole = [
+            (np.ones((len(a), *shape), bool) if m is None else m, r)
+            for (a, _), (m, r) in zip(parts, masks, strict=True)
+        ]
+        targets[task.name] = task.encode(raw, _gathered(whole, device))
+    return Batch(inputs, targets)
+
+
+def _gathered(parts: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> Tensor:
+    """Rows of several arrays as one tensor on the device, each copied once on the way."""
+    first = parts[0][0]
+    count = sum(len(rows) for _, rows in parts)
+    dtype = torch.from_numpy(np.empty(0, first.dtype)).dtype
+    # copies from page-locked memory run beside the computation
+    held = torch.empty((count, *first.shape[1:]), dtype=dtype, pin_memory=device.type == "cuda")
+    view, start = held.numpy(), 0
+    for array, rows in parts:
+        # "clip" lets numpy write into the batch itself; rows are never out of range
+        np.take(array, rows, axis=0, out=view[start : start + len(rows)], mode="clip")
+        start += len(rows)
+    return held.to(device, non_blocking=True)
+
+
+class DeviceArrays:
+    """Samples that lie on the training device as they are stored: a batch costs no copy from the host.
+
+    Args:
+        samples: What to copy there.
+        device: The device.
+    """
+
+    def __init__(self, samples: Arrays | Chunks, device: torch.device) -> None:
+        parts = samples.parts if isinstance(samples, Chunks) else (samples,)
+        masked = {name for part in parts for name in part.present}
+
+        def present(part: Arrays, name: str) -> np.ndarray:
+            held = next(p.present[name] for p in parts if name in p.present)
+            return part.present.get(name, np.ones((len(part), *held.shape[1:]), bool))
+
+        self.inputs = _stored([part.inputs for part in parts], device)
+        self.labels = {name: _stored([p.labels[name] for p in parts], device) for name in parts[0].labels}
+        self.present = {name: _stored([present(p, name) for p in parts], device) for name in masked}
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batch(self, tasks: Sequence[Task], rows: np.ndarray, device: torch.device) -> Batch:
+        """See `Samples.batch`; `device` is the one that the samples are on."""
+        index = torch.from_numpy(rows).to(device, non_blocking=True)
         targets = {}
         for task in tasks:
-            raw = _to(self.labels[task.name][rows], device)
             held = self.present.get(task.name)
-            targets[task.name] = task.encode(raw, None if held is None else _to(held[rows], device))
-        return Batch(_to(self.inputs[rows], device), targets)
+            present = None if held is None else _rows(held, index)
+            targets[task.name] = task.encode(_rows(self.labels[task.name], index), present)
+        return Batch(_rows(self.inputs, index), targets)
 
 
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    # torch computes little with uint16, and int32 holds all of its values
-    tensor = torch.from_numpy(array.astype(np.int32) if array.dtype == np.uint16 else array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+def _stored(parts: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """The parts as one tensor on the device."""
+    count = sum(len(part) for part in parts)
+    dtype = torch.from_numpy(np.empty(0, parts[0].dtype)).dtype
+    held = torch.empty((count, *parts[0].shape[1:]), dtype=dtype, device=device)
+    start = 0
+    for part in parts:
+        held[start : start + len(part)] = torch.from_numpy(np.array(part))  # a part can be read-only memory
+        start += len(part)
+    return held
+
+
+def _rows(held: Tensor, index: Tensor) -> Tensor:
+    # torch moves 16-bit values of any kind, and indexes only the signed ones
+    if held.dtype == torch.uint16:
+        return held.view(torch.int16)[index].view(torch.uint16)
+    return held[index]
+
+
+def overlapped(batches: Iterator[Batch], device: torch.device, depth: int = 2) -> Iterator[Batch]:
+    """The same batches, made in a thread of their own while those before are trained on.
+
+    On a GPU the copies run on a stream of their own as well.
+
+    Args:
+        batches: Used by that thread alone.
+        device: Where the batches are made.
+        depth: How many are kept ready.
+    """
+    ready: queue.Queue[Any] = queue.Queue(depth)
+    stop = threading.Event()
+    thread = threading.Thread(target=_produce, args=(batches, device, ready, stop), daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            batch, made = item
+            if made is not None:
+                _wait(batch, made)
+            yield batch
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _produce(
+    batches: Iterator[Batch], device: torch.device, ready: queue.Queue[Any], stop: threading.Event
+) -> None:
+    """Put each batch with the event that it is made, then None or what went wrong."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    last: BaseException | None = None
+    try:
+        with torch.cuda.stream(stream) if stream else nullcontext():
+            for batch in batches:
+                if not _put(ready, (batch, stream.record_event() if stream else None), stop):
+                    return
+    except BaseException as error:  # noqa: BLE001 - raised again where the batch is waited for
+        last = error
+    _put(ready, last, stop)
+
+
+def _put(ready: queue.Queue[Any], item: object, stop: threading.Event) -> bool:
+    """Whether the item was taken before `stop` was set."""
+    while not stop.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+        except queue.Full:
+            continue
+        return True
+    return False
+
+
+def _wait(batch: Batch, event: Any) -> None:
+    """Let the current stream use a batch that another one makes."""
+    current = torch.cuda.current_stream()
+    current.wait_event(event)
+    for tensor in (batch.inputs, *batch.targets.values()):
+        tensor.record_stream(current)
+
+
+def epoch_steps(rows: int, batch_size: int, world_size: int) -> int:
+    """Global batches of an epoch; a remainder of less than two samples a worker joins the last.
+
+    Raises:
+        ValueError: When a batch is smaller than the number of workers.
+    """
+    if batch_size < world_size:
+        raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size} workers")
+    full, rest = divmod(rows, batch_size)
+    return max(full + (rest >= 2 * world_size), 1)
 
 
 class ArrayData:
     """A data set in memory; workers of one seed cut the same global batches.
 
     Args:
-        splits: Split name → arrays.
+        splits: Split name → samples.
         tasks: The tasks to give targets for.
         seed: Of the order of the training samples.
         rank, world_size: Which part is given.
@@ -94,7 +286,7 @@ class ArrayData:
 
     def __init__(
         self,
-        splits: Mapping[str, Arrays],
+        splits: Mapping[str, Samples],
         tasks: Sequence[Task],
         *,
         seed: int = 22,
@@ -111,21 +303,22 @@ class ArrayData:
         self.device = torch.device(device)
 
     def steps(self, batch_size: int) -> int:
-        """Global batches in an epoch; a remainder of less than two samples a worker joins the last."""
-        if batch_size < self.world_size:
-            raise ValueError(f"a batch of {batch_size} cannot be shared by {self.world_size} workers")
-        rows = len(self.splits["train"])
-        full, rest = divmod(rows, batch_size)
-        return max(full + (rest >= 2 * self.world_size), 1)
+        """See `epoch_steps`."""
+        return epoch_steps(len(self.splits["train"]), batch_size, self.world_size)
 
-    def train(self, epoch: int, batch_size: int) -> Iterator[Batch]:
+    def train(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """See `Data.train`."""
-        arrays = self.splits["train"]
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(arrays))
+        batches = self._train(epoch, batch_size, start)
+        # only a GPU computes while this thread would be gathering
+        return overlapped(batches, self.device) if self.device.type == "cuda" else batches
+
+    def _train(self, epoch: int, batch_size: int, start: int) -> Iterator[Batch]:
+        samples = self.splits["train"]
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(samples))
         edges = [*range(0, len(order), batch_size)[: self.steps(batch_size)], len(order)]
-        for start, stop in pairwise(edges):
-            rows = np.array_split(order[start:stop], self.world_size)[self.rank]
-            yield arrays.batch(self.tasks, rows, self.device)
+        for first, last in pairwise(edges[start:]):
+            rows = np.array_split(order[first:last], self.world_size)[self.rank]
+            yield samples.batch(self.tasks, rows, self.device)
 
     def evaluate(self, split: str, batch_size: int) -> Iterator[Batch]:
         """See `Data.evaluate`."""

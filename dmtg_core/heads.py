@@ -1,4 +1,4 @@
-"""Heads: a bank that holds all small heads as one batched product, and a decoder for dense tasks."""
+"""Heads of sample-wise tasks: a bank that holds all small heads as one batched product."""
 
 from __future__ import annotations
 
@@ -102,40 +102,3 @@ class HeadBank(nn.Module):
         counts = [sum(task.channels for task in kept) for kept in self.kept.values()]
         widest = max(counts, default=0)
         return torch.cat([torch.arange(c) + i * widest for i, c in enumerate(counts)] or [torch.empty(0).long()])
-
-
-class DenseDecoder(nn.Module):
-    """Feature map to a map of the input's size, doubling the resolution by sub-pixel convolutions.
-
-    Shi et al. 2016: a convolution gives four times the channels, which become a map of twice the size, so that
-    all computing is done at the lower resolution. The step is cheap where many decoders are trained at once.
-
-    Args:
-        features: Channels of the feature map.
-        channels: Channels of the output.
-        stride: Input pixels a feature pixel spans, a power of two.
-        width: Channels of the first convolution, halved with every doubling down to 16.
-    """
-
-    def __init__(self, features: int, channels: int, stride: int, width: int = 64) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(features, width, 3, padding=1, bias=False), *_activated(width)]
-        doublings = int(math.log2(stride))
-        for _ in range(doublings - 1):
-            narrower = max(width // 2, 16)
-            layers += [nn.Conv2d(width, 4 * narrower, 3, padding=1, bias=False), *_activated(4 * narrower)]
-            layers.append(nn.PixelShuffle(2))
-            width = narrower
-        last = nn.Conv2d(width, channels * (4 if doublings else 1), 3, padding=1)
-        self.body = nn.Sequential(*layers, last, *([nn.PixelShuffle(2)] if doublings else []))
-
-    def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """`(B, F, h, w)` to `(B, C, *size)`."""
-        out: Tensor = self.body(features)
-        if out.shape[2:] != size:  # an input that the stride does not divide
-            out = nn.functional.interpolate(out, size=size, mode="bilinear", align_corners=False)
-        return out
-
-
-def _activated(channels: int) -> list[nn.Module]:
-    return [nn.BatchNorm2d(channels), nn.ReLU()]

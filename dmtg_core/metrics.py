@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dmtg_core.losses import label_counts, sample_loss, valid
-from dmtg_core.tasks import Task
+from dmtg_core.tasks import ANGLES, Task
 
 Metrics = dict[str, dict[str, float]]  # task → metric → value
 
@@ -22,6 +22,12 @@ AUROC_RANGE = 16.0
 
 # Metrics that are errors already; every other is a score in [0, 1] whose error is 1 - score.
 ERRORS = ("loss", "rmse", "mae", "mean_angle")
+
+# Share of the pixels whose direction is at most so many degrees off.
+WITHIN: Mapping[str, float] = {"within_11": 11.25, "within_22": 22.5, "within_30": 30.0}
+
+# What a change of a score is divided by: the error (1 - score) of the reference, or its score.
+GAIN_FORMS = ("error", "score")
 
 
 def _confusion(task: Task, output: Tensor, target: Tensor) -> Tensor:
@@ -47,7 +53,7 @@ def _binary_sums(task: Task, output: Tensor, target: Tensor) -> Tensor:
 
 
 def _value_sums(task: Task, output: Tensor, target: Tensor) -> Tensor:
-    """Count, Σe², Σ|e|, Σy, Σy² in raw units, then pixels, Σangle and pixels within 30° for three channels."""
+    """Count, Σe², Σ|e|, Σy, Σy² in raw units, then what `_angle_sums` and `_positive_sums` give, if they apply."""
     axis = [1, -1] + [1] * (target.dim() - 2) if target.dim() > 1 else [-1]
     scale = target.new_tensor(task.scale).reshape(axis)
     offset = target.new_tensor(task.offset).reshape(axis)
@@ -56,16 +62,27 @@ def _value_sums(task: Task, output: Tensor, target: Tensor) -> Tensor:
     truth = (filled * scale + offset).double() * known
     error = ((output.float() - filled) * scale).double() * known
     sums = [known.double().sum(), (error**2).sum(), error.abs().sum(), truth.sum(), (truth**2).sum()]
-    if task.metric in ("within_30", "mean_angle"):
+    if task.metric in ANGLES:
         sums += _angle_sums(output.float(), target, known)
+    if task.threshold is not None:
+        level = (target.new_tensor(task.threshold) - offset) / scale  # as `Task.encode`, so that it is met exactly
+        sums += _positive_sums(output.float() >= level, target >= level, known)
     return torch.stack(sums)
 
 
 def _angle_sums(output: Tensor, target: Tensor, known: Tensor) -> list[Tensor]:
+    """Annotated pixels, the sum of their angles in degrees, and how many are within each limit of `WITHIN`."""
     cosine = torch.cosine_similarity(output, target.masked_fill(~known, 0.0), dim=1).clamp(-1, 1)
     angle = torch.rad2deg(torch.acos(cosine)).double()
     pixel = known.all(1).double()
-    return [pixel.sum(), (angle * pixel).sum(), ((angle <= 30) * pixel).sum()]
+    near = [((angle <= limit) * pixel).sum() for limit in WITHIN.values()]
+    return [pixel.sum(), (angle * pixel).sum(), *near]
+
+
+def _positive_sums(guess: Tensor, positive: Tensor, known: Tensor) -> list[Tensor]:
+    """True positives, false negatives and false positives among the annotated values."""
+    cells = (guess & positive, ~guess & positive, guess & ~positive)
+    return [(cell & known).sum().double() for cell in cells]
 
 
 SUMS: Mapping[str, Callable[[Task, Tensor, Tensor], Tensor]] = {
@@ -81,6 +98,10 @@ def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else math.nan
 
 
+def _f1(tp: float, fn: float, fp: float) -> float:
+    return _ratio(2 * tp, 2 * tp + fn + fp)
+
+
 def _binary_metrics(_task: Task, sums: Tensor) -> dict[str, float]:
     tp, fn, fp, tn = sums[:4].tolist()
     positive, negative = sums[4:].reshape(2, AUROC_BINS)
@@ -88,7 +109,7 @@ def _binary_metrics(_task: Task, sums: Tensor) -> dict[str, float]:
     return {
         "accuracy": _ratio(tp + tn, tp + fn + fp + tn),
         "balanced_accuracy": (_ratio(tp, tp + fn) + _ratio(tn, tn + fp)) / 2,
-        "f1": _ratio(2 * tp, 2 * tp + fp + fn),
+        "f1": _f1(tp, fn, fp),
         "auroc": _ratio(float(positive @ below), (tp + fn) * (fp + tn)),
     }
 
@@ -118,9 +139,12 @@ def _value_metrics(task: Task, sums: Tensor) -> dict[str, float]:
         "mae": _ratio(absolute, count),
         "r2": 1 - _ratio(squared, spread),
     }
-    if task.metric in ("within_30", "mean_angle"):
-        pixels, angle, near = sums[5:].tolist()
-        found |= {"within_30": _ratio(near, pixels), "mean_angle": _ratio(angle, pixels)}
+    if task.metric in ANGLES:
+        pixels, angle, *near = sums[5 : 7 + len(WITHIN)].tolist()
+        found |= {name: _ratio(inside, pixels) for name, inside in zip(WITHIN, near, strict=True)}
+        found["mean_angle"] = _ratio(angle, pixels)
+    if task.threshold is not None:
+        found["f1"] = _f1(*sums[-3:].tolist())
     return found
 
 
@@ -139,8 +163,17 @@ class MetricSums:
     Metrics: "loss" for every task (mean over labels); binary: accuracy, balanced_accuracy, f1, auroc (from
     `AUROC_BINS` bins of the logit); multiclass: accuracy, balanced_accuracy (mean recall over the classes
     present); dense classification: those and miou (mean over the classes present); regression kinds: rmse, mae,
-    r2 in raw units; three channels with an angle as headline metric: within_30 (share of pixels within 30°) and
-    mean_angle in degrees. A figure that is not defined (no label, one class only for auroc) is NaN.
+    r2 in raw units. Three channels with one of `ANGLES` as headline metric have all of them: within_11, within_22
+    and within_30 (share of pixels at most 11.25°, 22.5°, 30° off) and mean_angle in degrees. A task with a
+    threshold has f1. A figure that is not defined (no label, one class only for auroc) is NaN.
+
+    f1 of a dense task (keypoints, edges) is 2·TP / (2·TP + FN + FP) over all annotated pixels of a split, where
+    raw values from `Task.threshold` on are positive, in the target and in the output. Gao et al. 2024 print a
+    keypoint F1 and an edge F1 without the threshold, and their published code holds losses, accuracy and IoU
+    only, so that their rule is not known; and their figures seem to come from constant targets, where F1 tells
+    nothing. Counted over a split and not averaged over images, it is defined as soon as one pixel is positive in
+    target or output, and an image without a keypoint only adds its false positives; it is NaN where no pixel is.
+    miou differs from their code too: the mean is over the classes present, not over all 18.
     """
 
     def __init__(self, tasks: Sequence[Task]) -> None:
@@ -178,28 +211,44 @@ def error_of(metric: str, value: float) -> float:
     return value if metric in ERRORS else 1 - value
 
 
-def normalized_gain(tasks: Sequence[Task], metrics: Metrics, reference: Metrics, *, metric: str = "") -> float:
-    """Mean relative reduction of the error, in per cent: `100 · mean_n((err_ref[n] - err[n]) / err_ref[n])`.
+def normalized_gain(
+    tasks: Sequence[Task], metrics: Metrics, reference: Metrics, *, metric: str = "", form: str = "error"
+) -> float:
+    """Mean relative improvement over a reference, in per cent.
 
-    Gao et al. 2024: against naive MTL with evaluation errors, against single-task with losses.
+    The form "error" is `100 · mean_n((err_ref[n] - err[n]) / err_ref[n])`, where the error of a score is
+    1 - score: the formula of Gao et al. 2024, their code for CelebA, and their table of losses against
+    single-task.
+    The form "score" divides the change of a score by the reference's score, `(s[n] - s_ref[n]) / s_ref[n]`, and
+    is the same for errors: it is what their Taskonomy table of evaluation metrics against naive MTL prints.
 
     Args:
         metric: One metric for all tasks ("loss"); by default each task's headline metric.
+        form: One of `GAIN_FORMS`.
 
     Returns:
-        NaN when a reference error is 0 or not defined.
+        NaN when what a task is divided by is not positive or not defined.
 
     Raises:
         KeyError: When a task is missing in either: values are paired by name, never by order.
+        ValueError: For an unknown form.
     """
+    if form not in GAIN_FORMS:
+        raise ValueError(f"unknown form of the gain {form!r}, expected one of {', '.join(GAIN_FORMS)}")
     gains = []
     for task in tasks:
         name = metric or task.metric
-        base = error_of(name, reference[task.name][name])
-        gains.append(_ratio(base - error_of(name, metrics[task.name][name]), base))
+        base, value = reference[task.name][name], metrics[task.name][name]
+        gained = error_of(name, base) - error_of(name, value)
+        divisor = error_of(name, base) if form == "error" else base
+        gains.append(gained / divisor if divisor > 0 else math.nan)
     return 100 * sum(gains) / len(gains)
 
 
 def total_error(tasks: Sequence[Task], metrics: Metrics) -> float:
-    """`100 · Σ_n (1 - accuracy_n)`, as the CelebA tables print it."""
+    """`100 · Σ_n (1 - accuracy_n)`, as the CelebA tables print it, each accuracy over all samples of the split.
+
+    Raises:
+        KeyError: When a task or its accuracy is missing.
+    """
     return 100 * sum(1 - metrics[task.name]["accuracy"] for task in tasks)

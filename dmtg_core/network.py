@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmtg_core.decoders import DECODERS
 from dmtg_core.encoders import EncoderSpec, build_encoder, seeded
 from dmtg_core.grouping import GroupGate, Grouping
-from dmtg_core.heads import DenseDecoder, HeadBank
+from dmtg_core.heads import HeadBank
 from dmtg_core.tasks import InputSpec, Task, check_names
 
 Pair = tuple[int, int]  # (branch, task)
@@ -28,16 +29,22 @@ class NetworkSpec:
         tasks: The N tasks.
         encoder: The encoder and its cut.
         groups: K, the number of branches; more than N is legal.
-        decoder_width: Channels of the dense decoders.
+        decoder: Decoder of the dense tasks, a key of `DECODERS`.
+        decoder_width: Its `width`: for "subpixel" the channels of its first convolution, for "xception" those
+            after its first doubling (published: 128).
         sampling, initial, initial_scale: Options of `GroupGate`.
         rescale_gradients: Scale gradients by 1/√N from heads to branches and by 1/√K from branches to stem.
         seed: Seed of the initial weights.
+
+    Raises:
+        ValueError: For no task, two tasks of one name, or an unknown decoder.
     """
 
     input: InputSpec
     tasks: tuple[Task, ...]
     encoder: EncoderSpec
     groups: int
+    decoder: str = "subpixel"
     decoder_width: int = 64
     sampling: str = "gumbel"
     initial: str = "uniform"
@@ -48,11 +55,12 @@ class NetworkSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
         check_names(self.tasks)
+        if self.decoder not in DECODERS:
+            raise ValueError(f"unknown decoder {self.decoder!r}, expected one of {', '.join(DECODERS)}")
 
     def without_weights(self) -> NetworkSpec:
         """The same, for a network whose weights are about to be loaded: pretrained ones need not be at hand."""
-        options = {key: value for key, value in (self.encoder.options or {}).items() if key != "weights"}
-        return replace(self, encoder=replace(self.encoder, options=options))
+        return replace(self, encoder=self.encoder.without_weights())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` reads it back."""
@@ -80,7 +88,10 @@ class NetworkSpec:
 
 
 class Normalise(nn.Module):
-    """Stored input to network input: `(B, H, W, C)` to float32 `(B, C, H, W)`, `(B, F)` to float32, ids to int64."""
+    """Stored input to network input.
+
+    `(B, H, W, C)` to float32 `(B, C, H, W)`, `(B, F)` to float32, token ids `(B, L)` to int64.
+    """
 
     mean: Tensor
     std: Tensor
@@ -113,6 +124,13 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] * ctx.factor, None
+
+
+def _scaled(x: Any, factor: float) -> Any:
+    """`x` with its gradient scaled; of the (tokens, mask) that a text encoder passes on, that of the tokens."""
+    if isinstance(x, tuple):
+        return (_ScaleGradient.apply(x[0], factor), *x[1:])
+    return _ScaleGradient.apply(x, factor)
 
 
 @dataclass(frozen=True)
@@ -157,7 +175,9 @@ class GroupingNetwork(nn.Module):
             self.bank = HeadBank([t for t in spec.tasks if not t.dense], features.channels, spec.groups)
             self.decoders = nn.ModuleDict(
                 {
-                    f"{k}_{n}": DenseDecoder(features.channels, task.channels, features.stride, spec.decoder_width)
+                    f"{k}_{n}": DECODERS[spec.decoder](
+                        features.channels, task.channels, features.stride, spec.decoder_width
+                    )
                     for k in range(spec.groups)
                     for n, task in enumerate(spec.tasks)
                     if task.dense
@@ -175,11 +195,11 @@ class GroupingNetwork(nn.Module):
         """Features of the live branches (or of `branches`): `(B, F)` or `(B, F, h, w)`."""
         shared = self.stem(self.normalise(raw))
         if self.spec.rescale_gradients:
-            shared = _ScaleGradient.apply(shared, 1 / math.sqrt(self.spec.groups))
+            shared = _scaled(shared, 1 / math.sqrt(self.spec.groups))
         wanted = [int(k) for k in self.branches] if branches is None else sorted(set(branches))
         out = {k: self.branches[str(k)](shared) for k in wanted}
         if self.spec.rescale_gradients:
-            out = {k: _ScaleGradient.apply(f, 1 / math.sqrt(len(self.tasks))) for k, f in out.items()}
+            out = {k: _scaled(f, 1 / math.sqrt(len(self.tasks))) for k, f in out.items()}
         return out
 
     def forward_pairs(self, raw: Tensor) -> PairOutputs:

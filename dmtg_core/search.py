@@ -21,7 +21,8 @@ from dmtg_core.data import Data
 from dmtg_core.grouping import Grouping
 from dmtg_core.metrics import Metrics
 from dmtg_core.network import GroupingNetwork, NetworkSpec
-from dmtg_core.training import TrainSettings, TrainState, advance, evaluate
+from dmtg_core.settings import TrainSettings
+from dmtg_core.training import TrainState, advance, evaluate
 
 BASELINE, FINETUNE = "naive_mtl", "finetune"
 

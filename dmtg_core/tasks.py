@@ -9,6 +9,7 @@ A missing label has one form everywhere in the core: NaN in a floating-point tar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -20,6 +21,9 @@ CLASS_KINDS = ("multiclass", "dense_classification")
 DENSE_KINDS = ("dense_classification", "dense_regression")
 
 INPUT_DTYPES = ("uint8", "uint16", "int16", "int32", "float16", "float32", "float64")
+
+# Metrics of a direction with three components, such as a surface normal.
+ANGLES = ("within_11", "within_22", "within_30", "mean_angle")
 
 # The first entry of each tuple is the default.
 LOSSES: Mapping[str, tuple[str, ...]] = {
@@ -34,7 +38,7 @@ METRICS: Mapping[str, tuple[str, ...]] = {
     "multiclass": ("accuracy", "balanced_accuracy"),
     "regression": ("rmse", "mae", "r2"),
     "dense_classification": ("miou", "accuracy"),
-    "dense_regression": ("rmse", "mae", "r2", "within_30", "mean_angle"),
+    "dense_regression": ("rmse", "mae", "r2", *ANGLES, "f1"),
 }
 
 
@@ -61,7 +65,7 @@ class Task:
         labels: Names of the classes.
         threshold: Raw value from which a pixel counts as positive for the metric "f1" (dense regression only).
         flip: Factor of each channel, in network units, when the image is mirrored left to right: -1 for the x of
-            a surface normal. Empty where no channel changes.
+            a surface normal (dense regression only). Empty where no channel changes.
         unit: Unit of a raw value, for people to read.
         weight: Factor of this task's loss in the training loss.
 
@@ -112,8 +116,24 @@ class Task:
             raise ValueError(f"task {self.name!r}: scale must be positive, got {self.scale}")
         if self.labels and self.kind in CLASS_KINDS and len(self.labels) != self.channels:
             raise ValueError(f"task {self.name!r}: {len(self.labels)} class names for {self.channels} classes")
-        if self.metric in ("within_30", "mean_angle") and self.channels != 3:
+        if self.metric in ANGLES and self.channels != 3:
             raise ValueError(f"task {self.name!r}: metric {self.metric} needs 3 channels, got {self.channels}")
+        self._check_dense_fields()
+
+    def _check_dense_fields(self) -> None:
+        if self.kind != "dense_regression":
+            for name in ("threshold", "flip"):
+                if getattr(self, name) not in (None, ()):
+                    raise ValueError(f"task {self.name!r}: {name} is for dense_regression, not for {self.kind}")
+            return
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"task {self.name!r}: threshold must be a finite raw value, got {self.threshold}")
+        if self.metric == "f1" and self.threshold is None:
+            raise ValueError(f"task {self.name!r}: metric f1 needs a threshold, the raw value of a positive pixel")
+        if len(self.flip) not in (0, self.channels):
+            raise ValueError(f"task {self.name!r}: flip needs 0 or {self.channels} values, got {len(self.flip)}")
+        if any(factor not in (1, -1) for factor in self.flip):
+            raise ValueError(f"task {self.name!r}: flip takes factors of 1 and -1, got {self.flip}")
 
     @property
     def dense(self) -> bool:
@@ -141,15 +161,16 @@ class Task:
             target = raw.long()
             return target if present is None else target.where(_expand(present, target), self.ignore_index)
         value = raw.float()
-        missing = value.isnan()
+        missing = [value.isnan()] if raw.is_floating_point() and self.kind != "binary" else []
         if self.valid_below is not None:
-            missing = missing | (value >= self.valid_below)
+            missing.append(value >= self.valid_below)
         if present is not None:
-            missing = missing | ~_expand(present, value)
+            missing.append(~_expand(present, value))
         if self.kind != "binary":
             # the channel is the last axis of what is stored; a single channel is stored without it
-            value = (value - value.new_tensor(self.offset)) / value.new_tensor(self.scale)
-        value = value.masked_fill(missing, torch.nan)
+            value = (value - value.new_tensor(self.offset)).div_(value.new_tensor(self.scale))
+        for where in missing:
+            value = value.masked_fill(where, torch.nan)
         if self.kind == "dense_regression":
             return value.unsqueeze(1) if value.dim() == 3 else value.permute(0, 3, 1, 2)
         return value
@@ -231,6 +252,9 @@ class InputSpec:
             raise ValueError(f"{self.kind} input cannot have a vocabulary of {self.vocabulary}")
         if self.kind == "tokens" and self.dtype not in ("uint16", "int32"):
             raise ValueError(f"tokens are stored as uint16 or int32, got {self.dtype}")
+        self._check_constants()
+
+    def _check_constants(self) -> None:
         if any(s <= 0 for s in self.std):
             raise ValueError(f"input std must be positive, got {self.std}")
         for name, values in (("mean", self.mean), ("std", self.std)):

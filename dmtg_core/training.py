@@ -1,4 +1,4 @@
-"""Training: one step, one evaluation, and a run over epochs that can be put down and taken up again.
+"""Training: one evaluation, and a run over epochs that can be put down and taken up again.
 
 All that happens is a function of the seed, the epoch and the step: data order, gate noise, temperature and
 learning rate have no hidden state, so a resumed run repeats what an undisturbed one does.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -18,146 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from dmtg_core import checkpoint
+from dmtg_core.augment import augment, augment_generator
 from dmtg_core.context import LocalContext, TrainContext
 from dmtg_core.data import Batch, Data
-from dmtg_core.losses import PairLosses, label_counts
 from dmtg_core.metrics import Metrics, MetricSums
 from dmtg_core.network import GroupingNetwork, clone
-from dmtg_core.schedules import TemperatureSchedule
+from dmtg_core.settings import LR_SCHEDULES, TrainSettings
+from dmtg_core.step import WeighedLoss, build_optimizer, step_noise, train_step
 
-OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-}
-# (epoch, epochs, every) → factor of the learning rate. "halving" is the paper's on CelebA.
-LR_SCHEDULES: Mapping[str, Callable[[int, int, int], float]] = {
-    "constant": lambda _epoch, _epochs, _every: 1.0,
-    "cosine": lambda epoch, epochs, _every: 0.5 * (1 + math.cos(math.pi * epoch / epochs)),
-    "halving": lambda epoch, _epochs, every: 0.5 ** (epoch // every),
-}
-PRECISIONS = ("fp32", "bf16")
 CHECK_EVERY = 100  # steps between two looks at whether one was refused
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss or a gradient became NaN or infinite. The step was refused; the weights are those before it."""
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train.
-
-    Args:
-        epochs: Passes over the training data, search and fine-tuning together.
-        search_share: Share of the epochs in which the gate learns; then every task keeps its likeliest head and
-            the rest fine-tunes the hard groups. 1 keeps learning to the end, as the published code does.
-        batch_size: Samples of a global batch, over all workers.
-        optimizer: A key of `OPTIMIZERS`.
-        learning_rate: Of stem, branches and heads, whatever the number of workers.
-        gate_learning_rate: Of θ; None takes `learning_rate`.
-        weight_decay: Of everything but θ.
-        lr_schedule, lr_every: A key of `LR_SCHEDULES` and its interval in epochs.
-        clip_norm: Largest norm of the gradient; 0 for no limit.
-        temperature: τ over the search.
-        entropy_weight: Factor of the gate's mean entropy in the loss; positive pushes to a decision.
-        prune_threshold: A head whose probability falls under it goes at the next epoch; 0 prunes at the end of
-            the search only.
-        precision: "fp32", or "bf16" for autocast of the encoders with gate and losses in float32.
-        seed: Of data order, gate noise and anything else that is drawn.
-
-    Raises:
-        ValueError: For an unknown option or a number out of range.
-    """
-
-    epochs: int = 20
-    search_share: float = 0.5
-    batch_size: int = 64
-    optimizer: str = "adam"
-    learning_rate: float = 1e-3
-    gate_learning_rate: float | None = None
-    weight_decay: float = 0.0
-    lr_schedule: str = "cosine"
-    lr_every: int = 15
-    clip_norm: float = 0.0
-    temperature: TemperatureSchedule = field(default_factory=TemperatureSchedule)
-    entropy_weight: float = 0.0
-    prune_threshold: float = 0.02
-    precision: str = "fp32"
-    seed: int = 22
-
-    def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("optimizer", self.optimizer, OPTIMIZERS),
-            ("lr_schedule", self.lr_schedule, LR_SCHEDULES),
-            ("precision", self.precision, PRECISIONS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")
-        for name in ("epochs", "batch_size", "lr_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.clip_norm < 0:
-            raise ValueError(f"clip_norm must not be negative, got {self.clip_norm}")
-        if not 0 < self.search_share <= 1:
-            raise ValueError(f"search_share must be in (0, 1], got {self.search_share}")
-        if not 0 <= self.prune_threshold < 1:
-            raise ValueError(f"prune_threshold must be in [0, 1), got {self.prune_threshold}")
-
-    @property
-    def search_epochs(self) -> int:
-        """Epochs in which the gate learns, at least one."""
-        return max(round(self.epochs * self.search_share), 1)
-
-
-class WeighedLoss(nn.Module):
-    """The loss of a step: `Σ_n Σ_k g[n, k] · L_n(head_{k,n}(branch_k(stem(x))))` (Gao et al. 2024, section 3).
-
-    This is the module that data-parallel training wraps. Make it anew after pruning.
-    """
-
-    task_of: Tensor
-    branch_of: Tensor
-    task_weights: Tensor
-
-    def __init__(self, network: GroupingNetwork, entropy_weight: float = 0.0, precision: str = "fp32") -> None:
-        super().__init__()
-        self.network = network
-        self.entropy_weight = entropy_weight
-        self.precision = precision
-        pairs = network.pairs
-        self.pair_losses = PairLosses(network.tasks, pairs)
-        self.register_buffer("branch_of", torch.tensor([k for k, _ in pairs]), persistent=False)
-        self.register_buffer("task_of", torch.tensor([n for _, n in pairs]), persistent=False)
-        self.register_buffer(
-            "task_weights", torch.tensor([float(t.weight) for t in network.tasks]), persistent=False
-        )
-
-    def forward(self, batch: Batch, temperature: float, noise: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of a batch.
-
-        Args:
-            batch: Input and targets.
-            temperature, noise: See `GroupGate.forward`.
-            counts: Labels of each task to divide by, `(N,)`.
-
-        Returns:
-            The loss to differentiate, and each task's gated loss, detached, `(N,)`.
-        """
-        with _autocast(self.precision, batch.inputs.device):
-            outputs = self.network.forward_pairs(batch.inputs)
-        losses = self.pair_losses(outputs, batch.targets) / counts[self.task_of].unsqueeze(1)  # (P, B)
-        gate = self.network.gate(temperature, noise)[..., self.task_of, self.branch_of]  # (P,) or (B, P)
-        weighed = (losses * (gate.T if gate.dim() == 2 else gate.unsqueeze(1))).sum(1)  # (P,)
-        by_task = torch.zeros_like(self.task_weights).index_add(0, self.task_of, weighed)  # (N,)
-        loss = by_task @ self.task_weights
-        if self.entropy_weight:
-            loss = loss + self.entropy_weight * self.network.gate.entropy().mean()
-        return loss, by_task.detach()
-
-
-def _autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 @dataclass
@@ -231,78 +103,6 @@ class TrainState:
             for key, value in held.items():
                 moved = value[rows].clone() if rows is not None and value.dim() else value
                 self.optimizer.state[parameter][key] = moved
-
-
-def build_optimizer(network: GroupingNetwork, settings: TrainSettings) -> torch.optim.Optimizer:
-    """The optimiser of a network: θ has its own learning rate and no weight decay.
-
-    Fused optimisers are the ones that can refuse a step on the device, without the host looking at a number.
-    """
-    weights = [p for name, p in network.named_parameters() if name != "gate.logits"]
-    gate_lr = settings.learning_rate if settings.gate_learning_rate is None else settings.gate_learning_rate
-    groups = [
-        {"params": weights, "lr": settings.learning_rate, "base_lr": settings.learning_rate},
-        {"params": [network.gate.logits], "lr": gate_lr, "base_lr": gate_lr, "weight_decay": 0.0},
-    ]
-    options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "fused": True}
-    if settings.optimizer == "sgd":
-        options["momentum"] = 0.9
-    optimizer = OPTIMIZERS[settings.optimizer](groups, **options)
-    if settings.optimizer == "sgd":
-        for parameter in [*weights, network.gate.logits]:
-            # left to a first step that is refused, it would start from memory that nobody wrote
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    cast("Any", optimizer).grad_scale = None
-    return optimizer
-
-
-def step_noise(network: GroupingNetwork, settings: TrainSettings, step: int, rank: int, samples: int) -> Tensor:
-    """Gate noise as a function of seed and step: equal on all workers, and on any device.
-
-    Noise for every sample depends on the worker as well.
-    """
-    per_sample = network.gate.sampling == "gumbel_per_sample"
-    seed = (settings.seed * 1_000_003 + step) * 4099 + (rank + 1 if per_sample else 0)
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    return network.gate.noise(generator, samples if per_sample else 0)
-
-
-def train_step(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    noise: Tensor,
-    temperature: float,
-    settings: TrainSettings,
-    context: TrainContext,
-) -> tuple[Tensor, Tensor]:
-    """One update, without the host ever waiting for the device.
-
-    Args:
-        module: A `WeighedLoss`, as `context.prepare` gave it back.
-
-    Returns:
-        This worker's share of each task's loss `(N,)`, and 1 where the step was refused because loss or
-        gradient were not finite, else 0.
-    """
-    loss_module = cast("WeighedLoss", getattr(module, "module", module))
-    statistics = list(loss_module.network.buffers())  # a forward pass moves those of its normalisation layers
-    before = [buffer.clone() for buffer in statistics]
-    counts = context.sum(label_counts(loss_module.network.tasks, batch.targets)).clamp_min(1)
-    # data-parallel training averages gradients over workers, and what is wanted is their sum
-    loss, by_task = module(batch, temperature, noise, counts / context.world_size)
-    optimizer.zero_grad()
-    loss.backward()
-    gradients = [p.grad for p in loss_module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if settings.clip_norm:
-        torch.nn.utils.clip_grads_with_norm_(list(loss_module.parameters()), settings.clip_norm, norm)
-    refused = context.sum((~torch.isfinite(loss.detach() + norm)).float()).clamp_max(1)
-    cast("Any", optimizer).found_inf = refused
-    optimizer.step()
-    for buffer, old in zip(statistics, before, strict=True):
-        buffer.copy_(torch.where(refused.bool(), old, buffer))
-    return by_task / context.world_size, refused
 
 
 @torch.no_grad()
@@ -394,16 +194,20 @@ def _train_epoch(
     state: TrainState, module: nn.Module, data: Data, settings: TrainSettings, context: TrainContext
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    factor = LR_SCHEDULES[settings.lr_schedule](state.epoch, settings.epochs, settings.lr_every)
+    losses_before = [sum(record["train_loss"].values()) for record in state.history]
+    factor = LR_SCHEDULES[settings.lr_schedule](state.epoch, settings, losses_before)
     for group in state.optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        group["lr"] = max(group["base_lr"] * factor, min(settings.lr_min, group["base_lr"]))
     steps = data.steps(settings.batch_size)
     searched = settings.search_epochs * steps
     module.train()
     totals = torch.zeros(len(state.network.tasks), device=context.device)
     refused = torch.zeros((), device=context.device)
     samples, temperature = 0, settings.temperature(state.step / searched)
-    for batch in data.train(state.epoch, settings.batch_size):
+    batches = _Timed(data.train(state.epoch, settings.batch_size))
+    for stored in batches:
+        generator = augment_generator(settings.seed, state.step, context.rank)
+        batch = augment(stored, state.network.tasks, settings.augment, generator)
         temperature = settings.temperature(state.step / searched)
         noise = step_noise(state.network, settings, state.step, context.rank, len(batch.inputs))
         noise = noise.to(context.device, non_blocking=True)
@@ -420,10 +224,28 @@ def _train_epoch(
     return {
         "train_loss": dict(zip((t.name for t in state.network.tasks), losses, strict=True)),
         "temperature": temperature,
-        "learning_rate": settings.learning_rate * factor,
+        "learning_rate": state.optimizer.param_groups[0]["lr"],
         "seconds": seconds,
         "samples_per_second": samples * context.world_size / seconds,
+        "data_share": batches.waited / seconds,
     }
+
+
+class _Timed:
+    """Batches, and how long they were waited for, in seconds."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches = batches
+        self.waited = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            asked = time.perf_counter()
+            batch = next(self.batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
 
 
 def _non_finite(state: TrainState, losses: list[float], refused: int) -> NonFiniteLossError:

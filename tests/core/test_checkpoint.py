@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from dmtg_core import GroupingNetwork, TrainSettings, TrainState
 from dmtg_core import checkpoint as files
 from dmtg_core.context import LocalContext
-from dmtg_core.training import WeighedLoss, step_noise, train_step
+from dmtg_core.step import WeighedLoss, step_noise, train_step
 from tests.core import samples
 from tests.core.samples import assert_same_tensors, decided, image_spec, mlp_spec
 

@@ -1,16 +1,22 @@
 """A data set in memory: every sample once, on one worker, in an order that the seed and the epoch decide."""
 
+import itertools
+import math
+import threading
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmtg_core import ArrayData, Arrays, Task
+from dmtg_core import ArrayData, Arrays, Batch, Task
+from dmtg_core.data import Chunks, DeviceArrays, overlapped
 from tests.core import samples
 from tests.core.samples import IMAGE, MIXED
 
 TASKS = (Task("t", "regression"),)
+CPU = torch.device("cpu")
 
 
 def numbered(rows: int, **options) -> ArrayData:
@@ -155,3 +161,83 @@ def test_batches_do_not_share_memory_with_the_data_set():
     batch.inputs.zero_()
     batch.targets["t"].zero_()
     assert data.splits["train"].inputs.sum() == 6
+
+
+def chunked(*sizes: int) -> Chunks:
+    """Numbered samples in parts; only some parts have a mask."""
+    ends = np.cumsum(sizes)
+    return Chunks(
+        [
+            Arrays(
+                np.arange(end - size, end, dtype=np.float32)[:, None],
+                {"t": np.arange(end - size, end, dtype=np.uint16)},
+                {"t": np.arange(end - size, end) % 3 > 0} if part % 2 else {},
+            )
+            for part, (size, end) in enumerate(zip(sizes, ends, strict=True))
+        ]
+    )
+
+
+NUMBER = Task("t", "regression")
+
+
+@pytest.mark.parametrize("device_arrays", [False, True])
+def test_chunks_and_device_arrays_give_each_sample_its_own_label(device_arrays: bool):
+    chunks = chunked(3, 4, 1, 5)
+    samples = DeviceArrays(chunks, CPU) if device_arrays else chunks
+    rows = np.array([12, 0, 3, 6, 7, 4, 11])
+    batch = samples.batch([NUMBER], rows, CPU)
+    order = batch.inputs[:, 0].long()
+    assert sorted(order.tolist()) == sorted(rows.tolist())
+    missing = [row for row in rows if row in (3, 6, 9, 12)]  # of the parts that have a mask
+    for value, target in zip(order.tolist(), batch.targets["t"].tolist(), strict=True):
+        assert math.isnan(target) if value in missing else target == value
+
+
+def test_device_arrays_keep_the_whole_range_of_16_bits():
+    values = np.array([0, 1, 32767, 32768, 65535], np.uint16)
+    arrays = DeviceArrays(Arrays(values[:, None].astype(np.float32), {"t": values}, {}), CPU)
+    target = arrays.batch([NUMBER], np.array([4, 3, 2, 1, 0]), CPU).targets["t"]
+    assert target.tolist() == [65535, 32768, 32767, 1, 0]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_an_epoch_taken_up_in_the_middle_has_the_batches_that_are_left(world_size: int):
+    for rank in range(world_size):
+        data = numbered(40, rank=rank, world_size=world_size)
+        whole = [batch.inputs.tolist() for batch in data.train(2, 8)]
+        for start in range(len(whole) + 1):
+            assert [batch.inputs.tolist() for batch in data.train(2, 8, start)] == whole[start:]
+
+
+def test_overlapped_batches_are_the_same_in_the_same_order():
+    data = numbered(40)
+    plain = [batch.inputs.tolist() for batch in data.train(0, 8)]
+    assert [batch.inputs.tolist() for batch in overlapped(data.train(0, 8), CPU)] == plain
+
+
+def test_overlapped_raises_what_its_thread_met_after_the_batches_before_it():
+    def broken():
+        yield next(numbered(8).train(0, 8))
+        raise OSError("the disk is gone")
+
+    batches = overlapped(broken(), CPU)
+    next(batches)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+
+
+def test_overlapped_makes_no_more_than_its_depth_ahead_and_stops_when_left():
+    made = []
+
+    def counted():
+        for number in itertools.count():
+            made.append(number)
+            yield Batch(torch.tensor([number]), {})
+
+    threads = threading.active_count()
+    batches = overlapped(counted(), CPU, depth=3)
+    assert [next(batches).inputs.item() for _ in range(5)] == list(range(5))
+    batches.close()
+    assert threading.active_count() == threads
+    assert len(made) <= 5 + 3 + 1  # taken, in the queue, and the one that waits for room

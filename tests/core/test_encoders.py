@@ -1,36 +1,71 @@
 """Encoders: every one, at every cut, gives what the network builds on."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from dmtg_core import ENCODERS, EncoderSpec, InputSpec
-from dmtg_core.encoders import Features, build_encoder, convnet, seeded
+from dmtg_core.encoders import Features, build_encoder, seeded
 
-SHAPES = {"features": InputSpec("features", (6,)), "image": InputSpec("image", (32, 32, 3), "uint8")}
-STAGES = {"mlp": 2, "convnet": 3, "resnet18": 5, "resnet34": 5, "resnet50": 5}
-CUTS = [(name, stem) for name, stages in STAGES.items() for stem in range(stages)]
+LENGTH, VOCABULARY = 7, 20
+TINY_BERT = {
+    "model_type": "bert", "vocab_size": VOCABULARY, "hidden_size": 8, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": LENGTH, "pad_token_id": 0,
+}  # fmt: skip
+SHAPES = {
+    "features": InputSpec("features", (6,)),
+    "image": InputSpec("image", (32, 32, 3), "uint8"),
+    "tokens": InputSpec("tokens", (LENGTH,), "int32", vocabulary=VOCABULARY),
+}
+STAGES = {
+    "mlp": 2, "convnet": 3, "resnet18": 5, "resnet34": 5, "resnet50": 5, "celeba_resnet": 2,
+    "xception_taskonomy": 7, "vit": 4, "embedding_bag": 3, "text_transformer": 4, "transformers": 3,
+}  # fmt: skip
+# small ones of those whose defaults are large
+OPTIONS = {
+    "xception_taskonomy": {"widths": [4, 6, 8, 10, 10, 12], "features": 5},
+    "vit": {"patch": 8, "width": 12, "layers": 3, "heads": 2},
+    "text_transformer": {"width": 8, "layers": 3, "heads": 2},
+    "transformers": {"config": TINY_BERT},
+}
+# those that the tests of the network walk through, at every cut
+CUTS = [(n, s) for n in ("mlp", "convnet", "resnet18", "resnet34", "resnet50") for s in range(STAGES[n])]
 
 
-def inputs_for(name: str, rows: int = 2) -> torch.Tensor:
-    """Network input for an encoder."""
-    shape = (rows, 3, 32, 32) if ENCODERS[name][1] == "image" else (rows, 6)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+def inputs_for(name: str, rows: int = 3) -> torch.Tensor:
+    """Network input for an encoder; texts end in padding."""
+    generator = torch.Generator().manual_seed(0)
+    if ENCODERS[name][1] == "tokens":
+        ids = torch.randint(1, VOCABULARY, (rows, LENGTH), generator=generator)
+        return ids.masked_fill(torch.arange(LENGTH) >= 3 + torch.arange(rows).unsqueeze(1), 0)
+    return torch.randn((rows, 3, 32, 32) if ENCODERS[name][1] == "image" else (rows, 6), generator=generator)
+
+
+def encoder(name: str, stem: int = 0, **options) -> EncoderSpec:
+    """A small encoder of that name."""
+    if name == "transformers":
+        pytest.importorskip("transformers")
+    return EncoderSpec(name, stem, {**OPTIONS.get(name, {}), **options})
 
 
 def build(name: str, stem: int = 0, groups: int = 1, seed: int = 0, **options):
     """Stem, branches and features."""
-    return build_encoder(EncoderSpec(name, stem, options), SHAPES[ENCODERS[name][1]], groups, seed)
+    return build_encoder(encoder(name, stem, **options), SHAPES[ENCODERS[name][1]], groups, seed)
 
 
 def test_every_encoder_is_tested():
-    assert STAGES.keys() == ENCODERS.keys()
+    # the large one is the tiny one with other numbers; test_encoders_published.py counts its operations
+    assert {*STAGES, "vit_b_16"} == ENCODERS.keys()
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", STAGES)
 def test_a_cut_moves_stages_between_stem_and_branch_and_changes_nothing_else(name):
     x = inputs_for(name)
     outputs, parameters = [], []
-    for cut in sorted({0, 1, STAGES[name] - 1}):
+    cuts = range(STAGES[name]) if not name.startswith("resnet") else (0, 1, 4)
+    for cut in cuts:
         stem, (branch,), features = build(name, cut)
         assert len(stem) == cut
         assert len(stem) + len(branch) == STAGES[name]
@@ -39,24 +74,48 @@ def test_a_cut_moves_stages_between_stem_and_branch_and_changes_nothing_else(nam
         parameters.append(sum(p.numel() for part in (stem, branch) for p in part.parameters()))
         assert features.channels == outputs[-1].shape[1]
         assert features.stride == (32 // outputs[-1].shape[2] if outputs[-1].dim() == 4 else 0)
+    assert outputs[0].std(0).max() > 0
     assert all(torch.equal(out, outputs[0]) for out in outputs)
     assert len(set(parameters)) == 1
 
 
-@pytest.mark.parametrize(("name", "stem"), [(n, s) for n, s in CUTS if not n.startswith("resnet")])
-def test_branches_start_different_and_are_repeated_by_the_seed(name, stem):
-    _, branches, _ = build(name, stem, groups=3, seed=5)
-    _, again, _ = build(name, stem, groups=3, seed=5)
-    _, other, _ = build(name, stem, groups=3, seed=6)
-    weights = [[next(b.parameters()) for b in made] for made in (branches, again, other)]
-    assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(weights[0], weights[2], strict=True))
-    first, second, third = weights[0]
-    assert not torch.equal(first, second)
-    assert not torch.equal(second, third)
+@pytest.mark.parametrize("name", [name for name in STAGES if not name.startswith("resnet")])
+def test_branches_start_different_and_are_repeated_by_the_seed_at_every_cut(name):
+    for stem in range(STAGES[name]):
+        made, again, other = (build(name, stem, groups=3, seed=seed)[1] for seed in (5, 5, 6))
+        first, second, third = made
+        for a, b, c in zip(made, again, other, strict=True):
+            assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+            assert not all(torch.equal(p, q) for p, q in zip(a.parameters(), c.parameters(), strict=True))
+        for a, b in ((first, second), (second, third)):
+            assert not all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["mlp", "convnet"])
+@pytest.mark.parametrize("name", STAGES)
+def test_gradients_reach_every_parameter(name):
+    stem, (branch,), _ = build(name, 1)
+    out = branch(stem(inputs_for(name, rows=4)))
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    # a softmax does not change when all its keys move together
+    moved = [(n, p) for part in (stem, branch) for n, p in part.named_parameters() if "key.bias" not in n]
+    assert [n for n, p in moved if p.grad is None or not p.grad.any()] == []
+    assert all(p.grad.isfinite().all() for _, p in moved)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_in_evaluation_a_sample_does_not_depend_on_those_beside_it(name):
+    stem, (branch,), _ = build(name, 1)
+    x = inputs_for(name)
+    stem(x), branch(stem(x))
+    stem.eval(), branch.eval()
+    with torch.no_grad():
+        together, again = branch(stem(x)), branch(stem(x))
+        alone = torch.cat([branch(stem(row.unsqueeze(0))) for row in x])
+    assert torch.equal(together, again)
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet", "vit", "text_transformer", "transformers"])
 def test_building_leaves_the_random_state_of_the_caller(name):
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -83,7 +142,7 @@ def test_the_seed_holds_inside_and_the_outer_state_goes_on_after():
     assert torch.equal(torch.rand(1), inside)
 
 
-@pytest.mark.parametrize("name", ["convnet", "resnet18"])
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "celeba_resnet", "xception_taskonomy"])
 def test_finding_the_shape_teaches_the_normalisation_nothing(name):
     stem, (branch,), _ = build(name, 1)
     for part in (stem, branch):
@@ -102,32 +161,69 @@ def test_dense_stride_limits_the_loss_of_resolution(dense_stride, stride):
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-@pytest.mark.parametrize("name", ["convnet", "resnet18"])
+@pytest.mark.parametrize("name", ["convnet", "resnet18", "celeba_resnet", "xception_taskonomy", "vit"])
 def test_images_may_have_any_number_of_channels(name, channels):
     spec = InputSpec("image", (32, 32, channels))
-    stem, (branch,), _ = build_encoder(EncoderSpec(name), spec, 1, 0)
+    stem, (branch,), _ = build_encoder(encoder(name), spec, 1, 0)
     assert branch.eval()(stem(torch.zeros(1, channels, 32, 32))).shape[0] == 1
 
 
-def test_a_residual_block_without_change_of_shape_adds_its_input():
-    (stage,) = convnet(InputSpec("image", (8, 8, 4)), widths=[4], dense_stride=1)
-    block = stage[0].eval()
+@pytest.mark.parametrize(
+    ("name", "size", "features"),
+    [
+        ("celeba_resnet", (64, 64), Features(14400, 0)),
+        ("celeba_resnet", (5, 9), Features(128, 0)),
+        ("xception_taskonomy", (48, 32), Features(5, 16)),
+        ("xception_taskonomy", (33, 37), Features(5, 11)),
+        ("xception_taskonomy", (1, 1), Features(5, 1)),
+        ("vit", (24, 40), Features(12, 8)),
+    ],
+)
+def test_images_may_have_any_size_that_the_encoder_can_read(name, size, features):
+    _, (branch,), found = build_encoder(encoder(name), InputSpec("image", (*size, 3)), 1, 0)
+    assert found == features
+    assert branch(torch.zeros(2, 3, *size)).shape[:2] == (2, features.channels)
+
+
+@pytest.mark.parametrize(("name", "stage"), [("convnet", 0), ("celeba_resnet", 1), ("xception_taskonomy", 4)])
+def test_a_residual_block_without_change_of_shape_adds_its_input(name, stage):
+    options = {"widths": [4], "dense_stride": 1} if name == "convnet" else OPTIONS.get(name, {})
+    block = EncoderSpec(name, 0, options).stages(InputSpec("image", (8, 8, 4)))[stage]
+    block = (block if name == "xception_taskonomy" else block[0]).eval()
+    norm = [m for m in block.body if isinstance(m, torch.nn.BatchNorm2d)][-1]
     with torch.no_grad():
-        block.body[-1].weight.zero_()
-        x = torch.randn(2, 4, 8, 8)
-        assert torch.equal(block(x), x.relu())
+        norm.weight.zero_()
+        x = torch.rand(2, norm.num_features, 8, 8)
+        assert torch.equal(block(x), x)
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    ("kind", "spec", "message"),
     [
-        (EncoderSpec("vgg"), "unknown encoder 'vgg'.*mlp.*resnet50"),
-        (EncoderSpec("convnet"), "convnet reads image input, got features"),
-        (EncoderSpec("mlp", 2), "mlp.*0 to 1.*got 2"),
-        (EncoderSpec("mlp", -1), "mlp.*0 to 1.*got -1"),
-        (EncoderSpec("mlp", 0, {"depth": 3}), "mlp.*depth"),
+        ("features", EncoderSpec("vgg"), "unknown encoder 'vgg'.*mlp.*resnet50"),
+        ("features", EncoderSpec("convnet"), "convnet reads image input, got features"),
+        ("features", EncoderSpec("embedding_bag"), "embedding_bag reads tokens input, got features"),
+        ("features", EncoderSpec("mlp", 2), "mlp.*0 to 1.*got 2"),
+        ("features", EncoderSpec("mlp", -1), "mlp.*0 to 1.*got -1"),
+        ("features", EncoderSpec("mlp", 0, {"depth": 3}), "mlp.*depth"),
+        ("image", EncoderSpec("vit", 0, {"patch": 5}), "5×5 pixels do not fill an image of 32×32"),
+        ("image", EncoderSpec("vit", 0, {"heads": 5}), "width 192 is no multiple of its 5 heads"),
+        ("image", EncoderSpec("xception_taskonomy", 14), "xception_taskonomy.*0 to 13.*got 14"),
+        ("tokens", EncoderSpec("text_transformer", 0, {"heads": 3}), "4 layers, width 128, 3 heads"),
+        ("tokens", EncoderSpec("text_transformer", 0, {"layers": 0}), "0 layers"),
     ],
 )
-def test_impossible_encoders_are_refused_with_what_was_found(spec, message):
+def test_impossible_encoders_are_refused_with_what_was_found(kind, spec, message):
     with pytest.raises(ValueError, match=message):
-        spec.stages(SHAPES["features"])
+        spec.stages(SHAPES[kind])
+
+
+def test_an_image_that_pooling_would_use_up_is_refused():
+    with pytest.raises(ValueError, match=r"5×5 pixels or more, got \(4, 64, 3\)"):
+        EncoderSpec("celeba_resnet").stages(InputSpec("image", (4, 64, 3)))
+
+
+def test_importing_the_core_imports_no_library_of_models():
+    script = "import sys, dmtg_core; print([n for n in ('torchvision', 'transformers') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

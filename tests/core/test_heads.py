@@ -1,11 +1,10 @@
-"""Heads: the bank gives what separate linear layers would, and the decoder a map of the input's size."""
+"""Heads: the bank gives what separate linear layers would."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmtg_core.heads import DenseDecoder, HeadBank
+from dmtg_core.heads import HeadBank
 from tests.core.samples import SAMPLEWISE
 
 GROUPS, WIDTH, ROWS = 3, 5, 4
@@ -132,29 +131,3 @@ def test_a_bank_without_tasks_holds_nothing():
     bank = HeadBank([], WIDTH, GROUPS)
     assert list(bank.parameters()) == []
     assert bank.kept == {}
-
-
-@pytest.mark.parametrize("stride", [1, 2, 4, 8])
-@pytest.mark.parametrize("size", [(16, 16), (24, 8), (13, 10)])
-def test_the_decoder_gives_a_map_of_the_size_of_the_input(stride, size):
-    decoder = DenseDecoder(6, 3, stride, width=8)
-    coarse = torch.randn(2, 6, -(-size[0] // stride), -(-size[1] // stride))
-    assert decoder(coarse, size).shape == (2, 3, *size)
-
-
-@pytest.mark.parametrize("stride", [1, 2, 4, 32])
-def test_the_decoder_learns_its_way_up_to_the_stride(stride):
-    decoder = DenseDecoder(4, 1, stride, width=8).eval()
-    assert decoder.body(torch.zeros(1, 4, 2, 3)).shape == (1, 1, 2 * stride, 3 * stride)
-
-
-def test_the_decoder_sees_where_in_the_map_something_is():
-    decoder = DenseDecoder(1, 1, 4, width=8).eval()
-    blank, spot = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
-    spot[0, 0, 1, 6] = 5.0
-    with torch.no_grad():
-        change = (decoder(spot, (32, 32)) - decoder(blank, (32, 32))).abs()[0, 0]
-    y, x = divmod(int(change.argmax()), 32)
-    assert abs(y - 5.5) < 8
-    assert abs(x - 25.5) < 8
-    assert change[24:, :8].max() == 0

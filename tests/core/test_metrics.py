@@ -1,6 +1,8 @@
 """Metrics: fixed values, sums that no batch size or worker can change, gains paired by name."""
 
 import math
+from dataclasses import replace
+from decimal import Decimal
 from itertools import pairwise
 
 import pytest
@@ -9,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmtg_core import MetricSums, Task, normalized_gain, total_error
-from dmtg_core.metrics import ERRORS, error_of
+from dmtg_core.metrics import ERRORS, GAIN_FORMS, error_of
 from tests.core import samples
-from tests.core.samples import IMAGE, MIXED
+from tests.core.samples import IMAGE
 
 NAN = math.nan
 
@@ -27,6 +29,16 @@ BINARY, CLASSES = Task("t", "binary"), Task("t", "multiclass", 3)
 SEGMENTS = Task("t", "dense_classification", 3, ignore_index=255)
 VALUES = Task("t", "regression", offset=(100.0,), scale=(10.0,))
 NORMALS = Task("t", "dense_regression", 3, metric="within_30")
+# network units (raw - 50) / 100: positive from 0.5 on
+KEYPOINTS = Task("t", "dense_regression", offset=(50.0,), scale=(100.0,), threshold=100.0, metric="f1")
+# tasks of every kind, the last of them with a threshold
+MIXED = (*samples.MIXED[:-1], replace(samples.MIXED[-1], threshold=900.0))
+
+
+def directions(*degrees: float) -> torch.Tensor:
+    """Unit vectors so many degrees off the first axis, `(1, 3, 1, W)`."""
+    turn = torch.tensor(degrees).deg2rad()
+    return torch.stack([turn.cos(), turn.sin(), torch.zeros_like(turn)]).reshape(1, 3, 1, -1)
 
 
 def one_hot(ids, channels: int = 3) -> torch.Tensor:
@@ -105,7 +117,49 @@ TABLE = {
             [[2.0, 0, 0], [0, 1, 0], [-1, 0, 0], [math.cos(math.pi / 9), math.sin(math.pi / 9), 0], [1, 1, 1]]
         ).T.reshape(1, 3, 1, 5),
         torch.tensor([[1.0, 0, 0], [1, 0, 0], [1, 0, 0], [3, 0, 0], [NAN, 0, 0]]).T.reshape(1, 3, 1, 5),
-        {"within_30": 2 / 4, "mean_angle": (0 + 90 + 180 + 20) / 4},
+        {"within_30": 2 / 4, "within_22": 2 / 4, "within_11": 1 / 4, "mean_angle": (0 + 90 + 180 + 20) / 4},
+    ),
+    "all angles at each limit": (
+        replace(NORMALS, metric="mean_angle"),
+        directions(5, 11.2, 11.3, 22.4, 22.6, 29.9, 30.1, 90),
+        directions(0).expand(1, 3, 1, 8),
+        {"within_11": 2 / 8, "within_22": 4 / 8, "within_30": 6 / 8, "mean_angle": 222.5 / 8},
+    ),
+    # raw truth 150, 150, 50, 50, 100; raw guess 200, 50, 150, 0, 100; and two pixels without a label
+    "keypoints": (
+        KEYPOINTS,
+        [[[[1.5, 0.0, 1.0, -0.5, 0.5, 9.0, -9.0]]]],
+        [[[[1.0, 1.0, 0.0, 0.0, 0.5, NAN, NAN]]]],
+        {"f1": 2 * 2 / (2 * 2 + 1 + 1), "rmse": math.sqrt((50**2 + 100**2 + 100**2 + 50**2) / 5)},
+    ),
+    "f1 beside another headline metric": (
+        replace(KEYPOINTS, metric="r2"),
+        [[[[1.0, 1.0]]]],
+        [[[[1.0, 0.0]]]],
+        {"f1": 2 / 3, "r2": -1.0},
+    ),
+    "an image without a positive takes no part of its own": (
+        KEYPOINTS,
+        [[[[1.0, 0.0]]], [[[0.0, 0.0]]]],
+        [[[[1.0, 0.0]]], [[[0.0, 0.0]]]],
+        {"f1": 1.0},
+    ),
+    "no positive in target and output": (KEYPOINTS, [[[[0.0, 0.1]]]], [[[[0.0, 0.0]]]], {"f1": NAN}),
+    "no positive in the target": (KEYPOINTS, [[[[1.0, 0.1]]]], [[[[0.0, 0.0]]]], {"f1": 0.0}),
+    "no label at all": (KEYPOINTS, [[[[1.0, 0.1]]]], [[[[NAN, NAN]]]], {"f1": NAN, "rmse": NAN}),
+    # positive from 10 on: network units 0 of the first channel, -2 of the second; the values of both count
+    "a threshold over channels of their own scale": (
+        Task("t", "dense_regression", 2, offset=(10.0, 20.0), scale=(1.0, 5.0), threshold=10.0),
+        [[[[0.0, -1.0]], [[-2.0, -2.0]]]],
+        [[[[0.0, 1.0]], [[-3.0, -1.0]]]],
+        {"f1": 2 * 2 / (2 * 2 + 1 + 1)},
+    ),
+    # the first pixel is 0° off and positive in its first channel, the second 90° and positive in its second
+    "angles and f1 together": (
+        replace(NORMALS, threshold=0.5),
+        directions(0, 0),
+        directions(0, 90),
+        {"within_11": 1 / 2, "mean_angle": 45.0, "f1": 2 * 1 / (2 * 1 + 1 + 1)},
     ),
 }
 
@@ -140,6 +194,34 @@ def test_auroc_equals_the_share_of_pairs_in_order(data, rows):
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e3])
 def test_r2_of_a_constant_target_is_not_defined(value):
     assert math.isnan(measure(Task("t", "regression"), [value + 1.0] * 1000, [value] * 1000)["r2"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"metric": "f1"}, r"'t': metric f1 needs a threshold"),
+        ({"threshold": math.inf}, r"'t': threshold must be a finite raw value, got inf"),
+        ({"kind": "regression", "threshold": 1.0}, r"'t': threshold is for dense_regression, not for regression"),
+        (
+            {"kind": "binary", "metric": "f1", "threshold": 0.0},
+            r"threshold is for dense_regression, not for binary",
+        ),
+        ({"channels": 2, "metric": "within_11"}, r"metric within_11 needs 3 channels, got 2"),
+    ],
+)
+def test_a_threshold_or_a_metric_that_does_not_fit_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Task("t", **{"kind": "dense_regression"} | values)
+
+
+@given(threshold=st.integers(1, 2**16 - 2), offset=st.floats(-2000, 2000), scale=st.floats(0.01, 3000))
+def test_a_stored_value_is_positive_exactly_from_the_threshold_on(threshold, offset, scale):
+    task = Task("t", "dense_regression", offset=(offset,), scale=(scale,), threshold=threshold)
+    around = torch.tensor([[[threshold - 1, threshold, threshold + 1]]], dtype=torch.int32)
+    target = task.encode(around)
+    # all guessed positive: one of the three is a false positive; the value itself as a guess: none is
+    assert measure(task, torch.full_like(target, 1e9), target)["f1"] == pytest.approx(4 / 5)
+    assert measure(task, target, target)["f1"] == 1.0
 
 
 @pytest.mark.parametrize("task", MIXED, ids=lambda t: t.name)
@@ -209,61 +291,125 @@ def test_two_workers_give_the_metrics_of_the_whole_with_one_message(split, missi
 # --- gains
 
 LOSS_TASKS = [Task(name, "regression") for name in ("depth", "normal", "segmentation", "keypoints", "edges")]
-SINGLE_TASK_LOSSES = (1.60e-5, 0.107, 0.0916, 1.30e-4, 1.56e-4)
-
-
-@pytest.mark.parametrize(
-    ("losses", "published"),
-    [
-        ((2.57e-2, 0.108, 0.0843, 6.87e-3, 6.88e-3), -33939),  # K3 random
-        ((5.85e-3, 0.111, 0.0733, 2e-6, 8.6e-5), -7266),  # K3 HOA
-        ((5.15e-3, 0.121, 0.0843, 2e-6, 8.6e-5), -6390),  # K3 TAG
-        ((2.04e-4, 0.107, 0.0828, 6.39e-4, 4.08e-4), -344),  # MTG-Net
-        ((1.19e-7, 0.107, 0.0665, 4.3e-5, 3.6e-7), 58.88),  # K3 DMTG
-        ((1.19e-7, 0.105, 0.0646, 4.7e-5, 1.2e-5), 57.44),  # K4 DMTG
-        ((1.19e-7, 0.105, 0.0634, 1e-6, 4.2e-7), 66.36),  # K5 DMTG
-    ],
-)
-def test_gain_of_loss_equals_the_published_taskonomy_table(losses, published):
-    """Table of Gao et al. for Taskonomy-5 against single-task; its losses have three digits."""
-    metrics, reference = (
-        {task.name: {"loss": loss} for task, loss in zip(LOSS_TASKS, values, strict=True)}
-        for values in (losses, SINGLE_TASK_LOSSES)
-    )
-    found = normalized_gain(LOSS_TASKS, metrics, reference, metric="loss")
-    assert found == pytest.approx(published, rel=0.005)
-
-
 EVALUATED = [
     Task("depth", "dense_regression"),
-    Task("normals", "dense_regression", 3, metric="within_30"),
-    Task("segments", "dense_classification", 18),
-    Task("keypoints", "binary", metric="f1"),
-    Task("edges", "binary", metric="f1"),
+    Task("normal", "dense_regression", 3, metric="within_30"),
+    Task("segmentation", "dense_classification", 18),
+    Task("keypoints", "dense_regression", metric="f1", threshold=100.0),
+    Task("edges", "dense_regression", metric="f1", threshold=1000.0),
 ]
 
+# Gao et al. 2024, Taskonomy-5, as printed: losses and their gain over single-task
+SINGLE_TASK_LOSSES = "1.60e-5 .107 .0916 1.30e-4 1.56e-4"
+LOSSES = {
+    "K3 random": ("2.57e-2 .108 .0843 6.87e-3 6.88e-3", "-33939"),
+    "K3 HOA": ("5.85e-3 .111 .0733 2e-6 8.6e-5", "-7266"),
+    "K3 TAG": ("5.15e-3 .121 .0843 2e-6 8.6e-5", "-6390"),
+    "MTG-Net": ("2.04e-4 .107 .0828 6.39e-4 4.08e-4", "-344"),
+    "K3 DMTG": ("1.19e-7 .107 .0665 4.3e-5 3.6e-7", "58.88"),
+    "K4 DMTG": ("1.19e-7 .105 .0646 4.7e-5 1.2e-5", "57.44"),
+    "K5 DMTG": ("1.19e-7 .105 .0634 1e-6 4.2e-7", "66.36"),
+}
+# the same for evaluation metrics, all but depth in per cent, and their gain over naive MTL; for K4 and K5 no depth
+# is printed, and the one of their losses stands here: it is 0 beside that of naive MTL
+NAIVE_METRICS = "8.67e-3 84.32 48.21 76.08 76.56"
+EVALUATIONS = {
+    "single-task": ("1.59e-5 84.28 37.88 85.86 86.75", "20.90"),
+    "K3 random": ("2.57e-2 84.35 42.84 78.71 79.71", "-39.88"),
+    "K3 HOA": ("5.85e-3 83.56 47.25 86.86 87.07", "11.50"),
+    "K3 TAG": ("5.15e-3 82.00 42.84 86.86 87.07", "10.92"),
+    "K3 MTG-Net": ("2.04e-4 84.32 48.21 84.47 85.98", "24.20"),
+    "K3 DMTG": ("1.19e-7 84.52 48.93 86.34 87.94", "26.02"),
+    "K4 DMTG": ("1.19e-7 84.71 49.69 86.31 87.65", "26.30"),
+    "K5 DMTG": ("1.19e-7 84.40 49.85 86.90 87.94", "26.52"),
+}
 
-def evaluated(depth: float, normals: float, miou: float, keypoints: float, edges: float):
-    """Metrics as the published table prints them, in per cent but for depth."""
-    return {
-        "depth": {"rmse": depth}, "normals": {"within_30": normals / 100}, "segments": {"miou": miou / 100},
-        "keypoints": {"f1": keypoints / 100}, "edges": {"f1": edges / 100},
-    }  # fmt: skip
+
+def half_digit(printed: str) -> Decimal:
+    """How far a figure can be from what was printed of it."""
+    return Decimal(5).scaleb(int(Decimal(printed).as_tuple().exponent) - 1)
 
 
-def test_gain_of_evaluation_errors_takes_a_score_as_one_minus_itself():
-    """K3 DMTG against naive MTL on Taskonomy-5.
+def as_metrics(tasks, row: str, metric: str, better: int):
+    """The metrics of a printed row, each half a digit better (1) or worse (-1) than it says, or as it says (0)."""
+    found = {}
+    for task, printed in zip(tasks, row.split(), strict=True):
+        name = metric or task.metric
+        up = -better if name in ERRORS else better
+        value = Decimal(printed) + up * half_digit(printed)
+        found[task.name] = {name: float(value if name in ERRORS else value / 100)}
+    return found
 
-    By hand, with err = 1 - score: depth .99999, normals .20/15.68, segments .72/51.79, keypoints 10.26/23.92,
-    edges 11.38/23.44. The table prints 26.02 because it divides the change of a score by the score and not by
-    its error.
-    """
-    gain = normalized_gain(
-        EVALUATED, evaluated(1.19e-7, 84.52, 48.93, 86.34, 87.94), evaluated(8.67e-3, 84.32, 48.21, 76.08, 76.56)
+
+def gain_bounds(tasks, row: str, reference: str, *, metric: str = "", form: str) -> tuple[float, float]:
+    """The least and the largest gain that fit the printed figures."""
+    return tuple(
+        normalized_gain(
+            tasks,
+            as_metrics(tasks, row, metric, better),
+            as_metrics(tasks, reference, metric, -better),
+            metric=metric,
+            form=form,
+        )
+        for better in (-1, 1)
     )
-    parts = (1 - 1.19e-7 / 8.67e-3, 0.20 / 15.68, 0.72 / 51.79, 10.26 / 23.92, 11.38 / 23.44)
-    assert gain == pytest.approx(100 * sum(parts) / 5)
-    assert gain == pytest.approx(38.82, abs=0.01)
+
+
+def fits(printed: str, bounds: tuple[float, float]) -> bool:
+    """Whether a printed gain is one of a range of gains, rounded."""
+    half = float(half_digit(printed))
+    return bounds[0] - half <= float(printed) <= bounds[1] + half
+
+
+@pytest.mark.parametrize("form", GAIN_FORMS)
+@pytest.mark.parametrize("method", LOSSES)
+def test_either_form_gives_every_gain_of_the_published_table_of_losses(method, form):
+    row, printed = LOSSES[method]
+    bounds = gain_bounds(LOSS_TASKS, row, SINGLE_TASK_LOSSES, metric="loss", form=form)
+    assert fits(printed, bounds)
+    assert bounds[1] - bounds[0] < max(1.2, 0.02 * abs(float(printed)))  # narrow enough to say something
+
+
+@pytest.mark.parametrize("method", EVALUATIONS)
+def test_the_score_form_gives_every_gain_of_the_published_table_of_evaluation_metrics(method):
+    row, printed = EVALUATIONS[method]
+    bounds = gain_bounds(EVALUATED, row, NAIVE_METRICS, form="score")
+    assert fits(printed, bounds)
+    assert bounds[1] - bounds[0] < 0.4
+    assert not fits(printed, gain_bounds(EVALUATED, row, NAIVE_METRICS, form="error"))
+
+
+def test_the_forms_divide_a_score_by_the_error_or_by_the_score_of_the_reference():
+    """K3 DMTG against naive MTL on Taskonomy-5, by hand."""
+    metrics, reference = (as_metrics(EVALUATED, r, "", 0) for r in (EVALUATIONS["K3 DMTG"][0], NAIVE_METRICS))
+    depth = 1 - 1.19e-7 / 8.67e-3
+    by_error = (depth, 0.20 / 15.68, 0.72 / 51.79, 10.26 / 23.92, 11.38 / 23.44)
+    by_score = (depth, 0.20 / 84.32, 0.72 / 48.21, 10.26 / 76.08, 11.38 / 76.56)
+    assert normalized_gain(EVALUATED, metrics, reference) == pytest.approx(100 * sum(by_error) / 5)
+    assert normalized_gain(EVALUATED, metrics, reference, form="score") == pytest.approx(100 * sum(by_score) / 5)
+
+
+def test_an_unknown_form_of_the_gain_is_refused():
+    with pytest.raises(ValueError, match="unknown form of the gain 'ratio', expected one of error, score"):
+        normalized_gain([], {}, {}, form="ratio")
+
+
+@pytest.mark.parametrize("reference", [0.0, -0.5, NAN])
+def test_the_score_form_over_a_score_that_is_not_positive_is_not_defined(reference):
+    task = Task("a", "regression", metric="r2")
+    assert math.isnan(normalized_gain([task], {"a": {"r2": 0.5}}, {"a": {"r2": reference}}, form="score"))
+
+
+@given(data=st.data(), rows=st.integers(1, 20), count=st.integers(1, 9))
+def test_total_error_is_the_number_of_tasks_less_the_sum_of_their_accuracies(data, rows, count):
+    """On CelebA, as Gao et al. 2024 count it: right answers over samples, for each attribute, in per cent."""
+    tasks = [Task(f"attribute_{n}", "binary") for n in range(count)]
+    flags = st.lists(st.booleans(), min_size=rows, max_size=rows)
+    truth, guess = ({t.name: torch.tensor(data.draw(flags)) for t in tasks} for _ in range(2))
+    sums = MetricSums(tasks)
+    sums.update({k: g.float() - 0.5 for k, g in guess.items()}, {k: t.float() for k, t in truth.items()})
+    right = sum(int((truth[t.name] == guess[t.name]).sum()) for t in tasks)
+    assert total_error(tasks, sums.compute()) == pytest.approx(100 * (count - right / rows))
 
 
 def test_values_are_paired_by_name_whatever_their_order():
@@ -302,7 +448,8 @@ def test_gain_over_itself_is_zero_and_over_perfection_a_hundred(scores):
 @pytest.mark.parametrize(
     ("metric", "value", "error"),
     [("accuracy", 0.8, 0.2), ("miou", 0.3, 0.7), ("rmse", 4.0, 4.0), ("mae", 4.0, 4.0), ("mean_angle", 12.0, 12.0),
-     ("loss", 0.1, 0.1), ("r2", 0.4, 0.6), ("within_30", 0.9, 0.1), ("auroc", 0.75, 0.25), ("f1", 1.0, 0.0)],
+     ("loss", 0.1, 0.1), ("r2", 0.4, 0.6), ("within_30", 0.9, 0.1), ("within_11", 0.3, 0.7),
+     ("auroc", 0.75, 0.25), ("f1", 1.0, 0.0)],
 )  # fmt: skip
 def test_errors_stay_and_scores_turn_around(metric, value, error):
     assert error_of(metric, value) == pytest.approx(error)
@@ -311,5 +458,5 @@ def test_errors_stay_and_scores_turn_around(metric, value, error):
 def test_every_metric_of_a_task_is_known_as_error_or_score():
     from dmtg_core.tasks import METRICS
 
-    scores = {"accuracy", "balanced_accuracy", "f1", "auroc", "r2", "miou", "within_30"}
+    scores = {"accuracy", "balanced_accuracy", "f1", "auroc", "r2", "miou", "within_11", "within_22", "within_30"}
     assert {name for names in METRICS.values() for name in names} | {"loss"} == scores | set(ERRORS)

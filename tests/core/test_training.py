@@ -29,14 +29,16 @@ from dmtg_core import (
 )
 from dmtg_core.checkpoint import load_network, read_json
 from dmtg_core.losses import label_counts, sample_loss
-from dmtg_core.training import LR_SCHEDULES, WeighedLoss, build_optimizer, score_of, step_noise, train_step
+from dmtg_core.settings import LR_SCHEDULES
+from dmtg_core.step import WeighedLoss, build_optimizer, step_noise, train_step
+from dmtg_core.training import score_of
 from tests.core import parallel, samples
 from tests.core.samples import MIXED, SAMPLEWISE, assert_same_tensors, decided, image_spec, mlp_spec
 from tests.core.test_checkpoint import moments
 from tests.core.test_network import pair_outputs
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
-TIMES = ("seconds", "samples_per_second")
+TIMES = ("seconds", "samples_per_second", "data_share")
 
 
 def local(folder=None, **options) -> LocalContext:
@@ -234,6 +236,7 @@ def test_a_step_of_160_heads_reads_nothing_back(syncs, sampling):
     module, context = WeighedLoss(state.network, 0.1).train(), local()
     noise = step_noise(state.network, settings, 0, 0, len(batch.inputs))
     assert len(state.network.pairs) == 160
+    syncs.found.clear()  # of making the batch
     with syncs:
         train_step(module, state.optimizer, batch, noise, 1.0, settings, context)
     assert not syncs.found
@@ -531,11 +534,36 @@ def test_learning_rates_follow_their_schedule(name, factors):
 
 
 def test_every_learning_rate_schedule_starts_at_one_and_never_rises():
+    settings = TrainSettings(epochs=40)
     for schedule in LR_SCHEDULES.values():
-        factors = [schedule(epoch, 40, 15) for epoch in range(40)]
+        factors = [schedule(epoch, settings, [1.0] * epoch) for epoch in range(40)]
         assert factors[0] == 1
         assert factors == sorted(factors, reverse=True)
         assert min(factors) > 0
+
+
+def test_plateau_halves_after_epochs_without_progress():
+    plateau, settings = LR_SCHEDULES["plateau"], TrainSettings(lr_patience=2)
+    falling = [0.8**epoch for epoch in range(10)]
+    assert plateau(10, settings, falling) == 1
+    stuck = [*falling, *[falling[-1] * 0.95] * 9]  # five per cent is no progress
+    assert [plateau(0, settings, stuck[: 10 + n]) for n in range(10)] == [1, 1, 1, *[0.5] * 3, *[0.25] * 3, 0.125]
+    assert plateau(0, settings, [*stuck, falling[-1] / 2, 1.0, 1.0]) == 0.125  # progress begins the count anew
+
+
+def test_plateau_is_followed_in_training_and_the_rate_stays_above_its_least():
+    spec = mlp_spec(SAMPLEWISE[:2])
+    settings = replace(
+        SEARCHING,
+        epochs=5,
+        lr_schedule="plateau",
+        lr_patience=0,
+        learning_rate=1e-9,
+        lr_min=2e-10,
+        search_share=1.0,
+    )  # a rate at which nothing is learnt
+    state = fit(GroupingNetwork(spec), samples.data(spec.input, spec.tasks), settings, local())
+    assert [r["learning_rate"] for r in state.history] == pytest.approx([1e-9, 1e-9, 5e-10, 2.5e-10, 2e-10])
 
 
 def test_temperature_runs_over_the_search_and_not_over_the_epochs():

@@ -153,7 +153,7 @@ STRING_OPTIONS = [
     (
         NetworkSpec,
         {"input": samples.FEATURES, "tasks": samples.SAMPLEWISE, "encoder": EncoderSpec("mlp"), "groups": 2},
-        ("sampling", "initial"),
+        ("sampling", "initial", "decoder"),
     ),
     (EncoderSpec, {"name": "mlp"}, ("name",)),
 ]

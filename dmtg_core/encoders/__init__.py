@@ -5,87 +5,40 @@ A new encoder is a function `(input, **options) -> list of modules` and one line
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from dmtg_core.encoders.basic import convnet, mlp
+from dmtg_core.encoders.pretrained_text import transformers, with_config
+from dmtg_core.encoders.resnet import celeba_resnet, resnet
+from dmtg_core.encoders.text import embedding_bag, text_transformer
+from dmtg_core.encoders.vit import vit, vit_b_16
+from dmtg_core.encoders.xception import xception_taskonomy
 from dmtg_core.tasks import InputSpec
-
-
-def mlp(spec: InputSpec, *, widths: Sequence[int] = (64, 32)) -> list[nn.Module]:
-    """Linear layers with ReLU: one stage a width."""
-    sizes = [*spec.shape, *widths]
-    return [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(sizes)]
-
-
-def convnet(spec: InputSpec, *, widths: Sequence[int] = (32, 64, 128), dense_stride: int = 0) -> list[nn.Module]:
-    """A small residual network: one stage a width, each halving the resolution.
-
-    Args:
-        spec: An image input.
-        widths: Channels of the stages.
-        dense_stride: Resolution is not halved below this stride (0: always halved), for dense targets.
-    """
-    stages: list[nn.Module] = []
-    channels, stride = spec.shape[-1], 1
-    for width in widths:
-        step = 2 if dense_stride == 0 or stride < dense_stride else 1
-        stages.append(nn.Sequential(_ConvBlock(channels, width, step), _ConvBlock(width, width, 1)))
-        channels, stride = width, stride * step
-    return stages
-
-
-class _ConvBlock(nn.Module):
-    """Two 3×3 convolutions with a residual connection."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        # pooled, not strided (He et al. 2019, ResNet-D): it loses no pixel, and oneDNN's gradient of a strided
-        # 1×1 convolution writes out of bounds for three channels-last input channels (torch 2.15)
-        pool = nn.Identity() if stride == 1 else nn.AvgPool2d(stride, ceil_mode=True)
-        project = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
-        self.shortcut = nn.Sequential(pool, project)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + self.shortcut(x))
-
-
-def _resnet(depth: int) -> Callable[..., list[nn.Module]]:
-    def stages(spec: InputSpec, *, weights: str | None = None) -> list[nn.Module]:
-        from torchvision import models  # takes longer to import than torch itself, in every worker
-
-        net = getattr(models, f"resnet{depth}")(weights=weights)
-        if spec.shape[-1] != 3:
-            net.conv1 = nn.Conv2d(spec.shape[-1], 64, 7, stride=2, padding=3, bias=False)
-        first = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-        return [first, net.layer1, net.layer2, net.layer3, net.layer4]
-
-    stages.__doc__ = (
-        f"torchvision's ResNet-{depth} in five stages; `weights` names weights that torchvision has at hand."
-    )
-    return stages
-
 
 # name → (stages of one encoder, kind of input it reads)
 ENCODERS: Mapping[str, tuple[Callable[..., list[nn.Module]], str]] = {
     "mlp": (mlp, "features"),
     "convnet": (convnet, "image"),
-    "resnet18": (_resnet(18), "image"),
-    "resnet34": (_resnet(34), "image"),
-    "resnet50": (_resnet(50), "image"),
+    "resnet18": (resnet(18), "image"),
+    "resnet34": (resnet(34), "image"),
+    "resnet50": (resnet(50), "image"),
+    "celeba_resnet": (celeba_resnet, "image"),
+    "xception_taskonomy": (xception_taskonomy, "image"),
+    "vit": (vit, "image"),
+    "vit_b_16": (vit_b_16, "image"),
+    "embedding_bag": (embedding_bag, "tokens"),
+    "text_transformer": (text_transformer, "tokens"),
+    "transformers": (transformers, "tokens"),
 }
+
+# options that say where pretrained weights come from
+PRETRAINED = ("weights", "path")
 
 
 @contextmanager
@@ -104,11 +57,23 @@ class EncoderSpec:
         name: A key of `ENCODERS`.
         stem: How many stages all groups share; 0 for an empty stem.
         options: Keyword arguments of the encoder function.
+
+    Raises:
+        ValueError: When the options name a folder that does not hold a model.
     """
 
     name: str
     stem: int = 0
     options: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.name == "transformers":
+            object.__setattr__(self, "options", with_config(self.options or {}))
+
+    def without_weights(self) -> EncoderSpec:
+        """The same architecture with initial weights, for which nothing has to be at hand."""
+        kept = {key: value for key, value in (self.options or {}).items() if key not in PRETRAINED}
+        return replace(self, options=kept)
 
     def stages(self, spec: InputSpec) -> list[nn.Module]:
         """Freshly initialised stages of one encoder.
@@ -159,9 +124,10 @@ def build_encoder(
 @torch.no_grad()
 def _features(spec: InputSpec, stem: nn.Module, branch: nn.Module) -> Features:
     shape = (1, spec.shape[2], *spec.shape[:2]) if spec.kind == "image" else (1, *spec.shape)
+    probe = torch.zeros(shape, dtype=torch.int64 if spec.kind == "tokens" else torch.float32)
     modes = [(m, m.training) for part in (stem, branch) for m in part.modules()]
     stem.eval(), branch.eval()  # normalisation layers must not learn from the probe
-    out = branch(stem(torch.zeros(shape)))
+    out = branch(stem(probe))
     for module, mode in modes:
         module.training = mode
     return Features(out.shape[1], spec.shape[0] // out.shape[2] if out.dim() == 4 else 0)

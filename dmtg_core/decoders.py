@@ -1,0 +1,91 @@
+"""Decoders of dense tasks: a feature map to a map of the input's size.
+
+A new decoder is a module made of `(features, channels, stride, width)` and one line in `DECODERS`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+
+class DenseDecoder(nn.Module):
+    """Feature map to a map of the input's size, doubling the resolution by sub-pixel convolutions.
+
+    Shi et al. 2016: a convolution gives four times the channels, which become a map of twice the size, so that
+    all computing is done at the lower resolution. The step is cheap where many decoders are trained at once.
+
+    Args:
+        features: Channels of the feature map.
+        channels: Channels of the output.
+        stride: Input pixels a feature pixel spans, a power of two.
+        width: Channels of the first convolution, halved with every doubling down to 16.
+    """
+
+    def __init__(self, features: int, channels: int, stride: int, width: int = 64) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(features, width, 3, padding=1, bias=False), *_activated(width)]
+        doublings = int(math.log2(stride))
+        for _ in range(doublings - 1):
+            narrower = max(width // 2, 16)
+            layers += [nn.Conv2d(width, 4 * narrower, 3, padding=1, bias=False), *_activated(4 * narrower)]
+            layers.append(nn.PixelShuffle(2))
+            width = narrower
+        last = nn.Conv2d(width, channels * (4 if doublings else 1), 3, padding=1)
+        self.body = nn.Sequential(*layers, last, *([nn.PixelShuffle(2)] if doublings else []))
+
+    def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """`(B, F, h, w)` to `(B, C, *size)`."""
+        return _resized(self.body(features), size)
+
+
+class XceptionDecoder(nn.Module):
+    """The decoder of Standley et al. 2020, which the method was published with for Taskonomy.
+
+    Each doubling is a transposed convolution; all but the last are followed by a 3×3 convolution of their width,
+    and a 3×3 convolution gives the output. It costs many times what `DenseDecoder` does at the same width. The
+    published biases before a batch norm, which takes them out again, are left out.
+
+    Args:
+        features: Channels of the feature map.
+        channels: Channels of the output.
+        stride: Input pixels a feature pixel spans, a power of two.
+        width: Channels after the first doubling: 128 in the experiments of Gao et al. 2024, 256 in those of
+            Standley et al. The next ones have 1/2, 3/8, and from then on 1/4 of them.
+    """
+
+    def __init__(self, features: int, channels: int, stride: int, width: int = 128) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        doublings = int(math.log2(stride))
+        for i in range(doublings):
+            narrower = max(width * (8, 4, 3, 2)[min(i, 3)] // 8, 1)
+            layers += [nn.ConvTranspose2d(features, narrower, 2, stride=2, bias=False), *_activated(narrower)]
+            if i < doublings - 1:
+                layers += [nn.Conv2d(narrower, narrower, 3, padding=1, bias=False), *_activated(narrower)]
+            features = narrower
+        self.body = nn.Sequential(*layers, nn.Conv2d(features, channels, 3, padding=1))
+
+    def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """`(B, F, h, w)` to `(B, C, *size)`."""
+        return _resized(self.body(features), size)
+
+
+# name → decoder of a dense task, made of (features, channels, stride, width)
+DECODERS: Mapping[str, Callable[[int, int, int, int], nn.Module]] = {
+    "subpixel": DenseDecoder,
+    "xception": XceptionDecoder,
+}
+
+
+def _resized(out: Tensor, size: tuple[int, int]) -> Tensor:
+    if out.shape[2:] == size:
+        return out
+    # an input that the stride does not divide
+    return nn.functional.interpolate(out, size=size, mode="bilinear", align_corners=False)
+
+
+def _activated(channels: int) -> list[nn.Module]:
+    return [nn.BatchNorm2d(channels), nn.ReLU()]

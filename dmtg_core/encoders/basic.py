@@ -1,0 +1,56 @@
+"""Small encoders without a model to follow: an MLP for features and a residual network for images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from dmtg_core.tasks import InputSpec
+
+
+def mlp(spec: InputSpec, *, widths: Sequence[int] = (64, 32)) -> list[nn.Module]:
+    """Linear layers with ReLU: one stage a width."""
+    sizes = [*spec.shape, *widths]
+    return [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(sizes)]
+
+
+def convnet(spec: InputSpec, *, widths: Sequence[int] = (32, 64, 128), dense_stride: int = 0) -> list[nn.Module]:
+    """A small residual network: one stage a width, each halving the resolution.
+
+    Args:
+        spec: An image input.
+        widths: Channels of the stages.
+        dense_stride: Resolution is not halved below this stride (0: always halved), for dense targets.
+    """
+    stages: list[nn.Module] = []
+    channels, stride = spec.shape[-1], 1
+    for width in widths:
+        step = 2 if dense_stride == 0 or stride < dense_stride else 1
+        stages.append(nn.Sequential(_ConvBlock(channels, width, step), _ConvBlock(width, width, 1)))
+        channels, stride = width, stride * step
+    return stages
+
+
+class _ConvBlock(nn.Module):
+    """Two 3×3 convolutions with a residual connection."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        # pooled, not strided (He et al. 2019, ResNet-D): it loses no pixel, and oneDNN's gradient of a strided
+        # 1×1 convolution writes out of bounds for three channels-last input channels (torch 2.15)
+        pool = nn.Identity() if stride == 1 else nn.AvgPool2d(stride, ceil_mode=True)
+        project = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+        self.shortcut = nn.Sequential(pool, project)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))

@@ -1,0 +1,120 @@
+"""Text encoders that are trained from scratch on token ids, of which 0 is padding.
+
+Between their stages a pair goes along: tokens `(B, L, F)` and, bool `(B, L)`, which of them are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from dmtg_core.tasks import InputSpec
+
+Tokens = tuple[Tensor, Tensor]  # (B, L, F) and (B, L)
+
+
+def embedding_bag(spec: InputSpec, *, embedding: int = 64, widths: Sequence[int] = (64, 32)) -> list[nn.Module]:
+    """The mean of the tokens' embeddings, then linear layers with ReLU: a stage for the mean, one for each width.
+
+    Args:
+        spec: A token input. A text of padding alone has a mean of zero.
+        embedding: Width of an embedding.
+        widths: Widths of the layers.
+    """
+    bag = nn.EmbeddingBag(spec.vocabulary, embedding, mode="mean", padding_idx=0)
+    layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise([embedding, *widths])]
+    return [bag, *layers]
+
+
+def text_transformer(
+    spec: InputSpec, *, width: int = 128, layers: int = 4, heads: int = 4, dropout: float = 0.0
+) -> list[nn.Module]:
+    """A pre-norm transformer with learned positions: a stage for the embedding and one for each layer.
+
+    The last stage ends in a norm and the mean over the tokens that are not padding. A text of padding alone is
+    read as one token of padding.
+
+    Args:
+        spec: A token input.
+        width: Channels of a token, a multiple of `heads`.
+        layers: Transformer layers, each with a hidden layer of four times `width`.
+        heads: Attention heads of a layer.
+        dropout: Share of values dropped while training. They are drawn from torch's global random state, so that
+            only runs without dropout are repeated bit for bit.
+
+    Raises:
+        ValueError: For a width that `heads` does not divide, and for no layer at all.
+    """
+    if layers < 1 or width % heads:
+        raise ValueError(
+            f"encoder text_transformer needs a layer and a width that its heads divide, "
+            f"got {layers} layers, width {width}, {heads} heads"
+        )
+    blocks = [_Layer(width, heads, dropout) for _ in range(layers)]
+    end = nn.Sequential(blocks[-1], _Norm(width), Mean())
+    return [_Embedding(spec, width, dropout), *blocks[:-1], end]
+
+
+def read(ids: Tensor) -> Tensor:
+    """Which tokens of `(B, L)` are read: all but padding, and one of a text of padding alone.
+
+    Attention over nothing is not a number, so that an empty text keeps its first token.
+    """
+    present = ids != 0
+    empty = ~present.any(1, keepdim=True)  # (B, 1)
+    return torch.cat([present[:, :1] | empty, present[:, 1:]], 1)
+
+
+class Mean(nn.Module):
+    """The mean over the tokens that are read, `(B, F)`."""
+
+    def forward(self, state: Tokens) -> Tensor:
+        """`(B, L, F)` and `(B, L)` to `(B, F)`."""
+        tokens, mask = state
+        return (tokens * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True)
+
+
+class _Embedding(nn.Module):
+    """Ids `(B, L)` to tokens with their positions."""
+
+    def __init__(self, spec: InputSpec, width: int, dropout: float) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(spec.vocabulary, width, padding_idx=0)
+        self.positions = nn.Parameter(torch.empty(spec.shape[0], width))
+        self.dropout = nn.Dropout(dropout)
+        for weight in (self.tokens.weight, self.positions):
+            nn.init.normal_(weight, std=0.02)
+        with torch.no_grad():
+            self.tokens.weight[0].zero_()
+
+    def forward(self, ids: Tensor) -> Tokens:
+        return self.dropout(self.tokens(ids) + self.positions[: ids.shape[1]]), read(ids)
+
+
+class _Layer(nn.Module):
+    """Attention and a hidden layer, each normalised before and added to what came in."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True
+        )
+
+    def forward(self, state: Tokens) -> Tokens:
+        tokens, mask = state
+        return self.layer(tokens, src_key_padding_mask=~mask), mask
+
+
+class _Norm(nn.Module):
+    """A layer norm of the tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, state: Tokens) -> Tokens:
+        tokens, mask = state
+        return self.norm(tokens), mask

@@ -1,0 +1,92 @@
+"""Decoders: every one gives a map of the input's size."""
+
+import pytest
+import torch
+
+from dmtg_core import EncoderSpec, GroupingNetwork, NetworkSpec
+from dmtg_core.decoders import DECODERS, DenseDecoder, XceptionDecoder
+from tests.core import samples
+from tests.core.samples import decided, image_spec
+
+every_decoder = pytest.mark.parametrize("name", DECODERS)
+
+
+@every_decoder
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(16, 16), (24, 8), (13, 10)])
+def test_a_decoder_gives_a_map_of_the_size_of_the_input(name, stride, size):
+    decoder = DECODERS[name](6, 3, stride, 8)
+    coarse = torch.randn(2, 6, -(-size[0] // stride), -(-size[1] // stride))
+    assert decoder(coarse, size).shape == (2, 3, *size)
+
+
+@every_decoder
+@pytest.mark.parametrize("stride", [1, 2, 4, 32])
+def test_a_decoder_learns_its_way_up_to_the_stride(name, stride):
+    decoder = DECODERS[name](4, 1, stride, 8).eval()
+    assert decoder.body(torch.zeros(1, 4, 2, 3)).shape == (1, 1, 2 * stride, 3 * stride)
+
+
+@every_decoder
+@pytest.mark.parametrize("stride", [1, 16])
+def test_gradients_reach_every_parameter(name, stride):
+    torch.manual_seed(0)
+    decoder = DECODERS[name](4, 2, stride, 16)
+    decoder(torch.randn(3, 4, 2, 2), (2 * stride, 2 * stride)).square().sum().backward()
+    assert [n for n, p in decoder.named_parameters() if not p.grad.any()] == []
+
+
+@every_decoder
+def test_a_decoder_sees_where_in_the_map_something_is(name):
+    torch.manual_seed(0)
+    decoder = DECODERS[name](1, 1, 4, 8).eval()
+    blank, spot = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
+    spot[0, 0, 1, 6] = 5.0
+    with torch.no_grad():
+        change = (decoder(spot, (32, 32)) - decoder(blank, (32, 32))).abs()[0, 0]
+    y, x = divmod(int(change.argmax()), 32)
+    assert abs(y - 5.5) < 8
+    assert abs(x - 25.5) < 8
+    assert change[24:, :8].max() == 0
+
+
+def test_the_published_decoder_has_the_widths_of_its_description():
+    def conv(inputs, outputs):
+        return 9 * inputs * outputs
+
+    ups = [(512, 128), (128, 64), (64, 48), (48, 32)]
+    expected = sum(4 * a * b + 2 * b for a, b in ups)  # transposed 2×2 convolutions with batch norm
+    expected += sum(conv(b, b) + 2 * b for _, b in ups[:-1]) + conv(32, 3) + 3
+    assert sum(p.numel() for p in XceptionDecoder(512, 3, 16).parameters()) == expected
+    double = [
+        m.out_channels for m in XceptionDecoder(512, 3, 32, 256).body if type(m).__name__ == "ConvTranspose2d"
+    ]
+    assert double == [256, 128, 96, 64, 64]
+
+
+def test_a_network_takes_the_decoder_of_its_spec():
+    chosen = {name: GroupingNetwork(image_spec(samples.DENSE, decoder=name)) for name in DECODERS}
+    assert {type(d) for d in chosen["subpixel"].decoders.values()} == {DenseDecoder}
+    assert {type(d) for d in chosen["xception"].decoders.values()} == {XceptionDecoder}
+    network = decided(chosen["xception"], [0, 1, 0, 1]).eval()
+    batch = samples.batch(network.spec.input, network.tasks)
+    hard = network(batch.inputs)
+    for model in network.specialise().values():
+        assert model.spec.decoder == "xception"
+        assert all(torch.equal(value, hard[name]) for name, value in model(batch.inputs).items())
+
+
+def test_a_spec_carries_its_decoder_and_one_stored_without_it_still_loads():
+    spec = image_spec(samples.DENSE, decoder="xception")
+    stored = spec.to_dict()
+    assert NetworkSpec.from_dict(stored) == spec
+    del stored["decoder"]
+    assert NetworkSpec.from_dict(stored) == image_spec(samples.DENSE)
+    assert GroupingNetwork(NetworkSpec.from_dict(stored)).state_dict().keys() == (
+        GroupingNetwork(image_spec(samples.DENSE)).state_dict().keys()
+    )
+
+
+def test_an_unknown_decoder_is_refused():
+    with pytest.raises(ValueError, match="unknown decoder 'unet', expected one of subpixel, xception"):
+        NetworkSpec(samples.IMAGE, samples.DENSE, EncoderSpec("convnet"), 2, decoder="unet")

@@ -1,0 +1,275 @@
+"""Text encoders: padding has no influence, an empty text is legal, and pretrained ones come from a folder."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dmtg_core import (
+    ArrayData,
+    Arrays,
+    EncoderSpec,
+    GroupingNetwork,
+    InputSpec,
+    LocalContext,
+    NetworkSpec,
+    Task,
+    TrainSettings,
+    evaluate,
+    fit,
+)
+from dmtg_core.checkpoint import load_model, load_network, save_model, save_network
+from dmtg_core.encoders.text import read
+from tests.core.samples import SAMPLEWISE, assert_same_tensors, decided
+from tests.core.test_encoders import LENGTH, SHAPES, STAGES, TINY_BERT, VOCABULARY, encoder, inputs_for
+
+TOKENS = SHAPES["tokens"]
+TEXT = ("embedding_bag", "text_transformer", "transformers")
+TINY_DISTILBERT = {
+    "model_type": "distilbert", "vocab_size": VOCABULARY, "dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 16,
+    "max_position_embeddings": LENGTH, "pad_token_id": 0,
+}  # fmt: skip
+
+every_text = pytest.mark.parametrize("name", TEXT)
+
+
+def whole(name: str, **options) -> nn.Sequential:
+    """An encoder in one piece."""
+    torch.manual_seed(0)
+    return nn.Sequential(*encoder(name, **options).stages(TOKENS)).eval()
+
+
+def text_network(name: str, stem: int = 1, **options) -> GroupingNetwork:
+    """Three branches with a decided gate, in evaluation mode."""
+    spec = NetworkSpec(TOKENS, SAMPLEWISE[:4], encoder(name, stem), 3, **options)
+    return decided(GroupingNetwork(spec), [0, 2, 2, 0]).eval()
+
+
+# --- padding
+
+
+@every_text
+@torch.no_grad()
+def test_adding_padding_changes_nothing(name):
+    net, ids = whole(name), inputs_for(name)
+    for row in ids:
+        words = row[row != 0].unsqueeze(0)
+        assert words.shape[1] < LENGTH
+        torch.testing.assert_close(net(words), net(row.unsqueeze(0)), rtol=1e-5, atol=1e-6)
+
+
+@every_text
+@torch.no_grad()
+def test_what_padding_is_embedded_as_changes_nothing(name):
+    net, ids = whole(name), inputs_for(name)
+    before = net(ids)
+    (table,) = [m.weight for m in net.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)][:1]
+    table[0] = 5.0
+    assert torch.equal(net(ids), before)
+
+
+@every_text
+def test_padding_learns_nothing(name):
+    net, ids = whole(name), inputs_for(name)
+    net.train()(ids).square().sum().backward()
+    (table,) = [m.weight for m in net.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)][:1]
+    seen = torch.isin(torch.arange(VOCABULARY), ids[ids != 0])
+    assert torch.equal(table.grad.any(1), seen)
+
+
+@every_text
+def test_an_empty_text_gives_finite_features_and_gradients(name):
+    net = whole(name)
+    ids = inputs_for(name)
+    ids[1] = 0
+    for training in (True, False):
+        out = net.train(training)(ids)
+        assert out.isfinite().all()
+    out.sum().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(net(ids)[0], net(ids[:1])[0])
+
+
+@pytest.mark.parametrize("name", ["text_transformer", "transformers"])
+@torch.no_grad()
+def test_the_order_of_words_matters_to_a_transformer(name):
+    net, ids = whole(name), torch.tensor([[3, 4, 5, 0, 0, 0, 0], [5, 4, 3, 0, 0, 0, 0]])
+    first, second = net(ids)
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_a_mean_of_embeddings_is_the_mean_over_the_words():
+    bag = whole("embedding_bag")[0]
+    found = bag(torch.tensor([[3, 3, 9, 0, 0], [0, 0, 0, 0, 0]]))
+    torch.testing.assert_close(found[0], (2 * bag.weight[3] + bag.weight[9]) / 3)
+    assert not found[1].any()
+
+
+def test_all_but_padding_is_read_and_one_token_of_an_empty_text():
+    ids = torch.tensor([[4, 5, 0, 0], [0, 0, 0, 0], [0, 7, 0, 8]])
+    assert read(ids).int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize("name", ["text_transformer", "transformers"])
+def test_dropout_acts_in_training_only_and_on_demand_only(name):
+    ids = inputs_for(name)
+    net = whole(name)
+    assert torch.equal(net.train()(ids), net(ids))
+    net = whole(name, dropout=0.5)
+    assert not torch.equal(net.train()(ids), net(ids))
+    assert torch.equal(net.eval()(ids), net(ids))
+
+
+# --- in a network
+
+
+@pytest.mark.parametrize(("name", "stem"), [(n, s) for n in TEXT for s in range(STAGES[n])])
+def test_group_models_give_what_the_network_gives_bit_for_bit(name, stem):
+    network, ids = text_network(name, stem), inputs_for(name).int()
+    with torch.no_grad():
+        hard = network(ids)
+        models = network.specialise()
+        found = {task: value for model in models.values() for task, value in model(ids).items()}
+    assert len(models) == 2
+    assert found.keys() == hard.keys()
+    assert all(torch.equal(found[task], hard[task]) for task in hard)
+    assert hard["colour"].shape == (3, 3)
+
+
+@pytest.mark.parametrize("stem", [0, 2])
+def test_rescaling_scales_the_gradients_of_stages_that_pass_a_mask_on(stem):
+    gradients = []
+    for rescale in (False, True):
+        network = text_network("text_transformer", stem, rescale_gradients=rescale).train()
+        network.forward_pairs(inputs_for("text_transformer")).rows.square().sum().backward()
+        gradients.append({n: p.grad for n, p in network.named_parameters() if p.grad is not None})
+    tasks, groups = 1 / 4**0.5, 1 / 3**0.5
+    for name, gradient in gradients[0].items():
+        factor = {"stem": tasks * groups, "branches": tasks}.get(name.split(".")[0], 1.0)
+        torch.testing.assert_close(gradients[1][name], gradient * factor, rtol=1e-5, atol=1e-7)
+
+
+def test_a_dense_task_has_no_place_on_a_text():
+    with pytest.raises(ValueError, match="'depth' is dense, but encoder embedding_bag gives no feature map"):
+        GroupingNetwork(NetworkSpec(TOKENS, [Task("depth", "dense_regression")], EncoderSpec("embedding_bag"), 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "precision"),
+    [
+        ("embedding_bag", {}, "fp32"),
+        ("text_transformer", {"width": 16, "layers": 1, "heads": 2, "dropout": 0.1}, "bf16"),
+    ],
+)
+def test_a_network_learns_which_words_a_text_holds(name, options, precision):
+    spec = InputSpec("tokens", (6,), "uint16", vocabulary=9)
+    tasks = (Task("three", "binary"), Task("seven", "binary"))
+    rng, splits = np.random.default_rng(0), {}
+    for split, rows in (("train", 480), ("val", 32), ("test", 256)):
+        ids = rng.integers(1, 9, (rows, 6)).astype(np.uint16)
+        ids[np.arange(6) >= rng.integers(0, 7, (rows, 1))] = 0
+        labels = {task: (ids == word).any(1).astype(np.uint8) for task, word in (("three", 3), ("seven", 7))}
+        splits[split] = Arrays(ids, labels, {})
+    data = ArrayData(splits, tasks)
+    network = GroupingNetwork(NetworkSpec(spec, tasks, EncoderSpec(name, 1, options), 2))
+    settings = TrainSettings(epochs=8, batch_size=32, learning_rate=1e-2, precision=precision)
+    state = fit(network, data, settings, LocalContext(device="cpu"))
+    found = evaluate(state.network, data, "test", context=LocalContext(device="cpu"))
+    assert min(found[task.name]["balanced_accuracy"] for task in tasks) > 0.95
+
+
+# --- the library of pretrained models
+
+
+def test_without_the_library_it_is_named_with_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match="needs the library of that name: pip install 'transformers>=5'"):
+        EncoderSpec("transformers", 0, {"config": TINY_BERT}).stages(TOKENS)
+
+
+def test_a_folder_without_a_model_is_refused_by_its_name(tmp_path):
+    with pytest.raises(ValueError, match="no model in the folder '.*nowhere'"):
+        EncoderSpec("transformers", 0, {"path": str(tmp_path / "nowhere")})
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="no model in the folder"):
+        EncoderSpec("transformers", 0, {"path": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 19}, "input's vocabulary is 20, the model's at most 19"),
+        ({"max_position_embeddings": 6}, "input's length is 7, the model's at most 6"),
+        ({"pad_token_id": 1}, "pads with id 1, the input with 0"),
+        ({"model_type": "t5"}, "bert and distilbert into stages, got model type 't5'"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_input_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        encoder("transformers", config=TINY_BERT | change).stages(TOKENS)
+
+
+def test_neither_a_folder_nor_a_configuration_is_refused():
+    with pytest.raises(ValueError, match="path .a local folder. or config, got neither"):
+        EncoderSpec("transformers").stages(TOKENS)
+
+
+@pytest.fixture(params=[TINY_BERT, TINY_DISTILBERT], ids=["bert", "distilbert"])
+def pretrained(request, tmp_path):
+    """A folder with a tiny model, and that model."""
+    library = pytest.importorskip("transformers")
+    torch.manual_seed(5)
+    model = library.AutoModel.from_config(library.AutoConfig.for_model(**request.param)).eval()
+    with torch.no_grad():  # far enough from the initial weights to tell words apart
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.3)
+    model.save_pretrained(tmp_path / "pretrained")
+    return tmp_path / "pretrained", model
+
+
+@torch.no_grad()
+def test_a_pretrained_model_gives_the_mean_of_its_own_last_tokens(pretrained):
+    folder, model = pretrained
+    ids = inputs_for("transformers")
+    stages = EncoderSpec("transformers", 0, {"path": str(folder)}).stages(TOKENS)
+    assert len(stages) == 3
+    mask = (ids != 0).long()
+    tokens = model(ids, attention_mask=mask).last_hidden_state
+    expected = (tokens * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True)
+    torch.testing.assert_close(nn.Sequential(*stages).eval()(ids), expected)
+    assert expected.std(0).min() > 0.01
+
+
+def test_a_saved_network_needs_the_folder_of_its_pretrained_weights_no_more(pretrained, tmp_path):
+    folder, _ = pretrained
+    spec = NetworkSpec(TOKENS, SAMPLEWISE[:4], EncoderSpec("transformers", 1, {"path": str(folder)}), 2)
+    network = decided(GroupingNetwork(spec), [0, 1, 1, 0]).eval()
+    stored = spec.encoder.options["config"]
+    assert stored == json.loads((folder / "config.json").read_text())
+    save_network(tmp_path / "network", network)
+    for name, model in network.specialise().items():
+        save_model(tmp_path / name, model)
+    shutil.rmtree(folder)
+    loaded = load_network(tmp_path / "network")
+    assert_same_tensors(loaded.state_dict(), network.state_dict())
+    assert loaded.spec == spec.without_weights()
+    ids = inputs_for("transformers").int()
+    with torch.no_grad():
+        hard = network(ids)
+        assert all(torch.equal(value, hard[task]) for task, value in loaded.eval()(ids).items())
+        for name in network.grouping().to_dict():
+            assert all(torch.equal(v, hard[t]) for t, v in load_model(tmp_path / name)(ids).items())
+
+
+def test_a_folder_without_safetensors_is_refused(pretrained):
+    folder, _ = pretrained
+    spec = EncoderSpec("transformers", 0, {"path": str(folder)})
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(ValueError, match="cannot load the weights in"):
+        spec.stages(TOKENS)
