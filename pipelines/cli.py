@@ -69,20 +69,27 @@ def shard(
 
 
 @app.command()
-def inspect(config: ConfigFile, words: Words = None, as_json: Json = False, debug: Debug = False) -> None:
-    """Statistics of every task in the shards; exit code 1 for a broken dataset or a target without signal."""
+def inspect(
+    config: ConfigFile,
+    words: Words = None,
+    out: Annotated[str, typer.Option(help="File of the page; by default _inspect.html beside the shards.")] = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Statistics of the shards, a page of them with samples; exit code 1 for damage or a target without signal."""
 
     def body() -> dict[str, Any]:
         from pipelines.inspect import inspect as look
 
         loaded = _load(config, words)
-        found = look(loaded)
+        found = look(loaded, out)
         print_table(f"{loaded.data.shards}: {found['rows']} samples", found["table"],
                     right=("rows", "missing", "mean", "std", "min", "max"))  # fmt: skip
         for problem in found["problems"]:
             say(f"problem: {problem}")
         for note in found["notes"]:
             say(f"note: {note}")
+        say(f"page: {found['page']}")
         return found | {"status": "failed" if found["problems"] else "done"}
 
     run("inspect", body, as_json=as_json, debug=debug)

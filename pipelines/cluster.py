@@ -42,9 +42,8 @@ def session(section: RaySection) -> Iterator[None]:
     else:
         # logical CPUs: workers and data tasks each have theirs, even where the machine has fewer
         cpus = math.ceil(section.workers * section.cpus_per_worker + section.data_cpus)
-        ray.init(
-            num_cpus=cpus, object_store_memory=section.object_store_mib * 2**20, include_dashboard=False, **quiet
-        )
+        store = section.object_store_mib and section.object_store_mib * 2**20
+        ray.init(num_cpus=cpus, object_store_memory=store, include_dashboard=False, **quiet)
     try:
         quieten()
         _check_room(section, ray.cluster_resources())

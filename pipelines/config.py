@@ -12,11 +12,11 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dmtg_core.encoders import EncoderSpec
+from dmtg_core.encoders import ENCODERS, EncoderSpec
 from dmtg_core.network import NetworkSpec
 from dmtg_core.schedules import TemperatureSchedule
+from dmtg_core.settings import TrainSettings
 from dmtg_core.tasks import InputSpec, Task
-from dmtg_core.training import TrainSettings
 from pipelines.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -77,7 +77,9 @@ def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
 class SourceSection(Section):
     """Raw data to make shards from."""
 
-    kind: str = Field(description="reader of the raw format: folder, nuclei, rooms or taskonomy")
+    kind: str = Field(
+        description="reader of the raw format: celeba, folder, nuclei, rooms, table, taskonomy or text"
+    )
     root: str = Field("", description="local folder or s3:// address of the raw data")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the reader")
 
@@ -87,25 +89,32 @@ class DataSection(Section):
 
     shards: str = Field(description="local folder or s3:// address of the shards")
     tasks: list[str] | None = Field(None, description="tasks to train on; all that the shards hold by default")
-    rows_per_shard: int = Field(256, ge=1, description="samples in one Parquet file")
+    rows_per_shard: int | None = Field(None, ge=1, description="samples in one Parquet file; by default 64 MiB")
     compression: Literal["none", "lz4", "zstd"] = Field("lz4", description="compression of the Parquet pages")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unusable samples that stops sharding")
     verify_checksums: bool = Field(True, description="compare every shard with its checksum before training")
     min_support: int = Field(20, ge=1, description="labels of a class below which a result says little")
-    cache: Literal["auto", "memory", "stream"] = Field(
-        "auto", description="keep the samples in memory, stream them every epoch, or decide by their size"
+    cache: Literal["auto", "memory", "device", "stream"] = Field(
+        "auto",
+        description="keep the samples in shared memory or on the training device, stream them every epoch, or "
+        "choose between memory and stream by their size",
     )
-    cache_gib: float = Field(2.0, gt=0, description="decoded size up to which auto keeps samples in memory")
+    read_threads: int = Field(4, ge=1, description="shard parts that a streaming worker reads at once")
+    shuffle_mib: float = Field(
+        128, gt=0, description="decoded size of what a streaming worker mixes; it holds two or three times that"
+    )
+    cache_gib: float = Field(4.0, gt=0, description="decoded size up to which auto keeps samples in memory")
 
 
 class NetworkSection(Section):
     """The encoder, where it is cut, and the number of groups."""
 
-    encoder: str = Field("convnet", description="mlp, convnet, resnet18, resnet34 or resnet50")
+    encoder: str = Field("convnet", description=f"one of {', '.join(ENCODERS)}")
     stem: int = Field(0, ge=0, description="stages of the encoder that all groups share")
     groups: int = Field(3, ge=1, description="K, the most groups there can be")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the encoder")
-    decoder_width: int = Field(64, ge=1, description="channels of the dense decoders")
+    decoder: Literal["subpixel", "xception"] = Field("subpixel", description="decoder of the dense tasks")
+    decoder_width: int = Field(64, ge=1, description="channels of the decoder's first layer")
     rescale_gradients: bool = Field(False, description="scale gradients by 1/√N into branches, 1/√K into the stem")
 
 
@@ -138,10 +147,13 @@ class TrainSection(Section):
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    lr_schedule: Literal["constant", "cosine", "halving"] = "cosine"
-    lr_every: int = Field(15, ge=1, description="epochs between two halvings")
+    lr_schedule: Literal["constant", "cosine", "halving", "plateau"] = "cosine"
+    lr_every: int = Field(15, ge=1, description="epochs between two halvings (halving)")
+    lr_patience: int = Field(3, ge=0, description="epochs without progress before one (plateau)")
+    lr_min: float = Field(0.0, ge=0, description="the learning rate falls no further")
     clip_norm: float = Field(0.0, ge=0, description="largest gradient norm; 0 for no limit")
     precision: Literal["fp32", "bf16"] = "fp32"
+    augment: tuple[Literal["flip"], ...] = Field((), description="done to training images: flip left to right")
     seed: int = 22
 
 
@@ -178,7 +190,9 @@ class RaySection(Section):
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
     data_cpus: float = Field(2, gt=0, description="CPUs that Ray Data can count on beside the workers")
-    object_store_mib: int = Field(1024, ge=80, description="shared memory of a local cluster")
+    object_store_mib: int | None = Field(
+        None, ge=80, description="shared memory of a local cluster; by default a third of the machine's memory"
+    )
     max_failures: int = Field(2, ge=0, description="times that lost workers are replaced")
     timeout_s: int = Field(300, ge=1, description="longest wait of a worker for the others")
 
@@ -227,6 +241,7 @@ class Config(Section):
             tasks=tuple(tasks),
             encoder=EncoderSpec(self.network.encoder, self.network.stem, dict(self.network.options)),
             groups=self.network.groups,
+            decoder=self.network.decoder,
             decoder_width=self.network.decoder_width,
             sampling=self.gate.sampling,
             initial=self.gate.initial,
@@ -239,36 +254,89 @@ class Config(Section):
 def load_config(path: str, words: Sequence[str] = (), ray_config: str = "") -> Config:
     """The configuration of a YAML file (or of a recipe by its name) with `section.key=value` words laid over it.
 
+    A file may say `base:` and name a recipe, or a file relative to itself; it is then laid over that one, and so
+    are the words over the file. Sections and other dictionaries are merged key by key; anything else, null
+    included, replaces what is below it. Options are those of one encoder, or of one reader: another
+    `network.encoder` or `source.kind` starts without the options below it.
+
     Args:
         ray_config: File with the `ray` section; by default `ray_config.yaml` in the current folder, if any.
 
     Raises:
-        UserError: For a file that is missing or not YAML, a word without "=", and any wrong key or value.
+        UserError: For a file or base that is missing or not YAML, bases that go round in a circle, a word
+            without "=", and any wrong key or value.
     """
-    values = _read_yaml(_find(path))
+    values = _with_bases(_find(path), ())
     ray_file = Path(ray_config or "ray_config.yaml")
     if ray_config or ray_file.exists():
         values["ray"] = {**_read_yaml(ray_file), **(values.get("ray") or {})}
+    over: dict[str, Any] = {}
     for word in words:
-        _apply(values, word)
-    return checked(Config, values)
+        _apply(over, word)
+    return checked(Config, _laid_over(values, over))
 
 
 def recipes() -> list[str]:
-    """Names of the recipes that ship."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    """Names of the recipes that ship; one in a folder is called `<folder>/<name>`."""
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
 
 
-def _find(path: str) -> Path:
-    for candidate in (Path(path), RECIPES / path, RECIPES / f"{path}.yaml"):
+def _find(path: str, folder: Path = Path()) -> Path:
+    for candidate in (folder / path, RECIPES / path, RECIPES / f"{path}.yaml"):
         if candidate.is_file():
             return candidate
     raise UserError(
         f"no configuration file {path!r}",
-        where=str(Path(path).absolute()),
+        where=str((folder / path).absolute()),
         remedy=f"give a YAML file, or a recipe: {', '.join(recipes())}",
         wrong_use=True,
     )
+
+
+def _with_bases(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The values of a file laid over those of its base, which may have one too.
+
+    Args:
+        above: The files whose base it is, the first one first.
+    """
+    chain = (*above, file.resolve())
+    if chain[-1] in above:
+        raise UserError(
+            f"the bases go round in a circle: {' → '.join(one.name for one in chain)}",
+            where=str(file),
+            remedy="let one of the files do without a base",
+            wrong_use=True,
+        )
+    values = _read_yaml(file)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise UserError(
+            f"base: expected the name of a recipe or a file, got {base!r}",
+            where=str(file),
+            remedy="name one base",
+            wrong_use=True,
+        )
+    return _laid_over(_with_bases(_find(base, file.parent), chain), values)
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `above` over those of `below`, as `load_config` says; neither is changed."""
+    merged = _merged(below, above)
+    for section, owner, default in (("network", "encoder", NetworkSection().encoder), ("source", "kind", None)):
+        old, new = below.get(section), merged.get(section)
+        if isinstance(old, dict) and isinstance(new, dict) and new.get(owner, default) != old.get(owner, default):
+            new["options"] = above[section].get("options", {})
+    return merged
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        held = below.get(key)
+        merged[key] = _merged(held, value) if isinstance(held, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

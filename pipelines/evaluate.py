@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
-import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from dmtg_core.metrics import Metrics, MetricSums
@@ -16,6 +11,7 @@ from pipelines.ingest import Reader
 from pipelines.manifest import check_shards, read_manifest
 from pipelines.registry import load_groups
 from pipelines.storage import locate
+from pipelines.stream import StreamData
 
 
 def evaluate(config: Config, model: str, split: str = "test") -> Metrics:
@@ -38,22 +34,12 @@ def evaluate(config: Config, model: str, split: str = "test") -> Metrics:
             f"the shards have no samples in split {split!r}", where=str(folder), remedy="use another split"
         )
     reader = Reader(folder, manifest, tasks)
+    data = StreamData(reader, config.data, seed=0, rank=0, world_size=1, device=torch.device("cpu"))
     sums = MetricSums(tasks)
     with torch.inference_mode():
-        for arrays in _shards(reader, split):
-            for start in range(0, len(arrays), config.train.batch_size):
-                rows = np.arange(start, min(start + config.train.batch_size, len(arrays)))
-                batch = arrays.batch(tasks, rows, torch.device("cpu"))
-                outputs: dict[str, torch.Tensor] = {}
-                for group in groups.values():
-                    outputs |= group(batch.inputs)
-                sums.update(outputs, batch.targets)
+        for batch in data.evaluate(split, config.train.batch_size):
+            outputs: dict[str, torch.Tensor] = {}
+            for group in groups.values():
+                outputs |= group(batch.inputs)
+            sums.update(outputs, batch.targets)
     return sums.compute()
-
-
-def _shards(reader: Reader, split: str) -> Iterator[Any]:
-    for shard in reader.manifest.shards[split]:
-        if shard.rows:
-            file = reader.folder / shard.file
-            with file.filesystem.open_input_file(file.path) as opened:
-                yield reader.arrays([pq.read_table(opened, columns=list(reader.columns()))])

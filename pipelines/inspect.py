@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
+from dmtg_core.tasks import Task
 from pipelines import statistics
 from pipelines.config import Config
+from pipelines.ingest import Reader
 from pipelines.manifest import SPLITS, Manifest, broken_shards, read_manifest
-from pipelines.storage import locate
+from pipelines.report.dataset import dataset_page
+from pipelines.storage import Location, locate
 from pipelines.train import support_notes
 
+PAGE = "inspect.html"
 
-def inspect(config: Config) -> dict[str, Any]:
-    """Statistics a task and split, problems that stop training, and notes that do not.
+
+def inspect(config: Config, out: str = "") -> dict[str, Any]:
+    """Statistics a task and split, problems that stop training, notes that do not, and a page that shows them all.
+
+    Args:
+        config: Names the shards and tasks.
+        out: File or folder of the page; by default `_inspect.html` beside the manifest, or, where the shards are
+            remote or may not be written to, `<name>-inspect.html` in the current folder.
 
     Raises:
-        UserError: When there is no dataset.
+        UserError: When there is no dataset, or the page cannot be written.
     """
     folder = locate(config.data.shards)
     manifest = read_manifest(folder)
     tasks = manifest.tasks(config.data.tasks, str(folder))
-    problems = broken_shards(folder, manifest, checksums=True)
-    for task in tasks:
-        reason = statistics.constant(manifest.sums["train"][task.name])
-        if reason:
-            problems.append(f"task {task.name} is constant in the training split: {reason}")
-    return {
+    broken = broken_shards(folder, manifest, checksums=True)
+    found = {
         "rows": sum(manifest.rows(split) for split in SPLITS),
         "quarantined": manifest.quarantined,
         "digest": manifest.digest(),
-        "problems": problems,
-        "notes": support_notes(manifest, tasks, config.data.min_support),
+        "problems": broken + _constant(manifest, tasks),
+        "notes": support_notes(manifest, tasks, config.data.min_support) + _drifts(manifest, tasks),
         "table": _table(manifest, [task.name for task in tasks]),
         "statistics": {
             split: {task.name: statistics.summary(manifest.sums[split][task.name]) for task in tasks}
@@ -38,6 +46,35 @@ def inspect(config: Config) -> dict[str, Any]:
             if manifest.rows(split)
         },
     }
+    page = _place(config.name, folder, out)
+    unreadable = {problem.partition(" ")[0] for problem in broken}
+    page.write_text(dataset_page(config.name, Reader(folder, manifest, tasks), found | {"broken": unreadable}))
+    return found | {"page": str(page)}
+
+
+def _place(name: str, folder: Location, out: str) -> Location:
+    if out:
+        chosen = locate(out)
+        return chosen / PAGE if chosen.is_dir() else chosen
+    if folder.local is not None and os.access(folder.local, os.W_OK):
+        return folder / f"_{PAGE}"
+    return locate(f"{name}-{PAGE}")
+
+
+def _constant(manifest: Manifest, tasks: Sequence[Task]) -> list[str]:
+    reasons = {task.name: statistics.constant(manifest.sums["train"][task.name]) for task in tasks}
+    return [f"task {name} is constant in the training split: {why}" for name, why in reasons.items() if why]
+
+
+def _drifts(manifest: Manifest, tasks: Sequence[Task]) -> list[str]:
+    notes = []
+    for task in tasks:
+        for split in SPLITS[1:]:
+            if manifest.rows(split):
+                sums = [manifest.sums[which][task.name] for which in ("train", split)]
+                apart = statistics.drift(task, *sums)
+                notes += [f"task {task.name} differs in {split}: {apart}"] if apart else []
+    return notes
 
 
 def _table(manifest: Manifest, names: list[str]) -> list[dict[str, Any]]:

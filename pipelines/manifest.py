@@ -39,6 +39,7 @@ class Manifest:
         sums: Split → task → sums of `pipelines.statistics`.
         source: Kind, root and options of the raw data.
         quarantined: Samples left out, listed in `_quarantine.jsonl`.
+        group_rows: Samples of every row group of a shard but its last.
     """
 
     description: Description
@@ -46,6 +47,7 @@ class Manifest:
     sums: Mapping[str, Mapping[str, statistics.Sums]]
     source: Mapping[str, Any] = field(default_factory=dict)
     quarantined: int = 0
+    group_rows: int = 1
 
     def rows(self, split: str) -> int:
         """Samples of a split."""
@@ -93,6 +95,7 @@ class Manifest:
             },
             "rows": sum(self.rows(split) for split in self.shards),
             "quarantined": self.quarantined,
+            "group_rows": self.group_rows,
             "digest": self.digest(),
             "source": dict(self.source),
         }
@@ -108,6 +111,7 @@ class Manifest:
             sums={split: v["statistics"] for split, v in values["splits"].items()},
             source=values["source"],
             quarantined=values["quarantined"],
+            group_rows=values["group_rows"],
         )
 
 
@@ -119,6 +123,7 @@ def read_manifest(folder: Location) -> Manifest:
     """
     file = folder / FILE
     if not file.exists():
+        folder.check_bucket()
         raise UserError(
             "no dataset here: the folder has no manifest",
             where=str(file),

@@ -1,10 +1,11 @@
-"""The code of a registered model, run by MLflow where the model is loaded. Needs `dmtg_core`, not Ray.
+"""The code of a registered model, run by MLflow where the model is loaded. Needs the base install, not Ray.
 
-MLflow copies this file beside the weights, so it imports nothing else of this package.
+MLflow copies this file beside the weights. Of this package it imports only what the base install can run.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,23 @@ import torch
 from mlflow.models import set_model
 
 from dmtg_core.checkpoint import load_model
+from pipelines.preparation import load_preparation, prepare
 
 
 class GroupPredictor(mlflow.pyfunc.PythonModel):
-    """Stored input in, decoded predictions out: a dictionary of arrays, one a task.
+    """What a user has in, decoded predictions out: a dictionary of arrays, one a task.
 
     The artifact "groups" is a folder with a sub-folder for each group: one for a group's own model, all of them
-    for the composite.
+    for the composite. The artifact "preparation" says how raw input becomes stored input; without it the stored
+    input is taken as it is.
     """
 
     def load_context(self, context: Any) -> None:
-        """Load the weights."""
+        """Load the weights and the preparation."""
         folders = sorted(Path(context.artifacts["groups"]).iterdir())
         self.models = [load_model(folder) for folder in folders]
+        file = context.artifacts.get("preparation")
+        self.preparation = load_preparation(json.loads(Path(file).read_text(encoding="utf-8"))) if file else None
 
     # MLflow reads annotations here as a schema of its own; the signature in the registry is the schema
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
@@ -34,16 +39,20 @@ class GroupPredictor(mlflow.pyfunc.PythonModel):
 
         Args:
             context: Not read.
-            model_input: `(B, H, W, C)` or `(B, F)` as stored in the shards.
+            model_input: What `pipelines.preparation.prepare` takes (a DataFrame, a list of strings); without a
+                preparation `(B, H, W, C)` as stored in the shards.
             params: Not read.
 
         Returns:
             Task name → what `Task.decode` gives.
+
+        Raises:
+            ValueError: For a column that is missing, or a sample that cannot be used, with its number.
         """
-        raw = torch.from_numpy(np.array(model_input))
+        stored = np.array(model_input) if self.preparation is None else prepare(self.preparation, model_input)
         found: dict[str, np.ndarray] = {}
         for model in self.models:
-            found |= {name: value.numpy() for name, value in model.predict(raw).items()}
+            found |= {name: value.numpy() for name, value in model.predict(torch.from_numpy(stored)).items()}
         return found
 
 

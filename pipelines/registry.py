@@ -21,14 +21,21 @@ from dmtg_core.network import GroupModel
 from pipelines.config import Config, TrackSection
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest
+from pipelines.preparation import Preparation, load_preparation
 from pipelines.storage import Location, locate
 from pipelines.tracking import connect
 from pipelines.worker import GROUPING, MODELS
 
 os.environ.setdefault("MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK", "true")
 CODE = Path(__file__).parent / "pyfunc_model.py"
-# No pip names the local part of a version (torch's +cu130) on an index.
-REQUIREMENTS = [f"{name}=={version(name).split('+')[0]}" for name in ("dmtg", "torch", "numpy", "safetensors")]
+
+
+def _pinned(name: str) -> str:
+    # no pip finds the local part of a version (torch's +cu130) on an index
+    return f"{name}=={version(name).split('+')[0]}"
+
+
+REQUIREMENTS = [_pinned(name) for name in ("dmtg", "torch", "numpy", "safetensors")]
 
 
 @dataclass(frozen=True)
@@ -54,18 +61,19 @@ def register(
     with tempfile.TemporaryDirectory() as folder:
         groups = Path(folder)
         _fetch_models(run, groups)
+        raw = manifest.description.preparation
         tags = {
             "dmtg.grouping": result["grouping_name"],
             "dmtg.data_digest": manifest.digest(),
             "dmtg.version": version("dmtg"),
             "dmtg.run": str(run),
         }
-        done = [_register(client, config.name, groups, run_id, example, tags, result)]
+        done = [_register(client, config.name, groups, run_id, example, raw, tags, result)]
         for name in result["grouping"]:
             with tempfile.TemporaryDirectory() as single:
                 shutil.copytree(groups / name, Path(single) / name)
                 done.append(
-                    _register(client, f"{config.name}.{name}", Path(single), run_id, example, tags, result)
+                    _register(client, f"{config.name}.{name}", Path(single), run_id, example, raw, tags, result)
                 )
     return done
 
@@ -76,6 +84,7 @@ def _register(
     groups: Path,
     run_id: str,
     example: np.ndarray,
+    preparation: Mapping[str, Any],
     tags: Mapping[str, str],
     result: Mapping[str, Any],
 ) -> Registered:
@@ -88,14 +97,19 @@ def _register(
     served = {group: [task.name for task in model.tasks] for group, model in models.items()}
     gathered = [task for tasks in served.values() for task in tasks]
     metrics = {task: result["metrics"][task] for task in gathered}
-    with mlflow.start_run(run_id=run_id), contextlib.redirect_stderr(io.StringIO()):  # MLflow's own chatter
+    how = load_preparation(preparation) if preparation else None
+    with (
+        tempfile.TemporaryDirectory() as beside,
+        mlflow.start_run(run_id=run_id),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):  # MLflow's own chatter
         logged = mlflow.pyfunc.log_model(
             name=name.replace(".", "_"),  # a logged model may have no dot, a registered one may
             python_model=str(CODE),
-            artifacts={"groups": str(groups)},
-            signature=_signature(models, example),
-            input_example=example,
-            pip_requirements=REQUIREMENTS,
+            artifacts={"groups": str(groups)} | _saved(preparation, Path(beside)),
+            signature=_signature(models, example, how),
+            input_example=example if how is None else [how.example()] * 2,
+            pip_requirements=REQUIREMENTS + [_pinned(name) for name in (how.libraries if how else ())],
             metadata={"grouping": result["grouping"], "groups_served": served},
             registered_model_name=name,
         )
@@ -107,7 +121,16 @@ def _register(
     return Registered(name, f"models:/{name}/{number}")
 
 
-def _signature(models: Mapping[str, GroupModel], example: np.ndarray) -> Any:
+def _saved(preparation: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """The preparation as an artifact; none where the stored input is what a user has."""
+    if not preparation:
+        return {}
+    file = folder / "preparation.json"
+    file.write_text(json.dumps(preparation, indent=2), encoding="utf-8")
+    return {"preparation": str(file)}
+
+
+def _signature(models: Mapping[str, GroupModel], example: np.ndarray, how: Preparation | None) -> Any:
     import torch
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
@@ -117,7 +140,18 @@ def _signature(models: Mapping[str, GroupModel], example: np.ndarray) -> Any:
         for task, value in model.predict(torch.from_numpy(np.array(example))).items():
             found = value.numpy()
             outputs.append(TensorSpec(found.dtype, (-1, *found.shape[1:]), task))
-    return ModelSignature(Schema([TensorSpec(example.dtype, (-1, *example.shape[1:]))]), Schema(outputs))
+    inputs = [TensorSpec(example.dtype, (-1, *example.shape[1:]))] if how is None else _raw_columns(how)
+    return ModelSignature(Schema(inputs), Schema(outputs))
+
+
+def _raw_columns(how: Preparation) -> list[Any]:
+    from mlflow.types import ColSpec
+    from mlflow.types.schema import AnyType
+
+    if how.kind != "table":
+        return [ColSpec("string")]  # without a name, so that a plain list of strings is taken too
+    # MLflow takes no column of integers for one of doubles; our preparation checks the cells itself
+    return [ColSpec(AnyType(), name) for name in how.columns]
 
 
 def list_models(section: TrackSection, name: str = "") -> list[dict[str, Any]]:

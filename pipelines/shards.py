@@ -1,7 +1,8 @@
 """Raw samples to Parquet shards, as a Ray Data job: one task a shard, so that memory is bounded by a shard.
 
 A shard is a pure function of its plan. It is written whole with a small file beside it that says what it holds;
-a job that was killed keeps every shard that has one and makes the rest. The manifest comes last.
+a job that was killed keeps every shard that has one and makes the rest. The manifest comes last. Within a shard
+the samples of one row group are held at a time, and only the encoded bytes of those before.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import logging
 import math
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dmtg_core.tasks import Task
 from pipelines import statistics
 from pipelines.config import Config, DataSection, SourceSection
 from pipelines.errors import UserError
@@ -30,6 +33,11 @@ from pipelines.storage import Location, locate
 
 QUARANTINE = "_quarantine.jsonl"
 PARTS = "_parts"
+SHARD_BYTES = 64 * 2**20  # decoded, of a shard whose number of rows is not given
+GROUP_BYTES = 16 * 2**20  # decoded, of a row group: what one reading task of training takes at a time
+READERS = 4  # samples that a task opens at once: over a network the waits overlap
+Row = tuple[str, Mapping[str, "np.ndarray | None"]]  # id and columns
+Sample = tuple[Entry, "dict[str, np.ndarray | None] | str"]  # columns, or why there are none
 log = logging.getLogger(__name__)
 
 
@@ -81,11 +89,45 @@ def shard(config: Config, progress: Callable[[str], None] = log.info) -> ShardRe
         else:
             parts[plan.file] = part
     progress(f"{len(entries)} samples, {len(plans)} shards: {len(parts)} are there, {len(todo)} to make")
+    check_bad(parts.values(), len(entries), config.data.max_bad_fraction, folder)
     for done, part in enumerate(_run(source, description, todo, folder, config), start=1):
         parts[part["shard"]["file"]] = part
         progress(f"shard {done}/{len(todo)}: {part['shard']['file']}, {part['shard']['rows']} samples")
+        check_bad(parts.values(), len(entries), config.data.max_bad_fraction, folder)
     manifest = _finish(folder, description, [parts[plan.file] for plan in plans], config)
     return ShardReport(manifest, len(todo), len(plans) - len(todo))
+
+
+def check_bad(parts: Iterable[Mapping[str, Any]], samples: int, most: float, folder: Location) -> None:
+    """Stop as soon as more samples are bad than the whole set may have, not when hours of work are done.
+
+    Raises:
+        UserError: With up to three of the reasons; all are in the quarantine file.
+    """
+    bad = [one for part in parts for one in part["quarantined"]]
+    if len(bad) > most * samples:
+        _write_quarantine(folder, bad)
+        reasons = "; ".join(f"{one['id']}: {one['reason']}" for one in bad[:3])
+        raise UserError(
+            f"{len(bad)} of {samples} samples cannot be used so far, more than data.max_bad_fraction={most:g} "
+            f"allows. {reasons}",
+            where=str(folder / QUARANTINE),
+            remedy="mend the samples, or raise data.max_bad_fraction; finished shards are kept",
+        )
+
+
+def _write_quarantine(folder: Location, bad: Iterable[Mapping[str, str]]) -> None:
+    (folder / QUARANTINE).write_text("".join(json.dumps(one) + "\n" for one in bad))
+
+
+def row_bytes(description: Description) -> int:
+    """Decoded size of one sample."""
+    return sum(np.dtype(c.dtype).itemsize * math.prod(c.shape) for c in description.columns.values())
+
+
+def group_rows(description: Description) -> int:
+    """Samples of a row group."""
+    return max(GROUP_BYTES // row_bytes(description), 16)
 
 
 def make_plans(
@@ -113,14 +155,16 @@ def make_plans(
             remedy="training needs samples for train and val; check the split column or file",
         )
     described = [description.input.to_dict(), [task.to_dict() for task in description.tasks]]
+    described.append(dict(description.preparation))
     options = json.dumps([described, source.kind, source.options, data.compression], sort_keys=True, default=str)
+    size = data.rows_per_shard or min(max(SHARD_BYTES // row_bytes(description), 64), 8192)
     plans = []
     for split, members in by_split.items():
         # neighbours on disk are alike; a hash mixes them the same way on every machine
         mixed = sorted(members, key=lambda entry: hashlib.sha256(entry.id.encode()).digest())
-        for start in range(0, len(mixed), data.rows_per_shard):
-            chosen = tuple(mixed[start : start + data.rows_per_shard])
-            file = f"{split}-{start // data.rows_per_shard:05d}.parquet"
+        for start in range(0, len(mixed), size):
+            chosen = tuple(mixed[start : start + size])
+            file = f"{split}-{start // size:05d}.parquet"
             text = options + json.dumps([asdict(entry) for entry in chosen], sort_keys=True, default=str)
             plans.append(ShardPlan(file, chosen, hashlib.sha256(text.encode()).hexdigest()))
     return plans
@@ -161,45 +205,84 @@ def write_shard(
     Returns:
         The note: the plan's digest, the `Shard`, sums a task, and what had to be quarantined.
     """
-    rows: list[tuple[str, dict[str, np.ndarray | None]]] = []
-    quarantined = []
-    for entry in plan.entries:
-        try:
-            rows.append((entry.id, source.read(entry)))
-        except BadSampleError as error:
-            quarantined.append({"id": entry.id, "split": entry.split, "reason": str(error)})
-    data = parquet_bytes(description, rows, compression)
+    quarantined: list[dict[str, str]] = []
+    sums: dict[str, list[statistics.Sums]] = {task.name: [] for task in description.tasks}
+    sink, rows = io.BytesIO(), 0
+    # dictionaries and page statistics cost time and say nothing about pixels
+    with pq.ParquetWriter(
+        sink, schema(description), compression=compression, use_dictionary=False, write_statistics=False
+    ) as writer:
+        for group in _groups(_samples(source, plan.entries), group_rows(description), quarantined):
+            writer.write_table(table_of(description, group), row_group_size=len(group))
+            rows += len(group)
+            for task in description.tasks:
+                sums[task.name].append(_sums(task, group))
+    data = sink.getvalue()
     (folder / plan.file).write_bytes(data)
-    written = Shard(plan.file, len(rows), len(data), hashlib.sha256(data).hexdigest())
-    sums = {
-        task.name: statistics.label_sums(
-            task, [row[f"task.{task.name}"] for _, row in rows], [row.get(f"mask.{task.name}") for _, row in rows]
-        )
-        for task in description.tasks
+    written = Shard(plan.file, rows, len(data), hashlib.sha256(data).hexdigest())
+    part = {
+        "digest": plan.digest,
+        "shard": asdict(written),
+        # a shard whose samples are all bad has sums of nothing
+        "sums": {t.name: statistics.merge(sums[t.name] or [_sums(t, [])]) for t in description.tasks},
+        "quarantined": quarantined,
     }
-    part = {"digest": plan.digest, "shard": asdict(written), "sums": sums, "quarantined": quarantined}
     (folder / PARTS / f"{plan.file}.json").write_json(part)
     return part
 
 
-def parquet_bytes(
-    description: Description, rows: Sequence[tuple[str, Mapping[str, np.ndarray | None]]], compression: str
-) -> bytes:
-    """The rows as a Parquet file; a tensor is one binary value, a number a column of its own type.
+def _samples(source: Source, entries: Sequence[Entry]) -> Iterator[Sample]:
+    """The samples in order, a few of them opened at once."""
+
+    def read(entry: Entry) -> Sample:
+        try:
+            return entry, source.read(entry)
+        except BadSampleError as error:
+            return entry, str(error)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(entries), READERS):
+            yield from pool.map(read, entries[start : start + READERS])
+
+
+def _groups(samples: Iterable[Sample], size: int, quarantined: list[dict[str, str]]) -> Iterator[list[Row]]:
+    """Rows in lists of `size`; samples without columns are added to `quarantined`."""
+    group: list[Row] = []
+    for entry, found in samples:
+        if isinstance(found, str):
+            quarantined.append({"id": entry.id, "split": entry.split, "reason": found})
+            continue
+        group.append((entry.id, found))
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _sums(task: Task, rows: Sequence[Row]) -> statistics.Sums:
+    labels = [row[f"task.{task.name}"] for _, row in rows]
+    return statistics.label_sums(task, labels, [row.get(f"mask.{task.name}") for _, row in rows])
+
+
+def schema(description: Description) -> pa.Schema:
+    """Columns of a shard: a tensor is one binary value, a number a column of its own type."""
+    fields = [pa.field("id", pa.string())]
+    for name, column in description.columns.items():
+        plain = column.shape == ()
+        fields.append(pa.field(name, pa.from_numpy_dtype(np.dtype(column.dtype)) if plain else pa.binary()))
+    return pa.schema(fields)
+
+
+def table_of(description: Description, rows: Sequence[Row]) -> pa.Table:
+    """The rows as a table of `schema`.
 
     Raises:
         ValueError: When a value is not of the dtype and shape that the description says.
     """
-    arrays = {"id": pa.array([row_id for row_id, _ in rows], pa.string())}
-    for name, column in description.columns.items():
-        arrays[name] = _arrow(name, column, [row.get(name) for _, row in rows])
-    sink = io.BytesIO()
-    # dictionaries and page statistics cost time and say nothing about pixels
-    pq.write_table(
-        pa.table(arrays), sink, compression=compression, use_dictionary=False, write_statistics=False,
-        row_group_size=64,
-    )  # fmt: skip
-    return sink.getvalue()
+    arrays = [pa.array([row_id for row_id, _ in rows], pa.string())]
+    arrays += [_arrow(name, c, [row.get(name) for _, row in rows]) for name, c in description.columns.items()]
+    return pa.table(arrays, schema=schema(description))
 
 
 def _arrow(name: str, column: Column, values: Sequence[np.ndarray | None]) -> pa.Array:
@@ -218,18 +301,9 @@ def _arrow(name: str, column: Column, values: Sequence[np.ndarray | None]) -> pa
 def _finish(
     folder: Location, description: Description, parts: Sequence[dict[str, Any]], config: Config
 ) -> Manifest:
-    """Quarantine file, check of the bad share, manifest; files of an earlier plan go."""
+    """Quarantine file and manifest; files of an earlier plan go."""
     quarantined = [bad for part in parts for bad in part["quarantined"]]
-    (folder / QUARANTINE).write_text("".join(json.dumps(bad) + "\n" for bad in quarantined))
-    total = len(quarantined) + sum(part["shard"]["rows"] for part in parts)
-    if len(quarantined) > config.data.max_bad_fraction * total:
-        reasons = "; ".join(f"{bad['id']}: {bad['reason']}" for bad in quarantined[:3])
-        raise UserError(
-            f"{len(quarantined)} of {total} samples cannot be used, more than data.max_bad_fraction="
-            f"{config.data.max_bad_fraction:g} allows. {reasons}",
-            where=str(folder / QUARANTINE),
-            remedy="mend the samples, or raise data.max_bad_fraction; finished shards are kept",
-        )
+    _write_quarantine(folder, quarantined)
     by_split = {split: [p for p in parts if p["shard"]["file"].startswith(f"{split}-")] for split in SPLITS}
     manifest = Manifest(
         description=description,
@@ -240,6 +314,7 @@ def _finish(
         },
         source=config.source.model_dump() if config.source else {},
         quarantined=len(quarantined),
+        group_rows=group_rows(description),
     )
     wanted = {part["shard"]["file"] for part in parts}
     for name in folder.files(recursive=False):

@@ -10,7 +10,10 @@ import numpy as np
 
 from dmtg_core.tasks import Task
 
-Sums = dict[str, Any]  # task → JSON-ready sums
+Sums = dict[str, Any]  # JSON-ready sums of a task
+# differences between splits that a person would see in a picture of them
+VISIBLE_SHARE = 0.05
+VISIBLE_DEVIATIONS = 0.2
 
 
 def label_sums(task: Task, labels: Sequence[np.ndarray | None], masks: Sequence[np.ndarray | None]) -> Sums:
@@ -18,32 +21,52 @@ def label_sums(task: Task, labels: Sequence[np.ndarray | None], masks: Sequence[
 
     Returns:
         `rows`, `missing` (samples), `values` (labels: samples, or pixels of a dense task), and for classes and
-        flags `classes` (labels of each class), for values `sum`, `squares`, `min`, `max` in raw units.
+        flags `classes` (labels of each class), for values `sum`, `squares`, `min`, `max` in raw units. A task of
+        several channels has these once more a channel, in `channels`.
     """
     present = [(label, mask) for label, mask in zip(labels, masks, strict=True) if label is not None]
     sums: Sums = {"rows": len(labels), "missing": len(labels) - len(present)}
-    kept = [_annotated(task, label, mask) for label, mask in present]
-    values = np.concatenate(kept) if kept else np.zeros(0)
-    sums["values"] = int(values.size)
+    width = 1 if task.classes else task.channels
+    kept = [_annotated(label, mask).reshape(-1, width) for label, mask in present]
+    values = np.concatenate(kept) if kept else np.zeros((0, width))
     if task.classes or task.kind == "binary":
+        found = _known(task, values[:, 0])
         count = 2 if task.kind == "binary" else task.channels
-        sums["classes"] = np.bincount(values.astype(np.int64), minlength=count).tolist()
-    elif values.size:
-        values = values.astype(np.float64)
-        sums |= {"sum": float(values.sum()), "squares": float((values**2).sum())}
-        sums |= {"min": float(values.min()), "max": float(values.max())}
-    return sums
+        classes = np.bincount(found.astype(np.int64), minlength=count)
+        return sums | {"values": int(found.size), "classes": classes.tolist()}
+    channels = [_value_sums(_known(task, values[:, channel])) for channel in range(width)]
+    return sums | _added(channels) | ({"channels": channels} if width > 1 else {})
 
 
-def _annotated(task: Task, label: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+def _annotated(label: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     values = np.asarray(label)
-    if mask is not None:
-        values = values[np.asarray(mask, dtype=bool)]
-    values = values.reshape(-1)
+    return values if mask is None else values[np.asarray(mask, dtype=bool)]
+
+
+def _known(task: Task, values: np.ndarray) -> np.ndarray:
+    """The values `(n,)` of a channel that are labels, by their own value."""
     if task.classes:
         return values[values != task.ignore_index]
     values = values[~np.isnan(values.astype(np.float32))]
     return values if task.valid_below is None else values[values < task.valid_below]
+
+
+def _value_sums(values: np.ndarray) -> Sums:
+    if not values.size:
+        return {"values": 0}
+    wide = values.astype(np.float64)
+    sums = {"values": int(wide.size), "sum": float(wide.sum()), "squares": float((wide**2).sum())}
+    return sums | {"min": float(wide.min()), "max": float(wide.max())}
+
+
+def _added(parts: Sequence[Sums]) -> Sums:
+    """Sums of values over all parts."""
+    total: Sums = {"values": sum(part["values"] for part in parts)}
+    filled = [part for part in parts if part["values"]]
+    if filled:
+        total |= {key: sum(part[key] for part in filled) for key in ("sum", "squares")}
+        total |= {"min": min(p["min"] for p in filled), "max": max(p["max"] for p in filled)}
+    return total
 
 
 def merge(parts: Sequence[Sums]) -> Sums:
@@ -52,11 +75,9 @@ def merge(parts: Sequence[Sums]) -> Sums:
     if parts and "classes" in parts[0]:
         total["classes"] = [sum(column) for column in zip(*(part["classes"] for part in parts), strict=True)]
         return total
-    filled = [part for part in parts if "sum" in part]
-    if filled:
-        total |= {key: sum(part[key] for part in filled) for key in ("sum", "squares")}
-        total |= {"min": min(p["min"] for p in filled), "max": max(p["max"] for p in filled)}
-    return total
+    if parts and all("channels" in part for part in parts):
+        total["channels"] = [_added(column) for column in zip(*(part["channels"] for part in parts), strict=True)]
+    return total | _added(parts)
 
 
 def summary(sums: Sums) -> dict[str, Any]:
@@ -65,13 +86,59 @@ def summary(sums: Sums) -> dict[str, Any]:
         "rows": sums["rows"],
         "missing_rate": sums["missing"] / sums["rows"] if sums["rows"] else math.nan,
     }
-    if "classes" in sums:
-        return found | {"classes": sums["classes"]}
+    return found | ({"classes": sums["classes"]} if "classes" in sums else moments(sums))
+
+
+def moments(sums: Sums) -> dict[str, float]:
+    """Mean, deviation and range of sums of values, also of one channel; empty where there is no value."""
     if not sums["values"]:
-        return found
+        return {}
     mean = sums["sum"] / sums["values"]
     variance = max(sums["squares"] / sums["values"] - mean**2, 0.0)
-    return found | {"mean": mean, "std": math.sqrt(variance), "min": sums["min"], "max": sums["max"]}
+    return {"mean": mean, "std": math.sqrt(variance), "min": sums["min"], "max": sums["max"]}
+
+
+def in_network_units(task: Task, found: Mapping[str, float], channel: int = 0) -> dict[str, float]:
+    """`moments` of a channel as the network sees them, see `Task.encode`."""
+    offset, scale = (values[channel if len(values) > 1 else 0] for values in (task.offset, task.scale))
+    return {key: (value - (0.0 if key == "std" else offset)) / scale for key, value in found.items()}
+
+
+def drift(task: Task, train: Sums, other: Sums) -> str:
+    """How the labels of a split differ from those of training, in words; empty when by little, or by chance.
+
+    Differences count from three standard errors on. The error rests on the number of samples, also for dense
+    tasks: pixels of one sample are alike, and the mean of a sample varies no more than its pixels.
+    """
+    samples = [sums["rows"] - sums["missing"] for sums in (train, other)]
+    if not train["values"] or not other["values"]:
+        return ""
+    sampling = 3 * math.sqrt(1 / samples[0] + 1 / samples[1])
+    if "classes" in train:
+        return _share_drift(task, train, other, sampling)
+    here, there = moments(train), moments(other)
+    change = abs(there["mean"] - here["mean"])
+    if change <= max(VISIBLE_DEVIATIONS, sampling) * here["std"]:
+        return ""
+    apart = f", {change / here['std']:.1f} standard deviations apart" if here["std"] else ""
+    return f"mean {there['mean']:.4g}, in train {here['mean']:.4g}{apart}"
+
+
+def _share_drift(task: Task, train: Sums, other: Sums, sampling: float) -> str:
+    """The class whose share differs most, where that is more than chance."""
+    shares = [np.array(sums["classes"]) / sums["values"] for sums in (train, other)]
+    both = (np.array(train["classes"]) + other["classes"]) / (train["values"] + other["values"])
+    change = np.abs(shares[1] - shares[0])
+    change[change <= np.maximum(VISIBLE_SHARE, sampling * np.sqrt(both * (1 - both)))] = 0
+    if not change.any():
+        return ""
+    most = 1 if task.kind == "binary" else int(change.argmax())
+    return f"class {class_name(task, most)} has {shares[1][most]:.1%}, in train {shares[0][most]:.1%}"
+
+
+def class_name(task: Task, number: int) -> str:
+    """Name of a class or of the value of a flag; its number where it has none."""
+    return task.labels[number] if 0 <= number < len(task.labels) else str(number)
 
 
 def constant(sums: Sums) -> str:

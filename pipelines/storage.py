@@ -1,7 +1,8 @@
 """One address (a local path or `s3://…`) as a pyarrow filesystem and a path.
 
-S3 credentials, region and endpoint come from the standard AWS chain alone (`AWS_ENDPOINT_URL` names a server
-that is not Amazon's); an address that carries them is refused.
+S3 credentials and region come from the standard AWS chain of each machine alone, and are never written or sent;
+`AWS_ENDPOINT_URL` (or `AWS_ENDPOINT_URL_S3`) names a server that is not Amazon's. An address that carries
+credentials is refused.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import json
 import math
 import os
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,17 +21,30 @@ import pyarrow.fs as pafs
 
 from pipelines.errors import UserError
 
+S3_ATTEMPTS = 6  # with growing pauses between them: about twenty seconds until a server counts as down
+
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder on some filesystem. Cheap to make, safe to send to a worker."""
+    """A file or folder on some filesystem. Cheap to make, safe to send to a worker: it carries no credentials.
 
-    filesystem: pafs.FileSystem
+    Args:
+        path: Absolute local path, or bucket and key.
+        scheme: Empty for a local path, else "s3".
+        endpoint: Address of the S3 server; empty for Amazon's.
+    """
+
     path: str
     scheme: str = ""
+    endpoint: str = ""
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        """What opens it; one a process."""
+        return _s3(self.endpoint) if self.scheme else pafs.LocalFileSystem()
 
     def __truediv__(self, name: str) -> Location:
-        return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}", self.scheme)
+        return replace(self, path=f"{self.path.rstrip('/')}/{name}")
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.path}" if self.scheme else self.path
@@ -47,7 +62,7 @@ class Location:
     @property
     def parent(self) -> Location:
         """The folder that holds this file or folder."""
-        return Location(self.filesystem, self.path.rstrip("/").rsplit("/", 1)[0], self.scheme)
+        return replace(self, path=self.path.rstrip("/").rsplit("/", 1)[0])
 
     def exists(self) -> bool:
         """Whether there is a file or a folder."""
@@ -62,35 +77,67 @@ class Location:
         info = self._info()
         return int(info.size) if info.type == pafs.FileType.File else None
 
+    def check_bucket(self) -> None:
+        """Stop where the bucket of an s3:// address does not exist: a missing file is another mistake.
+
+        Raises:
+            UserError: Naming the bucket.
+        """
+        bucket = replace(self, path=self.path.split("/", 1)[0])
+        if self.scheme and not bucket.exists():
+            raise UserError(
+                f"there is no bucket {bucket.path} at {self.endpoint or 'Amazon S3'}",
+                where=str(self),
+                remedy="correct its name, or AWS_ENDPOINT_URL; a bucket is not made for you",
+            )
+
     def _info(self) -> pafs.FileInfo:
         try:
             return self.filesystem.get_file_info(self.path)
         except OSError as error:
-            raise UserError(
-                f"cannot reach the storage: {_first_line(error)}", where=str(self), remedy=_remedy(self)
-            ) from error
+            raise self.unreachable(error) from error
+
+    def unreachable(self, error: OSError) -> UserError:
+        """What to tell the user when reading here failed."""
+        return UserError(
+            f"cannot read from the storage: {_first_line(error)}", where=str(self), remedy=_remedy(self)
+        )
 
     def files(self, *, recursive: bool = True) -> list[str]:
         """Paths of the files below this folder, relative to it, sorted; empty where there is no folder."""
         selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
-        found = self.filesystem.get_file_info(selector)
+        found = self._infos(selector)
         return sorted(
             info.path[len(self.path.rstrip("/")) + 1 :] for info in found if info.type == pafs.FileType.File
         )
 
     def folders(self) -> list[str]:
         """Names of the folders directly below this one, sorted."""
-        found = self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True))
+        found = self._infos(pafs.FileSelector(self.path, allow_not_found=True))
         return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
+
+    def _infos(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        try:
+            found: list[pafs.FileInfo] = self.filesystem.get_file_info(selector)
+        except OSError as error:
+            raise self.unreachable(error) from error
+        return found
 
     def read_bytes(self) -> bytes:
         """The whole file.
 
         Raises:
             FileNotFoundError: Where there is none.
+            PermissionError: Where this user may not read it.
+            UserError: When the storage does not answer, or refuses.
         """
-        with self.filesystem.open_input_file(self.path) as file:
-            return bytes(file.readall())
+        try:
+            with self.filesystem.open_input_file(self.path) as file:
+                return bytes(file.readall())
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError as error:
+            raise self.unreachable(error) from error
 
     def read_text(self) -> str:
         """The whole file as UTF-8."""
@@ -165,6 +212,7 @@ class Location:
         Raises:
             UserError: When the place cannot be written to.
         """
+        self.check_bucket()
         probe = self / f".probe-{uuid.uuid4().hex[:8]}"
         probe.write_bytes(b"")
         probe.delete()
@@ -188,7 +236,7 @@ def locate(uri: str) -> Location:
     parts = urlsplit(uri)
     if parts.scheme in ("", "file"):
         path = parts.path if parts.scheme else uri
-        return Location(pafs.LocalFileSystem(), str(Path(path).expanduser().absolute()))
+        return Location(str(Path(path).expanduser().absolute()))
     if parts.scheme != "s3":
         raise UserError(
             f"cannot open an address of the kind {parts.scheme}://",
@@ -203,7 +251,26 @@ def locate(uri: str) -> Location:
             remedy="take them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
             wrong_use=True,
         )
-    return Location(pafs.S3FileSystem(), f"{parts.netloc}{parts.path}".rstrip("/"), "s3")
+    if not parts.netloc:
+        raise UserError(
+            "the address names no bucket", where=uri, remedy="write s3://bucket/path", wrong_use=True
+        )
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    return Location(f"{parts.netloc}{parts.path}".rstrip("/"), "s3", endpoint)
+
+
+@lru_cache
+def _s3(endpoint: str) -> pafs.S3FileSystem:
+    """The S3 client of this process: requests that fail are sent again, a server that is silent is given up."""
+    parts = urlsplit(endpoint)
+    return pafs.S3FileSystem(
+        endpoint_override=parts.netloc or None,
+        scheme=parts.scheme or "https",
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
+        connect_timeout=10,
+        request_timeout=60,
+        allow_delayed_open=True,  # a small file is one request, not three
+    )
 
 
 def _first_line(error: BaseException) -> str:

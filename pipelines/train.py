@@ -18,7 +18,7 @@ from pipelines import statistics
 from pipelines.cluster import session, user_error
 from pipelines.config import Config, checked
 from pipelines.errors import UserError
-from pipelines.ingest import Reader, fits_memory, load_splits
+from pipelines.ingest import Reader, keeps_in_memory, load_splits
 from pipelines.manifest import Manifest, check_shards, check_targets
 from pipelines.registry import Registered, register
 from pipelines.shards import ensure_shards
@@ -140,7 +140,7 @@ def _run_workers(
     import ray.train
     import ray.train.torch
 
-    memory = fits_memory(reader, config.data)
+    memory = keeps_in_memory(reader, config.data)
     held = load_splits(reader) if memory else None
     say(f"training on {config.ray.workers} workers, samples {'in shared memory' if memory else 'streamed'}")
     trainer = ray.train.torch.TorchTrainer(

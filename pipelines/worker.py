@@ -36,7 +36,7 @@ class Job:
     """Everything a worker needs, sent to it whole.
 
     Args:
-        held: References to the splits in shared memory, in a dictionary; None to stream.
+        held: References to the tables of each split in shared memory; None to stream.
         notes: Warnings to keep beside the result, such as tasks with thin support.
     """
 
@@ -146,7 +146,7 @@ def work(values: dict[str, Any]) -> None:
     torch.set_num_threads(_threads(config))
     context = RayContext(job.run)
     data = open_data(
-        job.reader, job.held, seed=config.train.seed,
+        job.reader, job.held, config.data, seed=config.train.seed,
         rank=context.rank, world_size=context.world_size, device=context.device,
     )  # fmt: skip
     tasks = job.reader.tasks

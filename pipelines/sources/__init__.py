@@ -82,16 +82,22 @@ def build_source(kind: str, root: str, options: Mapping[str, Any]) -> Source:
         UserError: For an unknown kind or option, and for a root that does not exist.
     """
     # imported here: a reader's libraries are needed only where raw data is read
+    from pipelines.sources.celeba import CelebaSource
     from pipelines.sources.folder import FolderSource
     from pipelines.sources.nuclei import NucleiSource
     from pipelines.sources.rooms import RoomsSource
+    from pipelines.sources.table import TableSource
     from pipelines.sources.taskonomy import TaskonomySource
+    from pipelines.sources.text import TextSource
 
     sources: dict[str, Callable[[Location, Mapping[str, Any]], Source]] = {
+        "celeba": CelebaSource,
         "folder": FolderSource,
         "nuclei": NucleiSource,
         "rooms": RoomsSource,
+        "table": TableSource,
         "taskonomy": TaskonomySource,
+        "text": TextSource,
     }
     if kind not in sources:
         raise UserError(

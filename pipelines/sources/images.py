@@ -1,26 +1,17 @@
-"""What the readers of pictures share: label tables, splits by hash, exact decoding and resizing."""
+"""What the readers of pictures share: exact decoding and resizing."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import io
 import struct
 import zlib
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dmtg_core.tasks import InputSpec
-from pipelines.errors import UserError
 from pipelines.sources import BadSampleError
 from pipelines.storage import Location
-
-SPLITS = ("train", "val", "test")
-_SPLIT_NAMES = {**{name: name for name in SPLITS}, "valid": "val", "validation": "val", "dev": "val"}
 
 # mean and standard deviation of ImageNet's photographs, a channel, in the 0..255 units that are stored
 _IMAGE_MEAN = (123.675, 116.28, 103.53)
@@ -39,118 +30,9 @@ _DAMAGE = (
 )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of a table: the line it ends on, and its cells by column, stripped of surrounding space."""
-
-    line: int
-    cells: dict[str, str]
-
-
 def image_input(size: int) -> InputSpec:
     """The input of a network that reads RGB images of `size` × `size`."""
     return InputSpec("image", (size, size, 3), "uint8", _IMAGE_MEAN, _IMAGE_STD)
-
-
-def check_root(root: Location, layout: str) -> None:
-    """Stop where there is no folder.
-
-    Args:
-        root: The folder.
-        layout: What it should hold, for the message.
-
-    Raises:
-        UserError: With the layout that is expected.
-    """
-    if not root.is_dir():
-        raise UserError(
-            "the folder of the data set does not exist",
-            where=str(root),
-            remedy=f"correct source.root; expected there: {layout}",
-        )
-
-
-def read_table(location: Location, columns: Sequence[str]) -> list[Row]:
-    r"""A CSV file with a header. Lines may end with `\n`, `\r\n` or `\r` alone.
-
-    Args:
-        location: The file.
-        columns: Columns that must be there.
-
-    Raises:
-        UserError: When the file is missing, empty, not CSV in UTF-8, or lacks a column.
-    """
-    try:
-        text = location.read_bytes().decode("utf-8-sig")
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        lines = [(reader.line_num, cells) for cells in reader if cells]
-    except FileNotFoundError as error:
-        raise UserError(
-            "the table of labels does not exist", where=str(location), remedy="correct its path"
-        ) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(
-            f"not a CSV file in UTF-8: {error}", where=str(location), remedy="save it as UTF-8 CSV"
-        ) from error
-    if len(lines) < 2:
-        raise UserError(
-            "the table of labels has no rows", where=str(location), remedy="give a header line and rows"
-        )
-    header = [name.strip() for name in lines[0][1]]
-    _check_header(header, columns, location)
-    return [_row(header, line, cells, location) for line, cells in lines[1:]]
-
-
-def _check_header(header: list[str], columns: Sequence[str], location: Location) -> None:
-    missing = [name for name in columns if name not in header]
-    if missing:
-        raise UserError(
-            f"no column {', '.join(missing)}",
-            where=str(location),
-            remedy=f"use the columns there are: {', '.join(header)}",
-        )
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise UserError(
-            f"column {', '.join(twice)} is there more than once", where=str(location), remedy="rename one"
-        )
-
-
-def _row(header: list[str], line: int, cells: list[str], location: Location) -> Row:
-    if len(cells) != len(header):
-        raise UserError(
-            f"line {line} has {len(cells)} cells, expected {len(header)}",
-            where=str(location),
-            remedy="correct the line; a cell with a comma needs quotes",
-        )
-    return Row(line, dict(zip(header, (cell.strip() for cell in cells), strict=True)))
-
-
-def check_unique(ids: Sequence[str], where: str) -> None:
-    """Stop where an id occurs twice.
-
-    Raises:
-        UserError: With up to five of the ids.
-    """
-    twice = [name for name, count in Counter(ids).items() if count > 1]
-    if twice:
-        more = f" and {len(twice) - 5} more" if len(twice) > 5 else ""
-        raise UserError(
-            f"{len(twice)} ids occur more than once: {', '.join(twice[:5])}{more}",
-            where=where,
-            remedy="keep one row an id",
-        )
-
-
-def split_name(value: str) -> str | None:
-    """The split that a usual spelling stands for ("valid", "dev", …), None for any other word."""
-    return _SPLIT_NAMES.get(value.lower())
-
-
-def hash_split(sample_id: str) -> str:
-    """70 % train, 15 % val, 15 % test, by the hash of the id alone: adding samples moves none of the others."""
-    u = int(hashlib.sha256(sample_id.encode()).hexdigest()[:8], 16) / 2**32
-    return "train" if u < 0.70 else "val" if u < 0.85 else "test"
 
 
 def read_image(location: Location) -> Image.Image:
@@ -245,6 +127,19 @@ def resize_numbers(values: np.ndarray, size: int) -> np.ndarray:
     # Pillow averages 8-bit and 32-bit float pictures; its 16-bit mode it would clip
     picture = Image.fromarray(values.astype(np.float32))
     return np.asarray(picture.resize((size, size), _smooth(picture, size)))
+
+
+def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """1 where `resize_numbers` takes only marked pixels: nothing of an unmarked one is left.
+
+    Args:
+        mask: Bool (H, W).
+        size: Height and width of the result.
+
+    Returns:
+        uint8 (size, size).
+    """
+    return (resize_numbers(mask, size) > 0.9999).astype(np.uint8)
 
 
 def resize_rgb(image: Image.Image, size: int) -> np.ndarray:

@@ -34,17 +34,14 @@ from pipelines.config import Section, checked
 from pipelines.errors import UserError
 from pipelines.sources import INPUT, BadSampleError, Column, Description, Entry
 from pipelines.sources.images import (
-    check_root,
-    check_unique,
     image_input,
     read_image,
-    read_table,
     resize_ids,
     resize_rgb,
     rgb,
     sixteen_bit,
-    split_name,
 )
+from pipelines.sources.rows import check_root, check_unique, read_table, split_name
 from pipelines.storage import Location
 
 _COUNT = "n_nuclei_128"

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,103 @@ def test_run_name_follows_what_changes_the_result_and_nothing_else(file: str) ->
     assert load_config(file, ["ray.workers=1", "track.uri=none", "run.root=elsewhere"]).run_name() == base
     assert load_config(file, ["train.seed=1"]).run_name() != base
     assert load_config(file, ["run.name=mine"]).run_name() == "mine"
+
+
+def write(folder: Path, file: str, /, **values: object) -> str:
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_text(yaml.safe_dump(values))
+    return str(folder / file)
+
+
+def network(path: str, *words: str) -> dict[str, object]:
+    return load_config(path, words).network.model_dump(include={"encoder", "options", "groups"})
+
+
+def test_file_is_laid_over_its_base_key_by_key(tmp_path: Path) -> None:
+    write(tmp_path, "bases/first.yaml", name="first", data={"shards": "s", "tasks": ["a", "b"]},
+          train={"epochs": 3, "seed": 1}, gate={"temperature": {"start": 4, "family": "linear"}})  # fmt: skip
+    write(
+        tmp_path, "bases/second.yaml", base="first.yaml", train={"epochs": 4}, gate={"temperature": {"start": 3}}
+    )
+    path = write(tmp_path, "mine.yaml", base="bases/second.yaml", name="mine", data={"tasks": ["c"]})
+    config = load_config(path, ["train.seed=2"])
+    assert (config.name, config.data.shards, config.data.tasks) == ("mine", "s", ["c"])
+    assert (config.train.epochs, config.train.seed) == (4, 2)
+    assert (config.gate.temperature.start, config.gate.temperature.family) == (3.0, "linear")
+
+
+def test_null_replaces_what_the_base_says(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", name="x", data={"shards": "s", "tasks": ["a"]}, source={"kind": "rooms"})
+    path = write(tmp_path, "mine.yaml", base="base.yaml", data={"tasks": None}, source=None)
+    assert load_config(path).data.tasks is None
+    assert load_config(path).source is None
+    assert load_config(str(tmp_path / "base.yaml"), ["data.tasks=null"]).data.tasks is None
+
+
+@pytest.mark.parametrize("base", ["rooms", "rooms.yaml", "paper/celeba9_k2"])
+def test_recipe_can_be_a_base(tmp_path: Path, base: str) -> None:
+    path = write(tmp_path, "mine.yaml", base=base, train={"epochs": 1})
+    expected = load_config(base)
+    assert load_config(path) == expected.model_copy(
+        update={"train": expected.train.model_copy(update={"epochs": 1})}
+    )
+
+
+def test_resolved_configuration_stands_alone(tmp_path: Path) -> None:
+    values = load_config("paper/celeba9_k4").model_dump(mode="json")
+    assert "base" not in values
+    assert load_config(write(tmp_path, "resolved.yaml", **values)) == load_config("paper/celeba9_k4")
+
+
+@pytest.mark.parametrize(
+    ("over", "expected"),
+    [
+        ({"groups": 2}, {"widths": [4, 8]}),
+        ({"encoder": "convnet"}, {"widths": [4, 8]}),
+        ({"options": {"dense_stride": 4}}, {"widths": [4, 8], "dense_stride": 4}),
+        ({"encoder": "resnet18"}, {}),
+        ({"encoder": "mlp", "options": {"widths": [7]}}, {"widths": [7]}),
+    ],
+)
+@pytest.mark.parametrize("named", [{}, {"encoder": "convnet"}])
+def test_options_of_an_encoder_do_not_pass_to_another(
+    tmp_path: Path, over: dict[str, object], expected: dict[str, object], named: dict[str, object]
+) -> None:
+    base = {"name": "x", "data": {"shards": "s"}, "network": {**named, "options": {"widths": [4, 8]}}}
+    path = write(tmp_path, "base.yaml", **base)
+    words = [f"network.{key}={json.dumps(value)}" for key, value in over.items()]
+    for found in (network(write(tmp_path, "mine.yaml", base="base.yaml", network=over)), network(path, *words)):
+        assert found["options"] == expected
+        assert found["encoder"] == over.get("encoder", "convnet")
+
+
+def test_options_of_a_reader_do_not_pass_to_another() -> None:
+    config = load_config("rooms", ["source.kind=taskonomy", "source.options.size=128"])
+    assert config.source is not None
+    assert config.source.options == {"size": 128}
+
+
+def test_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", base="b.yaml")
+    write(tmp_path, "b.yaml", base="sub/../a.yaml")
+    (tmp_path / "sub").mkdir()
+    with pytest.raises(UserError, match="circle: a.yaml → b.yaml → a.yaml"):
+        load_config(path)
+    with pytest.raises(UserError, match="circle: c.yaml → c.yaml"):
+        load_config(write(tmp_path, "c.yaml", base="c.yaml"))
+
+
+@pytest.mark.parametrize(("base", "what"), [("none.yaml", "'none.yaml'"), (["rooms"], "base: expected the name")])
+def test_base_that_cannot_be_used_is_wrong_use(tmp_path: Path, base: object, what: str) -> None:
+    with pytest.raises(UserError, match=what) as found:
+        load_config(write(tmp_path, "mine.yaml", base=base))
+    assert str(tmp_path) in found.value.where
+    assert found.value.wrong_use
+
+
+def test_base_cannot_be_a_word(file: str) -> None:
+    with pytest.raises(UserError, match="unknown key base"):
+        load_config(file, ["base=rooms"])
 
 
 @pytest.mark.parametrize("name", recipes())

@@ -6,10 +6,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from dmtg_core import InputSpec, Task
+from pipelines import shards
+from pipelines.config import DataSection, SourceSection
 from pipelines.errors import UserError
 from pipelines.inspect import inspect
 from pipelines.manifest import FILE, check_shards, check_targets, read_manifest
-from pipelines.shards import QUARANTINE, finished_part, make_plans, parquet_bytes, shard, write_shard
+from pipelines.shards import QUARANTINE, finished_part, make_plans, shard, table_of, write_shard
 from pipelines.sources import Column, Description, Entry, build_source
 from pipelines.storage import locate
 from tests.pipelines.conftest import make_config, write_images
@@ -60,9 +62,10 @@ class TestJob:
         for i in range(10):
             (raw / "images" / f"img{i:03d}.png").unlink()
         config = make_config(raw, tmp_path)
-        with pytest.raises(UserError, match="10 of 96 samples cannot be used") as found:
+        with pytest.raises(UserError, match=r"\d of 96 samples cannot be used so far") as found:
             shard(config)
         assert "max_bad_fraction" in found.value.remedy
+        assert (locate(config.data.shards) / QUARANTINE).read_text().count("there is no such file") > 1
         assert not (locate(config.data.shards) / FILE).exists()
 
     def test_inspect_counts_classes_and_finds_damage(self, images: Path, tmp_path: Path) -> None:
@@ -88,10 +91,32 @@ def test_bytes_of_a_shard_are_the_same_every_time(images: Path, tmp_path: Path) 
     assert finished_part(locate(str(tmp_path / "a")), plan) == notes[0]
 
 
+def test_row_groups_are_of_the_size_in_the_manifest(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "GROUP_BYTES", 1)  # the smallest groups there are: 16 rows
+    _, folder, manifest = manifest_of(tmp_path, images, rows_per_shard=40)
+    first = pq.ParquetFile((folder / "train-00000.parquet").path).metadata
+    assert manifest.group_rows == 16
+    assert [first.row_group(i).num_rows for i in range(first.num_row_groups)] == [16, 16, 8]
+
+
+def test_rows_of_a_shard_follow_from_their_size() -> None:
+    def rows(values: int) -> int:
+        described = Description(InputSpec("features", (values,)), (), {"input": Column("float32", (values,))})
+        source = SourceSection(kind="folder")
+        entries = [Entry(f"{i}", "val" if i % 2 else "train") for i in range(20_000)]
+        return len(make_plans(entries, described, source, DataSection(shards=""))[0].entries)
+
+    assert rows(2**18) == 64  # 1 MiB each
+    assert rows(2**14) == 1024
+    assert rows(4) == 8192
+
+
 def test_value_of_another_shape_than_described_is_our_error(tmp_path: Path) -> None:
     description = Description(InputSpec("features", (2,)), (), {"input": Column("float32", (2,))})
     with pytest.raises(ValueError, match=r"column input: expected float32 \(2,\), got float32 \(3,\)"):
-        parquet_bytes(description, [("a", {"input": np.zeros(3, np.float32)})], "none")
+        table_of(description, [("a", {"input": np.zeros(3, np.float32)})])
 
 
 def test_ids_that_occur_twice_and_empty_splits_are_refused(images: Path, tmp_path: Path) -> None:
@@ -105,11 +130,9 @@ def test_ids_that_occur_twice_and_empty_splits_are_refused(images: Path, tmp_pat
         make_plans([Entry("a", "train")], described, config.source, config.data)
 
 
-def manifest_of(tmp_path: Path, images: Path):
+def manifest_of(tmp_path: Path, images: Path, **data: object):
     """A dataset made without Ray."""
-    from pipelines import shards
-
-    config = make_config(images, tmp_path)
+    config = make_config(images, tmp_path, data=data)
     assert config.source is not None
     source = build_source("folder", str(images), config.source.options)
     plans = make_plans(source.entries(), source.describe(), config.source, config.data)

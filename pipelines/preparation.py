@@ -1,0 +1,311 @@
+"""What a user has (rows of a table, texts, molecules) made into the stored input of a network.
+
+How is written in the manifest of the shards as a small JSON object, its `kind` and what was learnt from the
+training split. The readers and a served model run this same code, so that a model is asked what it was taught.
+It needs numpy, and for some kinds one library more, which is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+LARGEST = float(np.finfo(np.float32).max)
+
+
+class Preparation(Protocol):
+    """One way from raw to stored input."""
+
+    kind: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The raw columns."""
+        ...
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Packages that it needs beside numpy."""
+        ...
+
+    def row(self, cells: Mapping[str, Any]) -> np.ndarray:
+        """The stored input of one sample.
+
+        Args:
+            cells: A raw value for each of `columns`.
+
+        Raises:
+            ValueError: When it cannot be used, with the reason.
+        """
+        ...
+
+    def example(self) -> dict[str, Any]:
+        """A raw sample that can be used. It is made up: no sample of the data set leaves it this way."""
+        ...
+
+
+def load_preparation(values: Mapping[str, Any]) -> Preparation:
+    """The preparation that a manifest describes.
+
+    Raises:
+        ValueError: For an unknown kind.
+    """
+    kind = values.get("kind")
+    if kind not in PREPARATIONS:
+        raise ValueError(f"unknown preparation {kind!r}, expected one of {', '.join(PREPARATIONS)}")
+    return PREPARATIONS[str(kind)](values)
+
+
+def prepare(preparation: Mapping[str, Any] | Preparation, raw: Any) -> np.ndarray:
+    """Raw samples to stored input.
+
+    Args:
+        preparation: What `Description.preparation` holds, or what `load_preparation` made of it.
+        raw: A DataFrame or a list of dictionaries with the raw columns; where there is one column only, also a
+            list or an array of its values.
+
+    Returns:
+        `(B, F)` or `(B, L)`, as it is stored in the shards.
+
+    Raises:
+        ValueError: For a missing column, and for a sample that cannot be used, with its number from 0.
+        TypeError: For samples without named columns where there are several.
+    """
+    how = load_preparation(preparation) if isinstance(preparation, Mapping) else preparation
+    return np.stack([_numbered(how, number, cells) for number, cells in enumerate(_rows(how, raw))])
+
+
+def _numbered(how: Preparation, number: int, cells: Mapping[str, Any]) -> np.ndarray:
+    try:
+        return how.row(cells)
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from error
+
+
+def _rows(how: Preparation, raw: Any) -> list[Mapping[str, Any]]:
+    """The raw samples as dictionaries that have every column."""
+    names = how.columns
+    if hasattr(raw, "to_dict") and hasattr(raw, "columns"):  # a DataFrame, without a need for pandas
+        unnamed = list(raw.columns) == [0]  # it was made of a plain list
+        raw = list(raw[0]) if unnamed else raw.to_dict("records")
+    samples: list[Any] = [raw] if isinstance(raw, str | Mapping) else list(raw)
+    if not samples:
+        raise ValueError("expected at least one sample, got none")
+    if len(names) == 1:
+        samples = [one if isinstance(one, Mapping) else {names[0]: _single(one)} for one in samples]
+    _check_columns(names, samples)
+    return samples
+
+
+def _check_columns(names: Sequence[str], samples: Sequence[Any]) -> None:
+    for number, sample in enumerate(samples):
+        if not isinstance(sample, Mapping):
+            raise TypeError(f"row {number}: expected the columns {', '.join(names)}, got {type(sample).__name__}")
+        missing = [name for name in names if name not in sample]
+        if missing:
+            there = ", ".join(map(str, sample)) or "none"
+            raise ValueError(f"row {number}: no column {', '.join(missing)}; there are {there}")
+
+
+def _single(value: Any) -> Any:
+    """The value itself, also where it comes as a row of one."""
+    return value[0] if isinstance(value, list | tuple | np.ndarray) and len(value) == 1 else value
+
+
+def cell_text(value: Any) -> str:
+    """A cell as a CSV file would have it: "" where it is missing, no ".0" behind a whole number."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return ""
+    if isinstance(value, float | np.floating):
+        if math.isnan(value):
+            return ""
+        return str(int(value)) if float(value).is_integer() else repr(float(value))
+    return str(value).strip()
+
+
+def cell_number(cell: str) -> float | None:
+    """A finite number that float32 can hold, or None."""
+    try:
+        number = float(cell)
+    except ValueError:
+        return None
+    return number if abs(number) <= LARGEST else None
+
+
+class TablePreparation:
+    """Columns of a table as float32 features, in the order of `features`.
+
+    A number is one feature in its own unit; a missing one is the mean of the training split, and where the
+    training split has gaps a second feature is 1 for it. A category is one feature for each value of the training
+    split and one for any other, one of them 1. An empty cell is a value like any other. Numbers are standardised
+    on the device, by `InputSpec.mean` and `InputSpec.std`.
+    """
+
+    kind = "table"
+    libraries: tuple[str, ...] = ()
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._features: Sequence[Mapping[str, Any]] = values["features"]
+        self._missing = frozenset(values["missing"])
+        self._places = {
+            feature["column"]: {value: place for place, value in enumerate(feature["values"])}
+            for feature in self._features
+            if feature["type"] == "category"
+        }
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the features."""
+        return tuple(feature["column"] for feature in self._features)
+
+    def row(self, cells: Mapping[str, Any]) -> np.ndarray:
+        """float32 (F,).
+
+        Raises:
+            ValueError: For text in a column of numbers.
+        """
+        found: list[float] = []
+        for feature in self._features:
+            cell = cell_text(cells[feature["column"]])
+            if cell in self._missing:
+                cell = ""
+            found += self._number(feature, cell) if feature["type"] == "number" else self._category(feature, cell)
+        return np.array(found, np.float32)
+
+    @staticmethod
+    def _number(feature: Mapping[str, Any], cell: str) -> list[float]:
+        number = cell_number(cell) if cell else feature["mean"]
+        if number is None:
+            raise ValueError(f"{cell!r} in column {feature['column']} is not a finite number")
+        return [number, float(not cell)] if feature["gaps"] else [number]
+
+    def _category(self, feature: Mapping[str, Any], cell: str) -> list[float]:
+        places = self._places[feature["column"]]
+        found = [0.0] * (len(places) + 1)
+        found[places.get(cell, len(places))] = 1.0
+        return found
+
+    def example(self) -> dict[str, Any]:
+        """Means and first values."""
+        return {f["column"]: f["mean"] if f["type"] == "number" else f["values"][0] for f in self._features}
+
+
+class TextPreparation:
+    """A text as token ids, by a tokenizer of the `tokenizers` library that cuts and pads to one length."""
+
+    kind = "text"
+    libraries = ("tokenizers",)
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._json: str = values["tokenizer"]
+        self._column: str = values["column"]
+        self._dtype: str = values["dtype"]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The one column of texts."""
+        return (self._column,)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(self._json)
+        tokenizer.encode_special_tokens = True  # "[PAD]" in a text is text
+        return tokenizer
+
+    def row(self, cells: Mapping[str, Any]) -> np.ndarray:
+        """uint16 or int32 (L,), padded with 0.
+
+        Raises:
+            ValueError: For what is not a text, and for an empty one.
+        """
+        text = cells[self._column]
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"expected a text in column {self._column}, got {text!r}")
+        ids = np.array(self._tokenizer.encode(text).ids, self._dtype)
+        if not ids.any():
+            raise ValueError(f"no token in the text {text!r} of column {self._column}")
+        return ids
+
+    def example(self) -> dict[str, Any]:
+        """An English sentence."""
+        return {self._column: "Thank you, that is kind."}
+
+
+class SmilesPreparation:
+    """A molecule, written as SMILES, as a vector of features.
+
+    "ngrams" counts the strings of 1 to `longest` neighbouring characters, with marks at both ends, in the place
+    that CRC-32 gives each of them; what is stored is the square root of the count. "morgan" is rdkit's Morgan
+    fingerprint.
+    """
+
+    kind = "smiles"
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+        self._column: str = values["column"]
+        self._bits: int = values["bits"]
+        self._make = {"ngrams": self._ngrams, "morgan": self._morgan}[values["features"]]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The one column of SMILES."""
+        return (self._column,)
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """The library of fingerprints, where they are used."""
+        return ("rdkit",) if self._values["features"] == "morgan" else ()
+
+    def row(self, cells: Mapping[str, Any]) -> np.ndarray:
+        """float16 (bits,) of n-grams, uint8 (bits,) of a fingerprint.
+
+        Raises:
+            ValueError: For what is not a text, and for what rdkit cannot read.
+        """
+        smiles = cells[self._column]
+        if not isinstance(smiles, str) or not smiles.strip():
+            raise ValueError(f"expected a SMILES string in column {self._column}, got {smiles!r}")
+        return self._make(smiles.strip())
+
+    def _ngrams(self, smiles: str) -> np.ndarray:
+        # neither character occurs in SMILES
+        text = f"^{smiles}|".encode()
+        counts = np.zeros(self._bits, np.float32)
+        for length in range(1, self._values["longest"] + 1):
+            for start in range(len(text) - length + 1):
+                counts[zlib.crc32(text[start : start + length]) % self._bits] += 1
+        return np.sqrt(counts).astype(np.float16)
+
+    @cached_property
+    def _generator(self) -> Any:
+        from rdkit.Chem import rdFingerprintGenerator
+
+        return rdFingerprintGenerator.GetMorganGenerator(radius=self._values["radius"], fpSize=self._bits)
+
+    def _morgan(self, smiles: str) -> np.ndarray:
+        from rdkit import Chem, rdBase
+
+        with rdBase.BlockLogs():  # it would write to stderr what the error says
+            molecule = Chem.MolFromSmiles(smiles)
+        if molecule is None:
+            raise ValueError(f"{smiles!r} in column {self._column} is not a molecule that rdkit can read")
+        return np.asarray(self._generator.GetFingerprintAsNumPy(molecule), np.uint8)
+
+    def example(self) -> dict[str, Any]:
+        """Ethanol."""
+        return {self._column: "CCO"}
+
+
+PREPARATIONS: Mapping[str, Callable[[Mapping[str, Any]], Preparation]] = {
+    "table": TablePreparation,
+    "text": TextPreparation,
+    "smiles": SmilesPreparation,
+}

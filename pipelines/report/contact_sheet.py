@@ -1,0 +1,265 @@
+"""Some samples as a person sees them: the input beside every label."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from dmtg_core.tasks import ANGLES, InputSpec, Task
+from pipelines import statistics
+from pipelines.ingest import Reader
+from pipelines.report import pictures
+from pipelines.report.pictures import Picture
+from pipelines.statistics import Sums, class_name
+from pipelines.stream import all_units
+
+SEED = 22
+MOST_CHANNELS = 4  # of a dense task that are drawn
+Limits = Sequence[tuple[float, float]]  # of every channel, in raw units
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One stored sample: its id, input, raw labels, and where there are labels, as in `Arrays`."""
+
+    id: str
+    inputs: np.ndarray
+    labels: Mapping[str, np.ndarray]
+    present: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A value of a sample in words, and in pictures where it has an extent."""
+
+    name: str
+    words: str
+    pictures: tuple[Picture, ...] = ()
+
+
+@dataclass(frozen=True)
+class Legend:
+    """How to read the pictures of a dense task: classes with their colours, or the two ends of the colour map."""
+
+    name: str
+    classes: tuple[tuple[str, str], ...] = ()
+    ends: tuple[str, ...] = ()
+
+
+def pick(reader: Reader, count: int, without: Collection[str] = ()) -> list[Sample]:
+    """Samples of the training split, the same at every call.
+
+    Args:
+        reader: Of the shards.
+        count: How many; fewer where there are not so many.
+        without: Shards that cannot be read.
+    """
+    units = [unit for unit in all_units(reader, "train") if unit.file not in without]
+    places = [(unit, row) for unit in units for row in range(unit.rows)]
+    chosen = np.random.default_rng(SEED).permutation(len(places))[:count]
+    rows: dict[Any, list[int]] = {}
+    for place in sorted(chosen):
+        unit, row = places[place]
+        rows.setdefault(unit, []).append(row)
+    return [sample for unit, inside in rows.items() for sample in _read(reader, unit.file, unit.group, inside)]
+
+
+def _read(reader: Reader, file: str, group: int, rows: Sequence[int]) -> list[Sample]:
+    arrays, ids = reader.read(file, group), _ids(reader, file, group)
+    return [
+        Sample(
+            ids[row],
+            arrays.inputs[row],
+            {name: values[row] for name, values in arrays.labels.items()},
+            {name: there[row] for name, there in arrays.present.items()},
+        )
+        for row in rows
+    ]
+
+
+def _ids(reader: Reader, file: str, group: int) -> list[str]:
+    place = reader.folder / file
+    with place.filesystem.open_input_file(place.path) as opened:
+        found: list[str] = pq.ParquetFile(opened).read_row_group(group, columns=["id"])["id"].to_pylist()
+        return found
+
+
+class Sheet:
+    """Draws samples, all of them to the same scales and in the same class colours.
+
+    Args:
+        samples: What will be drawn; the classes that occur in them get colours.
+        reader: Where they are from.
+    """
+
+    def __init__(self, samples: Sequence[Sample], reader: Reader) -> None:
+        self._description = reader.manifest.description
+        self._samples, self._tasks = samples, reader.tasks
+        sums = reader.manifest.sums["train"]
+        self._limits = {
+            task.name: limits(task, sums[task.name]) for task in reader.tasks if task.kind == "dense_regression"
+        }
+        self._seen = {
+            task.name: sorted({int(i) for sample in samples for i in np.unique(_known_pixels(task, sample))})
+            for task in reader.tasks
+            if task.kind == "dense_classification"
+        }
+
+    def legends(self) -> list[Legend]:
+        """One for each dense task."""
+        return [self._legend(task) for task in self._tasks if task.dense]
+
+    def _legend(self, task: Task) -> Legend:
+        if task.classes:
+            seen = self._seen[task.name]
+            return Legend(
+                task.name, tuple((class_name(task, i), pictures.class_colour(k)) for k, i in enumerate(seen))
+            )
+        if task.metric in ANGLES:
+            return Legend(task.name, ends=("the three components from -1 to 1 as red, green and blue",))
+        ends = [" to ".join(quantity(task, end) for end in pair) for pair in self._limits[task.name]]
+        return Legend(task.name, ends=tuple(dict.fromkeys(ends)))
+
+    def input(self, sample: Sample) -> Shown:
+        """The input of a sample."""
+        return show_input(self._description.input, self._description.preparation, sample)
+
+    def labels(self, sample: Sample) -> list[Shown]:
+        """Every label of a sample, those with pictures first."""
+        return [self._label(task, sample) for task in sorted(self._tasks, key=lambda task: not task.dense)]
+
+    def _label(self, task: Task, sample: Sample) -> Shown:
+        if not _present(task, sample).any():
+            return Shown(task.name, "missing")
+        if task.kind == "dense_classification":
+            return show_classes(task, sample, self._seen[task.name])
+        if task.kind == "dense_regression":
+            return show_values(task, sample, self._limits[task.name])
+        return Shown(task.name, in_words(task, sample.labels[task.name]))
+
+
+def show_input(spec: InputSpec, preparation: Mapping[str, Any], sample: Sample) -> Shown:
+    """An image as a picture, features as a strip, tokens as their text, or as ids where it cannot be had."""
+    values = sample.inputs
+    if spec.kind == "tokens":
+        return Shown("input", text_of(values, preparation))
+    shape = " × ".join(str(length) for length in spec.shape)
+    if spec.kind == "image":
+        return Shown("input", "", (pictures.photo(values, f"input of sample {sample.id}, an image of {shape}"),))
+    units = (values.astype(np.float64) - np.array(spec.mean)) / np.array(spec.std)
+    first = ", ".join(f"{value:.4g}" for value in values[:8]) + (", …" if len(values) > 8 else "")
+    picture = pictures.strip(units, f"input of sample {sample.id}, {shape} features: {first}")
+    return Shown("input", first, (picture,))
+
+
+def text_of(ids: np.ndarray, preparation: Mapping[str, Any]) -> str:
+    """The text of token ids, as far as its tokenizer keeps it; the ids where there is none."""
+    found = [int(i) for i in ids if i]
+    try:
+        from tokenizers import Tokenizer, decoders
+    except ImportError:
+        return f"token ids {found}"
+    if "tokenizer" not in preparation:
+        return f"token ids {found}"
+    tokenizer = Tokenizer.from_str(preparation["tokenizer"])
+    if (json.loads(preparation["tokenizer"]).get("pre_tokenizer") or {}).get("type") == "ByteLevel":
+        tokenizer.decoder = decoders.ByteLevel()  # our own tokenizers only ever encode, and are kept without one
+    return str(tokenizer.decode(found)).strip()
+
+
+def show_classes(task: Task, sample: Sample, seen: Sequence[int]) -> Shown:
+    """A map of class ids, and which classes cover most of it."""
+    ids = sample.labels[task.name]
+    valid = _valid(task, sample)
+    found, counts = np.unique(ids[valid], return_counts=True)
+    most = sorted(zip(counts.tolist(), found.tolist(), strict=True), reverse=True)[:3]
+    words = ", ".join(f"{class_name(task, i)} {_percent(count / ids.size)}" for count, i in most)
+    words = _with_gaps(words, valid)
+    return Shown(task.name, words, (pictures.class_map(ids, valid, seen, _alt(task, sample, words)),))
+
+
+def show_values(task: Task, sample: Sample, scales: Limits) -> Shown:
+    """A map of numbers, one picture a channel, or one in colour where three channels are a direction."""
+    values = sample.labels[task.name].astype(np.float64)
+    values = values.reshape(*values.shape[:2], -1)  # (H, W, C)
+    valid = _valid(task, sample)
+    valid = valid.reshape(values.shape)
+    if task.metric in ANGLES:
+        units = (values - np.array(task.offset)) / np.array(task.scale)
+        words = _with_gaps("", valid)
+        alt = _alt(task, sample, words or "directions as colours")
+        return Shown(task.name, words, (pictures.directions(units, valid.all(2), alt),))
+    known = values[valid]
+    span = [f"{known.min():.4g}", quantity(task, known.max())] if known.size else []
+    words = _with_gaps(" to ".join(span), valid)
+    shown = range(min(values.shape[2], MOST_CHANNELS))
+    drawn = tuple(
+        pictures.heat(values[..., c], valid[..., c], scales[c], _alt(task, sample, words, c)) for c in shown
+    )
+    return Shown(task.name, words, drawn)
+
+
+def _alt(task: Task, sample: Sample, words: str, channel: int = 0) -> str:
+    which = f", channel {channel}" if task.channels > 1 and not task.classes else ""
+    return f"{task.name}{which} of sample {sample.id}: {words}"
+
+
+def _with_gaps(words: str, valid: np.ndarray) -> str:
+    gap = 1 - valid.mean()
+    return ", ".join(part for part in (words, f"{_percent(gap)} without a label" if gap else "") if part)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.01 else "< 1%"
+
+
+def in_words(task: Task, value: np.ndarray) -> str:
+    """The label of a sample-wise task: a class by its name, a flag as yes or no, numbers with their unit."""
+    if task.kind == "binary":
+        return class_name(task, int(value)) if task.labels else ("no", "yes")[int(value) != 0]
+    if task.classes:
+        return "missing" if int(value) == task.ignore_index else class_name(task, int(value))
+    return ", ".join("missing" if math.isnan(x) else quantity(task, x) for x in np.atleast_1d(value).tolist())
+
+
+def quantity(task: Task, value: float) -> str:
+    """A raw value with its unit."""
+    times = "× " if task.unit[:1].isdigit() else ""  # such as 1/512 m
+    return f"{value:.4g} {times}{task.unit}".rstrip()
+
+
+def limits(task: Task, sums: Sums) -> Limits:
+    """What the two ends of the colour map stand for, a pair a channel: the range without far outliers."""
+    channels = sums.get("channels", [sums] * task.channels)
+    return [_limits(statistics.moments(channel)) for channel in channels]
+
+
+def _limits(found: Mapping[str, float]) -> tuple[float, float]:
+    if not found:
+        return 0.0, 1.0
+    low, high = (found["mean"] + sign * 3 * found["std"] for sign in (-1, 1))
+    return max(low, found["min"]), min(high, found["max"])
+
+
+def _present(task: Task, sample: Sample) -> np.ndarray:
+    return np.asarray(sample.present.get(task.name, True))
+
+
+def _valid(task: Task, sample: Sample) -> np.ndarray:
+    """Which values of a dense label are labels, in its own shape."""
+    values = sample.labels[task.name]
+    there = _present(task, sample)
+    there = np.broadcast_to(there.reshape(*there.shape, *[1] * (values.ndim - there.ndim)), values.shape)
+    if task.classes:
+        return there & (values != task.ignore_index)
+    return there & np.isfinite(values) & (task.valid_below is None or values < task.valid_below)
+
+
+def _known_pixels(task: Task, sample: Sample) -> np.ndarray:
+    return sample.labels[task.name][_valid(task, sample)]
