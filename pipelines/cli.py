@@ -72,7 +72,7 @@ def shard(
 def inspect(
     config: ConfigFile,
     words: Words = None,
-    out: Annotated[str, typer.Option(help="File of the page; by default _inspect.html beside the shards.")] = "",
+    out: Annotated[str, typer.Option(help="File or folder of the page; beside the shards by default.")] = "",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

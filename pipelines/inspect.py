@@ -24,7 +24,7 @@ def inspect(config: Config, out: str = "") -> dict[str, Any]:
     Args:
         config: Names the shards and tasks.
         out: File or folder of the page; by default `_inspect.html` beside the manifest, or, where the shards are
-            remote or may not be written to, `<name>-inspect.html` in the current folder.
+            remote or may not be written to, `<name>-inspect.html` in `run.root`.
 
     Raises:
         UserError: When there is no dataset, or the page cannot be written.
@@ -33,32 +33,40 @@ def inspect(config: Config, out: str = "") -> dict[str, Any]:
     manifest = read_manifest(folder)
     tasks = manifest.tasks(config.data.tasks, str(folder))
     broken = broken_shards(folder, manifest, checksums=True)
-    found = {
+    problems = broken + _constant(manifest, tasks)
+    notes = support_notes(manifest, tasks, config.data.min_support) + _drifts(manifest, tasks)
+    drawn = dataset_page(
+        config.name,
+        Reader(folder, manifest, tasks),
+        problems=problems,
+        notes=notes,
+        unreadable={problem.partition(" ")[0] for problem in broken},
+    )
+    page = _place(config, folder, out)
+    page.write_text(drawn)
+    return {
         "rows": sum(manifest.rows(split) for split in SPLITS),
         "quarantined": manifest.quarantined,
         "digest": manifest.digest(),
-        "problems": broken + _constant(manifest, tasks),
-        "notes": support_notes(manifest, tasks, config.data.min_support) + _drifts(manifest, tasks),
+        "problems": problems,
+        "notes": notes,
         "table": _table(manifest, [task.name for task in tasks]),
         "statistics": {
             split: {task.name: statistics.summary(manifest.sums[split][task.name]) for task in tasks}
             for split in SPLITS
             if manifest.rows(split)
         },
+        "page": str(page),
     }
-    page = _place(config.name, folder, out)
-    unreadable = {problem.partition(" ")[0] for problem in broken}
-    page.write_text(dataset_page(config.name, Reader(folder, manifest, tasks), found | {"broken": unreadable}))
-    return found | {"page": str(page)}
 
 
-def _place(name: str, folder: Location, out: str) -> Location:
+def _place(config: Config, folder: Location, out: str) -> Location:
     if out:
         chosen = locate(out)
         return chosen / PAGE if chosen.is_dir() else chosen
     if folder.local is not None and os.access(folder.local, os.W_OK):
         return folder / f"_{PAGE}"
-    return locate(f"{name}-{PAGE}")
+    return locate(config.run.root) / f"{config.name}-{PAGE}"
 
 
 def _constant(manifest: Manifest, tasks: Sequence[Task]) -> list[str]:

@@ -98,6 +98,12 @@ def moments(sums: Sums) -> dict[str, float]:
     return {"mean": mean, "std": math.sqrt(variance), "min": sums["min"], "max": sums["max"]}
 
 
+def by_channel(sums: Sums) -> list[Sums]:
+    """Sums of values of every channel; of all together where there is one, or where older shards have no more."""
+    channels: list[Sums] = sums.get("channels", [sums])
+    return channels
+
+
 def in_network_units(task: Task, found: Mapping[str, float], channel: int = 0) -> dict[str, float]:
     """`moments` of a channel as the network sees them, see `Task.encode`."""
     offset, scale = (values[channel if len(values) > 1 else 0] for values in (task.offset, task.scale))

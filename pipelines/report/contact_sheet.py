@@ -21,6 +21,7 @@ from pipelines.stream import all_units
 
 SEED = 22
 MOST_CHANNELS = 4  # of a dense task that are drawn
+FAR = 3.0  # standard deviations; what is farther from the mean takes the colour of the end
 Limits = Sequence[tuple[float, float]]  # of every channel, in raw units
 
 
@@ -101,6 +102,8 @@ class Sheet:
     def __init__(self, samples: Sequence[Sample], reader: Reader) -> None:
         self._description = reader.manifest.description
         self._samples, self._tasks = samples, reader.tasks
+        if self._description.input.kind == "features":
+            self._span = self._feature_span()
         sums = reader.manifest.sums["train"]
         self._limits = {
             task.name: limits(task, sums[task.name]) for task in reader.tasks if task.kind == "dense_regression"
@@ -111,9 +114,21 @@ class Sheet:
             if task.kind == "dense_classification"
         }
 
+    def _feature_span(self) -> tuple[float, float]:
+        """Least and greatest feature of all samples, without what is far from the others."""
+        units = [standardised(self._description.input, sample.inputs) for sample in self._samples]
+        low, high = np.nanmin(units, initial=np.inf), np.nanmax(units, initial=-np.inf)
+        return max(float(low), -FAR), min(float(high), FAR)
+
     def legends(self) -> list[Legend]:
-        """One for each dense task."""
-        return [self._legend(task) for task in self._tasks if task.dense]
+        """One for the features and for each dense task."""
+        found = [self._legend(task) for task in self._tasks if task.dense]
+        if self._description.input.kind == "features":
+            low, high = self._span
+            found.insert(
+                0, Legend("input", ends=(f"{low:.3g} to {high:.3g} in network units, feature by feature",))
+            )
+        return found
 
     def _legend(self, task: Task) -> Legend:
         if task.classes:
@@ -127,8 +142,15 @@ class Sheet:
         return Legend(task.name, ends=tuple(dict.fromkeys(ends)))
 
     def input(self, sample: Sample) -> Shown:
-        """The input of a sample."""
-        return show_input(self._description.input, self._description.preparation, sample)
+        """An image as a picture, features as a strip, tokens as their text, or as ids where it cannot be had."""
+        spec = self._description.input
+        if spec.kind == "tokens":
+            return Shown("input", text_of(sample.inputs, self._description.preparation))
+        if spec.kind == "features":
+            return show_features(sample.inputs, spec, self._span, sample.id)
+        shape = " × ".join(str(length) for length in spec.shape)
+        alt = f"input of sample {sample.id}, an image of {shape}"
+        return Shown("input", "", (pictures.photo(sample.inputs, alt),))
 
     def labels(self, sample: Sample) -> list[Shown]:
         """Every label of a sample, those with pictures first."""
@@ -139,23 +161,23 @@ class Sheet:
             return Shown(task.name, "missing")
         if task.kind == "dense_classification":
             return show_classes(task, sample, self._seen[task.name])
+        if task.metric in ANGLES and task.dense:
+            return show_directions(task, sample)
         if task.kind == "dense_regression":
             return show_values(task, sample, self._limits[task.name])
         return Shown(task.name, in_words(task, sample.labels[task.name]))
 
 
-def show_input(spec: InputSpec, preparation: Mapping[str, Any], sample: Sample) -> Shown:
-    """An image as a picture, features as a strip, tokens as their text, or as ids where it cannot be had."""
-    values = sample.inputs
-    if spec.kind == "tokens":
-        return Shown("input", text_of(values, preparation))
-    shape = " × ".join(str(length) for length in spec.shape)
-    if spec.kind == "image":
-        return Shown("input", "", (pictures.photo(values, f"input of sample {sample.id}, an image of {shape}"),))
-    units = (values.astype(np.float64) - np.array(spec.mean)) / np.array(spec.std)
-    first = ", ".join(f"{value:.4g}" for value in values[:8]) + (", …" if len(values) > 8 else "")
-    picture = pictures.strip(units, f"input of sample {sample.id}, {shape} features: {first}")
-    return Shown("input", first, (picture,))
+def show_features(values: np.ndarray, spec: InputSpec, span: tuple[float, float], sample_id: str) -> Shown:
+    """A strip of features as the network sees them, and the first ones in their own units."""
+    first = ", ".join(figure(value) for value in values[:8]) + (", …" if len(values) > 8 else "")
+    alt = f"input of sample {sample_id}, {len(values)} features: {first}"
+    return Shown("input", first, (pictures.strip(standardised(spec, values), span, alt),))
+
+
+def standardised(spec: InputSpec, values: np.ndarray) -> np.ndarray:
+    """Stored features in network units."""
+    return (values.astype(np.float64) - np.array(spec.mean)) / np.array(spec.std)
 
 
 def text_of(ids: np.ndarray, preparation: Mapping[str, Any]) -> str:
@@ -184,29 +206,35 @@ def show_classes(task: Task, sample: Sample, seen: Sequence[int]) -> Shown:
     return Shown(task.name, words, (pictures.class_map(ids, valid, seen, _alt(task, sample, words)),))
 
 
+def show_directions(task: Task, sample: Sample) -> Shown:
+    """Three channels that are the components of a direction, as one picture in colour."""
+    units = (sample.labels[task.name].astype(np.float64) - np.array(task.offset)) / np.array(task.scale)
+    valid = np.asarray(_valid(task, sample).all(2))
+    words = _with_gaps("", valid)
+    alt = _alt(task, sample, words or "directions as colours")
+    return Shown(task.name, words, (pictures.directions(units, valid, alt),))
+
+
 def show_values(task: Task, sample: Sample, scales: Limits) -> Shown:
-    """A map of numbers, one picture a channel, or one in colour where three channels are a direction."""
-    values = sample.labels[task.name].astype(np.float64)
-    values = values.reshape(*values.shape[:2], -1)  # (H, W, C)
-    valid = _valid(task, sample)
-    valid = valid.reshape(values.shape)
-    if task.metric in ANGLES:
-        units = (values - np.array(task.offset)) / np.array(task.scale)
-        words = _with_gaps("", valid)
-        alt = _alt(task, sample, words or "directions as colours")
-        return Shown(task.name, words, (pictures.directions(units, valid.all(2), alt),))
+    """Maps of numbers, one picture a channel."""
+    values, valid = sample.labels[task.name], _valid(task, sample)
     known = values[valid]
-    span = [f"{known.min():.4g}", quantity(task, known.max())] if known.size else []
+    span = [figure(known.min()), quantity(task, known.max())] if known.size else []
     words = _with_gaps(" to ".join(span), valid)
-    shown = range(min(values.shape[2], MOST_CHANNELS))
-    drawn = tuple(
-        pictures.heat(values[..., c], valid[..., c], scales[c], _alt(task, sample, words, c)) for c in shown
-    )
-    return Shown(task.name, words, drawn)
+    channels = list(zip(_channels(values), _channels(valid), scales, strict=True))[:MOST_CHANNELS]
+    drawn = [
+        pictures.heat(*channel, _alt(task, sample, words, f", channel {c}" if len(channels) > 1 else ""))
+        for c, channel in enumerate(channels)
+    ]
+    return Shown(task.name, words, tuple(drawn))
 
 
-def _alt(task: Task, sample: Sample, words: str, channel: int = 0) -> str:
-    which = f", channel {channel}" if task.channels > 1 and not task.classes else ""
+def _channels(values: np.ndarray) -> list[np.ndarray]:
+    """The channels `(H, W)` of `(H, W, C)` or of `(H, W)`."""
+    return [values] if values.ndim == 2 else list(np.moveaxis(values, 2, 0))
+
+
+def _alt(task: Task, sample: Sample, words: str, which: str = "") -> str:
     return f"{task.name}{which} of sample {sample.id}: {words}"
 
 
@@ -231,19 +259,25 @@ def in_words(task: Task, value: np.ndarray) -> str:
 def quantity(task: Task, value: float) -> str:
     """A raw value with its unit."""
     times = "× " if task.unit[:1].isdigit() else ""  # such as 1/512 m
-    return f"{value:.4g} {times}{task.unit}".rstrip()
+    return f"{figure(value)} {times}{task.unit}".rstrip()
+
+
+def figure(value: float) -> str:
+    """A number with four digits, or all of its whole ones."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
 def limits(task: Task, sums: Sums) -> Limits:
     """What the two ends of the colour map stand for, a pair a channel: the range without far outliers."""
-    channels = sums.get("channels", [sums] * task.channels)
-    return [_limits(statistics.moments(channel)) for channel in channels]
+    channels = statistics.by_channel(sums)
+    ends = [_limits(statistics.moments(channel)) for channel in channels]
+    return ends if len(ends) == task.channels else ends * task.channels
 
 
 def _limits(found: Mapping[str, float]) -> tuple[float, float]:
     if not found:
         return 0.0, 1.0
-    low, high = (found["mean"] + sign * 3 * found["std"] for sign in (-1, 1))
+    low, high = (found["mean"] + sign * FAR * found["std"] for sign in (-1, 1))
     return max(low, found["min"]), min(high, found["max"])
 
 

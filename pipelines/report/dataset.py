@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jinja2
@@ -15,27 +15,32 @@ from pipelines import statistics
 from pipelines.ingest import Reader
 from pipelines.manifest import SPLITS, Manifest
 from pipelines.report import TEMPLATES, pictures
-from pipelines.report.contact_sheet import Sheet, pick
+from pipelines.report.contact_sheet import Sheet, figure, pick
+from pipelines.shards import QUARANTINE
 from pipelines.statistics import class_name
 from pipelines.storage import Location
+from pipelines.worker import read_jsonl
 
 SAMPLES = 12
 ENDS = 20  # of many classes, so many of the most and of the least frequent are shown
-QUARANTINE = "_quarantine.jsonl"
 
 
-def dataset_page(title: str, reader: Reader, found: Mapping[str, Any]) -> str:
+def dataset_page(
+    title: str, reader: Reader, *, problems: Sequence[str], notes: Sequence[str], unreadable: Collection[str]
+) -> str:
     """A data set as HTML.
 
     Args:
         title: Name of the data set.
         reader: Of its shards and the tasks to show.
-        found: What `pipelines.inspect.inspect` found: `problems`, `notes`, `broken` (files that cannot be read).
+        problems: What stops training.
+        notes: What does not.
+        unreadable: Files of damaged shards, which give no samples.
     """
     manifest, tasks = reader.manifest, reader.tasks
     splits = [split for split in SPLITS if manifest.rows(split)]
-    sample_wise = [task for task in tasks if task.kind == "binary"]
-    samples = pick(reader, SAMPLES, found["broken"])
+    numeric = [task for task in tasks if not task.classes and task.kind != "binary"]
+    samples = pick(reader, SAMPLES, unreadable)
     sheet = Sheet(samples, reader)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -46,14 +51,13 @@ def dataset_page(title: str, reader: Reader, found: Mapping[str, Any]) -> str:
         folder=str(reader.folder),
         manifest=manifest,
         splits=splits,
-        problems=found["problems"],
-        notes=found["notes"],
+        problems=problems,
+        notes=notes,
         reasons=frequent_reasons(reader.folder),
         tasks=[task_row(manifest, task, splits) for task in tasks],
-        flags=[flag_row(manifest, task, splits) for task in sample_wise],
+        flags=[flag_row(manifest, task, splits) for task in tasks if task.kind == "binary"],
         classes=[class_table(manifest, task, splits) for task in tasks if task.classes],
-        values=[row for task in tasks if "regression" in task.kind for row in value_rows(manifest, task, splits)],
-        input_kind=manifest.description.input.kind,
+        values=[row for task in numeric for row in value_rows(manifest, task, splits)],
         samples=[(sample.id, sheet.input(sample), sheet.labels(sample)) for sample in samples],
         legends=sheet.legends(),
         ramp=pictures.ramp(),
@@ -63,16 +67,11 @@ def dataset_page(title: str, reader: Reader, found: Mapping[str, Any]) -> str:
     )
 
 
-def figure(value: float | None) -> str:
-    """A number with four digits, or a dash where there is none."""
-    return "–" if value is None else f"{value:.4g}"
-
-
 def percent(value: float | None) -> str:
     """A share in per cent; what is there and yet less than is shown says so."""
     if value is None:
         return "–"
-    return "< 0.1 %" if 0 < value < 0.001 else f"{value:.1%}".replace("%", " %")
+    return "< 0.1%" if 0 < value < 0.001 else f"{value:.1%}"
 
 
 def task_row(manifest: Manifest, task: Task, splits: Sequence[str]) -> dict[str, Any]:
@@ -108,15 +107,17 @@ def _shares(found: Sequence[statistics.Sums], number: int) -> list[float | None]
 def class_table(manifest: Manifest, task: Task, splits: Sequence[str]) -> dict[str, Any]:
     """A row a class with its count in the training split and its share of the labels of every split.
 
-    Of many classes the most and the least frequent ones are kept, and `left_out` says how many are not.
+    Of many classes those without a label in train are left out, and of very many those between the most and the
+    least frequent ones; `left_out` says how many these are.
     """
     found = [manifest.sums[split][task.name] for split in splits]
     counts = manifest.sums["train"][task.name]["classes"]
     numbers = [number for number in range(len(counts)) if number != task.ignore_index]
-    kept = numbers
+    kept, left_out = numbers, 0
     if len(numbers) > 2 * ENDS:
-        ordered = sorted(numbers, key=lambda number: -counts[number])
-        kept = ordered[:ENDS] + ordered[-ENDS:]
+        kept = sorted((number for number in numbers if counts[number]), key=lambda number: -counts[number])
+        left_out = max(len(kept) - 2 * ENDS, 0)
+        kept = kept[:ENDS] + kept[ENDS + left_out :]
     rows = [
         {"name": class_name(task, number), "count": counts[number], "shares": _shares(found, number)}
         for number in kept
@@ -127,7 +128,7 @@ def class_table(manifest: Manifest, task: Task, splits: Sequence[str]) -> dict[s
         "of": "pixels" if task.dense else "labels",
         "rows": rows,
         "greatest": greatest or 1.0,
-        "left_out": len(numbers) - len(kept),
+        "left_out": left_out,
         "empty": sum(counts[number] == 0 for number in numbers),
         "classes": len(numbers),
     }
@@ -136,26 +137,29 @@ def class_table(manifest: Manifest, task: Task, splits: Sequence[str]) -> dict[s
 def value_rows(manifest: Manifest, task: Task, splits: Sequence[str]) -> list[dict[str, Any]]:
     """A row a channel and split: mean, deviation and range in raw and in network units."""
     rows = []
-    for channel in range(task.channels):
-        for split in splits:
-            sums = manifest.sums[split][task.name]
-            found = statistics.moments(sums["channels"][channel] if task.channels > 1 else sums)
+    for split in splits:
+        channels = statistics.by_channel(manifest.sums[split][task.name])
+        for number, sums in enumerate(channels):
+            found = statistics.moments(sums)
             rows.append(
                 {
-                    "name": f"{task.name}, channel {channel}" if task.channels > 1 else task.name,
+                    "name": f"{task.name}, channel {number}" if len(channels) > 1 else task.name,
+                    "channel": number,
                     "unit": task.unit,
                     "split": split,
                     "raw": found,
-                    "network": statistics.in_network_units(task, found, channel),
+                    # each channel has constants of its own
+                    "network": statistics.in_network_units(task, found, number)
+                    if len(channels) == task.channels
+                    else {},
                 }
             )
-    return rows
+    return sorted(rows, key=lambda row: row["channel"])
 
 
 def frequent_reasons(folder: Location, most: int = 8) -> list[dict[str, Any]]:
     """Why samples were left out, the most frequent first, each with how many they are and one of them."""
-    file = folder / QUARANTINE
-    bad = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    bad = read_jsonl(folder / QUARANTINE)
     alike: dict[str, list[dict[str, str]]] = {}
     for one in bad:
         # what names a file or a number differs from sample to sample

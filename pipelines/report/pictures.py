@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines.report.figures import COLOURS
 
-SIDE = 112  # longest edge in pixels
+SIDE = 128  # longest edge in pixels
 STEPS = 64  # of the colour map: the eye tells no more apart, and the files are smaller
 STRIPES = ((255, 255, 255), (120, 120, 120))  # a pattern tells itself from every colour, also in print
 STRIP = 64  # features in a line of a strip
@@ -43,15 +43,15 @@ def photo(pixels: np.ndarray, alt: str) -> Picture:
     return Picture(_address(image), alt)
 
 
-def strip(values: np.ndarray, alt: str) -> Picture:
-    """Standardised features `(F,)` from -3 to 3 in the colour map, a line after the other."""
+def strip(values: np.ndarray, limits: tuple[float, float], alt: str) -> Picture:
+    """Features `(F,)` in the colour map from the lower to the upper limit, a line after the other."""
     lines = -(-len(values) // STRIP)
     padded = np.full(lines * min(STRIP, len(values)), np.nan)
     padded[: len(values)] = values
     grid = padded.reshape(lines, -1)
     cell = max(SIDE // grid.shape[1], 1)
     grid = grid.repeat(cell, 0).repeat(cell, 1)
-    return heat(grid, ~np.isnan(grid), (-3.0, 3.0), alt)
+    return heat(grid, ~np.isnan(grid), limits, alt)
 
 
 def heat(values: np.ndarray, valid: np.ndarray, limits: tuple[float, float], alt: str) -> Picture:
@@ -106,9 +106,7 @@ def _stripes(shape: tuple[int, ...]) -> np.ndarray:
     return (rows + columns) // 3 % 2
 
 
-def _indexed(
-    places: np.ndarray, valid: np.ndarray, colours: Sequence[tuple[int, int, int]], alt: str
-) -> Picture:
+def _indexed(places: np.ndarray, valid: np.ndarray, colours: Sequence[tuple[int, int, int]], alt: str) -> Picture:
     image = Image.fromarray(np.where(valid, places, len(colours) + _stripes(valid.shape)).astype(np.uint8))
     image.putpalette([part for colour in (*colours, *STRIPES) for part in colour])
     return Picture(_address(image), alt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pipelines.config import Config, checked
+from tests.pipelines.s3_server import free_port, serving, settings
 
 if TYPE_CHECKING:
     from pipelines.train import Trained
@@ -74,7 +76,24 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_session():
+def s3_port() -> Iterator[int]:
+    """Where the S3 server of the tests will listen; set before Ray starts, as its workers inherit what it says."""
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in settings(port).items():
+            patch.setenv(key, value)
+        yield port
+
+
+@pytest.fixture(scope="session")
+def s3(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of a running S3 server with an empty bucket."""
+    with serving(s3_port, tmp_path_factory.mktemp("s3")):
+        yield s3_port
+
+
+@pytest.fixture(scope="session")
+def ray_session(s3_port: int):
     """One local Ray cluster for all tests in this process; starting one takes longer than most of them."""
     from pipelines.cluster import session
     from pipelines.config import RaySection

@@ -9,7 +9,6 @@ from dmtg_core import InputSpec, Task
 from pipelines import shards
 from pipelines.config import DataSection, SourceSection
 from pipelines.errors import UserError
-from pipelines.inspect import inspect
 from pipelines.manifest import FILE, check_shards, check_targets, read_manifest
 from pipelines.shards import QUARANTINE, finished_part, make_plans, shard, table_of, write_shard
 from pipelines.sources import Column, Description, Entry, build_source
@@ -67,18 +66,6 @@ class TestJob:
         assert "max_bad_fraction" in found.value.remedy
         assert (locate(config.data.shards) / QUARANTINE).read_text().count("there is no such file") > 1
         assert not (locate(config.data.shards) / FILE).exists()
-
-    def test_inspect_counts_classes_and_finds_damage(self, images: Path, tmp_path: Path) -> None:
-        config = make_config(images, tmp_path)
-        shard(config)
-        found = inspect(config)
-        assert found["problems"] == []
-        assert sum(found["statistics"]["train"]["colour"]["classes"]) == 58
-        victim = tmp_path / "shards" / "train-00000.parquet"
-        data = bytearray(victim.read_bytes())
-        data[len(data) // 2] ^= 1
-        victim.write_bytes(bytes(data))
-        assert inspect(config)["problems"] == ["train-00000.parquet does not have the checksum of the manifest"]
 
 
 def test_bytes_of_a_shard_are_the_same_every_time(images: Path, tmp_path: Path) -> None:

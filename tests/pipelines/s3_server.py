@@ -1,0 +1,111 @@
+"""A real S3 server on loopback, and a faulty road to it."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import socketserver
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[3] / "shared" / "tools" / "s3_server.sh"
+BUCKET = "dmtg-test"
+METHODS = (b"GET ", b"PUT ", b"POST ", b"HEAD ", b"DELETE ")
+SECRET = "only-for-tests-1b9f"  # noqa: S105 - of a server that lives as long as the tests
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def settings(port: int) -> dict[str, str]:
+    """What the AWS chain finds in the environment."""
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test:tester",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+@contextmanager
+def serving(port: int, folder: Path) -> Iterator[None]:
+    """The server, for the time of the block, with an empty bucket."""
+    if not SCRIPT.exists():
+        pytest.skip("no script to start an S3 server")
+    own = {**os.environ, "S3_PORT": str(port), "S3_DATA_DIR": str(folder / "data"), "S3_SECRET_KEY": SECRET}
+    with (folder / "start.log").open("w") as log:
+        # it writes to the log for as long as it lives, so its output is not a pipe to wait for
+        subprocess.run([str(SCRIPT), "start"], env=own, stdout=log, stderr=log, check=True)
+    try:
+        import boto3
+
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        yield
+    finally:
+        subprocess.run([str(SCRIPT), "stop"], env=own, capture_output=True, check=False)
+
+
+@dataclass
+class Road:
+    """A relay in front of a server that hangs up on every `drop`th request."""
+
+    target: int
+    drop: int
+    seen: int = 0
+    dropped: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def fails(self, data: bytes) -> bool:
+        """Whether these bytes begin a request that is to be dropped."""
+        if not data.startswith(METHODS):
+            return False
+        with self.lock:
+            self.seen += 1
+            fails = self.seen % self.drop == 0
+            self.dropped += fails
+            return fails
+
+
+@contextmanager
+def faulty(target: int, drop: int) -> Iterator[tuple[Road, int]]:
+    """A `Road` to a server on loopback, and the port it listens on."""
+    road = Road(target, drop)
+
+    class Relay(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with socket.create_connection(("127.0.0.1", road.target)) as server:
+                other = {self.request: server, server: self.request}
+                while True:
+                    for source in select.select(list(other), [], [])[0]:
+                        data = source.recv(65536)
+                        if not data or (source is self.request and road.fails(data)):
+                            return
+                        other[source].sendall(data)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_: object) -> None:
+            """A side that has gone is what this is for."""
+
+    with Server(("127.0.0.1", 0), Relay) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield road, server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
