@@ -1,7 +1,7 @@
 """Rows of the benchmark: `python -m bench [ROWS=]step [--repeats N]`; writes `bench.json`, prints a table.
 
-Each row times two things in turn, A B A B …, and takes the median of the ratios pair by pair, so that a machine
-whose speed drifts slows both.
+Each row measures two costs in turn, A B A B …, and takes the median of the ratios pair by pair, so that a machine
+whose speed drifts slows both. `medians` are the two costs: seconds a call, a sample or an epoch, or MiB.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from bench import ingest
 from dmtg_core import ArrayData, Arrays, EncoderSpec, GroupingNetwork, InputSpec, LocalContext, NetworkSpec, Task
 from dmtg_core.settings import TrainSettings
 from dmtg_core.step import WeighedLoss, step_noise, train_step
 from dmtg_core.training import TrainState
 
-Timed = tuple[Callable[[], object], Callable[[], object]]
+Costs = tuple[Callable[[], float], Callable[[], float]]
 
 
 def _binary(count: int, rows: int = 64) -> tuple[tuple[Task, ...], InputSpec, ArrayData]:
@@ -71,33 +72,44 @@ def _separate_heads_step(count: int, groups: int = 4) -> Callable[[], object]:
     return step
 
 
+def _timed(step: Callable[[], object], calls: int = 3) -> Callable[[], float]:
+    """Seconds of a call."""
+
+    def cost() -> float:
+        started = time.perf_counter()
+        for _ in range(calls):
+            step()
+        return (time.perf_counter() - started) / calls
+
+    return cost
+
+
 # name → (bound, value, how to make the numerator and the denominator of the ratio)
-ROWS: dict[str, tuple[str, float, Callable[[], Timed]]] = {
-    "step_binary40": ("at_least", 1.2, lambda: (_separate_heads_step(40), _our_step(40))),
-    "growth_step": ("at_most", 1.3, lambda: (_our_step(100), _our_step(10))),
+ROWS: dict[str, tuple[str, float, Callable[[], Costs]]] = {
+    "step_binary40": ("at_least", 1.2, lambda: (_timed(_separate_heads_step(40)), _timed(_our_step(40)))),
+    "growth_step": ("at_most", 1.3, lambda: (_timed(_our_step(100)), _timed(_our_step(10)))),
+    **ingest.ROWS,
 }
 
 
-def _time(call: Callable[[], object], calls: int = 3) -> float:
-    started = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - started) / calls
+MOST_REPEATS = {"shard_memory": 3}  # of rows that take minutes
 
 
 def measure(name: str, repeats: int) -> dict[str, object]:
     """One row of `bench.json`."""
+    repeats = min(repeats, MOST_REPEATS.get(name, repeats))
     bound, value, make = ROWS[name]
     above, below = make()
-    _time(above, 1), _time(below, 1)
-    ratios = [_time(above) / _time(below) for _ in range(repeats)]
+    above(), below()
+    pairs = [(above(), below()) for _ in range(repeats)]
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     return {
         "name": name,
-        "ratio": round(statistics.median(ratios), 3),
+        "ratio": round(statistics.median(a / b for a, b in pairs), 3),
         "bound": bound,
         "value": value,
         "repeats": repeats,
+        "medians": [statistics.median(costs) for costs in zip(*pairs, strict=True)],
         "command": f"make bench ROWS={name}",
         "machine": machine,
     }

@@ -160,17 +160,18 @@ class Task:
         if self.classes:
             target = raw.long()
             return target if present is None else target.where(_expand(present, target), self.ignore_index)
-        value = raw.float()
-        missing = [value.isnan()] if raw.is_floating_point() and self.kind != "binary" else []
+        missing = [] if present is None else [~_expand(present, raw)]
+        # one new tensor, worked on in place: memory is what this takes time for
+        value = raw.to(torch.float32, copy=True)
+        if raw.is_floating_point():
+            missing.append(raw.isnan())
         if self.valid_below is not None:
             missing.append(value >= self.valid_below)
-        if present is not None:
-            missing.append(~_expand(present, value))
         if self.kind != "binary":
             # the channel is the last axis of what is stored; a single channel is stored without it
-            value = (value - value.new_tensor(self.offset)).div_(value.new_tensor(self.scale))
+            value.sub_(value.new_tensor(self.offset)).div_(value.new_tensor(self.scale))
         for where in missing:
-            value = value.masked_fill(where, torch.nan)
+            value.masked_fill_(where, torch.nan)
         if self.kind == "dense_regression":
             return value.unsqueeze(1) if value.dim() == 3 else value.permute(0, 3, 1, 2)
         return value

@@ -90,7 +90,7 @@ class DataSection(Section):
     shards: str = Field(description="local folder or s3:// address of the shards")
     tasks: list[str] | None = Field(None, description="tasks to train on; all that the shards hold by default")
     rows_per_shard: int | None = Field(None, ge=1, description="samples in one Parquet file; by default 64 MiB")
-    compression: Literal["none", "lz4", "zstd"] = Field("lz4", description="compression of the Parquet pages")
+    compression: Literal["none", "lz4", "zstd"] = Field("none", description="compression of the Parquet pages")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unusable samples that stops sharding")
     verify_checksums: bool = Field(True, description="compare every shard with its checksum before training")
     min_support: int = Field(20, ge=1, description="labels of a class below which a result says little")

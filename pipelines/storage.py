@@ -252,9 +252,7 @@ def locate(uri: str) -> Location:
             wrong_use=True,
         )
     if not parts.netloc:
-        raise UserError(
-            "the address names no bucket", where=uri, remedy="write s3://bucket/path", wrong_use=True
-        )
+        raise UserError("the address names no bucket", where=uri, remedy="write s3://bucket/path", wrong_use=True)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     return Location(f"{parts.netloc}{parts.path}".rstrip("/"), "s3", endpoint)
 

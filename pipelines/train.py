@@ -225,7 +225,7 @@ def epoch_line(record: dict[str, Any], probabilities: list[list[float]]) -> str:
     """One epoch in one line: stage, losses, and the groups as they stand with the least certain task's share."""
     tasks = list(record["val"])
     line = f"{record['stage']:>10} epoch {record['epoch']:>3}  score {_short(record['val_score'])}"
-    line += f"  {record['samples_per_second']:.0f} samples/s"
+    line += f"  {record['samples_per_second']:.0f} samples/s, {record['data_share']:.0%} waiting for data"
     if len(probabilities[0]) == 1:
         return line
     groups: dict[int, list[str]] = {}
