@@ -33,6 +33,7 @@ from pipelines.storage import Location, locate
 
 QUARANTINE = "_quarantine.jsonl"
 PARTS = "_parts"
+PLAN = b"dmtg.plan"  # metadata of a shard
 SHARD_BYTES = 64 * 2**20  # decoded, of a shard whose number of rows is not given
 GROUP_BYTES = 16 * 2**20  # decoded, of a row group: what one reading task of training takes at a time
 READERS = 4  # samples that a task opens at once: over a network the waits overlap
@@ -177,7 +178,17 @@ def finished_part(folder: Location, plan: ShardPlan) -> dict[str, Any] | None:
         return None
     part: dict[str, Any] = note.read_json()
     same = part["digest"] == plan.digest and (folder / plan.file).size() == part["shard"]["bytes"]
-    return part if same else None
+    return part if same and _plan_of(folder / plan.file) == plan.digest else None
+
+
+def _plan_of(file: Location) -> str:
+    """The digest of the plan that a shard was made to, from its own footer: files can change places."""
+    try:
+        with file.filesystem.open_input_file(file.path) as opened:
+            held = pq.ParquetFile(opened).schema_arrow.metadata or {}
+    except (OSError, pa.ArrowInvalid):
+        return ""
+    return held.get(PLAN, b"").decode()
 
 
 def _run(
@@ -210,7 +221,11 @@ def write_shard(
     sink, rows = io.BytesIO(), 0
     # dictionaries and page statistics cost time and say nothing about pixels
     with pq.ParquetWriter(
-        sink, schema(description), compression=compression, use_dictionary=False, write_statistics=False
+        sink,
+        schema(description).with_metadata({PLAN: plan.digest}),
+        compression=compression,
+        use_dictionary=False,
+        write_statistics=False,
     ) as writer:
         for group in _groups(_samples(source, plan.entries), group_rows(description), quarantined):
             writer.write_table(table_of(description, group), row_group_size=len(group))

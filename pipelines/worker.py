@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from dmtg_core import checkpoint
 from dmtg_core.context import Save
-from dmtg_core.metrics import normalized_gain
+from dmtg_core.metrics import Metrics, normalized_gain
 from dmtg_core.search import SearchResult, search
+from dmtg_core.tasks import Task
 from dmtg_core.training import NonFiniteLossError
 from pipelines.config import Config
 from pipelines.errors import UserError
@@ -179,6 +180,15 @@ def _threads(config: Config) -> int:
     return max((os.cpu_count() or 1) // config.ray.workers, 1)
 
 
+def _gains(tasks: Sequence[Task], metrics: Metrics, baseline: Metrics) -> dict[str, float]:
+    """The gain over naive MTL in per cent: of errors, and the published forms, of scores and of losses."""
+    return {
+        "error": normalized_gain(tasks, metrics, baseline),
+        "score": normalized_gain(tasks, metrics, baseline, form="score"),
+        "loss": normalized_gain(tasks, metrics, baseline, metric="loss"),
+    }
+
+
 def write_result(run: Location, result: SearchResult, notes: Sequence[str] = ()) -> None:
     """Group models, grouping and figures into the run folder; the result comes last and says that all is there."""
     for name, model in result.network.specialise().items():
@@ -189,7 +199,7 @@ def write_result(run: Location, result: SearchResult, notes: Sequence[str] = ())
     (run / GROUPING).write_text(result.grouping.to_json())
     split = "test" if "test" in result.metrics else "val"
     tasks = result.network.tasks
-    gain = normalized_gain(tasks, result.metrics[split], result.baseline[split]) if result.baseline else None
+    gains = _gains(tasks, result.metrics[split], result.baseline[split]) if result.baseline else {}
     (run / RESULT).write_json(
         {
             "grouping": result.grouping.to_dict(),
@@ -197,7 +207,8 @@ def write_result(run: Location, result: SearchResult, notes: Sequence[str] = ())
             "split": split,
             "metrics": result.metrics[split],
             "baseline": result.baseline.get(split, {}),
-            "normalized_gain": gain,
+            "normalized_gain": gains.get("error"),
+            "gains": gains,
             "validation": result.metrics.get("val", {}),
             "starts": result.starts,
             "headline": {task.name: task.metric for task in tasks},

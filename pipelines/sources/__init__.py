@@ -6,8 +6,9 @@ A reader is cheap to make and safe to send to a worker. `entries` lists what the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
@@ -75,35 +76,31 @@ class Source(Protocol):
         ...
 
 
+# kind → module and class: a reader's libraries are imported only where its raw format is read
+SOURCES: Mapping[str, tuple[str, str]] = {
+    "celeba": ("celeba", "CelebaSource"),
+    "folder": ("folder", "FolderSource"),
+    "nuclei": ("nuclei", "NucleiSource"),
+    "rooms": ("rooms", "RoomsSource"),
+    "table": ("table", "TableSource"),
+    "taskonomy": ("taskonomy", "TaskonomySource"),
+    "text": ("text", "TextSource"),
+}
+
+
 def build_source(kind: str, root: str, options: Mapping[str, Any]) -> Source:
     """The reader of a raw format.
 
     Raises:
         UserError: For an unknown kind or option, and for a root that does not exist.
     """
-    # imported here: a reader's libraries are needed only where raw data is read
-    from pipelines.sources.celeba import CelebaSource
-    from pipelines.sources.folder import FolderSource
-    from pipelines.sources.nuclei import NucleiSource
-    from pipelines.sources.rooms import RoomsSource
-    from pipelines.sources.table import TableSource
-    from pipelines.sources.taskonomy import TaskonomySource
-    from pipelines.sources.text import TextSource
-
-    sources: dict[str, Callable[[Location, Mapping[str, Any]], Source]] = {
-        "celeba": CelebaSource,
-        "folder": FolderSource,
-        "nuclei": NucleiSource,
-        "rooms": RoomsSource,
-        "table": TableSource,
-        "taskonomy": TaskonomySource,
-        "text": TextSource,
-    }
-    if kind not in sources:
+    if kind not in SOURCES:
         raise UserError(
             f"unknown source kind {kind!r}",
             where="source.kind",
-            remedy=f"use one of {', '.join(sources)}",
+            remedy=f"use one of {', '.join(SOURCES)}",
             wrong_use=True,
         )
-    return sources[kind](locate(root), options)
+    module, name = SOURCES[kind]
+    reader: Source = getattr(import_module(f"{__name__}.{module}"), name)(locate(root), options)
+    return reader

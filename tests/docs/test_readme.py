@@ -7,6 +7,7 @@ from typer.main import get_command
 
 from pipelines.cli import app
 from pipelines.config import recipes
+from pipelines.sources import SOURCES
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -25,7 +26,12 @@ def test_every_command_and_recipe_it_names_exists() -> None:
     named = set(re.findall(r"^dmtg (\w+)", text, re.MULTILINE))
     assert named
     assert named <= known
-    assert set(re.findall(r"dmtg \w+ .*?-c (\w+)", text)) <= set(recipes())
+    assert set(re.findall(r"dmtg \w+ .*?-c ([\w/]+)", text)) <= set(recipes())
+    table = re.search(r"^## Data$(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    assert table
+    named = re.findall(r"^\| `(\w+)` \|.*\| (.*?) \|$", table[1], re.MULTILINE)
+    assert {kind for kind, _ in named} == set(SOURCES)
+    assert {recipe for _, cell in named for recipe in re.findall(r"`([\w/]+)`", cell)} <= set(recipes())
     makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"make (\w+)", text)):
         assert f"\n{target}:" in makefile
