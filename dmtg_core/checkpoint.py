@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec
 
 FORMAT = 1
+SEAL = "sha256.json"
 
 
 def save_network(folder: Path, network: GroupingNetwork) -> None:
@@ -122,3 +124,26 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     if not isinstance(values, dict) or not set(keys) <= values.keys():
         raise ValueError(f"{path}: expected an object with {', '.join(keys)}")
     return values
+
+
+def seal(folder: Path) -> None:
+    """Write the checksum of every file of a checkpoint that is done, as its last file."""
+    write_json(folder / SEAL, _checksums(folder))
+
+
+def check_seal(folder: Path) -> None:
+    """Stop at a checkpoint that is not what was written.
+
+    Raises:
+        ValueError: Naming the files that are missing or changed, or that it has no seal.
+    """
+    expected = read_json(folder / SEAL)
+    found = _checksums(folder)
+    wrong = sorted(name for name in expected if found.get(name) != expected[name])
+    if wrong:
+        raise ValueError(f"{folder}: missing or damaged: {', '.join(wrong)}")
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != SEAL)
+    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dmtg_core.checkpoint import check_seal, seal
+
+log = logging.getLogger(__name__)
 Save = Callable[[Path], None]
 
 
@@ -28,16 +32,40 @@ class TrainContext(Protocol):
         """The sum over all workers, on every worker."""
         ...
 
-    def report(self, record: Mapping[str, Any], save: Save) -> None:
+    def report(self, record: Mapping[str, Any] | None, save: Save) -> None:
         """Hand over the figures of an epoch, and a function that writes the checkpoint into an empty folder.
 
-        Every worker calls it; only one needs to write.
+        Every worker calls it; only one needs to write. In the middle of an epoch there are no figures.
         """
         ...
 
     def latest(self) -> Path | None:
-        """The checkpoint to go on from, if there is one."""
+        """The newest whole checkpoint, if there is any.
+
+        Raises:
+            ValueError: When there are checkpoints and all of them are damaged.
+        """
         ...
+
+
+def newest_whole(folders: Iterable[Path]) -> Path | None:
+    """The first of some checkpoints that is what was written, None where there are none.
+
+    Raises:
+        ValueError: When there are some and all are damaged.
+    """
+    problems = []
+    for folder in folders:
+        try:
+            check_seal(folder)
+        except ValueError as error:
+            problems.append(str(error))
+            log.warning("going back to the checkpoint before: %s", error)
+            continue
+        return folder
+    if problems:
+        raise ValueError(f"no checkpoint is whole: {'; '.join(problems)}")
+    return None
 
 
 class LocalContext:
@@ -74,9 +102,9 @@ class LocalContext:
         """The tensor itself."""
         return tensor
 
-    def report(self, record: Mapping[str, Any], save: Save) -> None:
+    def report(self, record: Mapping[str, Any] | None, save: Save) -> None:
         """Write the checkpoint beside its place, then move it there whole."""
-        if self.on_record is not None:
+        if self.on_record is not None and record is not None:
             self.on_record(record)
         if self.folder is None:
             return
@@ -87,14 +115,14 @@ class LocalContext:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         save(part)
+        seal(part)
         part.rename(self.folder / f"checkpoint_{number:06d}")
         for old in self._checkpoints()[: -self.keep]:
             shutil.rmtree(old)
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint of the folder."""
-        done = self._checkpoints()
-        return done[-1] if done else None
+        """See `TrainContext.latest`."""
+        return newest_whole(reversed(self._checkpoints()))
 
     def _checkpoints(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoint_*")) if self.folder is not None else []

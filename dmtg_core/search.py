@@ -196,10 +196,11 @@ class _Search:
         return self.state.current
 
     def _advance(self, stage: str, state: TrainState, settings: TrainSettings, until: int) -> None:
-        advance(state, self.data, settings, self.context, until=until, on_epoch=lambda s: self._report(stage, s))
-
-    def _report(self, stage: str, state: TrainState) -> None:
-        self.context.report({"stage": stage, **state.history[-1]}, self.state.save)
+        advance(
+            state, self.data, settings, self.context, until=until,
+            on_epoch=lambda s: self.context.report({"stage": stage, **s.history[-1]}, self.state.save),
+            on_step=lambda _: self.context.report(None, self.state.save),
+        )  # fmt: skip
 
     def _finish_stage(self, name: str, state: TrainState, splits: Sequence[str], *, last: bool = False) -> None:
         metrics = {split: evaluate(state.network, self.data, split, context=self.context) for split in splits}

@@ -67,6 +67,7 @@ class TrainSettings:
             the search only.
         precision: "fp32", or "bf16" for autocast of the encoders with gate and losses in float32.
         augment: Keys of `AUGMENTATIONS`: what is done to training batches, never to those of an evaluation.
+        checkpoint_every: Steps between two checkpoints within an epoch; 0 for none but at its end.
         seed: Of data order, gate noise and anything else that is drawn.
 
     Raises:
@@ -90,6 +91,7 @@ class TrainSettings:
     prune_threshold: float = 0.02
     precision: str = "fp32"
     augment: tuple[str, ...] = ()
+    checkpoint_every: int = 0
     seed: int = 22
 
     def __post_init__(self) -> None:
@@ -105,7 +107,7 @@ class TrainSettings:
         for name in ("epochs", "batch_size", "lr_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("clip_norm", "lr_min", "lr_patience"):
+        for name in ("clip_norm", "lr_min", "lr_patience", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 < self.search_share <= 1:

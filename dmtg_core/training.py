@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +37,8 @@ class TrainState:
     """A network in training: all that a checkpoint holds.
 
     `history` has one record an epoch; `best` is the network as it was after the best epoch (the lowest score),
-    heads that have gone since included; `take_best` puts it in the place of the network.
+    heads that have gone since included; `take_best` puts it in the place of the network. `partial` holds what an
+    epoch that is under way has come to; it is empty between epochs.
     """
 
     network: GroupingNetwork
@@ -47,6 +48,7 @@ class TrainState:
     history: list[dict[str, Any]] = field(default_factory=list)
     best_score: float = math.inf
     best: GroupingNetwork | None = None
+    partial: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def fresh(cls, network: GroupingNetwork, settings: TrainSettings) -> TrainState:
@@ -61,7 +63,7 @@ class TrainState:
             checkpoint.save_network(folder / "best", self.best)
         score = self.best_score if math.isfinite(self.best_score) else None
         loop = {"epoch": self.epoch, "step": self.step, "best_score": score, "history": self.history}
-        checkpoint.write_json(folder / "loop.json", loop)
+        checkpoint.write_json(folder / "loop.json", loop | {"partial": self.partial})
 
     @classmethod
     def load(cls, folder: Path, settings: TrainSettings, device: torch.device) -> TrainState:
@@ -73,8 +75,9 @@ class TrainState:
         network = checkpoint.load_network(folder, device)
         state = cls.fresh(network, settings)
         checkpoint.load_optimizer(folder / "optimizer.safetensors", state.optimizer, network)
-        loop = checkpoint.read_json(folder / "loop.json", "epoch", "step", "history", "best_score")
+        loop = checkpoint.read_json(folder / "loop.json", "epoch", "step", "history", "best_score", "partial")
         state.epoch, state.step, state.history = loop["epoch"], loop["step"], loop["history"]
+        state.partial = loop["partial"]
         state.best_score = math.inf if loop["best_score"] is None else loop["best_score"]
         if loop["best_score"] is not None:
             state.best = checkpoint.load_network(folder / "best", device)
@@ -144,11 +147,13 @@ def advance(
     *,
     until: int,
     on_epoch: Callable[[TrainState], None] | None = None,
+    on_step: Callable[[TrainState], None] | None = None,
 ) -> TrainState:
-    """Train until epoch number `until` is reached.
+    """Train until epoch number `until` is reached, from wherever in an epoch the state is.
 
     Before each epoch heads that fell under the threshold go, and with the end of the search all but each task's
     likeliest; after each epoch the hard network is validated and `on_epoch` is called with the state to save.
+    Within an epoch `on_step` is, every `settings.checkpoint_every` steps.
 
     Raises:
         NonFiniteLossError: When a step had to be refused.
@@ -159,7 +164,8 @@ def advance(
         if _prune(state, settings) or module is None:
             loss = WeighedLoss(state.network, settings.entropy_weight, settings.precision)
             module = context.prepare(loss)
-        record = _train_epoch(state, module, data, settings, context)
+        record = _train_epoch(state, module, data, settings, context, on_step)
+        state.partial = {}
         _average_statistics(state.network, context)
         metrics = evaluate(state.network, data, "val", batch_size=settings.batch_size, context=context)
         state.epoch += 1
@@ -184,64 +190,110 @@ def _prune(state: TrainState, settings: TrainSettings) -> bool:
     """Remove the heads that have to go before the next epoch; whether any did."""
     hard = state.epoch >= settings.search_epochs
     survivors = state.network.gate.survivors(2.0 if hard else settings.prune_threshold)
-    if state.epoch == 0 or bool((survivors == state.network.gate.alive).all()):
+    # an epoch that is under way goes on with the heads that it began with
+    if state.epoch == 0 or state.partial or bool((survivors == state.network.gate.alive).all()):
         return False
     state.keep(survivors, settings)
     return True
 
 
 def _train_epoch(
-    state: TrainState, module: nn.Module, data: Data, settings: TrainSettings, context: TrainContext
+    state: TrainState,
+    module: nn.Module,
+    data: Data,
+    settings: TrainSettings,
+    context: TrainContext,
+    on_step: Callable[[TrainState], None] | None,
 ) -> dict[str, Any]:
-    started = time.perf_counter()
-    losses_before = [sum(record["train_loss"].values()) for record in state.history]
-    factor = LR_SCHEDULES[settings.lr_schedule](state.epoch, settings, losses_before)
+    factor = LR_SCHEDULES[settings.lr_schedule](state.epoch, settings, [_total(r) for r in state.history])
     for group in state.optimizer.param_groups:
         group["lr"] = max(group["base_lr"] * factor, min(settings.lr_min, group["base_lr"]))
     steps = data.steps(settings.batch_size)
+    first, last = state.epoch * steps, (state.epoch + 1) * steps
     searched = settings.search_epochs * steps
+    sums = _Sums.of(state, context)
+    temperature = settings.temperature(state.step / searched)
     module.train()
-    totals = torch.zeros(len(state.network.tasks), device=context.device)
-    refused = torch.zeros((), device=context.device)
-    samples, temperature = 0, settings.temperature(state.step / searched)
-    batches = _Timed(data.train(state.epoch, settings.batch_size))
-    for stored in batches:
+    for stored in sums.timed(data.train(state.epoch, settings.batch_size, state.step - first)):
         generator = augment_generator(settings.seed, state.step, context.rank)
         batch = augment(stored, state.network.tasks, settings.augment, generator)
         temperature = settings.temperature(state.step / searched)
         noise = step_noise(state.network, settings, state.step, context.rank, len(batch.inputs))
         noise = noise.to(context.device, non_blocking=True)
-        by_task, bad = train_step(module, state.optimizer, batch, noise, temperature, settings, context)
-        totals, refused = totals + by_task, refused + bad
-        samples += len(batch.inputs)
+        sums.add(
+            *train_step(module, state.optimizer, batch, noise, temperature, settings, context), len(batch.inputs)
+        )
         state.step += 1
-        if state.step % CHECK_EVERY == 0 and float(refused):
+        due = bool(settings.checkpoint_every) and state.step % settings.checkpoint_every == 0
+        if (due or state.step % CHECK_EVERY == 0) and float(sums.refused):
             break
-    losses = (context.sum(totals) / steps).tolist()  # the epoch's one look at the device
-    if float(refused):
-        raise _non_finite(state, losses, int(refused))
-    seconds = time.perf_counter() - started
+        if due and on_step is not None and state.step < last:
+            _average_statistics(state.network, context)  # or only one worker's would be in the checkpoint
+            state.partial = sums.share(context)
+            on_step(state)
+    losses = (context.sum(sums.losses) / steps).tolist()  # the epoch's one look at the device
+    if float(sums.refused):
+        raise _non_finite(state, losses, int(sums.refused))
+    seconds = sums.seconds()
     return {
         "train_loss": dict(zip((t.name for t in state.network.tasks), losses, strict=True)),
         "temperature": temperature,
         "learning_rate": state.optimizer.param_groups[0]["lr"],
         "seconds": seconds,
-        "samples_per_second": samples * context.world_size / seconds,
-        "data_share": batches.waited / seconds,
+        "samples_per_second": sums.samples * context.world_size / seconds,
+        "data_share": sums.waited / seconds,
     }
 
 
-class _Timed:
-    """Batches, and how long they were waited for, in seconds."""
+def _total(record: Mapping[str, Any]) -> float:
+    """The training loss of an epoch."""
+    return float(sum(record["train_loss"].values()))
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self.batches = batches
-        self.waited = 0.0
 
-    def __iter__(self) -> Iterator[Batch]:
+@dataclass
+class _Sums:
+    """What an epoch has come to so far, on this worker; with one that was interrupted, before that as well."""
+
+    losses: Tensor
+    refused: Tensor
+    samples: float = 0.0
+    waited: float = 0.0
+    before: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def of(cls, state: TrainState, context: TrainContext) -> _Sums:
+        """Nothing, or what the checkpoint holds."""
+        losses = torch.zeros(len(state.network.tasks), device=context.device)
+        refused = torch.zeros((), device=context.device)
+        if not state.partial:
+            return cls(losses, refused)
+        held = state.partial
+        if context.rank == 0:  # the losses of all workers will be summed
+            losses = losses + losses.new_tensor(held["losses"])
+        return cls(losses, refused, held["samples"] / context.world_size, held["waited"], held["seconds"])
+
+    def add(self, by_task: Tensor, refused: Tensor, samples: int) -> None:
+        """A step."""
+        self.losses, self.refused = self.losses + by_task, self.refused + refused
+        self.samples += samples
+
+    def seconds(self) -> float:
+        """How long the epoch has taken."""
+        return self.before + time.perf_counter() - self.started
+
+    def share(self, context: TrainContext) -> dict[str, Any]:
+        """The sums of all workers, for a checkpoint. A worker goes on with what it would be given back."""
+        losses = context.sum(self.losses)
+        self.losses = losses if context.rank == 0 else torch.zeros_like(losses)
+        samples = self.samples * context.world_size
+        return {"losses": losses.tolist(), "samples": samples, "waited": self.waited, "seconds": self.seconds()}
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; what they are waited for is added up."""
         while True:
             asked = time.perf_counter()
-            batch = next(self.batches, None)
+            batch = next(batches, None)
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return
@@ -286,7 +338,7 @@ def fit(
     state = TrainState.load(latest, settings, context.device) if latest else TrainState.fresh(network, settings)
     advance(
         state, data, settings, context, until=settings.epochs,
-        on_epoch=lambda s: context.report(s.history[-1], s.save),
+        on_epoch=lambda s: context.report(s.history[-1], s.save), on_step=lambda s: context.report(None, s.save),
     )  # fmt: skip
     _finish(state)
     return state

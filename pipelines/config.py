@@ -154,6 +154,9 @@ class TrainSection(Section):
     clip_norm: float = Field(0.0, ge=0, description="largest gradient norm; 0 for no limit")
     precision: Literal["fp32", "bf16"] = "fp32"
     augment: tuple[Literal["flip"], ...] = Field((), description="done to training images: flip left to right")
+    checkpoint_every: int = Field(
+        500, ge=0, description="steps between two checkpoints within an epoch; 0 for none but at its end"
+    )
     seed: int = 22
 
 

@@ -24,7 +24,7 @@ from pipelines.registry import Registered, register
 from pipelines.shards import ensure_shards
 from pipelines.storage import Location, locate
 from pipelines.tracking import Tracker, enabled, open_tracker
-from pipelines.worker import FAILURE, GATE, GROUPING, METRICS, RESULT, Job, read_jsonl, work
+from pipelines.worker import CHECKPOINTS, FAILURE, GATE, GROUPING, METRICS, RESULT, Job, read_jsonl, work
 
 CONFIG, REPORT, REGISTERED = "config.yaml", "report.html", "models.json"
 POLL_S = 1.0
@@ -157,7 +157,7 @@ def _run_workers(
         ),
         run_config=ray.train.RunConfig(
             # the same name in the same place is how Ray Train finds the checkpoint to go on from
-            name="checkpoints",
+            name=CHECKPOINTS,
             storage_path=run.path,
             storage_filesystem=run.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=config.ray.max_failures),

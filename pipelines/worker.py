@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dmtg_core import checkpoint
-from dmtg_core.context import Save
+from dmtg_core.context import Save, newest_whole
 from dmtg_core.metrics import Metrics, normalized_gain
 from dmtg_core.search import SearchResult, search
 from dmtg_core.tasks import Task
@@ -29,6 +29,7 @@ from pipelines.ingest import Reader, open_data
 from pipelines.storage import Location, finite
 
 FAILURE = "failure.json"  # why the workers gave up, where another try would end the same way
+CHECKPOINTS, CHECKPOINT = "checkpoints", "checkpoint_"
 METRICS, GATE, GROUPING, RESULT, MODELS = "metrics.jsonl", "gate.jsonl", "grouping.json", "result.json", "models"
 
 
@@ -64,6 +65,8 @@ class RayContext:
         self.device: torch.device = ray.train.torch.get_device()
         self.run = run
         self.records = _read_lines(run / METRICS) if self.rank == 0 else []
+        held = self._checkpoints()
+        self.number = int(held[-1].name.split("_")[1]) if held else 0  # of the newest checkpoint
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """On the device, under DDP when there are several workers."""
@@ -82,8 +85,8 @@ class RayContext:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def report(self, record: Mapping[str, Any], save: Save) -> None:
-        """Epoch figures to the run folder, checkpoint to Ray Train."""
+    def report(self, record: Mapping[str, Any] | None, save: Save) -> None:
+        """Checkpoint to the run folder, while training goes on; then the figures of an epoch, if there are any."""
         import ray.train
 
         if self.rank != 0:
@@ -91,15 +94,17 @@ class RayContext:
             return
         folder = Path(tempfile.mkdtemp(prefix="dmtg-"))
         save(folder)
-        name = f"checkpoint_{record['stage']}_{record['epoch']:06d}_{uuid.uuid4().hex[:6]}"
-        # Ray Train copies the folder into the run's storage before this returns
+        checkpoint.seal(folder)
+        self.number += 1
         ray.train.report(
-            {"stage": record["stage"], "epoch": record["epoch"], "val_score": record["val_score"]},
+            {key: record[key] for key in ("stage", "epoch", "val_score")} if record else {},
             checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-            checkpoint_dir_name=name,
+            checkpoint_dir_name=f"{CHECKPOINT}{self.number:08d}_{uuid.uuid4().hex[:6]}",
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
         )
-        shutil.rmtree(folder, ignore_errors=True)
-        self._write(dict(record))
+        if record is not None:
+            self._write(dict(record))
 
     def _write(self, record: dict[str, Any]) -> None:
         """Add a record; what an interrupted run had written beyond its checkpoint is replaced."""
@@ -114,14 +119,29 @@ class RayContext:
         _write_lines(self.run / METRICS, plain)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that Ray Train has registered."""
-        import ray.train
+        """See `TrainContext.latest`.
 
-        found = ray.train.get_checkpoint()
-        if found is None:
-            return None
+        The folder is asked and not Ray Train, which knows neither damage nor a checkpoint that was written just
+        before the workers were lost.
+        """
+        try:
+            return newest_whole(self._fetch(place) for place in reversed(self._checkpoints()))
+        except ValueError as error:
+            raise UserError(
+                str(error), where=str(self.run / CHECKPOINTS), remedy="delete them to train anew from the start"
+            ) from error
+
+    def _checkpoints(self) -> list[Location]:
+        held = self.run / CHECKPOINTS
+        return [held / name for name in held.folders() if name.startswith(CHECKPOINT)]
+
+    def _fetch(self, place: Location) -> Path:
+        """A checkpoint as a local folder."""
         folder = Path(tempfile.mkdtemp(prefix="dmtg-"))
-        return Path(found.to_directory(str(folder)))
+        for name in place.files():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((place / name).read_bytes())
+        return folder
 
 
 def _read_lines(file: Location) -> list[dict[str, Any]]:

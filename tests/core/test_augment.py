@@ -203,8 +203,8 @@ class Seen:
     def steps(self, batch_size):
         return self.data.steps(batch_size)
 
-    def train(self, epoch, batch_size):
-        for batch in self.data.train(epoch, batch_size):
+    def train(self, epoch, batch_size, start=0):
+        for batch in self.data.train(epoch, batch_size, start):
             self.given["train"].append(batch.inputs)
             yield batch
 

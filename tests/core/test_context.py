@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dmtg_core import LocalContext
+from dmtg_core.checkpoint import SEAL
 
 
 def writer(text: str):
@@ -63,7 +64,7 @@ def test_what_a_killed_writer_left_is_ignored_and_cleared(tmp_path):
     context = local(tmp_path)
     assert context.latest() is None
     context.report({}, writer("new"))
-    assert [f.name for f in context.latest().iterdir()] == ["content"]
+    assert sorted(f.name for f in context.latest().iterdir()) == ["content", SEAL]
     assert not (tmp_path / ".part").exists()
 
 

@@ -361,8 +361,8 @@ def test_fit_stops_with_the_weights_of_the_good_steps_and_its_last_checkpoint(tm
     broken = broken_data(spec, where)
 
     class LaterBroken(ArrayData):
-        def train(self, epoch, batch_size):
-            return (broken if epoch == 2 else good).train(epoch, batch_size)
+        def train(self, epoch, batch_size, start=0):
+            return (broken if epoch == 2 else good).train(epoch, batch_size, start)
 
     data = LaterBroken(good.splits, spec.tasks)
     with pytest.raises(NonFiniteLossError, match="epoch 3"):
@@ -378,8 +378,8 @@ def test_an_endless_epoch_of_refused_steps_is_cut_short():
     drawn = []
 
     class Watched(ArrayData):
-        def train(self, epoch, batch_size):
-            for batch in super().train(epoch, batch_size):
+        def train(self, epoch, batch_size, start=0):
+            for batch in super().train(epoch, batch_size, start):
                 drawn.append(epoch)
                 yield batch
 

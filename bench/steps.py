@@ -1,0 +1,181 @@
+"""One training step of ours against one as the published code makes it, on the same shapes and the same tasks.
+
+The published step has K copies of the branch, K·N heads as modules of their own, tensors in NCHW and float32, a
+loss call for every (branch, task), and a look of the host at every loss.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dmtg_core import (
+    ArrayData,
+    Arrays,
+    Batch,
+    EncoderSpec,
+    GroupingNetwork,
+    InputSpec,
+    LocalContext,
+    NetworkSpec,
+    Task,
+)
+from dmtg_core.losses import label_counts, sample_loss
+from dmtg_core.network import pooled
+from dmtg_core.settings import TrainSettings
+from dmtg_core.step import WeighedLoss, step_noise, train_step
+from dmtg_core.training import TrainState
+from pipelines.sources.taskonomy_tasks import TASKS
+
+FIVE = ("depth_zbuffer", "normal", "segment_semantic", "keypoints2d", "edge_texture")
+GROUPS_OF_FIVE = (0, 0, 1, 2, 2)  # a grouping to prune to: which one does not change the cost
+
+
+def binary(count: int, encoder: EncoderSpec, groups: int = 4) -> NetworkSpec:
+    """`count` binary tasks on 64 × 64 images."""
+    tasks = tuple(Task(f"t{n}", "binary") for n in range(count))
+    return NetworkSpec(InputSpec("image", (64, 64, 3), "uint8", (127.5,), (63.0,)), tasks, encoder, groups)
+
+
+SMALL = EncoderSpec("convnet", 0, {"widths": [16, 32]})
+FACES = EncoderSpec("celeba_resnet")
+
+
+def taskonomy(size: int = 128, groups: int = 3) -> NetworkSpec:
+    """The published network of five dense tasks, stem of six layers."""
+    image = InputSpec("image", (size, size, 3), "uint8", (127.5,), (63.0,))
+    encoder = EncoderSpec("xception_taskonomy", 6)
+    return NetworkSpec(image, [TASKS[name] for name in FIVE], encoder, groups, "xception", 128)
+
+
+def batch_of(spec: NetworkSpec, rows: int) -> Batch:
+    """Random samples with every label there."""
+    generator = torch.Generator().manual_seed(0)
+    size = spec.input.shape[:2]
+
+    def draw(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, (rows, *shape), generator=generator)
+
+    labels = {}
+    for task in spec.tasks:
+        if task.kind == "binary":
+            labels[task.name] = draw(2).numpy().astype("uint8")
+        elif task.classes:
+            labels[task.name] = draw(task.channels, *size).numpy().astype("uint8")
+        else:
+            channels = (task.channels,) if task.channels > 1 else ()
+            labels[task.name] = draw(255, *size, *channels).numpy().astype("uint8")
+    arrays = Arrays(draw(256, *spec.input.shape).numpy().astype("uint8"), labels, {})
+    return next(ArrayData({"train": arrays}, spec.tasks).train(0, rows))
+
+
+def ours(spec: NetworkSpec, rows: int, *, pruned: bool = False) -> Callable[[], object]:
+    """Our step; pruned, every task has one head."""
+    settings, context, batch = TrainSettings(), LocalContext(device="cpu"), batch_of(spec, rows)
+    state = TrainState.fresh(GroupingNetwork(spec), settings)
+    if pruned:
+        state.keep(_grouping(spec), settings)
+    module = WeighedLoss(state.network).train()
+    noise = step_noise(state.network, settings, 0, 0, rows)
+    return lambda: train_step(module, state.optimizer, batch, noise, 1.0, settings, context)
+
+
+def _grouping(spec: NetworkSpec) -> Tensor:
+    alive = torch.zeros(len(spec.tasks), spec.groups, dtype=torch.bool)
+    for n, k in enumerate(GROUPS_OF_FIVE):
+        alive[n, k] = True
+    return alive
+
+
+def published(spec: NetworkSpec, rows: int) -> Callable[[], object]:
+    """The published step."""
+    network = GroupingNetwork(spec).train()
+    heads = _separate_heads(network)
+    parameters = [p for name, p in network.named_parameters() if not name.startswith(("bank", "decoders"))]
+    optimizer = torch.optim.Adam([*parameters, *heads.parameters()])
+    batch = batch_of(spec, rows)
+    counts = label_counts(spec.tasks, batch.targets)
+    image = network.normalise(batch.inputs).contiguous()
+    size = batch.inputs.shape[1:3]
+
+    def step() -> None:
+        gate = network.gate(1.0, torch.zeros(len(spec.tasks), spec.groups))
+        shared = network.stem(image)
+        loss = torch.zeros(())
+        for k, branch in network.branches.items():
+            features = branch(shared)
+            for n, task in enumerate(spec.tasks):
+                head = heads[f"{k}_{n}"]
+                out = head(features, size) if task.dense else head(pooled(features)).squeeze(1)
+                one = sample_loss(task, out, batch.targets[task.name]).sum() / counts[n]
+                one.item()
+                loss = loss + gate[n, int(k)] * one
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _separate_heads(network: GroupingNetwork) -> nn.ModuleDict:
+    """A module for every (branch, task)."""
+    heads = nn.ModuleDict(network.decoders)
+    for k, kept in network.bank.kept.items():
+        for task in kept:
+            features = network.bank.weights[str(k)].shape[1]
+            heads[f"{k}_{network.tasks.index(task)}"] = nn.Linear(features, task.channels)
+    return heads
+
+
+def floor(spec: NetworkSpec, rows: int) -> Callable[[], object]:
+    """Stem, K branches and N heads forward and backward, without gate and losses, and the optimiser."""
+    settings, batch = TrainSettings(), batch_of(spec, rows)
+    state = TrainState.fresh(GroupingNetwork(spec), settings)
+    state.keep(_grouping(spec), settings)
+    network = state.network.train()
+
+    def step() -> None:
+        outputs = network.forward_pairs(batch.inputs)
+        state.optimizer.zero_grad()
+        torch.autograd.backward(list(outputs.dense.values()), [torch.ones_like(o) for o in outputs.dense.values()])
+        state.optimizer.step()
+
+    return step
+
+
+def timed(step: Callable[[], object], calls: int = 3) -> Callable[[], float]:
+    """Seconds of a call."""
+
+    def cost() -> float:
+        started = time.perf_counter()
+        for _ in range(calls):
+            step()
+        return (time.perf_counter() - started) / calls
+
+    return cost
+
+
+Costs = tuple[Callable[[], float], Callable[[], float]]
+
+
+def against_published(spec: NetworkSpec, rows: int, calls: int, *, pruned: bool = False) -> Costs:
+    """The published step over ours."""
+    return timed(published(spec, rows), calls), timed(ours(spec, rows, pruned=pruned), calls)
+
+
+# name → (bound, value, how to make the numerator and the denominator of the ratio)
+ROWS: dict[str, tuple[str, float, Callable[[], Costs]]] = {
+    "step_binary40": ("at_least", 1.2, lambda: against_published(binary(40, SMALL), 64, 3)),
+    "step_celeba40": ("at_least", 1.5, lambda: against_published(binary(40, FACES), 16, 3)),
+    "growth_step": (
+        "at_most", 1.3, lambda: (timed(ours(binary(100, SMALL), 64)), timed(ours(binary(10, SMALL), 64))),
+    ),
+    "step_xception": ("at_least", 1.2, lambda: against_published(taskonomy(), 2, 1)),
+    "step_xception_pruned": ("at_least", 1.7, lambda: against_published(taskonomy(), 2, 1, pruned=True)),
+    "pruned_over_floor": (
+        "at_most", 1.15, lambda: (timed(ours(taskonomy(), 2, pruned=True), 1), timed(floor(taskonomy(), 2), 1)),
+    ),
+}  # fmt: skip
