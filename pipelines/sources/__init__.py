@@ -15,7 +15,7 @@ import numpy as np
 
 from dmtg_core.tasks import InputSpec, Task
 from pipelines.errors import UserError
-from pipelines.storage import Location, locate
+from pipelines.storage import locate
 
 INPUT = "input"  # the column of what the network reads
 
