@@ -46,6 +46,10 @@ def serving(port: int, folder: Path) -> Iterator[None]:
     if not SCRIPT.exists():
         pytest.skip("no script to start an S3 server")
     own = {**os.environ, "S3_PORT": str(port), "S3_DATA_DIR": str(folder / "data"), "S3_SECRET_KEY": SECRET}
+    own |= {"S3_START_TIMEOUT": "300"}
+    installed = subprocess.run([str(SCRIPT), "install"], env=own, capture_output=True, text=True, check=False)
+    if installed.returncode:
+        pytest.skip(f"no S3 server can be installed here: {installed.stderr.strip().splitlines()[-1]}")
     with (folder / "start.log").open("w") as log:
         # it writes to the log for as long as it lives, so its output is not a pipe to wait for
         subprocess.run([str(SCRIPT), "start"], env=own, stdout=log, stderr=log, check=True)
