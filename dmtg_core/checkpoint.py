@@ -84,8 +84,10 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, network: nn.Mod
         if owner not in parameters:
             raise ValueError(f"{path}: optimiser state of {owner!r}, which the network does not have")
         parameter = parameters[owner]
-        # the step count of a fused optimiser lives with its parameter
-        optimizer.state[parameter][key] = value.to(parameter.device)
+        # the step count of a fused optimiser lives with its parameter; its moments lie in memory as the parameter
+        # does, which fused kernels take for granted
+        held = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
+        optimizer.state[parameter][key] = held.to(parameter.device).copy_(value)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -183,6 +183,9 @@ class GroupingNetwork(nn.Module):
                     if task.dense
                 }
             )
+        if spec.input.kind == "image":
+            # images are stored, and so computed, channels last: other weights would be turned round at every step
+            self.to(memory_format=torch.channels_last)
 
     @property
     def pairs(self) -> list[Pair]:
