@@ -92,7 +92,7 @@ def _grouping(spec: NetworkSpec) -> Tensor:
 
 def published(spec: NetworkSpec, rows: int) -> Callable[[], object]:
     """The published step."""
-    network = GroupingNetwork(spec).train()
+    network = GroupingNetwork(spec).train().to(memory_format=torch.contiguous_format)
     heads = _separate_heads(network)
     parameters = [p for name, p in network.named_parameters() if not name.startswith(("bank", "decoders"))]
     optimizer = torch.optim.Adam([*parameters, *heads.parameters()])
