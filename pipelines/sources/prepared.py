@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -32,7 +33,7 @@ class RowTarget(Protocol):
         ...
 
 
-class PreparedSource:
+class PreparedSource(ABC):
     """A reader of rows. The first three properties are for the formats to give.
 
     What `read` needs travels with a pickled reader. The rows do not: a worker gets those that it reads with their
@@ -40,18 +41,19 @@ class PreparedSource:
     """
 
     @property
+    @abstractmethod
     def _entries(self) -> list[Entry]:
         """All samples; `fields["row"]` is the `Row` with the cells that are needed."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def _targets(self) -> Sequence[RowTarget]:
-        raise NotImplementedError
+        """The tasks, in order."""
 
     @property
+    @abstractmethod
     def _input(self) -> tuple[InputSpec, Mapping[str, Any]]:
         """The stored input and the preparation that makes it, learnt from the training split."""
-        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_entries", "_prepared")}
