@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 
@@ -41,6 +42,26 @@ class DenseDecoder(nn.Module):
         return _resized(self.body(features), size)
 
 
+class Doubling(nn.Module):
+    """A transposed convolution of 2×2 and stride 2 without bias, as the one matrix product that it is.
+
+    No pixel of the output is reached by two of the input: `(B, H, W, C) · (C, 2·2·O)`, then every four are put in
+    place. Memory lies channels last throughout. Weights and their first values are as in `nn.ConvTranspose2d`.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs, 2, 2))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, H, W)` to `(B, O, 2H, 2W)`."""
+        batch, channels, height, width = x.shape
+        weight = self.weight.permute(2, 3, 1, 0).reshape(-1, channels)  # (2·2·O, C)
+        four = nn.functional.linear(x.permute(0, 2, 3, 1), weight).unflatten(3, (2, 2, -1))  # (B, H, W, 2, 2, O)
+        return four.transpose(2, 3).reshape(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+
+
 class XceptionDecoder(nn.Module):
     """The decoder of Standley et al. 2020, which the method was published with for Taskonomy.
 
@@ -62,7 +83,7 @@ class XceptionDecoder(nn.Module):
         doublings = int(math.log2(stride))
         for i in range(doublings):
             narrower = max(width * (8, 4, 3, 2)[min(i, 3)] // 8, 1)
-            layers += [nn.ConvTranspose2d(features, narrower, 2, stride=2, bias=False), *_activated(narrower)]
+            layers += [Doubling(features, narrower), *_activated(narrower)]
             if i < doublings - 1:
                 layers += [nn.Conv2d(narrower, narrower, 3, padding=1, bias=False), *_activated(narrower)]
             features = narrower
@@ -88,4 +109,4 @@ def _resized(out: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _activated(channels: int) -> list[nn.Module]:
-    return [nn.BatchNorm2d(channels), nn.ReLU()]
+    return [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]

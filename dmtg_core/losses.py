@@ -57,16 +57,32 @@ def shifted_l1(output: Tensor, target: Tensor) -> Tensor:
     Returns:
         `(B,)`, to be divided by the annotated values inside the border.
     """
-    height, width = target.shape[2:]
     inner = target[:, :, 1:-1, 1:-1]
     known = ~inner.isnan()
     inner = inner.masked_fill(~known, 0.0)  # an infinite label stays, and makes the loss refuse the step
-    sums = [
-        ((output[:, :, dy : height - 2 + dy, dx : width - 2 + dx] - inner).abs() * known).flatten(1).sum(1)
-        for dy in range(3)
-        for dx in range(3)
-    ]
-    return torch.stack(sums).amin(0)
+    height, width = inner.shape[2:]
+    with torch.no_grad():
+        sums = [
+            ((output[:, :, y : y + height, x : x + width] - inner).abs() * known).flatten(1).sum(1)
+            for y in range(3)
+            for x in range(3)
+        ]
+        best = torch.stack(sums).argmin(0)  # (B,)
+        # the target is moved, not the output: only one difference is left to go backward through
+        row, column = best // 3, best % 3
+        moved, weight = _moved(inner, row, column), _moved(known.to(inner.dtype), row, column)
+    return ((output - moved).abs() * weight).flatten(1).sum(1)
+
+
+def _moved(image: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Each image of `(B, C, H, W)` at its `row` and `column` `(B,)` of an image of zeros two pixels larger."""
+    height, width = image.shape[2] + 2, image.shape[3] + 2
+    padded = F.pad(image, (2, 2, 2, 2))
+    rows = torch.arange(height, device=image.device) + 2 - row.unsqueeze(1)  # (B, H + 2)
+    columns = torch.arange(width, device=image.device) + 2 - column.unsqueeze(1)  # (B, W + 2)
+    batch = torch.arange(len(image), device=image.device)
+    moved = padded.permute(0, 2, 3, 1)[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2)
 
 
 def dense_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:

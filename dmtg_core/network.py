@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dmtg_core.decoders import DECODERS
 from dmtg_core.encoders import EncoderSpec, build_encoder, seeded
@@ -18,6 +20,7 @@ from dmtg_core.heads import HeadBank
 from dmtg_core.tasks import InputSpec, Task, check_names
 
 Pair = tuple[int, int]  # (branch, task)
+TASK_WEIGHTINGS = ("fixed", "uncertainty")
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,11 @@ class NetworkSpec:
             after its first doubling (published: 128).
         sampling, initial, initial_scale: Options of `GroupGate`.
         rescale_gradients: Scale gradients by 1/√N from heads to branches and by 1/√K from branches to stem.
+        task_weighting: "fixed" for the weights of the tasks alone, "uncertainty" for learned ones beside them.
         seed: Seed of the initial weights.
 
     Raises:
-        ValueError: For no task, two tasks of one name, or an unknown decoder.
+        ValueError: For no task, two tasks of one name, or an unknown decoder or task_weighting.
     """
 
     input: InputSpec
@@ -50,6 +54,7 @@ class NetworkSpec:
     initial: str = "uniform"
     initial_scale: float = 0.01
     rescale_gradients: bool = False
+    task_weighting: str = "fixed"
     seed: int = 22
 
     def __post_init__(self) -> None:
@@ -57,6 +62,10 @@ class NetworkSpec:
         check_names(self.tasks)
         if self.decoder not in DECODERS:
             raise ValueError(f"unknown decoder {self.decoder!r}, expected one of {', '.join(DECODERS)}")
+        if self.task_weighting not in TASK_WEIGHTINGS:
+            raise ValueError(
+                f"unknown task_weighting {self.task_weighting!r}, expected one of {', '.join(TASK_WEIGHTINGS)}"
+            )
 
     def without_weights(self) -> NetworkSpec:
         """The same, for a network whose weights are about to be loaded: pretrained ones need not be at hand."""
@@ -147,6 +156,9 @@ class GroupingNetwork(nn.Module):
     Calling it gives the hard network: each task through its likeliest branch. `forward_pairs` gives all live
     heads, which is what training weighs with the gate.
 
+    With `recompute` set, what stem, branches and decoders compute inside is not kept for the backward pass but
+    computed again there (Chen et al. 2016): a step of K branches needs the memory of about one.
+
     Args:
         spec: See `NetworkSpec`.
 
@@ -158,6 +170,9 @@ class GroupingNetwork(nn.Module):
         super().__init__()
         self.spec = spec
         self.tasks = spec.tasks
+        self.recompute = False
+        weighs = spec.task_weighting == "uncertainty"
+        self.log_variance = nn.Parameter(torch.zeros(len(spec.tasks))) if weighs else None
         generator = torch.Generator().manual_seed(spec.seed)
         self.gate = GroupGate(
             len(spec.tasks), spec.groups, sampling=spec.sampling, initial=spec.initial,
@@ -196,21 +211,31 @@ class GroupingNetwork(nn.Module):
 
     def features(self, raw: Tensor, branches: Iterable[int] | None = None) -> dict[int, Tensor]:
         """Features of the live branches (or of `branches`): `(B, F)` or `(B, F, h, w)`."""
-        shared = self.stem(self.normalise(raw))
+        shared = self._run(self.stem, self.normalise(raw))
         if self.spec.rescale_gradients:
             shared = _scaled(shared, 1 / math.sqrt(self.spec.groups))
         wanted = [int(k) for k in self.branches] if branches is None else sorted(set(branches))
-        out = {k: self.branches[str(k)](shared) for k in wanted}
+        out = {k: self._run(self.branches[str(k)], shared) for k in wanted}
         if self.spec.rescale_gradients:
             out = {k: _scaled(f, 1 / math.sqrt(len(self.tasks))) for k, f in out.items()}
         return out
+
+    def _run(self, part: nn.Module, *inputs: Any) -> Any:
+        """A part's output; in training with `recompute`, without what it computes inside."""
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return part(*inputs)
+        return checkpoint(
+            part, *inputs, use_reentrant=False, preserve_rng_state=True,
+            context_fn=lambda: (nullcontext(), _same_buffers(part)),
+        )  # fmt: skip
 
     def forward_pairs(self, raw: Tensor) -> PairOutputs:
         """Every live head on stored input `(B, …)`."""
         features = self.features(raw)
         rows = self.bank({k: pooled(f) for k, f in features.items()}) if self.bank.kept else raw.new_zeros(0)
         dense = {
-            _pair(key): decoder(features[_pair(key)[0]], raw.shape[1:3]) for key, decoder in self.decoders.items()
+            _pair(key): self._run(decoder, features[_pair(key)[0]], raw.shape[1:3])
+            for key, decoder in self.decoders.items()
         }
         return PairOutputs(rows, dense)
 
@@ -313,7 +338,7 @@ class GroupModel(nn.Module):
         super().__init__()
         self.spec = spec
         self.tasks = spec.tasks
-        self.network = GroupingNetwork(replace(spec, groups=1, sampling="fixed"))
+        self.network = GroupingNetwork(replace(spec, groups=1, sampling="fixed", task_weighting="fixed"))
 
     @classmethod
     def cut(cls, source: GroupingNetwork, k: int, members: Sequence[str]) -> GroupModel:
@@ -342,6 +367,17 @@ class GroupModel(nn.Module):
         """Stored input to what `Task.decode` gives: probabilities, class ids, values in raw units."""
         outputs = self(raw)
         return {task.name: task.decode(outputs[task.name]) for task in self.tasks}
+
+
+@contextmanager
+def _same_buffers(part: nn.Module) -> Iterator[None]:
+    """Running statistics take a batch in once, however often it passes."""
+    before = [buffer.clone() for buffer in part.buffers()]
+    try:
+        yield
+    finally:  # a second pass is left, by an exception, as soon as all that it is asked for is there
+        for buffer, old in zip(part.buffers(), before, strict=True):
+            buffer.copy_(old)
 
 
 def pooled(features: Tensor) -> Tensor:

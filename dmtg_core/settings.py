@@ -65,6 +65,11 @@ class TrainSettings:
         entropy_weight: Factor of the gate's mean entropy in the loss; positive pushes to a decision.
         prune_threshold: A head whose probability falls under it goes at the next epoch; 0 prunes at the end of
             the search only.
+        accumulate: Parts that a batch is computed in, one after the other, to save memory. The gradient is that of
+            the whole batch; batch normalisation sees the parts.
+        recompute: Compute activations again in the backward pass instead of keeping them: less memory, more time.
+        compile: Compile the network with `torch.compile`; None does on a GPU. The first steps wait for it.
+        sync_batchnorm: Normalise over the batches of all workers, which have to be on GPUs.
         precision: "fp32", or "bf16" for autocast of the encoders with gate and losses in float32.
         augment: Keys of `AUGMENTATIONS`: what is done to training batches, never to those of an evaluation.
         checkpoint_every: Steps between two checkpoints within an epoch; 0 for none but at its end.
@@ -89,6 +94,10 @@ class TrainSettings:
     temperature: TemperatureSchedule = field(default_factory=TemperatureSchedule)
     entropy_weight: float = 0.0
     prune_threshold: float = 0.02
+    accumulate: int = 1
+    recompute: bool = False
+    compile: bool | None = None
+    sync_batchnorm: bool = False
     precision: str = "fp32"
     augment: tuple[str, ...] = ()
     checkpoint_every: int = 0
@@ -104,7 +113,7 @@ class TrainSettings:
         ):
             if value not in allowed:
                 raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")
-        for name in ("epochs", "batch_size", "lr_every"):
+        for name in ("epochs", "batch_size", "lr_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("clip_norm", "lr_min", "lr_patience", "checkpoint_every"):

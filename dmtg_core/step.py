@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from dmtg_core.context import TrainContext
 from dmtg_core.data import Batch
@@ -14,9 +18,41 @@ from dmtg_core.losses import PairLosses, label_counts
 from dmtg_core.network import GroupingNetwork
 from dmtg_core.settings import OPTIMIZERS, TrainSettings
 
+# names under which a profile finds the parts of a step
+FORWARD, BACKWARD, OPTIMIZER, COMMUNICATION = "forward", "backward", "optimizer", "communication"
+COMPILE_LIMIT = 64  # compiled forms of one piece of code: stem, branches and decoders share some, by their shapes
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What a step came to on this worker, on the device; the figures of all workers are their sum.
+
+    Args:
+        by_task: Gated loss of each task, `(N,)`.
+        by_pair: Loss of each live (branch, task) before gate and weights, `(P,)`.
+        gate_gradient: Norm of θ's gradient, `()`; it is that of all workers, divided by their number.
+        refused: 1 where the step was refused because loss or gradient were not finite, else 0; as that before.
+    """
+
+    by_task: Tensor
+    by_pair: Tensor
+    gate_gradient: Tensor
+    refused: Tensor
+
+    def __add__(self, other: StepFigures) -> StepFigures:
+        return StepFigures(
+            self.by_task + other.by_task,
+            self.by_pair + other.by_pair,
+            self.gate_gradient + other.gate_gradient,
+            self.refused + other.refused,
+        )
+
 
 class WeighedLoss(nn.Module):
-    """The loss of a step: `Σ_n Σ_k g[n, k] · L_n(head_{k,n}(branch_k(stem(x))))` (Gao et al. 2024, section 3).
+    """The loss of a step: `Σ_n w_n Σ_k g[n, k] · L_n(head_{k,n}(branch_k(stem(x))))` (Gao et al. 2024, section 3).
+
+    With `NetworkSpec.task_weighting` "uncertainty" a task's part L becomes `exp(-s_n) · L + s_n / 2` with a
+    learned s_n, the logarithm of a variance (Kendall et al. 2018, equation 10, with one form for all losses).
 
     This is the module that data-parallel training wraps. Make it anew after pruning.
     """
@@ -38,16 +74,19 @@ class WeighedLoss(nn.Module):
             "task_weights", torch.tensor([float(t.weight) for t in network.tasks]), persistent=False
         )
 
-    def forward(self, batch: Batch, temperature: float, noise: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of a batch.
+    def forward(
+        self, batch: Batch, temperature: float, noise: Tensor, counts: Tensor, share: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of a batch, or of one of the equal parts that it is computed in.
 
         Args:
             batch: Input and targets.
             temperature, noise: See `GroupGate.forward`.
             counts: Labels of each task to divide by, `(N,)`.
+            share: What part of the terms without data (entropy, uncertainty) to add.
 
         Returns:
-            The loss to differentiate, and each task's gated loss, detached, `(N,)`.
+            The loss to differentiate; detached, each task's gated loss `(N,)` and each pair's loss `(P,)`.
         """
         with _autocast(self.precision, batch.inputs.device):
             outputs = self.network.forward_pairs(batch.inputs)
@@ -55,10 +94,13 @@ class WeighedLoss(nn.Module):
         gate = self.network.gate(temperature, noise)[..., self.task_of, self.branch_of]  # (P,) or (B, P)
         weighed = (losses * (gate.T if gate.dim() == 2 else gate.unsqueeze(1))).sum(1)  # (P,)
         by_task = torch.zeros_like(self.task_weights).index_add(0, self.task_of, weighed)  # (N,)
-        loss = by_task @ self.task_weights
+        objective = by_task
+        if (log_variance := self.network.log_variance) is not None:
+            objective = torch.exp(-log_variance) * by_task + share * log_variance / 2
+        loss = objective @ self.task_weights
         if self.entropy_weight:
-            loss = loss + self.entropy_weight * self.network.gate.entropy().mean()
-        return loss, by_task.detach()
+            loss = loss + share * self.entropy_weight * self.network.gate.entropy().mean()
+        return loss, by_task.detach(), losses.detach().sum(1)
 
 
 def _autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -66,22 +108,25 @@ def _autocast(precision: str, device: torch.device) -> AbstractContextManager[ob
 
 
 def build_optimizer(network: GroupingNetwork, settings: TrainSettings) -> torch.optim.Optimizer:
-    """The optimiser of a network: θ has its own learning rate and no weight decay.
+    """The optimiser of a network: θ has its own learning rate, and like learned variances no weight decay.
 
     Fused optimisers are the ones that can refuse a step on the device, without the host looking at a number.
     """
-    weights = [p for name, p in network.named_parameters() if name != "gate.logits"]
+    apart = {"gate.logits", "log_variance"}
+    weights = [p for name, p in network.named_parameters() if name not in apart]
     gate_lr = settings.learning_rate if settings.gate_learning_rate is None else settings.gate_learning_rate
     groups = [
         {"params": weights, "lr": settings.learning_rate, "base_lr": settings.learning_rate},
         {"params": [network.gate.logits], "lr": gate_lr, "base_lr": gate_lr, "weight_decay": 0.0},
     ]
+    if network.log_variance is not None:
+        groups.append({**groups[0], "params": [network.log_variance], "weight_decay": 0.0})
     options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "fused": True}
     if settings.optimizer == "sgd":
         options["momentum"] = 0.9
     optimizer = OPTIMIZERS[settings.optimizer](groups, **options)
     if settings.optimizer == "sgd":
-        for parameter in [*weights, network.gate.logits]:
+        for parameter in network.parameters():
             # left to a first step that is refused, it would start from memory that nobody wrote
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     cast("Any", optimizer).grad_scale = None
@@ -107,31 +152,92 @@ def train_step(
     temperature: float,
     settings: TrainSettings,
     context: TrainContext,
-) -> tuple[Tensor, Tensor]:
+) -> StepFigures:
     """One update, without the host ever waiting for the device.
 
     Args:
         module: A `WeighedLoss`, as `context.prepare` gave it back.
-
-    Returns:
-        This worker's share of each task's loss `(N,)`, and 1 where the step was refused because loss or
-        gradient were not finite, else 0.
     """
     loss_module = cast("WeighedLoss", getattr(module, "module", module))
     statistics = list(loss_module.network.buffers())  # a forward pass moves those of its normalisation layers
     before = [buffer.clone() for buffer in statistics]
-    counts = context.sum(label_counts(loss_module.network.tasks, batch.targets)).clamp_min(1)
-    # data-parallel training averages gradients over workers, and what is wanted is their sum
-    loss, by_task = module(batch, temperature, noise, counts / context.world_size)
+    with record_function(COMMUNICATION):
+        counts = context.sum(label_counts(loss_module.network.tasks, batch.targets)).clamp_min(1)
     optimizer.zero_grad()
-    loss.backward()
-    gradients = [p.grad for p in loss_module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if settings.clip_norm:
-        torch.nn.utils.clip_grads_with_norm_(list(loss_module.parameters()), settings.clip_norm, norm)
-    refused = context.sum((~torch.isfinite(loss.detach() + norm)).float()).clamp_max(1)
-    cast("Any", optimizer).found_inf = refused
-    optimizer.step()
-    for buffer, old in zip(statistics, before, strict=True):
-        buffer.copy_(torch.where(refused.bool(), old, buffer))
-    return by_task / context.world_size, refused
+    # data-parallel training averages gradients over workers, and what is wanted is their sum
+    loss, by_task, by_pair = _gradients(
+        module, batch, noise, temperature, counts / context.world_size, settings.accumulate
+    )
+    with record_function(OPTIMIZER):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in loss_module.parameters() if p.grad is not None])
+        theta = loss_module.network.gate.logits.grad
+        gate_gradient = norm.new_zeros(()) if theta is None else theta.norm()
+        if settings.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(list(loss_module.parameters()), settings.clip_norm, norm)
+    with record_function(COMMUNICATION):
+        refused = context.sum((~torch.isfinite(loss + norm)).float()).clamp_max(1)
+    with record_function(OPTIMIZER):
+        cast("Any", optimizer).found_inf = refused
+        optimizer.step()
+        for buffer, old in zip(statistics, before, strict=True):
+            buffer.copy_(torch.where(refused.bool(), old, buffer))
+    share = 1 / context.world_size
+    return StepFigures(by_task * share, by_pair * share, gate_gradient * share, refused * share)
+
+
+def _gradients(
+    module: nn.Module, batch: Batch, noise: Tensor, temperature: float, counts: Tensor, parts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leave the gradients of a batch, computed in some parts, with the parameters; its loss and figures."""
+    loss_module = cast("WeighedLoss", getattr(module, "module", module))
+    split = list(_split(batch, noise, parts))
+    total: tuple[Tensor, ...] = ()
+    for number, (part, part_noise) in enumerate(split):
+        # called without its wrapping, the module leaves its gradients for the last part to take to other workers
+        called = module if number == len(split) - 1 else loss_module
+        with record_function(FORWARD):
+            loss, *figures = called(part, temperature, part_noise, counts, 1 / len(split))
+        with record_function(BACKWARD):
+            loss.backward()
+        found = (loss.detach(), *figures)
+        total = tuple(a + b for a, b in zip(total, found, strict=True)) if total else found
+    loss, by_task, by_pair = total
+    return loss, by_task, by_pair
+
+
+def _split(batch: Batch, noise: Tensor, parts: int) -> Iterator[tuple[Batch, Tensor]]:
+    """The batch in at most `parts` pieces, with the noise of each."""
+    rows = len(batch.inputs)
+    size = math.ceil(rows / parts)
+    for start in range(0, rows, size):
+        piece = slice(start, start + size)
+        targets = {name: target[piece] for name, target in batch.targets.items()}
+        yield Batch(batch.inputs[piece], targets), noise[piece] if noise.dim() == 3 else noise
+
+
+def prepare_network(network: GroupingNetwork, settings: TrainSettings, context: TrainContext) -> None:
+    """Make a network compute the way the settings say; its weights and results stay what they are.
+
+    Raises:
+        ValueError: For batch normalisation over workers that are not on GPUs.
+    """
+    network.recompute = settings.recompute
+    if settings.sync_batchnorm and context.world_size > 1:
+        if context.device.type != "cuda":
+            raise ValueError("sync_batchnorm needs workers on GPUs: set train.sync_batchnorm=false")
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if settings.compile if settings.compile is not None else context.device.type == "cuda":
+        _compile(network)
+
+
+def _compile(network: GroupingNetwork) -> None:
+    """Compile stem, branches and decoders each on its own.
+
+    Branches then share one compiled form, and pruning, which removes some of them, compiles nothing anew.
+    """
+    import torch.compiler.config
+
+    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, COMPILE_LIMIT)
+    for part in (network.stem, *network.branches.values(), *network.decoders.values()):
+        if any(True for _ in part.parameters()) and part._compiled_call_impl is None:  # noqa: SLF001 - no public way to ask
+            part.compile()

@@ -15,16 +15,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from dmtg_core import checkpoint
 from dmtg_core.augment import augment, augment_generator
 from dmtg_core.context import LocalContext, TrainContext
 from dmtg_core.data import Batch, Data
+from dmtg_core.diagnostics import gate_figures, gradient_cosines, warnings
 from dmtg_core.metrics import Metrics, MetricSums
 from dmtg_core.network import GroupingNetwork, clone
 from dmtg_core.settings import LR_SCHEDULES, TrainSettings
-from dmtg_core.step import WeighedLoss, build_optimizer, step_noise, train_step
+from dmtg_core.step import StepFigures, WeighedLoss, build_optimizer, prepare_network, step_noise, train_step
 
+DATA = "data"  # name under which a profile finds the waiting for a batch
 CHECK_EVERY = 100  # steps between two looks at whether one was refused
 
 
@@ -157,11 +160,13 @@ def advance(
 
     Raises:
         NonFiniteLossError: When a step had to be refused.
+        ValueError: As `prepare_network`.
     """
     state.network.to(context.device)
     module: nn.Module | None = None
     while state.epoch < until:
         if _prune(state, settings) or module is None:
+            prepare_network(state.network, settings, context)
             loss = WeighedLoss(state.network, settings.entropy_weight, settings.precision)
             module = context.prepare(loss)
         record = _train_epoch(state, module, data, settings, context, on_step)
@@ -181,6 +186,7 @@ def advance(
             "heads": len(state.network.pairs),
         }
         state.history.append(record)
+        record["warnings"] = warnings(state.history, [task.name for task in state.network.tasks], settings)
         if on_epoch is not None:
             on_epoch(state)
     return state
@@ -214,29 +220,34 @@ def _train_epoch(
     sums = _Sums.of(state, context)
     temperature = settings.temperature(state.step / searched)
     module.train()
+    batch: Batch | None = None
     for stored in sums.timed(data.train(state.epoch, settings.batch_size, state.step - first)):
         generator = augment_generator(settings.seed, state.step, context.rank)
         batch = augment(stored, state.network.tasks, settings.augment, generator)
         temperature = settings.temperature(state.step / searched)
         noise = step_noise(state.network, settings, state.step, context.rank, len(batch.inputs))
         noise = noise.to(context.device, non_blocking=True)
-        sums.add(
-            *train_step(module, state.optimizer, batch, noise, temperature, settings, context), len(batch.inputs)
-        )
+        figures = train_step(module, state.optimizer, batch, noise, temperature, settings, context)
+        sums.add(figures, len(batch.inputs))
         state.step += 1
         due = bool(settings.checkpoint_every) and state.step % settings.checkpoint_every == 0
-        if (due or state.step % CHECK_EVERY == 0) and float(sums.refused):
+        if (due or state.step % CHECK_EVERY == 0) and float(sums.figures.refused):
             break
         if due and on_step is not None and state.step < last:
             _average_statistics(state.network, context)  # or only one worker's would be in the checkpoint
             state.partial = sums.share(context)
             on_step(state)
-    losses = (context.sum(sums.losses) / steps).tolist()  # the epoch's one look at the device
-    if float(sums.refused):
-        raise _non_finite(state, losses, int(sums.refused))
+    assert batch is not None, "an epoch under way has a step left"
+    total = sums.total(context)  # the epoch's one look at the device
+    losses = (total.by_task / steps).tolist()
+    if float(total.refused):
+        raise _non_finite(state, losses, round(float(total.refused)))
     seconds = sums.seconds()
+    by_pair = (total.by_pair / steps).tolist()
     return {
         "train_loss": dict(zip((t.name for t in state.network.tasks), losses, strict=True)),
+        "gate": gate_figures(state.network, by_pair, float(total.gate_gradient) / steps),
+        "cosines": gradient_cosines(state.network, batch, context),
         "temperature": temperature,
         "learning_rate": state.optimizer.param_groups[0]["lr"],
         "seconds": seconds,
@@ -254,8 +265,7 @@ def _total(record: Mapping[str, Any]) -> float:
 class _Sums:
     """What an epoch has come to so far, on this worker; with one that was interrupted, before that as well."""
 
-    losses: Tensor
-    refused: Tensor
+    figures: StepFigures
     samples: float = 0.0
     waited: float = 0.0
     before: float = 0.0
@@ -264,36 +274,51 @@ class _Sums:
     @classmethod
     def of(cls, state: TrainState, context: TrainContext) -> _Sums:
         """Nothing, or what the checkpoint holds."""
-        losses = torch.zeros(len(state.network.tasks), device=context.device)
-        refused = torch.zeros((), device=context.device)
+        tasks, pairs = len(state.network.tasks), len(state.network.pairs)
+        held = state.partial or {"by_task": [0.0] * tasks, "by_pair": [0.0] * pairs, "gate_gradient": 0.0}
+        values = {
+            key: torch.tensor(held[key], device=context.device) for key in ("by_task", "by_pair", "gate_gradient")
+        }
+        if context.rank:  # the figures of all workers will be summed
+            values = {key: torch.zeros_like(value) for key, value in values.items()}
+        figures = StepFigures(**values, refused=torch.zeros((), device=context.device))
         if not state.partial:
-            return cls(losses, refused)
-        held = state.partial
-        if context.rank == 0:  # the losses of all workers will be summed
-            losses = losses + losses.new_tensor(held["losses"])
-        return cls(losses, refused, held["samples"] / context.world_size, held["waited"], held["seconds"])
+            return cls(figures)
+        return cls(figures, held["samples"] / context.world_size, held["waited"], held["seconds"])
 
-    def add(self, by_task: Tensor, refused: Tensor, samples: int) -> None:
+    def add(self, figures: StepFigures, samples: int) -> None:
         """A step."""
-        self.losses, self.refused = self.losses + by_task, self.refused + refused
+        self.figures += figures
         self.samples += samples
+
+    def total(self, context: TrainContext) -> StepFigures:
+        """The figures of all workers, in one message. A worker goes on with what it would be given back."""
+        held = self.figures
+        parts = (held.by_task, held.by_pair, held.gate_gradient.reshape(1), held.refused.reshape(1))
+        flat = context.sum(torch.cat(parts)).split([len(part) for part in parts])
+        total = StepFigures(flat[0], flat[1], flat[2].squeeze(0), flat[3].squeeze(0))
+        self.figures = (
+            total if context.rank == 0 else StepFigures(*(torch.zeros_like(part) for part in vars(total).values()))
+        )
+        return total
 
     def seconds(self) -> float:
         """How long the epoch has taken."""
         return self.before + time.perf_counter() - self.started
 
     def share(self, context: TrainContext) -> dict[str, Any]:
-        """The sums of all workers, for a checkpoint. A worker goes on with what it would be given back."""
-        losses = context.sum(self.losses)
-        self.losses = losses if context.rank == 0 else torch.zeros_like(losses)
+        """What a checkpoint holds of an epoch that is under way."""
+        total = self.total(context)
+        values = {key: getattr(total, key).tolist() for key in ("by_task", "by_pair", "gate_gradient")}
         samples = self.samples * context.world_size
-        return {"losses": losses.tolist(), "samples": samples, "waited": self.waited, "seconds": self.seconds()}
+        return values | {"samples": samples, "waited": self.waited, "seconds": self.seconds()}
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches; what they are waited for is added up."""
         while True:
             asked = time.perf_counter()
-            batch = next(batches, None)
+            with record_function(DATA):
+                batch = next(batches, None)
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return

@@ -135,6 +135,9 @@ class GateSection(Section):
     initial_scale: float = 0.01
     learning_rate: float | None = Field(None, gt=0, description="of the gate; train.learning_rate by default")
     entropy_weight: float = Field(0.0, description="factor of the gate's entropy in the loss")
+    prune: bool = Field(
+        True, description="remove heads during the search; off keeps all K·N until it ends, as published"
+    )
     prune_threshold: float = Field(0.02, ge=0, lt=1, description="probability under which a head is removed")
     temperature: TemperatureSection = TemperatureSection()
 
@@ -152,6 +155,15 @@ class TrainSection(Section):
     lr_patience: int = Field(3, ge=0, description="epochs without progress before one (plateau)")
     lr_min: float = Field(0.0, ge=0, description="the learning rate falls no further")
     clip_norm: float = Field(0.0, ge=0, description="largest gradient norm; 0 for no limit")
+    task_weighting: Literal["fixed", "uncertainty"] = Field(
+        "fixed", description="learn weights of the tasks beside the fixed ones, or not"
+    )
+    accumulate: int = Field(1, ge=1, description="parts that a batch is computed in, to save memory")
+    recompute: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, more time"
+    )
+    compile: bool | None = Field(None, description="torch.compile; by default on a GPU only")
+    sync_batchnorm: bool = Field(False, description="normalise over the batches of all workers (GPUs only)")
     precision: Literal["fp32", "bf16"] = "fp32"
     augment: tuple[Literal["flip"], ...] = Field((), description="done to training images: flip left to right")
     checkpoint_every: int = Field(
@@ -226,7 +238,18 @@ class Config(Section):
         return self.run.name or f"{self.name}-{self.digest()}"
 
     def settings(self) -> TrainSettings:
-        """What the core's training takes."""
+        """What the core's training takes.
+
+        Raises:
+            UserError: For batch normalisation over workers that have no GPUs.
+        """
+        if self.train.sync_batchnorm and not self.ray.gpus_per_worker:
+            raise UserError(
+                "batch normalisation over all workers needs workers on GPUs",
+                where="train.sync_batchnorm=true, ray.gpus_per_worker=0",
+                remedy="set train.sync_batchnorm=false, or give each worker a GPU",
+                wrong_use=True,
+            )
         shared = {k: v for k, v in self.train.model_dump().items() if k in TrainSettings.__dataclass_fields__}
         return TrainSettings(
             **shared,
@@ -234,7 +257,7 @@ class Config(Section):
             gate_learning_rate=self.gate.learning_rate,
             temperature=TemperatureSchedule(**self.gate.temperature.model_dump()),
             entropy_weight=self.gate.entropy_weight,
-            prune_threshold=self.gate.prune_threshold,
+            prune_threshold=self.gate.prune_threshold if self.gate.prune else 0.0,
         )
 
     def network_spec(self, spec: InputSpec, tasks: Sequence[Task]) -> NetworkSpec:
@@ -250,6 +273,7 @@ class Config(Section):
             initial=self.gate.initial,
             initial_scale=self.gate.initial_scale,
             rescale_gradients=self.network.rescale_gradients,
+            task_weighting=self.train.task_weighting,
             seed=self.train.seed,
         )
 

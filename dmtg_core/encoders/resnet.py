@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from dmtg_core.tasks import InputSpec
@@ -43,7 +42,7 @@ def celeba_resnet(spec: InputSpec) -> list[nn.Module]:
     """
     if min(spec.shape[:2]) < 5:
         raise ValueError(f"encoder celeba_resnet needs images of 5×5 pixels or more, got {spec.shape}")
-    first = nn.Sequential(*_normed(spec.shape[-1]), nn.ReLU(), nn.MaxPool2d(3, 2))
+    first = nn.Sequential(*_normed(spec.shape[-1]), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2))
     stages: list[nn.Module] = [first, nn.Sequential(_Residual(), nn.AvgPool2d(2), nn.Flatten())]
     for stage in stages:
         for module in stage.modules():
@@ -57,10 +56,10 @@ class _Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(*_normed(64), nn.ReLU(), *_normed(64))
+        self.body = nn.Sequential(*_normed(64), nn.ReLU(inplace=True), *_normed(64))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.body(x) + x)
+        return (self.body(x) + x).relu_()
 
 
 def _normed(channels: int) -> list[nn.Module]:

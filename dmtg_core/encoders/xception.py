@@ -50,7 +50,7 @@ class _Block(nn.Module):
         halves = inputs != outputs
         body = _separable(inputs, outputs)
         for _ in range(1 if halves else 2):
-            body += _separable(outputs, outputs)
+            body += _separable(outputs, outputs, inplace=True)
         shortcut: list[nn.Module] = []
         if halves:
             body.append(_Halving(outputs, outputs, 2, stride=2))
@@ -70,10 +70,11 @@ class _Halving(nn.Conv2d):
         return super().forward(nn.functional.pad(x, (0, width, 0, height)) if height or width else x)
 
 
-def _separable(inputs: int, outputs: int) -> list[nn.Module]:
+def _separable(inputs: int, outputs: int, *, inplace: bool = False) -> list[nn.Module]:
+    # the first one of a block must leave its input as it is, for the shortcut and for the other branches
     depthwise = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
-    return [nn.ReLU(), depthwise, nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
+    return [nn.ReLU(inplace), depthwise, nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
 
 
 def _activated(channels: int) -> list[nn.Module]:
-    return [nn.BatchNorm2d(channels), nn.ReLU()]
+    return [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from dmtg_core import EncoderSpec, GroupingNetwork, NetworkSpec
-from dmtg_core.decoders import DECODERS, DenseDecoder, XceptionDecoder
+from dmtg_core.decoders import DECODERS, DenseDecoder, Doubling, XceptionDecoder
 from tests.core import samples
 from tests.core.samples import decided, image_spec
 
@@ -58,9 +59,7 @@ def test_the_published_decoder_has_the_widths_of_its_description():
     expected = sum(4 * a * b + 2 * b for a, b in ups)  # transposed 2×2 convolutions with batch norm
     expected += sum(conv(b, b) + 2 * b for _, b in ups[:-1]) + conv(32, 3) + 3
     assert sum(p.numel() for p in XceptionDecoder(512, 3, 16).parameters()) == expected
-    double = [
-        m.out_channels for m in XceptionDecoder(512, 3, 32, 256).body if type(m).__name__ == "ConvTranspose2d"
-    ]
+    double = [m.weight.shape[1] for m in XceptionDecoder(512, 3, 32, 256).body if type(m).__name__ == "Doubling"]
     assert double == [256, 128, 96, 64, 64]
 
 
@@ -90,3 +89,20 @@ def test_a_spec_carries_its_decoder_and_one_stored_without_it_still_loads():
 def test_an_unknown_decoder_is_refused():
     with pytest.raises(ValueError, match="unknown decoder 'unet', expected one of subpixel, xception"):
         NetworkSpec(samples.IMAGE, samples.DENSE, EncoderSpec("convnet"), 2, decoder="unet")
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_doubling_is_the_transposed_convolution(memory_format):
+    ours, plain = Doubling(5, 3), nn.ConvTranspose2d(5, 3, 2, stride=2, bias=False)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 5, 4, 6).to(memory_format=memory_format)
+    found = ours(x)
+    torch.testing.assert_close(found, plain(x))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    weight = torch.randn_like(found)
+    gradients = [torch.autograd.grad((m(x) * weight).sum(), m.weight)[0] for m in (ours, plain)]
+    torch.testing.assert_close(*gradients)
+    torch.manual_seed(0)
+    first = Doubling(5, 3)
+    torch.manual_seed(0)
+    assert torch.equal(first.weight, nn.ConvTranspose2d(5, 3, 2, stride=2, bias=False).weight)

@@ -182,6 +182,23 @@ def test_shifted_l1_equals_a_loop_over_pixels(seed, channels, missing):
     assert label_counts([task], {"t": target}).item() == count
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_gradient_of_shifted_l1_is_that_of_the_best_shift(seed):
+    generator = torch.Generator().manual_seed(seed)
+    output = torch.randn(3, 2, 6, 7, generator=generator, requires_grad=True)
+    target = torch.randn(3, 2, 6, 7, generator=generator)
+    target[torch.rand(target.shape, generator=generator) < 0.3] = NAN
+    weight = torch.tensor([1.0, -2.0, 0.5])
+    (found,) = torch.autograd.grad(shifted_l1(output, target) @ weight, output)
+    inner = target[:, :, 1:-1, 1:-1]
+    shifted = [
+        (output[:, :, 1 + dy : 5 + dy, 1 + dx : 6 + dx] - inner).abs().nan_to_num(0).flatten(1).sum(1)
+        for dy, dx in SHIFTS
+    ]
+    (expected,) = torch.autograd.grad(torch.stack(shifted).amin(0) @ weight, output)
+    torch.testing.assert_close(found, expected)
+
+
 # --- all pairs at once
 
 

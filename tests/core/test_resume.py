@@ -7,17 +7,10 @@ import pytest
 from dmtg_core import GroupingNetwork, fit
 from dmtg_core.checkpoint import SEAL, check_seal, seal
 from tests.core import samples
-from tests.core.samples import MIXED
-from tests.core.test_training import (
-    SEARCHING,
-    Interrupted,
-    assert_same_tensors,
-    image_spec,
-    local,
-    mlp_spec,
-    moments,
-    without_times,
-)
+from tests.core.samples import MIXED, assert_same_tensors, image_spec, mlp_spec
+from tests.core.test_checkpoint import moments
+from tests.core.test_step import local
+from tests.core.test_training import SEARCHING, Interrupted, without_times
 
 SETTINGS = replace(SEARCHING, epochs=3, search_share=0.6, augment=())
 

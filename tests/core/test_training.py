@@ -1,15 +1,13 @@
-"""Training: one step, refused steps, pruning, learning rates, and runs that are put down and taken up again."""
+"""A run over epochs: pruning, learning rates, what is refused, and runs that are put down and taken up again."""
 
 import json
 import math
 import multiprocessing
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmtg_core import (
     ArrayData,
@@ -17,45 +15,23 @@ from dmtg_core import (
     EncoderSpec,
     GroupingNetwork,
     InputSpec,
-    LocalContext,
     NetworkSpec,
     NonFiniteLossError,
     Task,
     TemperatureSchedule,
     TrainSettings,
-    TrainState,
     evaluate,
     fit,
 )
 from dmtg_core.checkpoint import load_network, read_json
-from dmtg_core.losses import label_counts, sample_loss
 from dmtg_core.settings import LR_SCHEDULES
-from dmtg_core.step import WeighedLoss, build_optimizer, step_noise, train_step
 from dmtg_core.training import score_of
 from tests.core import parallel, samples
-from tests.core.samples import MIXED, SAMPLEWISE, assert_same_tensors, decided, image_spec, mlp_spec
+from tests.core.samples import MIXED, SAMPLEWISE, assert_same_tensors, image_spec, mlp_spec
 from tests.core.test_checkpoint import moments
-from tests.core.test_network import pair_outputs
+from tests.core.test_step import OPTIMIZERS, fresh, local, run_step
 
-OPTIMIZERS = ("adam", "adamw", "sgd")
 TIMES = ("seconds", "samples_per_second", "data_share")
-
-
-def local(folder=None, **options) -> LocalContext:
-    """A context on the CPU."""
-    return LocalContext(folder, device="cpu", **options)
-
-
-def run_step(state: TrainState, settings: TrainSettings, batch, *, step: int = 0, temperature: float = 1.0):
-    """One update of a state; losses by task, and whether it was refused."""
-    module = WeighedLoss(state.network, settings.entropy_weight, settings.precision).train()
-    noise = step_noise(state.network, settings, step, 0, len(batch.inputs))
-    return train_step(module, state.optimizer, batch, noise, temperature, settings, local())
-
-
-def fresh(spec: NetworkSpec, settings: TrainSettings) -> TrainState:
-    """A state at the beginning of a run."""
-    return TrainState.fresh(GroupingNetwork(spec), settings)
 
 
 def without_times(history):
@@ -63,275 +39,7 @@ def without_times(history):
     return [{key: value for key, value in record.items() if key not in TIMES} for record in history]
 
 
-# --- the loss of a step
-
-
-@pytest.mark.parametrize("sampling", ["gumbel", "gumbel_per_sample", "softmax", "straight_through", "fixed"])
-def test_the_loss_is_the_gated_sum_of_mean_losses_by_the_formula(sampling):
-    spec = image_spec(sampling=sampling, initial="gaussian", initial_scale=1.0)
-    network = GroupingNetwork(spec).eval()
-    batch = samples.batch(spec.input, spec.tasks, 6, missing=0.3)
-    counts = label_counts(spec.tasks, batch.targets).clamp_min(1)
-    noise = step_noise(network, TrainSettings(), 3, 0, 6)
-    with torch.no_grad():
-        loss, by_task = WeighedLoss(network, entropy_weight=0.7).eval()(batch, 0.9, noise, counts)
-        gate = network.gate(0.9, noise)  # (N, K) or (B, N, K)
-        outputs = pair_outputs(network, network.forward_pairs(batch.inputs))
-        expected = torch.zeros(len(spec.tasks))
-        for (k, n), output in outputs.items():
-            task = spec.tasks[n]
-            each = sample_loss(task, output, batch.targets[task.name])  # (B,)
-            expected[n] += (gate[..., n, k] * each).sum() / counts[n]
-        entropy = network.gate.entropy().mean()
-    torch.testing.assert_close(by_task, expected)
-    weights = torch.tensor([task.weight for task in spec.tasks])
-    torch.testing.assert_close(loss, (expected * weights).sum() + 0.7 * entropy)
-
-
-@pytest.mark.parametrize("weights", [(1, 1), (2, 3), (1, 2.5)], ids=str)
-def test_task_weights_may_be_whole_numbers(weights):
-    tasks = [Task(name, "binary", weight=weight) for name, weight in zip("ab", weights, strict=True)]
-    spec, settings = mlp_spec(tasks), TrainSettings()
-    _, refused = run_step(fresh(spec, settings), settings, samples.batch(spec.input, tasks))
-    assert not refused
-
-
-def test_a_pruned_head_takes_no_part_in_the_step():
-    spec, settings = mlp_spec(), TrainSettings()
-    state = fresh(spec, settings)
-    decided(state.network, [1] * 10)
-    state.keep(state.network.gate.survivors(2.0), settings)
-    run_step(state, settings, samples.batch(spec.input, spec.tasks))
-    assert {name.split(".")[1] for name, _ in state.network.named_parameters() if name.startswith("branches")} == {
-        "1"
-    }
-    assert state.network.gate.logits.grad is None or (state.network.gate.logits.grad == 0).all()
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_steps_on_one_batch_lower_its_loss(optimizer, precision):
-    spec = image_spec(MIXED[:6])
-    settings = TrainSettings(optimizer=optimizer, learning_rate=1e-2, precision=precision, clip_norm=1.0)
-    state = fresh(spec, settings)
-    batch = samples.batch(spec.input, spec.tasks, 8)
-    losses = [run_step(state, settings, batch, step=0)[0].sum().item() for _ in range(15)]
-    assert losses[-1] < 0.9 * losses[0]
-    assert all(p.dtype == torch.float32 for p in state.network.parameters())
-
-
-def test_the_gradient_is_clipped_to_its_norm():
-    spec = mlp_spec()
-    batch = samples.batch(spec.input, spec.tasks)
-    norms = {}
-    for clip in (0.0, 0.5):
-        settings = TrainSettings(clip_norm=clip)
-        state = fresh(spec, settings)
-        run_step(state, settings, batch)
-        grads = [p.grad for p in state.network.parameters() if p.grad is not None]
-        norms[clip] = torch.nn.utils.get_total_norm(grads).item()
-    assert norms[0.0] > 1.0
-    assert norms[0.5] == pytest.approx(0.5, rel=1e-4)
-
-
-def test_weight_decay_leaves_the_gate_alone():
-    spec = mlp_spec(initial="gaussian")
-    settings = TrainSettings(optimizer="sgd", weight_decay=0.5, learning_rate=0.1)
-    state = fresh(spec, settings)
-    batch = samples.batch(spec.input, spec.tasks, missing=1.0)  # no label: the only pull is the decay
-    before = samples.snapshot(state.network)
-    run_step(state, settings, batch)
-    after = samples.snapshot(state.network)
-    assert torch.equal(after["gate.logits"], before["gate.logits"])
-    torch.testing.assert_close(after["bank.weights.0"], before["bank.weights.0"] * (1 - 0.1 * 0.5))
-
-
-@pytest.mark.parametrize(("rate", "expected"), [(None, 0.25), (0.5, 0.5), (0.0, 0.0)])
-def test_the_gate_has_its_own_learning_rate(rate, expected):
-    settings = TrainSettings(learning_rate=0.25, gate_learning_rate=rate)
-    network = GroupingNetwork(mlp_spec())
-    weights, gate = build_optimizer(network, settings).param_groups
-    assert gate["params"] == [network.gate.logits]
-    assert (weights["lr"], gate["lr"]) == (0.25, expected)
-    assert len(weights["params"]) == len(list(network.parameters())) - 1
-
-
-# --- the host does not wait for the device
-
-
-SYNCS = {
-    "_local_scalar_dense", "item", "nonzero", "nonzero_static", "masked_select", "equal", "is_nonzero", "unique",
-    "_unique2", "unique_consecutive", "unique_dim", "allclose", "bincount", "argwhere", "repeat_interleave",
-}  # fmt: skip
-
-
-class HostSyncs(TorchDispatchMode):
-    """Counts the operations that make the host wait for a GPU, wherever they run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.removeprefix("aten::")
-        self.seen[name] += 1
-        by_mask = name.startswith("index") and any(
-            isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
-            for part in args
-            if isinstance(part, list | tuple)
-            for index in part
-        )
-        if name in SYNCS or by_mask:
-            self.found[name] += 1
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def syncs(monkeypatch):
-    """The counter, which also sees what reads a CPU tensor past the dispatcher."""
-    counter = HostSyncs()
-    for name in ("tolist", "numpy", "cpu"):
-        plain = getattr(torch.Tensor, name)
-
-        def counted(tensor, *args, _plain=plain, _name=name, **kwargs):
-            counter.found[_name] += 1
-            return _plain(tensor, *args, **kwargs)
-
-        monkeypatch.setattr(torch.Tensor, name, counted)
-    return counter
-
-
-@pytest.mark.parametrize(
-    "read",
-    [
-        lambda t: t.sum().item(), lambda t: float(t[0]), lambda t: bool(t[0] > 0), lambda t: t.tolist(),
-        lambda t: t[t > 0], lambda t: t.nonzero(), lambda t: t.masked_select(t > 0), lambda t: torch.equal(t, t),
-        lambda t: torch.where(t > 0), lambda t: t.unique(), lambda t: t.numpy(), lambda t: [0, 1][int(t[0])],
-        lambda t: t.index_put_((t > 0,), torch.tensor(1.0)), lambda t: t.clone().__setitem__(t > 0, t[:0]),
-    ],
-)  # fmt: skip
-def test_the_counter_finds_what_waits(syncs, read):
-    value = torch.tensor([0.0, 0.0])
-    with syncs:
-        read(value)
-    assert sum(syncs.found.values()) >= 1
-
-
-def wide_spec() -> NetworkSpec:
-    """4·40 heads of every kind, three of the tasks dense."""
-    small = [
-        replace(SAMPLEWISE[n % len(SAMPLEWISE)], name=f"{SAMPLEWISE[n % len(SAMPLEWISE)].name}_{n}")
-        for n in range(37)
-    ]
-    return image_spec([*small, *samples.DENSE[:3]], groups=4)
-
-
-@pytest.mark.parametrize("sampling", ["gumbel", "gumbel_per_sample", "straight_through"])
-def test_a_step_of_160_heads_reads_nothing_back(syncs, sampling):
-    spec = replace(wide_spec(), sampling=sampling)
-    settings = TrainSettings(clip_norm=1.0, entropy_weight=0.1)
-    state = fresh(spec, settings)
-    batch = samples.batch(spec.input, spec.tasks, missing=0.2)
-    module, context = WeighedLoss(state.network, 0.1).train(), local()
-    noise = step_noise(state.network, settings, 0, 0, len(batch.inputs))
-    assert len(state.network.pairs) == 160
-    syncs.found.clear()  # of making the batch
-    with syncs:
-        train_step(module, state.optimizer, batch, noise, 1.0, settings, context)
-    assert not syncs.found
-    assert syncs.seen["convolution_backward"] > 0
-    assert syncs.seen["_fused_adam_"] > 0
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_of_160_heads_never_waits_for_the_gpu():
-    spec, settings = wide_spec(), TrainSettings(clip_norm=1.0, entropy_weight=0.1)
-    device = torch.device("cuda")
-    state = TrainState.fresh(GroupingNetwork(spec).to(device), settings)
-    module, context = WeighedLoss(state.network, 0.1).to(device).train(), LocalContext(device=device)
-    arrays = samples.arrays(spec.input, spec.tasks, 5, missing=0.2)
-    batch = arrays.batch(spec.tasks, np.arange(5), device)
-    noise = step_noise(state.network, settings, 0, 0, 5).to(device)
-    train_step(module, state.optimizer, batch, noise, 1.0, settings, context)  # allocates what it needs once
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        train_step(module, state.optimizer, batch, noise, 1.0, settings, context)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def test_the_work_of_a_step_hardly_grows_with_the_number_of_small_tasks():
-    counts = []
-    for tasks in (10, 40):
-        spec, settings = mlp_spec([Task(f"t{n}", "binary") for n in range(tasks)]), TrainSettings()
-        state, batch = fresh(spec, settings), samples.batch(spec.input, spec.tasks)
-        module = WeighedLoss(state.network).train()
-        noise = step_noise(state.network, settings, 0, 0, 5)
-        with HostSyncs() as counter:
-            train_step(module, state.optimizer, batch, noise, 1.0, settings, local())
-        counts.append(sum(counter.seen.values()))
-    assert counts[1] - counts[0] <= 30 * 12  # a target's mask, its count and its place in the stack
-
-
 # --- refused steps
-
-
-def poisoned(batch, where: str):
-    """The batch with a value that is not finite."""
-    inputs, targets = batch.inputs.clone(), {name: t.clone() for name, t in batch.targets.items()}
-    if where == "input":
-        inputs[1, 0] = math.nan
-    else:
-        targets[where][1] = math.inf
-    return replace(batch, inputs=inputs, targets=targets)
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
-@pytest.mark.parametrize("where", ["input", "age"])
-def test_a_refused_step_changes_neither_weights_nor_moments_nor_gate(optimizer, clip_norm, where):
-    spec = mlp_spec()
-    settings = TrainSettings(optimizer=optimizer, clip_norm=clip_norm, learning_rate=1e-2, weight_decay=0.1)
-    state = fresh(spec, settings)
-    batch = samples.batch(spec.input, spec.tasks)
-    _, refused = run_step(state, settings, batch)
-    assert refused == 0
-    weights, held = samples.snapshot(state.network), moments(state)
-    assert held
-    _, refused = run_step(state, settings, poisoned(batch, where), step=1)
-    assert refused == 1
-    assert_same_tensors(samples.snapshot(state.network), weights)
-    assert_same_tensors(moments(state), held)
-    _, refused = run_step(state, settings, batch, step=2)
-    assert refused == 0
-    assert not torch.equal(state.network.gate.logits, weights["gate.logits"])
-    assert all(p.isfinite().all() for p in state.network.parameters())
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_first_step_that_is_refused_leaves_no_trace_in_the_next(optimizer):
-    spec, settings = mlp_spec(), TrainSettings(optimizer=optimizer, learning_rate=1e-2)
-    batch = samples.batch(spec.input, spec.tasks)
-    refused, undisturbed = fresh(spec, settings), fresh(spec, settings)
-    run_step(refused, settings, poisoned(batch, "input"))
-    run_step(refused, settings, batch)
-    run_step(undisturbed, settings, batch)
-    assert_same_tensors(samples.snapshot(refused.network), samples.snapshot(undisturbed.network))
-
-
-def test_a_refused_step_leaves_running_statistics_finite():
-    spec, settings = image_spec(MIXED[:4]), TrainSettings()
-    spec = replace(spec, input=replace(spec.input, dtype="float32"))
-    state = fresh(spec, settings)
-    batch = samples.batch(spec.input, spec.tasks)
-    batch = replace(batch, inputs=batch.inputs.float())
-    run_step(state, settings, batch)
-    before = samples.snapshot(state.network)
-    broken = replace(batch, inputs=batch.inputs.clone())
-    broken.inputs[0, 0, 0, 0] = math.nan
-    assert run_step(state, settings, broken, step=1)[1] == 1
-    assert_same_tensors(samples.snapshot(state.network), before)
 
 
 def broken_data(spec: NetworkSpec, where: str, *, rows: int = 40) -> ArrayData:
@@ -391,32 +99,6 @@ def test_an_endless_epoch_of_refused_steps_is_cut_short():
     assert len(drawn) == 100
 
 
-# --- noise
-
-
-def test_gate_noise_is_a_function_of_seed_and_step_equal_on_all_workers():
-    network = GroupingNetwork(mlp_spec())
-
-    def noise(seed: int, step: int, rank: int = 0) -> torch.Tensor:
-        return step_noise(network, TrainSettings(seed=seed), step, rank, 5)
-
-    before = torch.get_rng_state()
-    assert torch.equal(noise(1, 2, rank=0), noise(1, 2, rank=3))
-    drawn = [noise(seed, step) for seed in (1, 2) for step in (0, 1, 2)]
-    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
-    assert drawn[0].shape == (10, 3)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_gate_noise_of_each_sample_differs_between_workers_too():
-    network = GroupingNetwork(mlp_spec(sampling="gumbel_per_sample"))
-    settings = TrainSettings()
-    first, same, other = (step_noise(network, settings, 2, rank, 5) for rank in (0, 0, 1))
-    assert first.shape == (5, 10, 3)
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-
-
 # --- pruning
 
 
@@ -449,7 +131,7 @@ def test_moments_of_what_survives_a_pruning_are_kept_and_training_goes_on(spec, 
         kept = torch.cat([before[name][rows_before[k, task.name]] for task in network.bank.kept[k]])
         assert torch.equal(value, kept), name
     weights = samples.snapshot(network)
-    assert run_step(state, settings, batch, step=2)[1] == 0
+    assert run_step(state, settings, batch, step=2).refused == 0
     learnt = [name for name, p in network.named_parameters() if not torch.equal(p, weights[name])]
     assert "bank.weights.0" in learnt
     assert "gate.logits" in learnt

@@ -32,7 +32,8 @@ from tests.core import samples
 from tests.core.samples import MIXED, image_spec, mlp_spec
 from tests.core.test_checkpoint import looks_like_a_pickle
 from tests.core.test_metrics import IMAGE, measure
-from tests.core.test_training import HostSyncs, Interrupted, interrupt_at, run_step
+from tests.core.test_step import HostSyncs, run_step
+from tests.core.test_training import Interrupted, interrupt_at
 
 
 def local(folder=None, **options) -> LocalContext:
@@ -105,9 +106,9 @@ def test_a_batch_without_any_label_trains_on_nothing():
     spec, settings = mlp_spec(), TrainSettings(optimizer="sgd")
     state = TrainState.fresh(GroupingNetwork(spec), settings)
     before = samples.snapshot(state.network)
-    losses, refused = run_step(state, settings, samples.batch(spec.input, spec.tasks, missing=1.0))
-    assert refused == 0
-    assert (losses == 0).all()
+    figures = run_step(state, settings, samples.batch(spec.input, spec.tasks, missing=1.0))
+    assert figures.refused == 0
+    assert (figures.by_task == 0).all()
     samples.assert_same_tensors(samples.snapshot(state.network), before)
 
 
@@ -153,7 +154,7 @@ STRING_OPTIONS = [
     (
         NetworkSpec,
         {"input": samples.FEATURES, "tasks": samples.SAMPLEWISE, "encoder": EncoderSpec("mlp"), "groups": 2},
-        ("sampling", "initial", "decoder"),
+        ("sampling", "initial", "decoder", "task_weighting"),
     ),
     (EncoderSpec, {"name": "mlp"}, ("name",)),
 ]

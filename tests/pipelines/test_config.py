@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dmtg_core import GroupingNetwork
+from dmtg_core import GroupingNetwork, InputSpec, Task, TrainSettings
 from pipelines.config import Config, load_config, recipes
 from pipelines.errors import UserError
 from pipelines.sources import build_source
@@ -195,3 +195,44 @@ def test_recipe_of_the_demo_builds_its_network(tmp_path: Path) -> None:
     described = build_source(config.source.kind, config.source.root, config.source.options).describe()
     network = GroupingNetwork(config.network_spec(described.input, described.tasks))
     assert len(network.pairs) == 15
+
+
+def test_every_training_setting_of_the_core_can_be_configured(file: str) -> None:
+    words = [
+        "train.accumulate=3", "train.recompute=true", "train.compile=false", "train.sync_batchnorm=true",
+        "ray.gpus_per_worker=1", "train.clip_norm=2", "train.epochs=9", "gate.learning_rate=0.3",
+        "gate.entropy_weight=0.5", "search.share=0.3", "train.seed=5", "train.batch_size=11",
+    ]  # fmt: skip
+    settings, plain = load_config(file, words).settings(), TrainSettings()
+    set_here = {
+        "accumulate",
+        "recompute",
+        "compile",
+        "sync_batchnorm",
+        "clip_norm",
+        "epochs",
+        "gate_learning_rate",
+    }
+    set_here |= {"entropy_weight", "search_share", "seed", "batch_size"}
+    assert {name for name in vars(settings) if vars(settings)[name] != vars(plain)[name]} >= set_here
+    from_sections = {"search_share", "gate_learning_rate", "temperature", "entropy_weight", "prune_threshold"}
+    assert vars(settings).keys() - from_sections <= load_config(file).train.model_dump().keys()
+
+
+def test_pruning_can_be_turned_off(file: str) -> None:
+    assert load_config(file, ["gate.prune=off"]).settings().prune_threshold == 0
+    assert load_config(file, ["gate.prune=on"]).settings().prune_threshold > 0
+
+
+def test_weights_of_tasks_can_be_learned(file: str) -> None:
+    config = load_config(file, ["train.task_weighting=uncertainty"])
+    assert (
+        config.network_spec(InputSpec("image", (8, 8, 3)), [Task("t", "binary")]).task_weighting == "uncertainty"
+    )
+
+
+def test_normalising_over_workers_without_gpus_is_wrong_use(file: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(file, ["train.sync_batchnorm=true"]).settings()
+    assert "train.sync_batchnorm" in caught.value.where
+    assert caught.value.wrong_use
