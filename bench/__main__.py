@@ -12,15 +12,14 @@ import platform
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench import ingest, steps
+from bench import ingest, runs, steps
 
-Costs = tuple[Callable[[], float], Callable[[], float]]
-
-# name → (bound, value, how to make the numerator and the denominator of the ratio)
-ROWS: dict[str, tuple[str, float, Callable[[], Costs]]] = {**steps.ROWS, **ingest.ROWS}
+# name → (bound, value, how to make the numerator and the denominator of the ratio, and what else to note)
+ROWS: dict[str, tuple[str, float, Callable[[], tuple[Any, ...]]]] = {**steps.ROWS, **runs.ROWS, **ingest.ROWS}
 MOST_REPEATS = {"shard_memory": 3}  # of rows that take minutes
 
 
@@ -28,7 +27,7 @@ def measure(name: str, repeats: int) -> dict[str, object]:
     """One row of `bench.json`."""
     repeats = min(repeats, MOST_REPEATS.get(name, repeats))
     bound, value, make = ROWS[name]
-    above, below = make()
+    above, below, *notes = make()
     above(), below()
     pairs = [(above(), below()) for _ in range(repeats)]
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -41,6 +40,7 @@ def measure(name: str, repeats: int) -> dict[str, object]:
         "medians": [statistics.median(costs) for costs in zip(*pairs, strict=True)],
         "command": f"make bench ROWS={name}",
         "machine": machine,
+        **{key: value for note in notes for key, value in note().items()},
     }
 
 

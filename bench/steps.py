@@ -23,6 +23,7 @@ from dmtg_core import (
     NetworkSpec,
     Task,
 )
+from dmtg_core.decoders import Doubling
 from dmtg_core.losses import label_counts, sample_loss
 from dmtg_core.network import pooled
 from dmtg_core.settings import TrainSettings
@@ -122,12 +123,23 @@ def published(spec: NetworkSpec, rows: int) -> Callable[[], object]:
 
 def _separate_heads(network: GroupingNetwork) -> nn.ModuleDict:
     """A module for every (branch, task)."""
-    heads = nn.ModuleDict(network.decoders)
+    heads = nn.ModuleDict({key: _transposing(decoder) for key, decoder in network.decoders.items()})
     for k, kept in network.bank.kept.items():
         for task in kept:
             features = network.bank.weights[str(k)].shape[1]
             heads[f"{k}_{network.tasks.index(task)}"] = nn.Linear(features, task.channels)
     return heads
+
+
+def _transposing(decoder: nn.Module) -> nn.Module:
+    """The decoder with PyTorch's transposed convolutions."""
+    for parent in list(decoder.modules()):
+        for name, module in parent.named_children():
+            if isinstance(module, Doubling):
+                plain = nn.ConvTranspose2d(*module.weight.shape[:2], 2, stride=2, bias=False)
+                plain.load_state_dict(module.state_dict())
+                parent.add_module(name, plain)
+    return decoder.to(memory_format=torch.contiguous_format)
 
 
 def floor(spec: NetworkSpec, rows: int) -> Callable[[], object]:
