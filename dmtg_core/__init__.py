@@ -8,6 +8,7 @@ Learn in one training run which tasks should share an encoder:
     models = state.network.specialise()
 """
 
+from dmtg_core.aggregation import AGGREGATORS
 from dmtg_core.augment import AUGMENTATIONS, augment
 from dmtg_core.context import LocalContext, TrainContext
 from dmtg_core.data import ArrayData, Arrays, Batch, Data
@@ -23,6 +24,7 @@ from dmtg_core.tasks import InputSpec, Task
 from dmtg_core.training import NonFiniteLossError, TrainState, evaluate, fit
 
 __all__ = [
+    "AGGREGATORS",
     "AUGMENTATIONS",
     "ENCODERS",
     "ArrayData",

@@ -142,16 +142,25 @@ class PairLosses(nn.Module):
         self.members = [sorted({n for _, _, n in members}) for members in families.values()]
         places += range(len(places), len(pairs))
         # families come out one after the other; this puts them back into the order of the pairs
-        self.register_buffer("order", torch.tensor(places).argsort(), persistent=False)
+        order = torch.tensor(places).argsort()
+        self.in_order: list[int] = order.tolist()
+        self.register_buffer("order", order, persistent=False)
 
     def forward(self, outputs: PairOutputs, targets: Mapping[str, Tensor]) -> Tensor:
         """Loss sums `(P, B)` in the order of the pairs; see `label_counts` for what to divide by."""
+        return torch.cat(self._parts(outputs, targets)).index_select(0, self.get_buffer("order"))
+
+    def apart(self, outputs: PairOutputs, targets: Mapping[str, Tensor]) -> list[Tensor]:
+        """The rows of `forward`, `(B,)` each, such that going backward from one enters no other's decoder."""
+        rows = [row for part in self._parts(outputs, targets) for row in part.unbind()]
+        return [rows[place] for place in self.in_order]
+
+    def _parts(self, outputs: PairOutputs, targets: Mapping[str, Tensor]) -> list[Tensor]:
         parts = [self._family(number, outputs.rows.float(), targets) for number in range(len(self.families))]
-        parts += [
+        return parts + [
             dense_loss(self.tasks[n], outputs.dense[k, n], targets[self.tasks[n].name]).unsqueeze(0)
             for k, n in self.dense
         ]
-        return torch.cat(parts).index_select(0, self.get_buffer("order"))
 
     def _family(self, number: int, rows: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
         loss, channels = self.families[number]

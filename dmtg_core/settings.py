@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dmtg_core.aggregation import AGGREGATORS
 from dmtg_core.augment import AUGMENTATIONS
 from dmtg_core.schedules import TemperatureSchedule
 
@@ -65,6 +66,8 @@ class TrainSettings:
         entropy_weight: Factor of the gate's mean entropy in the loss; positive pushes to a decision.
         prune_threshold: A head whose probability falls under it goes at the next epoch; 0 prunes at the end of
             the search only.
+        aggregator: "sum", or a key of `AGGREGATORS` by which the gradients of a group's tasks are combined once
+            every task has a single head. Its weights are read by the host.
         accumulate: Parts that a batch is computed in, one after the other, to save memory. The gradient is that of
             the whole batch; batch normalisation sees the parts.
         recompute: Compute activations again in the backward pass instead of keeping them: less memory, more time.
@@ -94,6 +97,7 @@ class TrainSettings:
     temperature: TemperatureSchedule = field(default_factory=TemperatureSchedule)
     entropy_weight: float = 0.0
     prune_threshold: float = 0.02
+    aggregator: str = "sum"
     accumulate: int = 1
     recompute: bool = False
     compile: bool | None = None
@@ -109,6 +113,7 @@ class TrainSettings:
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("lr_schedule", self.lr_schedule, LR_SCHEDULES),
             ("precision", self.precision, PRECISIONS),
+            ("aggregator", self.aggregator, ("sum", *AGGREGATORS)),
             *(("augment", name, AUGMENTATIONS) for name in self.augment),
         ):
             if value not in allowed:
@@ -119,6 +124,8 @@ class TrainSettings:
         for name in ("clip_norm", "lr_min", "lr_patience", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.aggregator != "sum" and self.accumulate > 1:
+            raise ValueError("an aggregator needs the gradients of a whole batch: set accumulate to 1")
         if not 0 < self.search_share <= 1:
             raise ValueError(f"search_share must be in (0, 1], got {self.search_share}")
         if not 0 <= self.prune_threshold < 1:

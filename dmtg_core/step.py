@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from dmtg_core.aggregation import Weigh, aggregate_gradients, load_aggregator
 from dmtg_core.context import TrainContext
 from dmtg_core.data import Batch
 from dmtg_core.losses import PairLosses, label_counts
@@ -55,14 +56,31 @@ class WeighedLoss(nn.Module):
     learned s_n, the logarithm of a variance (Kendall et al. 2018, equation 10, with one form for all losses).
 
     This is the module that data-parallel training wraps. Make it anew after pruning.
+
+    Args:
+        network: What to train.
+        entropy_weight, precision, aggregator: See `TrainSettings`.
+
+    Raises:
+        ValueError: For an aggregator whose library is missing, or beside learned task weights.
     """
 
     task_of: Tensor
     branch_of: Tensor
     task_weights: Tensor
 
-    def __init__(self, network: GroupingNetwork, entropy_weight: float = 0.0, precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        network: GroupingNetwork,
+        entropy_weight: float = 0.0,
+        precision: str = "fp32",
+        aggregator: str = "sum",
+    ) -> None:
         super().__init__()
+        if aggregator != "sum" and network.log_variance is not None:
+            raise ValueError("task_weighting 'uncertainty' and an aggregator both weigh the tasks: choose one")
+        hard = len(network.pairs) == len(network.tasks)
+        self.weigh = load_aggregator(aggregator) if aggregator != "sum" and hard else None
         self.network = network
         self.entropy_weight = entropy_weight
         self.precision = precision
@@ -101,6 +119,13 @@ class WeighedLoss(nn.Module):
         if self.entropy_weight:
             loss = loss + share * self.entropy_weight * self.network.gate.entropy().mean()
         return loss, by_task.detach(), losses.detach().sum(1)
+
+    def apart(self, batch: Batch, counts: Tensor) -> list[Tensor]:
+        """A scalar for each pair, where every task has a single head and so a gate of 1; not weighed by task."""
+        with _autocast(self.precision, batch.inputs.device):
+            outputs = self.network.forward_pairs(batch.inputs)
+        rows = self.pair_losses.apart(outputs, batch.targets)
+        return [row.sum() / counts[n] for row, (_, n) in zip(rows, self.network.pairs, strict=True)]
 
 
 def _autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -152,11 +177,14 @@ def train_step(
     temperature: float,
     settings: TrainSettings,
     context: TrainContext,
+    *,
+    step: int = 0,
 ) -> StepFigures:
-    """One update, without the host ever waiting for the device.
+    """One update, without the host ever waiting for the device (but for an aggregator).
 
     Args:
         module: A `WeighedLoss`, as `context.prepare` gave it back.
+        step: Its number in the run, which an aggregator that draws numbers depends on.
     """
     loss_module = cast("WeighedLoss", getattr(module, "module", module))
     statistics = list(loss_module.network.buffers())  # a forward pass moves those of its normalisation layers
@@ -164,10 +192,14 @@ def train_step(
     with record_function(COMMUNICATION):
         counts = context.sum(label_counts(loss_module.network.tasks, batch.targets)).clamp_min(1)
     optimizer.zero_grad()
-    # data-parallel training averages gradients over workers, and what is wanted is their sum
-    loss, by_task, by_pair = _gradients(
-        module, batch, noise, temperature, counts / context.world_size, settings.accumulate
-    )
+    if loss_module.weigh is not None:
+        seed = settings.seed * 1_000_003 + step
+        loss, by_task, by_pair = _aggregated(loss_module, loss_module.weigh, batch, counts, seed, context)
+    else:
+        # data-parallel training averages gradients over workers, and what is wanted is their sum
+        loss, by_task, by_pair = _gradients(
+            module, batch, noise, temperature, counts / context.world_size, settings.accumulate
+        )
     with record_function(OPTIMIZER):
         norm = torch.nn.utils.get_total_norm([p.grad for p in loss_module.parameters() if p.grad is not None])
         theta = loss_module.network.gate.logits.grad
@@ -203,6 +235,27 @@ def _gradients(
         total = tuple(a + b for a, b in zip(total, found, strict=True)) if total else found
     loss, by_task, by_pair = total
     return loss, by_task, by_pair
+
+
+def _aggregated(
+    module: WeighedLoss, weigh: Weigh, batch: Batch, counts: Tensor, seed: int, context: TrainContext
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_gradients`, with the gradients of a group's tasks combined by an aggregator."""
+    with record_function(FORWARD):
+        losses = module.apart(batch, counts)
+    weights = module.task_weights[module.task_of]
+    with record_function(BACKWARD):
+        weighed = [loss * weight for loss, weight in zip(losses, weights, strict=True)]
+        aggregate_gradients(module.network, weighed, weigh, seed=seed, reduce=context.sum)
+    with record_function(COMMUNICATION):
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        if context.world_size > 1:
+            flat = context.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(total.view_as(gradient))
+    by_pair = torch.stack(losses).detach() * context.world_size
+    by_task = torch.zeros_like(module.task_weights).index_copy(0, module.task_of, by_pair)
+    return by_pair @ weights, by_task, by_pair
 
 
 def _split(batch: Batch, noise: Tensor, parts: int) -> Iterator[tuple[Batch, Tensor]]:

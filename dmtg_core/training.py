@@ -160,14 +160,14 @@ def advance(
 
     Raises:
         NonFiniteLossError: When a step had to be refused.
-        ValueError: As `prepare_network`.
+        ValueError: As `prepare_network` and `WeighedLoss`.
     """
     state.network.to(context.device)
     module: nn.Module | None = None
     while state.epoch < until:
         if _prune(state, settings) or module is None:
             prepare_network(state.network, settings, context)
-            loss = WeighedLoss(state.network, settings.entropy_weight, settings.precision)
+            loss = WeighedLoss(state.network, settings.entropy_weight, settings.precision, settings.aggregator)
             module = context.prepare(loss)
         record = _train_epoch(state, module, data, settings, context, on_step)
         state.partial = {}
@@ -227,7 +227,9 @@ def _train_epoch(
         temperature = settings.temperature(state.step / searched)
         noise = step_noise(state.network, settings, state.step, context.rank, len(batch.inputs))
         noise = noise.to(context.device, non_blocking=True)
-        figures = train_step(module, state.optimizer, batch, noise, temperature, settings, context)
+        figures = train_step(
+            module, state.optimizer, batch, noise, temperature, settings, context, step=state.step
+        )
         sums.add(figures, len(batch.inputs))
         state.step += 1
         due = bool(settings.checkpoint_every) and state.step % settings.checkpoint_every == 0

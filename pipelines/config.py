@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dmtg_core.aggregation import AGGREGATORS
 from dmtg_core.encoders import ENCODERS, EncoderSpec
 from dmtg_core.network import NetworkSpec
 from dmtg_core.schedules import TemperatureSchedule
@@ -157,6 +158,11 @@ class TrainSection(Section):
     clip_norm: float = Field(0.0, ge=0, description="largest gradient norm; 0 for no limit")
     task_weighting: Literal["fixed", "uncertainty"] = Field(
         "fixed", description="learn weights of the tasks beside the fixed ones, or not"
+    )
+    aggregator: str = Field(
+        "sum",
+        description="how gradients of a group's tasks are combined once they have their branch: sum, or one of "
+        f"{', '.join(AGGREGATORS)} (needs the extra aggregators)",
     )
     accumulate: int = Field(1, ge=1, description="parts that a batch is computed in, to save memory")
     recompute: bool = Field(

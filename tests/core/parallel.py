@@ -20,6 +20,7 @@ from tests.core import samples
 SETTINGS = TrainSettings(
     epochs=4, search_share=0.5, batch_size=16, optimizer="sgd", learning_rate=0.05, gate_learning_rate=1.0,
     clip_norm=2.0, entropy_weight=0.01, prune_threshold=0.3, temperature=TemperatureSchedule("cosine", 2.5, 0.5),
+    aggregator="pcgrad",
 )  # fmt: skip
 ROWS, MISSING = 90, 0.4
 

@@ -49,6 +49,20 @@ def test_a_run_killed_at_any_step_ends_like_one_that_was_not(tmp_path, spec):
         assert_ends_alike(fit(other, data, every_step, local(folder)), expected)
 
 
+@pytest.mark.parametrize("aggregator", ["pcgrad", "upgrad"])
+def test_a_run_with_an_aggregator_ends_alike_too_and_unlike_one_with_the_sum(tmp_path, aggregator):
+    spec = mlp_spec(groups=2, stem=1)
+    data = samples.data(spec.input, spec.tasks, 32, missing=0.2)
+    settings = replace(SETTINGS, search_share=0.3, checkpoint_every=1, aggregator=aggregator)
+    expected = fit(GroupingNetwork(spec), data, settings, local())
+    with pytest.raises(Interrupted):
+        fit(GroupingNetwork(spec), data, settings, stopping_after(local(tmp_path), 4))
+    assert_ends_alike(fit(GroupingNetwork(spec), data, settings, local(tmp_path)), expected)
+    summed = fit(GroupingNetwork(spec), data, replace(settings, aggregator="sum"), local())
+    assert summed.history[0]["train_loss"] == expected.history[0]["train_loss"]
+    assert summed.history[-1]["train_loss"] != expected.history[-1]["train_loss"]
+
+
 @pytest.mark.parametrize(("every", "within"), [(0, 0), (1, 6), (2, 3), (4, 2), (100, 0)])
 def test_checkpoints_within_an_epoch_are_as_many_as_asked_for(tmp_path, every, within):
     spec = mlp_spec()

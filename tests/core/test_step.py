@@ -467,3 +467,33 @@ def test_gate_noise_of_each_sample_differs_between_workers_too():
     assert first.shape == (5, 10, 3)
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
+
+
+# --- aggregators
+
+
+def test_an_aggregator_is_used_once_every_task_has_one_head():
+    spec, settings = mlp_spec(groups=2), TrainSettings(aggregator="mgda")
+    soft = GroupingNetwork(spec)
+    assert WeighedLoss(soft, aggregator="mgda").weigh is None
+    hard = decided(soft, [0, 1] * 5)
+    hard.prune(2.0)
+    assert WeighedLoss(hard, aggregator="mgda").weigh is not None
+    batch = samples.batch(spec.input, spec.tasks)
+    state = TrainState.fresh(hard, settings)
+    noise = step_noise(hard, settings, 0, 0, 5)
+    for group in state.optimizer.param_groups:
+        group["lr"] = 0.0
+    figures = []
+    for name in ("sum", "mgda"):
+        module = WeighedLoss(hard, aggregator=name).train()
+        figures.append(train_step(module, state.optimizer, batch, noise, 1.0, settings, local()))
+    torch.testing.assert_close(figures[0].by_task, figures[1].by_task)
+    torch.testing.assert_close(figures[0].by_pair, figures[1].by_pair)
+
+
+def test_an_aggregator_beside_learned_weights_or_parts_is_refused():
+    with pytest.raises(ValueError, match="choose one"):
+        WeighedLoss(GroupingNetwork(mlp_spec(task_weighting="uncertainty")), aggregator="upgrad")
+    with pytest.raises(ValueError, match="set accumulate to 1"):
+        TrainSettings(aggregator="upgrad", accumulate=2)

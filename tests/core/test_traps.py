@@ -150,7 +150,7 @@ STRING_OPTIONS = [
     (Task, {"name": "t", "kind": "binary"}, ("kind", "loss", "metric")),
     (InputSpec, {"kind": "features", "shape": (3,)}, ("kind", "dtype")),
     (TemperatureSchedule, {}, ("family",)),
-    (TrainSettings, {}, ("optimizer", "lr_schedule", "precision")),
+    (TrainSettings, {}, ("optimizer", "lr_schedule", "precision", "aggregator")),
     (
         NetworkSpec,
         {"input": samples.FEATURES, "tasks": samples.SAMPLEWISE, "encoder": EncoderSpec("mlp"), "groups": 2},
