@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -169,6 +169,15 @@ def step_noise(network: GroupingNetwork, settings: TrainSettings, step: int, ran
     return network.gate.noise(generator, samples if per_sample else 0)
 
 
+@contextmanager
+def part(name: str, device: torch.device) -> Iterator[None]:
+    """A part of a step under its name in a profile; only there the device is waited for, to tell parts apart."""
+    with record_function(name):
+        yield
+        if device.type == "cuda" and cast("Any", torch.autograd)._profiler_enabled():  # noqa: SLF001 - no public way to ask
+            torch.cuda.synchronize(device)
+
+
 def train_step(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -186,10 +195,10 @@ def train_step(
         module: A `WeighedLoss`, as `context.prepare` gave it back.
         step: Its number in the run, which an aggregator that draws numbers depends on.
     """
-    loss_module = cast("WeighedLoss", getattr(module, "module", module))
+    loss_module, device = cast("WeighedLoss", getattr(module, "module", module)), batch.inputs.device
     statistics = list(loss_module.network.buffers())  # a forward pass moves those of its normalisation layers
     before = [buffer.clone() for buffer in statistics]
-    with record_function(COMMUNICATION):
+    with part(COMMUNICATION, device):
         counts = context.sum(label_counts(loss_module.network.tasks, batch.targets)).clamp_min(1)
     optimizer.zero_grad()
     if loss_module.weigh is not None:
@@ -200,15 +209,15 @@ def train_step(
         loss, by_task, by_pair = _gradients(
             module, batch, noise, temperature, counts / context.world_size, settings.accumulate
         )
-    with record_function(OPTIMIZER):
+    with part(OPTIMIZER, device):
         norm = torch.nn.utils.get_total_norm([p.grad for p in loss_module.parameters() if p.grad is not None])
         theta = loss_module.network.gate.logits.grad
         gate_gradient = norm.new_zeros(()) if theta is None else theta.norm()
         if settings.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(list(loss_module.parameters()), settings.clip_norm, norm)
-    with record_function(COMMUNICATION):
+    with part(COMMUNICATION, device):
         refused = context.sum((~torch.isfinite(loss + norm)).float()).clamp_max(1)
-    with record_function(OPTIMIZER):
+    with part(OPTIMIZER, device):
         cast("Any", optimizer).found_inf = refused
         optimizer.step()
         for buffer, old in zip(statistics, before, strict=True):
@@ -221,15 +230,15 @@ def _gradients(
     module: nn.Module, batch: Batch, noise: Tensor, temperature: float, counts: Tensor, parts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Leave the gradients of a batch, computed in some parts, with the parameters; its loss and figures."""
-    loss_module = cast("WeighedLoss", getattr(module, "module", module))
+    loss_module, device = cast("WeighedLoss", getattr(module, "module", module)), batch.inputs.device
     split = list(_split(batch, noise, parts))
     total: tuple[Tensor, ...] = ()
-    for number, (part, part_noise) in enumerate(split):
+    for number, (piece, piece_noise) in enumerate(split):
         # called without its wrapping, the module leaves its gradients for the last part to take to other workers
         called = module if number == len(split) - 1 else loss_module
-        with record_function(FORWARD):
-            loss, *figures = called(part, temperature, part_noise, counts, 1 / len(split))
-        with record_function(BACKWARD):
+        with part(FORWARD, device):
+            loss, *figures = called(piece, temperature, piece_noise, counts, 1 / len(split))
+        with part(BACKWARD, device):
             loss.backward()
         found = (loss.detach(), *figures)
         total = tuple(a + b for a, b in zip(total, found, strict=True)) if total else found
@@ -241,13 +250,14 @@ def _aggregated(
     module: WeighedLoss, weigh: Weigh, batch: Batch, counts: Tensor, seed: int, context: TrainContext
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_gradients`, with the gradients of a group's tasks combined by an aggregator."""
-    with record_function(FORWARD):
+    device = batch.inputs.device
+    with part(FORWARD, device):
         losses = module.apart(batch, counts)
     weights = module.task_weights[module.task_of]
-    with record_function(BACKWARD):
+    with part(BACKWARD, device):
         weighed = [loss * weight for loss, weight in zip(losses, weights, strict=True)]
         aggregate_gradients(module.network, weighed, weigh, seed=seed, reduce=context.sum)
-    with record_function(COMMUNICATION):
+    with part(COMMUNICATION, device):
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         if context.world_size > 1:
             flat = context.sum(torch.cat([gradient.flatten() for gradient in gradients]))

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from dmtg_core import checkpoint
 from dmtg_core.augment import augment, augment_generator
@@ -27,7 +26,6 @@ from dmtg_core.network import GroupingNetwork, clone
 from dmtg_core.settings import LR_SCHEDULES, TrainSettings
 from dmtg_core.step import StepFigures, WeighedLoss, build_optimizer, prepare_network, step_noise, train_step
 
-DATA = "data"  # name under which a profile finds the waiting for a batch
 CHECK_EVERY = 100  # steps between two looks at whether one was refused
 
 
@@ -319,8 +317,7 @@ class _Sums:
         """The batches; what they are waited for is added up."""
         while True:
             asked = time.perf_counter()
-            with record_function(DATA):
-                batch = next(batches, None)
+            batch = next(batches, None)
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return
