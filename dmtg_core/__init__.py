@@ -22,6 +22,7 @@ from dmtg_core.settings import TrainSettings
 from dmtg_core.step import train_step
 from dmtg_core.tasks import InputSpec, Task
 from dmtg_core.training import NonFiniteLossError, TrainState, evaluate, fit
+from dmtg_core.warm_start import WarmStart
 
 __all__ = [
     "AGGREGATORS",
@@ -48,6 +49,7 @@ __all__ = [
     "TrainContext",
     "TrainSettings",
     "TrainState",
+    "WarmStart",
     "augment",
     "evaluate",
     "fit",

@@ -256,6 +256,16 @@ class GroupingNetwork(nn.Module):
             return out
         return self.bank.head(k, self.tasks[n], pooled(features[k]))
 
+    def copy_head(self, pair: Pair, source: GroupingNetwork, trained: Pair) -> None:
+        """Give the head of `pair` the weights of another network's head of the same shape."""
+        (k, n), (j, m) = pair, trained
+        mine, theirs = self.tasks[n], source.tasks[m]
+        if mine.dense:
+            self.decoders[f"{k}_{n}"].load_state_dict(source.decoders[f"{j}_{m}"].state_dict())
+            return
+        for to, of in ((self.bank.weights, source.bank.weights), (self.bank.biases, source.bank.biases)):
+            to[str(k)].data[self.bank.rows(k, mine)].copy_(of[str(j)].detach()[source.bank.rows(j, theirs)])
+
     def grouping(self) -> Grouping:
         """The grouping that the gate holds now: each task with its likeliest branch."""
         return Grouping.from_assignment([task.name for task in self.tasks], self.gate.assignment())
@@ -349,12 +359,7 @@ class GroupModel(nn.Module):
         net.stem.load_state_dict(source.stem.state_dict())
         net.branches["0"].load_state_dict(source.branches[str(k)].state_dict())
         for n, task in enumerate(tasks):
-            if task.dense:
-                decoder = source.decoders[f"{k}_{source.tasks.index(task)}"]
-                net.decoders[f"0_{n}"].load_state_dict(decoder.state_dict())
-                continue
-            for mine, theirs in ((net.bank.weights, source.bank.weights), (net.bank.biases, source.bank.biases)):
-                mine["0"].data[net.bank.rows(0, task)] = theirs[str(k)].detach()[source.bank.rows(k, task)].cpu()
+            net.copy_head((0, n), source, (k, source.tasks.index(task)))
         return model.to(source.gate.logits.device).train(source.training)
 
     def forward(self, raw: Tensor) -> dict[str, Tensor]:

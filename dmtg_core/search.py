@@ -23,6 +23,7 @@ from dmtg_core.metrics import Metrics
 from dmtg_core.network import GroupingNetwork, NetworkSpec
 from dmtg_core.settings import TrainSettings
 from dmtg_core.training import TrainState, advance, evaluate
+from dmtg_core.warm_start import WarmStart
 
 BASELINE, FINETUNE = "naive_mtl", "finetune"
 
@@ -67,7 +68,8 @@ class SearchState:
             folder / "search.json", "plan", "results", "leader_score", "current", "leader"
         )
         if described["plan"] != plan:
-            changed = sorted(key for key in plan if described["plan"].get(key) != plan[key])
+            held = described["plan"]
+            changed = sorted(key for key in {*plan, *held} if plan.get(key) != held.get(key))
             raise ValueError(f"{folder}: checkpoint of another search, differing in {', '.join(changed)}")
         score = described["leader_score"]
         held = {
@@ -106,6 +108,7 @@ def search(
     baseline: bool = True,
     splits: Sequence[str] = ("val", "test"),
     context: TrainContext | None = None,
+    warm_start: WarmStart | None = None,
 ) -> SearchResult:
     """Find a grouping and train its networks; goes on from the context's latest checkpoint.
 
@@ -114,14 +117,17 @@ def search(
         starts: Searches of `settings.search_epochs` epochs; the best by validation is fine-tuned to the end.
         baseline: Train naive MTL (one branch, all epochs) first, to compare with.
         splits: What the finished networks are evaluated on. Choices use "val" alone.
+        warm_start: What every start begins with. Naive MTL begins with it too when it is a single model; no
+            one of several models could stand for all of them, so it then begins afresh.
 
     Raises:
         NonFiniteLossError: When the loss stops being finite.
-        ValueError: For a number of starts below 1, or a checkpoint that is damaged.
+        ValueError: For a number of starts below 1, a warm start that does not fit, or a checkpoint that is
+            damaged.
     """
     if starts < 1:
         raise ValueError(f"starts must be at least 1, got {starts}")
-    return _Search(spec, data, settings, starts, baseline, splits, context or LocalContext()).run()
+    return _Search(spec, data, settings, starts, baseline, splits, context or LocalContext(), warm_start).run()
 
 
 class _Search:
@@ -134,8 +140,9 @@ class _Search:
         baseline: bool,
         splits: Sequence[str],
         context: TrainContext,
+        warm_start: WarmStart | None,
     ) -> None:
-        self.spec, self.data, self.settings = spec, data, settings
+        self.spec, self.data, self.settings, self.warm_start = spec, data, settings, warm_start
         self.splits, self.context = splits, context
         self.stages: list[tuple[str, Callable[[str], None]]] = [(BASELINE, self._baseline)] if baseline else []
         self.stages += [(f"start_{i}", self._start) for i in range(starts)]
@@ -143,6 +150,9 @@ class _Search:
         stages = [name for name, _ in self.stages]
         # through JSON, as the checkpoint has it: tuples become lists
         plan = json.loads(json.dumps({"network": spec.to_dict(), "settings": asdict(settings), "stages": stages}))
+        if warm_start is not None:
+            warm_start.check(spec)
+            plan["warm_start"] = warm_start.digest()
         latest = context.latest()
         self.state = SearchState(plan)
         if latest is not None:
@@ -163,14 +173,15 @@ class _Search:
         )
 
     def _baseline(self, name: str) -> None:
-        state = self._current(replace(self.spec, groups=1, sampling="fixed"))
+        shared = self.warm_start if self.warm_start is not None and self.warm_start.single else None
+        state = self._current(replace(self.spec, groups=1, sampling="fixed"), shared)
         self._advance(name, state, self.settings, self.settings.epochs)
         state.take_best()
         self._finish_stage(name, state, self.splits)
 
     def _start(self, name: str) -> None:
         number = int(name.removeprefix("start_"))
-        state = self._current(replace(self.spec, seed=self.spec.seed + number))
+        state = self._current(replace(self.spec, seed=self.spec.seed + number), self.warm_start)
         seeded = replace(self.settings, seed=self.settings.seed + number)
         self._advance(name, state, seeded, self.settings.search_epochs)
         score = state.history[-1]["val_score"]
@@ -188,10 +199,13 @@ class _Search:
         state.keep(state.network.gate.survivors(2.0), self.settings)
         self._finish_stage(name, state, self.splits, last=True)
 
-    def _current(self, spec: NetworkSpec) -> TrainState:
+    def _current(self, spec: NetworkSpec, warm_start: WarmStart | None) -> TrainState:
         """The stage's state: taken up from the checkpoint, or fresh."""
         if self.state.current is None:
-            network = GroupingNetwork(spec).to(self.context.device)
+            network = GroupingNetwork(spec)
+            if warm_start is not None:
+                warm_start.give(network)
+            network.to(self.context.device)
             self.state.current = TrainState.fresh(network, self.settings)
         return self.state.current
 
