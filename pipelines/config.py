@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dmtg_core.aggregation import AGGREGATORS
 from dmtg_core.encoders import ENCODERS, EncoderSpec
@@ -117,6 +117,16 @@ class NetworkSection(Section):
     decoder: Literal["subpixel", "xception"] = Field("subpixel", description="decoder of the dense tasks")
     decoder_width: int = Field(64, ge=1, description="channels of the decoder's first layer")
     rescale_gradients: bool = Field(False, description="scale gradients by 1/√N into branches, 1/√K into the stem")
+    start_from: tuple[str, ...] = Field(
+        (),
+        description="folders of finished runs, or of single models, whose weights the network starts from: one "
+        "model for all branches, or a model for each",
+    )
+
+    @field_validator("start_from", mode="before")
+    @classmethod
+    def _one_place(cls, value: object) -> object:
+        return [value] if isinstance(value, str) and value else value or []
 
 
 class TemperatureSection(Section):
@@ -266,12 +276,16 @@ class Config(Section):
             prune_threshold=self.gate.prune_threshold if self.gate.prune else 0.0,
         )
 
+    def encoder_spec(self) -> EncoderSpec:
+        """What the core's encoder takes."""
+        return EncoderSpec(self.network.encoder, self.network.stem, dict(self.network.options))
+
     def network_spec(self, spec: InputSpec, tasks: Sequence[Task]) -> NetworkSpec:
         """What the core's network takes."""
         return NetworkSpec(
             input=spec,
             tasks=tuple(tasks),
-            encoder=EncoderSpec(self.network.encoder, self.network.stem, dict(self.network.options)),
+            encoder=self.encoder_spec(),
             groups=self.network.groups,
             decoder=self.network.decoder,
             decoder_width=self.network.decoder_width,

@@ -14,6 +14,7 @@ import yaml
 
 from dmtg_core.network import GroupingNetwork
 from dmtg_core.tasks import Task
+from dmtg_core.warm_start import WarmStart
 from pipelines import statistics
 from pipelines.cluster import session, user_error
 from pipelines.config import Config, checked
@@ -24,6 +25,7 @@ from pipelines.registry import Registered, register
 from pipelines.shards import ensure_shards
 from pipelines.storage import Location, locate
 from pipelines.tracking import Tracker, enabled, open_tracker
+from pipelines.warm_start import Held, explained, fairness_notes, keep_models, open_models
 from pipelines.worker import CHECKPOINTS, FAILURE, GATE, GROUPING, METRICS, RESULT, Job, read_jsonl, work
 
 CONFIG, REPORT, REGISTERED = "config.yaml", "report.html", "models.json"
@@ -73,10 +75,11 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
             wrong_use=True,
         )
     config.settings()  # its numbers are checked here, not in a worker
+    models = open_models(config, run)
     with session_if_needed(config):
         manifest = ensure_shards(config, say)
         folder = locate(config.data.shards)
-        tasks = check_all(config, manifest, folder)
+        tasks = check_all(config, manifest, folder, models, say)
         notes = support_notes(manifest, tasks, config.data.min_support)
         for note in notes:
             say(f"note: {note}")
@@ -87,8 +90,10 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
         else:
             (run / CONFIG).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
             reader = Reader(folder, manifest, tasks)
+            start = keep_models(models, run)
+            notes += fairness_notes(config, start)
             with following(run, tracker, say):
-                _run_workers(config, reader, run, notes, say)
+                _run_workers(config, reader, run, notes, start, say)
     return _close(config, run, tracker, manifest, say, finished)
 
 
@@ -103,8 +108,17 @@ def session_if_needed(config: Config) -> Iterator[None]:
         yield
 
 
-def check_all(config: Config, manifest: Manifest, folder: Location) -> tuple[Task, ...]:
+def check_all(
+    config: Config,
+    manifest: Manifest,
+    folder: Location,
+    models: WarmStart | None = None,
+    say: Callable[[str], None] = log.info,
+) -> tuple[Task, ...]:
     """Everything about data and network that can be known before a worker starts; the chosen tasks.
+
+    Args:
+        models: What the network is to start from.
 
     Raises:
         UserError: For the first thing that is wrong.
@@ -113,11 +127,17 @@ def check_all(config: Config, manifest: Manifest, folder: Location) -> tuple[Tas
     check_targets(manifest, tasks, str(folder))
     check_shards(folder, manifest, checksums=config.data.verify_checksums)
     try:
-        GroupingNetwork(config.network_spec(manifest.description.input, tasks))
+        spec = config.network_spec(manifest.description.input, tasks)
+        GroupingNetwork(spec)
     except ValueError as error:
         raise UserError(
             str(error), where="network", remedy="correct the network section", wrong_use=True
         ) from error
+    if models is not None:
+        with explained():
+            models.check(spec)
+        for note in models.notes(spec):
+            say(note)
     return tasks
 
 
@@ -135,7 +155,7 @@ def support_notes(manifest: Manifest, tasks: Sequence[Task], least: int) -> list
 
 
 def _run_workers(
-    config: Config, reader: Reader, run: Location, notes: Sequence[str], say: Callable[[str], None]
+    config: Config, reader: Reader, run: Location, notes: Sequence[str], start: Held, say: Callable[[str], None]
 ) -> None:
     import ray.train
     import ray.train.torch
@@ -145,7 +165,7 @@ def _run_workers(
     say(f"training on {config.ray.workers} workers, samples {'in shared memory' if memory else 'streamed'}")
     trainer = ray.train.torch.TorchTrainer(
         work,
-        train_loop_config={"job": Job(config, reader, held, run, tuple(notes))},
+        train_loop_config={"job": Job(config, reader, held, run, tuple(notes), start)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.ray.workers,
             use_gpu=config.ray.gpus_per_worker > 0,

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from dmtg_core import checkpoint
 from dmtg_core.context import Save, newest_whole
 from dmtg_core.metrics import Metrics, normalized_gain
+from dmtg_core.network import GroupModel
 from dmtg_core.search import SearchResult, search
 from dmtg_core.tasks import Task
 from dmtg_core.training import NonFiniteLossError
+from dmtg_core.warm_start import WarmStart
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.ingest import Reader, open_data
@@ -39,6 +41,7 @@ class Job:
     Args:
         held: References to the tables of each split in shared memory; None to stream.
         notes: Warnings to keep beside the result, such as tasks with thin support.
+        start: Names and places of the models to start from, kept in the run folder.
     """
 
     config: Config
@@ -46,6 +49,7 @@ class Job:
     held: Mapping[str, Any] | None
     run: Location
     notes: tuple[str, ...] = ()
+    start: tuple[tuple[str, Location], ...] = ()
 
 
 class RayContext:
@@ -175,7 +179,7 @@ def work(values: dict[str, Any]) -> None:
     try:
         result = search(
             spec, data, config.settings(), starts=config.search.starts, baseline=config.search.baseline,
-            splits=splits, context=context,
+            splits=splits, context=context, warm_start=warm_start(job.start),
         )  # fmt: skip
     except NonFiniteLossError as error:
         # raised, it would make Ray Train start the workers again, only to meet the same numbers
@@ -194,6 +198,17 @@ def work(values: dict[str, Any]) -> None:
         write_result(job.run, result, job.notes)
 
 
+def warm_start(places: Sequence[tuple[str, Location]]) -> WarmStart | None:
+    """The models at some places, by their names; None where there are no places.
+
+    Raises:
+        UserError: When one of them is damaged.
+    """
+    if not places:
+        return None
+    return WarmStart([read_model(place) for _, place in places], [name for name, _ in places])
+
+
 def _threads(config: Config) -> int:
     """Each local worker gets its share of the machine's cores."""
     return max((os.cpu_count() or 1) // config.ray.workers, 1)
@@ -208,13 +223,37 @@ def _gains(tasks: Sequence[Task], metrics: Metrics, baseline: Metrics) -> dict[s
     }
 
 
+def write_model(place: Location, model: GroupModel) -> None:
+    """One group's model into a folder anywhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save_model(Path(folder), model)
+        for file in sorted(Path(folder).iterdir()):
+            (place / file.name).write_bytes(file.read_bytes())
+
+
+def read_model(place: Location) -> GroupModel:
+    """What `write_model` wrote.
+
+    Raises:
+        UserError: When a file is missing or damaged, or it is no group's model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name in place.files(recursive=False):
+            (Path(folder) / name).write_bytes((place / name).read_bytes())
+        try:
+            return checkpoint.load_model(Path(folder))
+        except ValueError as error:
+            raise UserError(
+                str(error).replace(folder, str(place)),
+                where=str(place),
+                remedy="give a folder models/group_<k> of a run that dmtg train has finished",
+            ) from error
+
+
 def write_result(run: Location, result: SearchResult, notes: Sequence[str] = ()) -> None:
     """Group models, grouping and figures into the run folder; the result comes last and says that all is there."""
     for name, model in result.network.specialise().items():
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.save_model(Path(folder), model)
-            for file in sorted(Path(folder).iterdir()):
-                (run / MODELS / name / file.name).write_bytes(file.read_bytes())
+        write_model(run / MODELS / name, model)
     (run / GROUPING).write_text(result.grouping.to_json())
     split = "test" if "test" in result.metrics else "val"
     tasks = result.network.tasks

@@ -82,6 +82,21 @@ def test_run_name_follows_what_changes_the_result_and_nothing_else(file: str) ->
     assert load_config(file, ["run.name=mine"]).run_name() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("words", "places"),
+    [
+        ([], ()),
+        (["network.start_from=runs/a"], ("runs/a",)),
+        (["network.start_from=[runs/a, s3://runs/b]"], ("runs/a", "s3://runs/b")),
+        (["network.start_from=null"], ()),
+    ],
+)
+def test_places_to_start_from_are_one_or_a_list(file: str, words: list[str], places: tuple[str, ...]) -> None:
+    config = load_config(file, words)
+    assert config.network.start_from == places
+    assert (config.digest() == load_config(file).digest()) == (not places)
+
+
 def write(folder: Path, file: str, /, **values: object) -> str:
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
     (folder / file).write_text(yaml.safe_dump(values))
