@@ -48,8 +48,12 @@ class TrainContext(Protocol):
         ...
 
 
-def newest_whole(folders: Iterable[Path]) -> Path | None:
+def newest_whole(folders: Iterable[Path], passed_over: Callable[[str], None] | None = None) -> Path | None:
     """The first of some checkpoints that is what was written, None where there are none.
+
+    Args:
+        folders: The newest one first.
+        passed_over: Called with what is wrong with each one before it; by default it is logged.
 
     Raises:
         ValueError: When there are some and all are damaged.
@@ -60,7 +64,10 @@ def newest_whole(folders: Iterable[Path]) -> Path | None:
             check_seal(folder)
         except ValueError as error:
             problems.append(str(error))
-            log.warning("going back to the checkpoint before: %s", error)
+            if passed_over is not None:
+                passed_over(str(error))
+            else:
+                log.warning("going back to the checkpoint before: %s", error)
             continue
         return folder
     if problems:

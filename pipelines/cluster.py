@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +20,8 @@ os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Workers that wait for one that was lost cannot leave their group in order; there is no use in waiting for it.
+os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
 
 
 @contextmanager
@@ -37,19 +41,31 @@ def session(section: RaySection) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)  # Ray's notes on its own start-up
     # what workers have to say reaches the driver through the run folder; their logs stay in Ray's own files
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address:
-        ray.init(address=address, **quiet)
-    else:
-        # logical CPUs: workers and data tasks each have theirs, even where the machine has fewer
-        cpus = math.ceil(section.workers * section.cpus_per_worker + section.data_cpus)
-        store = section.object_store_mib and section.object_store_mib * 2**20
-        ray.init(num_cpus=cpus, object_store_memory=store, include_dashboard=False, **quiet)
+    with _own_sigterm():
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            # logical CPUs: workers and data tasks each have theirs, even where the machine has fewer
+            cpus = math.ceil(section.most * section.cpus_per_worker + section.data_cpus)
+            store = section.object_store_mib and section.object_store_mib * 2**20
+            ray.init(num_cpus=cpus, object_store_memory=store, include_dashboard=False, **quiet)
     try:
         quieten()
         _check_room(section, ray.cluster_resources())
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM: Ray's would end the command with another exit code, and nothing said."""
+    held = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, held)
 
 
 def quieten() -> None:
@@ -63,30 +79,44 @@ def quieten() -> None:
     context.execution_options.preserve_order = True
 
 
-def _check_room(section: RaySection, resources: dict[str, float]) -> None:
-    cpus = section.workers * section.cpus_per_worker + min(section.data_cpus, 1)
-    gpus = section.workers * section.gpus_per_worker
+def short_of_room(section: RaySection, resources: Mapping[str, float]) -> str:
+    """What is missing for the fewest workers and a data task; empty where nothing is."""
+    cpus = section.fewest * section.cpus_per_worker + min(section.data_cpus, 1)
+    gpus = section.fewest * section.gpus_per_worker
     held = (resources.get("CPU", 0), resources.get("GPU", 0))
-    if held[0] < cpus or held[1] < gpus:
+    if held[0] >= cpus and held[1] >= gpus:
+        return ""
+    return (
+        f"{section.fewest} workers and a data task need {cpus:g} CPUs and {gpus:g} GPUs, the cluster has "
+        f"{held[0]:g} and {held[1]:g}"
+    )
+
+
+def _check_room(section: RaySection, resources: Mapping[str, float]) -> None:
+    short = short_of_room(section, resources)
+    if short:
         raise UserError(
-            f"{section.workers} workers and a data task need {cpus:g} CPUs and {gpus:g} GPUs, the cluster has "
-            f"{held[0]:g} and {held[1]:g}",
+            short,
             where="ray.workers, ray.cpus_per_worker, ray.gpus_per_worker",
             remedy="lower one of them, or use a larger cluster",
         )
 
 
-def user_error(error: BaseException) -> UserError | None:
-    """The `UserError` that a Ray task or worker raised, however deep it is wrapped."""
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and all that it wraps, in Python's way or in one of Ray's."""
     seen: set[int] = set()
     todo: list[BaseException | None] = [error]
     while todo:
-        current = todo.pop()
+        current = todo.pop(0)
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, UserError):
-            return current
-        todo += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        yield current
+        todo += [current.__cause__, current.__context__]
+        todo += [getattr(current, name, None) for name in ("cause", "controller_failure", "health_check_failure")]
         todo += list((getattr(current, "worker_failures", None) or {}).values())
-    return None
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """The `UserError` that a Ray task or worker raised, however deep it is wrapped."""
+    return next((one for one in causes(error) if isinstance(one, UserError)), None)

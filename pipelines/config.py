@@ -217,7 +217,9 @@ class RaySection(Section):
     """Where and how Ray runs (ray_config.yaml)."""
 
     address: str = Field("", description="address of a cluster; empty for RAY_ADDRESS, else a local one")
-    workers: int = Field(2, ge=1, description="data-parallel training workers")
+    workers: int | tuple[int, int] = Field(
+        2, description="data-parallel training workers; two numbers, the fewest and the most, follow the cluster"
+    )
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
     data_cpus: float = Field(2, gt=0, description="CPUs that Ray Data can count on beside the workers")
@@ -226,6 +228,29 @@ class RaySection(Section):
     )
     max_failures: int = Field(2, ge=0, description="times that lost workers are replaced")
     timeout_s: int = Field(300, ge=1, description="longest wait of a worker for the others")
+    resize_every_s: float = Field(60, gt=0, description="time between two looks at whether more workers have room")
+    hung_after_s: float = Field(
+        1800, ge=0, description="time without a batch after which a worker is given up; 0 for never"
+    )
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _one_or_two(cls, value: object) -> object:
+        numbers = list(value) if isinstance(value, list | tuple) else [value]
+        counts = [n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and n >= 1]
+        if len(counts) != len(numbers) or len(counts) not in (1, 2) or counts != sorted(counts):
+            raise ValueError("expected a number from 1 on, or two such numbers [fewest, most]")
+        return tuple(counts) if len(counts) == 2 else counts[0]
+
+    @property
+    def fewest(self) -> int:
+        """With fewer workers than that, training waits."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        """There are never more workers than that."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class Config(Section):

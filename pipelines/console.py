@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +19,7 @@ from pipelines.errors import UserError
 from pipelines.storage import finite
 
 LOG_WIDTH = 160
-FAILED, WRONG_USE, INTERRUPTED = 1, 2, 130
+FAILED, WRONG_USE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 
 def say(text: str) -> None:
@@ -35,9 +37,10 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
         debug: Let an error through with its traceback.
 
     Raises:
-        typer.Exit: Always, with 0 done, 1 failed, 2 wrong use, 130 interrupted.
+        typer.Exit: Always, with 0 done, 1 failed, 2 wrong use, 130 interrupted, 143 terminated.
     """
     started = time.monotonic()
+    terminated = _on_sigterm()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("pipelines").setLevel(logging.INFO)
     outcome: dict[str, Any] = {"command": command, "status": "failed"}
@@ -45,7 +48,7 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
         outcome |= {"status": "done"} | body()
         code = 0 if outcome["status"] == "done" else FAILED
     except (Exception, KeyboardInterrupt) as error:
-        code, outcome["error"] = _explain(command, error)
+        code, outcome["error"] = _explain(command, error, terminated.is_set())
         if debug:
             raise
     outcome["seconds"] = round(time.monotonic() - started, 1)
@@ -54,11 +57,29 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
     raise typer.Exit(code)
 
 
-def _explain(command: str, error: BaseException) -> tuple[int, dict[str, str]]:
+def _on_sigterm() -> threading.Event:
+    """Let SIGTERM end a command as Ctrl-C does: a machine that is taken away sends it, and `ray job stop`.
+
+    Returns:
+        Set when it came. Ray passes on no other exception than KeyboardInterrupt, so that none could say it.
+    """
+    came = threading.Event()
+
+    def interrupt(number: int, frame: object) -> None:  # noqa: ARG001 - as Python calls it
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # asked again, it is leaving already
+        came.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    return came
+
+
+def _explain(command: str, error: BaseException, terminated: bool) -> tuple[int, dict[str, str]]:
     """Exit code and error object, after telling the user."""
     code = FAILED
     if isinstance(error, KeyboardInterrupt):
-        code, shown = INTERRUPTED, UserError("interrupted", remedy="the same command goes on from here")
+        code, what = (TERMINATED, "terminated") if terminated else (INTERRUPTED, "interrupted")
+        shown = UserError(what, where=str(error), remedy="the same command goes on from here")
     elif isinstance(error, UserError):
         code, shown = WRONG_USE if error.wrong_use else FAILED, error
     else:

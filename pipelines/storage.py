@@ -7,14 +7,20 @@ credentials is refused.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
+import shutil
+import time
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow.fs as pafs
@@ -22,6 +28,19 @@ import pyarrow.fs as pafs
 from pipelines.errors import UserError
 
 S3_ATTEMPTS = 6  # with growing pauses between them: about twenty seconds until a server counts as down
+PATIENCE_S = 120.0  # how long a run goes on trying to reach its folder, which it had reached before
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
+PASSING = frozenset({
+    errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT,
+    errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+    errno.ENETUNREACH,
+})  # fmt: skip
+PASSING_S3 = re.compile(
+    r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|THROTTLING)"
+    r"|HTTP status (429|5\d\d)"
+)
+PIECE = 8 * 2**20  # bytes that are copied at once
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,11 +51,14 @@ class Location:
         path: Absolute local path, or bucket and key.
         scheme: Empty for a local path, else "s3".
         endpoint: Address of the S3 server; empty for Amazon's.
+        patience_s: How long to try again where an error can pass: a server that is away, a disk that is full.
+            What is refused, or missing, is not asked for again.
     """
 
     path: str
     scheme: str = ""
     endpoint: str = ""
+    patience_s: float = 0.0
 
     @property
     def filesystem(self) -> pafs.FileSystem:
@@ -77,6 +99,22 @@ class Location:
         info = self._info()
         return int(info.size) if info.type == pafs.FileType.File else None
 
+    def patient(self, seconds: float = PATIENCE_S) -> Location:
+        """The same place, and all below it, tried for `seconds`."""
+        return replace(self, patience_s=seconds)
+
+    def _tried(self, call: Callable[[], T]) -> T:
+        """What `call` gives, after as many tries as `patience_s` allows."""
+        until = time.monotonic() + self.patience_s
+        for pause in pauses():
+            try:
+                return call()
+            except OSError as error:
+                if not can_pass(error) or time.monotonic() + pause > until:
+                    raise
+                time.sleep(pause)
+        raise AssertionError
+
     def check_bucket(self) -> None:
         """Stop where the bucket of an s3:// address does not exist: a missing file is another mistake.
 
@@ -93,7 +131,7 @@ class Location:
 
     def _info(self) -> pafs.FileInfo:
         try:
-            return self.filesystem.get_file_info(self.path)
+            return self._tried(lambda: self.filesystem.get_file_info(self.path))
         except OSError as error:
             raise self.unreachable(error) from error
 
@@ -118,7 +156,7 @@ class Location:
 
     def _infos(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
         try:
-            found: list[pafs.FileInfo] = self.filesystem.get_file_info(selector)
+            found: list[pafs.FileInfo] = self._tried(lambda: self.filesystem.get_file_info(selector))
         except OSError as error:
             raise self.unreachable(error) from error
         return found
@@ -132,12 +170,15 @@ class Location:
             UserError: When the storage does not answer, or refuses.
         """
         try:
-            with self.filesystem.open_input_file(self.path) as file:
-                return bytes(file.readall())
+            return self._tried(self._read)
         except (FileNotFoundError, PermissionError):
             raise
         except OSError as error:
             raise self.unreachable(error) from error
+
+    def _read(self) -> bytes:
+        with self.filesystem.open_input_file(self.path) as file:
+            return bytes(file.readall())
 
     def read_text(self) -> str:
         """The whole file as UTF-8."""
@@ -166,26 +207,38 @@ class Location:
         Raises:
             UserError: When the place cannot be written to.
         """
+        self._written(lambda: self._write(BytesIO(data), sync))
+
+    def write_file(self, source: Path) -> None:
+        """`write_bytes` of a local file, in pieces: it can be larger than what memory has room for."""
+
+        def copy() -> None:
+            with source.open("rb") as file:
+                self._write(file, sync=True)
+
+        self._written(copy)
+
+    def _written(self, write: Callable[[], None]) -> None:
         try:
-            self._write(data, sync)
+            self._tried(write)
         except OSError as error:
             raise UserError(
                 f"cannot write: {_first_line(error)}", where=str(self), remedy=_remedy(self)
             ) from error
 
-    def _write(self, data: bytes, sync: bool) -> None:
+    def _write(self, source: BinaryIO, sync: bool) -> None:
         if self.local is None:  # an object store shows an object only when it is whole
             with self.filesystem.open_output_stream(self.path) as file:
-                file.write(data)
+                shutil.copyfileobj(source, file, PIECE)
             return
         self.local.parent.mkdir(parents=True, exist_ok=True)
         part = self.local.with_name(f".{self.local.name}.{uuid.uuid4().hex[:8]}.part")
         try:
-            with part.open("wb") as file:
-                file.write(data)
+            with part.open("wb") as target:
+                shutil.copyfileobj(source, target, PIECE)
                 if sync:
-                    file.flush()
-                    os.fsync(file.fileno())
+                    target.flush()
+                    os.fsync(target.fileno())
             part.replace(self.local)
         finally:
             part.unlink(missing_ok=True)
@@ -202,9 +255,9 @@ class Location:
         """Remove the file or the folder with all it holds; nothing happens where there is none."""
         kind = self._info().type
         if kind == pafs.FileType.Directory:
-            self.filesystem.delete_dir(self.path)
+            self._tried(lambda: self.filesystem.delete_dir(self.path))
         elif kind == pafs.FileType.File:
-            self.filesystem.delete_file(self.path)
+            self._tried(lambda: self.filesystem.delete_file(self.path))
 
     def check_writable(self) -> None:
         """Write and remove a small file, so that a job stops before its work rather than after it.
@@ -269,6 +322,23 @@ def _s3(endpoint: str) -> pafs.S3FileSystem:
         request_timeout=60,
         allow_delayed_open=True,  # a small file is one request, not three
     )
+
+
+def can_pass(error: BaseException) -> bool:
+    """Whether the same can succeed a little later: storage that is away or full, not one that refuses."""
+    if isinstance(error, UserError):
+        return error.__cause__ is not None and can_pass(error.__cause__)
+    if not isinstance(error, OSError):
+        return False
+    return error.errno in PASSING or bool(PASSING_S3.search(str(error)))
+
+
+def pauses() -> Iterator[float]:
+    """Seconds to wait between tries, twice as long each time up to a limit, without end."""
+    pause = FIRST_PAUSE_S
+    while True:
+        yield pause
+        pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
 def _first_line(error: BaseException) -> str:

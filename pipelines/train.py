@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import threading
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,17 +19,19 @@ from pipelines import statistics
 from pipelines.cluster import session, user_error
 from pipelines.config import Config, checked
 from pipelines.errors import UserError
+from pipelines.faults import gave_up
+from pipelines.follow import following
 from pipelines.ingest import Reader, keeps_in_memory, load_splits
 from pipelines.manifest import Manifest, check_shards, check_targets
+from pipelines.notices import EVENTS, for_result
 from pipelines.registry import Registered, register
 from pipelines.shards import ensure_shards
 from pipelines.storage import Location, locate
 from pipelines.tracking import Tracker, enabled, open_tracker
-from pipelines.warm_start import Held, explained, fairness_notes, keep_models, open_models
-from pipelines.worker import CHECKPOINTS, FAILURE, GATE, GROUPING, METRICS, RESULT, Job, read_jsonl, work
+from pipelines.warm_start import explained, fairness_notes, keep_models, open_models
+from pipelines.worker import GROUPING, RESULT, Job, read_jsonl, work
 
 CONFIG, REPORT, REGISTERED = "config.yaml", "report.html", "models.json"
-POLL_S = 1.0
 log = logging.getLogger(__name__)
 
 
@@ -65,6 +67,7 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
     """
     run = locate(config.run.root) / config.run_name()
     run.check_writable()
+    run = run.patient()
     if (run / CONFIG).exists() and checked(
         Config, yaml.safe_load((run / CONFIG).read_text())
     ).digest() != config.digest():
@@ -92,8 +95,10 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
             reader = Reader(folder, manifest, tasks)
             start = keep_models(models, run)
             notes += fairness_notes(config, start)
-            with following(run, tracker, say):
-                _run_workers(config, reader, run, notes, start, say)
+            earlier = read_jsonl(run / EVENTS)
+            notes += for_result(earlier)
+            with following(run, config.ray, tracker, say, earlier) as board:
+                _run_workers(config, Job(config, reader, None, run, tuple(notes), start, board), say)
     return _close(config, run, tracker, manifest, say, finished)
 
 
@@ -154,114 +159,44 @@ def support_notes(manifest: Manifest, tasks: Sequence[Task], least: int) -> list
     return notes
 
 
-def _run_workers(
-    config: Config, reader: Reader, run: Location, notes: Sequence[str], start: Held, say: Callable[[str], None]
-) -> None:
+def _run_workers(config: Config, job: Job, say: Callable[[str], None]) -> None:
     import ray.train
     import ray.train.torch
 
-    memory = keeps_in_memory(reader, config.data)
-    held = load_splits(reader) if memory else None
-    say(f"training on {config.ray.workers} workers, samples {'in shared memory' if memory else 'streamed'}")
-    trainer = ray.train.torch.TorchTrainer(
-        work,
-        train_loop_config={"job": Job(config, reader, held, run, tuple(notes), start)},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.ray.workers,
-            use_gpu=config.ray.gpus_per_worker > 0,
-            resources_per_worker={"CPU": config.ray.cpus_per_worker}
-            | ({"GPU": config.ray.gpus_per_worker} if config.ray.gpus_per_worker else {}),
-        ),
-        torch_config=ray.train.torch.TorchConfig(
-            backend="nccl" if config.ray.gpus_per_worker else "gloo", timeout_s=config.ray.timeout_s
-        ),
-        run_config=ray.train.RunConfig(
-            # the same name in the same place is how Ray Train finds the checkpoint to go on from
-            name=CHECKPOINTS,
-            storage_path=run.path,
-            storage_filesystem=run.filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=config.ray.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    (run / FAILURE).delete()
-    try:
-        trainer.fit()
-    except Exception as error:
-        raise _explained(error, run) from error
-    if (run / FAILURE).exists():
-        raise UserError(**(run / FAILURE).read_json())
+    from pipelines.controller import Trainer, Watch
 
-
-def _explained(error: Exception, run: Location) -> Exception:
-    found = user_error(error)
-    if found is not None:
-        return found
-    text = str(error)
-    last = [line for line in text.splitlines() if line.strip()]
-    return UserError(
-        f"training failed: {last[-1].strip() if last else type(error).__name__}",
-        where=str(run),
-        remedy="run the same command again to go on from the last checkpoint; --debug shows where it failed",
-    )
-
-
-@contextmanager
-def following(run: Location, tracker: Tracker, say: Callable[[str], None]) -> Iterator[None]:
-    """Print and track the figures of every epoch while workers write them into the run folder."""
-    told = {(r["stage"], r["epoch"]) for r in read_jsonl(run / METRICS)}
-    if told:
-        say(f"going on from the last checkpoint; {len(told)} epochs were done before")
-    stop = threading.Event()
-
-    def once() -> None:
-        gate = {(g["stage"], g["epoch"]): g for g in read_jsonl(run / GATE)}
-        for record in read_jsonl(run / METRICS):
-            key = (record["stage"], record["epoch"])
-            if key not in told and key in gate:
-                told.add(key)
-                say(epoch_line(record, gate[key]["probabilities"]))
-                tracker.record(record)
-
-    def loop() -> None:
-        while not stop.wait(POLL_S):
-            once()
-
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
-    try:
-        yield
-    except BaseException:
-        tracker.fail()
-        raise
-    finally:
-        stop.set()
-        thread.join()
-        once()
-
-
-def epoch_line(record: dict[str, Any], probabilities: list[list[float]]) -> str:
-    """One epoch in one line: stage, losses, and the groups as they stand with the least certain task's share."""
-    tasks = list(record["val"])
-    line = f"{record['stage']:>10} epoch {record['epoch']:>3}  score {_short(record['val_score'])}"
-    line += f"  {record['samples_per_second']:.0f} samples/s, {record['data_share']:.0%} waiting for data"
-    if len(probabilities[0]) == 1:
-        return line
-    groups: dict[int, list[str]] = {}
-    for task, row in zip(tasks, probabilities, strict=True):
-        groups.setdefault(int(np.argmax(row)), []).append(task)
-    sure = min(max(row) for row in probabilities)
-    shown = " | ".join(", ".join(members) for members in groups.values())
-    return f"{line}  {record['heads']} heads  least sure {sure:.0%}  {_clip(shown, 100)}"
-
-
-def _short(value: float | None) -> str:
-    return "not defined" if value is None else f"{value:.4f}"
-
-
-def _clip(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
+    memory = keeps_in_memory(job.reader, config.data)
+    held = load_splits(job.reader) if memory else None
+    fewest, most = config.ray.fewest, config.ray.most
+    count = f"{most}" if fewest == most else f"{fewest} to {most}"
+    say(f"training on {count} workers, samples {'in shared memory' if memory else 'streamed'}")
+    with tempfile.TemporaryDirectory(prefix="dmtg-") as scratch:
+        trainer = Trainer(
+            work,
+            train_loop_config={"job": replace(job, held=held)},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=config.ray.workers,
+                elastic_resize_monitor_interval_s=config.ray.resize_every_s,
+                use_gpu=config.ray.gpus_per_worker > 0,
+                resources_per_worker={"CPU": config.ray.cpus_per_worker}
+                | ({"GPU": config.ray.gpus_per_worker} if config.ray.gpus_per_worker else {}),
+            ),
+            torch_config=ray.train.torch.TorchConfig(
+                backend="nccl" if config.ray.gpus_per_worker else "gloo", timeout_s=config.ray.timeout_s
+            ),
+            run_config=ray.train.RunConfig(
+                # Ray keeps nothing for us: it could not do without the storage for a moment
+                name=job.run.name,
+                storage_path=scratch,
+                failure_config=ray.train.FailureConfig(max_failures=config.ray.max_failures),
+                callbacks=[Watch(job.board)],
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise user_error(error) or gave_up(error, str(job.run)) from error
 
 
 def _close(

@@ -10,10 +10,11 @@ import yaml
 from markupsafe import Markup
 
 from dmtg_core.metrics import error_of
+from pipelines.context import GATE, METRICS
 from pipelines.errors import UserError
 from pipelines.report import figures
 from pipelines.storage import Location
-from pipelines.worker import GATE, METRICS, RESULT, read_jsonl
+from pipelines.worker import RESULT, read_jsonl
 
 TEMPLATES = Path(__file__).parent
 

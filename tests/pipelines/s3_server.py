@@ -45,21 +45,36 @@ def serving(port: int, folder: Path) -> Iterator[None]:
     """The server, for the time of the block, with an empty bucket."""
     if not SCRIPT.exists():
         pytest.skip("no script to start an S3 server")
-    own = {**os.environ, "S3_PORT": str(port), "S3_DATA_DIR": str(folder / "data"), "S3_SECRET_KEY": SECRET}
-    own |= {"S3_START_TIMEOUT": "300"}
+    own = environment(port, folder)
     installed = subprocess.run([str(SCRIPT), "install"], env=own, capture_output=True, text=True, check=False)
     if installed.returncode:
         pytest.skip(f"no S3 server can be installed here: {installed.stderr.strip().splitlines()[-1]}")
-    with (folder / "start.log").open("w") as log:
-        # it writes to the log for as long as it lives, so its output is not a pipe to wait for
-        subprocess.run([str(SCRIPT), "start"], env=own, stdout=log, stderr=log, check=True)
+    begin(port, folder)
     try:
         import boto3
 
         boto3.client("s3").create_bucket(Bucket=BUCKET)
         yield
     finally:
-        subprocess.run([str(SCRIPT), "stop"], env=own, capture_output=True, check=False)
+        end(port, folder)
+
+
+def environment(port: int, folder: Path) -> dict[str, str]:
+    """What the server's script is told."""
+    own = {"S3_PORT": str(port), "S3_DATA_DIR": str(folder / "data"), "S3_SECRET_KEY": SECRET}
+    return {**os.environ, **own, "S3_START_TIMEOUT": "300"}
+
+
+def begin(port: int, folder: Path) -> None:
+    """Start the server, with what it held before."""
+    with (folder / "start.log").open("w") as log:
+        # it writes to the log for as long as it lives, so its output is not a pipe to wait for
+        subprocess.run([str(SCRIPT), "start"], env=environment(port, folder), stdout=log, stderr=log, check=True)
+
+
+def end(port: int, folder: Path) -> None:
+    """Stop the server; what it holds stays."""
+    subprocess.run([str(SCRIPT), "stop"], env=environment(port, folder), capture_output=True, check=False)
 
 
 @dataclass

@@ -14,6 +14,7 @@ import yaml
 
 from dmtg_core import MetricSums
 from dmtg_core.checkpoint import load_model
+from pipelines.context import GATE, METRICS
 from pipelines.errors import UserError
 from pipelines.evaluate import evaluate
 from pipelines.manifest import read_manifest
@@ -21,7 +22,7 @@ from pipelines.registry import list_models, load_groups, show_model
 from pipelines.report import page, task_rows, verdict
 from pipelines.storage import locate
 from pipelines.train import stored_example, train
-from pipelines.worker import GATE, METRICS, read_jsonl
+from pipelines.worker import read_jsonl
 from tests.pipelines.conftest import make_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]

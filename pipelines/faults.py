@@ -1,0 +1,133 @@
+"""Why workers fail: what another try would meet again, what it would not, and what the user can do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from dmtg_core.training import NonFiniteLossError
+from pipelines.cluster import causes, user_error
+from pipelines.config import Config
+from pipelines.errors import UserError
+
+LESS_MEMORY = (
+    "lower train.batch_size, or keep it and raise train.accumulate, set train.recompute=true, or "
+    "train.precision=bf16"
+)
+LESS_HOST_MEMORY = (
+    "give the machine more memory, or use less: lower ray.workers, ray.object_store_mib, data.shuffle_mib or "
+    "train.batch_size"
+)
+COLLATERAL = ("connection reset", "connection closed", "broken pipe", "gloo", "nccl", "timed out")
+
+
+class LastingError(UserError):
+    """An error that other workers would meet again: the run ends with it, instead of starting them."""
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        # raised in a worker, it must arrive in the controller and in the driver as what it is
+        return _rebuild, (self.what, self.where, self.remedy)
+
+
+def _rebuild(what: str, where: str, remedy: str) -> LastingError:
+    return LastingError(what, where=where, remedy=remedy)
+
+
+def lasting_error(error: Exception, config: Config, run: str, workers: int) -> LastingError | None:
+    """What to tell the user of an error that comes from the configuration; None for any other.
+
+    Args:
+        error: What training raised.
+        config: The configuration.
+        run: Where the run is.
+        workers: How many there are.
+    """
+    if isinstance(error, NonFiniteLossError):
+        problem, _, remedy = str(error).partition(": ")
+        return LastingError(problem, where=f"{run} (the last good checkpoint stays)", remedy=remedy)
+    if out_of_memory(error):
+        share = f"{config.train.batch_size} samples on {workers} worker{'s' * (workers > 1)}"
+        return LastingError(
+            f"memory ran out in training on a batch of {share}: {_first_line(error)}",
+            where="training worker",
+            remedy=LESS_MEMORY
+            + ("" if config.ray.fewest == config.ray.most else ", or raise the smaller number of ray.workers"),
+        )
+    return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or this machine, had no room for a tensor."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def reason(failures: Mapping[int, BaseException]) -> str:
+    """One line on why workers were lost: the failure that explains the others comes first."""
+    if not failures:
+        return "unknown"
+    rank = min(failures, key=lambda rank: (_weight(failures[rank]), rank))
+    return f"worker {rank}: {explained(failures[rank])}"
+
+
+def _weight(error: BaseException) -> int:
+    """A process that died explains those that lost their connection to it."""
+    if _died(error):
+        return 0
+    return 2 if any(word in str(error).lower() for word in COLLATERAL) else 1
+
+
+def _died(error: BaseException) -> bool:
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    return any(isinstance(one, RayActorError | OutOfMemoryError) for one in causes(error))
+
+
+def killed_for_memory(error: BaseException) -> bool:
+    """Whether Ray ended a process because its machine ran low on memory."""
+    from ray.exceptions import OutOfMemoryError
+
+    return any(isinstance(one, OutOfMemoryError) or "low on memory" in str(one) for one in causes(error))
+
+
+def explained(error: BaseException) -> str:
+    """One line on why a worker failed, as far as that is known."""
+    text = str(error)
+    if killed_for_memory(error):
+        return "Ray ended it because its machine was running out of memory"
+    if _died(error):
+        if "node has died" in text:
+            return "its machine was lost"
+        return "its process was lost (the system ends processes like this when memory runs out)"
+    found = user_error(error)
+    if found is not None:
+        return found.what
+    if "health check has been hanging" in text:
+        return "it did not answer"
+    return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def gave_up(error: BaseException, run: str) -> UserError:
+    """What to tell the user of a run whose workers were lost once too often, or that Ray could not start."""
+    found = (getattr(one, "worker_failures", None) for one in causes(error))
+    failures: dict[int, BaseException] = next((held for held in found if held), {})
+    again = "run the same words again to go on from the last checkpoint"
+    if not failures:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return UserError(
+            f"training failed: {lines[-1] if lines else type(error).__name__}",
+            where=run,
+            remedy=f"{again}; --debug shows where it failed",
+        )
+    if any(killed_for_memory(one) or _died(one) for one in failures.values()):
+        again = f"if it was memory: {LESS_HOST_MEMORY}; then {again}"
+    return UserError(
+        f"training failed, and ray.max_failures allows no more tries: {reason(failures)}",
+        where=run,
+        remedy=f"{again}; --debug shows where it failed",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

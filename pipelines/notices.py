@@ -1,0 +1,107 @@
+"""What happened to a run that its user should know: told by its processes, printed and kept by the driver.
+
+It goes through a small actor beside the driver and not through the run folder: a disk that is full, or a server
+that is away, is what there is most to tell about.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pipelines.errors import UserError
+from pipelines.storage import Location
+
+EVENTS = "events.jsonl"
+DAMAGED, RESIZED, LOST = "damaged", "resized", "lost"
+RESUMED, UNWRITTEN, HUNG, WAITING = "resumed", "unwritten", "hung", "waiting"
+FOR_RESULT = (DAMAGED, RESIZED, LOST, HUNG)  # kinds that are still worth knowing when the run is done
+
+Tell = Callable[[str, str], None]  # kind and message
+Event = dict[str, Any]
+
+
+def event(kind: str, message: str) -> Event:
+    """A line of `events.jsonl`."""
+    return {"time": time.time(), "kind": kind, "message": message}
+
+
+class Board:
+    """Where processes put what they have to tell. It runs as a Ray actor."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def put(self, told: Event) -> None:
+        """Add an event."""
+        self.events.append(told)
+
+    def after(self, count: int) -> list[Event]:
+        """All events but the first `count`."""
+        return self.events[count:]
+
+
+def start_board() -> Any:
+    """A board on the node of the driver, which ends with it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
+
+
+def teller(board: Any) -> Tell:
+    """A function that puts something on the board, without waiting for it."""
+
+    def tell(kind: str, message: str) -> None:
+        board.put.remote(event(kind, message))
+
+    return tell
+
+
+def on_board(board: Any, count: int = 0) -> list[Event]:
+    """All that the board holds but the first `count`; nothing where it has been lost."""
+    import ray
+
+    try:
+        found: list[Event] = ray.get(board.after.remote(count), timeout=10)
+    except (ray.exceptions.RayError, TimeoutError):
+        return []
+    return found
+
+
+def for_result(events: Sequence[Event]) -> list[str]:
+    """The messages that belong beside a result, each once."""
+    return list(dict.fromkeys(told["message"] for told in events if told["kind"] in FOR_RESULT))
+
+
+class Keeper:
+    """The driver's end: takes what is new from the board, and keeps all of it in the run folder.
+
+    Args:
+        file: Where to keep it.
+        board: See `start_board`.
+        earlier: What earlier sessions of the run kept there.
+    """
+
+    def __init__(self, file: Location, board: Any, earlier: Sequence[Event] = ()) -> None:
+        self.file, self.board, self.earlier = file.patient(0), board, len(earlier)
+        self.events = list(earlier)
+        self.kept = len(self.events)
+
+    def new(self) -> list[Event]:
+        """What came since the last call."""
+        found = on_board(self.board, len(self.events) - self.earlier)
+        self.events += found
+        if self.kept < len(self.events):
+            self._keep()
+        return found
+
+    def _keep(self) -> None:
+        try:
+            self.file.write_text("".join(json.dumps(told) + "\n" for told in self.events))
+        except UserError:
+            return  # the storage is away or full: with the next call
+        self.kept = len(self.events)

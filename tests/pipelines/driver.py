@@ -1,0 +1,162 @@
+"""`dmtg train` as a process of its own: started, lost, waited for, and compared with an undisturbed run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from pipelines.config import Config
+from pipelines.notices import Event
+from pipelines.train import Trained
+
+ROOT = Path(__file__).parents[2]
+Undisturbed = tuple[Config, Trained, list[str]]
+
+
+@dataclass
+class Driver:
+    """A run folder below `root`, and the commands that train in it.
+
+    Args:
+        root: Where configuration, log and run folder are.
+        values: The configuration.
+        before: Words before the command, such as those that give it a namespace of its own.
+        place: The folder of its runs as it is seen from here, where that is not below `root`.
+    """
+
+    root: Path
+    values: Mapping[str, object]
+    before: tuple[str, ...] = ()
+    place: Path | None = None
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return (self.place or self.root) / "runs" / "disturbed"
+
+    @property
+    def log(self) -> str:
+        """All that the commands said so far."""
+        return (self.root / "log").read_text()
+
+    def command(self) -> list[str]:
+        """Its words."""
+        config = self.root / "config.yaml"
+        config.write_text(yaml.safe_dump(dict(self.values)))
+        return [*self.before, sys.executable, "-m", "pipelines.cli", "train", "-c", str(config), "--json"]
+
+    def start(self, **environment: str) -> subprocess.Popen[bytes]:
+        """The command, not waited for."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
+        with (self.root / "log").open("ab") as out:
+            self.process = subprocess.Popen(
+                self.command(), stdout=out, stderr=subprocess.STDOUT, env=inherited | environment
+            )
+        return self.process
+
+    def finish(self) -> dict:
+        """What the command gave at its end."""
+        assert self.start().wait() == 0, self.log
+        return self.outcome()
+
+    def outcome(self) -> dict:
+        """The JSON object of the last command."""
+        found: dict = json.loads(self.log.strip().splitlines()[-1])
+        return found
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Until the condition is met, or the command has ended, which is a failure."""
+        assert self.process is not None
+        while not condition():
+            assert self.process.poll() is None, self.log
+            time.sleep(0.02)
+
+    def family(self) -> list[psutil.Process]:
+        """The command and all processes below it."""
+        assert self.process is not None
+        try:
+            command = psutil.Process(self.process.pid)
+            return [command, *command.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def lose(self) -> None:
+        """SIGKILL to the command and to every Ray process below it, as a lost machine would."""
+        kill(self.family())
+        assert self.process is not None
+        self.process.wait()
+
+    def epochs(self) -> list[tuple[str, int]]:
+        """The epochs whose figures are in the run folder."""
+        return [(record["stage"], record["epoch"]) for record in lines(self.folder / "metrics.jsonl")]
+
+    def checkpoints(self) -> list[Path]:
+        """Those with a seal, the newest one last."""
+        found = (self.folder / "checkpoints").glob("checkpoint_*")
+        return sorted(folder for folder in found if (folder / "sha256.json").exists())
+
+    def newest(self) -> int:
+        """The number of the newest one."""
+        return max((int(folder.name.split("_")[1]) for folder in self.checkpoints()), default=0)
+
+    def events(self, *kinds: str) -> list[Event]:
+        """What the run told, of some kinds."""
+        return [told for told in lines(self.folder / "events.jsonl") if told["kind"] in kinds]
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for member in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+
+
+def workers(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those of them that train."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def disturbed(undisturbed: Undisturbed, root: Path, **sections: Mapping[str, object]) -> Driver:
+    """A run with the configuration of an undisturbed one, in a folder of its own; sections are laid over it."""
+    values = undisturbed[0].model_dump(mode="json")
+    own = {"run": {"root": str(root / "runs"), "name": "disturbed"}, "track": {"uri": "none"}}
+    for name, section in {**own, **sections}.items():
+        values[name] = values[name] | dict(section)
+    return Driver(root, values)
+
+
+def same(found: Mapping, undisturbed: Mapping) -> None:
+    """Two results have the same grouping and figures."""
+    assert found["grouping"] == undisturbed["grouping"]
+    for kind in ("metrics", "baseline"):
+        for task, figures in undisturbed[kind].items():
+            assert found[kind][task] == pytest.approx(figures, rel=1e-4, abs=1e-5), (kind, task)
+
+
+def in_own_mounts() -> list[str]:
+    """Words that give a command a namespace in which it may mount; skips where there is none to have."""
+    words = ["unshare", "--user", "--map-root-user", "--mount"]
+    tried = subprocess.run([*words, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"no mounts of its own here: {tried.stderr.decode().strip()}")
+    return words
