@@ -97,10 +97,33 @@ def inspect(
 
 @app.command()
 def train(
-    config: ConfigFile, words: Words = None, ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
+    config: ConfigFile,
+    words: Words = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Measure a few steps instead: a trace, and where their time goes.")
+    ] = False,
+    ray_config: RayFile = "",
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Shards to a grouping and one model a group. Killed, it is run again with the same words and goes on."""
-    run("train", lambda: _train(_load(config, words, ray_config)), as_json=as_json, debug=debug)
+    body = _profile if profile else _train
+    run("train", lambda: body(_load(config, words, ray_config)), as_json=as_json, debug=debug)
+
+
+def _profile(config: Config) -> dict[str, Any]:
+    from pipelines.profile import profile
+
+    done = profile(config, say)
+    found = done.found
+    rows = [{"part of a step": part, "share": f"{share:.1%}"} for part, share in found["shares"].items()]
+    print_table(
+        f"{found['seconds_per_step']:.3g} s a step, {found['samples_per_second']:.0f} samples/s on "
+        f"{found['workers']} × {found['device']}", rows, right=("share",),
+    )  # fmt: skip
+    say(f"sums over workers took {found['all_reduce_share']:.1%}, some of it beside the backward pass")
+    say(f"trace for ui.perfetto.dev: {done.trace}\nslowest operators: {done.operators}")
+    return {"run_dir": str(done.folder.parent), "profile": found, "trace": str(done.trace)}
 
 
 def _train(config: Config) -> dict[str, Any]:

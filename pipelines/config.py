@@ -193,6 +193,10 @@ class SearchSection(Section):
 
     starts: int = Field(1, ge=1, description="searches; the best on validation data is fine-tuned")
     share: float = Field(0.5, gt=0, le=1, description="share of the epochs in which the gate learns")
+    group_epochs: int = Field(
+        0, ge=0, description="epochs that each group then trains on its own, all groups at once if there is room"
+    )
+    group_learning_rate: float | None = Field(None, gt=0, description="for these; a tenth of train.learning_rate")
     baseline: bool = Field(True, description="train naive MTL beside it")
 
 

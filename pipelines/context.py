@@ -63,7 +63,9 @@ class RayContext:
         # running statistics are averaged once an epoch, not sent around at every step
         accepted = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         option = "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
-        prepared: nn.Module = ray.train.torch.prepare_model(module, parallel_strategy_kwargs={option: False})
+        # the same heads take part in every step until the next pruning, which wraps anew
+        options = {option: False, "static_graph": True, "gradient_as_bucket_view": True}
+        prepared: nn.Module = ray.train.torch.prepare_model(module, parallel_strategy_kwargs=options)
         return prepared
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -70,6 +70,8 @@ class Follower:
             if key not in self.told and key in gate:
                 self.told.add(key)
                 self.say(epoch_line(record, gate[key]["probabilities"]))
+                for warning in record.get("warnings", ()):
+                    self.say(f"note: {warning}")
                 self.tracker.record(record)
 
     def _waiting(self) -> None:

@@ -6,13 +6,15 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import yaml
 
+from dmtg_core.aggregation import load_aggregator
 from dmtg_core.network import GroupingNetwork
+from dmtg_core.step import WeighedLoss
 from dmtg_core.tasks import Task
 from dmtg_core.warm_start import WarmStart
 from pipelines import statistics
@@ -21,6 +23,7 @@ from pipelines.config import Config, checked
 from pipelines.errors import UserError
 from pipelines.faults import gave_up
 from pipelines.follow import following
+from pipelines.groups import train_groups
 from pipelines.ingest import Reader, keeps_in_memory, load_splits
 from pipelines.manifest import Manifest, check_shards, check_targets
 from pipelines.notices import EVENTS, for_result
@@ -29,7 +32,7 @@ from pipelines.shards import ensure_shards
 from pipelines.storage import Location, locate
 from pipelines.tracking import Tracker, enabled, open_tracker
 from pipelines.warm_start import explained, fairness_notes, keep_models, open_models
-from pipelines.worker import GROUPING, RESULT, Job, read_jsonl, work
+from pipelines.worker import GROUPING, RESULT, SEARCHED, Job, read_jsonl, work
 
 CONFIG, REPORT, REGISTERED = "config.yaml", "report.html", "models.json"
 log = logging.getLogger(__name__)
@@ -97,8 +100,13 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
             notes += fairness_notes(config, start)
             earlier = read_jsonl(run / EVENTS)
             notes += for_result(earlier)
+            held = load_splits(reader) if keeps_in_memory(reader, config.data) else None
             with following(run, config.ray, tracker, say, earlier) as board:
-                _run_workers(config, Job(config, reader, None, run, tuple(notes), start, board), say)
+                job = Job(config, reader, held, run, tuple(notes), start, board)
+                if not (run / SEARCHED).exists():
+                    run_workers(job, say)
+                if config.search.group_epochs:
+                    train_groups(job, say)
     return _close(config, run, tracker, manifest, say, finished)
 
 
@@ -131,19 +139,28 @@ def check_all(
     tasks = manifest.tasks(config.data.tasks, str(folder))
     check_targets(manifest, tasks, str(folder))
     check_shards(folder, manifest, checksums=config.data.verify_checksums)
-    try:
+    with _section("network"):
         spec = config.network_spec(manifest.description.input, tasks)
-        GroupingNetwork(spec)
-    except ValueError as error:
-        raise UserError(
-            str(error), where="network", remedy="correct the network section", wrong_use=True
-        ) from error
+        network = GroupingNetwork(spec)
+    with _section("train"):
+        WeighedLoss(network, aggregator=config.train.aggregator)
+        if config.train.aggregator != "sum":
+            load_aggregator(config.train.aggregator)
     if models is not None:
         with explained():
             models.check(spec)
         for note in models.notes(spec):
             say(note)
     return tasks
+
+
+@contextmanager
+def _section(name: str) -> Iterator[None]:
+    """What the core refuses, as an error of a section of the configuration."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error), where=name, remedy=f"correct the {name} section", wrong_use=True) from error
 
 
 def support_notes(manifest: Manifest, tasks: Sequence[Task], least: int) -> list[str]:
@@ -159,21 +176,25 @@ def support_notes(manifest: Manifest, tasks: Sequence[Task], least: int) -> list
     return notes
 
 
-def _run_workers(config: Config, job: Job, say: Callable[[str], None]) -> None:
+def run_workers(job: Job, say: Callable[[str], None]) -> None:
+    """Have Ray Train's workers do a job.
+
+    Raises:
+        UserError: When they could not.
+    """
     import ray.train
     import ray.train.torch
 
     from pipelines.controller import Trainer, Watch
 
-    memory = keeps_in_memory(job.reader, config.data)
-    held = load_splits(job.reader) if memory else None
+    config = job.config
     fewest, most = config.ray.fewest, config.ray.most
     count = f"{most}" if fewest == most else f"{fewest} to {most}"
-    say(f"training on {count} workers, samples {'in shared memory' if memory else 'streamed'}")
+    say(f"training on {count} workers, samples {'streamed' if job.held is None else 'in shared memory'}")
     with tempfile.TemporaryDirectory(prefix="dmtg-") as scratch:
         trainer = Trainer(
             work,
-            train_loop_config={"job": replace(job, held=held)},
+            train_loop_config={"job": job},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.ray.workers,
                 elastic_resize_monitor_interval_s=config.ray.resize_every_s,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 
 from dmtg_core import checkpoint
+from dmtg_core.data import Data
 from dmtg_core.metrics import Metrics, normalized_gain
-from dmtg_core.network import GroupModel
+from dmtg_core.network import GroupModel, NetworkSpec
+from dmtg_core.profile import profile_steps
 from dmtg_core.search import SearchResult, search
 from dmtg_core.tasks import Task
 from dmtg_core.warm_start import WarmStart
@@ -28,6 +31,8 @@ from pipelines.storage import Location
 from pipelines.watch import Watched
 
 GROUPING, RESULT, MODELS = "grouping.json", "result.json", "models"
+SEARCHED = "searched.json"  # a result whose groups are still to be trained on their own
+PROFILE = "profile"
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Job:
         notes: Warnings to keep beside the result, such as tasks with thin support.
         start: Names and places of the models to start from, kept in the run folder.
         board: Where to tell the driver what happens.
+        profile: Only measure some steps.
     """
 
     config: Config
@@ -48,6 +54,7 @@ class Job:
     notes: tuple[str, ...] = ()
     start: tuple[tuple[str, Location], ...] = ()
     board: Any = None
+    profile: bool = False
 
 
 def read_jsonl(file: Location) -> list[dict[str, Any]]:
@@ -64,34 +71,57 @@ def work(values: dict[str, Any]) -> None:
     job: Job = values["job"]
     context = RayContext(job.run, teller(job.board), job.config.ray.hung_after_s)
     try:
-        result = _search(job, context)
+        # each worker on a machine gets its share of the cores
+        torch.set_num_threads(max((os.cpu_count() or 1) // context.local_world_size, 1))
+        if job.profile:
+            with _explaining(job, context):
+                _profile(job, context)
+            return
+        with _explaining(job, context):
+            result = _search(job, context)
         if context.rank == 0:
             _keep(job, context, result)
     finally:
         context.close()
 
 
-def _search(job: Job, context: RayContext) -> SearchResult:
-    config = job.config
-    # each worker on a machine gets its share of the cores
-    torch.set_num_threads(max((os.cpu_count() or 1) // context.local_world_size, 1))
-    tasks = job.reader.tasks
-    spec = config.network_spec(job.reader.manifest.description.input, tasks)
-    splits = [split for split in ("val", "test") if job.reader.manifest.rows(split)]
+@contextmanager
+def _explaining(job: Job, context: RayContext) -> Iterator[None]:
+    """Errors that come from the configuration, as what they are."""
     try:
-        data = open_data(
-            job.reader, job.held, config.data, seed=config.train.seed,
-            rank=context.rank, world_size=context.world_size, device=context.device,
-        )  # fmt: skip
-        return search(
-            spec, Watched(data, context.watchdog), config.settings(), starts=config.search.starts,
-            baseline=config.search.baseline, splits=splits, context=context, warm_start=warm_start(job.start),
-        )  # fmt: skip
+        yield
     except (RuntimeError, MemoryError) as error:
-        lasting = lasting_error(error, config, str(job.run), context.world_size)
+        lasting = lasting_error(error, job.config, str(job.run), context.world_size)
         if lasting is None:
             raise
         raise lasting from error
+
+
+def _open(job: Job, context: RayContext) -> tuple[NetworkSpec, Data]:
+    config, reader = job.config, job.reader
+    data = open_data(
+        reader, job.held, config.data, seed=config.train.seed,
+        rank=context.rank, world_size=context.world_size, device=context.device,
+    )  # fmt: skip
+    return config.network_spec(reader.manifest.description.input, reader.tasks), Watched(data, context.watchdog)
+
+
+def _search(job: Job, context: RayContext) -> SearchResult:
+    config, (spec, data) = job.config, _open(job, context)
+    splits = [split for split in ("val", "test") if job.reader.manifest.rows(split)]
+    return search(
+        spec, data, config.settings(), starts=config.search.starts, baseline=config.search.baseline,
+        splits=splits, context=context, warm_start=warm_start(job.start),
+    )  # fmt: skip
+
+
+def _profile(job: Job, context: RayContext) -> None:
+    spec, data = _open(job, context)
+    with tempfile.TemporaryDirectory(prefix="dmtg-") as folder:
+        profile_steps(spec, data, job.config.settings(), context, Path(folder))
+        if context.rank == 0:
+            for file in sorted(Path(folder).iterdir()):
+                (job.run / PROFILE / file.name).write_bytes(file.read_bytes())
 
 
 def _keep(job: Job, context: RayContext, result: SearchResult) -> None:
@@ -100,13 +130,20 @@ def _keep(job: Job, context: RayContext, result: SearchResult) -> None:
     last = "the last checkpoint, without training again" if whole else "the last whole checkpoint"
     run = job.run if whole else job.run.patient(0)  # it has been waited for long enough
     try:
-        write_result(run, result, (*job.notes, *for_result(on_board(job.board))))
+        notes = (*job.notes, *warnings_of(context.records), *for_result(on_board(job.board)))
+        write_result(run, result, notes, SEARCHED if job.config.search.group_epochs else RESULT)
     except UserError as error:
         raise LastingError(
             f"training is done, its result {error.what.removeprefix('cannot write: ')}",
             where=error.where,
             remedy=f"{error.remedy}; then run the same words again: they go on from {last}",
         ) from error
+
+
+def warnings_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the epochs of a run have warned of, each once, with the stage."""
+    said = [f"{record['stage']}: {warning}" for record in records for warning in record.get("warnings", ())]
+    return list(dict.fromkeys(said))
 
 
 def warm_start(places: Sequence[tuple[str, Location]]) -> WarmStart | None:
@@ -120,7 +157,7 @@ def warm_start(places: Sequence[tuple[str, Location]]) -> WarmStart | None:
     return WarmStart([read_model(place) for _, place in places], [name for name, _ in places])
 
 
-def _gains(tasks: Sequence[Task], metrics: Metrics, baseline: Metrics) -> dict[str, float]:
+def gains(tasks: Sequence[Task], metrics: Metrics, baseline: Metrics) -> dict[str, float]:
     """The gain over naive MTL in per cent: of errors, and the published forms, of scores and of losses."""
     return {
         "error": normalized_gain(tasks, metrics, baseline),
@@ -156,23 +193,23 @@ def read_model(place: Location) -> GroupModel:
             ) from error
 
 
-def write_result(run: Location, result: SearchResult, notes: Sequence[str] = ()) -> None:
-    """Group models, grouping and figures into the run folder; the result comes last and says that all is there."""
+def write_result(run: Location, result: SearchResult, notes: Sequence[str] = (), file: str = RESULT) -> None:
+    """Group models, grouping and figures into the run folder; the file comes last and says that all is there."""
     for name, model in result.network.specialise().items():
         write_model(run / MODELS / name, model)
     (run / GROUPING).write_text(result.grouping.to_json())
     split = "test" if "test" in result.metrics else "val"
     tasks = result.network.tasks
-    gains = _gains(tasks, result.metrics[split], result.baseline[split]) if result.baseline else {}
-    (run / RESULT).write_json(
+    found = gains(tasks, result.metrics[split], result.baseline[split]) if result.baseline else {}
+    (run / file).write_json(
         {
             "grouping": result.grouping.to_dict(),
             "grouping_name": result.grouping.name,
             "split": split,
             "metrics": result.metrics[split],
             "baseline": result.baseline.get(split, {}),
-            "normalized_gain": gains.get("error"),
-            "gains": gains,
+            "normalized_gain": found.get("error"),
+            "gains": found,
             "validation": result.metrics.get("val", {}),
             "starts": result.starts,
             "headline": {task.name: task.metric for task in tasks},

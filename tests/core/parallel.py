@@ -39,7 +39,7 @@ class ProcessContext:
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Wrapped for data-parallel training."""
-        return DistributedDataParallel(module)
+        return DistributedDataParallel(module, static_graph=True, gradient_as_bucket_view=True)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all workers."""
