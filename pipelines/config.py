@@ -102,7 +102,10 @@ class DataSection(Section):
     )
     read_threads: int = Field(4, ge=1, description="shard parts that a streaming worker reads at once")
     shuffle_mib: float = Field(
-        128, gt=0, description="decoded size of what a streaming worker mixes; it holds two or three times that"
+        128,
+        gt=0,
+        description="decoded size of what a streamed global batch is drawn from; a worker holds up to three times "
+        "that. At 16 MiB for every worker, or a multiple, each reads a part of its own",
     )
     cache_gib: float = Field(4.0, gt=0, description="decoded size up to which auto keeps samples in memory")
 

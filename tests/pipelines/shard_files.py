@@ -1,0 +1,106 @@
+"""Shards of arrays that a test makes up, and what each of two processes runs that train from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+
+from dmtg_core import Arrays, GroupingNetwork, InputSpec, Task, TrainSettings, fit
+from dmtg_core.checkpoint import save_network
+from pipelines.config import DataSection
+from pipelines.ingest import Reader
+from pipelines.manifest import Manifest, Shard
+from pipelines.shards import table_of
+from pipelines.sources import INPUT, Column, Description
+from pipelines.storage import locate
+from pipelines.stream import StreamData
+from tests.core.parallel import ProcessContext, spec_for
+
+NUMBER = Task("number", "regression")
+
+
+def write_arrays(
+    folder: Path, spec: InputSpec, tasks: Sequence[Task], splits: Mapping[str, Sequence[Arrays]], group_rows: int
+) -> Reader:
+    """One shard for each of the arrays of a split, as `write_shard` makes it of images."""
+    first = splits["train"][0]
+    columns = {INPUT: Column(str(first.inputs.dtype), first.inputs.shape[1:])}
+    for name, values in first.labels.items():
+        columns[f"task.{name}"] = Column(str(values.dtype), values.shape[1:])
+    description = Description(spec, tuple(tasks), columns)
+    shards: dict[str, list[Shard]] = {split: [] for split in splits}
+    for split, parts in splits.items():
+        for arrays in parts:
+            file = f"{split}-{len(shards[split]):05d}.parquet"
+            rows = [(f"{file}/{i}", _row(arrays, i)) for i in range(len(arrays))]
+            plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+            pq.write_table(table_of(description, rows), folder / file, row_group_size=group_rows, **plain)
+            shards[split].append(Shard(file, len(arrays), (folder / file).stat().st_size, ""))
+    manifest = Manifest(description, shards, {}, group_rows=group_rows)
+    return Reader(locate(str(folder)), manifest, tuple(tasks))
+
+
+def _row(arrays: Arrays, i: int) -> dict[str, np.ndarray | None]:
+    labels = {
+        f"task.{name}": values[i] if name not in arrays.present or arrays.present[name][i] else None
+        for name, values in arrays.labels.items()
+    }
+    return {INPUT: arrays.inputs[i], **labels}
+
+
+def write_numbers(folder: Path, rows: Sequence[int], group_rows: int, width: int = 1) -> Reader:
+    """Samples of each shard's `rows`; input, `width` times, and label of a sample are its number."""
+    parts, first = [], 0
+    for count in rows:
+        numbers = np.arange(first, first + count, dtype=np.float32)
+        parts.append(Arrays(np.repeat(numbers[:, None], width, axis=1), {NUMBER.name: numbers}, {}))
+        first += count
+    splits = {"train": parts, "val": parts}
+    return write_arrays(folder, InputSpec("features", (width,)), [NUMBER], splits, group_rows)
+
+
+def streamed(
+    reader: Reader, shuffle_rows: float, *, seed: int = 1, rank: int = 0, world_size: int = 1
+) -> StreamData:
+    """A worker that mixes so many rows."""
+    data = DataSection(shards="", shuffle_mib=shuffle_rows * reader.row_bytes() / 2**20)
+    return StreamData(reader, data, seed=seed, rank=rank, world_size=world_size, device=torch.device("cpu"))
+
+
+class Keeping(ProcessContext):
+    """Keeps the checkpoints of rank 0, and begins with one when it is given."""
+
+    def __init__(self, folder: Path, begin: Path | None = None) -> None:
+        super().__init__()
+        self.folder, self.begin = folder, begin
+
+    def report(self, record, save) -> None:
+        """Write each into a folder of its own."""
+        if self.rank == 0:
+            place = self.folder / f"checkpoint_{len(list(self.folder.iterdir())):06d}"
+            place.mkdir()
+            save(place)
+
+    def latest(self) -> Path | None:
+        """The one to begin with."""
+        return self.begin
+
+
+def train_streamed(
+    rank: int, workers: int, folder: Path, reader: Reader, settings: TrainSettings, rows: int, begin: Path
+) -> None:
+    """What one process runs: train from the start, then once more from a checkpoint of another run."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
+    for name, first in (("whole", None), ("rest", begin)):
+        kept = folder / f"{name}_checkpoints"
+        kept.mkdir(exist_ok=True)
+        data = streamed(reader, rows, rank=rank, world_size=workers)
+        state = fit(GroupingNetwork(spec_for("gumbel")), data, settings, Keeping(kept, first))
+        save_network(folder / f"{name}_{rank}", state.network)
+    dist.destroy_process_group()
