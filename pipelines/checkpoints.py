@@ -195,8 +195,8 @@ class Outbox:
 
     def _failed(self, name: str, error: Exception) -> None:
         if not self.failing and not self.closed:
-            reason = f"{error.what} at {error.where}" if isinstance(error, UserError) else str(error)
-            self.tell(UNWRITTEN, f"{name} cannot be written ({reason}); training goes on without it")
+            reason = error.what.removeprefix("cannot write: ") if isinstance(error, UserError) else str(error)
+            self.tell(UNWRITTEN, f"{name} cannot be written, training goes on without it ({reason})")
         self.failing = True
 
     def _succeeded(self, name: str) -> None:

@@ -64,7 +64,7 @@ def _own_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if held is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, held)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -19,7 +19,6 @@ LESS_HOST_MEMORY = (
     "give the machine more memory, or use less: lower ray.workers, ray.object_store_mib, data.shuffle_mib or "
     "train.batch_size"
 )
-COLLATERAL = ("connection reset", "connection closed", "broken pipe", "gloo", "nccl", "timed out")
 
 
 class LastingError(UserError):
@@ -62,27 +61,6 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def reason(failures: Mapping[int, BaseException]) -> str:
-    """One line on why workers were lost: the failure that explains the others comes first."""
-    if not failures:
-        return "unknown"
-    rank = min(failures, key=lambda rank: (_weight(failures[rank]), rank))
-    return f"worker {rank}: {explained(failures[rank])}"
-
-
-def _weight(error: BaseException) -> int:
-    """A process that died explains those that lost their connection to it."""
-    if _died(error):
-        return 0
-    return 2 if any(word in str(error).lower() for word in COLLATERAL) else 1
-
-
-def _died(error: BaseException) -> bool:
-    from ray.exceptions import OutOfMemoryError, RayActorError
-
-    return any(isinstance(one, RayActorError | OutOfMemoryError) for one in causes(error))
-
-
 def killed_for_memory(error: BaseException) -> bool:
     """Whether Ray ended a process because its machine ran low on memory."""
     from ray.exceptions import OutOfMemoryError
@@ -90,21 +68,54 @@ def killed_for_memory(error: BaseException) -> bool:
     return any(isinstance(one, OutOfMemoryError) or "low on memory" in str(one) for one in causes(error))
 
 
+def _died(error: BaseException) -> bool:
+    from ray.exceptions import RayActorError
+
+    return any(isinstance(one, RayActorError) for one in causes(error))
+
+
+def _lost_the_others(error: BaseException) -> bool:
+    words = ("gloo", "nccl", "connection reset", "connection closed", "broken pipe")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+def _late(error: BaseException) -> bool:
+    return _lost_the_others(error) and any(word in str(error).lower() for word in ("timed out", "timeout"))
+
+
+Signs = tuple[tuple[Callable[[BaseException], bool], str], ...]
+DEATHS: Signs = (
+    (killed_for_memory, "Ray ended it because its machine was running out of memory"),
+    (lambda error: _died(error) and "node has died" in str(error), "its machine was lost"),
+    (_died, "its process was lost; the system ends processes like this when memory runs out"),
+    (lambda error: "health check has been hanging" in str(error), "it did not answer"),
+)
+# what the workers meet that are left
+COLLATERAL: Signs = (
+    (_late, "it waited for the others longer than ray.timeout_s"),
+    (_lost_the_others, "it lost the others"),
+)
+
+
 def explained(error: BaseException) -> str:
     """One line on why a worker failed, as far as that is known."""
-    text = str(error)
-    if killed_for_memory(error):
-        return "Ray ended it because its machine was running out of memory"
-    if _died(error):
-        if "node has died" in text:
-            return "its machine was lost"
-        return "its process was lost (the system ends processes like this when memory runs out)"
+    for sign, words in (*DEATHS, *COLLATERAL):
+        if sign(error):
+            return words
     found = user_error(error)
-    if found is not None:
-        return found.what
-    if "health check has been hanging" in text:
-        return "it did not answer"
-    return f"{type(error).__name__}: {_first_line(error)}"
+    return found.what if found is not None else f"{type(error).__name__}: {_first_line(error)}"
+
+
+def reason(failures: Mapping[int, BaseException]) -> str:
+    """One line on why workers were lost, from the one whose failure explains those of the others."""
+
+    def order(rank: int) -> tuple[int, int]:
+        collateral = any(sign(failures[rank]) for sign, _ in COLLATERAL)
+        dead = any(sign(failures[rank]) for sign, _ in DEATHS)
+        return (0 if dead else 2 if collateral else 1), rank
+
+    rank = min(failures, key=order)
+    return f"worker {rank}: {explained(failures[rank])}"
 
 
 def gave_up(error: BaseException, run: str) -> UserError:
@@ -119,7 +130,7 @@ def gave_up(error: BaseException, run: str) -> UserError:
             where=run,
             remedy=f"{again}; --debug shows where it failed",
         )
-    if any(killed_for_memory(one) or _died(one) for one in failures.values()):
+    if any(sign(one) for one in failures.values() for sign in (killed_for_memory, _died)):
         again = f"if it was memory: {LESS_HOST_MEMORY}; then {again}"
     return UserError(
         f"training failed, and ray.max_failures allows no more tries: {reason(failures)}",

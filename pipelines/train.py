@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 from dmtg_core.aggregation import load_aggregator
+from dmtg_core.data import epoch_steps
 from dmtg_core.network import GroupingNetwork
 from dmtg_core.step import WeighedLoss
 from dmtg_core.tasks import Task
@@ -139,6 +140,7 @@ def check_all(
     tasks = manifest.tasks(config.data.tasks, str(folder))
     check_targets(manifest, tasks, str(folder))
     check_shards(folder, manifest, checksums=config.data.verify_checksums)
+    check_workers(config, manifest)
     with _section("network"):
         spec = config.network_spec(manifest.description.input, tasks)
         network = GroupingNetwork(spec)
@@ -152,6 +154,31 @@ def check_all(
         for note in models.notes(spec):
             say(note)
     return tasks
+
+
+def check_workers(config: Config, manifest: Manifest) -> None:
+    """Whether the data can be shared by as many workers as there may be, and an epoch is the same for all numbers.
+
+    Raises:
+        UserError: When it cannot, or is not.
+    """
+    fewest, most = config.ray.fewest, config.ray.most
+    few = [split for split in manifest.shards if 0 < manifest.rows(split) < most]
+    problem = f"split {few[0]} has {manifest.rows(few[0])} samples for {most} workers" if few else ""
+    try:
+        steps = [epoch_steps(manifest.rows("train"), config.train.batch_size, n) for n in (fewest, most)]
+    except ValueError as error:
+        problem = str(error)
+    else:
+        if steps[0] != steps[1]:
+            problem = (
+                f"an epoch of {manifest.rows('train')} samples has {steps[0]} batches for {fewest} workers and "
+                f"{steps[1]} for {most}, who could not share the last one"
+            )
+    if problem:
+        raise UserError(
+            problem, where="ray.workers", remedy="lower the number of workers, or change train.batch_size"
+        )
 
 
 @contextmanager

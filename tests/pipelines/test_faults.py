@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,11 +20,13 @@ import psutil
 import pytest
 
 from pipelines import storage
+from pipelines.config import Config, RaySection, checked
 from pipelines.errors import UserError
-from pipelines.notices import DAMAGED, LOST, RESIZED, RESUMED, UNWRITTEN
+from pipelines.manifest import read_manifest
+from pipelines.notices import DAMAGED, HUNG, LOST, RESIZED, RESUMED, UNWRITTEN
 from pipelines.registry import list_models
 from pipelines.storage import locate
-from pipelines.train import train
+from pipelines.train import check_workers, train
 from pipelines.worker import read_jsonl
 from tests.pipelines.conftest import make_config
 from tests.pipelines.driver import ROOT, Driver, Undisturbed, disturbed, in_own_mounts, kill, same, workers
@@ -30,6 +35,23 @@ from tests.pipelines.s3_server import BUCKET, begin, end, free_port, serving, se
 pytestmark = pytest.mark.ray
 CHECKPOINTS = 16  # of an undisturbed run: one in the middle of each of eight epochs, and one at its end
 OFTEN = {"checkpoint_every": 2}
+
+
+def test_numbers_of_workers_that_would_cut_other_epochs_are_refused(run: Undisturbed) -> None:
+    manifest = read_manifest(locate(run[0].data.shards))
+
+    def asked(workers: object) -> Config:
+        return run[0].model_copy(update={"ray": checked(RaySection, {"workers": workers})})
+
+    for fits in (1, 2, 8, [1, 5]):
+        check_workers(asked(fits), manifest)
+    for wrong, match in (
+        ([1, 8], "has 4 batches for 1 workers and 3 for 8"),
+        (17, "batch of 16 cannot be shared by 17"),
+        ([2, 20], "has 19 samples for 20 workers|batch of 16"),
+    ):
+        with pytest.raises(UserError, match=match):
+            check_workers(asked(wrong), manifest)
 
 
 def test_a_worker_killed_in_the_middle_of_an_epoch_is_replaced(
@@ -212,7 +234,7 @@ def test_no_room_for_temporary_files_costs_checkpoints_and_no_training(
     same(driver.outcome(), run[1].result)
     assert driver.newest() == CHECKPOINTS
     assert driver.events(RESUMED, LOST) == []
-    assert list(here.iterdir()) == []
+    assert list(here.glob("dmtg-*")) == []
 
 
 @pytest.mark.soak
@@ -261,8 +283,35 @@ def test_a_worker_that_is_stopped_is_replaced(run: Undisturbed, tmp_path: Path) 
     assert driver.process.wait() == 0, driver.log
     same(driver.outcome(), run[1].result)
     assert driver.newest() <= CHECKPOINTS + 1
-    assert len(driver.events(LOST)) == 1
+    assert ["longer than ray.timeout_s" in told["message"] for told in driver.events(LOST)] == [True]
     assert not victim.is_running()
+
+
+@pytest.mark.soak
+def test_workers_that_hang_are_replaced_and_where_they_stood_is_kept(run: Undisturbed, tmp_path: Path) -> None:
+    stream = {"cache": "stream", "shards": str(tmp_path / "shards")}
+    shutil.copytree(run[0].data.shards, stream["shards"])
+    undisturbed = disturbed(run, tmp_path, data=stream, run={"root": str(tmp_path / "undisturbed"), "name": "s"})
+    expected = train(type(run[0]).model_validate(undisturbed.values)).result
+    driver = disturbed(run, tmp_path, data=stream, train=OFTEN, ray={"hung_after_s": 60})
+    driver.start()
+    driver.wait_for(lambda: driver.newest() >= 5)
+    shard = tmp_path / "shards" / "train-00001.parquet"
+    shard.rename(tmp_path / "whole")
+    os.mkfifo(shard)  # to open it is to wait for ever
+    driver.wait_for(lambda: driver.events(LOST))
+    (tmp_path / "whole").rename(shard)
+    assert driver.process is not None
+    assert driver.process.wait() == 0, driver.log
+    same(driver.outcome(), expected)
+    assert driver.newest() <= CHECKPOINTS + 1
+    told = driver.events(HUNG)
+    assert told
+    for found in told:
+        assert found["message"] in driver.outcome()["notes"]
+    stacks = "".join(file.read_text() for file in driver.folder.glob("hung_*.txt"))
+    assert "in read" in stacks
+    assert "ingest.py" in stacks
 
 
 @pytest.fixture
@@ -344,14 +393,36 @@ def test_a_job_that_is_stopped_ends_in_order(run: Undisturbed, tmp_path: Path) -
     same(driver.finish(), run[1].result)
 
 
+SHORT = """
+import ray
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from pipelines.faults import gave_up
+
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+
+@ray.remote
+class Worker:
+    def train(self):
+        held = bytes(200 * 2**20)
+        while held:
+            pass
+
+try:
+    ray.get(Worker.remote().train.remote())
+except ray.exceptions.RayError as error:
+    print(gave_up(WorkerGroupError("lost", {1: WorkerHealthCheckFailedError("it failed", error)}), "runs/x"))
+"""
+
+
 @pytest.mark.soak
-def test_a_worker_that_is_killed_for_memory_has_a_message_that_says_what_to_lower(
-    run: Undisturbed, tmp_path: Path
-) -> None:
-    driver = disturbed(run, tmp_path, ray={"max_failures": 0})
+def test_a_worker_that_is_killed_for_memory_has_a_message_that_says_what_to_lower() -> None:
     # Ray finds its machine short of memory whatever the machine has
-    little = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "500"}
-    assert driver.start(**little).wait() == 1
-    error = driver.outcome()["error"]
-    assert "running out of memory" in error["what"]
-    assert "train.batch_size" in error["remedy"]
+    little = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+    found = subprocess.run(
+        [sys.executable, "-c", SHORT], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **little},
+        check=True,
+    )  # fmt: skip
+    assert "worker 1: Ray ended it because its machine was running out of memory" in found.stdout
+    assert "where: runs/x\nremedy: if it was memory" in found.stdout
+    assert "train.batch_size" in found.stdout
