@@ -245,7 +245,7 @@ def test_uncertainty_weighs_each_task_by_the_formula():
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_learned_variance_settles_at_twice_the_loss(optimizer):
     """Where exp(-s) · L + s / 2 is least, exp(s) = 2 L; weight decay would pull s to 0."""
     tasks = [Task("noise", "regression")]
@@ -254,7 +254,7 @@ def test_a_learned_variance_settles_at_twice_the_loss(optimizer):
     state = fresh(spec, settings)
     batch = samples.batch(spec.input, tasks, 50)
     batch = replace(batch, inputs=torch.zeros_like(batch.inputs), targets={"noise": torch.randn(50) * 3})
-    for step in range(200):
+    for step in range(400):
         figures = run_step(state, settings, batch, step=step)
     assert math.exp(state.network.log_variance.item()) == pytest.approx(2 * figures.by_task.item(), rel=0.1)
 
