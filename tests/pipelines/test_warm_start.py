@@ -10,11 +10,12 @@ import pytest
 from dmtg_core import EncoderSpec, GroupingNetwork, GroupModel, InputSpec, NetworkSpec, Task
 from dmtg_core.checkpoint import save_model, save_network
 from pipelines.config import Config, checked
+from pipelines.context import METRICS
 from pipelines.errors import UserError
 from pipelines.storage import Location, locate
 from pipelines.train import Trained, train
 from pipelines.warm_start import START, fairness_notes, keep_models, open_models
-from pipelines.worker import METRICS, RESULT, read_jsonl, warm_start
+from pipelines.worker import RESULT, read_jsonl, warm_start
 from tests.pipelines.conftest import make_config
 from tests.pipelines.s3_server import BUCKET
 
