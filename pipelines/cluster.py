@@ -48,7 +48,9 @@ def session(section: RaySection) -> Iterator[None]:
             # logical CPUs: workers and data tasks each have theirs, even where the machine has fewer
             cpus = math.ceil(section.most * section.cpus_per_worker + section.data_cpus)
             store = section.object_store_mib and section.object_store_mib * 2**20
-            ray.init(num_cpus=cpus, object_store_memory=store, include_dashboard=False, **quiet)
+            # left out, the address would be that of any cluster that Ray finds on this machine
+            own = {"num_cpus": cpus, "object_store_memory": store, "include_dashboard": False}
+            ray.init(address="local", **own, **quiet)
     try:
         quieten()
         _check_room(section, ray.cluster_resources())
