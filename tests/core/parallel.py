@@ -65,4 +65,5 @@ def work(rank: int, workers: int, folder: str, sampling: str) -> None:
     place = Path(folder) / f"rank_{rank}"
     save_network(place, state.network)
     (place / "history.json").write_text(json.dumps(state.history))
+    dist.barrier()
     dist.destroy_process_group()

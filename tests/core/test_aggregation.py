@@ -513,6 +513,8 @@ def work(rank: int, folder: str) -> None:
         found = {key: total(value) for key, value in local.items()}
         shares = {f"local.{key}": value for key, value in local.items()}
         save_file({"weights": weights, **found, **shares}, Path(folder) / f"{name}_{rank}.safetensors")
+    del module  # before the group that it reduces over
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -84,11 +84,11 @@ def test_two_steps_of_a_recipe(name: str, raw: Callable[[str], Path]) -> None:
     for step in range(2):
         (batch,) = data.train(step, ROWS)
         noise = step_noise(state.network, settings, step, 0, ROWS)
-        losses, refused = train_step(
+        figures = train_step(
             module, state.optimizer, batch, noise, settings.temperature(0), settings, LocalContext(device="cpu")
         )
-        assert torch.isfinite(losses).all()
-        assert not refused
+        assert torch.isfinite(figures.by_task).all()
+        assert not figures.refused
     named = state.network.named_parameters()
     still = [name for old, (name, new) in zip(before, named, strict=True) if torch.equal(old, new)]
     assert still == (["gate.logits"] if config.network.groups == 1 else [])  # one group leaves nothing to choose
