@@ -5,6 +5,7 @@ import torch
 
 from dmtg_core import LocalContext
 from dmtg_core.checkpoint import SEAL
+from dmtg_core.context import newest_whole
 
 
 def writer(text: str):
@@ -88,3 +89,18 @@ def test_one_process_sums_to_itself():
     value = torch.arange(3.0)
     assert torch.equal(context.sum(value), value)
     assert (context.rank, context.world_size) == (0, 1)
+
+
+def test_what_is_passed_over_on_the_way_to_a_whole_checkpoint_is_told(tmp_path, caplog):
+    context = local(tmp_path, keep=3)
+    for n in range(3):
+        context.report({}, writer(str(n)))
+    oldest, *damaged = sorted(tmp_path.iterdir())
+    for folder in damaged:
+        (folder / "content").write_text("changed")
+    told = []
+    assert newest_whole(reversed([oldest, *damaged]), told.append) == oldest
+    assert told == [f"{folder}: missing or damaged: content" for folder in reversed(damaged)]
+    assert caplog.text == ""
+    assert context.latest() == oldest
+    assert "going back to the checkpoint before" in caplog.text

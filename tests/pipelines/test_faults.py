@@ -373,8 +373,8 @@ def test_a_job_that_is_stopped_ends_in_order(run: Undisturbed, tmp_path: Path) -
     from ray.cluster_utils import Cluster
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    head = {"num_cpus": 4, "object_store_memory": 128 * 2**20, "include_dashboard": True,
-            "dashboard_port": free_port()}  # fmt: skip
+    ports = {"dashboard_port": free_port(), "dashboard_agent_listen_port": free_port()}
+    head = {"num_cpus": 4, "object_store_memory": 128 * 2**20, "include_dashboard": True, **ports}
     made = Cluster(initialize_head=True, head_node_args=head)
     try:
         track = {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}
