@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipelines.cli_models import models_app
+from pipelines.cli_options import ConfigFile, Debug, Json, RayFile, Words
 from pipelines.console import number, print_table, run, say
 
 if TYPE_CHECKING:
@@ -21,15 +23,6 @@ app = typer.Typer(
     help="Learn which prediction tasks should share an encoder, and train one model per group.",
     epilog="-c takes a YAML file or the name of a recipe that ships; section.key=value words change it.",
 )
-models_app = typer.Typer(no_args_is_help=True, help="Look into the model registry.")
-
-ConfigFile = Annotated[str, typer.Option("--config", "-c", help="YAML file, or the name of a recipe that ships.")]
-Words = Annotated[list[str] | None, typer.Argument(help="section.key=value, laid over the file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
-RayFile = Annotated[
-    str, typer.Option("--ray-config", help="Where and how Ray runs; ./ray_config.yaml by default.")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def _load(config: str, words: list[str] | None, ray_config: str = "") -> Config:
@@ -213,53 +206,6 @@ def report(
         return {"run_dir": run_dir, "report": str(page)}
 
     run("report", body, as_json=as_json, debug=debug)
-
-
-TrackUri = Annotated[str, typer.Option("--uri", help="Tracking server; an SQLite file here by default.")]
-
-
-@models_app.command("list")
-def models_list(uri: TrackUri = "", as_json: Json = False, debug: Debug = False) -> None:
-    """The newest version of every registered model."""
-
-    def body() -> dict[str, Any]:
-        from pipelines.config import TrackSection
-        from pipelines.registry import list_models
-
-        found = list_models(TrackSection(uri=uri))
-        columns = ("name", "version", "aliases", "tasks", "grouping")
-        rows = [{key: ", ".join(m[key]) if key == "aliases" else m[key] for key in columns} for m in found]
-        print_table("Registered models", rows)
-        return {"models": [model["uri"] for model in found], "entries": found}
-
-    run("models list", body, as_json=as_json, debug=debug)
-
-
-@models_app.command("show")
-def models_show(
-    name: Annotated[str, typer.Argument(help="Registered name, or name/version.")],
-    uri: TrackUri = "",
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """One registered model: which tasks it serves, how well, from which data and run."""
-
-    def body() -> dict[str, Any]:
-        from pipelines.config import TrackSection
-        from pipelines.registry import show_model
-
-        found = show_model(TrackSection(uri=uri), name)
-        rows = [{"": key, "value": value} for key, value in found.items() if key != "metrics"]
-        print_table(found["uri"], rows)
-        metrics = [
-            {"task": task, **{key: number(value) for key, value in values.items()}}
-            for task, values in found["metrics"].items()
-        ]
-        for row in metrics:
-            say("  ".join(f"{key} {value}" for key, value in row.items()))
-        return found
-
-    run("models show", body, as_json=as_json, debug=debug)
 
 
 app.add_typer(models_app, name="models")

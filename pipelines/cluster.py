@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from pipelines.config import RaySection
 from pipelines.errors import UserError
+from pipelines.sections import RaySection
 
 # Data source V2 starts dozens of one-CPU actors at every execution and makes small reads many times slower.
 os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")

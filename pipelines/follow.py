@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from pipelines.cluster import short_of_room
-from pipelines.config import RaySection
 from pipelines.context import GATE, METRICS
 from pipelines.errors import UserError
 from pipelines.notices import EVENTS, LOST, RESIZED, RESUMED, WAITING, Event, Keeper, start_board, teller
+from pipelines.sections import RaySection
 from pipelines.storage import Location
 from pipelines.tracking import Tracker
 from pipelines.worker import read_jsonl

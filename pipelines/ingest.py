@@ -19,9 +19,9 @@ import torch
 
 from dmtg_core.data import ArrayData, Arrays, Chunks, Data, DeviceArrays, Samples
 from dmtg_core.tasks import Task
-from pipelines.config import DataSection
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest
+from pipelines.sections import DataSection
 from pipelines.sources import INPUT, Column
 from pipelines.storage import Location
 

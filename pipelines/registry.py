@@ -18,10 +18,11 @@ import numpy as np
 
 from dmtg_core.checkpoint import load_model
 from dmtg_core.network import GroupModel
-from pipelines.config import Config, TrackSection
+from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest
 from pipelines.preparation import Preparation, load_preparation
+from pipelines.sections import TrackSection
 from pipelines.storage import Location, locate
 from pipelines.tracking import connect
 from pipelines.worker import GROUPING, MODELS

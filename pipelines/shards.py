@@ -25,9 +25,10 @@ import pyarrow.parquet as pq
 
 from dmtg_core.tasks import Task
 from pipelines import statistics
-from pipelines.config import Config, DataSection, SourceSection
+from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.manifest import FILE, SPLITS, Manifest, Shard, read_manifest
+from pipelines.sections import DataSection, SourceSection
 from pipelines.sources import BadSampleError, Column, Description, Entry, Source, build_source
 from pipelines.storage import Location, locate
 

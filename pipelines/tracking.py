@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from pipelines.config import Config, TrackSection
+from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest
+from pipelines.sections import TrackSection
 from pipelines.storage import Location
 
 NOTE = "tracking.json"

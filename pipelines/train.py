@@ -20,7 +20,7 @@ from dmtg_core.tasks import Task
 from dmtg_core.warm_start import WarmStart
 from pipelines import statistics
 from pipelines.cluster import session, user_error
-from pipelines.config import Config, checked
+from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.faults import gave_up
 from pipelines.follow import following
@@ -29,6 +29,7 @@ from pipelines.ingest import Reader, keeps_in_memory, load_splits
 from pipelines.manifest import Manifest, check_shards, check_targets
 from pipelines.notices import EVENTS, for_result
 from pipelines.registry import Registered, register
+from pipelines.sections import checked
 from pipelines.shards import ensure_shards
 from pipelines.storage import Location, locate
 from pipelines.tracking import Tracker, enabled, open_tracker

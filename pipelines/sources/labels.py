@@ -14,9 +14,9 @@ import numpy as np
 from pydantic import ConfigDict, Field, model_validator
 
 from dmtg_core.tasks import Task, check_names
-from pipelines.config import Section
 from pipelines.errors import UserError
 from pipelines.preparation import cell_number
+from pipelines.sections import Section
 from pipelines.sources import BadSampleError, Column
 from pipelines.sources.rows import Row
 

@@ -26,8 +26,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 from pydantic import Field
 
-from pipelines.config import Section, checked
 from pipelines.errors import UserError
+from pipelines.sections import Section, checked
 from pipelines.sources import INPUT, BadSampleError, Column, Description, Entry
 from pipelines.sources.images import (
     decode_image,

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.config import Config, checked
+from pipelines.config import Config
+from pipelines.sections import checked
 from tests.pipelines.s3_server import free_port, serving, settings
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def s3(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 def ray_session(s3_port: int):
     """One local Ray cluster for all tests in this process; starting one takes longer than most of them."""
     from pipelines.cluster import session
-    from pipelines.config import RaySection
+    from pipelines.sections import RaySection
 
     with session(RaySection(object_store_mib=128)):
         yield

@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from dmtg_core import Arrays, GroupingNetwork, InputSpec, Task, TrainSettings, fit
 from dmtg_core.checkpoint import save_network
-from pipelines.config import DataSection
 from pipelines.ingest import Reader
 from pipelines.manifest import Manifest, Shard
+from pipelines.sections import DataSection
 from pipelines.shards import table_of
 from pipelines.sources import INPUT, Column, Description
 from pipelines.storage import locate

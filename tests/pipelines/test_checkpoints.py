@@ -16,10 +16,10 @@ import torch
 from dmtg_core.training import NonFiniteLossError
 from pipelines import storage
 from pipelines.checkpoints import Checkpoints, Errand, Outbox
-from pipelines.config import RaySection, checked
 from pipelines.errors import UserError
 from pipelines.faults import LastingError, lasting_error
 from pipelines.notices import DAMAGED, UNWRITTEN
+from pipelines.sections import RaySection, checked
 from pipelines.storage import can_pass, locate
 from pipelines.watch import STACKS, Scratch
 from tests.pipelines.conftest import make_config

@@ -20,11 +20,12 @@ import psutil
 import pytest
 
 from pipelines import storage
-from pipelines.config import Config, RaySection, checked
+from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.manifest import read_manifest
 from pipelines.notices import DAMAGED, HUNG, LOST, RESIZED, RESUMED, UNWRITTEN
 from pipelines.registry import list_models
+from pipelines.sections import RaySection, checked
 from pipelines.storage import locate
 from pipelines.train import check_workers, train
 from pipelines.worker import read_jsonl

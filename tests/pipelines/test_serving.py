@@ -16,9 +16,10 @@ from mlflow.exceptions import MlflowException
 from dmtg_core.checkpoint import save_model
 from dmtg_core.encoders import EncoderSpec
 from dmtg_core.network import GroupingNetwork, NetworkSpec
-from pipelines.config import Config, checked
+from pipelines.config import Config
 from pipelines.manifest import Manifest
 from pipelines.registry import load_groups, register
+from pipelines.sections import checked
 from pipelines.sources import INPUT, Source, build_source
 from pipelines.storage import locate
 from pipelines.tracking import connect
