@@ -14,6 +14,7 @@ from PIL import Image
 
 from pipelines.config import Config
 from pipelines.sections import checked
+from tests.pipelines import mlflow_server as mlflow_servers
 from tests.pipelines.s3_server import free_port, serving, settings
 
 if TYPE_CHECKING:
@@ -91,6 +92,13 @@ def s3(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of a running S3 server with an empty bucket."""
     with serving(s3_port, tmp_path_factory.mktemp("s3")):
         yield s3_port
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(s3: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a running MLflow server that keeps its files on the S3 server."""
+    with mlflow_servers.serving(free_port(), tmp_path_factory.mktemp("mlflow"), s3) as uri:
+        yield uri
 
 
 @pytest.fixture(scope="session")
