@@ -11,6 +11,7 @@ Learn in one training run which tasks should share an encoder:
 from dmtg_core.aggregation import AGGREGATORS
 from dmtg_core.augment import AUGMENTATIONS, augment
 from dmtg_core.context import LocalContext, TrainContext
+from dmtg_core.cost import Cost, grouping_cost, inference_cost
 from dmtg_core.data import ArrayData, Arrays, Batch, Data
 from dmtg_core.encoders import ENCODERS, EncoderSpec
 from dmtg_core.grouping import GroupGate, Grouping
@@ -31,6 +32,7 @@ __all__ = [
     "ArrayData",
     "Arrays",
     "Batch",
+    "Cost",
     "Data",
     "EncoderSpec",
     "GroupGate",
@@ -53,6 +55,8 @@ __all__ = [
     "augment",
     "evaluate",
     "fit",
+    "grouping_cost",
+    "inference_cost",
     "normalized_gain",
     "search",
     "total_error",

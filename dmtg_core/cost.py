@@ -1,0 +1,85 @@
+"""What it costs to answer all tasks for one sample: operations and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dmtg_core.grouping import Grouping
+from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec, clone
+from dmtg_core.tasks import InputSpec
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of inference.
+
+    Args:
+        flops: Floating point operations for one sample. A multiply-add counts as two. Counted are products of
+            matrices, convolutions and attention; what acts on each value alone (ReLU, normalisation, pooling) is
+            not.
+        parameters: Weights that take part; gates and running statistics do not.
+    """
+
+    flops: int
+    parameters: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.parameters + other.parameters)
+
+
+def inference_cost(network: GroupingNetwork | GroupModel | Mapping[str, GroupModel]) -> Cost:
+    """What one sample costs.
+
+    Args:
+        network: A hard network, which computes its stem once for all groups, and of an unpruned one each task's
+            likeliest branch alone; the model of one group; or those of all groups, each of which has a stem of
+            its own.
+    """
+    if isinstance(network, Mapping):
+        return sum((inference_cost(model) for model in network.values()), Cost(0, 0))
+    if isinstance(network, GroupModel):
+        return inference_cost(network.network)
+    hard = clone(network)
+    hard.keep(hard.gate.survivors(2.0))
+    parts = (hard.stem, hard.branches, hard.bank, hard.decoders)
+    parameters = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    return Cost(_flops(hard.eval(), hard.spec.input, hard.gate.logits.device), parameters)
+
+
+def grouping_cost(spec: NetworkSpec, grouping: Grouping, *, share_stem: bool = True) -> Cost:
+    """What a grouping would cost with the networks of `spec`, without any training.
+
+    Args:
+        spec: The network; its number of groups does not matter.
+        grouping: Which tasks go together.
+        share_stem: Compute the stem once for all groups. Not so where each group has changed its own.
+    """
+    network = GroupingNetwork(replace(spec.without_weights(), groups=len(grouping.groups), sampling="fixed"))
+    network.keep_grouping(grouping)
+    return inference_cost(network if share_stem else network.specialise())
+
+
+@torch.no_grad()
+def _flops(network: nn.Module, spec: InputSpec, device: torch.device) -> int:
+    sample = torch.zeros(1, *spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+    counter = FlopCounterMode(display=False)
+    with _plain_attention(), counter:
+        network(sample)
+    return counter.get_total_flops()
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Without the fused layers of `nn.MultiheadAttention`, which the counter does not see into."""
+    held = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(held)

@@ -1,0 +1,79 @@
+"""Operations and parameters of inference, beside what can be counted by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dmtg_core import EncoderSpec, Grouping, GroupingNetwork, InputSpec, NetworkSpec, Task
+from dmtg_core.cost import Cost, grouping_cost, inference_cost
+from tests.core.samples import DENSE, SAMPLEWISE, decided, image_spec, mlp_spec, snapshot
+
+TASKS = (Task("a", "binary"), Task("b", "multiclass", 3), Task("c", "regression"))
+MLP = 2 * (6 * 8 + 8 * 4)  # operations of an encoder 6 → 8 → 4
+
+
+def spec(groups: int = 1, stem: int = 0) -> NetworkSpec:
+    return mlp_spec(TASKS, groups, stem=stem)
+
+
+def test_an_mlp_costs_what_its_matrices_say() -> None:
+    heads = 4 * (1 + 3 + 1)
+    found = inference_cost(GroupingNetwork(spec()))
+    assert found.flops == MLP + 2 * heads
+    assert found.parameters == (6 * 8 + 8) + (8 * 4 + 4) + heads + (1 + 3 + 1)
+
+
+def test_a_convolution_costs_its_kernel_at_every_pixel() -> None:
+    image = InputSpec("image", (8, 8, 3), "uint8")
+    encoder = EncoderSpec("convnet", options={"widths": [5]})
+    found = inference_cost(GroupingNetwork(NetworkSpec(image, (TASKS[0],), encoder, 1)))
+    # halved once: 4×4 pixels; two residual blocks of two 3×3 convolutions, a 1×1 one where the channels change
+    first = 4 * 4 * (9 * 3 * 5 + 9 * 5 * 5 + 3 * 5)
+    second = 4 * 4 * 2 * 9 * 5 * 5
+    assert found.flops == 2 * (first + second + 5 * 1)
+
+
+def test_attention_is_counted_in_evaluation_too() -> None:
+    image = InputSpec("image", (8, 8, 3), "uint8")
+    options = {"patch": 4, "width": 12, "layers": 1, "heads": 2}
+    found = inference_cost(GroupingNetwork(NetworkSpec(image, (TASKS[0],), EncoderSpec("vit", 0, options), 1)))
+    tokens, width = 5, 12
+    block = tokens * (4 * width * width + 2 * 4 * width * width) + 2 * tokens * tokens * width
+    assert found.flops == 2 * (4 * (4 * 4 * 3) * width + block + width)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_every_group_costs_an_encoder_more_than_naive_mtl(groups: int) -> None:
+    naive = inference_cost(GroupingNetwork(spec()))
+    network = decided(GroupingNetwork(spec(groups)), [n % groups for n in range(3)])
+    found = inference_cost(network)
+    encoder = (6 * 8 + 8) + (8 * 4 + 4)
+    assert found == Cost(naive.flops + (groups - 1) * MLP, naive.parameters + (groups - 1) * encoder)
+
+
+def test_a_stem_is_computed_once_by_a_hard_network_and_by_each_model_of_its_own() -> None:
+    network = decided(GroupingNetwork(spec(2, stem=1)), [0, 1, 1])
+    apart, together = inference_cost(network.specialise()), inference_cost(network)
+    assert apart.flops - together.flops == 2 * 6 * 8
+    assert apart.parameters - together.parameters == 6 * 8 + 8
+
+
+def test_the_likeliest_branches_alone_count_and_the_network_stays_as_it_was() -> None:
+    network = decided(GroupingNetwork(spec(3)), [1, 1, 1]).train()
+    before, pairs = snapshot(network), network.pairs
+    assert inference_cost(network) == inference_cost(GroupingNetwork(spec()))
+    assert network.training
+    assert network.pairs == pairs
+    assert all(torch.equal(before[name], tensor) for name, tensor in snapshot(network).items())
+
+
+@pytest.mark.parametrize("share_stem", [True, False])
+def test_a_grouping_has_a_cost_before_it_is_trained(share_stem: bool) -> None:
+    described = image_spec((*SAMPLEWISE[:2], DENSE[0]), 4, stem=1)
+    network = decided(GroupingNetwork(described), [2, 0, 2])
+    network.keep(network.gate.survivors(2.0))
+    grouping = Grouping.of([["smiling", "segments"], ["colour"]], ["smiling", "colour", "segments"])
+    assert network.grouping() == grouping
+    expected = inference_cost(network if share_stem else network.specialise())
+    assert grouping_cost(described, grouping, share_stem=share_stem) == expected
