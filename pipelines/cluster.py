@@ -25,8 +25,11 @@ os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
 
 
 @contextmanager
-def session(section: RaySection) -> Iterator[None]:
+def session(section: RaySection, cpus: float | None = None) -> Iterator[None]:
     """Ray for the time of a command: the cluster at hand, or a local one that ends with the command.
+
+    Args:
+        cpus: Logical CPUs of a local one; by default those of the most workers and of the data tasks.
 
     Raises:
         UserError: When the cluster cannot hold the workers and the data tasks at the same time.
@@ -46,10 +49,10 @@ def session(section: RaySection) -> Iterator[None]:
             ray.init(address=address, **quiet)
         else:
             # logical CPUs: workers and data tasks each have theirs, even where the machine has fewer
-            cpus = math.ceil(section.most * section.cpus_per_worker + section.data_cpus)
+            cpus = cpus or section.most * section.cpus_per_worker + section.data_cpus
             store = section.object_store_mib and section.object_store_mib * 2**20
             # left out, the address would be that of any cluster that Ray finds on this machine
-            own = {"num_cpus": cpus, "object_store_memory": store, "include_dashboard": False}
+            own = {"num_cpus": math.ceil(cpus), "object_store_memory": store, "include_dashboard": False}
             ray.init(address="local", **own, **quiet)
     try:
         quieten()
@@ -102,6 +105,43 @@ def _check_room(section: RaySection, resources: Mapping[str, float]) -> None:
             where="ray.workers, ray.cpus_per_worker, ray.gpus_per_worker",
             remedy="lower one of them, or use a larger cluster",
         )
+
+
+def trial_needs(section: RaySection) -> tuple[float, float]:
+    """CPUs and GPUs of a trial of a sweep: the process that drives it, and its workers."""
+    cpus = section.tune_cpus + section.fewest * section.cpus_per_worker
+    return cpus, section.fewest * section.gpus_per_worker
+
+
+def sweep_cpus(section: RaySection) -> float:
+    """Logical CPUs of a local cluster for a sweep: its trials keep the cores of this machine busy, no more."""
+    busy = (os.cpu_count() or 1) / (section.fewest * section.cpus_per_worker)
+    trials = section.trials or max(math.floor(busy), 1)
+    return trials * trial_needs(section)[0] + section.data_cpus
+
+
+def trials_at_once(section: RaySection, resources: Mapping[str, float]) -> int:
+    """How many trials a cluster can hold beside the data tasks; `ray.trials` at most.
+
+    Nothing that runs waits then for room that another trial holds.
+
+    Raises:
+        UserError: When it cannot hold one.
+    """
+    cpus, gpus = trial_needs(section)
+    held = (resources.get("CPU", 0), resources.get("GPU", 0))
+    room = [(held[0] - section.data_cpus) / cpus] + ([held[1] / gpus] if gpus else [])
+    if min(room) < 1:
+        least = cpus + min(section.data_cpus, 1)  # a single data task does, if slowly
+        if held[0] < least or held[1] < gpus:
+            raise UserError(
+                f"the cluster cannot hold a trial: {section.fewest} workers, the process that drives them and a "
+                f"data task need {least:g} CPUs and {gpus:g} GPUs, it has {held[0]:g} and {held[1]:g}",
+                where="ray.workers, ray.cpus_per_worker, ray.gpus_per_worker, ray.tune_cpus",
+                remedy="lower one of them, or use a larger cluster",
+            )
+    count = max(math.floor(min(room) + 1e-6), 1)
+    return count if section.trials is None else min(count, section.trials)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

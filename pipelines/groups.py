@@ -46,6 +46,7 @@ def train_groups(job: Job, say: Callable[[str], None]) -> None:
     task = ray.remote(train_group).options(
         num_cpus=config.ray.cpus_per_worker, num_gpus=config.ray.gpus_per_worker or None,
         max_retries=config.ray.max_failures, retry_exceptions=False,
+        scheduling_strategy="DEFAULT",  # a trial of a sweep would put them where it has room for itself alone
     )  # fmt: skip
     waiting = {task.remote(job, name, members, score_before(searched, members)): name
                for name, members in names.items()}  # fmt: skip

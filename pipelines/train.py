@@ -70,18 +70,7 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
     Raises:
         UserError: For anything that stands in the way, before training starts where that can be known.
     """
-    run = locate(config.run.root) / config.run_name()
-    run.check_writable()
-    run = run.patient()
-    if (run / CONFIG).exists() and checked(
-        Config, yaml.safe_load((run / CONFIG).read_text())
-    ).digest() != config.digest():
-        raise UserError(
-            "this run folder belongs to another configuration",
-            where=str(run / CONFIG),
-            remedy="give another run.name, or leave it out: the name then follows from the configuration",
-            wrong_use=True,
-        )
+    run = open_run(config)
     config.settings()  # its numbers are checked here, not in a worker
     models = open_models(config, run)
     with session_if_needed(config):
@@ -104,12 +93,41 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
             notes += for_result(earlier)
             held = load_splits(reader) if keeps_in_memory(reader, config.data) else None
             with following(run, config.ray, tracker, say, earlier) as board:
-                job = Job(config, reader, held, run, tuple(notes), start, board)
-                if not (run / SEARCHED).exists():
-                    run_workers(job, say)
-                if config.search.group_epochs:
-                    train_groups(job, say)
+                train_job(Job(config, reader, held, run, tuple(notes), start, board), say)
     return _close(config, run, tracker, manifest, say, finished)
+
+
+def open_run(config: Config) -> Location:
+    """The run folder of a configuration: it can be written to, and is that of no other configuration.
+
+    Raises:
+        UserError: When it cannot, or is.
+    """
+    run = locate(config.run.root) / config.run_name()
+    run.check_writable()
+    run = run.patient()
+    if (run / CONFIG).exists() and checked(
+        Config, yaml.safe_load((run / CONFIG).read_text())
+    ).digest() != config.digest():
+        raise UserError(
+            "this run folder belongs to another configuration",
+            where=str(run / CONFIG),
+            remedy="give another run.name, or leave it out: the name then follows from the configuration",
+            wrong_use=True,
+        )
+    return run
+
+
+def train_job(job: Job, say: Callable[[str], None]) -> None:
+    """Search and training of the groups, from wherever they are, to the result in the run folder.
+
+    Raises:
+        UserError: When they cannot be brought to their end.
+    """
+    if not (job.run / SEARCHED).exists():
+        run_workers(job, say)
+    if job.config.search.group_epochs:
+        train_groups(job, say)
 
 
 @contextmanager
@@ -138,10 +156,36 @@ def check_all(
     Raises:
         UserError: For the first thing that is wrong.
     """
+    tasks = check_data(config, manifest, folder)
+    check_network(config, manifest, tasks, models, say)
+    return tasks
+
+
+def check_data(config: Config, manifest: Manifest, folder: Location) -> tuple[Task, ...]:
+    """What can be known of the data; the chosen tasks.
+
+    Raises:
+        UserError: For the first thing that is wrong.
+    """
     tasks = manifest.tasks(config.data.tasks, str(folder))
     check_targets(manifest, tasks, str(folder))
     check_shards(folder, manifest, checksums=config.data.verify_checksums)
     check_workers(config, manifest)
+    return tasks
+
+
+def check_network(
+    config: Config,
+    manifest: Manifest,
+    tasks: Sequence[Task],
+    models: WarmStart | None = None,
+    say: Callable[[str], None] = log.info,
+) -> None:
+    """What can be known of the network, and of the models that it is to start from.
+
+    Raises:
+        UserError: For the first thing that is wrong.
+    """
     with _section("network"):
         spec = config.network_spec(manifest.description.input, tasks)
         network = GroupingNetwork(spec)
@@ -154,7 +198,6 @@ def check_all(
             models.check(spec)
         for note in models.notes(spec):
             say(note)
-    return tasks
 
 
 def check_workers(config: Config, manifest: Manifest) -> None:
