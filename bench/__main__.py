@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
-from bench import ingest, runs, steps
+from bench import gpu, ingest, runs, steps
 
 # name → (bound, value, how to make the numerator and the denominator of the ratio, and what else to note)
-ROWS: dict[str, tuple[str, float, Callable[[], tuple[Any, ...]]]] = {**steps.ROWS, **runs.ROWS, **ingest.ROWS}
+ROWS: dict[str, tuple[str, float, Callable[[], tuple[Any, ...]]]] = {
+    **steps.ROWS, **runs.ROWS, **ingest.ROWS, **gpu.rows(),
+}  # fmt: skip
 MOST_REPEATS = {"shard_memory": 3}  # of rows that take minutes
 
 

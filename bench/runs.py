@@ -5,6 +5,7 @@ They train on small rendered rooms with five dense tasks, drawn once into work/b
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 import statistics
@@ -197,8 +198,9 @@ def _work(rank: int, workers: int, store: str, calls: Connection) -> None:
     module = context.prepare(WeighedLoss(state.network).train())
     noise = step_noise(state.network, settings, 0, 0, 64)
     cost = timed(lambda: train_step(module, state.optimizer, batch, noise, 1.0, settings, context))
-    while calls.recv():
-        calls.send(cost())
+    with contextlib.suppress(EOFError):  # there is nobody left to ask
+        while calls.recv():
+            calls.send(cost())
     dist.destroy_process_group()
 
 

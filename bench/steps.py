@@ -27,7 +27,7 @@ from dmtg_core.decoders import Doubling
 from dmtg_core.losses import label_counts, sample_loss
 from dmtg_core.network import pooled
 from dmtg_core.settings import TrainSettings
-from dmtg_core.step import WeighedLoss, step_noise, train_step
+from dmtg_core.step import WeighedLoss, prepare_network, step_noise, train_step
 from dmtg_core.training import TrainState
 from pipelines.sources.taskonomy_tasks import TASKS
 
@@ -52,8 +52,8 @@ def taskonomy(size: int = 128, groups: int = 3) -> NetworkSpec:
     return NetworkSpec(image, [TASKS[name] for name in FIVE], encoder, groups, "xception", 128)
 
 
-def batch_of(spec: NetworkSpec, rows: int) -> Batch:
-    """Random samples with every label there."""
+def batch_of(spec: NetworkSpec, rows: int, device: str = "cpu") -> Batch:
+    """Random samples with every label there, on a device."""
     generator = torch.Generator().manual_seed(0)
     size = spec.input.shape[:2]
 
@@ -70,42 +70,47 @@ def batch_of(spec: NetworkSpec, rows: int) -> Batch:
             channels = (task.channels,) if task.channels > 1 else ()
             labels[task.name] = draw(255, *size, *channels).numpy().astype("uint8")
     arrays = Arrays(draw(256, *spec.input.shape).numpy().astype("uint8"), labels, {})
-    return next(ArrayData({"train": arrays}, spec.tasks).train(0, rows))
+    return next(ArrayData({"train": arrays}, spec.tasks, device=torch.device(device)).train(0, rows))
 
 
-def ours(spec: NetworkSpec, rows: int, *, pruned: bool = False) -> Callable[[], object]:
-    """Our step; pruned, every task has one head."""
-    settings, context, batch = TrainSettings(), LocalContext(device="cpu"), batch_of(spec, rows)
-    state = TrainState.fresh(GroupingNetwork(spec), settings)
+def ours(
+    spec: NetworkSpec, rows: int, *, pruned: bool = False, device: str = "cpu", precision: str = "fp32"
+) -> Callable[[], object]:
+    """Our step; pruned, every task has one head. On a GPU it is compiled, as training is by default."""
+    settings, context = TrainSettings(precision=precision), LocalContext(device=device)
+    batch = batch_of(spec, rows, device)
+    state = TrainState.fresh(GroupingNetwork(spec).to(context.device), settings)
     if pruned:
-        state.keep(_grouping(spec), settings)
-    module = WeighedLoss(state.network).train()
-    noise = step_noise(state.network, settings, 0, 0, rows)
+        state.keep(grouping_of_five(spec), settings)
+    prepare_network(state.network, settings, context)
+    module = WeighedLoss(state.network, precision=precision).to(context.device).train()
+    noise = step_noise(state.network, settings, 0, 0, rows).to(context.device)
     return lambda: train_step(module, state.optimizer, batch, noise, 1.0, settings, context)
 
 
-def _grouping(spec: NetworkSpec) -> Tensor:
+def grouping_of_five(spec: NetworkSpec) -> Tensor:
+    """Which pairs stay of the five dense tasks, `(N, K)`."""
     alive = torch.zeros(len(spec.tasks), spec.groups, dtype=torch.bool)
     for n, k in enumerate(GROUPS_OF_FIVE):
         alive[n, k] = True
     return alive
 
 
-def published(spec: NetworkSpec, rows: int) -> Callable[[], object]:
+def published(spec: NetworkSpec, rows: int, device: str = "cpu") -> Callable[[], object]:
     """The published step."""
-    network = GroupingNetwork(spec).train().to(memory_format=torch.contiguous_format)
-    heads = _separate_heads(network)
+    network = GroupingNetwork(spec).train().to(device, memory_format=torch.contiguous_format)
+    heads = _separate_heads(network).to(device)
     parameters = [p for name, p in network.named_parameters() if not name.startswith(("bank", "decoders"))]
     optimizer = torch.optim.Adam([*parameters, *heads.parameters()])
-    batch = batch_of(spec, rows)
+    batch = batch_of(spec, rows, device)
     counts = label_counts(spec.tasks, batch.targets)
     image = network.normalise(batch.inputs).contiguous()
     size = batch.inputs.shape[1:3]
 
     def step() -> None:
-        gate = network.gate(1.0, torch.zeros(len(spec.tasks), spec.groups))
+        gate = network.gate(1.0, torch.zeros(len(spec.tasks), spec.groups, device=device))
         shared = network.stem(image)
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=device)
         for k, branch in network.branches.items():
             features = branch(shared)
             for n, task in enumerate(spec.tasks):
@@ -146,7 +151,7 @@ def floor(spec: NetworkSpec, rows: int) -> Callable[[], object]:
     """Stem, K branches and N heads forward and backward, without gate and losses, and the optimiser."""
     settings, batch = TrainSettings(), batch_of(spec, rows)
     state = TrainState.fresh(GroupingNetwork(spec), settings)
-    state.keep(_grouping(spec), settings)
+    state.keep(grouping_of_five(spec), settings)
     network = state.network.train()
 
     def step() -> None:

@@ -1,0 +1,81 @@
+"""A training step on a GPU: the published one in float32 against ours, pruned, compiled and in bfloat16.
+
+The rows are there where there is a GPU. Each notes images a second and the model FLOP utilisation of our step: the
+FLOPs of forward and backward pass over what the device could do in the time. How long a run waits for
+data is said by `dmtg train --profile` and after every epoch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.steps import batch_of, grouping_of_five, ours, published, taskonomy
+from dmtg_core import GroupingNetwork, NetworkSpec
+from dmtg_core.settings import TrainSettings
+from dmtg_core.training import TrainState
+
+# dense bfloat16 FLOP/s from the makers' data sheets, by a part of the device's name
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
+CALLS, WARM_UP = 10, 5
+Costs = tuple[Callable[[], float], Callable[[], float], Callable[[], dict[str, Any]]]
+
+
+def timed(step: Callable[[], object], device: str) -> Callable[[], float]:
+    """Seconds of a call, the device waited for; the first ones compile and are not measured."""
+    for _ in range(WARM_UP):
+        step()
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def cost() -> float:
+        wait()
+        started = time.perf_counter()
+        for _ in range(CALLS):
+            step()
+        wait()
+        return (time.perf_counter() - started) / CALLS
+
+    return cost
+
+
+def step_flops(spec: NetworkSpec, rows: int) -> float:
+    """FLOPs of a pruned step, two for each multiply-add: three times those of its forward pass.
+
+    They are not counted in the backward pass: PyTorch's counter takes its grouped convolutions for whole ones.
+    """
+    state = TrainState.fresh(GroupingNetwork(spec), TrainSettings())
+    state.keep(grouping_of_five(spec), TrainSettings())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        state.network.forward_pairs(batch_of(spec, rows).inputs)
+    return 3.0 * counter.get_total_flops()
+
+
+def against_published(rows: int, size: int = 256, device: str = "cuda") -> Costs:
+    """The published step over ours on the published network of five tasks, K = 3."""
+    spec = taskonomy(size)
+    mine = timed(ours(spec, rows, pruned=True, device=device, precision="bf16"), device)
+    theirs = timed(published(spec, rows, device), device)
+
+    def notes() -> dict[str, Any]:
+        seconds = min(mine() for _ in range(3))
+        name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        peak = next((flops for part, flops in PEAK.items() if part in name), None)
+        found = {"device": name, "images_per_second": round(rows / seconds, 1)}
+        used = step_flops(spec, rows) / seconds
+        return found | {"flops_per_second": used, "model_flop_utilisation": peak and round(used / peak, 4)}
+
+    return theirs, mine, notes
+
+
+def rows() -> dict[str, tuple[str, float, Callable[[], Costs]]]:
+    """The rows of this machine: none without a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    return {f"step_gpu_{n}": ("at_least", 6, lambda n=n: against_published(n)) for n in (24, 48, 96)}
