@@ -1,0 +1,179 @@
+"""`sweep.html`: what a sweep found, as one page without a network, and its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+import yaml
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from pipelines.config import Config
+from pipelines.report import TEMPLATES
+from pipelines.report.figures import COLOURS, STYLE, _svg
+from pipelines.storage import Location
+from pipelines.tracking import shown
+
+Row = Mapping[str, Any]
+FRONT, OTHER, NAIVE = COLOURS[0], COLOURS[1], COLOURS[7]
+# from worse to better, between two colours of the palette that are told apart by all
+GAIN = LinearSegmentedColormap.from_list("gain", [COLOURS[1], "#b5b5b5", COLOURS[0]])
+
+
+def write_page(target: Location, found: Mapping[str, Any], config: Config) -> None:
+    """Make the page of a sweep.
+
+    Args:
+        target: The file.
+        found: The content of `sweep.json`.
+        config: The sweep's configuration.
+    """
+    known = judged(found["settings"])
+    drawn = {"pareto": pareto(known, found["pareto"]), "parallel": parallel(known)} if known else {}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"cost": cost, "percent": percent, "number": number}
+    page = environment.get_template("sweep.html").render(
+        found=found,
+        verdict=verdict(found),
+        front=[row["label"] for row in found["pareto"]],
+        config=yaml.safe_dump(shown(config), sort_keys=False),
+        style=Markup((TEMPLATES / "page.css").read_text()),  # noqa: S704 - a file of this package
+        figures={name: Markup(svg) for name, svg in drawn.items()},  # noqa: S704 - drawn here from checked names
+    )
+    target.write_text(page)
+
+
+def judged(settings: Sequence[Row]) -> list[Row]:
+    """The settings, naive MTL among them, that have a cost and a gain."""
+    return [row for row in settings if row["flops"] is not None and row["gain_validation"] is not None]
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """The result in one sentence, no stronger than its seeds allow."""
+    best = found["best"]
+    if best is None:
+        return "No setting could be judged."
+    seeds = f"{best['finished']} seed{'s' * (best['finished'] > 1)}"
+    gained = best["gain_validation"]
+    if gained is None:
+        return f"Best setting: {best['label']} (mean of {seeds}); its gain over naive MTL is not defined."
+    direction = "lower" if gained >= 0 else "higher"
+    return (
+        f"Best setting: {best['label']}. Its mean error on validation is {abs(gained):.1f} % {direction} than "
+        f"naive MTL's (mean of {seeds}), at {cost(best['flops'])} operations a sample."
+    )
+
+
+def cost(value: float | None) -> str:
+    """A count with three digits and a unit."""
+    if value is None:
+        return "–"
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def percent(value: float | None) -> str:
+    """A gain with its sign."""
+    return "–" if value is None else f"{value:+.1f} %"
+
+
+def number(value: float | None) -> str:
+    """A score with four digits."""
+    return "–" if value is None else f"{value:.4f}"
+
+
+def pareto(settings: Sequence[Row], front: Sequence[Row]) -> str:
+    """Validation gain against operations of a sample; the settings that none beats in both are joined."""
+    words = "; ".join(f"{row['label']} {percent(row['gain_validation'])} at {cost(row['flops'])}" for row in front)
+    best = {row["label"] for row in front}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.8, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axhline(0, color=NAIVE, linewidth=0.8, linestyle=":")
+        steps = [(row["flops"] / 1e6, row["gain_validation"]) for row in front]
+        axes.plot(*zip(*steps, strict=True), color=FRONT, linewidth=1.4, drawstyle="steps-post", zorder=2)
+        for row in settings:
+            colour, marker = (FRONT, "o") if row["label"] in best else (OTHER, "s")
+            colour, marker = (NAIVE, "D") if row["naive"] else (colour, marker)
+            axes.scatter(
+                [row["flops"] / 1e6], [row["gain_validation"]], color=colour, marker=marker, s=34, zorder=3
+            )
+        _labels(axes, [row for row in settings if row["label"] in best or row["naive"]])
+        axes.set(xlabel="million operations a sample", ylabel="gain over naive MTL on validation, %")
+        axes.margins(x=0.12, y=0.15)
+        return _svg(
+            figure, f"Gain over naive MTL against operations of a sample. The front, cheapest first: {words}"
+        )
+
+
+def _labels(axes: Axes, rows: Sequence[Row]) -> None:
+    """Names at the points, above and below in turn so that neighbours stay apart."""
+    for i, row in enumerate(sorted(rows, key=lambda row: row["flops"])):
+        place = (row["flops"] / 1e6, row["gain_validation"])
+        shift, hold = ((0, 7), "bottom") if i % 2 == 0 else ((0, -7), "top")
+        axes.annotate(row["label"], place, shift, textcoords="offset points", ha="center", va=hold, fontsize=7.5)
+
+
+def parallel(settings: Sequence[Row]) -> str:
+    """A line for each setting through its values, its cost and its gain; the colour is the gain."""
+    rows = [row for row in settings if not row["naive"]] or list(settings)
+    axes_of = [(key, *_categories(rows, key)) for key in rows[0]["setting"]]
+    axes_of += [
+        ("operations", *_scale(rows, "flops", cost)),
+        ("gain, %", *_scale(rows, "gain_validation", percent)),
+    ]
+    gains = axes_of[-1][1]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(1.5 * len(axes_of) + 1.2, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        for i in sorted(range(len(rows)), key=lambda i: gains[i]):
+            shift = 0.05 * (i / max(len(rows) - 1, 1) - 0.5)  # lines of one value lie beside each other
+            heights = [at[i] + (shift if n < len(axes_of) - 2 else 0) for n, (_, at, _) in enumerate(axes_of)]
+            axes.plot(range(len(axes_of)), heights, color=GAIN(gains[i]), linewidth=1.8, alpha=0.9)
+        for n, (_, _, marks) in enumerate(axes_of):
+            axes.axvline(n, color="black", linewidth=0.8)
+            for height, text in marks.items():
+                axes.annotate(text, (n, height), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set(ylim=(-0.08, 1.08), xlim=(-0.1, len(axes_of) - 0.4), yticks=[])
+        axes.set_xticks(range(len(axes_of)), [name.rpartition(".")[2].replace("_", " ") for name, _, _ in axes_of])
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.tick_params(length=0)
+        words = "; ".join(f"{row['label']} {percent(row['gain_validation'])}" for row in rows)
+        return _svg(figure, f"Settings as lines through their values, coloured by validation gain: {words}")
+
+
+Heights = tuple[list[float], dict[float, str]]  # of each row, and what to write where
+
+
+def _categories(rows: Sequence[Row], key: str) -> Heights:
+    """Values of a setting's key at equal distances, in the order of the sweep."""
+    texts = [_word(row["setting"][key]) for row in rows]
+    kinds = list(dict.fromkeys(texts))
+    at = {text: (i + 0.5) / len(kinds) for i, text in enumerate(kinds)}
+    return [at[text] for text in texts], {height: text for text, height in at.items()}
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return f"{value:g}"
+    if value["family"] == "constant":
+        return f"constant {value['start']:g}"
+    return f"{value['family']} {value['start']:g}–{value['end']:g}"
+
+
+def _scale(rows: Sequence[Row], key: str, text: Callable[[float], str]) -> Heights:
+    """Numbers between the least and the greatest."""
+    values = [row[key] for row in rows]
+    least, span = min(values), max(values) - min(values)
+    if not span:
+        return [0.5] * len(values), {0.5: text(least)}
+    return [(value - least) / span for value in values], {0.0: text(least), 1.0: text(max(values))}
