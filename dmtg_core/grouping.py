@@ -249,3 +249,28 @@ class Grouping:
         largest = (rows + columns) / 2
         # both trivial (all together or all apart): equal partitions
         return 1.0 if largest == expected else (together - expected) / (largest - expected)
+
+    def moved(self, other: Grouping) -> list[str]:
+        """The tasks that are elsewhere in `other`, in this one's order.
+
+        Groups are paired by the tasks they have in common, the largest overlap first; a task has moved when its
+        groups in the two are not a pair. Tasks that only one of the two has are left out.
+        """
+        pairs = [
+            (len(set(a) & set(b)), i, j) for i, a in enumerate(self.groups) for j, b in enumerate(other.groups)
+        ]
+        partner: dict[int, int] = {}
+        for overlap, i, j in sorted(pairs, key=lambda pair: (-pair[0], pair[1], pair[2])):
+            if overlap and i not in partner and j not in partner.values():
+                partner[i] = j
+        there = dict(zip(other.tasks, other.assignment, strict=True))
+        here = zip(self.tasks, self.assignment, strict=True)
+        return [name for name, group in here if name in there and partner.get(group) != there[name]]
+
+    def among(self, tasks: Iterable[str]) -> Grouping:
+        """The partition of those of `tasks` that it has."""
+        kept = set(tasks)
+        return Grouping.of(
+            [[name for name in group if name in kept] for group in self.groups],
+            [name for name in self.tasks if name in kept],
+        )

@@ -198,6 +198,28 @@ class Task:
             output = output.squeeze(1) if self.channels == 1 else output.permute(0, 2, 3, 1)
         return output * output.new_tensor(self.scale) + output.new_tensor(self.offset)
 
+    def in_units_of(self, other: Task, output: Tensor) -> Tensor:
+        """A network output of this task in the network units of another: the same value for a user.
+
+        Args:
+            other: The same task with another `offset` or `scale`.
+            output: `(B,)`, `(B, C)` or `(B, C, H, W)`, as `GroupModel` gives it.
+
+        Returns:
+            As `output`; outputs of classes and flags have no units and stay as they are.
+        """
+        if self.kind in CLASS_KINDS or self.kind == "binary":
+            return output
+        if (self.offset, self.scale) == (other.offset, other.scale):
+            return output
+        shape = [1, -1] + [1] * (output.dim() - 2) if output.dim() > 1 else [-1]
+
+        def constant(values: tuple[float, ...]) -> Tensor:
+            return output.new_tensor(values).reshape(shape)
+
+        raw = output * constant(self.scale) + constant(self.offset)
+        return (raw - constant(other.offset)) / constant(other.scale)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields; `from_dict` reads them back."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}

@@ -164,6 +164,7 @@ def _placed(values: dict[str, Any]) -> dict[str, Any]:
         for section, key in (
             ("run", "root"),
             ("data", "shards"),
+            ("data", "like"),
             ("regroup", "shards"),
             ("regroup", "evaluation"),
         ):

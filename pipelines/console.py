@@ -19,7 +19,7 @@ from pipelines.errors import UserError
 from pipelines.storage import finite
 
 LOG_WIDTH = 160
-FAILED, WRONG_USE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+FAILED, WRONG_USE, KEPT, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
 
 
 def say(text: str) -> None:
@@ -32,12 +32,13 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
 
     Args:
         command: Name of the command.
-        body: Does the work; gives the fields of the JSON object. A "status" of "failed" in it makes exit code 1.
+        body: Does the work; gives the fields of the JSON object. A "status" of "failed" in it makes exit code 1,
+            an "exit_code" another one.
         as_json: Print the JSON object as the last line of stdout.
         debug: Let an error through with its traceback.
 
     Raises:
-        typer.Exit: Always, with 0 done, 1 failed, 2 wrong use, 130 interrupted, 143 terminated.
+        typer.Exit: Always, with 0 done, 1 failed, 2 wrong use, 3 kept, 130 interrupted, 143 terminated.
     """
     started = time.monotonic()
     terminated = _on_sigterm()
@@ -46,7 +47,7 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
     outcome: dict[str, Any] = {"command": command, "status": "failed"}
     try:
         outcome |= {"status": "done"} | body()
-        code = 0 if outcome["status"] == "done" else FAILED
+        code = outcome.pop("exit_code", 0 if outcome["status"] == "done" else FAILED)
     except (Exception, KeyboardInterrupt) as error:
         code, outcome["error"] = _explain(command, error, terminated.is_set())
         if debug:
@@ -86,6 +87,8 @@ def _explain(command: str, error: BaseException, terminated: bool) -> tuple[int,
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         shown = UserError(what, where=f"dmtg {command}", remedy="run it again with --debug to see where it failed")
     say(f"\ndmtg {command} stopped\n{shown}")
+    if not sys.stderr.isatty():  # a scheduler shows the last line of a log
+        say(f"dmtg {command} {'stopped' if code in (INTERRUPTED, TERMINATED) else 'failed'}: {shown.what}")
     return code, shown.to_dict()
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 
 from dmtg_core.metrics import Metrics, MetricSums
+from dmtg_core.network import GroupModel
+from dmtg_core.tasks import Task
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.ingest import Reader
@@ -38,8 +42,22 @@ def evaluate(config: Config, model: str, split: str = "test") -> Metrics:
     sums = MetricSums(tasks)
     with torch.inference_mode():
         for batch in data.evaluate(split, config.train.batch_size):
-            outputs: dict[str, torch.Tensor] = {}
-            for group in groups.values():
-                outputs |= group(batch.inputs)
-            sums.update(outputs, batch.targets)
+            sums.update(outputs_for(tasks, groups.values(), batch.inputs), batch.targets)
     return sums.compute()
+
+
+def outputs_for(
+    tasks: Sequence[Task], groups: Iterable[GroupModel], inputs: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What group models say to stored input, for some tasks in the network units of these.
+
+    A model has the units of the shards that it was trained on.
+    """
+    wanted = {task.name: task for task in tasks}
+    return {
+        task.name: task.in_units_of(wanted[task.name], outputs[task.name])
+        for group in groups
+        for outputs in [group(inputs)]
+        for task in group.tasks
+        if task.name in wanted
+    }

@@ -79,6 +79,11 @@ class DataSection(Section):
 
     shards: str = Field(description="local folder or s3:// address of the shards")
     tasks: list[str] | None = Field(None, description="tasks to train on; all that the shards hold by default")
+    like: str = Field(
+        "",
+        description="earlier shards, whose tokenizer, categories, classes and units new ones are made with, so "
+        "that a model of either can be judged on both",
+    )
     rows_per_shard: int | None = Field(None, ge=1, description="samples in one Parquet file; by default 64 MiB")
     compression: Literal["none", "lz4", "zstd"] = Field("none", description="compression of the Parquet pages")
     max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unusable samples that stops sharding")

@@ -30,6 +30,7 @@ from pipelines.errors import UserError
 from pipelines.manifest import FILE, SPLITS, Manifest, Shard, read_manifest
 from pipelines.sections import DataSection, SourceSection
 from pipelines.sources import BadSampleError, Column, Description, Entry, Source, build_source
+from pipelines.sources.alike import encode_like
 from pipelines.storage import Location, locate
 
 QUARANTINE = "_quarantine.jsonl"
@@ -80,7 +81,7 @@ def shard(config: Config, progress: Callable[[str], None] = log.info) -> ShardRe
     progress(f"listing the samples of {config.source.root}")
     source = build_source(config.source.kind, config.source.root, config.source.options)
     entries = source.entries()
-    description = source.describe()
+    description = _description(source, config.data.like)
     plans = make_plans(entries, description, config.source, config.data)
     (folder / FILE).delete()  # until the end the folder is not a dataset
     parts, todo = {}, []
@@ -98,6 +99,12 @@ def shard(config: Config, progress: Callable[[str], None] = log.info) -> ShardRe
         check_bad(parts.values(), len(entries), config.data.max_bad_fraction, folder)
     manifest = _finish(folder, description, [parts[plan.file] for plan in plans], config)
     return ShardReport(manifest, len(todo), len(plans) - len(todo))
+
+
+def _description(source: Source, like: str) -> Description:
+    if not like:
+        return source.describe()
+    return encode_like(source, read_manifest(locate(like)).description, like)
 
 
 def check_bad(parts: Iterable[Mapping[str, Any]], samples: int, most: float, folder: Location) -> None:

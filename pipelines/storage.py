@@ -209,6 +209,50 @@ class Location:
         """
         self._written(lambda: self._write(BytesIO(data), sync))
 
+    def create(self, text: str) -> bool:
+        """Write the file only where there is none; False where there is one. Of two at once, one succeeds.
+
+        Raises:
+            UserError: When the place cannot be written to.
+        """
+        done = [False]
+
+        def write() -> None:
+            done[0] = self._create_local(text) if self.local is not None else self._create_object(text)
+
+        self._written(write)
+        return done[0]
+
+    def _create_local(self, text: str) -> bool:
+        assert self.local is not None
+        self.local.parent.mkdir(parents=True, exist_ok=True)
+        part = self.local.with_name(f".{self.local.name}.{uuid.uuid4().hex[:8]}.part")
+        try:
+            part.write_text(text, encoding="utf-8")
+            os.link(part, self.local)  # with all it holds, or not at all
+        except FileExistsError:
+            return False
+        finally:
+            part.unlink(missing_ok=True)
+        return True
+
+    def _create_object(self, text: str) -> bool:
+        import boto3  # Arrow has no request with a condition
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        bucket, _, key = self.path.partition("/")
+        try:
+            client = boto3.client("s3", endpoint_url=self.endpoint or None)
+            client.put_object(Bucket=bucket, Key=key, Body=text.encode(), IfNoneMatch="*")
+        except ClientError as error:
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if status in (409, 412):
+                return False
+            raise OSError(f"HTTP status {status}: {error}") from error
+        except BotoCoreError as error:
+            raise OSError(f"AWS Error NETWORK_CONNECTION: {error}") from error
+        return True
+
     def write_file(self, source: Path) -> None:
         """`write_bytes` of a local file, in pieces: it can be larger than what memory has room for."""
 

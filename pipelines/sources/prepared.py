@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dmtg_core.tasks import InputSpec, Task
+from pipelines.errors import UserError
 from pipelines.preparation import Preparation, load_preparation
 from pipelines.sources import INPUT, BadSampleError, Column, Description, Entry
 from pipelines.sources.rows import Row
@@ -57,6 +58,22 @@ class PreparedSource(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_entries", "_prepared")}
+
+    def prepare_as(self, spec: InputSpec, preparation: Mapping[str, Any]) -> None:
+        """Take a preparation that other shards were made with instead of learning one.
+
+        Raises:
+            UserError: When the rows lack a column that it needs.
+        """
+        needed, held = load_preparation(preparation).columns, self._entries[0].fields["row"].cells
+        missing = [name for name in needed if name not in held]
+        if missing:
+            raise UserError(
+                f"no column {', '.join(missing)}, which the earlier shards were made from",
+                where="data.like",
+                remedy="add it to the table and to source.options.features, or leave data.like out",
+            )
+        vars(self)["_input"] = (spec, preparation)
 
     def describe(self) -> Description:
         """The input and one number a task. Reads all rows, for classes and statistics."""

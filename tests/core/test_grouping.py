@@ -351,3 +351,26 @@ def test_an_assignment_of_the_wrong_length_is_refused():
 def test_groupings_of_different_tasks_cannot_be_compared():
     with pytest.raises(ValueError, match="different tasks"):
         Grouping.of([["a"]]).adjusted_rand_index(Grouping.of([["b"]]))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "moved"),
+    [
+        ("ab|cd", "ab|cd", ""),
+        ("ab|cd", "cd|ab", ""),
+        ("abc|de", "ab|cde", "c"),
+        ("abcd", "ab|cd", "cd"),
+        ("ab|cd", "abcd", "cd"),
+        ("a|b|c", "abc", "bc"),
+        ("abc|de", "dea|bc", "a"),
+        ("abx|cd", "ab|cdy", ""),
+    ],
+)
+def test_tasks_that_moved_are_those_outside_the_largest_overlaps(before, after, moved):
+    first, second = (Grouping.of(map(list, text.split("|"))) for text in (before, after))
+    assert first.moved(second) == list(moved)
+
+
+def test_a_partition_among_fewer_tasks_keeps_who_is_with_whom():
+    found = Grouping.of([["a", "b"], ["c"], ["d", "e"]]).among(["e", "b", "a", "x"])
+    assert found == Grouping.of([["a", "b"], ["e"]])

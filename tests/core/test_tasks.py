@@ -182,3 +182,22 @@ def test_input_json_round_trip_gives_an_equal_spec():
 def test_every_kind_has_losses_and_metrics():
     assert LOSSES.keys() == METRICS.keys()
     assert all(LOSSES[kind] and METRICS[kind] for kind in LOSSES)
+
+
+@pytest.mark.parametrize("kind", ["regression", "dense_regression"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_an_output_in_the_units_of_another_data_set_means_the_same(kind, channels):
+    one = Task("t", kind, channels, offset=(3.0,), scale=(2.0,))
+    other = Task("t", kind, channels, offset=(1.0, 5.0)[:channels], scale=(0.5, 4.0)[:channels])
+    size = {"regression": (4, channels) if channels > 1 else (4,), "dense_regression": (4, channels, 3, 3)}[kind]
+    output = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    found = one.in_units_of(other, output)
+    assert torch.allclose(other.decode(found), one.decode(output), atol=1e-5)
+    assert torch.allclose(other.in_units_of(one, found), output, atol=1e-5)
+
+
+def test_classes_and_flags_have_no_units():
+    output = torch.randn(3, 4)
+    for kind, channels in (("binary", 1), ("multiclass", 4), ("dense_classification", 4)):
+        one, other = (Task("t", kind, channels, offset=(offset,)) for offset in (0.0, 7.0))
+        assert torch.equal(one.in_units_of(other, output), output)

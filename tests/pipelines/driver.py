@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,10 +59,14 @@ class Driver:
 
     def start(self, **environment: str) -> subprocess.Popen[bytes]:
         """The command, not waited for."""
+        return self.start_words(self.command(), **environment)
+
+    def start_words(self, words: Sequence[str], **environment: str) -> subprocess.Popen[bytes]:
+        """Another command, not waited for."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
         with (self.root / "log").open("ab") as out:
             self.process = subprocess.Popen(
-                self.command(), stdout=out, stderr=subprocess.STDOUT, env=inherited | environment
+                words, stdout=out, stderr=subprocess.STDOUT, env=inherited | environment
             )
         return self.process
 
