@@ -1,0 +1,136 @@
+"""The work of a night as a Kubeflow pipeline: shard → sweep → train → regroup, each a `dmtg` command.
+
+A step runs its command where it is, or, given the address of a Ray cluster's dashboard, submits it there. Steps
+pass on addresses, so storage has to be one that all of them reach. Needs kfp, in an environment of its own, as it
+takes an older protobuf than the lock has:
+
+    python cluster/kubeflow/pipeline.py                                      # writes pipeline.yaml beside it
+    python cluster/kubeflow/pipeline.py --host https://kubeflow.example.org  # and has it run every night
+"""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+from kfp import Client, compiler, dsl
+
+IMAGE = "dmtg-kubeflow:0.1.0"
+COMPILED = Path(__file__).with_name("pipeline.yaml")
+EVERY_NIGHT = "0 15 2 * * *"  # six fields: Kubeflow's begin with the seconds
+
+
+# kfp takes the source of this function into the compiled pipeline, so everything that it needs stands within it.
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def dmtg(
+    command: str, config: str, words: list, gives: str, cluster: str, given: str = "", word: str = ""
+) -> NamedTuple("Outputs", [("found", dict), ("address", str)]):  # type: ignore[valid-type]
+    """Run one `dmtg` command.
+
+    Args:
+        command: Such as `train`.
+        config: What -c names; empty for what is `given`.
+        words: section.key=value, and options.
+        gives: Key of the command's JSON object whose value is the `address` that this step gives.
+        cluster: Address of a Ray cluster's dashboard that runs the command; empty to run it here.
+        given: Address from a step before.
+        word: Key of the configuration that takes what is given.
+
+    Returns:
+        `found`, the command's JSON object, and `address`.
+    """
+    import json
+    import subprocess
+    import sys
+    from collections import namedtuple
+
+    line = ["dmtg", command, "-c", config or given, *words, *([f"{word}={given}"] if word else []), "--json"]
+    if cluster:
+        line = ["ray", "job", "submit", "--address", cluster, "--", *line]
+    found = {}
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603 - no shell
+        for text in process.stdout or ():
+            sys.stdout.write(text)
+            if text.startswith("{"):  # a job's last lines are about the job
+                found = json.loads(text)
+    if process.returncode or not found:
+        raise SystemExit(f"{' '.join(line)} ended with exit code {process.returncode}")
+    outputs = namedtuple("Outputs", ["found", "address"])  # noqa: PYI024 - by name, as kfp reads it
+    return outputs(found, str(found[gives]))
+
+
+@dsl.pipeline(
+    name="dmtg",
+    description="Shards of the night, a sweep over groupings, a run with the best, and the regrouping.",
+)
+def night(
+    config: str = "paper/taskonomy5_k3",
+    shard_words: list = ["source.root=s3://raw/taskonomy", "data.shards=s3://dmtg/shards/taskonomy5"],  # noqa: B006
+    sweep_words: list = ["sweep.groups=[2, 3, 4, 5]", "ray.workers=1", "run.root=s3://dmtg/runs"],  # noqa: B006
+    train_words: list = ["ray.workers=8"],  # noqa: B006 - kfp reads the defaults, nothing changes them
+    regroup_words: list = ["ray.workers=8", "run.root=s3://dmtg/runs", "--kept-ok"],  # noqa: B006
+    cluster: str = "http://dmtg-head-svc.dmtg.svc.cluster.local:8265",
+) -> None:
+    """Shard, sweep, train with the best setting, and let a challenger for the champion be judged.
+
+    Args:
+        config: File or recipe, as the machines that run the commands know it.
+        shard_words: Where the raw data is, and where shards go.
+        sweep_words: What is varied, and where runs go.
+        train_words: Where and how the run with the best setting trains.
+        regroup_words: How the regrouping runs.
+        cluster: Address of a Ray cluster's dashboard that runs the commands; empty to run them in the steps' pods.
+    """
+    sharding = dmtg(command="shard", config=config, words=shard_words, gives="shards", cluster=cluster)
+    shards = sharding.outputs["address"]
+    sweep = dmtg(
+        command="sweep", config=config, words=sweep_words, gives="best", cluster=cluster,
+        given=shards, word="data.shards",
+    )  # fmt: skip
+    best = sweep.outputs["address"]
+    training = dmtg(command="train", config="", words=train_words, gives="run_dir", cluster=cluster, given=best)
+    regrouping = dmtg(
+        command="regroup", config=config, words=regroup_words, gives="verdict", cluster=cluster,
+        given=shards, word="data.shards",
+    ).after(training)  # fmt: skip
+    for step, name in ((sharding, "shard"), (sweep, "sweep"), (training, "train"), (regrouping, "regroup")):
+        # the same words find what is there: a step is cheap to run again, and a cached night would never be one
+        step.set_display_name(name).set_caching_options(False).set_retry(2)
+
+
+def compile_to(path: Path = COMPILED) -> None:
+    """Write the compiled pipeline."""
+    compiler.Compiler().compile(night, package_path=str(path))
+
+
+def every_night(host: str, experiment: str = "dmtg") -> str:
+    """Have the compiled pipeline run every night, one night at a time.
+
+    Args:
+        host: Address of Kubeflow Pipelines; credentials as kfp's client finds them.
+
+    Returns:
+        The id of the recurring run.
+    """
+    client = Client(host=host)
+    run = client.create_recurring_run(
+        experiment_id=client.create_experiment(experiment).experiment_id,
+        job_name="dmtg-nightly",
+        cron_expression=EVERY_NIGHT,
+        max_concurrency=1,
+        no_catchup=True,  # nights that were missed are not made up for: the newest data is what counts
+        pipeline_package_path=str(COMPILED),
+    )
+    return str(run.recurring_run_id)
+
+
+def main() -> None:
+    """Compile, and on request schedule."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", default="", help="have it run every night on this Kubeflow Pipelines")
+    host = parser.parse_args().host
+    compile_to()
+    print(every_night(host) if host else COMPILED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The files for single machines and for Ray's launcher: image, systemd, cron, ray up."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.cluster.manifests import ROOT
+
+CLUSTER = ROOT / "cluster"
+DOCKERFILE = (CLUSTER / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+
+
+def launcher() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((CLUSTER / "ray-up.yaml").read_text(encoding="utf-8"))
+    return found
+
+
+def prepared(config: dict[str, Any]) -> dict[str, Any]:
+    """A launcher configuration as `ray up` completes and checks it."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    whole: dict[str, Any] = prepare_config(copy.deepcopy(config))
+    validate_config(whole)
+    return whole
+
+
+def test_ray_up_takes_the_launcher_file() -> None:
+    whole = prepared(launcher())
+    assert whole["available_node_types"]["gpu"]["max_workers"] <= whole["max_workers"]
+    assert whole["available_node_types"]["gpu"]["min_workers"] == 0
+    assert whole["available_node_types"]["head"]["resources"]["CPU"] == 0
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda c: c.update(idle_timeout=5),
+        lambda c: c["auth"].update(user="ubuntu"),
+        lambda c: c["available_node_types"]["gpu"].pop("node_config"),
+        lambda c: c["available_node_types"]["gpu"]["resources"].update(GPU="4"),
+    ],
+)
+def test_a_wrong_launcher_file_is_refused(spoil: Any) -> None:
+    config = launcher()
+    spoil(config)
+    with pytest.raises(jsonschema.ValidationError):
+        prepared(config)
+
+
+def test_the_launcher_copies_what_the_install_needs_and_starts_ray_with_the_token() -> None:
+    config = launcher()
+    mounts = config["file_mounts"]
+    for place, source in mounts.items():
+        assert source.startswith("~") or (ROOT / source).exists(), source
+        assert place.startswith("~/")
+    installs = " ".join(config["setup_commands"])
+    assert "--require-hashes" in installs
+    assert {word for word in shlex.split(installs) if word.endswith(".lock")} == {"~/dmtg/requirements.lock"}
+    assert "~/.ray/auth_token" in mounts
+    starts = [c for key in ("head", "worker") for c in config[f"{key}_start_ray_commands"] if "ray start" in c]
+    assert len(starts) == 2
+    assert all("RAY_AUTH_MODE=token" in command for command in starts)
+    assert "--dashboard-host=127.0.0.1" in starts[0]
+
+
+def test_the_image_is_built_from_the_lock_and_does_not_run_as_root() -> None:
+    locked = re.search(r"--python-version (\S+)", (ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    assert locked
+    assert f"ARG PYTHON={locked[1]}\n" in DOCKERFILE
+    assert re.search(r"uv pip install \S+ \S+ --require-hashes -r requirements.lock", DOCKERFILE)
+    stages = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:]
+    users = {}
+    for stage in stages:
+        base, _, name = stage.split("\n")[0].partition(" AS ")
+        set_here = re.findall(r"^USER (\S+)", stage, re.MULTILINE)
+        users[name] = set_here[-1] if set_here else users.get(base, "root")
+    assert users["dmtg"] == users["kubeflow"] == users[""] == "1000:1000", "the last stage is what a build gives"
+
+
+def test_what_the_image_copies_is_there_and_not_ignored() -> None:
+    kept = re.findall(r"^!(\S+)", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.MULTILINE)
+    copies = [line.split()[1:-1] for line in DOCKERFILE.splitlines() if line.startswith("COPY ")]
+    sources = [word for words in copies if not words[0].startswith("--from") for word in words]
+    assert sorted(sources) == sorted(kept)
+    for source in sources:
+        assert (ROOT / source).exists(), source
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
+    for file in (CLUSTER / "systemd").glob("dmtg-regroup.*"):
+        # the command has to be there for systemd to be content
+        text = file.read_text(encoding="utf-8").replace("/opt/dmtg/.venv/bin/dmtg", sys.executable)
+        (tmp_path / file.name).write_text(text, encoding="utf-8")
+    assert verified(tmp_path) == ""
+    service = tmp_path / "dmtg-regroup.service"
+    service.write_text(service.read_text(encoding="utf-8").replace("SuccessExitStatus", "SuccessExitCode"))
+    assert "SuccessExitCode" in verified(tmp_path), "a wrong key would be seen"
+
+
+def verified(folder: Path) -> str:
+    """What systemd has against the units in a folder."""
+    line = ["systemd-analyze", "verify", "--man=no", *(str(file) for file in sorted(folder.iterdir()))]
+    return subprocess.run(line, capture_output=True, text=True, check=False).stderr
+
+
+def test_cron_reads_one_line_a_night_that_two_jobs_cannot_run_at_once() -> None:
+    lines = (CLUSTER / "systemd" / "crontab").read_text(encoding="utf-8").splitlines()
+    jobs = [line for line in lines if re.match(r"[\d*]", line)]
+    assert len(jobs) == 1
+    assert re.match(r"\d+ \d+ \* \* \* cd ", jobs[0])
+    assert "%" not in jobs[0], "cron would end the command there"
+    words = shlex.split(jobs[0])
+    assert words[words.index("flock") : words.index("flock") + 2] == ["flock", "--nonblock"]
+
+
+def test_figures_of_the_readme_follow_from_their_formulas() -> None:
+    text = (CLUSTER / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    names: dict[str, float] = {}
+    for line in "".join(blocks).splitlines():
+        found = re.fullmatch(r"(\w+) = (.+?) +# (?:([\d,.]+)(?: (.*))?|given.*)", line)
+        assert found, f"a figure without its value: {line}"
+        name, formula, shown = found[1], found[2], found[3]
+        names[name] = eval(formula, {"__builtins__": {}}, names)  # noqa: S307 - our own page
+        if shown:
+            digits = len(shown.replace(",", "").partition(".")[2])
+            assert round(names[name], digits) == float(shown.replace(",", "")), line
+    assert len(names) >= 15
