@@ -37,7 +37,7 @@ def session(section: RaySection, cpus: float | None = None) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        _check_room(section, ray.cluster_resources())
+        _check_room(section, capacity())
         yield
         return
     address = section.address or os.environ.get("RAY_ADDRESS")
@@ -56,7 +56,7 @@ def session(section: RaySection, cpus: float | None = None) -> Iterator[None]:
             ray.init(address="local", **own, **quiet)
     try:
         quieten()
-        _check_room(section, ray.cluster_resources())
+        _check_room(section, capacity())
         yield
     finally:
         ray.shutdown()
@@ -82,6 +82,15 @@ def quieten() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
+
+
+def capacity() -> dict[str, float]:
+    """Resources of the cluster, with those of machines that its autoscaler can add when they are needed."""
+    import ray
+    from ray._private.state import state  # as Ray Train and Ray Data ask for it; there is no public way
+
+    held, most = ray.cluster_resources(), state.get_max_resources_from_cluster_config() or {}
+    return {name: max(held.get(name, 0), most.get(name, 0)) for name in held.keys() | most.keys()}
 
 
 def short_of_room(section: RaySection, resources: Mapping[str, float]) -> str:

@@ -109,7 +109,9 @@ class Config(Section):
 
 
 def load_config(path: str, words: Sequence[str] = (), ray_config: str = "") -> Config:
-    """The configuration of a YAML file (or of a recipe by its name) with `section.key=value` words laid over it.
+    """The configuration of a YAML file or stored object, or of a recipe by its name, with words laid over it.
+
+    Words are `section.key=value`.
 
     A file may say `base:` and name a recipe, or a file relative to itself; it is then laid over that one, and so
     are the words over the file. Sections and other dictionaries are merged key by key; anything else, null
@@ -123,7 +125,7 @@ def load_config(path: str, words: Sequence[str] = (), ray_config: str = "") -> C
         UserError: For a file or base that is missing or not YAML, bases that go round in a circle, a word
             without "=", and any wrong key or value.
     """
-    values = _with_bases(_find(path), ())
+    values = _stored(path) if "://" in path else _with_bases(_find(path), ())
     ray_file = Path(ray_config or "ray_config.yaml")
     if ray_config or ray_file.exists():
         values["ray"] = {**_read_yaml(ray_file), **(values.get("ray") or {})}
@@ -248,10 +250,29 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(
             f"cannot read the configuration: {error}", where=str(path), remedy="correct the file", wrong_use=True
         ) from error
+    return _sections(values, str(path))
+
+
+def _stored(address: str) -> dict[str, Any]:
+    """The values of a file in object storage, as a sweep leaves one; its base can be a recipe."""
+    from pipelines.storage import locate  # brings Arrow, which a local file can do without
+
+    try:
+        values = _sections(yaml.safe_load(locate(address).read_text()), address)
+    except (FileNotFoundError, PermissionError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot read the configuration: {error}", where=address, remedy="correct the address or the file",
+            wrong_use=True,
+        ) from error  # fmt: skip
+    base = values.pop("base", None)
+    return values if base is None else _laid_over(_with_bases(_find(str(base)), ()), values)
+
+
+def _sections(values: object, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(
             f"expected sections with keys, got {type(values).__name__}",
-            where=str(path),
+            where=where,
             remedy="start from a recipe",
             wrong_use=True,
         )

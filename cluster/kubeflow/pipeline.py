@@ -83,7 +83,7 @@ def night(
     sharding = dmtg(command="shard", config=config, words=shard_words, gives="shards", cluster=cluster)
     shards = sharding.outputs["address"]
     sweep = dmtg(
-        command="sweep", config=config, words=sweep_words, gives="best", cluster=cluster,
+        command="sweep", config=config, words=sweep_words, gives="best_config", cluster=cluster,
         given=shards, word="data.shards",
     )  # fmt: skip
     best = sweep.outputs["address"]

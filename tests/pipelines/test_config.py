@@ -251,3 +251,15 @@ def test_normalising_over_workers_without_gpus_is_wrong_use(file: str) -> None:
         load_config(file, ["train.sync_batchnorm=true"]).settings()
     assert "train.sync_batchnorm" in caught.value.where
     assert caught.value.wrong_use
+
+
+def test_a_configuration_is_read_from_storage_as_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "best.yaml"
+    file.write_text("base: rooms\nname: best\nnetwork: {groups: 2}\n")
+    address = file.as_uri()  # the way of s3:// addresses too
+    assert load_config(address, ["train.epochs=3"]) == load_config(str(file), ["train.epochs=3"])
+    file.write_text("- a list\n")
+    for wrong, named in ((address, "expected sections"), (f"{address}x", "cannot read"), ("gs://b/c", "gs://")):
+        with pytest.raises(UserError, match=named) as caught:
+            load_config(wrong)
+        assert caught.value.wrong_use
