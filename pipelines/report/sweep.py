@@ -107,7 +107,7 @@ def pareto(settings: Sequence[Row], front: Sequence[Row]) -> str:
             axes.scatter(
                 [row["flops"] / 1e6], [row["gain_validation"]], color=colour, marker=marker, s=34, zorder=3
             )
-        _labels(axes, [row for row in settings if row["label"] in best or row["naive"]])
+        _numbers(axes, front)
         axes.set(xlabel="million operations a sample", ylabel="gain over naive MTL on validation, %")
         axes.margins(x=0.12, y=0.15)
         return _svg(
@@ -115,12 +115,11 @@ def pareto(settings: Sequence[Row], front: Sequence[Row]) -> str:
         )
 
 
-def _labels(axes: Axes, rows: Sequence[Row]) -> None:
-    """Names at the points, above and below in turn so that neighbours stay apart."""
-    for i, row in enumerate(sorted(rows, key=lambda row: row["flops"])):
+def _numbers(axes: Axes, front: Sequence[Row]) -> None:
+    """The places of the settings in the table of the front, at their points."""
+    for i, row in enumerate(front, 1):
         place = (row["flops"] / 1e6, row["gain_validation"])
-        shift, hold = ((0, 7), "bottom") if i % 2 == 0 else ((0, -7), "top")
-        axes.annotate(row["label"], place, shift, textcoords="offset points", ha="center", va=hold, fontsize=7.5)
+        axes.annotate(str(i), place, (-5, 5), textcoords="offset points", ha="right", va="bottom", fontsize=9)
 
 
 def parallel(settings: Sequence[Row]) -> str:
@@ -136,19 +135,25 @@ def parallel(settings: Sequence[Row]) -> str:
         figure = Figure(figsize=(1.5 * len(axes_of) + 1.2, 3.4), layout="constrained")
         axes = figure.add_subplot()
         for i in sorted(range(len(rows)), key=lambda i: gains[i]):
-            shift = 0.05 * (i / max(len(rows) - 1, 1) - 0.5)  # lines of one value lie beside each other
+            shift = 0.12 * (i / max(len(rows) - 1, 1) - 0.5)  # lines of one value lie beside each other
             heights = [at[i] + (shift if n < len(axes_of) - 2 else 0) for n, (_, at, _) in enumerate(axes_of)]
             axes.plot(range(len(axes_of)), heights, color=GAIN(gains[i]), linewidth=1.8, alpha=0.9)
         for n, (_, _, marks) in enumerate(axes_of):
             axes.axvline(n, color="black", linewidth=0.8)
             for height, text in marks.items():
-                axes.annotate(text, (n, height), (4, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.set(ylim=(-0.08, 1.08), xlim=(-0.1, len(axes_of) - 0.4), yticks=[])
+                _mark(axes, n, height, text, beside=n >= len(axes_of) - 2)
+        axes.set(ylim=(-0.08, 1.08), xlim=(-0.3, len(axes_of) - 0.5), yticks=[])
         axes.set_xticks(range(len(axes_of)), [name.rpartition(".")[2].replace("_", " ") for name, _, _ in axes_of])
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.tick_params(length=0)
         words = "; ".join(f"{row['label']} {percent(row['gain_validation'])}" for row in rows)
         return _svg(figure, f"Settings as lines through their values, coloured by validation gain: {words}")
+
+
+def _mark(axes: Axes, n: int, height: float, text: str, *, beside: bool) -> None:
+    """A value at an axis: at the end of the lines, or above those that go through it."""
+    shift, hold = ((5, 0), ("left", "center")) if beside else ((0, 13), ("center", "bottom"))
+    axes.annotate(text, (n, height), shift, textcoords="offset points", ha=hold[0], va=hold[1], fontsize=8)
 
 
 Heights = tuple[list[float], dict[float, str]]  # of each row, and what to write where
