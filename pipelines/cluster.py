@@ -14,6 +14,8 @@ from typing import Any
 from pipelines.errors import UserError
 from pipelines.sections import RaySection
 
+log = logging.getLogger(__name__)
+
 # Data source V2 starts dozens of one-CPU actors at every execution and makes small reads many times slower.
 os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")
 # A report of a worker is taken in when the controller polls; its default of 2 s is added to every epoch.
@@ -37,7 +39,7 @@ def session(section: RaySection, cpus: float | None = None) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        _check_room(section, capacity())
+        _check_room(section, ray.cluster_resources())
         yield
         return
     address = section.address or os.environ.get("RAY_ADDRESS")
@@ -56,7 +58,7 @@ def session(section: RaySection, cpus: float | None = None) -> Iterator[None]:
             ray.init(address="local", **own, **quiet)
     try:
         quieten()
-        _check_room(section, capacity())
+        _check_room(section, ray.cluster_resources())
         yield
     finally:
         ray.shutdown()
@@ -84,15 +86,6 @@ def quieten() -> None:
     context.execution_options.preserve_order = True
 
 
-def capacity() -> dict[str, float]:
-    """Resources of the cluster, with those of machines that its autoscaler can add when they are needed."""
-    import ray
-    from ray._private.state import state  # as Ray Train and Ray Data ask for it; there is no public way
-
-    held, most = ray.cluster_resources(), state.get_max_resources_from_cluster_config() or {}
-    return {name: max(held.get(name, 0), most.get(name, 0)) for name in held.keys() | most.keys()}
-
-
 def short_of_room(section: RaySection, resources: Mapping[str, float]) -> str:
     """What is missing for the fewest workers and a data task; empty where nothing is."""
     cpus = section.fewest * section.cpus_per_worker + min(section.data_cpus, 1)
@@ -108,7 +101,9 @@ def short_of_room(section: RaySection, resources: Mapping[str, float]) -> str:
 
 def _check_room(section: RaySection, resources: Mapping[str, float]) -> None:
     short = short_of_room(section, resources)
-    if short:
+    if short and section.autoscaling:
+        log.info("%s: machines are asked for as they are needed", short)
+    elif short:
         raise UserError(
             short,
             where="ray.workers, ray.cpus_per_worker, ray.gpus_per_worker",
@@ -132,7 +127,8 @@ def sweep_cpus(section: RaySection) -> float:
 def trials_at_once(section: RaySection, resources: Mapping[str, float]) -> int:
     """How many trials a cluster can hold beside the data tasks; `ray.trials` at most.
 
-    Nothing that runs waits then for room that another trial holds.
+    Nothing that runs waits then for room that another trial holds. A cluster that adds machines is asked for
+    `ray.trials` of them, or for as many as it can hold now.
 
     Raises:
         UserError: When it cannot hold one.
@@ -140,6 +136,8 @@ def trials_at_once(section: RaySection, resources: Mapping[str, float]) -> int:
     cpus, gpus = trial_needs(section)
     held = (resources.get("CPU", 0), resources.get("GPU", 0))
     room = [(held[0] - section.data_cpus) / cpus] + ([held[1] / gpus] if gpus else [])
+    if section.autoscaling:
+        return section.trials or max(math.floor(min(room) + 1e-6), 1)
     if min(room) < 1:
         least = cpus + min(section.data_cpus, 1)  # a single data task does, if slowly
         if held[0] < least or held[1] < gpus:

@@ -282,6 +282,9 @@ class RaySection(Section):
     trials: int | None = Field(
         None, ge=1, description="trials of a sweep at a time; by default as many as there is room for"
     )
+    autoscaling: bool = Field(
+        False, description="the cluster adds machines that are needed, so what it has now says nothing about room"
+    )
     storage: str = Field(
         "", description="local folder or s3:// address that relative run.root and data.shards are below"
     )

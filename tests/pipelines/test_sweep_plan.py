@@ -116,6 +116,10 @@ def test_a_cluster_holds_as_many_trials_as_there_is_room_for_beside_the_data_tas
     assert trials_at_once(section, {"CPU": 3.5}) == 1  # a single data task does
     gpus = section.model_copy(update={"gpus_per_worker": 1})
     assert trials_at_once(gpus, {"CPU": 96, "GPU": 8}) == 4
+    growing = gpus.model_copy(update={"autoscaling": True})
+    assert trials_at_once(growing, {"CPU": 96, "GPU": 8}) == 4
+    assert trials_at_once(growing, {"CPU": 4}) == 1  # the first one's machines are still to come
+    assert trials_at_once(growing.model_copy(update={"trials": 9}), {"CPU": 4}) == 9
 
 
 @pytest.mark.parametrize("resources", [{"CPU": 3.4, "GPU": 8}, {"CPU": 96, "GPU": 1}])
