@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import yaml
 
 from dmtg_core.aggregation import load_aggregator
@@ -18,25 +17,26 @@ from dmtg_core.network import GroupingNetwork
 from dmtg_core.step import WeighedLoss
 from dmtg_core.tasks import Task
 from dmtg_core.warm_start import WarmStart
-from pipelines import statistics
+from pipelines import handover, statistics, tracking
 from pipelines.cluster import session, user_error
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.faults import gave_up
 from pipelines.follow import following
 from pipelines.groups import train_groups
+from pipelines.handover import hand_over, opened
 from pipelines.ingest import Reader, keeps_in_memory, load_splits
 from pipelines.manifest import Manifest, check_shards, check_targets
 from pipelines.notices import EVENTS, for_result
-from pipelines.registry import Registered, register
+from pipelines.registry import Registered
 from pipelines.sections import checked
 from pipelines.shards import ensure_shards
 from pipelines.storage import Location, locate
-from pipelines.tracking import Tracker, enabled, open_tracker
+from pipelines.tracking import connect, enabled, open_tracker, shown
 from pipelines.warm_start import explained, fairness_notes, keep_models, open_models
-from pipelines.worker import GROUPING, RESULT, SEARCHED, Job, read_jsonl, work
+from pipelines.worker import RESULT, SEARCHED, Job, read_jsonl, work
 
-CONFIG, REPORT, REGISTERED = "config.yaml", "report.html", "models.json"
+CONFIG, REPORT, REGISTERED = handover.CONFIG, handover.REPORT, tracking.REGISTERED
 log = logging.getLogger(__name__)
 
 
@@ -72,6 +72,8 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
     """
     run = open_run(config)
     config.settings()  # its numbers are checked here, not in a worker
+    if enabled(config.track) and not (run / RESULT).exists():
+        connect(config.track)  # before shards are made, which can take hours
     models = open_models(config, run)
     with session_if_needed(config):
         manifest = ensure_shards(config, say)
@@ -80,12 +82,12 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
         notes = support_notes(manifest, tasks, config.data.min_support)
         for note in notes:
             say(f"note: {note}")
-        tracker = open_tracker(config, run, manifest)
         finished = (run / RESULT).exists()
+        tracker = opened(config, run, manifest) if finished else open_tracker(config, run, manifest)
         if finished:
             say(f"this run is finished: {run} (another run.name trains anew)")
         else:
-            (run / CONFIG).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            (run / CONFIG).write_text(yaml.safe_dump(shown(config), sort_keys=False))
             reader = Reader(folder, manifest, tasks)
             start = keep_models(models, run)
             notes += fairness_notes(config, start)
@@ -94,7 +96,8 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
             held = load_splits(reader) if keeps_in_memory(reader, config.data) else None
             with following(run, config.ray, tracker, say, earlier) as board:
                 train_job(Job(config, reader, held, run, tuple(notes), start, board), say)
-    return _close(config, run, tracker, manifest, say, finished)
+    registered = hand_over(config, run, tracker, manifest, say)
+    return Trained(run, tracker.run_id, (run / RESULT).read_json(), registered, finished)
 
 
 def open_run(config: Config) -> Location:
@@ -289,42 +292,3 @@ def run_workers(job: Job, say: Callable[[str], None]) -> None:
             trainer.fit()
         except Exception as error:
             raise user_error(error) or gave_up(error, str(job.run)) from error
-
-
-def _close(
-    config: Config,
-    run: Location,
-    tracker: Tracker,
-    manifest: Manifest,
-    say: Callable[[str], None],
-    finished: bool,
-) -> Trained:
-    """Registry and report. What an earlier call has done is read, not repeated."""
-    from pipelines.report import write_report
-
-    result = (run / RESULT).read_json()
-    models: list[Registered] = []
-    if (run / REGISTERED).exists():
-        models = [Registered(**entry) for entry in (run / REGISTERED).read_json()]
-    elif config.track.register_models and enabled(config.track):
-        say("registering the grouping and its group models")
-        example = stored_example(locate(config.data.shards), manifest)
-        models = register(config, run, tracker.run_id, manifest, example, result)
-        (run / REGISTERED).write_json([vars(model) for model in models])
-    if not (run / REPORT).exists():
-        write_report(run)
-        files = {name: (run / name).read_text() for name in (REPORT, GROUPING, CONFIG)}
-        tracker.finish(result, files)
-    return Trained(run, tracker.run_id, result, models, finished)
-
-
-def stored_example(folder: Location, manifest: Manifest, rows: int = 2) -> np.ndarray:
-    """The first stored inputs of the training split."""
-    import pyarrow.parquet as pq
-
-    first = next(shard for shard in manifest.shards["train"] if shard.rows >= rows)
-    with (folder / first.file).filesystem.open_input_file((folder / first.file).path) as file:
-        table = pq.ParquetFile(file).read_row_group(0, columns=["input"]).slice(0, rows)
-    spec = manifest.description.input
-    values = [np.frombuffer(value.as_py(), np.dtype(spec.dtype).newbyteorder("<")) for value in table["input"]]
-    return np.stack(values).reshape(len(values), *spec.shape).astype(spec.dtype)

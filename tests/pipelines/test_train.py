@@ -17,11 +17,13 @@ from dmtg_core.checkpoint import load_model
 from pipelines.context import GATE, METRICS
 from pipelines.errors import UserError
 from pipelines.evaluate import evaluate
+from pipelines.handover import stored_example
 from pipelines.manifest import read_manifest
-from pipelines.registry import list_models, load_groups, show_model
+from pipelines.registry import load_groups
 from pipelines.report import page, task_rows, verdict
 from pipelines.storage import locate
-from pipelines.train import stored_example, train
+from pipelines.train import train
+from pipelines.versions import list_models, show_model
 from pipelines.worker import read_jsonl
 from tests.pipelines.conftest import make_config
 
