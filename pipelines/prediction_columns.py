@@ -1,0 +1,88 @@
+"""The columns of a file of predictions: made to be read by `pandas.read_parquet` as they are.
+
+| task | columns |
+|---|---|
+| all | `id`, as in the shards |
+| binary | `<task>`: probability of class 1 |
+| multiclass | `<task>`: name of the likeliest class, its id where classes have no names; |
+|  | `<task>.<class>`: probability of each |
+| regression | `<task>`: value in the task's unit; `<task>.<channel>` where there are several |
+| dense | `<task>`: the pixels' raw bytes, class ids or values; `_predictions.json` has their dtype and shape |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dmtg_core.tasks import Task
+
+ID = "id"
+
+
+def schema(tasks: Sequence[Task]) -> pa.Schema:
+    """Columns of a file of predictions."""
+    fields = [pa.field(ID, pa.string())]
+    for task in tasks:
+        fields += [pa.field(name, kind) for name, kind in columns_of(task).items()]
+    return pa.schema(fields)
+
+
+def columns_of(task: Task) -> dict[str, pa.DataType]:
+    """Names and types of a task's columns; see this file's head."""
+    if task.dense:
+        return {task.name: pa.binary()}
+    if task.kind == "multiclass":
+        names = task.labels or range(task.channels)
+        kind = pa.string() if task.labels else pa.int32()
+        return {task.name: kind} | {f"{task.name}.{name}": pa.float32() for name in names}
+    if task.channels > 1:
+        return {f"{task.name}.{channel}": pa.float32() for channel in range(task.channels)}
+    return {task.name: pa.float32()}
+
+
+def arrays_of(task: Task, decoded: np.ndarray) -> list[pa.Array]:
+    """A task's predictions as the columns of `columns_of`.
+
+    Args:
+        task: The task.
+        decoded: What `Task.decode` gives for it, `(B, …)`.
+    """
+    if task.dense:
+        pixels = decoded.astype(dense_dtype(task))
+        return [pa.array([pixel.tobytes() for pixel in pixels], pa.binary())]
+    if task.kind == "multiclass":
+        ids = decoded.argmax(1)
+        names = pa.array([task.labels[i] for i in ids]) if task.labels else pa.array(ids, pa.int32())
+        return [names, *(pa.array(column, pa.float32()) for column in decoded.T)]
+    columns = decoded.T if decoded.ndim > 1 else [decoded]
+    return [pa.array(column, pa.float32()) for column in columns]
+
+
+def dense_dtype(task: Task) -> np.dtype[Any]:
+    """Of a pixel's value, little-endian: the narrowest that holds all class ids, or float32."""
+    kind = np.min_scalar_type(task.channels - 1) if task.classes else np.dtype(np.float32)
+    return kind.newbyteorder("<")
+
+
+def described(tasks: Mapping[str, tuple[Task, str]], shape: Sequence[int]) -> dict[str, Any]:
+    """Task → what its columns mean, and which group serves it.
+
+    Args:
+        tasks: Task name → task and group.
+        shape: Of a stored input; that of a dense task's pixels begins with the same height and width.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, (task, group) in tasks.items():
+        names = list(columns_of(task))
+        entry: dict[str, Any] = {"group": group, "kind": task.kind, "columns": names, "unit": task.unit}
+        if task.classes:
+            entry["labels"] = list(task.labels)
+        if task.dense:
+            deep = [] if task.classes or task.channels == 1 else [task.channels]
+            entry |= {"dtype": dense_dtype(task).name, "shape": [*shape[:2], *deep]}
+        found[name] = entry
+    return found
