@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from pipelines.cli_options import Debug, Json, RayFile, TrackUri
 from pipelines.console import number, print_table, run, say
 
-models_app = typer.Typer(no_args_is_help=True, help="Look into the model registry.")
+if TYPE_CHECKING:
+    from pipelines.sections import TrackSection
+
+T = TypeVar("T")
+
+models_app = typer.Typer(no_args_is_help=True, help="Look into the model registry, and say which version serves.")
+
+Name = Annotated[str, typer.Argument(help="Registered name of a composite.")]
+Address = Annotated[
+    str, typer.Argument(help="name for the newest version, name/version or name@alias, models:/ before it or not.")
+]
 
 
 @models_app.command("list")
 def models_list(uri: TrackUri = "", ray_config: RayFile = "", as_json: Json = False, debug: Debug = False) -> None:
-    """The newest version of every registered model."""
+    """The newest version of every registered model, and all versions that have an alias."""
 
     def body() -> dict[str, Any]:
-        from pipelines.config import load_track
-        from pipelines.registry import list_models
+        from pipelines.versions import list_models
 
-        found = list_models(load_track(uri, ray_config))
-        columns = ("name", "version", "aliases", "tasks", "grouping")
+        found = _ask(uri, ray_config, list_models)
+        columns = ("name", "version", "aliases", "tasks", "grouping", "created")
         rows = [{key: ", ".join(m[key]) if key == "aliases" else m[key] for key in columns} for m in found]
-        print_table("Registered models", rows)
+        print_table("Registered models", rows, right=("version",))
         return {"models": [model["uri"] for model in found], "entries": found}
 
     run("models list", body, as_json=as_json, debug=debug)
@@ -31,27 +41,161 @@ def models_list(uri: TrackUri = "", ray_config: RayFile = "", as_json: Json = Fa
 
 @models_app.command("show")
 def models_show(
-    name: Annotated[str, typer.Argument(help="Registered name, or name/version.")],
+    address: Address, uri: TrackUri = "", ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
+) -> None:
+    """One version: which group serves each task, how well, from which data and run."""
+
+    def body() -> dict[str, Any]:
+        from pipelines.versions import show_model
+
+        found = _ask(uri, ray_config, lambda section: show_model(section, address))
+        tables = ("groups", "members", "metrics", "baseline", "headline", "tasks")
+        rows = [{"": key, "value": _plain(value)} for key, value in found.items() if key not in tables]
+        print_table(found["uri"], rows)
+        print_table("Which group serves each task", _served(found))
+        print_table(f"Metrics on {found['split']}", _figures(found), right=("value", "naive MTL"))
+        return found
+
+    run("models show", body, as_json=as_json, debug=debug)
+
+
+@models_app.command("diff")
+def models_diff(
+    before: Annotated[str, typer.Argument(help="An address as in show; alone, champion against challenger.")],
+    after: Annotated[str, typer.Argument(help="The address to compare with.")] = "",
     uri: TrackUri = "",
     ray_config: RayFile = "",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """One registered model: which tasks it serves, how well, from which data and run."""
+    """Two versions side by side: groupings, which tasks moved, metrics."""
 
     def body() -> dict[str, Any]:
-        from pipelines.config import load_track
-        from pipelines.registry import show_model
+        from pipelines.versions import diff_models
 
-        found = show_model(load_track(uri, ray_config), name)
-        rows = [{"": key, "value": value} for key, value in found.items() if key != "metrics"]
-        print_table(found["uri"], rows)
+        found = _ask(uri, ray_config, lambda section: diff_models(section, before, after))
+        first, second = found["before"]["uri"], found["after"]["uri"]
+        rows = [
+            {"task": task, first: _group(found["before"], task), second: _group(found["after"], task),
+             "moved": "yes" if task in found["moved"] else ""}
+            for task in (*found["tasks"], *found["only_before"], *found["only_after"])
+        ]  # fmt: skip
+        print_table("Groupings", rows)
+        say(f"adjusted Rand index {found['adjusted_rand_index']:.3f} (1: the same grouping, 0: as by chance)")
         metrics = [
-            {"task": task, **{key: number(value) for key, value in values.items()}}
-            for task, values in found["metrics"].items()
+            {
+                "task": row["task"],
+                "metric": row["metric"],
+                first: number(row["before"]),
+                second: number(row["after"]),
+            }
+            for row in found["metrics"]
         ]
-        for row in metrics:
-            say("  ".join(f"{key} {value}" for key, value in row.items()))
+        print_table("Metrics", metrics, right=(first, second))
+        for note in found["notes"]:
+            say(f"note: {note}")
         return found
 
-    run("models show", body, as_json=as_json, debug=debug)
+    run("models diff", body, as_json=as_json, debug=debug)
+
+
+@models_app.command("promote")
+def models_promote(
+    name: Name,
+    version: Annotated[int | None, typer.Option(help="The challenger by default.")] = None,
+    uri: TrackUri = "",
+    ray_config: RayFile = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a version the champion, and those of its groups. Killed, the same words complete it."""
+
+    def body() -> dict[str, Any]:
+        from pipelines.aliases import promote
+
+        known = name.removeprefix("models:/")
+        return _moved(_ask(uri, ray_config, lambda section: promote(section, known, version)))
+
+    run("models promote", body, as_json=as_json, debug=debug)
+
+
+@models_app.command("rollback")
+def models_rollback(
+    name: Name, uri: TrackUri = "", ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
+) -> None:
+    """Make the champion before this one serve again."""
+
+    def body() -> dict[str, Any]:
+        from pipelines.aliases import rollback
+
+        known = name.removeprefix("models:/")
+        return _moved(_ask(uri, ray_config, lambda section: rollback(section, known)))
+
+    run("models rollback", body, as_json=as_json, debug=debug)
+
+
+def _ask(uri: str, ray_config: str, question: Callable[[TrackSection], T]) -> T:
+    """The answer of the registry that is meant, or one error where it has none."""
+    from pipelines.config import load_track
+    from pipelines.mlflow_errors import reached
+    from pipelines.tracking import tracking_uri
+
+    section = load_track(uri, ray_config)
+    with reached(tracking_uri(section)):
+        return question(section)
+
+
+def _moved(outcome: dict[str, Any]) -> dict[str, Any]:
+    uri = f"models:/{outcome['name']}/{outcome['version']}"
+    before = "none" if outcome["before"] is None else f"version {outcome['before']}"
+    print_table(f"{outcome['name']}@champion", [{"now": f"version {outcome['version']}", "before": before,
+                "grouping": outcome["grouping"]}])  # fmt: skip
+    return outcome | {"models": [uri]}
+
+
+def _group(entry: Mapping[str, Any], task: str) -> str:
+    return next((name for name, tasks in entry["groups"].items() if task in tasks), "–")
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _served(entry: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A row for each task; the model of a group is known to the composite only."""
+    models = {name.rpartition(".")[2]: f"models:/{name}/{v}" for name, v in entry["members"].items()}
+    return [
+        {"task": task, "group": group, "model": models.get(group, entry["uri"])}
+        for group, tasks in entry["groups"].items()
+        for task in tasks
+    ]
+
+
+def _figures(entry: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [
+        {"task": task, "metric": f"{name} *" if name == entry["headline"].get(task) else name,
+         "value": number(value), "naive MTL": number(entry["baseline"].get(task, {}).get(name))}
+        for task, values in entry["metrics"].items()
+        for name, value in values.items()
+    ]  # fmt: skip
+
+
+@models_app.command("register")
+def models_register(
+    run_dir: Annotated[str, typer.Argument(help="Folder of a finished run.")],
+    uri: Annotated[str, typer.Option("--uri", help="Server; that of the run by default.")] = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Hand a finished run to MLflow where its server was away: the figures, models and artifacts that it lacks."""
+
+    def body() -> dict[str, Any]:
+        from pipelines.handover import register_run
+
+        done = register_run(run_dir, uri, say)
+        for model in done.models:
+            say(f"model: {model.uri}")
+        say(f"MLflow run {done.run_id} at {done.uri}")
+        return {"run_dir": str(done.run), "run_id": done.run_id, "models": [model.uri for model in done.models]}
+
+    run("models register", body, as_json=as_json, debug=debug)

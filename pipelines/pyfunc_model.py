@@ -23,7 +23,8 @@ class GroupPredictor(mlflow.pyfunc.PythonModel):
 
     The artifact "groups" is a folder with a sub-folder for each group: one for a group's own model, all of them
     for the composite. The artifact "preparation" says how raw input becomes stored input; without it the stored
-    input is taken as it is.
+    input is taken as it is. An answer has the tasks of the signature and nothing else: which group serves each
+    task is in the metadata of the model, `mlflow.models.get_model_info(uri).metadata["groups_served"]`.
     """
 
     def load_context(self, context: Any) -> None:

@@ -1,4 +1,4 @@
-"""The MLflow model registry: one model a group, and a composite that answers every task."""
+"""What goes into the MLflow model registry and is loaded from it: a model for each group, and their composite."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from dmtg_core.checkpoint import load_model
+from dmtg_core.grouping import Grouping
 from dmtg_core.network import GroupModel
+from pipelines.aliases import set_challenger
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest
@@ -25,9 +28,11 @@ from pipelines.preparation import Preparation, load_preparation
 from pipelines.sections import TrackSection
 from pipelines.storage import Location, locate
 from pipelines.tracking import connect
+from pipelines.versions import DETAILS, LONGEST_TAG, find, registered, tags_of, versions
 from pipelines.worker import GROUPING, MODELS
 
 os.environ.setdefault("MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK", "true")
+LOGGED = re.compile(r"models:/m-[0-9a-f]{32}")  # a model that MLflow has logged, registered or not
 CODE = Path(__file__).parent / "pyfunc_model.py"
 
 
@@ -46,89 +51,141 @@ class Registered:
     name: str
     uri: str
 
+    @property
+    def version(self) -> int:
+        """The number of the version."""
+        return int(self.uri.rpartition("/")[2])
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What all models of a run share.
+
+    Args:
+        example: At least two stored input samples.
+        preparation: How raw input becomes stored input; empty where they are the same.
+        facts: What is known of the run.
+    """
+
+    client: Any
+    run_id: str
+    example: np.ndarray
+    preparation: Mapping[str, Any]
+    result: Mapping[str, Any]
+    facts: Mapping[str, Any]
+
 
 def register(
     config: Config, run: Location, run_id: str, manifest: Manifest, example: np.ndarray, result: Mapping[str, Any]
 ) -> list[Registered]:
-    """Register the composite and one model a group; versions that this run has registered before are taken.
+    """Register a model for each group and the composite, which becomes the challenger.
+
+    It takes up what a call before it left: versions that this run has registered are taken, tags that they lack
+    are set. The composite comes last, as it names the versions of its groups.
 
     Args:
         example: At least two stored input samples.
 
+    Returns:
+        The composite first.
+
     Raises:
         UserError: When the server does not answer.
     """
+    facts = {
+        "grouping": result["grouping_name"],
+        "data_digest": manifest.digest(),
+        "config_digest": config.digest(),
+        "code_version": version("dmtg"),
+        "run": str(run),
+        "split": result["split"],
+        "composite": config.name,
+    }
     client = connect(config.track)
+    origin = _Origin(client, run_id, example, manifest.description.preparation, result, facts)
     with tempfile.TemporaryDirectory() as folder:
-        groups = Path(folder)
-        _fetch_models(run, groups)
-        raw = manifest.description.preparation
-        tags = {
-            "dmtg.grouping": result["grouping_name"],
-            "dmtg.data_digest": manifest.digest(),
-            "dmtg.version": version("dmtg"),
-            "dmtg.run": str(run),
-        }
-        done = [_register(client, config.name, groups, run_id, example, raw, tags, result)]
-        for name in result["grouping"]:
+        _fetch_models(run, Path(folder))
+        members = []
+        for group in result["grouping"]:
             with tempfile.TemporaryDirectory() as single:
-                shutil.copytree(groups / name, Path(single) / name)
-                done.append(
-                    _register(client, f"{config.name}.{name}", Path(single), run_id, example, raw, tags, result)
-                )
-    return done
+                shutil.copytree(Path(folder) / group, Path(single) / group)
+                members.append(_register(origin, f"{config.name}.{group}", Path(single)))
+        composite = _register(origin, config.name, Path(folder), members)
+    set_challenger(config.track, config.name, composite.version)
+    return [composite, *members]
 
 
-def _register(
-    client: Any,
+def _register(origin: _Origin, name: str, groups: Path, members: Sequence[Registered] = ()) -> Registered:
+    """One model of the groups in a folder; with `members` it is their composite."""
+    models = {folder.name: load_model(folder) for folder in sorted(groups.iterdir())}
+    facts = {**origin.facts, **_facts(origin.result, models, members)}
+    tags = tags_of(facts)
+    for held in versions(origin.client, name) if registered(origin.client, name) else ():
+        if held.run_id == origin.run_id:
+            for key in sorted(set(tags) - set(held.tags)):
+                origin.client.set_model_version_tag(name, held.version, key, tags[key])
+            return Registered(name, f"models:/{name}/{held.version}")
+    return Registered(name, f"models:/{name}/{_log(origin, name, groups, models, facts, tags)}")
+
+
+def _facts(
+    result: Mapping[str, Any], models: Mapping[str, GroupModel], members: Sequence[Registered]
+) -> dict[str, Any]:
+    """What is known of a model beside its origin."""
+    groups = {group: [task.name for task in model.tasks] for group, model in models.items()}
+    tasks = [task for group in groups.values() for task in group]
+    listed = ", ".join(tasks)
+    return {
+        "kind": "composite" if members else "group",
+        "tasks": listed if len(listed) <= LONGEST_TAG else f"{len(tasks)} tasks",
+        "groups": groups,
+        "members": {member.name: member.version for member in members},
+        "metrics": {task: result["metrics"][task] for task in tasks},
+        "baseline": {task: v for task, v in result.get("baseline", {}).items() if task in tasks},
+        "headline": {task.name: task.metric for model in models.values() for task in model.tasks},
+    }
+
+
+def _log(
+    origin: _Origin,
     name: str,
     groups: Path,
-    run_id: str,
-    example: np.ndarray,
-    preparation: Mapping[str, Any],
+    models: Mapping[str, GroupModel],
+    facts: Mapping[str, Any],
     tags: Mapping[str, str],
-    result: Mapping[str, Any],
-) -> Registered:
+) -> str:
+    """Log a model and make it a version; its number. The version comes with its tags, or not at all."""
     import mlflow
 
-    for held in client.search_model_versions(f"name='{name}'"):
-        if held.run_id == run_id:
-            return Registered(name, f"models:/{name}/{held.version}")
-    models = {folder.name: load_model(folder) for folder in sorted(groups.iterdir())}
-    served = {group: [task.name for task in model.tasks] for group, model in models.items()}
-    gathered = [task for tasks in served.values() for task in tasks]
-    metrics = {task: result["metrics"][task] for task in gathered}
-    how = load_preparation(preparation) if preparation else None
+    how = load_preparation(origin.preparation) if origin.preparation else None
     with (
         tempfile.TemporaryDirectory() as beside,
-        mlflow.start_run(run_id=run_id),
+        mlflow.start_run(run_id=origin.run_id),
         contextlib.redirect_stderr(io.StringIO()),
     ):  # MLflow's own chatter
         logged = mlflow.pyfunc.log_model(
             name=name.replace(".", "_"),  # a logged model may have no dot, a registered one may
             python_model=str(CODE),
-            artifacts={"groups": str(groups)} | _saved(preparation, Path(beside)),
-            signature=_signature(models, example, how),
-            input_example=example if how is None else [how.example()] * 2,
+            artifacts={"groups": str(groups)} | _beside(origin, facts, Path(beside)),
+            signature=_signature(models, origin.example, how),
+            input_example=origin.example if how is None else [how.example()] * 2,
             pip_requirements=REQUIREMENTS + [_pinned(name) for name in (how.libraries if how else ())],
-            metadata={"grouping": result["grouping"], "groups_served": served},
+            metadata={"grouping": origin.result["grouping"], "groups_served": facts["groups"]},
             registered_model_name=name,
+            tags=dict(tags),
         )
-    number = logged.registered_model_version
-    described = {"dmtg.tasks": ", ".join(gathered), "dmtg.groups": json.dumps(served)} | dict(tags)
-    described["dmtg.metrics"] = json.dumps(metrics)[:4900]
-    for key, value in described.items():
-        client.set_model_version_tag(name, str(number), key, value)
-    return Registered(name, f"models:/{name}/{number}")
+    return str(logged.registered_model_version)
 
 
-def _saved(preparation: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """The preparation as an artifact; none where the stored input is what a user has."""
-    if not preparation:
-        return {}
-    file = folder / "preparation.json"
-    file.write_text(json.dumps(preparation, indent=2), encoding="utf-8")
-    return {"preparation": str(file)}
+def _beside(origin: _Origin, facts: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """JSON artifacts beside the weights: the grouping, what is known of the version, the preparation if any."""
+    groups = Grouping.from_dict(origin.result["grouping"])
+    texts = {"grouping": groups.to_json(), DETAILS.removesuffix(".json"): json.dumps(facts, indent=2)}
+    if origin.preparation:
+        texts["preparation"] = json.dumps(origin.preparation, indent=2)
+    for key, text in texts.items():
+        (folder / f"{key}.json").write_text(text, encoding="utf-8")
+    return {key: str(folder / f"{key}.json") for key in texts}
 
 
 def _signature(models: Mapping[str, GroupModel], example: np.ndarray, how: Preparation | None) -> Any:
@@ -155,72 +212,36 @@ def _raw_columns(how: Preparation) -> list[Any]:
     return [ColSpec(AnyType(), name) for name in how.columns]
 
 
-def list_models(section: TrackSection, name: str = "") -> list[dict[str, Any]]:
-    """Newest version of every registered model whose name starts with `name`."""
-    client = connect(section)
-    found = []
-    for model in client.search_registered_models():
-        versions = client.search_model_versions(f"name='{model.name}'")
-        if not versions or not model.name.startswith(name):
-            continue
-        newest = max(versions, key=lambda v: int(v.version))
-        found.append(_shown(newest, dict(model.aliases)))
-    return sorted(found, key=lambda entry: str(entry["name"]))
-
-
-def _shown(model: Any, aliases: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "name": model.name,
-        "version": int(model.version),
-        "aliases": sorted(a for a, v in aliases.items() if str(v) == str(model.version)),
-        "tasks": model.tags.get("dmtg.tasks", ""),
-        "grouping": model.tags.get("dmtg.grouping", ""),
-        "run_id": model.run_id,
-        "uri": f"models:/{model.name}/{model.version}",
-    }
-
-
-def show_model(section: TrackSection, name: str) -> dict[str, Any]:
-    """One registered model (`name`, or `name/version`) with its tags and metrics.
-
-    Raises:
-        UserError: When there is no such model.
-    """
-    client = connect(section)
-    wanted, _, number = name.removeprefix("models:/").partition("/")
-    versions = client.search_model_versions(f"name='{wanted}'")
-    chosen = [v for v in versions if number in ("", str(v.version))]
-    if not chosen:
-        names = sorted(m.name for m in client.search_registered_models())
-        raise UserError(
-            f"no registered model {name!r}",
-            where="MLflow registry",
-            remedy=f"use one of {', '.join(names)}" if names else "train a model first",
-        )
-    newest = max(chosen, key=lambda v: int(v.version))
-    aliases = dict(client.get_registered_model(wanted).aliases)
-    groups = json.loads(newest.tags.get("dmtg.groups", "{}"))
-    metrics = newest.tags.get("dmtg.metrics", "{}")
-    return _shown(newest, aliases) | {
-        "groups": groups,
-        "data_digest": newest.tags.get("dmtg.data_digest", ""),
-        "run": newest.tags.get("dmtg.run", ""),
-        "metrics": json.loads(metrics) if len(metrics) < 4900 else {},
-    }
-
-
 def load_groups(uri: str, section: TrackSection) -> dict[str, GroupModel]:
     """The group models behind a registered model's address, or behind a run folder.
+
+    Args:
+        uri: `models:/name/version`, `models:/name@alias`, `models:/name` for the newest version, another address
+            of a model as MLflow has them (`runs:/…`, `models:/m-…`), or a run folder.
 
     Raises:
         UserError: When there is nothing to load.
     """
-    if uri.startswith(("models:/", "runs:/")):
-        import mlflow
+    if not uri.startswith(("models:/", "runs:/")):
+        return _groups_of_run(uri)
+    return load_registered(uri, section)[0]
 
-        connect(section)
+
+def load_registered(uri: str, section: TrackSection) -> tuple[dict[str, GroupModel], dict[str, Any]]:
+    """The group models behind a registered model's address, and the preparation of their input, empty for none.
+
+    Raises:
+        UserError: When there is nothing to load.
+    """
+    import mlflow
+
+    client = connect(section)
+    if uri.startswith("models:/") and not LOGGED.fullmatch(uri):
+        found, _ = find(client, uri)
+        uri = f"models:/{found.name}/{found.version}"
+    with tempfile.TemporaryDirectory() as folder:
         try:
-            path = Path(mlflow.artifacts.download_artifacts(uri))
+            path = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
         except Exception as error:
             raise UserError(
                 f"cannot load {uri}: {str(error).splitlines()[0][:200]}",
@@ -228,8 +249,9 @@ def load_groups(uri: str, section: TrackSection) -> dict[str, GroupModel]:
                 remedy="dmtg models list shows what there is",
             ) from error
         folders = sorted((path / "artifacts").glob("*/group_*"))
-        return {folder.name: load_model(folder) for folder in folders}
-    return _groups_of_run(uri)
+        file = path / "artifacts" / "preparation.json"
+        preparation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return {group.name: load_model(group) for group in folders}, preparation
 
 
 def _groups_of_run(uri: str) -> dict[str, GroupModel]:

@@ -24,10 +24,10 @@ from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.manifest import read_manifest
 from pipelines.notices import DAMAGED, HUNG, LOST, RESIZED, RESUMED, UNWRITTEN
-from pipelines.registry import list_models
 from pipelines.sections import RaySection, checked
 from pipelines.storage import locate
 from pipelines.train import check_workers, train
+from pipelines.versions import list_models
 from pipelines.worker import read_jsonl
 from tests.pipelines.conftest import make_config
 from tests.pipelines.driver import ROOT, Driver, Undisturbed, disturbed, in_own_mounts, kill, same, workers

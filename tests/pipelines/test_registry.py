@@ -1,0 +1,363 @@
+"""The model registry: versions and what they say, aliases that survive any end of a process, the same commands on
+every kind of store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import yaml
+from mlflow.exceptions import MlflowException
+
+from dmtg_core.encoders import EncoderSpec
+from pipelines.aliases import champion, champions, promote, rollback, set_challenger
+from pipelines.errors import UserError
+from pipelines.registry import load_groups
+from pipelines.sections import TrackSection
+from pipelines.sources import Source, build_source
+from pipelines.tracking import connect
+from pipelines.versions import list_models, registered_models, show_model, tags_of
+from tests.pipelines.test_cli import call
+from tests.pipelines.untrained import Finished, finish
+
+WRITES = (
+    "set_registered_model_tag", "set_registered_model_alias", "delete_registered_model_alias",
+)  # fmt: skip
+TASKS = ["sick", "cost", "days"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    root = tmp_path_factory.mktemp("table")
+    (root / "t.csv").write_text(
+        "id,age,sick,cost,days,split\na,20,1,3,1,train\nb,40,0,5,2,train\nc,30,1,4,4,val\n"
+    )
+    kinds = {"sick": "binary", "cost": "regression", "days": "regression"}
+    tasks = [{"column": name, "kind": kind} for name, kind in kinds.items()]
+    return build_source(
+        "table", str(root), {"file": "t.csv", "id_column": "id", "features": ["age"], "tasks": tasks}
+    )
+
+
+@pytest.fixture(scope="module")
+def section(tmp_path_factory: pytest.TempPathFactory) -> TrackSection:
+    """An SQLite registry for versions without models."""
+    return TrackSection(uri=f"sqlite:///{tmp_path_factory.mktemp('aliases') / 'mlflow.db'}")
+
+
+def add_version(section: TrackSection, name: str, groups: list[list[str]]) -> int:
+    """A version of a composite and of its group models as `register` makes them, without models behind them."""
+    client = connect(section)
+    served = {f"group_{i}": tasks for i, tasks in enumerate(groups)}
+    held = {model.name for model in registered_models(client)}
+    facts = dict.fromkeys(("composite", "grouping", "data_digest", "config_digest", "code_version", "run"), "x")
+    facts |= {"split": "test", "metrics": {}, "baseline": {}, "headline": {}, "tasks": "many"}
+    members: dict[str, int] = {}
+    for model in (*(f"{name}.{group}" for group in served), name):
+        if model not in held:
+            client.create_registered_model(model)
+        own = {"kind": "composite" if model == name else "group", "members": dict(members), "groups": served}
+        made = client.create_model_version(model, "file:///nowhere", tags=tags_of(facts | own))
+        members[model] = int(made.version)
+    return members[name]
+
+
+def aliases(section: TrackSection, name: str) -> dict[str, dict[str, int]]:
+    """Alias → model → version, of a composite and its group models."""
+    found: dict[str, dict[str, int]] = {}
+    for model in registered_models(connect(section), name):
+        for alias, version in model.aliases.items():
+            found.setdefault(alias, {})[model.name.removeprefix(name)] = int(version)
+    return found
+
+
+TWO, THREE = [["sick", "cost"], ["days"]], [["sick"], ["cost"], ["days"]]
+
+
+def test_the_champion_of_the_groups_follows_that_of_the_composite(section) -> None:
+    assert champion(section, "a") is None
+    assert add_version(section, "a", THREE) == 1
+    assert champion(section, "a") is None
+    set_challenger(section, "a", 1)
+    groups = {"group_0": ["sick"], "group_1": ["cost"], "group_2": ["days"]}
+    outcome = {"name": "a", "version": 1, "before": None, "grouping": "x", "groups": groups}
+    assert promote(section, "a") == outcome
+    all_of_1 = {"": 1, ".group_0": 1, ".group_1": 1, ".group_2": 1}
+    assert aliases(section, "a") == {"champion": all_of_1, "challenger": all_of_1}
+    add_version(section, "a", TWO)
+    set_challenger(section, "a", 2)
+    all_of_2 = {"": 2, ".group_0": 2, ".group_1": 2}
+    assert aliases(section, "a") == {"champion": all_of_1, "challenger": all_of_2}
+    assert promote(section, "a") == promote(section, "a")
+    assert aliases(section, "a") == {"champion": all_of_2, "challenger": all_of_2}
+    assert champion(section, "a") == show_model(section, "a/2") == show_model(section, "models:/a@champion")
+    assert rollback(section, "a") == outcome | {"before": 2}
+    assert aliases(section, "a") == {"champion": all_of_1, "challenger": all_of_2}
+    with pytest.raises(UserError, match="no champion before this one"):
+        rollback(section, "a")
+
+
+def test_rollbacks_go_back_through_all_champions_that_still_exist(section) -> None:
+    for _ in range(4):
+        add_version(section, "b", TWO)
+    for version in (1, 2, 1, 3, 4):
+        promote(section, "b", version)
+    assert champions(section, "b") == [1, 2, 1, 3, 4]
+    connect(section).delete_model_version("b", "3")
+    assert [rollback(section, "b")["version"] for _ in range(3)] == [1, 2, 1]
+    with pytest.raises(UserError, match="no champion before this one"):
+        rollback(section, "b")
+    promote(section, "b", 2)
+    assert champions(section, "b") == [1, 2]
+
+
+class KilledError(BaseException):
+    """The process ends here."""
+
+
+@pytest.fixture
+def killer() -> Iterator[Any]:
+    """`killer(n)`: the process ends when it has written n times to the registry; `killer(None)`: it lives on."""
+    left: list[int | None] = [None]
+
+    def counted(write: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if left[0] is not None:
+                if left[0] == 0:
+                    raise KilledError
+                left[0] -= 1
+            return write(*args, **kwargs)
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in WRITES:
+            patch.setattr(mlflow.MlflowClient, name, counted(getattr(mlflow.MlflowClient, name)))
+        yield lambda writes: left.__setitem__(0, writes)
+
+
+def ends_after(killer: Any, writes: int, body: Any) -> bool:
+    """Whether the process ended before `body` did."""
+    killer(writes)
+    try:
+        body()
+    except KilledError:
+        return True
+    finally:
+        killer(None)
+    return False
+
+
+def test_a_promotion_that_is_killed_at_any_point_is_completed_by_the_same_words(section, killer) -> None:
+    def served(version: int) -> dict[str, int]:
+        return {"": version, ".group_0": version, ".group_1": version} | ({".group_2": 1} if version == 1 else {})
+
+    points, moved = 0, []
+    while True:
+        name = f"kill{points}"
+        add_version(section, name, THREE)
+        add_version(section, name, TWO)
+        promote(section, name, 1)
+        killed = ends_after(killer, points, lambda: promote(section, name, 2))  # noqa: B023 - called at once
+        serving = champion(section, name)["version"]
+        moved.append(serving)
+        assert champions(section, name) == ([1] if serving == 1 else [1, 2])
+        if not killed:
+            break
+        if serving == 1 and points:  # another one may be promoted instead
+            assert promote(section, name, 1)["version"] == 1
+            assert aliases(section, name)["champion"] == served(1)
+        assert promote(section, name, 2)["before"] == 1
+        assert aliases(section, name)["champion"] == served(2)
+        assert rollback(section, name)["version"] == 1
+        assert aliases(section, name)["champion"] == served(1)
+        assert champions(section, name) == [1]
+        points += 1
+    assert moved == [1, 1, 2, 2, 2, 2]  # list, alias, two groups, and the third one's alias
+
+
+def test_a_rollback_that_is_killed_at_any_point_loses_no_champion(section, killer) -> None:
+    points, moved = 0, []
+    while True:
+        name = f"back{points}"
+        for groups in (TWO, THREE):
+            add_version(section, name, groups)
+        for version in (1, 2, 1, 2):
+            promote(section, name, version)
+        killed = ends_after(killer, points, lambda: rollback(section, name))  # noqa: B023 - called at once
+        serving = champion(section, name)["version"]
+        moved.append(serving)
+        assert champions(section, name) == ([1, 2, 1, 2] if serving == 2 else [1, 2, 1])
+        if not killed:
+            break
+        promote(section, name, serving)
+        third = {".group_2": 1} if serving == 2 else {}
+        assert (
+            aliases(section, name)["champion"] == {"": serving, ".group_0": serving, ".group_1": serving} | third
+        )
+        left = [rollback(section, name)["version"] for _ in champions(section, name)[1:]]
+        assert left == ([1, 2, 1] if serving == 2 else [2, 1])
+        points += 1
+    assert moved == [2, 2, 1, 1, 1, 1]
+
+
+@pytest.fixture(params=["embedded", "server", "apart"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
+    """Tracking and registry in one SQLite file, on a server with its files on S3, in two SQLite files."""
+    if request.param == "server":
+        return {"uri": request.getfixturevalue("mlflow_server")}
+    apart = {"registry_uri": f"sqlite:///{tmp_path / 'registry.db'}"} if request.param == "apart" else {}
+    return {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"} | apart
+
+
+def made(source: Source, root: Path, store: dict[str, str], groups: int, seed: int = 0) -> Finished:
+    return finish(source, EncoderSpec("mlp"), root, store, name="ills", groups=groups, seed=seed)
+
+
+def test_the_commands_say_and_do_the_same_on_every_store(source, store, tmp_path) -> None:
+    first, second = made(source, tmp_path, store, 2), made(source, tmp_path, store, 3)
+    second.result["metrics"]["cost"] |= {f"quantile_{i}": i / 7 for i in range(500)}  # too long for a tag
+    file = tmp_path / "ray.yaml"
+    file.write_text(yaml.safe_dump({"tracking_uri": store["uri"], "registry_uri": store.get("registry_uri", "")}))
+
+    def models(*words: str) -> dict[str, Any]:
+        code, found, said = call("models", *words, "--ray-config", str(file))
+        assert code == 0, said
+        return found
+
+    assert [model.uri for model in first.register()] == [
+        "models:/ills/1", "models:/ills.group_0/1", "models:/ills.group_1/1",
+    ]  # fmt: skip
+    assert models("promote", "ills")["before"] is None
+    second.register()
+    listed = {model["uri"]: model for model in models("list")["entries"] if model["name"].startswith("ills")}
+    assert {uri: model["aliases"] for uri, model in listed.items()} == {
+        "models:/ills/2": ["challenger"], "models:/ills/1": ["champion"],
+        "models:/ills.group_0/2": ["challenger"], "models:/ills.group_0/1": ["champion"],
+        "models:/ills.group_1/2": ["challenger"], "models:/ills.group_1/1": ["champion"],
+        "models:/ills.group_2/1": ["challenger"],
+    }  # fmt: skip
+    assert listed["models:/ills/1"]["tasks"] == "sick, days, cost"
+    assert listed["models:/ills.group_0/1"]["tasks"] == "sick, days"
+
+    shown = models("show", "ills@challenger")
+    assert shown["groups"] == {"group_0": ["sick"], "group_1": ["cost"], "group_2": ["days"]}
+    assert shown["members"] == {"ills.group_0": 2, "ills.group_1": 2, "ills.group_2": 1}
+    assert shown["metrics"] == second.result["metrics"]
+    assert shown["grouping"] == second.result["grouping_name"]
+    assert (shown["run"], shown["run_id"], shown["split"]) == (str(second.run), second.run_id, "test")
+    assert shown["data_digest"] == second.manifest.digest()
+    assert shown["config_digest"] == second.config.digest()
+
+    compared = models("diff", "ills")
+    assert (compared["before"]["version"], compared["after"]["version"]) == (1, 2)
+    assert compared["adjusted_rand_index"] == 0
+    assert compared["moved"] == ["days"]
+    assert compared["notes"] == []
+    by_row = {(row["task"], row["metric"]): (row["before"], row["after"]) for row in compared["metrics"]}
+    assert by_row["sick", "loss"] == (1.0, 1.0)
+    assert by_row["cost", "quantile_7"] == (None, 1.0)
+
+    assert models("promote", "ills")["before"] == 1
+    assert models("diff", "ills/1", "ills@champion")["adjusted_rand_index"] == 0
+    assert list(load_groups("models:/ills@champion", second.config.track)) == ["group_0", "group_1", "group_2"]
+    back = models("rollback", "ills")
+    assert (back["version"], back["before"], back["models"]) == (1, 2, ["models:/ills/1"])
+    assert list(load_groups("models:/ills@champion", first.config.track)) == ["group_0", "group_1"]
+    assert call("models", "rollback", "ills", "--ray-config", str(file))[0] == 1
+    held = connect(first.config.track).get_run(first.run_id)
+    assert held.info.status == "FINISHED"
+    assert (tmp_path / "registry.db").exists() == ("registry_uri" in store)
+
+
+@pytest.fixture(scope="module")
+def registered(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A registered run of three groups."""
+    root = tmp_path_factory.mktemp("registered")
+    done = made(source, root, {"uri": f"sqlite:///{root / 'mlflow.db'}"}, 3)
+    done.register()
+    return done
+
+
+def test_names_that_are_nearly_right_are_answered_with_the_right_ones(registered) -> None:
+    section = registered.config.track
+    for address, what, nearest in (
+        ("ill", "no registered model 'ill'", "ills"),
+        ("models:/ills/7", "ills has no version '7'", "use one of 1"),
+        ("ills/one", "ills has no version 'one'", "use one of 1"),
+        ("ills@challanger", "ills has no alias 'challanger'", "use one of challenger"),
+        ("ills@champion", "ills has no alias 'champion'", "use one of challenger"),
+    ):
+        with pytest.raises(UserError, match=what) as error:
+            show_model(section, address)
+        assert nearest in error.value.remedy
+    with pytest.raises(UserError, match="no registered model"):
+        load_groups("models:/il", section)
+    code, found, _ = call("models", "promote", "ills.group_1", "--version", "1", "--uri", section.uri)
+    assert code == 2
+    assert "give the composite ills" in found["error"]["remedy"]
+    code, found, _ = call("models", "diff", "ills.group_1/1", "ills/1", "--uri", section.uri)
+    assert (code, found["error"]["what"]) == (2, "models:/ills.group_1/1 is not the composite of a grouping")
+
+
+def test_models_of_other_tasks_are_compared_on_those_that_both_have(section) -> None:
+    add_version(section, "wide", THREE)
+    add_version(section, "wide", [["cost", "sick"], ["height"]])
+    add_version(section, "other", [["height"]])
+    code, found, said = call("models", "diff", "wide/1", "wide/2", "--uri", section.uri)
+    assert code == 0
+    assert (found["tasks"], found["only_before"], found["only_after"]) == (["sick", "cost"], ["days"], ["height"])
+    assert found["notes"] == ["the two answer different tasks; only those that both have are compared"]
+    assert found["notes"][0] in said
+    code, found, _ = call("models", "diff", "wide/1", "other/1", "--uri", section.uri)
+    assert (code, found["error"]["what"]) == (2, "models:/wide/1 and models:/other/1 have no task in common")
+
+
+def test_a_version_carries_its_grouping_and_says_which_group_serves_each_task(registered) -> None:
+    folder = Path(mlflow.artifacts.download_artifacts("models:/ills/1"))
+    held = json.loads((folder / "artifacts" / "grouping.json").read_text())
+    assert (held["name"], held["groups"]) == (registered.result["grouping_name"], registered.result["grouping"])
+    assert (
+        mlflow.models.get_model_info("models:/ills/1").metadata["groups_served"] == registered.result["grouping"]
+    )
+    assert not list(folder.rglob("*.pkl"))
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_registration_that_is_killed_between_two_models_is_completed(
+    source, tmp_path, monkeypatch, after
+) -> None:
+    run = made(source, tmp_path, {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}, 2)
+    create, left = mlflow.MlflowClient._create_model_version, [after]
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        if left[0] == 0:
+            raise MlflowException("gone")
+        left[0] -= 1
+        return create(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "_create_model_version", killed)
+        with pytest.raises(MlflowException, match="gone"):
+            run.register()
+    client = connect(run.config.track)
+    names = ["ills.group_0", "ills.group_1", "ills"]
+    for name in names[:after]:  # and one that has no tags
+        client.delete_model_version_tag(name, "1", "dmtg.metrics")
+    models = run.register()
+    assert models == run.register()
+    assert [model.uri for model in models] == [
+        "models:/ills/1",
+        "models:/ills.group_0/1",
+        "models:/ills.group_1/1",
+    ]
+    for name in names:
+        (version,) = client.search_model_versions(f"name='{name}'")
+        assert json.loads(version.tags["dmtg.metrics"])
+    assert {m["name"]: m["aliases"] for m in list_models(run.config.track)} == {
+        name: ["challenger"] for name in names
+    }

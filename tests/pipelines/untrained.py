@@ -1,0 +1,90 @@
+"""Finished runs of networks that have learnt nothing, as training would leave them, and in no time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmtg_core.checkpoint import save_model
+from dmtg_core.encoders import EncoderSpec
+from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec
+from pipelines.config import Config
+from pipelines.manifest import Manifest
+from pipelines.registry import Registered, register
+from pipelines.sections import checked
+from pipelines.sources import INPUT, Source
+from pipelines.storage import locate
+from pipelines.tracking import connect
+
+EXPERIMENT = "untrained"
+
+
+@dataclass
+class Finished:
+    """A run folder, and what `register` is told of it."""
+
+    config: Config
+    run: Path
+    run_id: str
+    manifest: Manifest
+    example: np.ndarray
+    result: dict[str, Any]
+    models: dict[str, GroupModel]
+
+    def register(self) -> list[Registered]:
+        """As training does at its end."""
+        run = locate(str(self.run))
+        return register(self.config, run, self.run_id, self.manifest, self.example, self.result)
+
+
+def finish(
+    source: Source,
+    encoder: EncoderSpec,
+    root: Path,
+    track: dict[str, str],
+    *,
+    name: str,
+    groups: int = 1,
+    seed: int = 0,
+) -> Finished:
+    """A run whose task n is in group n mod `groups`, and an MLflow run for it.
+
+    Args:
+        root: Holds the run folder, and MLflow's files where `track` leads to an SQLite file.
+    """
+    description = source.describe()
+    spec = NetworkSpec(description.input, description.tasks, encoder, groups=groups, initial="diagonal",
+                       initial_scale=1.0, seed=seed)  # fmt: skip
+    network = GroupingNetwork(spec)
+    grouping = network.grouping()
+    run = root / f"{name}-{groups}-{seed}"
+    models = network.specialise()
+    for group, model in models.items():
+        save_model(run / "models" / group, model)
+    config = checked(
+        Config,
+        {"name": name, "data": {"shards": str(run)}, "network": {"groups": groups},
+         "track": track | {"experiment": EXPERIMENT}},
+    )  # fmt: skip
+    result = {
+        "grouping": grouping.to_dict(),
+        "grouping_name": grouping.name,
+        "split": "test",
+        "metrics": {task.name: {task.metric: 0.5 + seed, "loss": 1.0} for task in description.tasks},
+        "baseline": {task.name: {task.metric: 0.25} for task in description.tasks},
+    }
+    example = np.stack([source.read(entry)[INPUT] for entry in list(source.entries())[:4]])
+    return Finished(config, run, _run_id(config, root), Manifest(description, {}, {}), example, result, models)
+
+
+def _run_id(config: Config, root: Path) -> str:
+    client = connect(config.track)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    # an SQLite store would put its files into the current folder
+    place = str(root / "artifacts") if config.track.uri.startswith("sqlite") else None
+    number = experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT, place)
+    run_id: str = client.create_run(number).info.run_id
+    return run_id
