@@ -38,7 +38,7 @@ from pipelines.standings import (
     status,
 )
 from pipelines.storage import Location, locate
-from pipelines.tracking import NullTracker, Tracker, open_tracker, shown
+from pipelines.tracking import NullTracker, Tracker, connect, enabled, open_tracker, shown
 from pipelines.train import CONFIG, check_data, check_network, open_run, support_notes
 from pipelines.trials import STEM, STOPPED, Trial, best_config, laid_over, sweep_name, trials
 from pipelines.warm_start import keep_models, open_models
@@ -89,6 +89,8 @@ def sweep(config: Config, say: Callable[[str], None] = log.info) -> Swept:
     for trial in planned:
         trial.config.settings()
     left = [trial for trial in planned if status(trial) in (OPEN, BROKEN)]
+    if left and enabled(config.track):
+        connect(config.track)  # before shards are made, which can take hours
     with _session_for(config, left):
         manifest = ensure_shards(config, say)
         tasks = manifest.tasks(config.data.tasks, config.data.shards)

@@ -39,6 +39,7 @@ WORST = 1e9  # of a score that is not defined
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it ends the sweep as if it were done
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files that nobody reads
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints tables to stdout, asked to be silent or not
 
 
 class Driven(tune.Trainable):
@@ -251,6 +252,7 @@ def drive(
             run_config=tune.RunConfig(
                 name="sweep", storage_path=scratch, verbose=0, callbacks=[told],
                 failure_config=tune.FailureConfig(max_failures=ray.max_failures),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the run folder has them
             ),
         )  # fmt: skip
         try:

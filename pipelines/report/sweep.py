@@ -160,9 +160,12 @@ Heights = tuple[list[float], dict[float, str]]  # of each row, and what to write
 
 
 def _categories(rows: Sequence[Row], key: str) -> Heights:
-    """Values of a setting's key at equal distances, in the order of the sweep."""
+    """Values of a setting's key at equal distances, numbers in their order."""
+    values = [row["setting"][key] for row in rows]
+    if not isinstance(values[0], Mapping):
+        values.sort()
     texts = [_word(row["setting"][key]) for row in rows]
-    kinds = list(dict.fromkeys(texts))
+    kinds = list(dict.fromkeys(_word(value) for value in values))
     at = {text: (i + 0.5) / len(kinds) for i, text in enumerate(kinds)}
     return [at[text] for text in texts], {height: text for text, height in at.items()}
 
