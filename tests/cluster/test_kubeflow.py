@@ -101,7 +101,7 @@ def test_a_night_runs_from_raw_files_to_a_verdict(images: Path, tmp_path: Path) 
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
     given = {
-        "config": str(file), "cluster": "", "shard_words": [], "sweep_words": ["sweep.groups=[1, 2]"],
+        "config": str(file), "cluster": "", "shard_words": [], "sweep_words": ["sweep.groups=[2, 3]"],
         "train_words": [], "regroup_words": ["--kept-ok"],
     }  # fmt: skip
     done = run_locally("night", given, tmp_path)

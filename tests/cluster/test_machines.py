@@ -13,8 +13,13 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
 
+from dmtg_core import GroupingNetwork, InputSpec
+from pipelines.config import load_config
+from pipelines.sources.taskonomy_tasks import TASKS
 from tests.cluster.manifests import ROOT
 
 CLUSTER = ROOT / "cluster"
@@ -125,7 +130,8 @@ def test_cron_reads_one_line_a_night_that_two_jobs_cannot_run_at_once() -> None:
     assert words[words.index("flock") : words.index("flock") + 2] == ["flock", "--nonblock"]
 
 
-def test_figures_of_the_readme_follow_from_their_formulas() -> None:
+def figures() -> dict[str, float]:
+    """What the formulas of the README give, each held against the figure beside it."""
     text = (CLUSTER / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     names: dict[str, float] = {}
@@ -137,4 +143,23 @@ def test_figures_of_the_readme_follow_from_their_formulas() -> None:
         if shown:
             digits = len(shown.replace(",", "").partition(".")[2])
             assert round(names[name], digits) == float(shown.replace(",", "")), line
-    assert len(names) >= 15
+    return names
+
+
+def test_figures_of_the_readme_follow_from_their_formulas() -> None:
+    found = figures()
+    assert len(found) >= 25
+    assert found["sample"] == 851_968
+
+
+def test_the_network_of_the_readme_is_as_large_as_it_says() -> None:
+    config = load_config("paper/taskonomy5_k3")
+    assert config.source is not None
+    tasks = [TASKS[name] for name in config.source.options["tasks"]]
+    size = config.source.options["size"]
+    network = GroupingNetwork(config.network_spec(InputSpec("image", (size, size, 3), "uint8"), tasks))
+    found = figures()
+    assert found["parameters"] == sum(parameter.numel() for parameter in network.parameters())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network.forward_pairs(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+    assert counter.get_total_flops() / 1e9 == pytest.approx(found["gflop"] / 3, abs=0.1)
