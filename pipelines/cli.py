@@ -11,7 +11,7 @@ import typer
 
 from pipelines.cli_models import models_app
 from pipelines.cli_options import ConfigFile, Debug, Json, RayFile, Words
-from pipelines.console import number, print_table, run, say
+from pipelines.console import KEPT, number, print_table, run, say
 
 if TYPE_CHECKING:
     from pipelines.config import Config
@@ -136,6 +136,7 @@ def _train(config: Config) -> dict[str, Any]:
 
 
 def _summary(config: Config, done: Trained) -> None:
+    from pipelines.mlflow_errors import without_credentials
     from pipelines.report import task_rows
     from pipelines.tracking import tracking_uri
 
@@ -160,7 +161,106 @@ def _summary(config: Config, done: Trained) -> None:
     for model in done.models:
         say(f"model:    {model.uri}")
     if done.models:
-        say(f"registry: mlflow ui --backend-store-uri {tracking_uri(config.track)}")
+        server = without_credentials(tracking_uri(config.track))
+        say(f"registry: {server if server.startswith('http') else f'mlflow ui --backend-store-uri {server}'}")
+
+
+@app.command()
+def sweep(
+    config: ConfigFile, words: Words = None, ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
+) -> None:
+    """Train all settings of the sweep section beside each other: which is best, and which are worth their cost."""
+    run("sweep", lambda: _sweep(_load(config, words, ray_config)), as_json=as_json, debug=debug)
+
+
+def _sweep(config: Config) -> dict[str, Any]:
+    from pipelines.report.sweep import cost, percent, verdict
+    from pipelines.sweep import sweep as work
+
+    done = work(config, say)
+    found, front = done.found, [row["label"] for row in done.found["pareto"]]
+    rows = [
+        {
+            "setting": row["label"],
+            "seeds": f"{row['finished']} of {row['seeds']}",
+            "score": number(row["val_score"]),
+            "gain on val": percent(row["gain_validation"]),
+            f"on {found['split']}": percent(row["gain"]),
+            "operations": cost(row["flops"]),
+            "parameters": cost(row["parameters"]),
+            "": "best" if row["label"] == found["best"]["label"] else "front" if row["label"] in front else "",
+        }
+        for row in found["settings"]
+    ]
+    right = ("score", "gain on val", f"on {found['split']}", "operations", "parameters")
+    print_table(f"Means over seeds of {len(found['rows'])} trials", rows, right=right)
+    for text in (verdict(found), found["rule"], *(f"note: {note}" for note in found["notes"])):
+        say(text)
+    say(f"sweep:    {done.folder}\nreport:   {done.page}\nbest:     dmtg train -c {done.best_config}")
+    return {
+        "run_dir": str(done.folder),
+        "run_id": done.run_id,
+        **{key: found[key] for key in ("rows", "best", "pareto", "split", "notes")},
+        "normalized_gain": found["best"]["gain"],
+        "best_config": str(done.best_config),
+        "report": str(done.page),
+    }
+
+
+@app.command()
+def regroup(
+    config: ConfigFile,
+    words: Words = None,
+    night: Annotated[str, typer.Option(help="Date of the night, YYYY-MM-DD; today's in UTC by default.")] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Train and judge, but register, promote and tell nobody.")
+    ] = False,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for another regroup of the same model.")] = 0.0,
+    kept_ok: Annotated[
+        bool, typer.Option("--kept-ok", help="Exit with 0, not 3, where the champion is kept.")
+    ] = False,
+    ray_config: RayFile = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The nightly job: a challenger on the newest data, which replaces the champion where it is better.
+
+    Exit code 0 when it was promoted, 3 when the champion was kept. Run again for the same night, it goes on, or
+    says what it said.
+    """
+
+    def body() -> dict[str, Any]:
+        from pipelines.regroup import regroup as work
+
+        found = work(_load(config, words, ray_config), night, dry_run=dry_run, wait_s=wait, say=say)
+        return {"exit_code": 0 if found["verdict"] == "promoted" or kept_ok else KEPT, **_night(found)}
+
+    run("regroup", body, as_json=as_json, debug=debug)
+
+
+def _night(found: dict[str, Any]) -> dict[str, Any]:
+    from pipelines.report.regroup import headline, task_rows
+
+    rows = [
+        {
+            "task": row["task"],
+            "metric": row["metric"],
+            "champion": number(row["champion"]),
+            "challenger": number(row["challenger"]),
+            "error": "–" if row["value"] is None else f"{-row['value']:+.1f} %",
+            "group": row["before"] if row["before"] == row["after"] else f"{row['before']} → {row['after']}",
+        }
+        for row in task_rows(found)
+    ]
+    if rows:
+        print_table(f"{found['name']}, night {found['night']}, on {found['split']}", rows,
+                    right=("champion", "challenger", "error"))  # fmt: skip
+    for note in (*found["notes"], *found.get("data_drift", ())):
+        say(f"note: {note}")
+    say(f"verdict: {found['verdict']}{' (dry run)' if found.get('dry_run') else ''}. {headline(found)}")
+    if found.get("report"):
+        say(f"report:  {found['report']}")
+    return found
 
 
 @app.command()
@@ -187,6 +287,40 @@ def evaluate(
         return {"model": model, "split": split, "metrics": metrics}
 
     run("evaluate", body, as_json=as_json, debug=debug)
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="models:/<name>/<version> or @<alias>, or a run folder.")],
+    config: ConfigFile,
+    out: Annotated[str, typer.Option(help="Folder for the predictions, local or s3://.")],
+    words: Words = None,
+    split: Annotated[str, typer.Option(help="train, val, test or all.")] = "test",
+    ray_config: RayFile = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Predictions of a model for shards, as Parquet. Killed, it is run again and makes what is missing.
+
+    Columns: id; for a binary task its probability; for a multiclass task the likeliest class, and <task>.<class>
+    with the probability of each; for a regression task its value; for a dense task the raw bytes of its pixels,
+    whose dtype and shape are in _predictions.json.
+    """
+
+    def body() -> dict[str, Any]:
+        from pipelines.predict import predict as work
+
+        done = work(_load(config, words, ray_config), model, out, split, say)
+        rows = [
+            {"task": name, "group": entry["group"], "kind": entry["kind"], "unit": entry["unit"],
+             "columns": ", ".join(entry["columns"])}
+            for name, entry in done.tasks.items()
+        ]  # fmt: skip
+        print_table(f"Predictions of {model} on {split}", rows)
+        say(f"{done.rows} rows in {done.files} files ({done.kept} kept): {done.out}")
+        return {"rows": done.rows, "files": done.files, "kept": done.kept, "out": str(done.out)}
+
+    run("predict", body, as_json=as_json, debug=debug)
 
 
 @app.command()
