@@ -14,9 +14,11 @@ from typing import Any
 import mlflow
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from dmtg_core.tasks import InputSpec, Task
 from pipelines import storage, tracking
+from pipelines.cli import app
 from pipelines.config import Config
 from pipelines.context import METRICS
 from pipelines.errors import UserError
@@ -214,8 +216,11 @@ class TestAway:
         assert server.client.get_run(first.run_id).info.status == "FINISHED"
         assert len(first.models) == len(delivered.done.models)
 
-        again = register_run(str(folder), server.uri)
-        assert (again.run_id, again.models) == (first.run_id, first.models)
+        again = CliRunner().invoke(app, ["models", "register", str(folder), "--uri", server.uri, "--json"])
+        assert again.exit_code == 0, again.stderr
+        assert SECRET not in again.output
+        found = json.loads(again.stdout.splitlines()[-1])
+        assert (found["run_id"], found["models"]) == (first.run_id, [model.uri for model in first.models])
         (folder / tracking.REGISTERED).unlink()  # as after a kill between the registry and this note
         assert register_run(str(folder)).models == first.models
         assert server.holds_all_once(first.run_id, locate(str(folder)))
