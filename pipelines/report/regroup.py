@@ -1,0 +1,98 @@
+"""`regroup.html`: one page on a night, made from the night's folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from pipelines.report import figures
+from pipelines.report.figures import _svg
+from pipelines.storage import Location
+
+TEMPLATES = Path(__file__).parent
+VERDICT, PAGE = "verdict.json", "regroup.html"
+BETTER, WORSE, OPEN = "#009e73", "#d55e00", "#666666"  # of Okabe and Ito's palette
+
+
+def write_night(folder: Location) -> Location:
+    """Make the page of a night that is decided, beside its verdict; where the page is."""
+    (folder / PAGE).write_text(page((folder / VERDICT).read_json()))
+    return folder / PAGE
+
+
+def page(verdict: Mapping[str, Any]) -> str:
+    """The page of a verdict as HTML."""
+    compared = verdict["comparison"]
+    rows = task_rows(verdict)
+    drift = verdict.get("grouping_drift")
+    drawn = {"after": figures.grouping(verdict["grouping"])}
+    if compared is not None:
+        drawn["gains"] = gains(rows, compared["gain"])
+    if drift is not None:
+        drawn["before"] = figures.grouping(drift["before"])
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
+    return environment.get_template("regroup.html").render(
+        verdict=verdict,
+        headline=headline(verdict),
+        compared=compared,
+        rows=rows,
+        drift=drift,
+        style=Markup((TEMPLATES / "page.css").read_text()),  # noqa: S704 - a file of this package
+        figures={name: Markup(svg) for name, svg in drawn.items()},  # noqa: S704 - drawn here, labels escaped
+    )
+
+
+def headline(verdict: Mapping[str, Any]) -> str:
+    """The verdict in a sentence."""
+    if verdict["champion"] is None:
+        return f"{verdict['challenger']} is the first champion."
+    if verdict["verdict"] == "promoted":
+        return f"{verdict['challenger']} replaced {verdict['champion']}: {verdict['reason']}."
+    return f"{verdict['champion']} was kept: {verdict['reason']}."
+
+
+def task_rows(verdict: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a task: its groups, headline metric, both values, and the fall of its error with the interval."""
+    after = {task: name for name, tasks in verdict["grouping"].items() for task in tasks}
+    compared = verdict["comparison"]
+    if compared is None:
+        return []
+    before = {task: name for name, tasks in verdict["grouping_drift"]["before"].items() for task in tasks}
+    return [
+        {
+            "task": task,
+            "metric": metric,
+            "before": before[task],
+            "after": after[task],
+            "champion": compared["champion"][task][metric],
+            "challenger": compared["challenger"][task][metric],
+            **compared["by_task"][task],
+        }
+        for task, metric in compared["headline"].items()
+    ]
+
+
+def gains(rows: Sequence[Mapping[str, Any]], mean: Mapping[str, Any]) -> str:
+    """By how many per cent each task's error fell, with the bootstrap interval; the mean of all below."""
+    shown = [*rows, {"task": "mean of all tasks", **mean}]
+    known = [row for row in shown if None not in (row["value"], row["low"], row["high"])]
+    with mpl.rc_context(figures.STYLE):
+        figure = Figure(figsize=(6.4, 0.34 * len(shown) + 0.9))
+        axes = figure.add_subplot()
+        for row in known:
+            place = shown.index(row)
+            sure = row["low"] > 0 or row["high"] < 0
+            tint = OPEN if not sure else BETTER if row["value"] > 0 else WORSE
+            axes.plot([row["low"], row["high"]], [place, place], color=tint, linewidth=2)
+            axes.plot(row["value"], place, marker="o" if row["task"] != "mean of all tasks" else "D", color=tint)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(shown)), [row["task"] for row in shown])
+        axes.invert_yaxis()
+        axes.set_xlabel("error of the challenger: per cent less (right) or more (left) than the champion's")
+        return _svg(figure, "Relative change of each task's error against the champion, with intervals")
