@@ -171,10 +171,27 @@ def _log(
             input_example=origin.example if how is None else [how.example()] * 2,
             pip_requirements=REQUIREMENTS + [_pinned(name) for name in (how.libraries if how else ())],
             metadata={"grouping": origin.result["grouping"], "groups_served": facts["groups"]},
-            registered_model_name=name,
+            registered_model_name=None if _registry_is_apart() else name,
             tags=dict(tags),
         )
-    return str(logged.registered_model_version)
+    return str(logged.registered_model_version or _enter(origin, name, logged.model_id, tags))
+
+
+def _registry_is_apart() -> bool:
+    """Whether the registry is a server of its own, which knows nothing of the tracking server's models."""
+    import mlflow
+
+    registry = mlflow.get_registry_uri()
+    return registry.startswith("http") and registry != mlflow.get_tracking_uri()
+
+
+def _enter(origin: _Origin, name: str, model_id: str, tags: Mapping[str, str]) -> str:
+    """Make a model of the tracking server a version on a registry server, which is told where its files are."""
+    if registered(origin.client, name) is None:
+        origin.client.create_registered_model(name)
+    place = origin.client.get_logged_model(model_id).artifact_location
+    made = origin.client.create_model_version(name, place, run_id=origin.run_id, tags=dict(tags))
+    return str(made.version)
 
 
 def _beside(origin: _Origin, facts: Mapping[str, Any], folder: Path) -> dict[str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -15,6 +17,8 @@ from pipelines.errors import UserError
 from pipelines.sections import TrackSection
 from pipelines.tracking import connect
 
+# in a log, a bar for every download would hide what is said
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", str(sys.stderr.isatty()).lower())
 CHAMPION, CHALLENGER = "champion", "challenger"
 PREFIX = "dmtg."
 LONGEST_TAG = 5000  # characters; what is longer is in DETAILS only

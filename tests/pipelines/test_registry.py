@@ -21,6 +21,8 @@ from pipelines.sections import TrackSection
 from pipelines.sources import Source, build_source
 from pipelines.tracking import connect
 from pipelines.versions import list_models, registered_models, show_model, tags_of
+from tests.pipelines.mlflow_server import serving
+from tests.pipelines.s3_server import free_port
 from tests.pipelines.test_cli import call
 from tests.pipelines.untrained import Finished, finish
 
@@ -44,9 +46,19 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 @pytest.fixture(scope="module")
-def section(tmp_path_factory: pytest.TempPathFactory) -> TrackSection:
-    """An SQLite registry for versions without models."""
-    return TrackSection(uri=f"sqlite:///{tmp_path_factory.mktemp('aliases') / 'mlflow.db'}")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds run folders, and the SQLite file that tests share under names of their own: making one is slow."""
+    return tmp_path_factory.mktemp("registry")
+
+
+@pytest.fixture(scope="module")
+def embedded(root: Path) -> dict[str, str]:
+    return {"uri": f"sqlite:///{root / 'mlflow.db'}"}
+
+
+@pytest.fixture(scope="module")
+def section(embedded: dict[str, str]) -> TrackSection:
+    return TrackSection(**embedded)
 
 
 def add_version(section: TrackSection, name: str, groups: list[list[str]]) -> int:
@@ -205,21 +217,29 @@ def test_a_rollback_that_is_killed_at_any_point_loses_no_champion(section, kille
     assert moved == [2, 2, 1, 1, 1, 1]
 
 
-@pytest.fixture(params=["embedded", "server", "apart"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
-    """Tracking and registry in one SQLite file, on a server with its files on S3, in two SQLite files."""
-    if request.param == "server":
-        return {"uri": request.getfixturevalue("mlflow_server")}
-    apart = {"registry_uri": f"sqlite:///{tmp_path / 'registry.db'}"} if request.param == "apart" else {}
-    return {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"} | apart
+@pytest.fixture(params=["embedded", "server", "apart", pytest.param("servers", marks=pytest.mark.soak)])
+def store(
+    request: pytest.FixtureRequest, embedded: dict[str, str], root: Path, tmp_path: Path
+) -> Iterator[dict[str, str]]:
+    """Where the commands work: an SQLite file; a server with its files on S3; a registry in an SQLite file of its
+    own; a server for runs and another for the registry."""
+    if request.param == "servers":
+        with serving(free_port(), tmp_path) as uri:
+            yield {"uri": uri, "registry_uri": request.getfixturevalue("mlflow_server")}
+    elif request.param == "server":
+        yield {"uri": request.getfixturevalue("mlflow_server")}
+    elif request.param == "apart":
+        yield embedded | {"registry_uri": f"sqlite:///{root / 'registry.db'}"}
+    else:
+        yield embedded
 
 
-def made(source: Source, root: Path, store: dict[str, str], groups: int, seed: int = 0) -> Finished:
-    return finish(source, EncoderSpec("mlp"), root, store, name="ills", groups=groups, seed=seed)
+def made(source: Source, root: Path, store: dict[str, str], name: str, groups: int) -> Finished:
+    return finish(source, EncoderSpec("mlp"), root, store, name=name, groups=groups)
 
 
-def test_the_commands_say_and_do_the_same_on_every_store(source, store, tmp_path) -> None:
-    first, second = made(source, tmp_path, store, 2), made(source, tmp_path, store, 3)
+def test_the_commands_say_and_do_the_same_on_every_store(source, store, root, tmp_path) -> None:
+    first, second = (made(source, root, store, "ills", groups) for groups in (2, 3))
     second.result["metrics"]["cost"] |= {f"quantile_{i}": i / 7 for i in range(500)}  # too long for a tag
     file = tmp_path / "ray.yaml"
     file.write_text(yaml.safe_dump({"tracking_uri": store["uri"], "registry_uri": store.get("registry_uri", "")}))
@@ -269,16 +289,15 @@ def test_the_commands_say_and_do_the_same_on_every_store(source, store, tmp_path
     assert (back["version"], back["before"], back["models"]) == (1, 2, ["models:/ills/1"])
     assert list(load_groups("models:/ills@champion", first.config.track)) == ["group_0", "group_1"]
     assert call("models", "rollback", "ills", "--ray-config", str(file))[0] == 1
-    held = connect(first.config.track).get_run(first.run_id)
-    assert held.info.status == "FINISHED"
-    assert (tmp_path / "registry.db").exists() == ("registry_uri" in store)
+    tracking = connect(TrackSection(uri=store["uri"]))
+    assert tracking.get_run(first.run_id).info.status == "FINISHED"
+    assert len(tracking.search_model_versions(f"run_id='{first.run_id}'")) == (0 if "registry_uri" in store else 3)
 
 
 @pytest.fixture(scope="module")
-def registered(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def registered(source: Source, embedded: dict[str, str], root: Path) -> Finished:
     """A registered run of three groups."""
-    root = tmp_path_factory.mktemp("registered")
-    done = made(source, root, {"uri": f"sqlite:///{root / 'mlflow.db'}"}, 3)
+    done = made(source, root, embedded, "patients", 3)
     done.register()
     return done
 
@@ -286,22 +305,22 @@ def registered(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Fini
 def test_names_that_are_nearly_right_are_answered_with_the_right_ones(registered) -> None:
     section = registered.config.track
     for address, what, nearest in (
-        ("ill", "no registered model 'ill'", "ills"),
-        ("models:/ills/7", "ills has no version '7'", "use one of 1"),
-        ("ills/one", "ills has no version 'one'", "use one of 1"),
-        ("ills@challanger", "ills has no alias 'challanger'", "use one of challenger"),
-        ("ills@champion", "ills has no alias 'champion'", "use one of challenger"),
+        ("patient", "no registered model 'patient'", "patients"),
+        ("models:/patients/7", "patients has no version '7'", "use one of 1"),
+        ("patients/one", "patients has no version 'one'", "use one of 1"),
+        ("patients@challanger", "patients has no alias 'challanger'", "use one of challenger"),
+        ("patients@champion", "patients has no alias 'champion'", "use one of challenger"),
     ):
         with pytest.raises(UserError, match=what) as error:
             show_model(section, address)
         assert nearest in error.value.remedy
     with pytest.raises(UserError, match="no registered model"):
-        load_groups("models:/il", section)
-    code, found, _ = call("models", "promote", "ills.group_1", "--version", "1", "--uri", section.uri)
+        load_groups("models:/patient", section)
+    code, found, _ = call("models", "promote", "patients.group_1", "--version", "1", "--uri", section.uri)
     assert code == 2
-    assert "give the composite ills" in found["error"]["remedy"]
-    code, found, _ = call("models", "diff", "ills.group_1/1", "ills/1", "--uri", section.uri)
-    assert (code, found["error"]["what"]) == (2, "models:/ills.group_1/1 is not the composite of a grouping")
+    assert "give the composite patients" in found["error"]["remedy"]
+    code, found, _ = call("models", "diff", "patients.group_1/1", "patients/1", "--uri", section.uri)
+    assert (code, found["error"]["what"]) == (2, "models:/patients.group_1/1 is not the composite of a grouping")
 
 
 def test_models_of_other_tasks_are_compared_on_those_that_both_have(section) -> None:
@@ -318,20 +337,23 @@ def test_models_of_other_tasks_are_compared_on_those_that_both_have(section) -> 
 
 
 def test_a_version_carries_its_grouping_and_says_which_group_serves_each_task(registered) -> None:
-    folder = Path(mlflow.artifacts.download_artifacts("models:/ills/1"))
+    connect(registered.config.track)
+    folder = Path(mlflow.artifacts.download_artifacts("models:/patients/1"))
     held = json.loads((folder / "artifacts" / "grouping.json").read_text())
     assert (held["name"], held["groups"]) == (registered.result["grouping_name"], registered.result["grouping"])
     assert (
-        mlflow.models.get_model_info("models:/ills/1").metadata["groups_served"] == registered.result["grouping"]
+        mlflow.models.get_model_info("models:/patients/1").metadata["groups_served"]
+        == registered.result["grouping"]
     )
     assert not list(folder.rglob("*.pkl"))
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_a_registration_that_is_killed_between_two_models_is_completed(
-    source, tmp_path, monkeypatch, after
+    source, embedded, root, monkeypatch, after
 ) -> None:
-    run = made(source, tmp_path, {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}, 2)
+    name = f"cut{after}"
+    run = made(source, root, embedded, name, 2)
     create, left = mlflow.MlflowClient._create_model_version, [after]
 
     def killed(*args: Any, **kwargs: Any) -> Any:
@@ -345,19 +367,14 @@ def test_a_registration_that_is_killed_between_two_models_is_completed(
         with pytest.raises(MlflowException, match="gone"):
             run.register()
     client = connect(run.config.track)
-    names = ["ills.group_0", "ills.group_1", "ills"]
-    for name in names[:after]:  # and one that has no tags
-        client.delete_model_version_tag(name, "1", "dmtg.metrics")
+    names = [f"{name}.group_0", f"{name}.group_1", name]
+    for held in names[:after]:  # and versions that have lost a tag
+        client.delete_model_version_tag(held, "1", "dmtg.metrics")
     models = run.register()
     assert models == run.register()
-    assert [model.uri for model in models] == [
-        "models:/ills/1",
-        "models:/ills.group_0/1",
-        "models:/ills.group_1/1",
-    ]
-    for name in names:
-        (version,) = client.search_model_versions(f"name='{name}'")
+    assert [model.uri for model in models] == [f"models:/{model}/1" for model in (name, *names[:2])]
+    for held in names:
+        (version,) = client.search_model_versions(f"name='{held}'")
         assert json.loads(version.tags["dmtg.metrics"])
-    assert {m["name"]: m["aliases"] for m in list_models(run.config.track)} == {
-        name: ["challenger"] for name in names
-    }
+    listed = list_models(run.config.track, name)
+    assert {m["name"]: m["aliases"] for m in listed} == {held: ["challenger"] for held in names}
