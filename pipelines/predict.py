@@ -13,7 +13,8 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,8 @@ def predict(
             reader, place, plan, config.train.batch_size, config.data.verify_checksums,
             config.ray.gpus_per_worker > 0,
         )  # fmt: skip
-        with session(config.ray):
-            for done, part in enumerate(_run(job, served, todo, config.ray), start=1):
+        with session(config.ray), closing(_run(job, served, todo, config.ray)) as made:
+            for done, part in enumerate(made, start=1):
                 parts[part["file"]] = part
                 say(f"shard {done}/{len(todo)}: {part['file']}, {part['rows']} samples")
     files = [{k: v for k, v in parts[shard.file].items() if k != "plan"} for shard in shards]
@@ -264,7 +265,7 @@ def _finished(place: Location, shard: Shard, plan: str) -> dict[str, Any] | None
     return part if same else None
 
 
-def _run(job: Job, served: Served, shards: Sequence[Shard], section: RaySection) -> Iterator[dict[str, Any]]:
+def _run(job: Job, served: Served, shards: Sequence[Shard], section: RaySection) -> Generator[dict[str, Any]]:
     """Predict shards in an actor pool; the note of each, as they finish."""
     import ray
 

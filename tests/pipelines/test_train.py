@@ -105,7 +105,7 @@ def test_evaluate_repeats_the_figures_of_the_run(run) -> None:
 
 def test_evaluate_refuses_what_is_not_there(run) -> None:
     config, _, _ = run
-    with pytest.raises(UserError, match="cannot load models:/no-such/1"):
+    with pytest.raises(UserError, match="no registered model 'no-such'"):
         evaluate(config, "models:/no-such/1")
     with pytest.raises(UserError, match="neither a registered model nor a finished run"):
         evaluate(config, str(Path(config.run.root) / "nothing"))
