@@ -1,0 +1,160 @@
+"""`ray job submit` on a cluster of its own with token authentication: what ends well, what fails, what is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from tests.pipelines.conftest import config_values
+from tests.pipelines.s3_server import free_port
+
+pytestmark = pytest.mark.ray
+BIN = Path(sys.executable).parent
+WORKER_PORTS = 40
+
+
+class Head:
+    """The head of a cluster, started as an operator would, and its jobs.
+
+    Args:
+        folder: For its files; short, for its sockets.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.port, self.dashboard = free_port(), free_port()
+        first = 20000 + self.port % 20000
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(16),
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
+        }
+        words = [
+            str(BIN / "ray"), "start", "--head", "--block", f"--port={self.port}", "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={free_port()}",
+            f"--dashboard-agent-listen-port={free_port()}", f"--min-worker-port={first}",
+            f"--max-worker-port={first + WORKER_PORTS}", f"--temp-dir={folder}", "--num-cpus=4",
+            f"--object-store-memory={128 * 2**20}", "--disable-usage-stats",
+        ]  # fmt: skip
+        self.log = folder.parent / "head.log"
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                words, env=self.environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        while self.ray("job", "list").returncode:
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.5)
+
+    def ray(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """A `ray` command of this cluster."""
+        return subprocess.run(
+            [str(BIN / "ray"), *words],
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def submit(self, folder: Path, name: str, *words: str) -> subprocess.CompletedProcess[str]:
+        """`ray job submit` of a command in a folder that is sent along, until it has ended."""
+        return self.ray(
+            "job", "submit", f"--working-dir={folder}", f"--submission-id={name}", "--", "dmtg", *words
+        )
+
+    def details(self, name: str) -> tuple[JobDetails, str]:
+        """What the cluster knows of a job, and its log."""
+        headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        client = JobSubmissionClient(self.environment["RAY_API_SERVER_ADDRESS"], headers=headers)
+        return client.get_job_info(name), client.get_job_logs(name)
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGTERM)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    started = Head(tmp_path_factory.mktemp("h") / "r")
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def job(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder that is sent along, and where the jobs leave what they make."""
+    folder, work = tmp_path_factory.mktemp("job"), tmp_path_factory.mktemp("made")
+    values = config_values(images, work, train={"epochs": 2})
+    values.pop("ray")
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    (folder / "ray_config.yaml").write_text(yaml.safe_dump({"workers": 1, "data_cpus": 1}))
+    return folder, work
+
+
+def outcome(log: str) -> Mapping[str, object]:
+    """The JSON object of a command in a job's log."""
+    found: dict[str, object] = json.loads(next(line for line in log.splitlines()[::-1] if line.startswith("{")))
+    return found
+
+
+def reads_well(log: str) -> bool:
+    """No traceback, no warning of a library, no progress bar."""
+    return not any(word in log for word in ("Traceback", "Warning", "WARNING", "it/s", "\r", "(pid="))
+
+
+def test_without_the_token_nothing_is_answered(head: Head) -> None:
+    refused = head.ray("job", "list", RAY_AUTH_TOKEN="0" * 32)
+    assert refused.returncode != 0
+    assert "401" in refused.stderr or "authenticat" in refused.stderr.lower()
+
+
+def test_a_training_job_succeeds_and_its_log_reads_well(head: Head, job: tuple[Path, Path]) -> None:
+    done = head.submit(job[0], "train", "train", "-c", "config.yaml", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    details, log = head.details("train")
+    assert details.status == JobStatus.SUCCEEDED
+    found = outcome(log)
+    assert found["status"] == "done"
+    assert Path(str(found["report"])).exists()
+    assert "naive_mtl epoch   1" in log
+    assert "Grouping g" in log
+    assert reads_well(log), log
+
+
+def test_a_failing_job_says_why_in_its_last_line(head: Head, job: tuple[Path, Path]) -> None:
+    done = head.submit(job[0], "fails", "train", "-c", "config.yaml", "data.tasks=[colour, shape]")
+    assert done.returncode == 1
+    details, log = head.details("fails")
+    assert details.status == JobStatus.FAILED
+    assert log.strip().splitlines()[-1] == "dmtg train failed: the shards have no task shape"
+    assert "the shards have no task shape" in (details.message or "")
+
+
+@pytest.mark.soak
+def test_a_sweep_job_and_a_night_succeed(head: Head, job: tuple[Path, Path]) -> None:
+    swept = head.submit(job[0], "sweep", "sweep", "-c", "config.yaml", "sweep.groups=[2, 3]", "--json")
+    assert swept.returncode == 0, swept.stdout + swept.stderr
+    best = str(outcome(head.details("sweep")[1])["best_config"])
+    assert yaml.safe_load(Path(best).read_text())["network"]["groups"] in (2, 3)
+    night = ("regroup", "-c", best, "--night", "2026-01-01", "--kept-ok", "--json")
+    done = head.submit(job[0], "night", *night)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("sweep", "night"):
+        details, log = head.details(name)
+        assert details.status == JobStatus.SUCCEEDED
+        assert reads_well(log), log
+    assert outcome(head.details("night")[1])["verdict"] == "promoted"
+    again = head.submit(job[0], "again", *night)
+    assert again.returncode == 0
+    assert outcome(head.details("again")[1])["repeated"] is True
