@@ -186,10 +186,21 @@ def _registry_is_apart() -> bool:
 
 
 def _enter(origin: _Origin, name: str, model_id: str, tags: Mapping[str, str]) -> str:
-    """Make a model of the tracking server a version on a registry server, which is told where its files are."""
+    """Make a model of the tracking server a version on a registry server, which is told where its files are.
+
+    Raises:
+        UserError: When that is a place that only the tracking server can reach.
+    """
+    place = origin.client.get_logged_model(model_id).artifact_location
+    if place.startswith("mlflow-artifacts:"):
+        raise UserError(
+            "a registry server of its own cannot reach files that pass through the tracking server",
+            where=f"track.registry_uri; {place}",
+            remedy="leave out the registry's address where it is the same server, or let the experiment keep its "
+            "artifacts in a bucket (mlflow server --no-serve-artifacts --default-artifact-root s3://…)",
+        )
     if registered(origin.client, name) is None:
         origin.client.create_registered_model(name)
-    place = origin.client.get_logged_model(model_id).artifact_location
     made = origin.client.create_model_version(name, place, run_id=origin.run_id, tags=dict(tags))
     return str(made.version)
 

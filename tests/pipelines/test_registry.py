@@ -21,8 +21,7 @@ from pipelines.sections import TrackSection
 from pipelines.sources import Source, build_source
 from pipelines.tracking import connect
 from pipelines.versions import list_models, registered_models, show_model, tags_of
-from tests.pipelines.mlflow_server import serving
-from tests.pipelines.s3_server import free_port
+from tests.pipelines.s3_server import BUCKET
 from tests.pipelines.test_cli import call
 from tests.pipelines.untrained import Finished, finish
 
@@ -217,29 +216,36 @@ def test_a_rollback_that_is_killed_at_any_point_loses_no_champion(section, kille
     assert moved == [2, 2, 1, 1, 1, 1]
 
 
-@pytest.fixture(params=["embedded", "server", "apart", pytest.param("servers", marks=pytest.mark.soak)])
-def store(
-    request: pytest.FixtureRequest, embedded: dict[str, str], root: Path, tmp_path: Path
-) -> Iterator[dict[str, str]]:
-    """Where the commands work: an SQLite file; a server with its files on S3; a registry in an SQLite file of its
-    own; a server for runs and another for the registry."""
-    if request.param == "servers":
-        with serving(free_port(), tmp_path) as uri:
-            yield {"uri": uri, "registry_uri": request.getfixturevalue("mlflow_server")}
-    elif request.param == "server":
-        yield {"uri": request.getfixturevalue("mlflow_server")}
-    elif request.param == "apart":
-        yield embedded | {"registry_uri": f"sqlite:///{root / 'registry.db'}"}
-    else:
-        yield embedded
+@pytest.fixture(params=["embedded", "server", "apart"])
+def store(request: pytest.FixtureRequest, embedded: dict[str, str]) -> dict[str, str]:
+    """Where the commands work: an SQLite file; a server with its files on S3; runs in the SQLite file, their files
+    on S3, and the registry on the server."""
+    if request.param == "embedded":
+        return embedded
+    server = request.getfixturevalue("mlflow_server")
+    return {"uri": server} if request.param == "server" else apart(embedded["uri"], server)
+
+
+def apart(uri: str, registry: str) -> dict[str, str]:
+    return {"uri": uri, "registry_uri": registry, "experiment": "apart"}
 
 
 def made(source: Source, root: Path, store: dict[str, str], name: str, groups: int) -> Finished:
-    return finish(source, EncoderSpec("mlp"), root, store, name=name, groups=groups)
+    files = f"s3://{BUCKET}/apart" if "registry_uri" in store and store["uri"].startswith("sqlite") else ""
+    return finish(source, EncoderSpec("mlp"), root, store, name=name, groups=groups, files=files)
+
+
+def test_a_registry_that_cannot_reach_the_files_says_so(source, root, mlflow_server) -> None:
+    other = mlflow_server.replace("127.0.0.1", "localhost")  # for MLflow a server of its own
+    run = made(source, root, apart(mlflow_server, other), "unreached", 1)
+    with pytest.raises(UserError, match="cannot reach files that pass through the tracking server"):
+        run.register()
+    assert not list_models(TrackSection(uri=mlflow_server), "unreached")
 
 
 def test_the_commands_say_and_do_the_same_on_every_store(source, store, root, tmp_path) -> None:
-    first, second = (made(source, root, store, "ills", groups) for groups in (2, 3))
+    name = "ills" if "registry_uri" not in store else "ails"
+    first, second = (made(source, root, store, name, groups) for groups in (2, 3))
     second.result["metrics"]["cost"] |= {f"quantile_{i}": i / 7 for i in range(500)}  # too long for a tag
     file = tmp_path / "ray.yaml"
     file.write_text(yaml.safe_dump({"tracking_uri": store["uri"], "registry_uri": store.get("registry_uri", "")}))
@@ -250,30 +256,30 @@ def test_the_commands_say_and_do_the_same_on_every_store(source, store, root, tm
         return found
 
     assert [model.uri for model in first.register()] == [
-        "models:/ills/1", "models:/ills.group_0/1", "models:/ills.group_1/1",
+        f"models:/{name}/1", f"models:/{name}.group_0/1", f"models:/{name}.group_1/1",
     ]  # fmt: skip
-    assert models("promote", "ills")["before"] is None
+    assert models("promote", name)["before"] is None
     second.register()
-    listed = {model["uri"]: model for model in models("list")["entries"] if model["name"].startswith("ills")}
+    listed = {model["uri"]: model for model in models("list")["entries"] if model["name"].startswith(name)}
     assert {uri: model["aliases"] for uri, model in listed.items()} == {
-        "models:/ills/2": ["challenger"], "models:/ills/1": ["champion"],
-        "models:/ills.group_0/2": ["challenger"], "models:/ills.group_0/1": ["champion"],
-        "models:/ills.group_1/2": ["challenger"], "models:/ills.group_1/1": ["champion"],
-        "models:/ills.group_2/1": ["challenger"],
+        f"models:/{name}/2": ["challenger"], f"models:/{name}/1": ["champion"],
+        f"models:/{name}.group_0/2": ["challenger"], f"models:/{name}.group_0/1": ["champion"],
+        f"models:/{name}.group_1/2": ["challenger"], f"models:/{name}.group_1/1": ["champion"],
+        f"models:/{name}.group_2/1": ["challenger"],
     }  # fmt: skip
-    assert listed["models:/ills/1"]["tasks"] == "sick, days, cost"
-    assert listed["models:/ills.group_0/1"]["tasks"] == "sick, days"
+    assert listed[f"models:/{name}/1"]["tasks"] == "sick, days, cost"
+    assert listed[f"models:/{name}.group_0/1"]["tasks"] == "sick, days"
 
-    shown = models("show", "ills@challenger")
+    shown = models("show", f"{name}@challenger")
     assert shown["groups"] == {"group_0": ["sick"], "group_1": ["cost"], "group_2": ["days"]}
-    assert shown["members"] == {"ills.group_0": 2, "ills.group_1": 2, "ills.group_2": 1}
+    assert shown["members"] == {f"{name}.group_0": 2, f"{name}.group_1": 2, f"{name}.group_2": 1}
     assert shown["metrics"] == second.result["metrics"]
     assert shown["grouping"] == second.result["grouping_name"]
     assert (shown["run"], shown["run_id"], shown["split"]) == (str(second.run), second.run_id, "test")
     assert shown["data_digest"] == second.manifest.digest()
     assert shown["config_digest"] == second.config.digest()
 
-    compared = models("diff", "ills")
+    compared = models("diff", name)
     assert (compared["before"]["version"], compared["after"]["version"]) == (1, 2)
     assert compared["adjusted_rand_index"] == 0
     assert compared["moved"] == ["days"]
@@ -282,13 +288,13 @@ def test_the_commands_say_and_do_the_same_on_every_store(source, store, root, tm
     assert by_row["sick", "loss"] == (1.0, 1.0)
     assert by_row["cost", "quantile_7"] == (None, 1.0)
 
-    assert models("promote", "ills")["before"] == 1
-    assert models("diff", "ills/1", "ills@champion")["adjusted_rand_index"] == 0
-    assert list(load_groups("models:/ills@champion", second.config.track)) == ["group_0", "group_1", "group_2"]
-    back = models("rollback", "ills")
-    assert (back["version"], back["before"], back["models"]) == (1, 2, ["models:/ills/1"])
-    assert list(load_groups("models:/ills@champion", first.config.track)) == ["group_0", "group_1"]
-    assert call("models", "rollback", "ills", "--ray-config", str(file))[0] == 1
+    assert models("promote", name)["before"] == 1
+    assert models("diff", f"{name}/1", f"{name}@champion")["adjusted_rand_index"] == 0
+    assert list(load_groups(f"models:/{name}@champion", second.config.track)) == ["group_0", "group_1", "group_2"]
+    back = models("rollback", name)
+    assert (back["version"], back["before"], back["models"]) == (1, 2, [f"models:/{name}/1"])
+    assert list(load_groups(f"models:/{name}@champion", first.config.track)) == ["group_0", "group_1"]
+    assert call("models", "rollback", name, "--ray-config", str(file))[0] == 1
     tracking = connect(TrackSection(uri=store["uri"]))
     assert tracking.get_run(first.run_id).info.status == "FINISHED"
     assert len(tracking.search_model_versions(f"run_id='{first.run_id}'")) == (0 if "registry_uri" in store else 3)

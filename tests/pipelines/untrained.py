@@ -48,43 +48,46 @@ def finish(
     *,
     name: str,
     groups: int = 1,
-    seed: int = 0,
+    files: str = "",
 ) -> Finished:
     """A run whose task n is in group n mod `groups`, and an MLflow run for it.
 
     Args:
         root: Holds the run folder, and MLflow's files where `track` leads to an SQLite file.
+        files: Where MLflow's files are instead, when that is the first run of the experiment.
     """
     description = source.describe()
     spec = NetworkSpec(description.input, description.tasks, encoder, groups=groups, initial="diagonal",
-                       initial_scale=1.0, seed=seed)  # fmt: skip
+                       initial_scale=1.0)  # fmt: skip
     network = GroupingNetwork(spec)
     grouping = network.grouping()
-    run = root / f"{name}-{groups}-{seed}"
+    run = root / f"{name}-{groups}"
     models = network.specialise()
     for group, model in models.items():
         save_model(run / "models" / group, model)
     config = checked(
         Config,
         {"name": name, "data": {"shards": str(run)}, "network": {"groups": groups},
-         "track": track | {"experiment": EXPERIMENT}},
+         "track": {"experiment": EXPERIMENT} | track},
     )  # fmt: skip
     result = {
         "grouping": grouping.to_dict(),
         "grouping_name": grouping.name,
         "split": "test",
-        "metrics": {task.name: {task.metric: 0.5 + seed, "loss": 1.0} for task in description.tasks},
+        "metrics": {task.name: {task.metric: 0.5, "loss": 1.0} for task in description.tasks},
         "baseline": {task.name: {task.metric: 0.25} for task in description.tasks},
     }
     example = np.stack([source.read(entry)[INPUT] for entry in list(source.entries())[:4]])
-    return Finished(config, run, _run_id(config, root), Manifest(description, {}, {}), example, result, models)
+    return Finished(
+        config, run, _run_id(config, root, files), Manifest(description, {}, {}), example, result, models
+    )
 
 
-def _run_id(config: Config, root: Path) -> str:
+def _run_id(config: Config, root: Path, files: str) -> str:
     client = connect(config.track)
-    experiment = client.get_experiment_by_name(EXPERIMENT)
+    experiment = client.get_experiment_by_name(config.track.experiment)
     # an SQLite store would put its files into the current folder
-    place = str(root / "artifacts") if config.track.uri.startswith("sqlite") else None
-    number = experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT, place)
+    place = files or (str(root / "artifacts") if config.track.uri.startswith("sqlite") else None)
+    number = experiment.experiment_id if experiment else client.create_experiment(config.track.experiment, place)
     run_id: str = client.create_run(number).info.run_id
     return run_id
