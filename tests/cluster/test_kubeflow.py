@@ -15,10 +15,10 @@ import yaml
 
 from tests.cluster.commands import PIPELINE
 from tests.cluster.manifests import ROOT
-from tests.pipelines.conftest import config_values
+from tests.pipelines.conftest import config_values, write_images
 
 # kfp wants an older protobuf than the lock has, so it lives in an environment of its own
-PYTHON = os.environ.get("DMTG_KFP_PYTHON", sys.executable)
+PYTHON = str(Path(os.environ.get("DMTG_KFP_PYTHON", sys.executable)).absolute())
 
 RUN = """
 import json, sys
@@ -32,17 +32,17 @@ print("OUTPUTS", json.dumps({k: v for k, v in done.outputs.items()}))
 """
 
 
-def in_kfp(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def in_kfp(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     """A run of the Python that has kfp; dmtg is that of these tests."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    held = {**os.environ, "PATH": path, **environment}
-    return subprocess.run([PYTHON, *words], capture_output=True, text=True, check=False, env=held)
+    held = {**os.environ, "PATH": path}
+    return subprocess.run([PYTHON, *words], capture_output=True, text=True, check=False, env=held, cwd=folder)
 
 
 def run_locally(what: str, given: Mapping[str, Any], folder: Path) -> subprocess.CompletedProcess[str]:
     """A component, or the pipeline, by the local runner."""
     words = (str(PIPELINE.parent), str(folder / "outputs"), what, json.dumps(given))
-    return in_kfp("-W", "ignore", "-c", RUN, *words, PWD=str(folder))
+    return in_kfp("-W", "ignore", "-c", RUN, *words, folder=folder)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,8 +95,8 @@ def test_a_step_that_fails_says_why_and_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_a_night_runs_from_raw_files_to_a_verdict(images: Path, tmp_path: Path) -> None:
-    values = config_values(images, tmp_path, train={"epochs": 2})
+def test_a_night_runs_from_raw_files_to_a_verdict(tmp_path: Path) -> None:
+    values = config_values(write_images(tmp_path / "raw"), tmp_path, train={"epochs": 2})
     values["ray"] = {"workers": 1, "object_store_mib": 128}
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -106,7 +106,8 @@ def test_a_night_runs_from_raw_files_to_a_verdict(images: Path, tmp_path: Path) 
     }  # fmt: skip
     done = run_locally("night", given, tmp_path)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    objects = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"command"')]
+    lines = [line.strip() for line in done.stdout.splitlines()]  # what steps print is indented
+    objects = [json.loads(line) for line in lines if line.startswith('{"command"')]
     assert [one["command"] for one in objects] == ["shard", "sweep", "train", "regroup"]
     assert all(one["status"] == "done" for one in objects)
     assert objects[3]["verdict"] in ("promoted", "kept")
