@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec, clone
@@ -67,6 +66,8 @@ def grouping_cost(spec: NetworkSpec, grouping: Grouping, *, share_stem: bool = T
 
 @torch.no_grad()
 def _flops(network: nn.Module, spec: InputSpec, device: torch.device) -> int:
+    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton, which takes half a second
+
     sample = torch.zeros(1, *spec.shape, dtype=getattr(torch, spec.dtype), device=device)
     counter = FlopCounterMode(display=False)
     with _plain_attention(), counter:
