@@ -209,11 +209,17 @@ def _run(
 
     def make(row: dict[str, Any]) -> dict[str, Any]:
         plan = pickle.loads(row["plan"])  # noqa: S301 - written a few lines below by this very job
-        return {"part": json.dumps(write_shard(source, description, plan, folder, config.data.compression))}
+        try:
+            return {"part": json.dumps(write_shard(source, description, plan, folder, config.data.compression))}
+        except UserError as error:  # Ray Data would pass on its text alone
+            return {"part": json.dumps({"error": error.to_dict()})}
 
     dataset = ray.data.from_items([{"plan": pickle.dumps(plan)} for plan in plans], override_num_blocks=len(plans))
     for row in dataset.map(make, concurrency=math.ceil(config.ray.data_cpus)).iter_rows():
-        yield json.loads(row["part"])
+        part = json.loads(row["part"])
+        if "error" in part:
+            raise UserError(**part["error"])
+        yield part
 
 
 def write_shard(

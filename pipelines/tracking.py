@@ -262,7 +262,10 @@ def enabled(section: TrackSection) -> bool:
 
 
 def shown(config: Config) -> dict[str, Any]:
-    """The configuration as it may be written and shown: no address in it carries credentials."""
+    """The configuration as it may be written and shown: without credentials, and without where verdicts are sent.
+
+    The address of a webhook often is the secret.
+    """
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
@@ -271,7 +274,7 @@ def shown(config: Config) -> dict[str, Any]:
             return [clean(inner) for inner in value]
         return without_credentials(value) if isinstance(value, str) else value
 
-    cleaned: dict[str, Any] = clean(config.model_dump(mode="json"))
+    cleaned: dict[str, Any] = clean(config.model_dump(mode="json", exclude={"regroup": {"webhook"}}))
     return cleaned
 
 

@@ -56,6 +56,14 @@ class TestJob:
             s.file for shards in again.manifest.shards.values() for s in shards
         )
 
+    def test_what_a_task_could_not_write_is_said_as_what_it_is(self, images: Path, tmp_path: Path) -> None:
+        in_the_way = tmp_path / "shards" / "train-00001.parquet" / "a folder"
+        in_the_way.mkdir(parents=True)
+        with pytest.raises(UserError, match="cannot write") as found:
+            shard(make_config(images, tmp_path))
+        assert found.value.where == str(in_the_way.parent)
+        assert "disk with room" in found.value.remedy
+
     def test_too_many_bad_samples_stop_it_without_a_manifest(self, tmp_path: Path) -> None:
         raw = write_images(tmp_path / "raw")
         for i in range(10):
