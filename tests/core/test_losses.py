@@ -214,7 +214,11 @@ def assert_equals_a_double_loop(network: GroupingNetwork, batch) -> None:
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("spec", [image_spec(), mlp_spec(), image_spec(samples.DENSE), mlp_spec(groups=1)], ids=id)
+@pytest.mark.parametrize(
+    "spec",
+    [image_spec(), mlp_spec(), image_spec(samples.DENSE), mlp_spec(groups=1)],
+    ids=["images", "features", "dense", "one group"],
+)
 def test_all_pairs_at_once_equal_a_double_loop(spec, missing):
     network = GroupingNetwork(spec).eval()
     assert_equals_a_double_loop(network, samples.batch(spec.input, spec.tasks, missing=missing))
