@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
+import ray
 from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from pipelines.cluster import causes
 from pipelines.faults import LastingError, reason
@@ -37,6 +40,28 @@ class Watch(UserCallback):
         if why != self.told:  # while a machine is being taken away, it is found at every look
             self.tell(LOST, f"workers were lost ({why})")
         self.told = why
+
+
+class Named(ControllerCallback):
+    """Puts the controller on the board before it starts a worker: see `end_workers`."""
+
+    def __init__(self, board: Any) -> None:
+        self.board = board
+
+    def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002 - Ray's name
+        """The board knows it before any worker can report."""
+        ray.get(self.board.led_by.remote(ray.get_runtime_context().current_actor))
+
+
+def end_workers(board: Any) -> None:
+    """Let a run's workers and their room go, where the process that started them is about to leave.
+
+    Left to Ray, the room stays taken wherever there is no dashboard that says who is alive.
+    """
+    with contextlib.suppress(ray.exceptions.RayError):  # it leaves with an error, or has left
+        controller = ray.get(board.leader.remote())
+        if controller is not None:
+            ray.get(controller.abort.remote())
 
 
 class Trainer(TorchTrainer):

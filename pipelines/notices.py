@@ -33,6 +33,15 @@ class Board:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.controller: Any = None
+
+    def led_by(self, controller: Any) -> None:
+        """Keep the actor that leads the workers."""
+        self.controller = controller
+
+    def leader(self) -> Any:
+        """The actor that leads the workers; None before it has started."""
+        return self.controller
 
     def put(self, told: Event) -> None:
         """Add an event."""

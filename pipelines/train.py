@@ -259,7 +259,7 @@ def run_workers(job: Job, say: Callable[[str], None]) -> None:
     import ray.train
     import ray.train.torch
 
-    from pipelines.controller import Trainer, Watch
+    from pipelines.controller import Named, Trainer, Watch
 
     config = job.config
     fewest, most = config.ray.fewest, config.ray.most
@@ -284,7 +284,7 @@ def run_workers(job: Job, say: Callable[[str], None]) -> None:
                 name=job.run.name,
                 storage_path=scratch,
                 failure_config=ray.train.FailureConfig(max_failures=config.ray.max_failures),
-                callbacks=[Watch(job.board)],
+                callbacks=[Named(job.board), Watch(job.board)],
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),
         )

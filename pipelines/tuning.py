@@ -24,6 +24,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from pipelines.cluster import user_error
 from pipelines.context import METRICS
+from pipelines.controller import end_workers
 from pipelines.faults import explained, gave_up
 from pipelines.follow import following
 from pipelines.notices import EVENTS, for_result
@@ -64,6 +65,12 @@ class Driven(tune.Trainable):
         self.thread: threading.Thread | None = None
         self.told: dict[str, Any] = {EPOCH: 0, SCORE: WORST}
         self.reason = ""
+        self.board: Any = None
+
+    def cleanup(self) -> None:
+        """Stopped on the way, nothing of the trial stays behind."""
+        if self.thread is not None and self.thread.is_alive() and self.board is not None:
+            end_workers(self.board)
 
     def step(self) -> dict[str, Any]:
         """Wait for an epoch, or for the end."""
@@ -80,6 +87,7 @@ class Driven(tune.Trainable):
         try:
             earlier = read_jsonl(self.job.run / EVENTS)
             with following(self.job.run, self.job.config.ray, _Queued(self.records), _silent, earlier) as board:
+                self.board = board
                 if not (self.job.run / RESULT).exists():
                     notes = (*self.job.notes, *for_result(earlier))
                     train_job(replace(self.job, board=board, notes=notes), _silent)
