@@ -158,6 +158,8 @@ def _log(
     import mlflow
 
     how = load_preparation(origin.preparation) if origin.preparation else None
+    # a run is only taken up in the experiment that MLflow was last told of, which may be another one's
+    mlflow.set_experiment(experiment_id=mlflow.get_run(origin.run_id).info.experiment_id)
     with (
         tempfile.TemporaryDirectory() as beside,
         mlflow.start_run(run_id=origin.run_id),
