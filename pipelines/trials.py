@@ -161,7 +161,8 @@ def laid_over(config: Config, over: Mapping[str, Any]) -> Config:
 def best_config(config: Config, setting: Setting) -> dict[str, Any]:
     """What `dmtg train` takes to train a setting as this configuration would be: the content of `best.yaml`.
 
-    Of the ray section only what differs from its defaults is kept, and nothing of it that has been applied.
+    Of the ray and regroup sections only what differs from its defaults is kept: of ray nothing that has been
+    applied, of regroup no webhook, whose address often is a secret.
     """
     chosen = shown(laid_over(config, setting))
     for section in ("sweep", "regroup", "ray"):
@@ -170,4 +171,5 @@ def best_config(config: Config, setting: Setting) -> dict[str, Any]:
     chosen["data"]["shards"] = str(locate(config.data.shards))
     applied = {"storage", "tracking_uri", "registry_uri"}
     ray = config.ray.model_dump(mode="json", exclude_defaults=True, exclude=applied)
-    return chosen | ({"ray": ray} if ray else {})
+    regroup = config.regroup.model_dump(mode="json", exclude_defaults=True, exclude={"webhook"})
+    return chosen | ({"ray": ray} if ray else {}) | ({"regroup": regroup} if regroup else {})

@@ -27,16 +27,17 @@ def colour(k: int) -> str:
     return COLOURS[k % len(COLOURS)]
 
 
-def _svg(figure: Figure, label: str) -> str:
+def svg(figure: Figure, label: str) -> str:
+    """A figure as an element of a page; `label`, already escaped, is what a screen reader says."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
+    drawn = buffer.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
     # black becomes the page's text colour, so that one drawing serves light and dark
-    svg = svg.replace("stroke: #000000", "stroke: currentColor").replace(
+    drawn = drawn.replace("stroke: #000000", "stroke: currentColor").replace(
         "<svg ", f'<svg role="img" aria-label="{label}" ', 1
     )
-    return svg.replace('style="font', 'fill="currentColor" style="font').replace(
+    return drawn.replace('style="font', 'fill="currentColor" style="font').replace(
         "<text ", '<text fill="currentColor" '
     )
 
@@ -45,7 +46,7 @@ def grouping(groups: Mapping[str, Sequence[str]]) -> str:
     """The final grouping: one column of tasks joined to their branches."""
     words = "; ".join(f"{name}: {', '.join(members)}" for name, members in groups.items())
     with mpl.rc_context(STYLE):
-        return _svg(_grouping(groups), f"Final grouping. {words}")
+        return svg(_grouping(groups), f"Final grouping. {words}")
 
 
 def grouping_png(groups: Mapping[str, Sequence[str]]) -> bytes:
@@ -92,7 +93,7 @@ def gate(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
             axes.axis("off")
         figure.supxlabel("epoch", fontsize=9)
         figure.supylabel("probability of each branch", fontsize=9)
-        return _svg(figure, "Probability of each branch over the epochs, one panel a task")
+        return svg(figure, "Probability of each branch over the epochs, one panel a task")
 
 
 def _gate_panel(axes: Axes, records: Sequence[Mapping[str, Any]], n: int) -> None:
@@ -128,7 +129,7 @@ def metrics(rows: Sequence[Mapping[str, Any]]) -> str:
         axes.axvline(0, color="black", linewidth=0.8)
         axes.invert_yaxis()
         axes.set_xlabel("error against naive MTL: per cent less (right) or more (left)")
-        return _svg(
+        return svg(
             figure, f"Relative change of each task's error against naive MTL, coloured by {len(groups)} groups"
         )
 
@@ -143,4 +144,4 @@ def learning(records: Sequence[Mapping[str, Any]]) -> str:
             axes.plot([r["epoch"] for r in part], [r["val_score"] for r in part], color=colour(k), label=stage)
         axes.set(xlabel="epoch", ylabel="mean log validation loss")
         axes.legend(frameon=False, fontsize=8)
-        return _svg(figure, "Validation score over the epochs of every stage")
+        return svg(figure, "Validation score over the epochs of every stage")

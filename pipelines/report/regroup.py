@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from pipelines.report import figures
-from pipelines.report.figures import _svg
+from pipelines.report.figures import svg
 from pipelines.storage import Location
 
 TEMPLATES = Path(__file__).parent
@@ -95,4 +95,4 @@ def gains(rows: Sequence[Mapping[str, Any]], mean: Mapping[str, Any]) -> str:
         axes.set_yticks(range(len(shown)), [row["task"] for row in shown])
         axes.invert_yaxis()
         axes.set_xlabel("error of the challenger: per cent less (right) or more (left) than the champion's")
-        return _svg(figure, "Relative change of each task's error against the champion, with intervals")
+        return svg(figure, "Relative change of each task's error against the champion, with intervals")

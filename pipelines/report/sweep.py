@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from pipelines.config import Config
 from pipelines.report import TEMPLATES
-from pipelines.report.figures import COLOURS, STYLE, _svg
+from pipelines.report.figures import COLOURS, STYLE, svg
 from pipelines.storage import Location
 from pipelines.tracking import shown
 
@@ -110,7 +110,7 @@ def pareto(settings: Sequence[Row], front: Sequence[Row]) -> str:
         _numbers(axes, front)
         axes.set(xlabel="million operations a sample", ylabel="gain over naive MTL on validation, %")
         axes.margins(x=0.12, y=0.15)
-        return _svg(
+        return svg(
             figure, f"Gain over naive MTL against operations of a sample. The front, cheapest first: {words}"
         )
 
@@ -147,7 +147,7 @@ def parallel(settings: Sequence[Row]) -> str:
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.tick_params(length=0)
         words = "; ".join(f"{row['label']} {percent(row['gain_validation'])}" for row in rows)
-        return _svg(figure, f"Settings as lines through their values, coloured by validation gain: {words}")
+        return svg(figure, f"Settings as lines through their values, coloured by validation gain: {words}")
 
 
 def _mark(axes: Axes, n: int, height: float, text: str, *, beside: bool) -> None:

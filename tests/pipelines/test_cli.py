@@ -45,9 +45,10 @@ def test_help_lists_the_commands_in_the_order_of_use_and_imports_nothing_heavy()
         "print({'ray', 'torch', 'mlflow', 'pydantic_core'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    places = [
-        out.index(f"│ {name} ") for name in ("demo", "shard", "inspect", "train", "evaluate", "report", "models")
-    ]
+    commands = (
+        "demo", "shard", "inspect", "train", "sweep", "regroup", "evaluate", "predict", "report", "models",
+    )  # fmt: skip
+    places = [out.index(f"│ {name} ") for name in commands]
     assert places == sorted(places)
     assert out.strip().endswith("set()")
 

@@ -96,13 +96,15 @@ def test_a_sweep_with_nothing_to_compare_is_refused(config: Config, values: dict
 def test_the_best_configuration_is_taken_by_train_as_it_is(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    regroup = config.regroup.model_copy(update={"margin": 3.0})
+    config = config.model_copy(update={"regroup": regroup})
     setting = settings(config)[-1]
     file = tmp_path / "best.yaml"
     file.write_text(yaml.safe_dump(best_config(config, setting)))
     monkeypatch.chdir(tmp_path)
     loaded = load_config("best.yaml")
     assert (loaded.network.groups, loaded.network.stem, loaded.gate.learning_rate) == (3, 1, 0.1)
-    kept = {"search", "track", "train", "data", "source", "ray", "name"}
+    kept = {"search", "track", "train", "data", "source", "ray", "regroup", "name"}
     assert loaded.model_dump(include=kept) == config.model_dump(include=kept)
     assert loaded.run.root == config.run.root
     assert not loaded.run.name
