@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/dmtg demo
 
 test: install
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest -m "not soak" -n 2
 
 soak: install
 	$(BIN)/python -m pytest -m soak

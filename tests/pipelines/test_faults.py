@@ -91,13 +91,14 @@ def test_a_worker_killed_in_the_middle_of_an_epoch_is_replaced(
     assert len(driver.events(RESUMED)) == 1
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("sent", "code", "damaged"),
     [
         (signal.SIGTERM, 143, True),
-        pytest.param(signal.SIGTERM, 143, False, marks=pytest.mark.soak),
-        pytest.param(signal.SIGINT, 130, False, marks=pytest.mark.soak),
-        pytest.param(signal.SIGKILL, -9, True, marks=pytest.mark.soak),
+        (signal.SIGTERM, 143, False),
+        (signal.SIGINT, 130, False),
+        (signal.SIGKILL, -9, True),
     ],
 )
 def test_a_command_that_is_ended_goes_on_with_the_same_words(
@@ -142,6 +143,7 @@ def test_a_command_that_is_ended_goes_on_with_the_same_words(
 
 
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.soak
 def test_a_result_that_cannot_be_written_is_written_later_without_training_again(
     images: Path, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from tests.pipelines.conftest import config_values
 from tests.pipelines.s3_server import free_port
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.soak]
 BIN = Path(sys.executable).parent
 WORKER_PORTS = 40
 
@@ -141,7 +141,6 @@ def test_a_failing_job_says_why_in_its_last_line(head: Head, job: tuple[Path, Pa
     assert "the shards have no task shape" in (details.message or "")
 
 
-@pytest.mark.soak
 def test_a_sweep_job_and_a_night_succeed(head: Head, job: tuple[Path, Path]) -> None:
     swept = head.submit(job[0], "sweep", "sweep", "-c", "config.yaml", "sweep.groups=[2, 3]", "--json")
     assert swept.returncode == 0, swept.stdout + swept.stderr

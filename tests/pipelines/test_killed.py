@@ -12,7 +12,7 @@ from tests.pipelines.driver import Undisturbed, disturbed, same
 pytestmark = pytest.mark.ray
 
 
-@pytest.mark.soak  # test_faults.py ends a command in one more way, in every test run
+@pytest.mark.soak
 @pytest.mark.parametrize("after", [0, 1, 4, 5, 7])
 def test_killed_run_goes_on_and_ends_with_the_same_figures(tmp_path: Path, run: Undisturbed, after: int) -> None:
     driver = disturbed(run, tmp_path)

@@ -32,6 +32,7 @@ from pipelines.storage import locate
 from pipelines.versions import list_models
 from tests.pipelines.driver import Driver, kill
 
+pytestmark = pytest.mark.ray
 TASKS = [f"task_{n}" for n in range(4)]
 FEATURES, ROWS = 6, 2000
 NIGHTS = ("2026-03-01", "2026-03-02", "2026-03-03")
@@ -229,6 +230,7 @@ def test_two_at_once_the_second_leaves(done, config: Config) -> None:
         regroup(config, "2026-03-05")
 
 
+@pytest.mark.soak
 def test_a_dry_run_leaves_no_trace_in_the_registry_and_its_work_is_used(
     done, config: Config, tmp_path: Path
 ) -> None:
