@@ -19,6 +19,7 @@ from dmtg_core.metrics import Metrics, MetricSums, normalized_gain, total_error
 from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec
 from dmtg_core.schedules import TemperatureSchedule
 from dmtg_core.search import SearchResult, search
+from dmtg_core.selection import Candidate, Selection, select
 from dmtg_core.settings import TrainSettings
 from dmtg_core.step import train_step
 from dmtg_core.tasks import InputSpec, Task
@@ -32,6 +33,7 @@ __all__ = [
     "ArrayData",
     "Arrays",
     "Batch",
+    "Candidate",
     "Cost",
     "Data",
     "EncoderSpec",
@@ -46,6 +48,7 @@ __all__ = [
     "NetworkSpec",
     "NonFiniteLossError",
     "SearchResult",
+    "Selection",
     "Task",
     "TemperatureSchedule",
     "TrainContext",
@@ -59,6 +62,7 @@ __all__ = [
     "inference_cost",
     "normalized_gain",
     "search",
+    "select",
     "total_error",
     "train_step",
 ]
