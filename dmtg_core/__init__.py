@@ -8,6 +8,7 @@ Learn in one training run which tasks should share an encoder:
     models = state.network.specialise()
 """
 
+from dmtg_core.affinity import cluster, reading_overlap
 from dmtg_core.aggregation import AGGREGATORS
 from dmtg_core.augment import AUGMENTATIONS, augment
 from dmtg_core.context import LocalContext, TrainContext
@@ -56,11 +57,13 @@ __all__ = [
     "TrainState",
     "WarmStart",
     "augment",
+    "cluster",
     "evaluate",
     "fit",
     "grouping_cost",
     "inference_cost",
     "normalized_gain",
+    "reading_overlap",
     "search",
     "select",
     "total_error",
