@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -19,6 +20,8 @@ from pipelines.errors import UserError
 from pipelines.storage import finite
 
 LOG_WIDTH = 160
+# what Ray says to its driver that is of no use to anyone: a run has some helper processes of Ray's for each worker
+NOISE = "worker processes have been started on node"
 FAILED, WRONG_USE, KEPT, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
 
 
@@ -42,6 +45,7 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
     """
     started = time.monotonic()
     terminated = _on_sigterm()
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", NOISE)  # Ray reads it when it is imported
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("pipelines").setLevel(logging.INFO)
     outcome: dict[str, Any] = {"command": command, "status": "failed"}
