@@ -12,15 +12,16 @@ from dmtg_core.affinity import cluster, reading_overlap
 from dmtg_core.aggregation import AGGREGATORS
 from dmtg_core.augment import AUGMENTATIONS, augment
 from dmtg_core.context import LocalContext, TrainContext
-from dmtg_core.cost import Cost, grouping_cost, inference_cost
+from dmtg_core.cost import Cost, grouping_cost, inference_cost, training_flops, widened_to
 from dmtg_core.data import ArrayData, Arrays, Batch, Data
 from dmtg_core.encoders import ENCODERS, EncoderSpec
 from dmtg_core.grouping import GroupGate, Grouping
 from dmtg_core.metrics import Metrics, MetricSums, normalized_gain, total_error
 from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec
+from dmtg_core.pairwise import GradientAffinities, projected_affinity
 from dmtg_core.schedules import TemperatureSchedule
-from dmtg_core.search import SearchResult, search
-from dmtg_core.selection import Candidate, Selection, select
+from dmtg_core.search import SearchOptions, SearchResult, search
+from dmtg_core.selection import Candidate, Selection, best_partition, select
 from dmtg_core.settings import TrainSettings
 from dmtg_core.step import train_step
 from dmtg_core.tasks import InputSpec, Task
@@ -38,6 +39,7 @@ __all__ = [
     "Cost",
     "Data",
     "EncoderSpec",
+    "GradientAffinities",
     "GroupGate",
     "GroupModel",
     "Grouping",
@@ -48,6 +50,7 @@ __all__ = [
     "Metrics",
     "NetworkSpec",
     "NonFiniteLossError",
+    "SearchOptions",
     "SearchResult",
     "Selection",
     "Task",
@@ -57,15 +60,19 @@ __all__ = [
     "TrainState",
     "WarmStart",
     "augment",
+    "best_partition",
     "cluster",
     "evaluate",
     "fit",
     "grouping_cost",
     "inference_cost",
     "normalized_gain",
+    "projected_affinity",
     "reading_overlap",
     "search",
     "select",
     "total_error",
     "train_step",
+    "training_flops",
+    "widened_to",
 ]

@@ -1,13 +1,13 @@
-"""What it costs to answer all tasks for one sample: operations and parameters."""
+"""What it costs to answer all tasks for one sample, and to train on it: operations and parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec, clone
@@ -64,14 +64,64 @@ def grouping_cost(spec: NetworkSpec, grouping: Grouping, *, share_stem: bool = T
     return inference_cost(network if share_stem else network.specialise())
 
 
+def training_flops(network: GroupingNetwork) -> int:
+    """Operations of a training step for one sample: three forward passes through every live head.
+
+    Going backward takes a product for the weights and one for the inputs wherever going forward takes one.
+    """
+    was_training = network.training
+    flops = _flops(network.eval(), network.spec.input, network.gate.logits.device, network.forward_pairs)
+    network.train(was_training)
+    return 3 * flops
+
+
+def naive_flops(spec: NetworkSpec) -> int:
+    """`training_flops` of naive MTL: one branch for all tasks."""
+    return training_flops(GroupingNetwork(replace(spec.without_weights(), groups=1, sampling="fixed")))
+
+
+def wide_spec(spec: NetworkSpec, times: float = 1.0) -> NetworkSpec:
+    """One wide branch for all tasks at the inference cost of all K branches in use, or a multiple of it.
+
+    Raises:
+        ValueError: For an encoder whose widths are fixed.
+    """
+    names = [task.name for task in spec.tasks]
+    groups = min(spec.groups, len(names))
+    spread = Grouping.from_assignment(names, [n % groups for n in range(len(names))])
+    return widened_to(spec, int(times * grouping_cost(spec, spread).flops))
+
+
+def widened_to(spec: NetworkSpec, flops: int) -> NetworkSpec:
+    """One branch for all tasks, as wide as it can be for at most `flops` operations a sample; never narrower.
+
+    Raises:
+        ValueError: For an encoder whose widths are fixed.
+    """
+
+    def one(factor: float) -> NetworkSpec:
+        return replace(spec, groups=1, sampling="fixed", encoder=spec.encoder.widened(factor))
+
+    everything = Grouping.of([[task.name for task in spec.tasks]])
+    low, high = 1.0, 2.0
+    while grouping_cost(one(high), everything).flops <= flops:
+        low, high = high, 2 * high
+    for _ in range(8):  # widths are whole numbers: finer steps change nothing
+        middle = (low + high) / 2
+        low, high = (middle, high) if grouping_cost(one(middle), everything).flops <= flops else (low, middle)
+    return one(low)
+
+
 @torch.no_grad()
-def _flops(network: nn.Module, spec: InputSpec, device: torch.device) -> int:
+def _flops(
+    network: nn.Module, spec: InputSpec, device: torch.device, call: Callable[[Tensor], object] | None = None
+) -> int:
     from torch.utils.flop_counter import FlopCounterMode  # it imports Triton, which takes half a second
 
     sample = torch.zeros(1, *spec.shape, dtype=getattr(torch, spec.dtype), device=device)
     counter = FlopCounterMode(display=False)
     with _plain_attention(), counter:
-        network(sample)
+        (call or network)(sample)
     return counter.get_total_flops()
 
 

@@ -85,6 +85,27 @@ class GroupGate(nn.Module):
         self.logits = nn.Parameter(logits, requires_grad=sampling != "fixed")
         self.register_buffer("alive", torch.ones(tasks, groups, dtype=torch.bool))
 
+    @torch.no_grad()
+    def start_from(self, assignment: Sequence[int], probability: float) -> None:
+        """Set θ so that each task has its proposed branch with a probability, and the others share the rest.
+
+        Args:
+            assignment: The proposed branch of each task.
+            probability: From 1/K to below 1.
+
+        Raises:
+            ValueError: For another number of tasks, a branch that there is not, or a probability out of range.
+        """
+        tasks, groups = self.logits.shape
+        if len(assignment) != tasks or not all(0 <= k < groups for k in assignment):
+            raise ValueError(
+                f"expected a branch from 0 to {groups - 1} for each of {tasks} tasks, got {assignment}"
+            )
+        if not 1 / groups <= probability < 1:
+            raise ValueError(f"probability must be in [{1 / groups:g}, 1) for {groups} groups, got {probability}")
+        proposed = torch.nn.functional.one_hot(torch.tensor(assignment), groups).to(self.logits)
+        self.logits.copy_(proposed * math.log(probability * max(groups - 1, 1) / (1 - probability)))
+
     def masked_logits(self) -> Tensor:
         """θ with -inf for dead pairs, float32 `(N, K)`."""
         return self.logits.float().masked_fill(~self.alive, -torch.inf)

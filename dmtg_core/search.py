@@ -1,14 +1,20 @@
-"""The whole run: naive MTL to compare with, several starts of the gate, and fine-tuning of the best one.
+"""The whole run: naive MTL to compare with, candidates for the grouping, and the best of them trained to its end.
 
-One start follows the paper. Because a single run can lock into an early accident, several can be made; the one
-whose pruned network has the best validation score goes on, the others stop where the search ends.
+The method "dmtg" follows the paper: gates that start undecided. A single run can lock into an early accident, so
+several can be made; the one whose pruned network has the best validation score goes on.
+
+The method "guided" starts from evidence. One wide branch, trained for all tasks for a short while, shows which of
+them read the same of its input (`reading_overlap`), and one gate starts at the groups that follow from it. Beside
+it run undecided gates, because where tasks do not conflict sharing for longer is worth more than any grouping, and
+one wide encoder at the cost of all branches, because where capacity is all that counts no grouping beats it.
+Candidates that are far behind when the search ends stop there; the best on validation data is the result.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +22,11 @@ from typing import Any
 import torch
 
 from dmtg_core import checkpoint
+from dmtg_core.affinity import cluster, reading_overlap
 from dmtg_core.context import LocalContext, TrainContext
+from dmtg_core.cost import training_flops, wide_spec
 from dmtg_core.data import Data
+from dmtg_core.encoders import WIDTHS
 from dmtg_core.grouping import Grouping
 from dmtg_core.metrics import Metrics
 from dmtg_core.network import GroupingNetwork, NetworkSpec
@@ -25,35 +34,87 @@ from dmtg_core.settings import TrainSettings
 from dmtg_core.training import TrainState, advance, evaluate
 from dmtg_core.warm_start import WarmStart
 
-BASELINE, FINETUNE = "naive_mtl", "finetune"
+BASELINE, AFFINITY, GUIDED, WIDE = "naive_mtl", "affinity", "guided", "wide"
+METHODS = ("guided", "dmtg")
+AFFINITY_COST = 4  # of the branch that tasks are compared in, in units of what all K branches cost
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Which candidates a search trains.
+
+    Args:
+        method: One of `METHODS`.
+        starts: Gates that start undecided, each with a seed of its own.
+        wide: Have one wide encoder, at the inference cost of all branches, among the candidates ("guided").
+        affinity_share: Share of the epochs that the network trains from which tasks are compared ("guided").
+        probability: With which a task begins in its proposed group ("guided").
+        within: How much worse than the best, in the mean logarithm of the losses, a candidate may be when the
+            search ends and yet go on ("guided"); with "dmtg" the best goes on alone.
+
+    Raises:
+        ValueError: For an unknown method or a number out of range.
+    """
+
+    method: str = "guided"
+    starts: int = 1
+    wide: bool = True
+    affinity_share: float = 0.2
+    probability: float = 0.9
+    within: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}, expected one of {', '.join(METHODS)}")
+        if self.starts < (0 if self.method == "guided" else 1):
+            raise ValueError(f"starts must be at least 1, got {self.starts}")
+        if not 0 < self.affinity_share <= 1:
+            raise ValueError(f"affinity_share must be in (0, 1], got {self.affinity_share}")
+        if not 0 < self.probability < 1:
+            raise ValueError(f"probability must be in (0, 1), got {self.probability}")
+        if self.within < 0:
+            raise ValueError(f"within must not be negative, got {self.within}")
+
+    def affinity_epochs(self, settings: TrainSettings) -> int:
+        """Epochs of the network that tasks are compared in, at least one."""
+        return max(round(self.affinity_share * settings.epochs), 1)
+
+    def candidates(self, spec: NetworkSpec) -> list[str]:
+        """Their names, in the order in which they are trained. One branch has nothing to be guided to."""
+        starts = [f"start_{i}" for i in range(self.starts)]
+        if self.method == "dmtg" or spec.groups == 1:
+            return starts or ["start_0"]
+        return [GUIDED, *starts, *([WIDE] if self.wide and spec.encoder.name in WIDTHS else [])]
 
 
 @dataclass
 class SearchState:
     """Where a search stands: what a checkpoint holds.
 
-    `results` has an entry for each finished stage, in order: its name, score, grouping and metrics by split.
-    `plan` is what the search was asked for; a checkpoint of another plan is refused.
+    `results` has an entry for each finished stage, in order. `held` are candidates whose search has ended and that
+    may go on. `plan` is what the search was asked for; a checkpoint of another plan is refused.
     """
 
     plan: dict[str, Any]
     results: list[dict[str, Any]] = field(default_factory=list)
     current: TrainState | None = None
-    leader: TrainState | None = None
-    leader_score: float = math.inf
+    held: dict[str, TrainState] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write everything into `folder`."""
-        described: dict[str, Any] = {
-            "plan": self.plan,
-            "results": self.results,
-            "leader_score": self.leader_score if math.isfinite(self.leader_score) else None,
-        }
-        for name, state in (("current", self.current), ("leader", self.leader)):
-            described[name] = state is not None
-            if state is not None:
-                state.save(folder / name)
-        checkpoint.write_json(folder / "search.json", described)
+        if self.current is not None:
+            self.current.save(folder / "current")
+        for name, state in self.held.items():
+            state.save(folder / "held" / name)
+        checkpoint.write_json(
+            folder / "search.json",
+            {
+                "plan": self.plan,
+                "results": self.results,
+                "current": self.current is not None,
+                "held": list(self.held),
+            },
+        )
 
     @classmethod
     def load(
@@ -64,20 +125,14 @@ class SearchState:
         Raises:
             ValueError: When a file is missing or damaged, or the checkpoint is of another plan.
         """
-        described = checkpoint.read_json(
-            folder / "search.json", "plan", "results", "leader_score", "current", "leader"
-        )
+        described = checkpoint.read_json(folder / "search.json", "plan", "results", "current", "held")
         if described["plan"] != plan:
-            held = described["plan"]
-            changed = sorted(key for key in {*plan, *held} if plan.get(key) != held.get(key))
+            other = described["plan"]
+            changed = sorted(key for key in {*plan, *other} if plan.get(key) != other.get(key))
             raise ValueError(f"{folder}: checkpoint of another search, differing in {', '.join(changed)}")
-        score = described["leader_score"]
-        held = {
-            name: TrainState.load(folder / name, settings, device) if described[name] else None
-            for name in ("current", "leader")
-        }
-        leader_score = math.inf if score is None else score
-        return cls(plan, described["results"], held["current"], held["leader"], leader_score)
+        current = TrainState.load(folder / "current", settings, device) if described["current"] else None
+        held = {name: TrainState.load(folder / "held" / name, settings, device) for name in described["held"]}
+        return cls(plan, described["results"], current, held)
 
 
 @dataclass(frozen=True)
@@ -86,25 +141,35 @@ class SearchResult:
 
     Args:
         network: The hard network with the weights of its best epoch, in evaluation mode.
-        grouping: Its grouping.
+        grouping: Its grouping; one group where the wide encoder was best.
+        chosen: The candidate that it is.
         metrics: Split → task → metric → value.
         baseline: The same of naive MTL; empty when it was not asked for.
-        starts: For each start: score, grouping and validation metrics at the end of its search.
+        candidates: For each: `stage`, `grouping`, `score` (mean logarithm of the validation losses when the search
+            ended), `final` (the same at its best epoch; None where it stopped with the search), `probabilities` of
+            the gate `(N, K)` when the search ended.
+        affinity: `reading_overlap` of the tasks `(N, N)`; empty where it was not measured.
+        affinity_cost: Operations of the training that it was measured after, in units of one naive-MTL run.
+        cost: The same of all training but that of the baseline.
     """
 
     network: GroupingNetwork
     grouping: Grouping
+    chosen: str
     metrics: dict[str, Metrics]
     baseline: dict[str, Metrics]
-    starts: list[dict[str, Any]]
+    candidates: list[dict[str, Any]]
+    affinity: list[list[float]]
+    affinity_cost: float
+    cost: float
 
 
 def search(
     spec: NetworkSpec,
     data: Data,
     settings: TrainSettings,
+    options: SearchOptions | None = None,
     *,
-    starts: int = 1,
     baseline: bool = True,
     splits: Sequence[str] = ("val", "test"),
     context: TrainContext | None = None,
@@ -114,20 +179,19 @@ def search(
 
     Args:
         spec: The grouping network. Start i has seed `spec.seed + i`.
-        starts: Searches of `settings.search_epochs` epochs; the best by validation is fine-tuned to the end.
+        options: The candidates; by default those of `SearchOptions()`.
         baseline: Train naive MTL (one branch, all epochs) first, to compare with.
-        splits: What the finished networks are evaluated on. Choices use "val" alone.
-        warm_start: What every start begins with. Naive MTL begins with it too when it is a single model; no
-            one of several models could stand for all of them, so it then begins afresh.
+        splits: What naive MTL and the result are evaluated on. Choices use "val" alone.
+        warm_start: What every gated candidate begins with. Naive MTL begins with it too when it is a single model;
+            no one of several models could stand for all of them, so it then begins afresh.
 
     Raises:
         NonFiniteLossError: When the loss stops being finite.
-        ValueError: For a number of starts below 1, a warm start that does not fit, or a checkpoint that is
-            damaged.
+        ValueError: For a warm start that does not fit, or a checkpoint that is damaged.
     """
-    if starts < 1:
-        raise ValueError(f"starts must be at least 1, got {starts}")
-    return _Search(spec, data, settings, starts, baseline, splits, context or LocalContext(), warm_start).run()
+    return _Search(
+        spec, data, settings, options or SearchOptions(), baseline, splits, context or LocalContext(), warm_start
+    ).run()
 
 
 class _Search:
@@ -136,20 +200,23 @@ class _Search:
         spec: NetworkSpec,
         data: Data,
         settings: TrainSettings,
-        starts: int,
+        options: SearchOptions,
         baseline: bool,
         splits: Sequence[str],
         context: TrainContext,
         warm_start: WarmStart | None,
     ) -> None:
-        self.spec, self.data, self.settings, self.warm_start = spec, data, settings, warm_start
-        self.splits, self.context = splits, context
-        self.stages: list[tuple[str, Callable[[str], None]]] = [(BASELINE, self._baseline)] if baseline else []
-        self.stages += [(f"start_{i}", self._start) for i in range(starts)]
-        self.stages.append((FINETUNE, self._finetune))
-        stages = [name for name, _ in self.stages]
+        self.spec, self.data, self.settings, self.options = spec, data, settings, options
+        self.splits, self.context, self.warm_start = splits, context, warm_start
+        self.candidates = options.candidates(spec)
+        self.stages = [BASELINE] if baseline else []
+        self.stages += [AFFINITY] if GUIDED in self.candidates else []
         # through JSON, as the checkpoint has it: tuples become lists
-        plan = json.loads(json.dumps({"network": spec.to_dict(), "settings": asdict(settings), "stages": stages}))
+        described = {
+            "network": spec.to_dict(), "settings": asdict(settings), "options": asdict(options),
+            "stages": self.stages + self.candidates,
+        }  # fmt: skip
+        plan = json.loads(json.dumps(described))
         if warm_start is not None:
             warm_start.check(spec)
             plan["warm_start"] = warm_start.digest()
@@ -159,54 +226,135 @@ class _Search:
             self.state = SearchState.load(latest, plan, settings, context.device)
 
     def run(self) -> SearchResult:
-        for name, stage in self.stages[len(self.state.results) :]:
-            stage(name)
-        assert self.state.current is not None
-        by_name = {result["stage"]: result for result in self.state.results}
-        network = self.state.current.network
-        return SearchResult(
-            network=network.eval(),
-            grouping=network.grouping(),
-            metrics=by_name[FINETUNE]["metrics"],
-            baseline=by_name.get(BASELINE, {}).get("metrics", {}),
-            starts=[result for result in self.state.results if result["stage"].startswith("start_")],
-        )
+        if BASELINE in self.stages and not self._done(BASELINE):
+            self._baseline()
+        if AFFINITY in self.stages and not self._done(AFFINITY):
+            self._affinity()
+        for name in self.candidates:
+            if not self._done(name):
+                self._search(name)
+        for name in self._going_on():
+            if "final" not in self._result(name):
+                self._finish(name)
+        return self._conclude()
 
-    def _baseline(self, name: str) -> None:
+    def _done(self, name: str) -> bool:
+        return any(result["stage"] == name for result in self.state.results)
+
+    def _result(self, name: str) -> dict[str, Any]:
+        return next(result for result in self.state.results if result["stage"] == name)
+
+    def _baseline(self) -> None:
         shared = self.warm_start if self.warm_start is not None and self.warm_start.single else None
         state = self._current(replace(self.spec, groups=1, sampling="fixed"), shared)
-        self._advance(name, state, self.settings, self.settings.epochs)
+        self._advance(BASELINE, state, self.settings, self.settings.epochs)
         state.take_best()
-        self._finish_stage(name, state, self.splits)
+        self._end(BASELINE, state, metrics=self._evaluate(state.network))
 
-    def _start(self, name: str) -> None:
-        number = int(name.removeprefix("start_"))
-        state = self._current(replace(self.spec, seed=self.spec.seed + number), self.warm_start)
-        seeded = replace(self.settings, seed=self.settings.seed + number)
-        self._advance(name, state, seeded, self.settings.search_epochs)
-        score = state.history[-1]["val_score"]
-        if score < self.state.leader_score or self.state.leader is None:
-            self.state.leader, self.state.leader_score = state, score
-        self._finish_stage(name, state, ())
+    def _affinity(self) -> None:
+        """Compare tasks in one branch that is wide enough for all of them, if its encoder can be widened.
 
-    def _finetune(self, name: str) -> None:
+        One that is too narrow has to choose whom it serves, and shows its choice instead of what the tasks read.
+        """
+        epochs = self.options.affinity_epochs(self.settings)
+        settings = replace(self.settings, epochs=epochs, search_share=1.0, lr_schedule="constant")
+        spec = replace(self.spec, groups=1, sampling="fixed")
+        if spec.encoder.name in WIDTHS:
+            spec = wide_spec(self.spec, AFFINITY_COST)
+        state = self._current(spec, None, settings)
+        self._advance(AFFINITY, state, settings, epochs)
+        overlap = reading_overlap(state.network, self.data, context=self.context)
+        groups = min(self.spec.groups, len(self.spec.tasks))
+        self._end(AFFINITY, state, affinity=overlap.tolist(), proposed=cluster(overlap, groups))
+
+    def _search(self, name: str) -> None:
+        settings = self._settings(name)
+        state = self._current(*self._candidate(name), settings)
+        if name == GUIDED and state.step == 0:
+            least = max(self.options.probability, 1 / self.spec.groups)
+            state.network.gate.start_from(self._result(AFFINITY)["proposed"], least)
+        self._advance(name, state, settings, settings.search_epochs)
+        self.state.held[name] = state
+        self._end(name, state, probabilities=state.network.gate.probabilities().tolist())
+        going = self._going_on() if self._done(self.candidates[-1]) else self.candidates
+        self.state.held = {kept: held for kept, held in self.state.held.items() if kept in going}
+
+    def _candidate(self, name: str) -> tuple[NetworkSpec, WarmStart | None]:
+        if name != WIDE:
+            number = int(name.removeprefix("start_")) if name != GUIDED else 0
+            return replace(self.spec, seed=self.spec.seed + number), self.warm_start
+        return wide_spec(self.spec), None
+
+    def _settings(self, name: str) -> TrainSettings:
+        number = int(name.removeprefix("start_")) if name.startswith("start_") else 0
+        return replace(self.settings, seed=self.settings.seed + number)
+
+    def _going_on(self) -> list[str]:
+        """The candidates that are trained to the end, by what they were when the search ended."""
+        scores = {name: self._result(name)["score"] for name in self.candidates}
+        best = min(scores, key=scores.__getitem__)
+        if self.options.method == "dmtg":
+            return [best]
+        return [
+            name for name, score in scores.items() if name == best or score <= scores[best] + self.options.within
+        ]
+
+    def _finish(self, name: str) -> None:
         if self.state.current is None:
-            assert self.state.leader is not None
-            self.state.current, self.state.leader = self.state.leader, None
+            self.state.current = self.state.held.pop(name)
         state = self.state.current
-        self._advance(name, state, self.settings, self.settings.epochs)
+        self._advance(name, state, self._settings(name), self.settings.epochs)
         state.take_best()
-        state.keep(state.network.gate.survivors(2.0), self.settings)
-        self._finish_stage(name, state, self.splits, last=True)
+        # the moments of the optimiser are of no use any more, those that lost neither
+        finals = [r["final"] for r in self.state.results if "final" in r]
+        if all(state.best_score < final for final in finals):
+            self.state.held = {
+                kept: held for kept, held in self.state.held.items() if "final" not in self._result(kept)
+            }
+            self.state.held[name] = state
+        result = self._result(name)
+        result["final"], result["cost"] = state.best_score, result["cost"] + self._spent(state, result["epochs"])
+        self.state.current = None
 
-    def _current(self, spec: NetworkSpec, warm_start: WarmStart | None) -> TrainState:
+    def _conclude(self) -> SearchResult:
+        finals = {r["stage"]: r["final"] for r in self.state.results if "final" in r}
+        chosen = min(finals, key=finals.__getitem__)
+        state = self.state.held[chosen]
+        state.keep(state.network.gate.survivors(2.0), self.settings)
+        network = state.network.eval()
+        by_name = {result["stage"]: result for result in self.state.results}
+        naive = (
+            training_flops(GroupingNetwork(replace(self.spec.without_weights(), groups=1))) * self.settings.epochs
+        )
+        spent = sum(result["cost"] for result in self.state.results if result["stage"] != BASELINE)
+        return SearchResult(
+            network=network,
+            grouping=network.grouping(),
+            chosen=chosen,
+            metrics=self._evaluate(network),
+            baseline=by_name.get(BASELINE, {}).get("metrics", {}),
+            candidates=[
+                {key: by_name[name].get(key) for key in ("stage", "grouping", "score", "final", "probabilities")}
+                for name in self.candidates
+            ],
+            affinity=by_name.get(AFFINITY, {}).get("affinity", []),
+            affinity_cost=by_name.get(AFFINITY, {}).get("cost", 0) / naive,
+            cost=spent / naive,
+        )
+
+    def _evaluate(self, network: GroupingNetwork) -> dict[str, Metrics]:
+        return {split: evaluate(network, self.data, split, context=self.context) for split in self.splits}
+
+    def _current(
+        self, spec: NetworkSpec, warm_start: WarmStart | None, settings: TrainSettings | None = None
+    ) -> TrainState:
         """The stage's state: taken up from the checkpoint, or fresh."""
         if self.state.current is None:
             network = GroupingNetwork(spec)
             if warm_start is not None:
                 warm_start.give(network)
             network.to(self.context.device)
-            self.state.current = TrainState.fresh(network, self.settings)
+            self.state.current = TrainState.fresh(network, settings or self.settings)
         return self.state.current
 
     def _advance(self, stage: str, state: TrainState, settings: TrainSettings, until: int) -> None:
@@ -216,10 +364,28 @@ class _Search:
             on_step=lambda _: self.context.report(None, self.state.save),
         )  # fmt: skip
 
-    def _finish_stage(self, name: str, state: TrainState, splits: Sequence[str], *, last: bool = False) -> None:
-        metrics = {split: evaluate(state.network, self.data, split, context=self.context) for split in splits}
-        grouping = state.network.grouping().to_dict()
-        score = state.history[-1]["val_score"]
-        self.state.results.append({"stage": name, "score": score, "grouping": grouping, "metrics": metrics})
-        if not last:
-            self.state.current = None
+    def _spent(self, state: TrainState, since: int = 0) -> int:
+        """Operations of a state's epochs from one on, in units of one sample."""
+        spec = state.network.spec.without_weights()
+        shapes = Counter(
+            tuple(tuple(p > 0 for p in row) for row in record["probabilities"]) for record in state.history[since:]
+        )
+        total = 0
+        for alive, epochs in shapes.items():
+            network = GroupingNetwork(spec)
+            network.keep(torch.tensor(alive))
+            total += epochs * training_flops(network)
+        return total
+
+    def _end(self, name: str, state: TrainState, **found: Any) -> None:
+        self.state.results.append(
+            {
+                "stage": name,
+                "epochs": state.epoch,
+                "score": state.history[-1]["val_score"],
+                "grouping": state.network.grouping().to_dict(),
+                "cost": self._spent(state),
+                **found,
+            }
+        )
+        self.state.current = None

@@ -208,6 +208,84 @@ def _sweep(config: Config) -> dict[str, Any]:
 
 
 @app.command()
+def signal(
+    config: ConfigFile, words: Words = None, ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
+) -> None:
+    """Short runs that tell beforehand whether grouping can matter: how much is the grouping, how much the seed."""
+
+    def body() -> dict[str, Any]:
+        from pipelines.preflight import signal as work
+        from pipelines.report.compare import two
+
+        done = work(_load(config, words, ray_config), say)
+        found = done.found
+        overall = {"task": "all", **found["correlation"]}
+        rows = [
+            {
+                "task": row["task"],
+                "correlation": two(row["value"]),
+                "interval": f"{two(row['low'])} to {two(row['high'])}",
+                "between groupings": f"{100 * row['between']:.1f} %",
+                "between seeds": f"{100 * row['within']:.1f} %",
+            }
+            for row in (overall, *({"task": name, **row} for name, row in found["by_task"].items()))
+        ]
+        title = (
+            f"{len(found['partitions'])} random groupings × {len(found['seeds'])} seeds, {found['epochs']} epochs"
+        )
+        print_table(title, rows, right=("correlation", "between groupings", "between seeds"))
+        say(f"verdict: {found['verdict']}\nsignal:  {done.folder}")
+        return {"run_dir": str(done.folder), **found}
+
+    run("signal", body, as_json=as_json, debug=debug)
+
+
+@app.command()
+def compare(
+    config: ConfigFile, words: Words = None, ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
+) -> None:
+    """The search beside naive MTL, a wide encoder, random groups and published selectors, over seeds."""
+    run("compare", lambda: _compare(_load(config, words, ray_config)), as_json=as_json, debug=debug)
+
+
+def _compare(config: Config) -> dict[str, Any]:
+    from pipelines.compare import compare as work
+    from pipelines.report.compare import interval, two
+    from pipelines.report.sweep import cost
+
+    done = work(config, say)
+    found = done.found
+    rows = [
+        {
+            "method": row["method"],
+            "gain, errors": interval(row["gain"], " %"),
+            "gain, losses": interval(row["gain_loss"], " %"),
+            f"behind {found['reference']}": interval(row["behind"]),
+            "training": f"{row['cost']:.1f}",
+            "operations": cost(row["flops"]),
+            "parameters": cost(row["parameters"]),
+            "agreement": two(row["stability"]),
+        }
+        for row in found["rows"]
+    ]
+    title = (
+        f"Over naive MTL on {found['split']}, {len(found['seeds'])} seeds, 95 % intervals; training in its runs"
+    )
+    print_table(title, rows, right=tuple(rows[0])[1:])
+    for text in (*found["verdicts"], *(f"note: {note}" for note in found["notes"])):
+        say(text)
+    say(f"comparison: {done.folder}\nreport:     {done.page}")
+    ours = next((row for row in found["rows"] if row["method"] == found["reference"]), found["rows"][0])
+    return {
+        "run_dir": str(done.folder),
+        "run_id": done.run_id,
+        **{key: found[key] for key in ("rows", "split", "verdicts", "agreement", "notes")},
+        "normalized_gain": ours["gain"]["value"],
+        "report": str(done.page),
+    }
+
+
+@app.command()
 def regroup(
     config: ConfigFile,
     words: Words = None,

@@ -14,10 +14,12 @@ from pydantic import Field
 from dmtg_core.encoders import EncoderSpec
 from dmtg_core.network import NetworkSpec
 from dmtg_core.schedules import TemperatureSchedule
+from dmtg_core.search import SearchOptions
 from dmtg_core.settings import TrainSettings
 from dmtg_core.tasks import InputSpec, Task
 from pipelines.errors import UserError
 from pipelines.sections import (
+    CompareSection,
     DataSection,
     GateSection,
     NetworkSection,
@@ -26,6 +28,7 @@ from pipelines.sections import (
     RunSection,
     SearchSection,
     Section,
+    SignalSection,
     SourceSection,
     SweepSection,
     TrackSection,
@@ -47,6 +50,8 @@ class Config(Section):
     train: TrainSection = TrainSection()
     search: SearchSection = SearchSection()
     sweep: SweepSection = SweepSection()
+    compare: CompareSection = CompareSection()
+    signal: SignalSection = SignalSection()
     regroup: RegroupSection = RegroupSection()
     track: TrackSection = TrackSection()
     run: RunSection = RunSection()
@@ -85,6 +90,11 @@ class Config(Section):
             entropy_weight=self.gate.entropy_weight,
             prune_threshold=self.gate.prune_threshold if self.gate.prune else 0.0,
         )
+
+    def search_options(self) -> SearchOptions:
+        """What the core's search takes."""
+        held = self.search.model_dump()
+        return SearchOptions(**{name: held[name] for name in SearchOptions.__dataclass_fields__})
 
     def encoder_spec(self) -> EncoderSpec:
         """What the core's encoder takes."""

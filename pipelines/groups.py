@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from dmtg_core.context import LocalContext, Save
+from dmtg_core.cost import inference_cost
 from dmtg_core.network import GroupModel
 from dmtg_core.training import TrainState, advance, evaluate, score_of
 from pipelines.checkpoints import Checkpoints
@@ -163,7 +164,9 @@ def _finish(job: Job, searched: Mapping[str, Any]) -> None:
     found = gains(tasks, metrics, searched["baseline"]) if searched["baseline"] else {}
     epochs = job.config.search.group_epochs
     notes = [*searched["notes"], f"groups trained {epochs} epochs on their own, which naive MTL did not get"]
+    models = {name: read_model(job.run / MODELS / name) for name in searched["grouping"]}
     result |= {
+        "inference": asdict(inference_cost(models)),
         "metrics": metrics, "validation": validation, "groups": scores, "gains": found,
         "normalized_gain": found.get("error"), "notes": notes if found else searched["notes"],
     }  # fmt: skip

@@ -68,10 +68,15 @@ class SourceSection(Section):
     """Raw data to make shards from."""
 
     kind: str = Field(
-        description="reader of the raw format: celeba, folder, nuclei, rooms, table, taskonomy or text"
+        description="reader of the raw format: celeba, folder, nuclei, planted, rooms, table, taskonomy or text"
     )
     root: str = Field("", description="local folder or s3:// address of the raw data")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the reader")
+
+    @property
+    def given(self) -> bool:
+        """Whether there is something to read: the planted problem is made from its options alone."""
+        return bool(self.root) or self.kind == "planted"
 
 
 class DataSection(Section):
@@ -188,7 +193,26 @@ class TrainSection(Section):
 class SearchSection(Section):
     """How the grouping is searched for."""
 
-    starts: int = Field(1, ge=1, description="searches; the best on validation data is fine-tuned")
+    method: Literal["guided", "dmtg"] = Field(
+        "guided",
+        description="guided: a gate that starts at groups of tasks which read the same, undecided ones and one "
+        "wide encoder beside it, the best on validation data is kept; dmtg: undecided gates, as published",
+    )
+    starts: int = Field(
+        1, ge=1, description="undecided gates; with dmtg the best on validation data is fine-tuned"
+    )
+    wide: bool = Field(
+        True, description="guided: one wide encoder, at the inference cost of all groups, may be the result"
+    )
+    affinity_share: float = Field(
+        0.2, gt=0, le=1, description="guided: share of the epochs after which tasks are compared"
+    )
+    probability: float = Field(
+        0.9, gt=0, lt=1, description="guided: with which a task begins in the group that was proposed"
+    )
+    within: float = Field(
+        0.05, ge=0, description="guided: a candidate whose validation score is worse by more stops with the search"
+    )
     share: float = Field(0.5, gt=0, le=1, description="share of the epochs in which the gate learns")
     group_epochs: int = Field(
         0, ge=0, description="epochs that each group then trains on its own, all groups at once if there is room"
@@ -228,6 +252,38 @@ class SweepSection(Section):
     stop_early: bool = Field(True, description="stop poor trials on the way (asynchronous successive halving)")
     grace_epochs: int = Field(3, ge=1, description="epochs of a trial before it can be stopped")
     reduction: int = Field(3, ge=2, description="of so many trials that came as far, one goes on")
+
+
+class CompareSection(Section):
+    """What a comparison trains beside the search, and how often."""
+
+    methods: tuple[
+        Literal[
+            "naive_mtl", "single_task", "wide", "random", "cs", "tag", "etap", "gradtag", "reading", "hoa",
+            "exhaustive", "dmtg", "guided", "retrained",
+        ],
+        ...,
+    ] = Field(
+        ("single_task", "wide", "random", "cs", "tag", "etap", "gradtag", "dmtg", "guided", "retrained"),
+        description="what is compared; naive_mtl always is, for all are measured against it",
+    )  # fmt: skip
+    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1, description="values of train.seed")
+    random_draws: int = Field(3, ge=1, description="random groupings of every seed")
+    equal_budget: bool = Field(
+        True,
+        description="beside guided: the wide encoder and a random grouping for as many epochs as its search costs",
+    )
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="further searches: name → changes to the search section"
+    )
+
+
+class SignalSection(Section):
+    """The pre-flight: short runs of random groupings."""
+
+    partitions: int = Field(6, ge=2, description="random groupings")
+    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=2, description="values of train.seed, each with each")
+    share: float = Field(0.5, gt=0, le=1, description="share of train.epochs that they are trained for")
 
 
 class RegroupSection(Section):

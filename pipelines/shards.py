@@ -69,7 +69,7 @@ def shard(config: Config, progress: Callable[[str], None] = log.info) -> ShardRe
         UserError: For a source or a place that cannot be used, and when more than `data.max_bad_fraction` of the
             samples cannot.
     """
-    if config.source is None or not config.source.root:
+    if config.source is None or not config.source.given:
         raise UserError(
             "there is no raw data to make shards from",
             where="source.root",
@@ -78,7 +78,7 @@ def shard(config: Config, progress: Callable[[str], None] = log.info) -> ShardRe
         )
     folder = locate(config.data.shards)
     folder.check_writable()
-    progress(f"listing the samples of {config.source.root}")
+    progress(f"listing the samples of {config.source.root or config.source.kind}")
     source = build_source(config.source.kind, config.source.root, config.source.options)
     entries = source.entries()
     description = _description(source, config.data.like)
@@ -356,6 +356,6 @@ def _finish(
 def ensure_shards(config: Config, progress: Callable[[str], None] = log.info) -> Manifest:
     """The manifest of `data.shards`; shards that do not exist yet are made when `source` is given."""
     folder = locate(config.data.shards)
-    if (folder / FILE).exists() or config.source is None or not config.source.root:
+    if (folder / FILE).exists() or config.source is None or not config.source.given:
         return read_manifest(folder)
     return shard(config, progress).manifest

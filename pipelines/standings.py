@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dmtg_core.cost import Cost
 from dmtg_core.metrics import Metrics, normalized_gain
 from dmtg_core.tasks import Task
 from dmtg_core.training import score_of
@@ -32,17 +31,14 @@ def status(trial: Trial) -> str:
     return OPEN
 
 
-def rows_of(
-    trials: Sequence[Trial], tasks: Sequence[Task], cost: Callable[[Trial, Mapping[str, Any]], Cost]
-) -> list[Row]:
+def rows_of(trials: Sequence[Trial], tasks: Sequence[Task]) -> list[Row]:
     """A row for each trial, in their order.
 
     Args:
         trials: All of a sweep.
         tasks: Those of its data.
-        cost: Of a finished trial with its result.
     """
-    rows = [_row(trial, cost) for trial in trials]
+    rows = [_row(trial) for trial in trials]
     naive = {row["seed"]: row for row in rows if row["naive"] and row["status"] == DONE}
     for row in rows:
         base = naive.get(row["seed"])
@@ -55,7 +51,7 @@ def rows_of(
     return rows
 
 
-def _row(trial: Trial, cost: Callable[[Trial, Mapping[str, Any]], Cost]) -> Row:
+def _row(trial: Trial) -> Row:
     records, found = read_jsonl(trial.run / METRICS), status(trial)
     reason = ""
     if found in (ENDED_EARLY, BROKEN):
@@ -72,24 +68,25 @@ def _row(trial: Trial, cost: Callable[[Trial, Mapping[str, Any]], Cost]) -> Row:
     if found != DONE:
         return row
     result = (trial.run / RESULT).read_json()
-    spent = cost(trial, result)
     return row | {
         "val_score": _score(result["validation"]), "split": result["split"], "metrics": result["metrics"],
         "validation": result["validation"], "grouping": result["grouping"],
-        "grouping_name": result["grouping_name"], "flops": spent.flops, "parameters": spent.parameters,
+        "grouping_name": result["grouping_name"], **result["inference"],
     }  # fmt: skip
 
 
 def _score(metrics: Mapping[str, Any]) -> float | None:
-    return _defined(score_of(_numbers(metrics)))
+    return _defined(score_of(numbers(metrics)))
 
 
-def gain(tasks: Sequence[Task], metrics: Mapping[str, Any], reference: Mapping[str, Any]) -> float | None:
-    """The normalized gain in per cent, None where it is not defined."""
-    return _defined(normalized_gain(tasks, _numbers(metrics), _numbers(reference)))
+def gain(
+    tasks: Sequence[Task], metrics: Mapping[str, Any], reference: Mapping[str, Any], *, metric: str = ""
+) -> float | None:
+    """The normalized gain in per cent, of headline metrics or of one metric; None where it is not defined."""
+    return _defined(normalized_gain(tasks, numbers(metrics), numbers(reference), metric=metric))
 
 
-def _numbers(metrics: Mapping[str, Any]) -> Metrics:
+def numbers(metrics: Mapping[str, Any]) -> Metrics:
     """Metrics as they were before they were written: what is not defined is NaN."""
     return {
         task: {name: math.nan if value is None else value for name, value in found.items()}

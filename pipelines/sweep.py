@@ -10,13 +10,11 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import yaml
 
-from dmtg_core.cost import Cost, grouping_cost
-from dmtg_core.grouping import Grouping
 from dmtg_core.tasks import Task
 from dmtg_core.warm_start import WarmStart
 from pipelines.cluster import session, sweep_cpus, trials_at_once
@@ -40,7 +38,7 @@ from pipelines.standings import (
 from pipelines.storage import Location, locate
 from pipelines.tracking import NullTracker, Tracker, connect, enabled, open_tracker, shown
 from pipelines.train import CONFIG, check_data, check_network, open_run, support_notes
-from pipelines.trials import STEM, STOPPED, Trial, best_config, laid_over, sweep_name, trials
+from pipelines.trials import STOPPED, Trial, best_config, sweep_name, trials
 from pipelines.warm_start import keep_models, open_models
 from pipelines.worker import GROUPING, RESULT, Job
 
@@ -106,7 +104,7 @@ def sweep(config: Config, say: Callable[[str], None] = log.info) -> Swept:
                 planned = trials(config, shared_start=len(start) < 2)
                 _run(config, planned, left, Job(config, _reader(config, manifest), None, folder, start=start),
                      trackers, open_one, say)  # fmt: skip
-            found = _conclude(config, folder, planned, tasks, manifest)
+            found = _conclude(config, folder, planned, tasks)
             _deliver(folder, planned, found, tracker, trackers, open_one)
     return Swept(folder, tracker.run_id, found)
 
@@ -203,9 +201,7 @@ def _run(
     drive(left, jobs, told, config.sweep, config.ray, most)
 
 
-def _conclude(
-    config: Config, folder: Location, planned: Sequence[Trial], tasks: Sequence[Task], manifest: Manifest
-) -> dict[str, Any]:
+def _conclude(config: Config, folder: Location, planned: Sequence[Trial], tasks: Sequence[Task]) -> dict[str, Any]:
     """Rows, best setting and page, into the sweep's folder; `sweep.json` comes last.
 
     Raises:
@@ -213,18 +209,7 @@ def _conclude(
     """
     from pipelines.report.sweep import write_page
 
-    names = [task.name for task in tasks]
-
-    @lru_cache
-    def cost(stem: int, share_stem: bool, grouping: Grouping) -> Cost:
-        spec = laid_over(config, {STEM: stem}).network_spec(manifest.description.input, tasks)
-        return grouping_cost(spec, grouping, share_stem=share_stem)
-
-    def cost_of(trial: Trial, result: Mapping[str, Any]) -> Cost:
-        own = trial.config
-        return cost(own.network.stem, not own.search.group_epochs, Grouping.from_dict(result["grouping"], names))
-
-    rows = rows_of(planned, tasks, cost_of)
+    rows = rows_of(planned, tasks)
     settings = by_setting(rows)
     best = best_setting(settings)
     found = {

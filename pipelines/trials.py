@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dmtg_core.encoders import WIDTHS
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.sections import SweepSection, checked
@@ -53,9 +54,20 @@ class Trial:
 
     @property
     def reports(self) -> int:
-        """Epochs that it reports in all: of every start of the search, and of the fine-tuning of one of them."""
-        settings = self.config.settings()
-        return settings.epochs + (self.config.search.starts - 1) * settings.search_epochs
+        """Epochs that it reports at most: those of every candidate, if all go on."""
+        settings, options = self.config.settings(), self.config.search_options()
+        gated = options.starts * settings.search_epochs
+        if options.method == "dmtg" or self.config.network.groups == 1:
+            return gated + settings.epochs - settings.search_epochs
+        others = 1 + (options.wide and self.config.network.encoder in WIDTHS)
+        return self.prelude + (options.starts + others) * settings.epochs
+
+    @property
+    def prelude(self) -> int:
+        """Epochs that it reports before the first candidate."""
+        settings, options = self.config.settings(), self.config.search_options()
+        guided = options.method == "guided" and self.config.network.groups > 1
+        return options.affinity_epochs(settings) if guided else 0
 
 
 def sweep_name(config: Config) -> str:
@@ -144,7 +156,7 @@ def _trial(config: Config, setting: Setting, seed: int, naive: bool, shared_star
         "ray.workers": config.ray.fewest,
     }
     if naive:  # as the core's own naive MTL: one branch from the first epoch to the last
-        over |= {"gate.sampling": "fixed", "search.starts": 1, "search.group_epochs": 0}
+        over |= {"gate.sampling": "fixed", "search.method": "dmtg", "search.starts": 1, "search.group_epochs": 0}
         over |= {} if shared_start else {"network.start_from": []}
     return Trial(name, setting, seed, naive, laid_over(config, over))
 

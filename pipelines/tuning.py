@@ -129,8 +129,9 @@ class Halving(ASHAScheduler):
     def __init__(self, section: SweepSection, trials: Mapping[str, Trial]) -> None:
         self.trials, self.section = trials, section
         last = max(trial.reports for trial in trials.values())
+        grace = section.grace_epochs + max(trial.prelude for trial in trials.values())
         super().__init__(
-            time_attr=EPOCH, metric=SCORE, mode="min", max_t=last, grace_period=min(section.grace_epochs, last),
+            time_attr=EPOCH, metric=SCORE, mode="min", max_t=last, grace_period=min(grace, last),
             reduction_factor=section.reduction, stop_last_trials=False,
         )  # fmt: skip
 

@@ -7,13 +7,14 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dmtg_core import checkpoint
+from dmtg_core.cost import inference_cost
 from dmtg_core.data import Data
 from dmtg_core.metrics import Metrics, normalized_gain
 from dmtg_core.network import GroupModel, NetworkSpec
@@ -110,7 +111,7 @@ def _search(job: Job, context: RayContext) -> SearchResult:
     config, (spec, data) = job.config, _open(job, context)
     splits = [split for split in ("val", "test") if job.reader.manifest.rows(split)]
     return search(
-        spec, data, config.settings(), starts=config.search.starts, baseline=config.search.baseline,
+        spec, data, config.settings(), config.search_options(), baseline=config.search.baseline,
         splits=splits, context=context, warm_start=warm_start(job.start),
     )  # fmt: skip
 
@@ -211,7 +212,11 @@ def write_result(run: Location, result: SearchResult, notes: Sequence[str] = (),
             "normalized_gain": found.get("error"),
             "gains": found,
             "validation": result.metrics.get("val", {}),
-            "starts": result.starts,
+            "chosen": result.chosen,
+            "candidates": result.candidates,
+            "affinity": result.affinity,
+            "training_cost": result.cost,
+            "inference": asdict(inference_cost(result.network)),
             "headline": {task.name: task.metric for task in tasks},
             "notes": list(notes),
         }

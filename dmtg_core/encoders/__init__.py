@@ -5,7 +5,8 @@ A new encoder is a function `(input, **options) -> list of modules` and one line
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,6 +36,17 @@ ENCODERS: Mapping[str, tuple[Callable[..., list[nn.Module]], str]] = {
     "embedding_bag": (embedding_bag, "tokens"),
     "text_transformer": (text_transformer, "tokens"),
     "transformers": (transformers, "tokens"),
+}
+
+# encoder → the options that are its widths: one for every stage, or a single one for all of them
+WIDTHS: Mapping[str, tuple[str, ...]] = {
+    "mlp": ("widths",),
+    "convnet": ("widths",),
+    "celeba_resnet": ("width",),
+    "xception_taskonomy": ("widths", "features"),
+    "vit": ("width",),
+    "embedding_bag": ("embedding", "widths"),
+    "text_transformer": ("width",),
 }
 
 # options that say where pretrained weights come from
@@ -74,6 +86,32 @@ class EncoderSpec:
         """The same architecture with initial weights, for which nothing has to be at hand."""
         kept = {key: value for key, value in (self.options or {}).items() if key not in PRETRAINED}
         return replace(self, options=kept)
+
+    def widened(self, factor: float) -> EncoderSpec:
+        """The same with all widths times `factor`; a stem whose stages have widths of their own keeps them.
+
+        Widths are rounded, to multiples of the attention heads where there are some.
+
+        Raises:
+            ValueError: For an encoder whose widths are fixed.
+        """
+        if self.name not in WIDTHS:
+            raise ValueError(f"encoder {self.name} has fixed widths; those of {', '.join(WIDTHS)} can be changed")
+        build, _ = ENCODERS[self.name]
+        held = {name: option.default for name, option in inspect.signature(build).parameters.items()}
+        held |= self.options or {}
+        unit, widened, stage = held.get("heads", 1), {}, 0
+
+        def scaled(width: int) -> int:
+            nonlocal stage
+            stage += 1
+            kept = stage <= self.stem and WIDTHS[self.name] != ("width",)
+            return width if kept else max(round(width * factor / unit), 1) * unit
+
+        for name in WIDTHS[self.name]:
+            several = isinstance(held[name], Sequence)
+            widened[name] = [scaled(width) for width in held[name]] if several else scaled(held[name])
+        return replace(self, options={**(self.options or {}), **widened})
 
     def stages(self, spec: InputSpec) -> list[nn.Module]:
         """Freshly initialised stages of one encoder.

@@ -27,7 +27,7 @@ def resnet(depth: int) -> Callable[..., list[nn.Module]]:
     return stages
 
 
-def celeba_resnet(spec: InputSpec) -> list[nn.Module]:
+def celeba_resnet(spec: InputSpec, *, width: int = 64) -> list[nn.Module]:
     """The network of the paper's experiments on CelebA (Gao et al. 2024), in two stages.
 
     A 3×3 convolution to 64 channels with pooling, then one residual block with pooling. Every pixel of the last
@@ -36,14 +36,15 @@ def celeba_resnet(spec: InputSpec) -> list[nn.Module]:
 
     Args:
         spec: An image input of at least 5×5 pixels.
+        width: Channels; 64 are published.
 
     Raises:
         ValueError: For a smaller image, of which the pooling leaves nothing.
     """
     if min(spec.shape[:2]) < 5:
         raise ValueError(f"encoder celeba_resnet needs images of 5×5 pixels or more, got {spec.shape}")
-    first = nn.Sequential(*_normed(spec.shape[-1]), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2))
-    stages: list[nn.Module] = [first, nn.Sequential(_Residual(), nn.AvgPool2d(2), nn.Flatten())]
+    first = nn.Sequential(*_normed(spec.shape[-1], width), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2))
+    stages: list[nn.Module] = [first, nn.Sequential(_Residual(width), nn.AvgPool2d(2), nn.Flatten())]
     for stage in stages:
         for module in stage.modules():
             if isinstance(module, nn.Conv2d):
@@ -52,15 +53,15 @@ def celeba_resnet(spec: InputSpec) -> list[nn.Module]:
 
 
 class _Residual(nn.Module):
-    """Two 3×3 convolutions of 64 channels beside the identity."""
+    """Two 3×3 convolutions beside the identity."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(*_normed(64), nn.ReLU(inplace=True), *_normed(64))
+        self.body = nn.Sequential(*_normed(width, width), nn.ReLU(inplace=True), *_normed(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.body(x) + x).relu_()
 
 
-def _normed(channels: int) -> list[nn.Module]:
-    return [nn.Conv2d(channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)]
+def _normed(channels: int, width: int) -> list[nn.Module]:
+    return [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]

@@ -81,6 +81,7 @@ SOURCES: Mapping[str, tuple[str, str]] = {
     "celeba": ("celeba", "CelebaSource"),
     "folder": ("folder", "FolderSource"),
     "nuclei": ("nuclei", "NucleiSource"),
+    "planted": ("planted", "PlantedSource"),
     "rooms": ("rooms", "RoomsSource"),
     "table": ("table", "TableSource"),
     "taskonomy": ("taskonomy", "TaskonomySource"),

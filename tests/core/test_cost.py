@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmtg_core import EncoderSpec, Grouping, GroupingNetwork, InputSpec, NetworkSpec, Task
-from dmtg_core.cost import Cost, grouping_cost, inference_cost
+from dmtg_core.cost import Cost, grouping_cost, inference_cost, naive_flops, training_flops, wide_spec
 from tests.core.samples import DENSE, SAMPLEWISE, decided, image_spec, mlp_spec, snapshot
 
 TASKS = (Task("a", "binary"), Task("b", "multiclass", 3), Task("c", "regression"))
@@ -77,3 +77,50 @@ def test_a_grouping_has_a_cost_before_it_is_trained(share_stem: bool) -> None:
     assert network.grouping() == grouping
     expected = inference_cost(network if share_stem else network.specialise())
     assert grouping_cost(described, grouping, share_stem=share_stem) == expected
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        mlp_spec(TASKS, 3),
+        mlp_spec(TASKS, 2, stem=1),
+        image_spec((*TASKS, DENSE[0]), groups=3),
+        NetworkSpec(InputSpec("image", (16, 16, 3), "uint8"), TASKS,
+                    EncoderSpec("vit", 0, {"patch": 8, "width": 12, "layers": 1, "heads": 3}), 2),
+        NetworkSpec(InputSpec("image", (16, 16, 3), "uint8"), TASKS, EncoderSpec("celeba_resnet", 0), 2),
+        NetworkSpec(InputSpec("tokens", (8,), "uint16", vocabulary=50), TASKS,
+                    EncoderSpec("embedding_bag", 1, {"embedding": 16, "widths": [12, 8]}), 3),
+        NetworkSpec(InputSpec("tokens", (8,), "uint16", vocabulary=50), TASKS,
+                    EncoderSpec("text_transformer", 0, {"width": 16, "layers": 2, "heads": 4}), 3),
+    ],
+    ids=lambda spec: spec.encoder.name,
+)  # fmt: skip
+def test_the_wide_encoder_costs_what_the_groups_do_and_no_more(spec: NetworkSpec) -> None:
+    names = [task.name for task in spec.tasks]
+    groups = min(spec.groups, len(names))
+    spread = Grouping.from_assignment(names, [n % groups for n in range(len(names))])
+    most = grouping_cost(spec, spread).flops
+    wide = wide_spec(spec)
+    found = grouping_cost(wide, Grouping.of([names])).flops
+    assert 0.75 * most < found <= most
+    assert wide.groups == 1
+    assert wide.encoder.name == spec.encoder.name
+    first, second = (GroupingNetwork(s).stem.state_dict() for s in (spec, wide))
+    if spec.encoder.stem and spec.encoder.name in ("mlp", "embedding_bag"):
+        assert {k: v.shape for k, v in first.items()} == {k: v.shape for k, v in second.items()}
+    assert grouping_cost(wide_spec(spec, 2.0), Grouping.of([names])).flops > found
+
+
+def test_an_encoder_of_fixed_widths_cannot_be_widened() -> None:
+    with pytest.raises(ValueError, match="resnet18 has fixed widths; those of mlp"):
+        EncoderSpec("resnet18").widened(2.0)
+
+
+def test_a_training_step_counts_every_live_head_three_times() -> None:
+    network = GroupingNetwork(spec(3))
+    heads = 4 * (1 + 3 + 1)
+    assert training_flops(network) == 3 * 3 * (MLP + 2 * heads)
+    assert naive_flops(spec(3)) == 3 * (MLP + 2 * heads)
+    network.keep_grouping(Grouping.of([["a", "b"], ["c"]]))
+    assert training_flops(network) == 3 * (2 * MLP + 2 * heads)
+    assert network.training

@@ -1,5 +1,7 @@
 """The planted problem: nine tasks in three true groups, which a search has to find from the data alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,16 +12,20 @@ from dmtg_core import (
     GroupingNetwork,
     LocalContext,
     NetworkSpec,
+    SearchOptions,
     TemperatureSchedule,
     TrainSettings,
     evaluate,
     fit,
     normalized_gain,
     search,
+    training_flops,
 )
-from tests.core.planted import planted, planted_data
+from dmtg_core.planted import planted
+from tests.core.planted import planted_data
 
 ENCODER = EncoderSpec("mlp", options={"widths": [32, 4]})
+NARROW = EncoderSpec("mlp", options={"widths": [16, 4]})
 
 
 def context() -> LocalContext:
@@ -46,6 +52,8 @@ def test_the_problem_is_a_function_of_its_seed_with_balanced_tasks_and_splits_ap
             assert 0.4 < arrays.labels[task.name].mean() < 0.6
     rows = np.concatenate([arrays.inputs for arrays in splits.values()])
     assert len(np.unique(rows, axis=0)) == 4000
+    with pytest.raises(ValueError, match="9 groups need at least 9 tasks and 18 features, got 9 and 16"):
+        planted(0, groups=9)
 
 
 def test_the_true_groups_serve_the_tasks_better_than_groups_across_them():
@@ -82,9 +90,9 @@ def test_the_start_chosen_on_validation_has_the_true_groups_and_beats_naive_mtl(
         seed=seed,
     )
     network = NetworkSpec(spec, tasks, ENCODER, groups=3, seed=seed)
-    result = search(network, data, settings, starts=4, context=context())
+    result = search(network, data, settings, SearchOptions("dmtg", starts=4), context=context())
     assert result.grouping.adjusted_rand_index(truth) >= 0.95
-    chosen = min(result.starts, key=lambda start: start["score"])
+    chosen = min(result.candidates, key=lambda start: start["score"])
     assert Grouping.from_dict(chosen["grouping"], truth.tasks) == result.grouping
     assert mean_accuracy(result.metrics["test"]) >= mean_accuracy(result.baseline["test"]) + 0.05
     assert normalized_gain(tasks, result.metrics["test"], result.baseline["test"]) > 20
@@ -98,3 +106,17 @@ def test_the_start_chosen_on_validation_has_the_true_groups_and_beats_naive_mtl(
     ]
     assert len(models) == 3
     assert np.mean(right) == pytest.approx(mean_accuracy(result.metrics["test"]))
+
+
+@pytest.mark.parametrize("data_seed", [1])
+def test_the_guided_search_finds_the_true_groups_for_less_than_three_plain_runs(data_seed):
+    """One of the seeds of docs/results.md."""
+    spec, tasks, data, truth = planted_data(data_seed)
+    settings = TrainSettings(epochs=60, search_share=0.25, batch_size=128, learning_rate=1e-2, seed=data_seed)
+    network = NetworkSpec(spec, tasks, NARROW, groups=3, seed=data_seed)
+    result = search(network, data, settings, context=context())
+    plain = training_flops(GroupingNetwork(network)) / training_flops(GroupingNetwork(replace(network, groups=1)))
+    assert result.grouping == truth
+    assert result.chosen == "guided"
+    assert result.cost < 3 * plain
+    assert mean_accuracy(result.metrics["test"]) > mean_accuracy(result.baseline["test"]) + 0.1

@@ -14,12 +14,18 @@ from dmtg_core import (
     GroupingNetwork,
     LocalContext,
     NonFiniteLossError,
+    SearchOptions,
     TemperatureSchedule,
     TrainSettings,
+    cluster,
     evaluate,
     fit,
+    grouping_cost,
+    inference_cost,
     search,
+    training_flops,
 )
+from dmtg_core.search import _Search
 from tests.core import samples
 from tests.core.samples import SAMPLEWISE, assert_same_tensors, mlp_spec
 from tests.core.test_training import Interrupted, without_times
@@ -29,10 +35,14 @@ SETTINGS = TrainSettings(
     temperature=TemperatureSchedule("linear", 2.5, 0.5),
 )  # fmt: skip
 SPEC = mlp_spec(initial="gaussian", initial_scale=1.0)
-STARTS = 2
+DMTG = SearchOptions("dmtg", starts=2)
+GUIDED = SearchOptions(within=10.0, affinity_share=0.25)  # far apart or not, all candidates go on
 STAGES = [("naive_mtl", n) for n in (1, 2, 3, 4)]
-STAGES += [(f"start_{i}", n) for i in range(STARTS) for n in (1, 2)]
-STAGES += [("finetune", n) for n in (3, 4)]
+STAGES += [(f"start_{i}", n) for i in (0, 1) for n in (1, 2)]
+STAGES += [("start_0", n) for n in (3, 4)]
+CANDIDATES = ("guided", "start_0", "wide")
+GUIDED_STAGES = [("naive_mtl", n) for n in (1, 2, 3, 4)] + [("affinity", 1)]
+GUIDED_STAGES += [(name, n) for epochs in ((1, 2), (3, 4)) for name in CANDIDATES for n in epochs]
 
 
 def local(folder=None, **options) -> LocalContext:
@@ -49,7 +59,7 @@ def data() -> ArrayData:
 def undisturbed(data):
     """A search that ran through, with its records."""
     records = []
-    result = search(SPEC, data, SETTINGS, starts=STARTS, context=local(on_record=records.append))
+    result = search(SPEC, data, SETTINGS, options=DMTG, context=local(on_record=records.append))
     return result, records
 
 
@@ -58,7 +68,8 @@ def assert_same_result(found, expected) -> None:
     assert found.grouping == expected.grouping
     assert found.metrics == expected.metrics
     assert found.baseline == expected.baseline
-    assert found.starts == expected.starts
+    assert found.candidates == expected.candidates
+    assert (found.affinity, found.cost, found.chosen) == (expected.affinity, expected.cost, expected.chosen)
 
 
 def test_stages_run_in_order_for_their_share_of_the_epochs(undisturbed):
@@ -79,10 +90,10 @@ def test_the_result_is_the_hard_network_with_its_metrics_on_every_split(undistur
 
 def test_the_start_with_the_best_validation_goes_on(undisturbed):
     result, _ = undisturbed
-    scores = [start["score"] for start in result.starts]
-    assert [start["stage"] for start in result.starts] == ["start_0", "start_1"]
+    scores = [start["score"] for start in result.candidates]
+    assert [start["stage"] for start in result.candidates] == ["start_0", "start_1"]
     assert len(set(scores)) == 2
-    best = min(result.starts, key=lambda start: start["score"])
+    best = min(result.candidates, key=lambda start: start["score"])
     assert Grouping.from_dict(best["grouping"], result.grouping.tasks) == result.grouping
 
 
@@ -92,17 +103,17 @@ def test_starts_differ_in_their_seeds(undisturbed, data):
     assert firsts[0]["train_loss"] != firsts[1]["train_loss"]
     alone = []
     spec, settings = replace(SPEC, seed=SPEC.seed + 1), replace(SETTINGS, seed=SETTINGS.seed + 1)
-    search(spec, data, settings, baseline=False, context=local(on_record=alone.append))
+    search(spec, data, settings, SearchOptions("dmtg"), baseline=False, context=local(on_record=alone.append))
     second = [r for r in records if r["stage"] == "start_1"]
     for here, there in zip(second, alone[:2], strict=True):
         assert without_times([here | {"stage": ""}]) == without_times([there | {"stage": ""}])
 
 
 def test_one_start_without_a_baseline_is_a_plain_run(data):
-    result = search(SPEC, data, SETTINGS, baseline=False, context=local())
+    result = search(SPEC, data, SETTINGS, SearchOptions("dmtg"), baseline=False, context=local())
     state = fit(GroupingNetwork(SPEC), data, SETTINGS, local())
     assert result.baseline == {}
-    assert len(result.starts) == 1
+    assert len(result.candidates) == 1
     assert_same_tensors(samples.snapshot(result.network), samples.snapshot(state.network))
 
 
@@ -122,9 +133,9 @@ def test_a_search_killed_in_any_stage_ends_like_one_that_was_not(tmp_path, data,
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        search(SPEC, data, SETTINGS, starts=STARTS, context=local(tmp_path, on_record=kill))
+        search(SPEC, data, SETTINGS, options=DMTG, context=local(tmp_path, on_record=kill))
     rest = []
-    found = search(SPEC, data, SETTINGS, starts=STARTS, context=local(tmp_path, on_record=rest.append))
+    found = search(SPEC, data, SETTINGS, options=DMTG, context=local(tmp_path, on_record=rest.append))
     assert_same_result(found, expected)
     assert without_times(rest) == without_times(records[STAGES.index((stage, epoch)) :])
 
@@ -140,7 +151,7 @@ def test_a_search_killed_at_every_epoch_in_turn_ends_like_one_that_was_not(tmp_p
     result = None
     for _ in range(len(STAGES) + 1):
         try:
-            result = search(SPEC, data, SETTINGS, starts=STARTS, context=local(tmp_path, on_record=kill_once))
+            result = search(SPEC, data, SETTINGS, options=DMTG, context=local(tmp_path, on_record=kill_once))
         except Interrupted:
             continue
     assert result is not None
@@ -149,14 +160,14 @@ def test_a_search_killed_at_every_epoch_in_turn_ends_like_one_that_was_not(tmp_p
 
 
 def test_a_finished_search_is_taken_up_without_training(tmp_path, data, undisturbed):
-    search(SPEC, data, SETTINGS, starts=STARTS, context=local(tmp_path))
+    search(SPEC, data, SETTINGS, options=DMTG, context=local(tmp_path))
     context = local(tmp_path, on_record=lambda _: pytest.fail("trained"))
-    assert_same_result(search(SPEC, data, SETTINGS, starts=STARTS, context=context), undisturbed[0])
+    assert_same_result(search(SPEC, data, SETTINGS, options=DMTG, context=context), undisturbed[0])
 
 
 def test_a_search_over_all_epochs_ends_with_hard_groups(data):
     settings = replace(SETTINGS, search_share=1.0, prune_threshold=0.0)
-    result = search(SPEC, data, settings, starts=2, context=local())
+    result = search(SPEC, data, settings, options=DMTG, context=local())
     assert len(result.network.pairs) == len(SPEC.tasks)
     assert result.grouping == result.network.grouping()
 
@@ -165,7 +176,7 @@ def test_choices_use_validation_and_nothing_of_the_test_split(data, undisturbed)
     test = data.splits["test"]
     shuffled = Arrays(test.inputs[::-1].copy(), {n: y.copy() for n, y in test.labels.items()}, test.present)
     other = ArrayData({**data.splits, "test": shuffled}, SPEC.tasks)
-    found = search(SPEC, other, SETTINGS, starts=STARTS, context=local())
+    found = search(SPEC, other, SETTINGS, options=DMTG, context=local())
     expected, _ = undisturbed
     assert_same_tensors(samples.snapshot(found.network), samples.snapshot(expected.network))
     assert found.metrics["val"] == expected.metrics["val"]
@@ -185,17 +196,17 @@ def test_a_loss_that_is_not_finite_stops_the_search_and_names_its_task():
         search(SPEC, data, SETTINGS, context=local())
 
 
-def test_a_search_needs_a_start(data):
+def test_a_search_needs_a_start():
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        search(SPEC, data, SETTINGS, starts=0)
+        SearchOptions("dmtg", starts=0)
 
 
 def test_a_checkpoint_that_lost_a_file_is_refused_by_its_name(tmp_path, data):
-    search(SPEC, data, SETTINGS, starts=STARTS, context=local(tmp_path))
+    search(SPEC, data, SETTINGS, options=DMTG, context=local(tmp_path))
     for folder in tmp_path.iterdir():
         (folder / "search.json").unlink()
     with pytest.raises(ValueError, match=r"search\.json"):
-        search(SPEC, data, SETTINGS, starts=STARTS, context=local(tmp_path))
+        search(SPEC, data, SETTINGS, options=DMTG, context=local(tmp_path))
 
 
 def test_a_search_of_images_with_dense_tasks_resumes_too(tmp_path):
@@ -224,3 +235,116 @@ def test_more_groups_than_tasks_can_be_searched():
     data = samples.data(spec.input, spec.tasks, 24)
     result = search(spec, data, SETTINGS, context=local())
     assert 1 <= len(result.grouping.groups) <= 2
+
+
+@pytest.fixture(scope="module")
+def guided(data):
+    """A guided search that ran through, with its records."""
+    records = []
+    result = search(SPEC, data, SETTINGS, GUIDED, context=local(on_record=records.append))
+    return result, records
+
+
+def test_a_guided_search_compares_tasks_first_and_brings_all_near_candidates_to_their_end(guided):
+    result, records = guided
+    assert [(record["stage"], record["epoch"]) for record in records] == GUIDED_STAGES
+    assert [candidate["stage"] for candidate in result.candidates] == list(CANDIDATES)
+    finals = {candidate["stage"]: candidate["final"] for candidate in result.candidates}
+    assert result.chosen == min(finals, key=finals.__getitem__)
+    for name, final in finals.items():
+        assert final == min(r["val_score"] for r in records if r["stage"] == name and r["phase"] == "finetune")
+    affinity = torch.tensor(result.affinity)
+    assert affinity.shape == (len(SPEC.tasks),) * 2
+    assert torch.allclose(affinity, affinity.T)
+
+
+def test_the_guided_gate_starts_at_the_clusters_of_the_affinity(guided):
+    result, records = guided
+    proposed = cluster(torch.tensor(result.affinity), SPEC.groups)
+    first = next(r for r in records if r["stage"] == "guided")
+    alone = GroupingNetwork(SPEC)
+    alone.gate.start_from(proposed, GUIDED.probability)
+    assert alone.gate.assignment() == proposed
+    assert torch.allclose(alone.gate.probabilities().amax(1), torch.full((len(proposed),), 0.9))
+    likely = [max(range(SPEC.groups), key=row.__getitem__) for row in first["probabilities"]]
+    assert sum(a == b for a, b in zip(likely, proposed, strict=True)) > len(proposed) / 2
+
+
+def test_candidates_far_behind_stop_when_the_search_ends(data, guided):
+    records = []
+    found = search(SPEC, data, SETTINGS, replace(GUIDED, within=0.0), context=local(on_record=records.append))
+    best = min(found.candidates, key=lambda candidate: candidate["score"])["stage"]
+    assert [c["stage"] for c in found.candidates if c["final"] is not None] == [best]
+    assert {r["stage"] for r in records if r["epoch"] > 2} == {"naive_mtl", best}
+    assert found.cost < guided[0].cost
+
+
+@pytest.mark.parametrize(("stage", "epoch"), GUIDED_STAGES)
+def test_a_guided_search_killed_in_any_stage_ends_like_one_that_was_not(tmp_path, data, guided, stage, epoch):
+    expected, records = guided
+
+    def kill(record):
+        if (record["stage"], record["epoch"]) == (stage, epoch):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        search(SPEC, data, SETTINGS, GUIDED, context=local(tmp_path, on_record=kill))
+    rest = []
+    found = search(SPEC, data, SETTINGS, GUIDED, context=local(tmp_path, on_record=rest.append))
+    assert_same_result(found, expected)
+    assert without_times(rest) == without_times(records[GUIDED_STAGES.index((stage, epoch)) :])
+
+
+def test_the_cost_counts_all_live_heads_of_all_epochs_in_units_of_naive_mtl(data):
+    settings = replace(SETTINGS, prune_threshold=0.0)
+    result = search(SPEC, data, settings, SearchOptions("dmtg"), baseline=False, context=local())
+    full = GroupingNetwork(SPEC)
+    naive = training_flops(GroupingNetwork(replace(SPEC, groups=1)))
+    expected = 2 * (training_flops(full) + training_flops(result.network)) / (4 * naive)
+    assert result.cost == pytest.approx(expected)
+    assert 1 < result.cost <= SPEC.groups
+
+
+def test_one_branch_has_no_candidates_beside_it(data):
+    result = search(replace(SPEC, groups=1), data, SETTINGS, baseline=False, context=local())
+    assert [candidate["stage"] for candidate in result.candidates] == ["start_0"]
+    assert result.affinity == []
+    assert len(result.grouping.groups) == 1
+
+
+def test_where_the_wide_encoder_is_best_it_is_the_result_at_no_higher_cost(data, monkeypatch):
+    results = {}
+    for name in ("guided", "start_0"):  # whatever the two gates come to, the wide encoder is to be better
+        results[name] = 1e3
+    original = _Search._end
+
+    def worse(self, name, state, **found):
+        original(self, name, state, **found)
+        self.state.results[-1]["score"] += results.get(name, 0.0)
+
+    monkeypatch.setattr(_Search, "_end", worse)
+    result = search(SPEC, data, SETTINGS, GUIDED, baseline=False, context=local())
+    assert result.chosen == "wide"
+    assert len(result.grouping.groups) == 1
+    names = [task.name for task in SPEC.tasks]
+    spread = Grouping.from_assignment(names, [n % SPEC.groups for n in range(len(names))])
+    assert inference_cost(result.network).flops <= grouping_cost(SPEC, spread).flops
+    (model,) = result.network.specialise().values()
+    inputs = samples.batch(SPEC.input, SPEC.tasks).inputs
+    with torch.no_grad():
+        assert all(torch.equal(value, result.network(inputs)[name]) for name, value in model(inputs).items())
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"method": "magic"}, "unknown method 'magic', expected one of guided, dmtg"),
+        ({"starts": -1}, "starts must be at least"),
+        ({"affinity_share": 0.0}, "affinity_share"),
+        ({"probability": 1.0}, "probability"),
+        ({"within": -0.1}, "within"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, problem):
+    with pytest.raises(ValueError, match=problem):
+        SearchOptions(**options)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmtg_core.selection import MOST_TASKS, Candidate, select
+from dmtg_core.grouping import Grouping
+from dmtg_core.selection import MOST_TASKS, Candidate, best_partition, select
 
 TABLES = Path(__file__).parents[3] / "shared" / "data" / "selection_tables"
 SETTINGS = ("results", "results_large", "results_small_data", "results_alt")
@@ -95,3 +97,57 @@ def test_a_candidate_that_means_nothing_is_refused(values: dict[str, float], cos
 def test_more_tasks_than_can_be_tried_are_refused() -> None:
     with pytest.raises(ValueError, match=f"1 to {MOST_TASKS} tasks, got {MOST_TASKS + 1}"):
         select([Candidate({str(n): 0.0}) for n in range(MOST_TASKS + 1)], 3)
+
+
+def summed(affinity: torch.Tensor, assignment: Sequence[int]) -> float:
+    """What `best_partition` maximises, written out."""
+    total = 0.0
+    for j, group in enumerate(assignment):
+        others = [i for i, other in enumerate(assignment) if other == group and i != j]
+        total += float(affinity[others, j].mean()) if others else float(affinity[j, j])
+    return total
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 10**6))
+def test_the_exact_partition_is_the_best_of_all(tasks: int, groups: int, seed: int) -> None:
+    groups = min(groups, tasks)
+    affinity = torch.from_numpy(np.random.default_rng(seed).normal(size=(tasks, tasks)))
+    found = best_partition(affinity, groups)
+    every = itertools.product(range(groups), repeat=tasks)
+    assert summed(affinity, found) == pytest.approx(max(summed(affinity, one) for one in every))
+    assert found[0] == 0
+    assert max(found) < groups
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_beam_comes_close_to_the_exact_partition_and_never_above(seed: int) -> None:
+    affinity = torch.from_numpy(np.random.default_rng(seed).normal(size=(10, 10)))
+    exact, found = (summed(affinity, best_partition(affinity, 3, exact=e)) for e in (True, False))
+    assert 0.9 * exact < found <= exact + 1e-9
+
+
+def test_many_tasks_in_clear_groups_are_found_by_the_beam() -> None:
+    truth = [n % 8 for n in range(100)]
+    rng = np.random.default_rng(0)
+    same = np.equal.outer(truth, truth)
+    affinity = torch.from_numpy(same + 0.3 * rng.normal(size=same.shape))
+    names = [str(n) for n in range(100)]
+    found = Grouping.from_assignment(names, best_partition(affinity, 8))
+    assert found.adjusted_rand_index(Grouping.from_assignment(names, truth)) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("affinity", "groups", "problem"),
+    [
+        (torch.zeros(2, 3), 1, "square matrix"),
+        (torch.full((2, 2), float("nan")), 1, "finite"),
+        (torch.zeros(2, 2), 3, "2 tasks make 1 to 2 groups, got 3"),
+    ],
+)
+def test_a_partition_needs_a_square_affinity_and_groups_in_range(
+    affinity: torch.Tensor, groups: int, problem: str
+) -> None:
+    with pytest.raises(ValueError, match=problem):
+        best_partition(affinity, groups)
+    with pytest.raises(ValueError, match="1 to 14 tasks, got 15"):
+        best_partition(torch.zeros(15, 15), 2, exact=True)

@@ -10,6 +10,7 @@ from dmtg_core import (
     GroupingNetwork,
     GroupModel,
     NetworkSpec,
+    SearchOptions,
     TrainSettings,
     WarmStart,
     evaluate,
@@ -268,11 +269,11 @@ def test_every_start_of_a_search_and_naive_mtl_begin_with_the_one_model(data):
     losses = {}
     records = []
     context = LocalContext(device="cpu", on_record=records.append)
-    search(spec, data, STILL, starts=2, context=context, warm_start=WarmStart([model]))
+    search(spec, data, STILL, SearchOptions("dmtg", starts=2), context=context, warm_start=WarmStart([model]))
     expected = evaluate(model, data, "val", context=context)
     for record in records:
         losses[record["stage"]] = {task: found["loss"] for task, found in record["val"].items()}
-    assert set(losses) == {"naive_mtl", "start_0", "start_1", "finetune"}
+    assert set(losses) == {"naive_mtl", "start_0", "start_1"}
     for found in losses.values():
         assert found == pytest.approx({task: metrics["loss"] for task, metrics in expected.items()}, rel=1e-4)
 

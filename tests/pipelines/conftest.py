@@ -57,6 +57,9 @@ def config_values(root: Path, work: Path, **sections: object) -> dict[str, objec
         "data": {"shards": str(work / "shards"), "rows_per_shard": 16, "min_support": 2},
         "network": {"encoder": "convnet", "groups": 2, "options": {"widths": [8, 16]}},
         "train": {"epochs": 4, "batch_size": 16, "learning_rate": 0.01},
+        "search": {
+            "method": "dmtg"
+        },  # what is tested about a run does not depend on it, and it is the shorter one
         "track": {"uri": f"sqlite:///{work / 'mlflow.db'}"},
         "run": {"root": str(work / "runs")},
         "ray": {"object_store_mib": 128},

@@ -163,7 +163,7 @@ def test_a_result_that_cannot_be_written_is_written_later_without_training_again
     (driver.folder / "models").unlink()
     done = train(config)
     assert driver.newest() == newest
-    assert driver.epochs() == [("start_0", 1), ("finetune", 2)]
+    assert driver.epochs() == [("start_0", 1), ("start_0", 2)]
     assert set(done.result["metrics"]) == {"colour", "bright", "level"}
 
 
@@ -212,7 +212,7 @@ def test_a_disk_that_is_full_costs_checkpoints_and_no_training(
     assert driver.process is not None
     assert driver.process.wait() == 0, driver.log
     same(driver.outcome(), run[1].result)
-    assert driver.epochs()[-1] == ("finetune", 4)
+    assert driver.epochs()[-1] == ("start_0", 4)
     assert len(driver.epochs()) == 8
     assert driver.newest() == CHECKPOINTS  # the numbers of those that were lost are not used again
     assert len(list((driver.folder / "checkpoints").iterdir())) == 2

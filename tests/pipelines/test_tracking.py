@@ -37,7 +37,7 @@ from tests.pipelines.mlflow_server import address, serving
 from tests.pipelines.s3_server import free_port
 
 SECRET = "swordfish"  # noqa: S105 - the server of the tests asks for none
-EPOCHS = {"naive_mtl": [1, 2, 3, 4], "start_0": [1, 2], "finetune": [3, 4]}
+EPOCHS = {"naive_mtl": [1, 2, 3, 4], "start_0": [1, 2, 3, 4]}
 
 
 @dataclass
@@ -131,8 +131,8 @@ def delivered(
                     ("naive_mtl epoch 2", server.door.shut),
                     ("naive_mtl epoch 3", lambda: until(lambda: server.door.refused)),
                     ("start_0 epoch 1", server.door.open),
-                    ("finetune epoch 3", lambda: until(delivered_again)),
-                    ("finetune epoch 3", server.door.shut),
+                    ("start_0 epoch 3", lambda: until(delivered_again)),
+                    ("start_0 epoch 3", server.door.shut),
                 ))  # fmt: skip
             assert (run / "result.json").exists()
             assert (run / "report.html").exists()
@@ -270,7 +270,7 @@ class TestStore:
         killed = _tracker(tmp_path, store)
         killed.record(_record("start_0", 1))
         assert killed.outbox.flush(600)
-        records = [_record("start_0", epoch) for epoch in (1, 2, 3)] + [_record("finetune", 4, score=None)]
+        records = [_record("start_0", epoch) for epoch in (1, 2, 3)] + [_record("start_0", 4, score=None)]
         (tmp_path / METRICS).write_text("".join(json.dumps(record) + "\n" for record in records))
         tracker = _tracker(tmp_path, store)
         assert tracker.run_id == killed.run_id
@@ -279,9 +279,11 @@ class TestStore:
         tracker.finish({"split": "test", "metrics": {"task": {"accuracy": 0.5}}, "grouping_name": "all"}, {})
         for _ in range(2):
             history = tracker.client.get_metric_history(tracker.run_id, "start_0/val_score")
-            assert [(m.step, m.timestamp) for m in history] == [(1, 1000), (2, 2000), (3, 3000)]
-            history = tracker.client.get_metric_history(tracker.run_id, "finetune/task/accuracy")
-            assert [m.step for m in history] == [4]
+            assert [(m.step, m.timestamp) for m in history] == [
+                (1, 1000), (2, 2000), (3, 3000), (4, 4000)
+            ]  # fmt: skip
+            history = tracker.client.get_metric_history(tracker.run_id, "start_0/task/accuracy")
+            assert [m.step for m in history] == [1, 2, 3, 4]
             assert len(tracker.client.get_metric_history(tracker.run_id, "test/task/accuracy")) == 1
             tracker.finish({"split": "test", "metrics": {"task": {"accuracy": 0.5}}, "grouping_name": "all"}, {})
         assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"

@@ -1,0 +1,212 @@
+"""The cells of a comparison: one network or one search, trained with one seed, as a Ray task that leaves a file.
+
+A cell that has its file is never trained again: a comparison that was killed goes on, and methods that come to the
+same grouping share its cell.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from dmtg_core.baselines import hard_network, together, train_hard, train_naive_with_affinities
+from dmtg_core.context import LocalContext
+from dmtg_core.cost import inference_cost, naive_flops, wide_spec
+from dmtg_core.data import Data
+from dmtg_core.grouping import Grouping
+from dmtg_core.metrics import Metrics
+from dmtg_core.network import GroupingNetwork, NetworkSpec
+from dmtg_core.search import search
+from dmtg_core.settings import TrainSettings
+from dmtg_core.training import score_of
+from pipelines.cluster import user_error
+from pipelines.config import Config
+from pipelines.errors import UserError
+from pipelines.faults import gave_up, lasting_error
+from pipelines.ingest import Reader, open_data
+from pipelines.storage import Location
+
+CELLS = "cells"
+NAIVE, WIDE, GROUPING, PAIR, SEARCH = "naive_mtl", "wide", "grouping", "pair", "search"
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to train.
+
+    Args:
+        kind: NAIVE (with the affinities that published selectors collect), WIDE, GROUPING, PAIR or SEARCH.
+        seed: Of initial weights, order of data and gate noise.
+        epochs: How many, where it is not `train.epochs`; 0 for these.
+        groups: The groups of a GROUPING; the tasks of a PAIR.
+        options: What a SEARCH changes in the search section.
+        label: Of a SEARCH, for its name.
+    """
+
+    kind: str
+    seed: int
+    epochs: int = 0
+    groups: tuple[tuple[str, ...], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """The same for the same cell."""
+        what = self.label or self.kind
+        if self.kind == GROUPING:
+            what = f"{self.kind}_{Grouping.of(self.groups).name}"
+        elif self.kind == PAIR:
+            what = f"{self.kind}_{Grouping.of(self.groups).name}_of_{len(self.groups[0])}"
+        return f"{what}{f'_{self.epochs}epochs' if self.epochs else ''}_seed{self.seed}"
+
+    @classmethod
+    def of(cls, grouping: Grouping, seed: int, epochs: int = 0) -> Cell:
+        """A grouping to be trained from scratch."""
+        return cls(GROUPING, seed, epochs, grouping.groups)
+
+
+@dataclass(frozen=True)
+class CellJob:
+    """What every cell of a comparison needs, sent to it whole."""
+
+    config: Config
+    reader: Reader
+    held: Mapping[str, Any] | None
+    run: Location
+
+
+def train_cells(job: CellJob, cells: Iterable[Cell], say: Callable[[str], None]) -> dict[Cell, Result]:
+    """The results of some cells, those that are there read and the others trained as Ray tasks.
+
+    Raises:
+        UserError: When a cell cannot be trained; those that can are trained first.
+    """
+    import ray
+
+    wanted = list(dict.fromkeys(cells))
+    files = {cell: job.run / CELLS / f"{cell.name}.json" for cell in wanted}
+    found = {cell: file.read_json() for cell, file in files.items() if file.exists()}
+    left = [cell for cell in wanted if cell not in found]
+    if not left:
+        return found
+    say(f"{len(left)} of {len(wanted)} networks and searches to train")
+    task = ray.remote(train_cell).options(
+        num_cpus=job.config.ray.cpus_per_worker, num_gpus=job.config.ray.gpus_per_worker or None,
+        max_retries=job.config.ray.max_failures, retry_exceptions=False,
+    )  # fmt: skip
+    shared = ray.put(job)
+    waiting = {task.remote(shared, cell): cell for cell in left}
+    failed: list[UserError] = []
+    while waiting:
+        (ready, *_), _ = ray.wait(list(waiting))
+        cell = waiting.pop(ready)
+        try:
+            found[cell] = ray.get(ready)
+        except Exception as error:  # noqa: BLE001 - told below, once the others have ended
+            failed.append(user_error(error) or gave_up(error, str(job.run)))
+            say(f"{cell.name} failed: {failed[-1].what}")
+            continue
+        done = len(left) - len(waiting) - len(failed)
+        say(f"{done}/{len(left)} {cell.name}: validation score {found[cell]['score']:.4f}")
+    if failed:
+        raise failed[0]
+    return found
+
+
+def train_cell(job: CellJob, cell: Cell) -> Result:
+    """Train one cell, in a process of its own, and leave its file.
+
+    Returns:
+        `grouping`, `score` (mean logarithm of the validation losses), `metrics` by split, `cost` in units of one
+        naive-MTL run, `flops` and `parameters` of inference, `seconds`; and what its kind adds.
+    """
+    context = LocalContext()
+    config = job.config
+    data = open_data(
+        job.reader, job.held, config.data, seed=cell.seed, rank=0, world_size=1, device=context.device
+    )
+    settings = replace(config.settings(), seed=cell.seed, epochs=cell.epochs or config.train.epochs)
+    spec = replace(config.network_spec(job.reader.manifest.description.input, job.reader.tasks), seed=cell.seed)
+    splits = [split for split in ("val", "test") if job.reader.manifest.rows(split)]
+    started = time.perf_counter()
+    try:
+        result = TRAIN[cell.kind](cell, spec, data, settings, splits, config)
+    except (RuntimeError, MemoryError) as error:
+        raise lasting_error(error, config, str(job.run), 1) or error from error
+    result["cost"] *= (cell.epochs or config.train.epochs) / config.train.epochs
+    result |= {"kind": cell.kind, "seed": cell.seed, "seconds": time.perf_counter() - started}
+    (job.run / CELLS / f"{cell.name}.json").write_json(result)
+    return result
+
+
+def _described(network: GroupingNetwork, score: float, metrics: Mapping[str, Metrics], cost: float) -> Result:
+    return {
+        "grouping": network.grouping().to_dict(),
+        "score": score,
+        "metrics": dict(metrics),
+        "cost": cost,
+        **asdict(inference_cost(network)),
+    }
+
+
+def _naive(
+    _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
+) -> Result:
+    done, affinities, costs = train_naive_with_affinities(spec, data, settings, splits=splits)
+    return _described(done.network, done.score, done.metrics, done.cost) | {
+        "affinities": {name: value.tolist() for name, value in affinities.items()},
+        "affinity_costs": costs,
+    }
+
+
+def _wide(
+    _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
+) -> Result:
+    network = hard_network(wide_spec(spec), together(spec))
+    done = train_hard(network, data, settings, splits=splits, unit=naive_flops(spec))
+    return _described(done.network, done.score, done.metrics, done.cost)
+
+
+def _grouping(
+    cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
+) -> Result:
+    network = hard_network(spec, Grouping.of(cell.groups, [task.name for task in spec.tasks]))
+    done = train_hard(network, data, settings, splits=splits, unit=naive_flops(spec))
+    return _described(done.network, done.score, done.metrics, done.cost)
+
+
+def _pair(
+    cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
+) -> Result:
+    own = replace(spec, tasks=tuple(task for task in spec.tasks if task.name in cell.groups[0]))
+    network = hard_network(own, together(own))
+    done = train_hard(network, data, settings, splits=splits, unit=naive_flops(spec))
+    return _described(done.network, done.score, done.metrics, done.cost)
+
+
+def _search(
+    cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], config: Config
+) -> Result:
+    options = replace(config.search_options(), **dict(cell.options))
+    found = search(spec, data, settings, options, baseline=False, splits=splits)
+    chosen = next(candidate for candidate in found.candidates if candidate["stage"] == found.chosen)
+    return _described(found.network, score_of(found.metrics["val"]), found.metrics, found.cost) | {
+        "chosen": found.chosen,
+        "candidates": found.candidates,
+        "affinity": found.affinity,
+        "affinity_cost": found.affinity_cost,
+        "probabilities": chosen["probabilities"],
+    }
+
+
+TRAIN: Mapping[str, Callable[..., Result]] = {
+    NAIVE: _naive,
+    WIDE: _wide,
+    GROUPING: _grouping,
+    PAIR: _pair,
+    SEARCH: _search,
+}

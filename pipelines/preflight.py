@@ -1,0 +1,178 @@
+"""`dmtg signal`: whether grouping can matter on a data set, found out by short runs before a long one.
+
+A few random groupings are trained with a few seeds each. If networks of one grouping differ among seeds as much as
+networks of different groupings do, no search can find a grouping that is better for certain. The wide encoder of
+equal cost is trained with the same seeds: how far it is ahead says whether capacity counts, not grouping.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+
+from dmtg_core.encoders import WIDTHS
+from dmtg_core.grouping import Grouping
+from dmtg_core.tasks import Task
+from pipelines.cells import NAIVE, WIDE, Cell, Result, train_cells
+from pipelines.compare import cell_job, cells_session, check_cells, open_folder
+from pipelines.config import Config
+from pipelines.shards import ensure_shards
+from pipelines.significance import Correlation, intraclass_correlation, mean_of
+from pipelines.standings import numbers
+from pipelines.storage import Location
+from pipelines.tracking import shown
+from pipelines.train import CONFIG
+
+FOUND = "signal.json"
+WEAK, STRONG = 0.3, 0.6  # of an intraclass correlation
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Signalled:
+    """What a pre-flight gave.
+
+    Args:
+        folder: Its folder.
+        found: The content of `signal.json`.
+    """
+
+    folder: Location
+    found: dict[str, Any]
+
+
+def signal(config: Config, say: Callable[[str], None] = log.info) -> Signalled:
+    """Run a pre-flight to its end, from wherever an earlier call with the same configuration got to.
+
+    Everything is judged on validation data.
+
+    Raises:
+        UserError: For anything that stands in the way.
+    """
+    described, folder = open_folder(config, "signal")
+    section = config.signal
+    epochs = max(round(section.share * config.train.epochs), 1)
+    with cells_session(config):
+        manifest = ensure_shards(config, say)
+        tasks = check_cells(described, manifest, say)
+        (folder / CONFIG).write_text(yaml.safe_dump(shown(described), sort_keys=False))
+        names = [task.name for task in tasks]
+        partitions = draw(names, min(config.network.groups, len(names)), section.partitions)
+        wide = config.network.encoder in WIDTHS
+        cells = [Cell.of(one, seed, epochs) for one in partitions for seed in section.seeds]
+        cells += [Cell(NAIVE, seed, epochs) for seed in section.seeds]
+        cells += [Cell(WIDE, seed, epochs) for seed in section.seeds] if wide else []
+        results = train_cells(cell_job(config, manifest, tasks, folder), cells, say)
+    grouped = [[results[Cell.of(one, seed, epochs)] for seed in section.seeds] for one in partitions]
+    naive = [results[Cell(NAIVE, seed, epochs)] for seed in section.seeds]
+    wides = [results[Cell(WIDE, seed, epochs)] for seed in section.seeds] if wide else []
+    found = {
+        "name": folder.name,
+        "epochs": epochs,
+        "partitions": [[list(group) for group in one.groups] for one in partitions],
+        "seeds": list(section.seeds),
+        **judged(tasks, grouped, naive, wides),
+    }
+    (folder / FOUND).write_json(found)
+    return Signalled(folder, found)
+
+
+def draw(tasks: Sequence[str], groups: int, count: int) -> list[Grouping]:
+    """Different random partitions into groups of almost equal sizes; fewer where there are no more."""
+    rng = np.random.default_rng([len(tasks), groups])
+    even = [n % groups for n in range(len(tasks))]
+    found: dict[str, Grouping] = {}
+    for _ in range(100 * count):
+        one = Grouping.from_assignment(tasks, rng.permutation(even).tolist())
+        found.setdefault(one.name, one)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def judged(
+    tasks: Sequence[Task],
+    grouped: Sequence[Sequence[Result]],
+    naive: Sequence[Result],
+    wide: Sequence[Result],
+) -> dict[str, Any]:
+    """What the runs say: correlations, gains over naive MTL, and a verdict.
+
+    Args:
+        tasks: The tasks.
+        grouped: The results of each partition, seed by seed.
+        naive, wide: Those of naive MTL and of the wide encoder, seed by seed.
+    """
+    overall = intraclass_correlation([[result["score"] for result in row] for row in grouped])
+    by_task = {
+        task.name: asdict(intraclass_correlation([[_log_loss(r, task.name) for r in row] for row in grouped]))
+        for task in tasks
+    }
+    means = [mean_of([r["score"] for r in row]).value for row in grouped]
+
+    def lead(results: Sequence[Sequence[float]]) -> dict[str, Any]:
+        """By how many per cent a mean loss is lower than naive MTL's, over seeds."""
+        return asdict(mean_of([100 * (1 - math.exp(a - b)) for a, b in results]))
+
+    random = lead([(mean_of([row[i]["score"] for row in grouped]).value, n["score"]) for i, n in enumerate(naive)])
+    best = lead([(grouped[int(np.argmin(means))][i]["score"], n["score"]) for i, n in enumerate(naive)])
+    wider = lead([(w["score"], n["score"]) for w, n in zip(wide, naive, strict=True)]) if wide else None
+    ahead = None
+    if wide:
+        pairs = [(w["score"], mean_of([row[i]["score"] for row in grouped]).value) for i, w in enumerate(wide)]
+        ahead = lead(pairs)
+    found = {
+        "correlation": asdict(overall),
+        "by_task": by_task,
+        "random": random,
+        "best_of_random": best,
+        "wide": wider,
+        "wide_over_random": ahead,
+    }
+    return found | {"verdict": verdict(overall, random, wider, ahead)}
+
+
+def _log_loss(result: Result, task: str) -> float:
+    return math.log(max(numbers(result["metrics"]["val"])[task]["loss"], 1e-12))
+
+
+def verdict(
+    overall: Correlation,
+    random: Mapping[str, Any],
+    wide: Mapping[str, Any] | None,
+    ahead: Mapping[str, Any] | None,
+) -> str:
+    """Whether grouping matters, in words."""
+    if not math.isfinite(overall.value):
+        return "Nothing varies: these runs say nothing."
+    share = (
+        f"which tasks go together explains {max(overall.value, 0):.0%} of the variation "
+        f"(intraclass correlation {overall.value:.2f}, 95 % interval {overall.low:.2f} to {overall.high:.2f})"
+    )
+    if overall.low > WEAK or overall.value > STRONG:
+        first = f"Grouping matters here: {share}."
+    elif overall.value < WEAK:
+        first = f"Grouping hardly matters here: {share}, the rest is the seed."
+    else:
+        first = f"Grouping may matter here: {share}; more partitions or seeds would tell."
+    if overall.between > 0:
+        first += f" Between groupings the mean loss differs by {100 * overall.between:.1f} %."
+    second = f" Random groups are {_words(random)} naive MTL"
+    if wide is None or ahead is None:
+        return f"{first}{second}."
+    return (
+        f"{first}{second}, one wide encoder of the same cost is {_words(wide)} naive MTL and {_words(ahead)} them."
+    )
+
+
+def _words(lead: Mapping[str, Any]) -> str:
+    """A lead in per cent of loss, as better, worse or neither."""
+    if not lead["low"] * lead["high"] > 0:
+        return f"not told apart from ({lead['value']:+.1f} % of loss)"
+    return f"{abs(lead['value']):.1f} % of loss {'better' if lead['value'] > 0 else 'worse'} than"

@@ -1,0 +1,102 @@
+"""How sure a difference is: intervals over seeds, and how much of a variation comes from what was varied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from dmtg_core.grouping import Grouping
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds with its interval.
+
+    Args:
+        value: The mean; NaN for no values.
+        low, high: Ends of Student's interval; NaN for fewer than two values.
+        count: How many values.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def half(self) -> float:
+        """Half the width of the interval."""
+        return (self.high - self.low) / 2
+
+
+def mean_of(values: Sequence[float], confidence: float = 0.95) -> Mean:
+    """The mean with Student's t interval, for values that are independent; of differences it is the paired one."""
+    known = np.asarray([value for value in values if math.isfinite(value)], dtype=float)
+    if not len(known):
+        return Mean(math.nan, math.nan, math.nan, 0)
+    value = float(known.mean())
+    if len(known) < 2:
+        return Mean(value, math.nan, math.nan, len(known))
+    half = float(stats.t.ppf((1 + confidence) / 2, len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known)))
+    return Mean(value, value - half, value + half, len(known))
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Share of a variance that lies between groups.
+
+    Args:
+        value: The intraclass correlation; negative where groups differ less than their members.
+        low, high: Ends of its interval.
+        between, within: Standard deviations, of the groups (0 where none is seen) and of their members.
+    """
+
+    value: float
+    low: float
+    high: float
+    between: float
+    within: float
+
+
+def intraclass_correlation(values: Sequence[Sequence[float]], confidence: float = 0.95) -> Correlation:
+    """ICC(1) of a one-way layout with its F interval (Shrout and Fleiss 1979, case 1).
+
+    Args:
+        values: A row for each group (a partition of tasks), an entry for each member (a seed); rows of one length.
+
+    Returns:
+        All NaN where nothing varies.
+
+    Raises:
+        ValueError: For fewer than two groups, or fewer than two members in each.
+    """
+    table = np.asarray(values, dtype=float)
+    if table.ndim != 2 or min(table.shape) < 2:
+        raise ValueError(f"expected at least 2 groups of at least 2 values each, got shape {table.shape}")
+    groups, members = table.shape
+    among = members * table.mean(1).var(ddof=1)
+    within = table.var(axis=1, ddof=1).mean()
+    if not within > 0:
+        return Correlation(*[math.nan] * 5)
+    ratio, free = among / within, (groups - 1, groups * (members - 1))
+    low = ratio / stats.f.ppf((1 + confidence) / 2, *free)
+    high = ratio * stats.f.ppf((1 + confidence) / 2, *reversed(free))
+    value, least, most = (float((f - 1) / (f + members - 1)) for f in (ratio, low, high))
+    return Correlation(value, least, most, math.sqrt(max(among - within, 0) / members), math.sqrt(within))
+
+
+def agreement(groupings: Sequence[Grouping]) -> float:
+    """Mean adjusted Rand index of every two groupings; NaN for fewer than two."""
+    found = [a.adjusted_rand_index(b) for i, a in enumerate(groupings) for b in groupings[:i]]
+    return sum(found) / len(found) if found else math.nan
+
+
+def together_share(groupings: Sequence[Grouping]) -> list[list[float]]:
+    """How often every two tasks are in one group, `(N, N)`, in the order of the first one's tasks."""
+    tasks = groupings[0].tasks
+    group_of = [dict(zip(g.tasks, g.assignment, strict=True)) for g in groupings]
+    return [[sum(g[a] == g[b] for g in group_of) / len(group_of) for b in tasks] for a in tasks]
