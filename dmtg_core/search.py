@@ -194,6 +194,20 @@ def search(
     ).run()
 
 
+def affinity_plan(
+    spec: NetworkSpec, settings: TrainSettings, options: SearchOptions
+) -> tuple[NetworkSpec, TrainSettings]:
+    """The network that tasks are compared in, and how it is trained.
+
+    It is one branch that is wide enough for all tasks, if its encoder can be widened: one that is too narrow has
+    to choose whom it serves, and shows its choice instead of what the tasks read.
+    """
+    short = replace(settings, epochs=options.affinity_epochs(settings), search_share=1.0, lr_schedule="constant")
+    if spec.encoder.name in WIDTHS:
+        return wide_spec(spec, AFFINITY_COST), short
+    return replace(spec, groups=1, sampling="fixed"), short
+
+
 class _Search:
     def __init__(
         self,
@@ -252,17 +266,10 @@ class _Search:
         self._end(BASELINE, state, metrics=self._evaluate(state.network))
 
     def _affinity(self) -> None:
-        """Compare tasks in one branch that is wide enough for all of them, if its encoder can be widened.
-
-        One that is too narrow has to choose whom it serves, and shows its choice instead of what the tasks read.
-        """
-        epochs = self.options.affinity_epochs(self.settings)
-        settings = replace(self.settings, epochs=epochs, search_share=1.0, lr_schedule="constant")
-        spec = replace(self.spec, groups=1, sampling="fixed")
-        if spec.encoder.name in WIDTHS:
-            spec = wide_spec(self.spec, AFFINITY_COST)
+        """Compare tasks, see `affinity_plan`."""
+        spec, settings = affinity_plan(self.spec, self.settings, self.options)
         state = self._current(spec, None, settings)
-        self._advance(AFFINITY, state, settings, epochs)
+        self._advance(AFFINITY, state, settings, settings.epochs)
         overlap = reading_overlap(state.network, self.data, context=self.context)
         groups = min(self.spec.groups, len(self.spec.tasks))
         self._end(AFFINITY, state, affinity=overlap.tolist(), proposed=cluster(overlap, groups))

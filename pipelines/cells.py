@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from dmtg_core.affinity import cluster, reading_overlap
 from dmtg_core.baselines import hard_network, together, train_hard, train_naive_with_affinities
 from dmtg_core.context import LocalContext
-from dmtg_core.cost import inference_cost, naive_flops, wide_spec
+from dmtg_core.cost import inference_cost, naive_flops, training_flops, wide_spec
 from dmtg_core.data import Data
 from dmtg_core.grouping import Grouping
 from dmtg_core.metrics import Metrics
 from dmtg_core.network import GroupingNetwork, NetworkSpec
-from dmtg_core.search import search
+from dmtg_core.search import affinity_plan, search
 from dmtg_core.settings import TrainSettings
-from dmtg_core.training import score_of
+from dmtg_core.training import fit, score_of
 from pipelines.cluster import user_error
 from pipelines.config import Config
 from pipelines.errors import UserError
@@ -29,7 +30,9 @@ from pipelines.ingest import Reader, open_data
 from pipelines.storage import Location
 
 CELLS = "cells"
-NAIVE, WIDE, GROUPING, PAIR, SEARCH = "naive_mtl", "wide", "grouping", "pair", "search"
+NAIVE, WIDE, GROUPING, PAIR, PROPOSAL, SEARCH = (
+    "naive_mtl", "wide", "grouping", "pair", "proposal", "search"
+)  # fmt: skip
 Result = dict[str, Any]
 
 
@@ -38,7 +41,8 @@ class Cell:
     """One thing to train.
 
     Args:
-        kind: NAIVE (with the affinities that published selectors collect), WIDE, GROUPING, PAIR or SEARCH.
+        kind: NAIVE (with the affinities that published selectors collect), WIDE, GROUPING, PAIR, PROPOSAL (the
+            groups that the guided search starts from, trained as they are) or SEARCH.
         seed: Of initial weights, order of data and gate noise.
         epochs: How many, where it is not `train.epochs`; 0 for these.
         groups: The groups of a GROUPING; the tasks of a PAIR.
@@ -188,6 +192,20 @@ def _pair(
     return _described(done.network, done.score, done.metrics, done.cost)
 
 
+def _proposal(
+    _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], config: Config
+) -> Result:
+    wide, short = affinity_plan(spec, settings, config.search_options())
+    compared = fit(GroupingNetwork(wide), data, short)
+    overlap = reading_overlap(compared.network, data)
+    groups = cluster(overlap, min(spec.groups, len(spec.tasks)))
+    grouping = Grouping.from_assignment([task.name for task in spec.tasks], groups)
+    unit = naive_flops(spec)
+    done = train_hard(hard_network(spec, grouping), data, settings, splits=splits, unit=unit)
+    share = training_flops(compared.network) * short.epochs / (unit * settings.epochs)
+    return _described(done.network, done.score, done.metrics, done.cost + share) | {"affinity": overlap.tolist()}
+
+
 def _search(
     cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], config: Config
 ) -> Result:
@@ -208,5 +226,6 @@ TRAIN: Mapping[str, Callable[..., Result]] = {
     WIDE: _wide,
     GROUPING: _grouping,
     PAIR: _pair,
+    PROPOSAL: _proposal,
     SEARCH: _search,
 }

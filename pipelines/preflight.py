@@ -1,8 +1,9 @@
 """`dmtg signal`: whether grouping can matter on a data set, found out by short runs before a long one.
 
 A few random groupings are trained with a few seeds each. If networks of one grouping differ among seeds as much as
-networks of different groupings do, no search can find a grouping that is better for certain. The wide encoder of
-equal cost is trained with the same seeds: how far it is ahead says whether capacity counts, not grouping.
+networks of different groupings do, chance finds none that is better. Good groups can be rare among random ones:
+those of tasks that read the same in one wide branch (`dmtg_core.affinity`) are trained too. So is the wide encoder
+of equal cost: how far it is ahead says whether capacity counts, not grouping.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import yaml
 from dmtg_core.encoders import WIDTHS
 from dmtg_core.grouping import Grouping
 from dmtg_core.tasks import Task
-from pipelines.cells import NAIVE, WIDE, Cell, Result, train_cells
+from pipelines.cells import NAIVE, PROPOSAL, WIDE, Cell, Result, train_cells
 from pipelines.compare import cell_job, cells_session, check_cells, open_folder
 from pipelines.config import Config
 from pipelines.shards import ensure_shards
-from pipelines.significance import Correlation, intraclass_correlation, mean_of
+from pipelines.significance import Correlation, agreement, intraclass_correlation, mean_of
 from pipelines.standings import numbers
 from pipelines.storage import Location
 from pipelines.tracking import shown
@@ -66,18 +67,19 @@ def signal(config: Config, say: Callable[[str], None] = log.info) -> Signalled:
         partitions = draw(names, min(config.network.groups, len(names)), section.partitions)
         wide = config.network.encoder in WIDTHS
         cells = [Cell.of(one, seed, epochs) for one in partitions for seed in section.seeds]
-        cells += [Cell(NAIVE, seed, epochs) for seed in section.seeds]
+        cells += [Cell(kind, seed, epochs) for kind in (NAIVE, PROPOSAL) for seed in section.seeds]
         cells += [Cell(WIDE, seed, epochs) for seed in section.seeds] if wide else []
         results = train_cells(cell_job(config, manifest, tasks, folder), cells, say)
     grouped = [[results[Cell.of(one, seed, epochs)] for seed in section.seeds] for one in partitions]
     naive = [results[Cell(NAIVE, seed, epochs)] for seed in section.seeds]
+    proposed = [results[Cell(PROPOSAL, seed, epochs)] for seed in section.seeds]
     wides = [results[Cell(WIDE, seed, epochs)] for seed in section.seeds] if wide else []
     found = {
         "name": folder.name,
         "epochs": epochs,
         "partitions": [[list(group) for group in one.groups] for one in partitions],
         "seeds": list(section.seeds),
-        **judged(tasks, grouped, naive, wides),
+        **judged(tasks, grouped, naive, proposed, wides),
     }
     (folder / FOUND).write_json(found)
     return Signalled(folder, found)
@@ -100,6 +102,7 @@ def judged(
     tasks: Sequence[Task],
     grouped: Sequence[Sequence[Result]],
     naive: Sequence[Result],
+    proposed: Sequence[Result],
     wide: Sequence[Result],
 ) -> dict[str, Any]:
     """What the runs say: correlations, gains over naive MTL, and a verdict.
@@ -107,7 +110,7 @@ def judged(
     Args:
         tasks: The tasks.
         grouped: The results of each partition, seed by seed.
-        naive, wide: Those of naive MTL and of the wide encoder, seed by seed.
+        naive, proposed, wide: Those of naive MTL, of groups that read the same, and of the wide encoder.
     """
     overall = intraclass_correlation([[result["score"] for result in row] for row in grouped])
     by_task = {
@@ -120,58 +123,58 @@ def judged(
         """By how many per cent a mean loss is lower than naive MTL's, over seeds."""
         return asdict(mean_of([100 * (1 - math.exp(a - b)) for a, b in results]))
 
-    random = lead([(mean_of([row[i]["score"] for row in grouped]).value, n["score"]) for i, n in enumerate(naive)])
+    middle = [mean_of([row[i]["score"] for row in grouped]).value for i in range(len(naive))]
+    random = lead([(m, n["score"]) for m, n in zip(middle, naive, strict=True)])
+    ours = lead([(p["score"], m) for p, m in zip(proposed, middle, strict=True)])
     best = lead([(grouped[int(np.argmin(means))][i]["score"], n["score"]) for i, n in enumerate(naive)])
     wider = lead([(w["score"], n["score"]) for w, n in zip(wide, naive, strict=True)]) if wide else None
-    ahead = None
-    if wide:
-        pairs = [(w["score"], mean_of([row[i]["score"] for row in grouped]).value) for i, w in enumerate(wide)]
-        ahead = lead(pairs)
+    ahead = lead([(w["score"], m) for w, m in zip(wide, middle, strict=True)]) if wide else None
+    names = [task.name for task in tasks]
     found = {
         "correlation": asdict(overall),
         "by_task": by_task,
         "random": random,
         "best_of_random": best,
+        "proposed_over_random": ours,
+        "agreement": agreement([Grouping.from_dict(p["grouping"], names) for p in proposed]),
         "wide": wider,
         "wide_over_random": ahead,
     }
-    return found | {"verdict": verdict(overall, random, wider, ahead)}
+    return found | {"verdict": verdict(overall, random, ours, wider, ahead)}
 
 
 def _log_loss(result: Result, task: str) -> float:
     return math.log(max(numbers(result["metrics"]["val"])[task]["loss"], 1e-12))
 
 
-def verdict(
-    overall: Correlation,
-    random: Mapping[str, Any],
-    wide: Mapping[str, Any] | None,
-    ahead: Mapping[str, Any] | None,
-) -> str:
+Lead = Mapping[str, Any]
+
+
+def verdict(overall: Correlation, random: Lead, proposed: Lead, wide: Lead | None, ahead: Lead | None) -> str:
     """Whether grouping matters, in words."""
     if not math.isfinite(overall.value):
         return "Nothing varies: these runs say nothing."
     share = (
-        f"which tasks go together explains {max(overall.value, 0):.0%} of the variation "
-        f"(intraclass correlation {overall.value:.2f}, 95 % interval {overall.low:.2f} to {overall.high:.2f})"
+        f"among random groupings, which tasks go together explains {max(overall.value, 0):.0%} of the variation "
+        f"(intraclass correlation {overall.value:.2f}, 95 % interval {overall.low:.2f} to {overall.high:.2f}), "
+        f"and groups of tasks that read the same are {_words(proposed)} random ones"
     )
-    if overall.low > WEAK or overall.value > STRONG:
+    if proposed["low"] > 0 or overall.low > WEAK or overall.value > STRONG:
         first = f"Grouping matters here: {share}."
     elif overall.value < WEAK:
-        first = f"Grouping hardly matters here: {share}, the rest is the seed."
+        first = f"Grouping hardly matters here: {share}."
     else:
         first = f"Grouping may matter here: {share}; more partitions or seeds would tell."
-    if overall.between > 0:
-        first += f" Between groupings the mean loss differs by {100 * overall.between:.1f} %."
     second = f" Random groups are {_words(random)} naive MTL"
     if wide is None or ahead is None:
         return f"{first}{second}."
     return (
-        f"{first}{second}, one wide encoder of the same cost is {_words(wide)} naive MTL and {_words(ahead)} them."
+        f"{first}{second}; one wide encoder of the same cost is {_words(wide)} naive MTL, and {_words(ahead)} "
+        "random groups."
     )
 
 
-def _words(lead: Mapping[str, Any]) -> str:
+def _words(lead: Lead) -> str:
     """A lead in per cent of loss, as better, worse or neither."""
     if not lead["low"] * lead["high"] > 0:
         return f"not told apart from ({lead['value']:+.1f} % of loss)"

@@ -238,7 +238,7 @@ def test_a_signal_is_found_beforehand_and_goes_on(tmp_path: Path, ray_session: N
 
 
 def result(score: float) -> dict[str, Any]:
-    return {"score": score, "metrics": {"val": {"a": {"loss": math.exp(score)}}}}
+    return {"score": score, "grouping": {"group_0": ["a"]}, "metrics": {"val": {"a": {"loss": math.exp(score)}}}}
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_the_verdict_follows_from_what_varies(grouped: list[list[float]], said: 
     tasks = planted_data(0, tasks=1, groups=1)[1]
     named = [type(tasks[0])("a", "binary")]
     rows = [[result(score) for score in row] for row in grouped]
-    found = judged(named, rows, [result(0.0), result(0.01)], [result(-1.5), result(-1.51)])
+    found = judged(named, rows, [result(0.0), result(0.01)], rows[0], [result(-1.5), result(-1.51)])
     assert said in found["verdict"]
     assert "one wide encoder of the same cost is 77.9 % of loss better than naive MTL" in found["verdict"]
     assert found["correlation"]["value"] == found["by_task"]["a"]["value"]
