@@ -59,9 +59,9 @@ class SearchOptions:
     method: str = "guided"
     starts: int = 1
     wide: bool = True
-    affinity_share: float = 0.2
+    affinity_share: float = 0.1
     probability: float = 0.9
-    within: float = 0.05
+    within: float = 0.03
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from dmtg_core.encoders import WIDTHS
+from dmtg_core.grouping import Grouping
 from dmtg_core.tasks import Task
 from pipelines.cells import Cell, CellJob, Result, train_cells
 from pipelines.cluster import session
@@ -166,15 +167,28 @@ def methods_of(config: Config, tasks: Sequence[Task]) -> list[str]:
             remedy="leave wide out of compare.methods",
             wrong_use=True,
         )
-    taken = [name for name in config.compare.variants if name in FIRST or name.endswith(LONG)]
+    named = [*config.compare.variants, *config.compare.groupings]
+    taken = [name for name in named if name in FIRST or name.endswith(LONG) or named.count(name) > 1]
     if taken:
         raise UserError(
-            f"a variant cannot be called {taken[0]}", where="compare.variants", remedy="give it another name",
+            f"there is more than one {taken[0]}",
+            where="compare.variants, compare.groupings",
+            remedy="give what you add a name of its own",
             wrong_use=True,
-        )  # fmt: skip
+        )
     for name, changes in config.compare.variants.items():
         checked_variant(config, name, changes)
-    chosen += config.compare.variants
+    for name, groups in config.compare.groupings.items():
+        try:
+            Grouping.of(groups, [task.name for task in tasks])
+        except ValueError as error:
+            raise UserError(
+                str(error),
+                where=f"compare.groupings.{name}",
+                remedy="put each task into one group",
+                wrong_use=True,
+            ) from error
+    chosen += named
     if config.compare.equal_budget and GUIDED in chosen:
         chosen += [f"{name}{LONG}" for name in ("wide", "random") if name in chosen]
     return chosen

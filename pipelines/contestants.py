@@ -98,6 +98,8 @@ def first_cells(contest: Contest, method: str, seed: int) -> list[Cell]:
     """What a method needs before anything is known."""
     if method in contest.config.compare.variants:
         return _search(method, **contest.config.compare.variants[method])(contest, seed)
+    if method in contest.config.compare.groupings:
+        return [Cell.of(Grouping.of(contest.config.compare.groupings[method], contest.tasks), seed)]
     return FIRST[method](contest, seed)
 
 

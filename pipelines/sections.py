@@ -205,13 +205,13 @@ class SearchSection(Section):
         True, description="guided: one wide encoder, at the inference cost of all groups, may be the result"
     )
     affinity_share: float = Field(
-        0.2, gt=0, le=1, description="guided: share of the epochs after which tasks are compared"
+        0.1, gt=0, le=1, description="guided: share of the epochs after which tasks are compared"
     )
     probability: float = Field(
         0.9, gt=0, lt=1, description="guided: with which a task begins in the group that was proposed"
     )
     within: float = Field(
-        0.05, ge=0, description="guided: a candidate whose validation score is worse by more stops with the search"
+        0.03, ge=0, description="guided: a candidate whose validation score is worse by more stops with the search"
     )
     share: float = Field(0.5, gt=0, le=1, description="share of the epochs in which the gate learns")
     group_epochs: int = Field(
@@ -275,6 +275,9 @@ class CompareSection(Section):
     )
     variants: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="further searches: name → changes to the search section"
+    )
+    groupings: dict[str, tuple[tuple[str, ...], ...]] = Field(
+        default_factory=dict, description="groupings of your own: name → groups of task names"
     )
 
 

@@ -42,6 +42,7 @@ def config_of(work: Path, **sections: Any) -> Config:
             "seeds": [1, 2],
             "random_draws": 2,
             "variants": {"narrow": {"wide": False}},
+            "groupings": {"truth": [["task_0", "task_2"], ["task_1", "task_3"]]},
         },
         "signal": {"partitions": 3, "seeds": [1, 2]},
         "track": {"uri": f"sqlite:///{work / 'mlflow.db'}"},
@@ -63,7 +64,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tup
 def test_every_method_has_a_row_with_gain_costs_and_errors(compared: tuple[Config, Compared, list[str]]) -> None:
     _, done, _ = compared
     rows = {row["method"]: row for row in done.found["rows"]}
-    assert list(rows) == ["naive_mtl", *METHODS, "narrow", "wide_long", "random_long"]
+    assert list(rows) == ["naive_mtl", *METHODS, "narrow", "truth", "wide_long", "random_long"]
     assert rows["naive_mtl"]["gain"]["value"] == 0
     assert rows["naive_mtl"]["cost"] == 1
     for row in rows.values():
@@ -164,7 +165,7 @@ def test_a_further_seed_trains_its_own_cells_alone(compared: tuple[Config, Compa
     trained = [line.split()[1] for line in said if "validation score" in line]
     assert trained
     assert all("_seed3" in name for name in trained)
-    assert [row["method"] for row in found["rows"]] == ["naive_mtl", "wide", "random", "narrow"]
+    assert [row["method"] for row in found["rows"]] == ["naive_mtl", "wide", "random", "narrow", "truth"]
 
 
 def test_cells_are_shared_between_methods_that_come_to_the_same_grouping() -> None:
@@ -204,8 +205,9 @@ def test_hoa_relates_what_a_task_loses_in_a_pair_to_what_it_loses_alone(tmp_path
     [
         ({"network": {"encoder": "resnet18", "options": {}}}, "resnet18 has fixed widths"),
         ({"compare": {"methods": ["exhaustive"]}}, "7 tasks have too many partitions"),
-        ({"compare": {"variants": {"tag": {}}}}, "a variant cannot be called tag"),
+        ({"compare": {"variants": {"tag": {}}}}, "there is more than one tag"),
         ({"compare": {"variants": {"mine": {"strats": 2}}}}, "unknown key compare.variants.mine.strats"),
+        ({"compare": {"groupings": {"mine": [["task_0"]]}}}, "groups must cover the tasks"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, sections: dict[str, Any], problem: str) -> None:
