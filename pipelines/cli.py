@@ -125,7 +125,7 @@ def _train(config: Config) -> dict[str, Any]:
     done = work(config, say)
     _summary(config, done)
     result = done.result
-    shown = ("grouping", "split", "metrics", "baseline", "normalized_gain", "notes")
+    shown = ("grouping", "split", "metrics", "baseline", "normalized_gain", "chosen", "candidates", "notes")
     return {
         "run_dir": str(done.run),
         "run_id": done.run_id,
@@ -155,6 +155,13 @@ def _summary(config: Config, done: Trained) -> None:
     print_table(title, rows, right=("this grouping", "naive MTL", "error"))
     if done.result["normalized_gain"] is not None:
         say(f"mean error against naive MTL: {-done.result['normalized_gain']:+.1f} % (one run; other seeds vary)")
+    if len(done.result["candidates"]) > 1:
+        scores = [f"{c['stage']} {c['score'] if c['final'] is None else c['final']:.4f}"
+                  f"{' (stopped)' if c['final'] is None else ''}" for c in done.result["candidates"]]  # fmt: skip
+        cost = done.result["training_cost"]
+        say(
+            f"kept {done.result['chosen']} by validation: {', '.join(scores)}; {cost:.1f} runs of naive MTL in all"
+        )
     for note in done.result["notes"]:
         say(f"note: {note}")
     say(f"run:      {done.run}\nreport:   {done.report}")
@@ -174,11 +181,12 @@ def sweep(
 
 
 def _sweep(config: Config) -> dict[str, Any]:
-    from pipelines.report.sweep import cost, percent, verdict
+    from pipelines.report.sweep import cost, marks_of, percent, verdict
+    from pipelines.standings import KNEE
     from pipelines.sweep import sweep as work
 
     done = work(config, say)
-    found, front = done.found, [row["label"] for row in done.found["pareto"]]
+    found = done.found
     rows = [
         {
             "setting": row["label"],
@@ -188,13 +196,18 @@ def _sweep(config: Config) -> dict[str, Any]:
             f"on {found['split']}": percent(row["gain"]),
             "operations": cost(row["flops"]),
             "parameters": cost(row["parameters"]),
-            "": "best" if row["label"] == found["best"]["label"] else "front" if row["label"] in front else "",
+            "": ", ".join(marks_of(row["label"], found)),
         }
         for row in found["settings"]
     ]
     right = ("score", "gain on val", f"on {found['split']}", "operations", "parameters")
     print_table(f"Means over seeds of {len(found['rows'])} trials", rows, right=right)
-    for text in (verdict(found), found["rule"], *(f"note: {note}" for note in found["notes"])):
+    for text in (
+        verdict(found),
+        found["rule"],
+        *([KNEE] if found["knee"] else []),
+        *(f"note: {note}" for note in found["notes"]),
+    ):
         say(text)
     say(f"sweep:    {done.folder}\nreport:   {done.page}\nbest:     dmtg train -c {done.best_config}")
     return {

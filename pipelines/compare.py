@@ -116,7 +116,8 @@ def cells_session(config: Config) -> Iterator[None]:
     """Ray with room for as many cells as the machine has cores for, and for the data tasks."""
     cpus = config.ray.cpus_per_worker
     at_once = config.ray.trials or max(int((os.cpu_count() or 1) // cpus), 1)
-    with session(config.ray, max(at_once, config.ray.fewest) * cpus + config.ray.data_cpus):
+    least = config.ray.fewest * cpus + min(config.ray.data_cpus, 1)  # what any session needs
+    with session(config.ray, max(at_once * cpus, least)):
         yield
 
 

@@ -20,6 +20,10 @@ RULE = (
     "those that finished most seeds; of equal ones the cheaper one. The score is the mean logarithm of the tasks' "
     "losses. Test figures take no part in it."
 )
+KNEE = (
+    "The knee is the setting of the front from which on more operations buy little gain: the point farthest above "
+    "the line between its cheapest and its best one, both axes scaled to the front."
+)
 EQUAL = 1e-6  # scores that differ by less are equal
 
 
@@ -141,6 +145,26 @@ def pareto_front(settings: Sequence[Row]) -> list[Row]:
         if not front or row["gain_validation"] > front[-1]["gain_validation"]:
             front.append(row)
     return front
+
+
+def knee_of(front: Sequence[Row]) -> Row | None:
+    """The setting from which on more cost buys little: the point farthest above the line between the ends.
+
+    Both axes run from 0 to 1 over the front (Satopää et al. 2011). There is none on a front of fewer than three
+    points, or where no point lies above the line.
+    """
+    if len(front) < 3:
+        return None
+    first, last = front[0], front[-1]
+
+    def above(row: Row) -> float:
+        spent, gained = (
+            (row[key] - first[key]) / (last[key] - first[key]) for key in ("flops", "gain_validation")
+        )
+        return float(gained - spent)
+
+    best = max(front[1:-1], key=above)
+    return best if above(best) > 0 else None
 
 
 def notes_of(rows: Sequence[Row], best: Row | None) -> list[str]:

@@ -30,6 +30,7 @@ from pipelines.standings import (
     RULE,
     best_setting,
     by_setting,
+    knee_of,
     notes_of,
     pareto_front,
     rows_of,
@@ -212,9 +213,11 @@ def _conclude(config: Config, folder: Location, planned: Sequence[Trial], tasks:
     rows = rows_of(planned, tasks)
     settings = by_setting(rows)
     best = best_setting(settings)
+    front = pareto_front(settings)
+    knee = knee_of(front)
     found = {
         "name": folder.name, "rule": RULE, "rows": rows, "settings": settings, "best": best,
-        "pareto": pareto_front(settings), "notes": notes_of(rows, best),
+        "pareto": front, "knee": knee and knee["label"], "notes": notes_of(rows, best),
         "split": next((row["split"] for row in rows if row["split"]), None),
     }  # fmt: skip
     if best is not None:

@@ -10,6 +10,7 @@ import yaml
 from markupsafe import Markup
 
 from dmtg_core.metrics import error_of
+from dmtg_core.search import WIDE
 from pipelines.context import GATE, METRICS
 from pipelines.errors import UserError
 from pipelines.report import figures
@@ -40,7 +41,7 @@ def page(run: Location) -> str:
     result = (run / RESULT).read_json()
     config = yaml.safe_load((run / "config.yaml").read_text())
     rows = task_rows(result)
-    gate = [g for g in read_jsonl(run / GATE) if len(g["probabilities"][0]) > 1]
+    gate = [g for g in read_jsonl(run / GATE) if g["stage"] == shown_gate(result)]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
     drawn = {
         "grouping": figures.grouping(result["grouping"]),
@@ -52,11 +53,20 @@ def page(run: Location) -> str:
         run=str(run),
         result=result,
         verdict=verdict(result),
+        gate=shown_gate(result),
         rows=rows,
         config=yaml.safe_dump(config, sort_keys=False),
         style=Markup((TEMPLATES / "page.css").read_text()),  # noqa: S704 - a file of this package
         figures={name: Markup(svg) for name, svg in drawn.items()},  # noqa: S704 - drawn here, labels escaped
     )
+
+
+def shown_gate(result: dict[str, Any]) -> str:
+    """The candidate whose gate is drawn: that of the result, or the best one where the result has none."""
+    gated = [c for c in result["candidates"] if len(c["probabilities"][0]) > 1]
+    if not gated or any(c["stage"] == result["chosen"] for c in gated):
+        return str(result["chosen"]) if gated else ""
+    return str(min(gated, key=lambda c: c["score"])["stage"])
 
 
 def task_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -86,6 +96,10 @@ def verdict(result: dict[str, Any]) -> str:
     """The result in one sentence, no stronger than one run allows."""
     count = len(result["grouping"])
     groups = f"{len(result['metrics'])} tasks in {count} {'group' if count == 1 else 'groups'}"
+    if result["chosen"] == WIDE:
+        groups = (
+            f"No grouping of the {len(result['metrics'])} tasks was better than one wide encoder of the same cost"
+        )
     gain = result["normalized_gain"]
     if gain is None:
         return f"{groups}."

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from pipelines.config import Config
 from pipelines.report import TEMPLATES
 from pipelines.report.figures import COLOURS, STYLE, svg
+from pipelines.standings import KNEE
 from pipelines.storage import Location
 from pipelines.tracking import shown
 
@@ -42,12 +43,20 @@ def write_page(target: Location, found: Mapping[str, Any], config: Config) -> No
     page = environment.get_template("sweep.html").render(
         found=found,
         verdict=verdict(found),
-        front=[row["label"] for row in found["pareto"]],
+        marks={row["label"]: ", ".join(marks_of(row["label"], found)) for row in found["settings"]},
+        knee_rule=KNEE,
         config=yaml.safe_dump(shown(config), sort_keys=False),
         style=Markup((TEMPLATES / "page.css").read_text()),  # noqa: S704 - a file of this package
         figures={name: Markup(svg) for name, svg in drawn.items()},  # noqa: S704 - drawn here from checked names
     )
     target.write_text(page)
+
+
+def marks_of(label: str, found: Mapping[str, Any]) -> list[str]:
+    """What a setting is: the best one, one of the front, its knee."""
+    marks = ["best"] if found["best"] and label == found["best"]["label"] else []
+    marks += ["front"] if not marks and label in [row["label"] for row in found["pareto"]] else []
+    return marks + (["knee"] if label == found["knee"] else [])
 
 
 def judged(settings: Sequence[Row]) -> list[Row]:

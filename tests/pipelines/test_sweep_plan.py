@@ -18,7 +18,7 @@ from pipelines.config import Config, load_config
 from pipelines.errors import UserError
 from pipelines.report.sweep import verdict, write_page
 from pipelines.sections import RaySection
-from pipelines.standings import best_setting, by_setting, notes_of, pareto_front, rows_of, status
+from pipelines.standings import best_setting, by_setting, knee_of, notes_of, pareto_front, rows_of, status
 from pipelines.storage import locate
 from pipelines.trials import Trial, best_config, settings, sweep_name, trials
 from tests.pipelines.conftest import make_config
@@ -271,6 +271,17 @@ def test_of_equal_settings_the_cheaper_one_is_best(ended: list[Trial]) -> None:
     assert [row["label"] for row in pareto_front(found)] == ["naive_mtl", "groups2"]
 
 
+def test_the_knee_is_where_gain_stops_to_pay() -> None:
+    def front(*points: tuple[int, float]) -> list[dict[str, Any]]:
+        return [{"label": str(flops), "flops": flops, "gain_validation": gain} for flops, gain in points]
+
+    found = knee_of(front((1, 0.0), (2, 8.0), (3, 9.0), (4, 10.0)))
+    assert found is not None
+    assert found["label"] == "2"
+    assert knee_of(front((1, 0.0), (2, 1.0), (3, 9.0))) is None  # the last step pays most
+    assert knee_of(front((1, 0.0), (2, 8.0))) is None
+
+
 def test_without_naive_mtl_nothing_can_be_judged(ended: list[Trial]) -> None:
     for trial in ended:
         if trial.naive:
@@ -286,10 +297,11 @@ def test_page_needs_no_network_and_tells_front_best_and_failures(
     best = best_setting(found)
     content = {
         "name": "s", "rule": "the rule", "rows": rows, "settings": found, "best": best, "split": "test",
-        "pareto": pareto_front(found), "notes": notes_of(rows, best),
+        "pareto": pareto_front(found), "knee": "groups2", "notes": notes_of(rows, best),
     }  # fmt: skip
     write_page(locate(str(tmp_path / "sweep.html")), content, config)
     page = (tmp_path / "sweep.html").read_text()
+    assert "groups2 (best, knee)" in page
     assert not re.findall(r"(?:src|href)=\"http", page)
     assert len(re.findall(r'<svg role="img" aria-label="[^"]+"', page)) == 2
     assert "The front, cheapest first: naive_mtl +0.0 % at 1 M; groups2 +25.0 % at 2 M" in page

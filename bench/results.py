@@ -1,0 +1,94 @@
+"""`docs/results.md`, from the comparisons in `docs/results/`: `python -m bench.results [FILE NAME COMMAND]`.
+
+With arguments a finished comparison, the `compare.json` FILE, is first taken into `docs/results/NAME.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parents[1] / "docs" / "results"
+PAGE = FOLDER.with_suffix(".md")
+HEAD = """# Results
+
+Each table is one `dmtg compare`, with choices made on validation data and one reading of the test split. Gain: by
+how many per cent the tasks' errors (1 - AUROC, 1 - accuracy, RMSE: the recipe's headline metrics) and their losses
+are lower than those of naive MTL, one encoder for all tasks, with the same seed; ± is half of a 95 % interval over
+seeds. "Behind" is the paired difference to the guided search, in points of gain of the errors: positive where the
+search is better. Training is counted in runs of naive MTL, with all that a method needs to come to its groups;
+`_long` is the same method trained for as many epochs as the guided search costs in all. "Agreement" is the mean
+adjusted Rand index of a method's groupings over seeds (0 by chance). Inference costs the same operations in all
+rows but those of naive MTL and single-task.
+
+"""
+
+
+def take_in(file: Path, name: str, command: str) -> None:
+    """Keep what the page shows of a finished comparison."""
+    found = json.loads(file.read_text())
+    kept = {key: value for key, value in found.items() if key not in ("together", "name")}
+    for row in kept["rows"]:
+        del row["errors"]
+    FOLDER.mkdir(exist_ok=True)
+    text = json.dumps({"command": command} | rounded(kept), indent=1)
+    (FOLDER / f"{name}.json").write_text(text + "\n")
+
+
+def rounded(value: Any) -> Any:
+    """Floats with five digits."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def page() -> str:
+    """The whole page."""
+    return HEAD + "\n".join(section(file) for file in sorted(FOLDER.glob("*.json")))
+
+
+def section(file: Path) -> str:
+    """One comparison."""
+    found = json.loads(file.read_text())
+    lines = [f"## {file.stem}", "", "```", found["command"], "```", ""]
+    lines += [f"{len(found['tasks'])} tasks, at most {found['groups']} groups, {len(found['seeds'])} seeds.", ""]
+    lines += [f"- {verdict}" for verdict in found["verdicts"]]
+    chosen = [name for row in found["per_seed"].get("guided", {}).values() for name in row.get("chosen", [])]
+    if chosen:
+        counts = ", ".join(f"{name} {chosen.count(name)}" for name in sorted(set(chosen)))
+        lines.append(f"- Candidate kept by validation, seeds: {counts}.")
+    if "truth" in found["agreement"]:
+        lines.append(f"- Agreement with the true groups: {found['agreement']['guided']['truth']:.3f} (guided), "
+                     f"{found['agreement'].get('dmtg', {}).get('truth', math.nan):.3f} (dmtg).")  # fmt: skip
+    if found.get("signal"):
+        lines.append(f"- `dmtg signal` beforehand: {found['signal']}")
+    lines += ["", "| method | gain, errors % | gain, losses % | behind guided | training | agreement |",
+              "|---|---|---|---|---|---|"]  # fmt: skip
+    for row in sorted(found["rows"], key=lambda row: -row["gain"]["value"]):
+        agreement = "–" if row["stability"] is None else f"{row['stability']:.2f}"
+        figures = " | ".join(interval(row[key]) for key in ("gain", "gain_loss", "behind"))
+        lines.append(f"| {row['method']} | {figures} | {row['cost']:.1f} | {agreement} |")
+    return "\n".join([*lines, ""])
+
+
+def interval(mean: dict[str, float]) -> str:
+    """A mean with half of its interval."""
+    if mean["low"] is None or math.isnan(mean["low"]):
+        return f"{mean['value']:+.1f}"
+    return f"{mean['value']:+.1f} ± {(mean['high'] - mean['low']) / 2:.1f}"
+
+
+def main() -> None:
+    """Take a comparison in, if one is named, and write the page."""
+    if len(sys.argv) > 1:
+        take_in(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    PAGE.write_text(page())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""The results page is what the comparisons beside it say."""
+
+import json
+
+import pytest
+
+from bench.results import FOLDER, PAGE, page, rounded
+
+
+def test_the_page_is_made_from_the_files() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page()
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+def test_each_file_names_its_command_and_is_small(file) -> None:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["command"].startswith("dmtg compare -c ")
+    assert len(found["seeds"]) >= 3
+    assert {"naive_mtl", "wide", "random", "guided"} <= {row["method"] for row in found["rows"]}
+    assert file.stat().st_size < 200_000
+
+
+def test_figures_are_rounded_and_nothing_else_is_changed() -> None:
+    assert rounded({"a": [1.23456789, "x", None], "b": 3}) == {"a": [1.2346, "x", None], "b": 3}
