@@ -24,7 +24,7 @@ import torch
 from dmtg_core import checkpoint
 from dmtg_core.affinity import cluster, reading_overlap
 from dmtg_core.context import LocalContext, TrainContext
-from dmtg_core.cost import training_flops, wide_spec
+from dmtg_core.cost import naive_flops, training_flops, wide_spec
 from dmtg_core.data import Data
 from dmtg_core.encoders import WIDTHS
 from dmtg_core.grouping import Grouping
@@ -330,9 +330,7 @@ class _Search:
         state.keep(state.network.gate.survivors(2.0), self.settings)
         network = state.network.eval()
         by_name = {result["stage"]: result for result in self.state.results}
-        naive = (
-            training_flops(GroupingNetwork(replace(self.spec.without_weights(), groups=1))) * self.settings.epochs
-        )
+        naive = naive_flops(self.spec) * self.settings.epochs
         spent = sum(result["cost"] for result in self.state.results if result["stage"] != BASELINE)
         return SearchResult(
             network=network,

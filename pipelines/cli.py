@@ -287,6 +287,7 @@ def _compare(config: Config) -> dict[str, Any]:
     print_table(title, rows, right=tuple(rows[0])[1:])
     for text in (*found["verdicts"], *(f"note: {note}" for note in found["notes"])):
         say(text)
+    say(f"signal:     {found['signal'] or 'not asked: dmtg signal tells beforehand whether grouping can matter'}")
     say(f"comparison: {done.folder}\nreport:     {done.page}")
     ours = next((row for row in found["rows"] if row["method"] == found["reference"]), found["rows"][0])
     return {

@@ -15,6 +15,7 @@ import yaml
 from dmtg_core.encoders import WIDTHS
 from dmtg_core.grouping import Grouping
 from dmtg_core.tasks import Task
+from pipelines.beforehand import folder_name, said_before
 from pipelines.cells import Cell, CellJob, Result, train_cells
 from pipelines.cluster import session
 from pipelines.config import Config
@@ -29,7 +30,7 @@ from pipelines.contestants import (
     second_cells,
 )
 from pipelines.errors import UserError
-from pipelines.ingest import Reader, load_splits
+from pipelines.ingest import Reader, keeps_in_memory, load_splits
 from pipelines.manifest import Manifest
 from pipelines.shards import ensure_shards
 from pipelines.storage import Location, locate
@@ -86,7 +87,7 @@ def compare(config: Config, say: Callable[[str], None] = log.info) -> Compared:
         results = train_both(contest, methods, job, say)
         notes = support_notes(manifest, tasks, config.data.min_support)
         found = comparison(contest, tasks, methods, results, notes)
-        found["name"] = folder.name
+        found |= {"name": folder.name, "signal": said_before(config)}
         write_page(folder / PAGE, found, config)
         (folder / FOUND).write_json(found)
     ours = next((row for row in found["rows"] if row["method"] == GUIDED), found["rows"][0])
@@ -101,12 +102,12 @@ def compare(config: Config, say: Callable[[str], None] = log.info) -> Compared:
 
 
 def open_folder(config: Config, what: str) -> tuple[Config, Location]:
-    """The folder that follows from all that changes what a cell is, and the configuration that names it.
+    """The folder and the configuration that names it.
 
     Raises:
         UserError: When it cannot be written to, or belongs to another configuration.
     """
-    name = config.run.name or f"{config.name}-{what}-{config.digest()}"
+    name = config.run.name or folder_name(config, what)
     described = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     return described, open_run(described)
 
@@ -207,9 +208,10 @@ def checked_variant(config: Config, name: str, changes: dict[str, Any]) -> None:
 
 
 def cell_job(config: Config, manifest: Manifest, tasks: Sequence[Task], folder: Location) -> CellJob:
-    """What every cell needs; samples are read once, into shared memory."""
+    """What every cell needs; samples that fit are read once, into shared memory."""
     reader = Reader(locate(config.data.shards), manifest, tuple(tasks))
-    return CellJob(config, reader, load_splits(reader), folder)
+    held = load_splits(reader) if keeps_in_memory(reader, config.data) else None
+    return CellJob(config, reader, held, folder)
 
 
 def train_both(

@@ -20,6 +20,7 @@ import yaml
 from dmtg_core.encoders import WIDTHS
 from dmtg_core.grouping import Grouping
 from dmtg_core.tasks import Task
+from pipelines.beforehand import SIGNAL
 from pipelines.cells import NAIVE, PROPOSAL, WIDE, Cell, Result, train_cells
 from pipelines.compare import cell_job, cells_session, check_cells, open_folder
 from pipelines.config import Config
@@ -30,7 +31,6 @@ from pipelines.storage import Location
 from pipelines.tracking import shown
 from pipelines.train import CONFIG
 
-FOUND = "signal.json"
 WEAK, STRONG = 0.3, 0.6  # of an intraclass correlation
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def signal(config: Config, say: Callable[[str], None] = log.info) -> Signalled:
         "seeds": list(section.seeds),
         **judged(tasks, grouped, naive, proposed, wides),
     }
-    (folder / FOUND).write_json(found)
+    (folder / SIGNAL).write_json(found)
     return Signalled(folder, found)
 
 

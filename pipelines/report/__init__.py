@@ -11,9 +11,12 @@ from markupsafe import Markup
 
 from dmtg_core.metrics import error_of
 from dmtg_core.search import WIDE
+from pipelines.beforehand import said_before
+from pipelines.config import Config
 from pipelines.context import GATE, METRICS
 from pipelines.errors import UserError
 from pipelines.report import figures
+from pipelines.sections import checked
 from pipelines.storage import Location
 from pipelines.worker import RESULT, read_jsonl
 
@@ -54,6 +57,7 @@ def page(run: Location) -> str:
         result=result,
         verdict=verdict(result),
         gate=shown_gate(result),
+        signal=said_before(checked(Config, config)),
         rows=rows,
         config=yaml.safe_dump(config, sort_keys=False),
         style=Markup((TEMPLATES / "page.css").read_text()),  # noqa: S704 - a file of this package

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dmtg_core import Grouping
+from pipelines.beforehand import said_before
 from pipelines.cells import GROUPING, NAIVE, Cell
 from pipelines.compare import Compared, compare, methods_of
 from pipelines.config import Config
@@ -237,6 +238,8 @@ def test_a_signal_is_found_beforehand_and_goes_on(tmp_path: Path, ray_session: N
     second = signal(config, again.append)
     assert not [line for line in again if "to train" in line]
     assert second.found["verdict"] == first.found["verdict"]
+    assert said_before(config) == first.found["verdict"]
+    assert said_before(config_of(tmp_path, train={"epochs": 5})) == ""
 
 
 def result(score: float) -> dict[str, Any]:
