@@ -13,9 +13,11 @@ Candidates that are far behind when the search ends stop there; the best on vali
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,9 @@ class SearchOptions:
         wide: Have one wide encoder, at the inference cost of all branches, among the candidates ("guided").
         affinity_share: Share of the epochs that the network trains from which tasks are compared ("guided").
         probability: With which a task begins in its proposed group ("guided").
-        within: How much worse than the best, in the mean logarithm of the losses, a candidate may be when the
-            search ends and yet go on ("guided"); with "dmtg" the best goes on alone.
+        within: How much worse than the best a candidate's score may be when the search ends and yet go on, beside
+            what the best one's validation score changed from epoch to epoch ("guided"); with "dmtg" the best goes
+            on alone.
 
     Raises:
         ValueError: For an unknown method or a number out of range.
@@ -145,9 +148,9 @@ class SearchResult:
         chosen: The candidate that it is.
         metrics: Split → task → metric → value.
         baseline: The same of naive MTL; empty when it was not asked for.
-        candidates: For each: `stage`, `grouping`, `score` (mean logarithm of the validation losses when the search
-            ended), `final` (the same at its best epoch; None where it stopped with the search), `probabilities` of
-            the gate `(N, K)` when the search ended.
+        candidates: For each: `stage`, `grouping`, `score` (the lowest mean logarithm of the validation losses in
+            its search), `final` (the same at its best epoch; None where it stopped with the search),
+            `probabilities` of the gate `(N, K)` when the search ended.
         affinity: `reading_overlap` of the tasks `(N, N)`; empty where it was not measured.
         affinity_cost: Operations of the training that it was measured after, in units of one naive-MTL run.
         cost: The same of all training but that of the baseline.
@@ -206,6 +209,13 @@ def affinity_plan(
     if spec.encoder.name in WIDTHS:
         return wide_spec(spec, AFFINITY_COST), short
     return replace(spec, groups=1, sampling="fixed"), short
+
+
+def _restless(scores: Sequence[float]) -> float:
+    """How much a validation score changes between epochs, on average, in the second half of a search."""
+    late = scores[len(scores) // 2 :]
+    changes = [abs(a - b) for a, b in pairwise(late) if math.isfinite(a - b)]
+    return sum(changes) / len(changes) if changes else 0.0
 
 
 class _Search:
@@ -282,7 +292,11 @@ class _Search:
             state.network.gate.start_from(self._result(AFFINITY)["proposed"], least)
         self._advance(name, state, settings, settings.search_epochs)
         self.state.held[name] = state
-        self._end(name, state, probabilities=state.network.gate.probabilities().tolist())
+        scores = [record["val_score"] for record in state.history]
+        self._end(
+            name, state, score=min(scores), restless=_restless(scores),
+            probabilities=state.network.gate.probabilities().tolist(),
+        )  # fmt: skip
         going = self._going_on() if self._done(self.candidates[-1]) else self.candidates
         self.state.held = {kept: held for kept, held in self.state.held.items() if kept in going}
 
@@ -302,9 +316,9 @@ class _Search:
         best = min(scores, key=scores.__getitem__)
         if self.options.method == "dmtg":
             return [best]
-        return [
-            name for name, score in scores.items() if name == best or score <= scores[best] + self.options.within
-        ]
+        # a score that jumps from epoch to epoch says little about who is ahead
+        most = scores[best] + self.options.within + self._result(best)["restless"]
+        return [name for name, score in scores.items() if score <= most]
 
     def _finish(self, name: str) -> None:
         if self.state.current is None:

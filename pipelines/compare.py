@@ -93,7 +93,14 @@ def compare(config: Config, say: Callable[[str], None] = log.info) -> Compared:
     ours = next((row for row in found["rows"] if row["method"] == GUIDED), found["rows"][0])
     result = {
         "split": found["split"],
-        "metrics": {},
+        "metrics": {
+            row["method"]: {
+                "gain": row["gain"]["value"],
+                "gain_loss": row["gain_loss"]["value"],
+                "training_cost": row["cost"],
+            }
+            for row in found["rows"]
+        },
         "normalized_gain": ours["gain"]["value"],
         "grouping_name": "",
     }

@@ -211,7 +211,10 @@ class SearchSection(Section):
         0.9, gt=0, lt=1, description="guided: with which a task begins in the group that was proposed"
     )
     within: float = Field(
-        0.03, ge=0, description="guided: a candidate whose validation score is worse by more stops with the search"
+        0.03,
+        ge=0,
+        description="guided: a candidate stops with the search whose validation score is worse by more than this "
+        "and what the best one's score changes from epoch to epoch",
     )
     share: float = Field(0.5, gt=0, le=1, description="share of the epochs in which the gate learns")
     group_epochs: int = Field(

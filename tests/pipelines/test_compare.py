@@ -156,6 +156,8 @@ def test_mlflow_has_the_gain_and_the_files(compared: tuple[Config, Compared, lis
     assert run.info.status == "FINISHED"
     names = {file.path for file in client.list_artifacts(done.run_id)}
     assert {"compare.html", "compare.json", "config.yaml"} <= names
+    for row in done.found["rows"]:
+        assert run.data.metrics[f"test/{row['method']}/gain"] == pytest.approx(row["gain"]["value"])
 
 
 def test_a_further_seed_trains_its_own_cells_alone(compared: tuple[Config, Compared, list[str]]) -> None:
