@@ -25,7 +25,7 @@ from dmtg_core import (
     search,
     training_flops,
 )
-from dmtg_core.search import _Search
+from dmtg_core.search import _restless, _Search
 from tests.core import samples
 from tests.core.samples import SAMPLEWISE, assert_same_tensors, mlp_spec
 from tests.core.test_training import Interrupted, without_times
@@ -348,3 +348,10 @@ def test_where_the_wide_encoder_is_best_it_is_the_result_at_no_higher_cost(data,
 def test_options_out_of_range_are_refused(options, problem):
     with pytest.raises(ValueError, match=problem):
         SearchOptions(**options)
+
+
+def test_a_score_is_as_restless_as_the_second_half_of_its_search():
+    assert _restless([9.0, 0.0, 1.0, 3.0]) == 2.0
+    assert _restless([1.0, 2.0, 2.5, 3.5, 3.0, 3.25]) == 0.375
+    assert _restless([1.0]) == 0.0
+    assert _restless([0.0, 1.0, float("inf"), 2.0]) == 0.0
