@@ -173,7 +173,9 @@ def advance(
         metrics = evaluate(state.network, data, "val", batch_size=settings.batch_size, context=context)
         state.epoch += 1
         score = score_of(metrics)
-        if state.epoch > settings.search_epochs or settings.search_epochs == settings.epochs:
+        # while tasks have several heads the network is not yet what it will be, unless it is never made hard
+        hard = len(state.network.pairs) == len(state.network.tasks)
+        if hard or settings.search_epochs == settings.epochs:
             state.consider(score)
         record |= {
             "epoch": state.epoch,
