@@ -8,7 +8,6 @@ the same unit, as `best_partition` wants it.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
@@ -23,6 +22,7 @@ from dmtg_core.tasks import Task
 
 DIRECTIONS = 32  # that Grad-TAG's parameters can move in
 ROUNDS = 10  # Newton steps of its fits
+STEP = 1e-3  # of its differences, as a share of the parameters' norm
 
 
 class GradientAffinities:
@@ -91,10 +91,10 @@ def projected_affinity(
     """Grad-TAG's estimate (Li, Sharma and Zhang 2024): what training two tasks together would give either.
 
     The network is taken for linear in its shared parameters, `f(θ + P w) = f(θ) + ∂f/∂θ · P w`, P random with few
-    columns; the products come from forward-mode derivatives. For every two tasks w is fitted to their losses on
-    one batch and the loss of either is read on another. `[i, j]` is the negative loss of task j, trained with i,
-    as a share of what it is before any fit; the diagonal that of j trained alone. The paper averages over random
-    sets of tasks; here every pair is tried.
+    columns; the products are central differences, which every layer has. For every two tasks w is fitted to their
+    losses on one batch and the loss of either is read on another. `[i, j]` is the negative loss of task j, trained
+    with i, as a share of what it is before any fit; the diagonal that of j trained alone. The paper averages over
+    random sets of tasks; here every pair is tried.
 
     Args:
         network: A trained naive-MTL network, of one branch.
@@ -167,17 +167,22 @@ Linear = dict[str, tuple[Tensor, Tensor, Tensor]]  # task → output (B, …), i
 def _linear(
     network: GroupingNetwork, shared: Mapping[str, Tensor], batch: Batch, bases: Sequence[Mapping[str, Tensor]]
 ) -> Linear:
-    def outputs(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = functional_call(network, parameters, (batch.inputs,))
+    def outputs(by: float, basis: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        moved = {name: p + by * basis[name] for name, p in shared.items()}
+        found: dict[str, Tensor] = functional_call(network, moved, (batch.inputs,))
         return found
 
-    with warnings.catch_warnings():
-        # loading torch's rules for forward-mode derivatives warns of what it does itself (torch 2.15)
-        warnings.filterwarnings("ignore", "`torch.jit.script`", FutureWarning)
-        moved = [torch.func.jvp(outputs, (dict(shared),), (dict(basis),))[:2] for basis in bases]
-    at, derivatives = moved[0][0], [derivative for _, derivative in moved]
+    at, derivatives = outputs(0.0, bases[0]), []
+    for basis in bases:
+        by = STEP * float(_norm(shared) / _norm(basis))
+        above, below = outputs(by, basis), outputs(-by, basis)
+        derivatives.append({name: (above[name] - below[name]) / (2 * by) for name in at})
     names = [task.name for task in network.tasks]
     return {name: (at[name], torch.stack([d[name] for d in derivatives]), batch.targets[name]) for name in names}
+
+
+def _norm(parameters: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([p.norm() for p in parameters.values()]).norm()
 
 
 def _loss_at(task: Task, linear: Linear, w: Tensor) -> Tensor:

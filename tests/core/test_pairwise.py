@@ -17,6 +17,7 @@ from dmtg_core import (
     projected_affinity,
 )
 from dmtg_core.data import Batch
+from dmtg_core.pairwise import _linear, shared_parameters
 from tests.core import samples
 from tests.core.samples import ONE_OF_EACH, SAMPLEWISE, assert_same_tensors, image_spec, mlp_spec, snapshot
 
@@ -124,6 +125,39 @@ def test_the_projected_estimate_takes_tasks_of_all_kinds_and_changes_nothing() -
     assert torch.equal(found, projected_affinity(network, *batches, directions=3))
     assert_same_tensors(snapshot(network), before)
     assert network.training
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [EncoderSpec("embedding_bag", 0, {"embedding": 8, "widths": [6]}),
+     EncoderSpec("text_transformer", 0, {"width": 8, "layers": 1, "heads": 2})],
+    ids=lambda encoder: encoder.name,
+)  # fmt: skip
+def test_tasks_are_compared_in_encoders_of_text_too(encoder: EncoderSpec) -> None:
+    tokens = InputSpec("tokens", (7,), "uint16", vocabulary=40)
+    network = GroupingNetwork(NetworkSpec(tokens, VALUES, encoder, groups=1, sampling="fixed"))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 40, (16, 7), generator=generator)
+    batch = Batch(ids, {task.name: torch.randn(16, generator=generator) for task in VALUES})
+    affinities = GradientAffinities(VALUES)
+    affinities.look(network, batch, 1e-2)
+    for found in (*affinities.means().values(), projected_affinity(network, batch, batch, directions=4)):
+        assert torch.isfinite(found).all()
+
+
+def test_the_projected_derivatives_are_those_of_the_network() -> None:
+    spec = mlp_spec(SAMPLEWISE[:4], groups=1, sampling="fixed")
+    network, batch = GroupingNetwork(spec).eval(), samples.batch(spec.input, spec.tasks, 8)
+    shared = shared_parameters(network)
+    basis = {name: torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) for name, p in shared.items()}
+    with torch.no_grad():
+        found = _linear(network, shared, batch, [basis])
+    for task in spec.tasks:
+        output = network(batch.inputs)[task.name]
+        for place in ((0,) if output.dim() == 1 else (0, 0), (-1,) if output.dim() == 1 else (-1, -1)):
+            gradients = torch.autograd.grad(output[place], list(shared.values()), retain_graph=True)
+            expected = sum(float((g * b).sum()) for g, b in zip(gradients, basis.values(), strict=True))
+            assert float(found[task.name][1][0][place]) == pytest.approx(expected, rel=0.05, abs=1e-2)
 
 
 def test_tasks_are_compared_in_one_branch() -> None:
