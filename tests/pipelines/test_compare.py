@@ -25,7 +25,7 @@ from pipelines.storage import locate
 from pipelines.tables import verdicts
 from tests.core.planted import planted_data
 
-pytestmark = pytest.mark.ray
+# not among the tests that share one process and its Ray session: the other process would be idle when these begin
 METHODS = ["single_task", "wide", "random", "cs", "tag", "etap", "gradtag", "reading", "hoa", "exhaustive", "dmtg",
            "guided", "retrained"]  # fmt: skip
 
