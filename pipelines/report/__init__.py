@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
-from markupsafe import Markup
 
 from dmtg_core.metrics import error_of
 from dmtg_core.search import WIDE
@@ -16,11 +13,10 @@ from pipelines.config import Config
 from pipelines.context import GATE, METRICS
 from pipelines.errors import UserError
 from pipelines.report import figures
+from pipelines.report.render import render
 from pipelines.sections import checked
 from pipelines.storage import Location
 from pipelines.worker import RESULT, read_jsonl
-
-TEMPLATES = Path(__file__).parent
 
 
 def write_report(run: Location) -> Location:
@@ -45,14 +41,14 @@ def page(run: Location) -> str:
     config = yaml.safe_load((run / "config.yaml").read_text())
     rows = task_rows(result)
     gate = [g for g in read_jsonl(run / GATE) if g["stage"] == shown_gate(result)]
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
     drawn = {
         "grouping": figures.grouping(result["grouping"]),
         "gate": figures.gate(gate, list(result["metrics"])) if gate else "",
         "metrics": figures.metrics(rows) if result["baseline"] else "",
         "learning": figures.learning(read_jsonl(run / METRICS)),
     }
-    return environment.get_template("page.html").render(
+    return render(
+        "page.html",
         run=str(run),
         result=result,
         verdict=verdict(result),
@@ -60,8 +56,7 @@ def page(run: Location) -> str:
         signal=said_before(checked(Config, config)),
         rows=rows,
         config=yaml.safe_dump(config, sort_keys=False),
-        style=Markup((TEMPLATES / "page.css").read_text()),  # noqa: S704 - a file of this package
-        figures={name: Markup(svg) for name, svg in drawn.items()},  # noqa: S704 - drawn here, labels escaped
+        figures=drawn,
     )
 
 

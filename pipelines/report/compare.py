@@ -6,15 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import matplotlib as mpl
 import yaml
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from pipelines.config import Config
-from pipelines.report import TEMPLATES
 from pipelines.report.figures import COLOURS, STYLE, svg
+from pipelines.report.render import render
 from pipelines.report.sweep import cost
 from pipelines.storage import Location
 from pipelines.tracking import shown
@@ -28,17 +26,14 @@ def write_page(target: Location, found: Mapping[str, Any], config: Config) -> No
         found: The content of `compare.json`.
         config: The configuration.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"cost": cost, "interval": interval, "two": two}
     drawn = {"gains": gains(found["rows"]), "together": together(found["tasks"], found["together"])}
     target.write_text(
-        environment.get_template("compare.html").render(
+        render(
+            "compare.html",
+            filters={"cost": cost, "interval": interval, "two": two},
             found=found,
             config=yaml.safe_dump(shown(config), sort_keys=False),
-            style=Markup((TEMPLATES / "page.css").read_text()),  # noqa: S704 - a file of this package
-            figures={name: Markup(svg) for name, svg in drawn.items()},  # noqa: S704 - drawn here, labels escaped
+            figures=drawn,
         )
     )
 

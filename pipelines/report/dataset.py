@@ -7,15 +7,13 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 from dmtg_core.tasks import Task
 from pipelines import statistics
 from pipelines.ingest import Reader
 from pipelines.manifest import SPLITS, Manifest
-from pipelines.report import TEMPLATES, pictures
+from pipelines.report import pictures
 from pipelines.report.contact_sheet import Sheet, figure, pick
+from pipelines.report.render import render
 from pipelines.shards import QUARANTINE
 from pipelines.statistics import class_name
 from pipelines.storage import Location
@@ -42,11 +40,10 @@ def dataset_page(
     numeric = [task for task in tasks if not task.classes and task.kind != "binary"]
     samples = pick(reader, SAMPLES, unreadable)
     sheet = Sheet(samples, reader)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"figure": figure, "percent": percent}
-    return environment.get_template("dataset.html").render(
+    return render(
+        "dataset.html",
+        filters={"figure": figure, "percent": percent},
+        styles=("page", "dataset"),
         title=title,
         folder=str(reader.folder),
         manifest=manifest,
@@ -63,7 +60,6 @@ def dataset_page(
         ramp=pictures.ramp(),
         stripes=pictures.stripes(),
         source=json.dumps(dict(manifest.source), indent=2, default=str),
-        style=Markup("".join((TEMPLATES / f"{name}.css").read_text() for name in ("page", "dataset"))),  # noqa: S704 - files of this package
     )
 
 

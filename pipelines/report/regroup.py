@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib as mpl
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from pipelines.report import figures
 from pipelines.report.figures import svg
+from pipelines.report.render import render
 from pipelines.storage import Location
 
-TEMPLATES = Path(__file__).parent
 VERDICT, PAGE = "verdict.json", "regroup.html"
 BETTER, WORSE, OPEN = "#009e73", "#d55e00", "#666666"  # of Okabe and Ito's palette
 
@@ -36,15 +33,14 @@ def page(verdict: Mapping[str, Any]) -> str:
         drawn["gains"] = gains(rows, compared["gain"])
     if drift is not None:
         drawn["before"] = figures.grouping(drift["before"])
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
-    return environment.get_template("regroup.html").render(
+    return render(
+        "regroup.html",
         verdict=verdict,
         headline=headline(verdict),
         compared=compared,
         rows=rows,
         drift=drift,
-        style=Markup((TEMPLATES / "page.css").read_text()),  # noqa: S704 - a file of this package
-        figures={name: Markup(svg) for name, svg in drawn.items()},  # noqa: S704 - drawn here, labels escaped
+        figures=drawn,
     )
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jinja2
 import matplotlib as mpl
 import yaml
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from pipelines.config import Config
-from pipelines.report import TEMPLATES
 from pipelines.report.figures import COLOURS, STYLE, svg
+from pipelines.report.render import render
 from pipelines.standings import KNEE
 from pipelines.storage import Location
 from pipelines.tracking import shown
@@ -36,18 +34,15 @@ def write_page(target: Location, found: Mapping[str, Any], config: Config) -> No
     """
     known = judged(found["settings"])
     drawn = {"pareto": pareto(known, found["pareto"]), "parallel": parallel(known)} if known else {}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"cost": cost, "percent": percent, "number": number}
-    page = environment.get_template("sweep.html").render(
+    page = render(
+        "sweep.html",
+        filters={"cost": cost, "percent": percent, "number": number},
         found=found,
         verdict=verdict(found),
         marks={row["label"]: ", ".join(marks_of(row["label"], found)) for row in found["settings"]},
         knee_rule=KNEE,
         config=yaml.safe_dump(shown(config), sort_keys=False),
-        style=Markup((TEMPLATES / "page.css").read_text()),  # noqa: S704 - a file of this package
-        figures={name: Markup(svg) for name, svg in drawn.items()},  # noqa: S704 - drawn here from checked names
+        figures=drawn,
     )
     target.write_text(page)
 
