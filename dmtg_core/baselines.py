@@ -47,11 +47,6 @@ def together(spec: NetworkSpec) -> Grouping:
     return Grouping.of([[task.name for task in spec.tasks]])
 
 
-def apart(spec: NetworkSpec) -> Grouping:
-    """Every task in a group of its own."""
-    return Grouping.of([[task.name] for task in spec.tasks])
-
-
 def hard_network(spec: NetworkSpec, grouping: Grouping) -> GroupingNetwork:
     """A fresh network with a branch for each group of a grouping, whatever number of groups the spec has."""
     network = GroupingNetwork(replace(spec, groups=len(grouping.groups), sampling="fixed"))

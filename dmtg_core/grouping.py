@@ -104,7 +104,7 @@ class GroupGate(nn.Module):
         if not 1 / groups <= probability < 1:
             raise ValueError(f"probability must be in [{1 / groups:g}, 1) for {groups} groups, got {probability}")
         proposed = torch.nn.functional.one_hot(torch.tensor(assignment), groups).to(self.logits)
-        self.logits.copy_(proposed * math.log(probability * max(groups - 1, 1) / (1 - probability)))
+        self.logits.copy_(proposed * math.log(probability * (groups - 1) / (1 - probability)))
 
     def masked_logits(self) -> Tensor:
         """θ with -inf for dead pairs, float32 `(N, K)`."""

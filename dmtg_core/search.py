@@ -69,8 +69,9 @@ class SearchOptions:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}, expected one of {', '.join(METHODS)}")
-        if self.starts < (0 if self.method == "guided" else 1):
-            raise ValueError(f"starts must be at least 1, got {self.starts}")
+        fewest = 0 if self.method == "guided" else 1
+        if self.starts < fewest:
+            raise ValueError(f"starts must be at least {fewest}, got {self.starts}")
         if not 0 < self.affinity_share <= 1:
             raise ValueError(f"affinity_share must be in (0, 1], got {self.affinity_share}")
         if not 0 < self.probability < 1:

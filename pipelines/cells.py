@@ -110,7 +110,7 @@ def train_cells(job: CellJob, cells: Iterable[Cell], say: Callable[[str], None])
         cell = waiting.pop(ready)
         try:
             found[cell] = ray.get(ready)
-        except Exception as error:  # noqa: BLE001 - told below, once the others have ended
+        except ray.exceptions.RayError as error:  # told below, once the others have ended
             failed.append(user_error(error) or gave_up(error, str(job.run)))
             say(f"{cell.name} failed: {failed[-1].what}")
             continue
@@ -209,8 +209,10 @@ def _proposal(
 def _search(
     cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], config: Config
 ) -> Result:
-    options = replace(config.search_options(), **dict(cell.options))
-    found = search(spec, data, settings, options, baseline=False, splits=splits)
+    section = config.search.model_copy(update=dict(cell.options))
+    options = config.model_copy(update={"search": section}).search_options()
+    own = replace(settings, search_share=section.share)
+    found = search(spec, data, own, options, baseline=False, splits=splits)
     chosen = next(candidate for candidate in found.candidates if candidate["stage"] == found.chosen)
     return _described(found.network, score_of(found.metrics["val"]), found.metrics, found.cost) | {
         "chosen": found.chosen,

@@ -14,9 +14,10 @@ import yaml
 
 from dmtg_core.encoders import WIDTHS
 from dmtg_core.grouping import Grouping
+from dmtg_core.search import SearchOptions
 from dmtg_core.tasks import Task
 from pipelines.beforehand import folder_name, said_before
-from pipelines.cells import Cell, CellJob, Result, train_cells
+from pipelines.cells import NAIVE, Cell, CellJob, Result, train_cells
 from pipelines.cluster import session
 from pipelines.config import Config
 from pipelines.contestants import (
@@ -32,6 +33,7 @@ from pipelines.contestants import (
 from pipelines.errors import UserError
 from pipelines.ingest import Reader, keeps_in_memory, load_splits
 from pipelines.manifest import Manifest
+from pipelines.sections import SearchSection, checked
 from pipelines.shards import ensure_shards
 from pipelines.storage import Location, locate
 from pipelines.tables import comparison
@@ -39,7 +41,6 @@ from pipelines.tracking import connect, enabled, open_tracker, shown
 from pipelines.train import CONFIG, check_data, check_network, open_run, support_notes
 
 FOUND, PAGE = "compare.json", "compare.html"
-NAIVE_METHOD = "naive_mtl"
 log = logging.getLogger(__name__)
 
 
@@ -161,7 +162,7 @@ def methods_of(config: Config, tasks: Sequence[Task]) -> list[str]:
     Raises:
         UserError: For a method that cannot be run on these tasks or this encoder, or a variant of a taken name.
     """
-    chosen = list(dict.fromkeys((NAIVE_METHOD, *config.compare.methods)))
+    chosen = list(dict.fromkeys((NAIVE, *config.compare.methods)))
     if "exhaustive" in chosen and len(tasks) > EXHAUSTIVE_TASKS:
         raise UserError(
             f"{len(tasks)} tasks have too many partitions to train them all",
@@ -204,14 +205,22 @@ def methods_of(config: Config, tasks: Sequence[Task]) -> list[str]:
 
 
 def checked_variant(config: Config, name: str, changes: dict[str, Any]) -> None:
-    """Whether a variant's changes make a search section.
+    """Whether a variant's changes make a search of a comparison.
 
     Raises:
         UserError: When not.
     """
-    from pipelines.sections import SearchSection, checked
-
-    checked(SearchSection, config.search.model_dump() | changes, f"compare.variants.{name}")
+    where = f"compare.variants.{name}"
+    checked(SearchSection, config.search.model_dump() | changes, where)
+    able = {"share", *SearchOptions.__dataclass_fields__}
+    other = sorted(set(changes) - able)
+    if other:
+        raise UserError(
+            f"a search of a comparison does not depend on {other[0]}",
+            where=f"{where}.{other[0]}",
+            remedy=f"change one of {', '.join(sorted(able))}",
+            wrong_use=True,
+        )
 
 
 def cell_job(config: Config, manifest: Manifest, tasks: Sequence[Task], folder: Location) -> CellJob:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,13 @@ from pipelines.config import Config
 
 EXHAUSTIVE_TASKS = 6  # six tasks have 122 partitions into three groups, eight have 1,094
 Found = Mapping[Cell, Result]
+
+
+def random_groupings(tasks: Sequence[str], groups: int, rng: np.random.Generator) -> Iterator[Grouping]:
+    """Random partitions without end, into groups of equal size or sizes that differ by one."""
+    even = [n % groups for n in range(len(tasks))]
+    while True:
+        yield Grouping.from_assignment(tasks, rng.permutation(even).tolist())
 
 
 @dataclass(frozen=True)
@@ -38,13 +48,9 @@ class Contest:
         return min(self.config.network.groups, len(self.tasks))
 
     def draws(self, seed: int) -> list[Grouping]:
-        """Random partitions of a seed into groups of equal size, or sizes that differ by one."""
+        """Random partitions of a seed, see `random_groupings`."""
         rng = np.random.default_rng([seed, len(self.tasks), self.groups])
-        even = [n % self.groups for n in range(len(self.tasks))]
-        return [
-            Grouping.from_assignment(self.tasks, rng.permutation(even).tolist())
-            for _ in range(self.config.compare.random_draws)
-        ]
+        return list(islice(random_groupings(self.tasks, self.groups, rng), self.config.compare.random_draws))
 
     def partitions(self) -> list[Grouping]:
         """All partitions into at most K groups."""
@@ -59,7 +65,7 @@ First = Callable[[Contest, int], list[Cell]]
 Second = Callable[[Contest, int, Found], list[Cell]]
 
 
-def _search(label: str, **options: Any) -> First:
+def _search(label: str, options: Mapping[str, Any]) -> First:
     return lambda _contest, seed: [Cell(SEARCH, seed, options=tuple(sorted(options.items())), label=label)]
 
 
@@ -75,49 +81,55 @@ def _pairs(contest: Contest, seed: int) -> list[Cell]:
     return _singles(contest, seed) + [Cell(PAIR, seed, groups=(two,)) for two in combinations(contest.tasks, 2)]
 
 
+SELECTED = ("cs", "tag", "etap", "gradtag")  # affinities that are collected beside naive MTL
+GUIDED = "guided"
+GUIDED_SEARCH = _search(GUIDED, {"method": "guided"})
 FIRST: Mapping[str, First] = {
     "naive_mtl": _naive,
     "single_task": _singles,
     "wide": lambda _contest, seed: [Cell(WIDE, seed)],
     "random": lambda contest, seed: [Cell.of(grouping, seed) for grouping in contest.draws(seed)],
-    "cs": _naive,
-    "tag": _naive,
-    "etap": _naive,
-    "gradtag": _naive,
-    "reading": _search("guided", method="guided"),
+    **dict.fromkeys(SELECTED, _naive),
+    "reading": GUIDED_SEARCH,
     "hoa": _pairs,
     "exhaustive": lambda contest, seed: [Cell.of(grouping, seed) for grouping in contest.partitions()],
-    "dmtg": _search("dmtg", method="dmtg"),
-    "guided": _search("guided", method="guided"),
-    "retrained": _search("guided", method="guided"),
+    "dmtg": _search("dmtg", {"method": "dmtg"}),
+    GUIDED: GUIDED_SEARCH,
+    "retrained": GUIDED_SEARCH,
 }
-GUIDED = "guided"
 
 
 def first_cells(contest: Contest, method: str, seed: int) -> list[Cell]:
     """What a method needs before anything is known."""
     if method in contest.config.compare.variants:
-        return _search(method, **contest.config.compare.variants[method])(contest, seed)
+        changes = contest.config.compare.variants[method]
+        # the same name with other changes is another cell
+        digest = hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:8]
+        return _search(f"{method}_{digest}", changes)(contest, seed)
     if method in contest.config.compare.groupings:
         return [Cell.of(Grouping.of(contest.config.compare.groupings[method], contest.tasks), seed)]
     return FIRST[method](contest, seed)
 
 
+def _chosen(contest: Contest, seed: int, groups: Sequence[int]) -> list[Cell]:
+    return [Cell.of(Grouping.from_assignment(contest.tasks, groups), seed)]
+
+
 def _selected(name: str) -> Second:
     def cells(contest: Contest, seed: int, found: Found) -> list[Cell]:
         affinity = torch.tensor(found[Cell(NAIVE, seed)]["affinities"][name])
-        return [Cell.of(Grouping.from_assignment(contest.tasks, best_partition(affinity, contest.groups)), seed)]
+        return _chosen(contest, seed, best_partition(affinity, contest.groups))
 
     return cells
 
 
 def _reading(contest: Contest, seed: int, found: Found) -> list[Cell]:
     affinity = torch.tensor(found[_guided(contest, seed)]["affinity"])
-    return [Cell.of(Grouping.from_assignment(contest.tasks, cluster(affinity, contest.groups)), seed)]
+    return _chosen(contest, seed, cluster(affinity, contest.groups))
 
 
 def _guided(contest: Contest, seed: int) -> Cell:
-    (cell,) = FIRST[GUIDED](contest, seed)
+    (cell,) = GUIDED_SEARCH(contest, seed)
     return cell
 
 
@@ -130,10 +142,7 @@ def _retrained(contest: Contest, seed: int, found: Found) -> list[Cell]:
 
 
 def _hoa(contest: Contest, seed: int, found: Found) -> list[Cell]:
-    return [
-        Cell.of(Grouping.from_assignment(contest.tasks, best_partition(pair_affinity(contest, seed, found),
-                                                                       contest.groups)), seed)
-    ]  # fmt: skip
+    return _chosen(contest, seed, best_partition(pair_affinity(contest, seed, found), contest.groups))
 
 
 def pair_affinity(contest: Contest, seed: int, found: Found) -> torch.Tensor:
@@ -158,10 +167,7 @@ def _best(contest: Contest, seed: int, found: Found) -> list[Cell]:
 
 
 SECOND: Mapping[str, Second] = {
-    "cs": _selected("cs"),
-    "tag": _selected("tag"),
-    "etap": _selected("etap"),
-    "gradtag": _selected("gradtag"),
+    **{name: _selected(name) for name in SELECTED},
     "reading": _reading,
     "hoa": _hoa,
     "exhaustive": _best,
@@ -187,8 +193,8 @@ def entries(contest: Contest, method: str, seed: int, found: Found) -> list[Resu
     results = [found[cell] for cell in second_cells(contest, method, seed, found)]
     if method == "single_task":
         return [_merged(contest, results)]
-    return [result | {"cost": result["cost"] + spent} for result, spent in
-            zip(results, _spent_before(contest, method, seed, found, len(results)), strict=True)]  # fmt: skip
+    spent = _spent_before(contest, method, seed, found)
+    return [result | {"cost": result["cost"] + spent} for result in results]
 
 
 def _merged(contest: Contest, results: Sequence[Result]) -> Result:
@@ -204,19 +210,18 @@ def _merged(contest: Contest, results: Sequence[Result]) -> Result:
     }
 
 
-def _spent_before(contest: Contest, method: str, seed: int, found: Found, count: int) -> Iterator[float]:
+def _spent_before(contest: Contest, method: str, seed: int, found: Found) -> float:
     """What it cost to come to the grouping, beside training it."""
-    spent = 0.0
-    if method in ("cs", "tag", "etap", "gradtag"):
+    if method in SELECTED:
         naive = found[Cell(NAIVE, seed)]
-        spent = naive["cost"] + naive["affinity_costs"][method]
-    elif method == "hoa":
-        spent = sum(found[cell]["cost"] for cell in _pairs(contest, seed))
-    elif method == "exhaustive":
+        return float(naive["cost"] + naive["affinity_costs"][method])
+    if method == "hoa":
+        return math.fsum(found[cell]["cost"] for cell in _pairs(contest, seed))
+    if method == "exhaustive":
         others = {Cell.of(one, seed) for one in contest.partitions()} - set(_best(contest, seed, found))
-        spent = sum(found[cell]["cost"] for cell in others)
-    elif method == "retrained":
-        spent = found[_guided(contest, seed)]["cost"]
-    elif method == "reading":
-        spent = found[_guided(contest, seed)]["affinity_cost"]
-    return iter([spent] * count)
+        return math.fsum(found[cell]["cost"] for cell in others)
+    if method == "retrained":
+        return float(found[_guided(contest, seed)]["cost"])
+    if method == "reading":
+        return float(found[_guided(contest, seed)]["affinity_cost"])
+    return 0.0

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from pipelines.beforehand import SIGNAL
 from pipelines.cells import NAIVE, PROPOSAL, WIDE, Cell, Result, train_cells
 from pipelines.compare import cell_job, cells_session, check_cells, open_folder
 from pipelines.config import Config
+from pipelines.contestants import random_groupings
 from pipelines.shards import ensure_shards
 from pipelines.significance import Correlation, agreement, intraclass_correlation, mean_of
 from pipelines.standings import numbers
@@ -86,12 +88,10 @@ def signal(config: Config, say: Callable[[str], None] = log.info) -> Signalled:
 
 
 def draw(tasks: Sequence[str], groups: int, count: int) -> list[Grouping]:
-    """Different random partitions into groups of almost equal sizes; fewer where there are no more."""
+    """Different ones of `random_groupings`; fewer where there are no more."""
     rng = np.random.default_rng([len(tasks), groups])
-    even = [n % groups for n in range(len(tasks))]
     found: dict[str, Grouping] = {}
-    for _ in range(100 * count):
-        one = Grouping.from_assignment(tasks, rng.permutation(even).tolist())
+    for one in islice(random_groupings(tasks, groups, rng), 100 * count):
         found.setdefault(one.name, one)
         if len(found) == count:
             break
@@ -117,16 +117,14 @@ def judged(
         task.name: asdict(intraclass_correlation([[_log_loss(r, task.name) for r in row] for row in grouped]))
         for task in tasks
     }
-    means = [mean_of([r["score"] for r in row]).value for row in grouped]
 
     def lead(results: Sequence[Sequence[float]]) -> dict[str, Any]:
-        """By how many per cent a mean loss is lower than naive MTL's, over seeds."""
+        """By how many per cent the first mean loss of a pair is lower than the second, over seeds."""
         return asdict(mean_of([100 * (1 - math.exp(a - b)) for a, b in results]))
 
     middle = [mean_of([row[i]["score"] for row in grouped]).value for i in range(len(naive))]
     random = lead([(m, n["score"]) for m, n in zip(middle, naive, strict=True)])
     ours = lead([(p["score"], m) for p, m in zip(proposed, middle, strict=True)])
-    best = lead([(grouped[int(np.argmin(means))][i]["score"], n["score"]) for i, n in enumerate(naive)])
     wider = lead([(w["score"], n["score"]) for w, n in zip(wide, naive, strict=True)]) if wide else None
     ahead = lead([(w["score"], m) for w, m in zip(wide, middle, strict=True)]) if wide else None
     names = [task.name for task in tasks]
@@ -134,7 +132,6 @@ def judged(
         "correlation": asdict(overall),
         "by_task": by_task,
         "random": random,
-        "best_of_random": best,
         "proposed_over_random": ours,
         "agreement": agreement([Grouping.from_dict(p["grouping"], names) for p in proposed]),
         "wide": wider,

@@ -10,15 +10,15 @@ from typing import Any
 from dmtg_core.grouping import Grouping
 from dmtg_core.metrics import error_of, total_error
 from dmtg_core.tasks import Task
-from pipelines.cells import Result
-from pipelines.contestants import GUIDED, LONG, Contest
+from pipelines.cells import NAIVE, WIDE, Result
+from pipelines.contestants import GUIDED, LONG, SELECTED, Contest
 from pipelines.significance import agreement, mean_of, together_share
 from pipelines.standings import gain as gain_of
 from pipelines.standings import numbers
 
 Results = Mapping[str, Mapping[int, Sequence[Result]]]
-NAIVE, RANDOM, WIDE = "naive_mtl", "random", "wide"
-AFFINITIES = ("cs", "tag", "etap", "gradtag", "hoa", "reading")
+RANDOM = "random"
+AFFINITIES = (*SELECTED, "hoa")
 
 
 def comparison(
@@ -157,7 +157,7 @@ def verdicts(
     seeds = by_name[reference]["gain"]["count"]
     said = [_of_gain(by_name[reference], seeds)] if reference != NAIVE else []
     rivals = [RANDOM, WIDE, *(f"{name}{LONG}" for name in (RANDOM, WIDE))]
-    affinities = [by_name[name] for name in AFFINITIES if name in by_name and name != "reading"]
+    affinities = [by_name[name] for name in AFFINITIES if name in by_name]
     if affinities:
         rivals.insert(2, max(affinities, key=lambda row: row["gain"]["value"])["method"])
     if reference != NAIVE:

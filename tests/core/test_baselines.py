@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dmtg_core import ArrayData, Grouping, GroupingNetwork, LocalContext, TrainSettings, evaluate, training_flops
-from dmtg_core.baselines import apart, hard_network, together, train_hard, train_naive_with_affinities
+from dmtg_core import ArrayData, Grouping, LocalContext, TrainSettings, evaluate, training_flops
+from dmtg_core.baselines import hard_network, together, train_hard, train_naive_with_affinities
 from dmtg_core.cost import naive_flops, wide_spec
 from dmtg_core.training import score_of
 from tests.core import samples
@@ -17,6 +17,7 @@ from tests.core.samples import SAMPLEWISE, assert_same_tensors, mlp_spec, snapsh
 SPEC = mlp_spec(SAMPLEWISE[:4])
 SETTINGS = TrainSettings(epochs=3, batch_size=16, learning_rate=1e-2)
 CPU = LocalContext(device="cpu")
+APART = Grouping.of([[task.name] for task in SPEC.tasks])
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def data() -> ArrayData:
     return samples.data(SPEC.input, SPEC.tasks, missing=0.2)
 
 
-@pytest.mark.parametrize("grouping", [together(SPEC), apart(SPEC), Grouping.from_assignment(
+@pytest.mark.parametrize("grouping", [together(SPEC), APART, Grouping.from_assignment(
     [task.name for task in SPEC.tasks], [0, 1, 0, 1])])  # fmt: skip
 def test_a_hard_network_keeps_its_groups_and_its_best_epoch(data: ArrayData, grouping: Grouping) -> None:
     records: list[float] = []
@@ -43,10 +44,10 @@ def test_a_hard_network_keeps_its_groups_and_its_best_epoch(data: ArrayData, gro
 def test_costs_are_in_units_of_naive_mtl(data: ArrayData) -> None:
     unit = naive_flops(SPEC)
     naive = train_hard(hard_network(SPEC, together(SPEC)), data, SETTINGS, context=CPU, unit=unit)
-    four = train_hard(hard_network(SPEC, apart(SPEC)), data, SETTINGS, context=CPU, unit=unit)
+    four = train_hard(hard_network(SPEC, APART), data, SETTINGS, context=CPU, unit=unit)
     wide = train_hard(hard_network(wide_spec(SPEC), together(SPEC)), data, SETTINGS, context=CPU, unit=unit)
     assert naive.cost == 1
-    assert four.cost == pytest.approx(training_flops(hard_network(SPEC, apart(SPEC))) / unit)
+    assert four.cost == pytest.approx(training_flops(hard_network(SPEC, APART)) / unit)
     assert 3 < four.cost <= 4
     assert 2 < wide.cost <= SPEC.groups
 
@@ -70,4 +71,3 @@ def test_two_networks_of_one_seed_begin_alike() -> None:
     other = hard_network(replace(SPEC, seed=SPEC.seed + 1), together(SPEC))
     assert_same_tensors(snapshot(first), snapshot(again))
     assert not torch.equal(next(iter(first.branches.parameters())), next(iter(other.branches.parameters())))
-    assert isinstance(first, GroupingNetwork)

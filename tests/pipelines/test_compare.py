@@ -21,7 +21,6 @@ from pipelines.errors import UserError
 from pipelines.preflight import draw, judged, signal
 from pipelines.sections import checked
 from pipelines.sources import build_source
-from pipelines.storage import locate
 from pipelines.tables import verdicts
 from tests.core.planted import planted_data
 
@@ -42,7 +41,7 @@ def config_of(work: Path, **sections: Any) -> Config:
             "methods": METHODS,
             "seeds": [1, 2],
             "random_draws": 2,
-            "variants": {"narrow": {"wide": False}},
+            "variants": {"narrow": {"wide": False, "share": 0.4}},
             "groupings": {"truth": [["task_0", "task_2"], ["task_1", "task_3"]]},
         },
         "signal": {"partitions": 3, "seeds": [1, 2]},
@@ -179,6 +178,14 @@ def test_cells_are_shared_between_methods_that_come_to_the_same_grouping() -> No
     assert Cell.of(one, 1).kind == GROUPING
 
 
+def test_a_variant_of_one_name_with_other_changes_is_another_cell(tmp_path: Path) -> None:
+    names = set()
+    for starts in (2, 3):
+        contest = Contest(config_of(tmp_path, compare={"variants": {"mine": {"starts": starts}}}), ("a", "b"))
+        names |= {cell.name for cell in first_cells(contest, "mine", 1)}
+    assert len(names) == 2
+
+
 def test_draws_differ_by_seed_and_are_balanced(tmp_path: Path) -> None:
     contest = Contest(config_of(tmp_path, compare={"random_draws": 5}), tuple("abcdefg"))
     first, other = contest.draws(1), contest.draws(2)
@@ -210,6 +217,7 @@ def test_hoa_relates_what_a_task_loses_in_a_pair_to_what_it_loses_alone(tmp_path
         ({"compare": {"methods": ["exhaustive"]}}, "7 tasks have too many partitions"),
         ({"compare": {"variants": {"tag": {}}}}, "there is more than one tag"),
         ({"compare": {"variants": {"mine": {"strats": 2}}}}, "unknown key compare.variants.mine.strats"),
+        ({"compare": {"variants": {"mine": {"group_epochs": 2}}}}, "does not depend on group_epochs"),
         ({"compare": {"groupings": {"mine": [["task_0"]]}}}, "groups must cover the tasks"),
     ],
 )
@@ -305,4 +313,3 @@ def test_the_planted_source_is_the_planted_problem() -> None:
     assert found["task.task_1"] == data.splits["val"].labels["task_1"][10]
     with pytest.raises(UserError, match="9 groups need at least 9 tasks"):
         build_source("planted", "", {"groups": 9, "tasks": 3}).describe()
-    assert locate("somewhere").local is not None
