@@ -25,7 +25,11 @@ def test_a_profile_has_a_trace_a_table_and_shares_that_add_up(tmp_path):
     trace = json.loads(gzip.decompress((tmp_path / TRACE).read_bytes()))
     names = [event.get("name") for event in trace["traceEvents"]]
     assert [names.count(part) for part in ("data", "forward", "backward")] == [4, 4, 4]
-    assert "_fused_adam_" in (tmp_path / OPERATORS).read_text()
+    assert any("_fused_adam_" in str(name) for name in names)
+    # the table holds the slowest operators alone, and which these are depends on the machine
+    table = (tmp_path / OPERATORS).read_text()
+    assert "Self CPU" in table
+    assert "aten::" in table
 
 
 def test_waiting_for_data_shows_as_such(tmp_path):
