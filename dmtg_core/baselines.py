@@ -13,11 +13,12 @@ from itertools import islice
 from torch import Tensor
 
 from dmtg_core.context import LocalContext, TrainContext
-from dmtg_core.cost import naive_flops, training_flops
+from dmtg_core.cost import inference_cost, naive_flops, training_flops
 from dmtg_core.data import Data
+from dmtg_core.distillation import TaughtData
 from dmtg_core.grouping import Grouping
 from dmtg_core.metrics import Metrics
-from dmtg_core.network import GroupingNetwork, NetworkSpec
+from dmtg_core.network import GroupingNetwork, NetworkSpec, clone
 from dmtg_core.pairwise import DIRECTIONS, GradientAffinities, projected_affinity
 from dmtg_core.settings import TrainSettings
 from dmtg_core.training import TrainState, advance, evaluate
@@ -84,6 +85,42 @@ def train_hard(
     state.take_best()
     metrics = {split: evaluate(state.network, data, split, context=context) for split in splits}
     return Trained(state.network.eval(), state.best_score, metrics, cost)
+
+
+def train_distilled(
+    specs: Sequence[NetworkSpec],
+    data: Data,
+    settings: TrainSettings,
+    longer: TrainSettings,
+    *,
+    splits: Sequence[str] = ("val", "test"),
+    unit: int = 0,
+) -> Trained:
+    """Networks of one group each; the best of them on validation learns on from all, as a search's best does.
+
+    Args:
+        specs: The networks, which differ in their seeds.
+        settings: Of each of them.
+        longer: Of what follows, see `SearchOptions.distilled`.
+        splits, unit: As for `train_hard`.
+
+    Raises:
+        NonFiniteLossError: When the loss stops being finite.
+    """
+    trained = [
+        train_hard(hard_network(spec, together(spec)), data, settings, splits=("val",), unit=unit)
+        for spec in specs
+    ]
+    teachers, best = [one.network for one in trained], min(trained, key=lambda one: one.score)
+    context = LocalContext()
+    state = TrainState.fresh(clone(best.network), longer)
+    state.consider(best.score)
+    advance(state, TaughtData(data, teachers, longer.precision), longer, context, until=longer.epochs)
+    state.take_best()
+    step = training_flops(state.network) + sum(inference_cost(teacher).flops for teacher in teachers)
+    cost = step * longer.epochs / (settings.epochs * (unit or naive_flops(specs[0])))
+    metrics = {split: evaluate(state.network, data, split, context=context) for split in splits}
+    return Trained(state.network.eval(), state.best_score, metrics, cost + sum(one.cost for one in trained))
 
 
 def train_naive_with_affinities(

@@ -25,8 +25,12 @@ _ELEMENTWISE: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def valid(task: Task, target: Tensor) -> Tensor:
-    """Where `target` holds a label, bool of its shape."""
-    return target != task.ignore_index if task.classes else ~target.isnan()
+    """Where `target` holds a label: bool of its shape, for probabilities of classes without their axis."""
+    if not task.classes:
+        return ~target.isnan()
+    if target.is_floating_point():
+        return torch.ones_like(target.select(1, 0), dtype=torch.bool)
+    return target != task.ignore_index
 
 
 def label_counts(tasks: Sequence[Task], targets: Mapping[str, Tensor]) -> Tensor:
@@ -90,11 +94,7 @@ def dense_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
     output = output.float()
     if task.loss == "l1_shift":
         return shifted_l1(output, target)
-    if task.kind == "dense_classification":
-        loss = F.cross_entropy(output, target, ignore_index=task.ignore_index, reduction="none")
-    else:
-        loss = masked_elementwise(task.loss, output, target)
-    return loss.flatten(1).sum(1)
+    return _by_label(task, output, target).flatten(1).sum(1)
 
 
 def sample_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
@@ -102,9 +102,16 @@ def sample_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
     if task.dense:
         return dense_loss(task, output, target)
     output = output.float()
-    if task.kind == "multiclass":
-        return F.cross_entropy(output, target, ignore_index=task.ignore_index, reduction="none")
-    return masked_elementwise(task.loss, output, target).reshape(len(target), -1).sum(1)
+    return _by_label(task, output, target).reshape(len(target), -1).sum(1)
+
+
+def _by_label(task: Task, output: Tensor, target: Tensor) -> Tensor:
+    """The loss of each label; targets may be class ids or, never missing, probabilities of classes `(B, C, …)`."""
+    if not task.classes:
+        return masked_elementwise(task.loss, output, target)
+    if target.is_floating_point():
+        return F.cross_entropy(output, target, reduction="none")
+    return F.cross_entropy(output, target, ignore_index=task.ignore_index, reduction="none")
 
 
 class PairLosses(nn.Module):
@@ -167,7 +174,12 @@ class PairLosses(nn.Module):
         tasks = [self.tasks[n] for n in self.members[number]]
         which = self.get_buffer(f"target_{number}")
         out = rows.index_select(0, self.get_buffer(f"rows_{number}"))  # (P·C, B)
-        if tasks[0].kind == "multiclass":
+        if tasks[0].classes and targets[tasks[0].name].is_floating_point():
+            stacked = torch.stack([targets[t.name].T for t in tasks])  # (N, C, B)
+            return F.cross_entropy(
+                out.unflatten(0, (-1, channels)), stacked.index_select(0, which), reduction="none"
+            )
+        if tasks[0].classes:
             stacked = torch.stack([targets[t.name].masked_fill(~valid(t, targets[t.name]), -1) for t in tasks])
             wanted = stacked.index_select(0, which)  # (P, B)
             return F.cross_entropy(out.unflatten(0, (-1, channels)), wanted, ignore_index=-1, reduction="none")

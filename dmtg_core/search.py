@@ -7,7 +7,8 @@ The method "guided" starts from evidence. One wide branch, trained for all tasks
 them read the same of its input (`reading_overlap`), and one gate starts at the groups that follow from it. Beside
 it run undecided gates, because where tasks do not conflict sharing for longer is worth more than any grouping, and
 one wide encoder at the cost of all branches, because where capacity is all that counts no grouping beats it.
-Candidates that are far behind when the search ends stop there; the best on validation data is the result.
+Candidates that are far behind when the search ends stop there. The best of the others on validation data learns on
+from all of them (see `distillation`): what each has learned is kept, at the inference cost of one.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ import torch
 from dmtg_core import checkpoint
 from dmtg_core.affinity import cluster, reading_overlap
 from dmtg_core.context import LocalContext, TrainContext
-from dmtg_core.cost import naive_flops, training_flops, wide_spec
+from dmtg_core.cost import inference_cost, naive_flops, training_flops, wide_spec
 from dmtg_core.data import Data
+from dmtg_core.distillation import TaughtData
 from dmtg_core.encoders import WIDTHS
 from dmtg_core.grouping import Grouping
 from dmtg_core.metrics import Metrics
-from dmtg_core.network import GroupingNetwork, NetworkSpec
+from dmtg_core.network import GroupingNetwork, NetworkSpec, clone
 from dmtg_core.settings import TrainSettings
 from dmtg_core.training import TrainState, advance, evaluate
 from dmtg_core.warm_start import WarmStart
 
-BASELINE, AFFINITY, GUIDED, WIDE = "naive_mtl", "affinity", "guided", "wide"
+BASELINE, AFFINITY, GUIDED, WIDE, DISTILLED = "naive_mtl", "affinity", "guided", "wide", "distilled"
 METHODS = ("guided", "dmtg")
 AFFINITY_COST = 4  # of the branch that tasks are compared in, in units of what all K branches cost
 
@@ -54,6 +56,8 @@ class SearchOptions:
         within: How much worse than the best a candidate's score may be when the search ends and yet go on, beside
             what the best one's validation score changed from epoch to epoch ("guided"); with "dmtg" the best goes
             on alone.
+        distil_share: For how many more epochs, as a share of all, the best candidate learns from the mean of all
+            that were trained to their end ("guided"); 0 for none. Where there is but one, nothing can be learned.
 
     Raises:
         ValueError: For an unknown method or a number out of range.
@@ -65,6 +69,7 @@ class SearchOptions:
     affinity_share: float = 0.1
     probability: float = 0.9
     within: float = 0.03
+    distil_share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -78,6 +83,8 @@ class SearchOptions:
             raise ValueError(f"probability must be in (0, 1), got {self.probability}")
         if self.within < 0:
             raise ValueError(f"within must not be negative, got {self.within}")
+        if self.distil_share < 0:
+            raise ValueError(f"distil_share must not be negative, got {self.distil_share}")
 
     def affinity_epochs(self, settings: TrainSettings) -> int:
         """Epochs of the network that tasks are compared in, at least one."""
@@ -90,19 +97,26 @@ class SearchOptions:
             return starts or ["start_0"]
         return [GUIDED, *starts, *([WIDE] if self.wide and spec.encoder.name in WIDTHS else [])]
 
+    def distilled(self, settings: TrainSettings) -> TrainSettings:
+        """How the best candidate learns on: from the first learning rate again, and every epoch may be best."""
+        epochs = max(round(self.distil_share * settings.epochs), 1)
+        return replace(settings, epochs=epochs, search_share=1.0)
+
 
 @dataclass
 class SearchState:
     """Where a search stands: what a checkpoint holds.
 
     `results` has an entry for each finished stage, in order. `held` are candidates whose search has ended and that
-    may go on. `plan` is what the search was asked for; a checkpoint of another plan is refused.
+    may go on, `trained` the networks of those that came to their end. `plan` is what the search was asked for; a
+    checkpoint of another plan is refused.
     """
 
     plan: dict[str, Any]
     results: list[dict[str, Any]] = field(default_factory=list)
     current: TrainState | None = None
     held: dict[str, TrainState] = field(default_factory=dict)
+    trained: dict[str, GroupingNetwork] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write everything into `folder`."""
@@ -110,6 +124,8 @@ class SearchState:
             self.current.save(folder / "current")
         for name, state in self.held.items():
             state.save(folder / "held" / name)
+        for name, network in self.trained.items():
+            checkpoint.save_network(folder / "trained" / name, network)
         checkpoint.write_json(
             folder / "search.json",
             {
@@ -117,6 +133,7 @@ class SearchState:
                 "results": self.results,
                 "current": self.current is not None,
                 "held": list(self.held),
+                "trained": list(self.trained),
             },
         )
 
@@ -129,14 +146,18 @@ class SearchState:
         Raises:
             ValueError: When a file is missing or damaged, or the checkpoint is of another plan.
         """
-        described = checkpoint.read_json(folder / "search.json", "plan", "results", "current", "held")
+        keys = ("plan", "results", "current", "held", "trained")
+        described = checkpoint.read_json(folder / "search.json", *keys)
         if described["plan"] != plan:
             other = described["plan"]
             changed = sorted(key for key in {*plan, *other} if plan.get(key) != other.get(key))
             raise ValueError(f"{folder}: checkpoint of another search, differing in {', '.join(changed)}")
         current = TrainState.load(folder / "current", settings, device) if described["current"] else None
         held = {name: TrainState.load(folder / "held" / name, settings, device) for name in described["held"]}
-        return cls(plan, described["results"], current, held)
+        trained = {
+            name: checkpoint.load_network(folder / "trained" / name, device) for name in described["trained"]
+        }
+        return cls(plan, described["results"], current, held, trained)
 
 
 @dataclass(frozen=True)
@@ -147,6 +168,8 @@ class SearchResult:
         network: The hard network with the weights of its best epoch, in evaluation mode.
         grouping: Its grouping; one group where the wide encoder was best.
         chosen: The candidate that it is.
+        distilled: What learning on from all candidates did: `teachers`, the best `score` before and after it
+            (`final`), and whether that was `kept`; empty where there was nothing to learn.
         metrics: Split → task → metric → value.
         baseline: The same of naive MTL; empty when it was not asked for.
         candidates: For each: `stage`, `grouping`, `score` (the lowest mean logarithm of the validation losses in
@@ -160,6 +183,7 @@ class SearchResult:
     network: GroupingNetwork
     grouping: Grouping
     chosen: str
+    distilled: dict[str, Any]
     metrics: dict[str, Metrics]
     baseline: dict[str, Metrics]
     candidates: list[dict[str, Any]]
@@ -261,6 +285,8 @@ class _Search:
         for name in self._going_on():
             if "final" not in self._result(name):
                 self._finish(name)
+        if self._teachers() and not self._done(DISTILLED):
+            self._distil()
         return self._conclude()
 
     def _done(self, name: str) -> bool:
@@ -327,30 +353,54 @@ class _Search:
         state = self.state.current
         self._advance(name, state, self._settings(name), self.settings.epochs)
         state.take_best()
-        # the moments of the optimiser are of no use any more, those that lost neither
-        finals = [r["final"] for r in self.state.results if "final" in r]
-        if all(state.best_score < final for final in finals):
-            self.state.held = {
-                kept: held for kept, held in self.state.held.items() if "final" not in self._result(kept)
-            }
-            self.state.held[name] = state
+        state.network.keep(state.network.gate.survivors(2.0))
+        self.state.trained[name] = state.network
         result = self._result(name)
         result["final"], result["cost"] = state.best_score, result["cost"] + self._spent(state, result["epochs"])
         self.state.current = None
 
+    def _best(self) -> str:
+        """The candidate with the best validation score of those that were trained to their end."""
+        finals = {name: self._result(name)["final"] for name in self.state.trained if name != DISTILLED}
+        return min(finals, key=finals.__getitem__)
+
+    def _teachers(self) -> list[str]:
+        """Those that the best candidate learns from; none where it would be itself alone."""
+        names = [name for name in self.state.trained if name != DISTILLED]
+        return names if len(names) > 1 and self.options.distil_share else []
+
+    def _distil(self) -> None:
+        best, settings = self._best(), self.options.distilled(self.settings)
+        teachers = [self.state.trained[name].to(self.context.device) for name in self._teachers()]
+        if self.state.current is None:
+            self.state.current = TrainState.fresh(clone(self.state.trained[best]), settings)
+            self.state.current.consider(self._result(best)["final"])
+        state = self.state.current
+        self._advance(
+            DISTILLED, state, settings, settings.epochs, TaughtData(self.data, teachers, settings.precision)
+        )
+        state.take_best()
+        self.state.trained[DISTILLED] = state.network
+        self._end(DISTILLED, state, final=state.best_score, teachers=self._teachers())
+        looked = settings.epochs * sum(inference_cost(teacher).flops for teacher in teachers)
+        self._result(DISTILLED)["cost"] += looked
+
     def _conclude(self) -> SearchResult:
-        finals = {r["stage"]: r["final"] for r in self.state.results if "final" in r}
-        chosen = min(finals, key=finals.__getitem__)
-        state = self.state.held[chosen]
-        state.keep(state.network.gate.survivors(2.0), self.settings)
-        network = state.network.eval()
+        chosen, after = self._best(), self._result(DISTILLED) if self._done(DISTILLED) else None
+        network = self.state.trained[DISTILLED if after else chosen].eval()
         by_name = {result["stage"]: result for result in self.state.results}
         naive = naive_flops(self.spec) * self.settings.epochs
         spent = sum(result["cost"] for result in self.state.results if result["stage"] != BASELINE)
+        distilled: dict[str, Any] = {}
+        if after is not None:
+            before = by_name[chosen]["final"]
+            distilled = {"teachers": after["teachers"], "score": before, "final": after["final"]}
+            distilled["kept"] = after["final"] < before
         return SearchResult(
             network=network,
             grouping=network.grouping(),
             chosen=chosen,
+            distilled=distilled,
             metrics=self._evaluate(network),
             baseline=by_name.get(BASELINE, {}).get("metrics", {}),
             candidates=[
@@ -377,9 +427,11 @@ class _Search:
             self.state.current = TrainState.fresh(network, settings or self.settings)
         return self.state.current
 
-    def _advance(self, stage: str, state: TrainState, settings: TrainSettings, until: int) -> None:
+    def _advance(
+        self, stage: str, state: TrainState, settings: TrainSettings, until: int, data: Data | None = None
+    ) -> None:
         advance(
-            state, self.data, settings, self.context, until=until,
+            state, data or self.data, settings, self.context, until=until,
             on_epoch=lambda s: self.context.report({"stage": stage, **s.history[-1]}, self.state.save),
             on_step=lambda _: self.context.report(None, self.state.save),
         )  # fmt: skip

@@ -106,7 +106,7 @@ class WeighedLoss(nn.Module):
         Returns:
             The loss to differentiate; detached, each task's gated loss `(N,)` and each pair's loss `(P,)`.
         """
-        with _autocast(self.precision, batch.inputs.device):
+        with autocast(self.precision, batch.inputs.device):
             outputs = self.network.forward_pairs(batch.inputs)
         losses = self.pair_losses(outputs, batch.targets) / counts[self.task_of].unsqueeze(1)  # (P, B)
         gate = self.network.gate(temperature, noise)[..., self.task_of, self.branch_of]  # (P,) or (B, P)
@@ -122,13 +122,14 @@ class WeighedLoss(nn.Module):
 
     def apart(self, batch: Batch, counts: Tensor) -> list[Tensor]:
         """A scalar for each pair, where every task has a single head and so a gate of 1; not weighed by task."""
-        with _autocast(self.precision, batch.inputs.device):
+        with autocast(self.precision, batch.inputs.device):
             outputs = self.network.forward_pairs(batch.inputs)
         rows = self.pair_losses.apart(outputs, batch.targets)
         return [row.sum() / counts[n] for row, (_, n) in zip(rows, self.network.pairs, strict=True)]
 
 
-def _autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """What the encoders are computed in, see `TrainSettings.precision`."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 

@@ -12,7 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dmtg_core.affinity import cluster, reading_overlap
-from dmtg_core.baselines import hard_network, together, train_hard, train_naive_with_affinities
+from dmtg_core.baselines import (
+    hard_network,
+    together,
+    train_distilled,
+    train_hard,
+    train_naive_with_affinities,
+)
 from dmtg_core.context import LocalContext
 from dmtg_core.cost import inference_cost, naive_flops, training_flops, wide_spec
 from dmtg_core.data import Data
@@ -30,8 +36,8 @@ from pipelines.ingest import Reader, open_data
 from pipelines.storage import Location
 
 CELLS = "cells"
-NAIVE, WIDE, GROUPING, PAIR, PROPOSAL, SEARCH = (
-    "naive_mtl", "wide", "grouping", "pair", "proposal", "search"
+NAIVE, WIDE, DISTILLED_WIDE, GROUPING, PAIR, PROPOSAL, SEARCH = (
+    "naive_mtl", "wide", "wide_distilled", "grouping", "pair", "proposal", "search"
 )  # fmt: skip
 Result = dict[str, Any]
 
@@ -41,8 +47,9 @@ class Cell:
     """One thing to train.
 
     Args:
-        kind: NAIVE (with the affinities that published selectors collect), WIDE, GROUPING, PAIR, PROPOSAL (the
-            groups that the guided search starts from, trained as they are) or SEARCH.
+        kind: NAIVE (with the affinities that published selectors collect), WIDE, DISTILLED_WIDE (the best of three
+            wide encoders, which learns on from all of them), GROUPING, PAIR, PROPOSAL (the groups that the guided
+            search starts from, trained as they are) or SEARCH.
         seed: Of initial weights, order of data and gate noise.
         epochs: How many, where it is not `train.epochs`; 0 for these.
         groups: The groups of a GROUPING; the tasks of a PAIR.
@@ -175,6 +182,16 @@ def _wide(
     return _described(done.network, done.score, done.metrics, done.cost)
 
 
+def _distilled_wide(
+    _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], config: Config
+) -> Result:
+    # as many as a search has candidates
+    specs = [replace(wide_spec(spec), seed=spec.seed + n) for n in range(3)]
+    longer = config.search_options().distilled(settings)
+    done = train_distilled(specs, data, settings, longer, splits=splits, unit=naive_flops(spec))
+    return _described(done.network, done.score, done.metrics, done.cost)
+
+
 def _grouping(
     cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
 ) -> Result:
@@ -216,6 +233,7 @@ def _search(
     chosen = next(candidate for candidate in found.candidates if candidate["stage"] == found.chosen)
     return _described(found.network, score_of(found.metrics["val"]), found.metrics, found.cost) | {
         "chosen": found.chosen,
+        "distilled": found.distilled,
         "candidates": found.candidates,
         "affinity": found.affinity,
         "affinity_cost": found.affinity_cost,
@@ -226,6 +244,7 @@ def _search(
 TRAIN: Mapping[str, Callable[..., Result]] = {
     NAIVE: _naive,
     WIDE: _wide,
+    DISTILLED_WIDE: _distilled_wide,
     GROUPING: _grouping,
     PAIR: _pair,
     PROPOSAL: _proposal,

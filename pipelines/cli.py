@@ -159,8 +159,11 @@ def _summary(config: Config, done: Trained) -> None:
         scores = [f"{c['stage']} {c['score'] if c['final'] is None else c['final']:.4f}"
                   f"{' (stopped)' if c['final'] is None else ''}" for c in done.result["candidates"]]  # fmt: skip
         cost = done.result["training_cost"]
+        after = done.result["distilled"]
+        learned = f"; learned on from {', '.join(after['teachers'])}: {after['final']:.4f}" if after else ""
         say(
-            f"kept {done.result['chosen']} by validation: {', '.join(scores)}; {cost:.1f} runs of naive MTL in all"
+            f"kept {done.result['chosen']} by validation: {', '.join(scores)}{learned}; "
+            f"{cost:.1f} runs of naive MTL in all"
         )
     for note in done.result["notes"]:
         say(f"note: {note}")

@@ -170,11 +170,11 @@ def methods_of(config: Config, tasks: Sequence[Task]) -> list[str]:
             remedy=f"leave exhaustive out, or name at most {EXHAUSTIVE_TASKS} tasks in data.tasks",
             wrong_use=True,
         )
-    if "wide" in chosen and config.network.encoder not in WIDTHS:
+    if {"wide", "wide_distilled"} & {*chosen} and config.network.encoder not in WIDTHS:
         raise UserError(
             f"encoder {config.network.encoder} has fixed widths and cannot be made wide",
             where="compare.methods: wide",
-            remedy="leave wide out of compare.methods",
+            remedy="leave wide and wide_distilled out of compare.methods",
             wrong_use=True,
         )
     named = [*config.compare.variants, *config.compare.groupings]

@@ -16,7 +16,7 @@ import torch
 from dmtg_core.affinity import cluster
 from dmtg_core.grouping import Grouping
 from dmtg_core.selection import best_partition
-from pipelines.cells import NAIVE, PAIR, SEARCH, WIDE, Cell, Result
+from pipelines.cells import DISTILLED_WIDE, NAIVE, PAIR, SEARCH, WIDE, Cell, Result
 from pipelines.config import Config
 
 EXHAUSTIVE_TASKS = 6  # six tasks have 122 partitions into three groups, eight have 1,094
@@ -88,6 +88,7 @@ FIRST: Mapping[str, First] = {
     "naive_mtl": _naive,
     "single_task": _singles,
     "wide": lambda _contest, seed: [Cell(WIDE, seed)],
+    "wide_distilled": lambda _contest, seed: [Cell(DISTILLED_WIDE, seed)],
     "random": lambda contest, seed: [Cell.of(grouping, seed) for grouping in contest.draws(seed)],
     **dict.fromkeys(SELECTED, _naive),
     "reading": GUIDED_SEARCH,

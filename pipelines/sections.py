@@ -216,6 +216,12 @@ class SearchSection(Section):
         description="guided: a candidate stops with the search whose validation score is worse by more than this "
         "and what the best one's score changes from epoch to epoch",
     )
+    distil_share: float = Field(
+        1.0,
+        ge=0,
+        description="guided: for how many more epochs, as a share of train.epochs, the best candidate learns from "
+        "the mean prediction of all that were trained to their end; 0 for none",
+    )
     share: float = Field(0.5, gt=0, le=1, description="share of the epochs in which the gate learns")
     group_epochs: int = Field(
         0, ge=0, description="epochs that each group then trains on its own, all groups at once if there is room"
@@ -262,12 +268,15 @@ class CompareSection(Section):
 
     methods: tuple[
         Literal[
-            "naive_mtl", "single_task", "wide", "random", "cs", "tag", "etap", "gradtag", "reading", "hoa",
-            "exhaustive", "dmtg", "guided", "retrained",
+            "naive_mtl", "single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag",
+            "reading", "hoa", "exhaustive", "dmtg", "guided", "retrained",
         ],
         ...,
     ] = Field(
-        ("single_task", "wide", "random", "cs", "tag", "etap", "gradtag", "dmtg", "guided", "retrained"),
+        (
+            "single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag", "dmtg", "guided",
+            "retrained",
+        ),
         description="what is compared; naive_mtl always is, for all are measured against it",
     )  # fmt: skip
     seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1, description="values of train.seed")

@@ -26,6 +26,7 @@ from dmtg_core import (
     training_flops,
 )
 from dmtg_core.search import _restless, _Search
+from dmtg_core.training import score_of
 from tests.core import samples
 from tests.core.samples import SAMPLEWISE, assert_same_tensors, mlp_spec
 from tests.core.test_training import Interrupted, without_times
@@ -36,13 +37,14 @@ SETTINGS = TrainSettings(
 )  # fmt: skip
 SPEC = mlp_spec(initial="gaussian", initial_scale=1.0)
 DMTG = SearchOptions("dmtg", starts=2)
-GUIDED = SearchOptions(within=10.0, affinity_share=0.25)  # far apart or not, all candidates go on
+GUIDED = SearchOptions(within=10.0, affinity_share=0.25, distil_share=0.5)  # far apart or not, all go on
 STAGES = [("naive_mtl", n) for n in (1, 2, 3, 4)]
 STAGES += [(f"start_{i}", n) for i in (0, 1) for n in (1, 2)]
 STAGES += [("start_0", n) for n in (3, 4)]
 CANDIDATES = ("guided", "start_0", "wide")
 GUIDED_STAGES = [("naive_mtl", n) for n in (1, 2, 3, 4)] + [("affinity", 1)]
 GUIDED_STAGES += [(name, n) for epochs in ((1, 2), (3, 4)) for name in CANDIDATES for n in epochs]
+GUIDED_STAGES += [("distilled", n) for n in (1, 2)]
 
 
 def local(folder=None, **options) -> LocalContext:
@@ -70,6 +72,7 @@ def assert_same_result(found, expected) -> None:
     assert found.baseline == expected.baseline
     assert found.candidates == expected.candidates
     assert (found.affinity, found.cost, found.chosen) == (expected.affinity, expected.cost, expected.chosen)
+    assert found.distilled == expected.distilled
 
 
 def test_stages_run_in_order_for_their_share_of_the_epochs(undisturbed):
@@ -253,6 +256,11 @@ def test_a_guided_search_compares_tasks_first_and_brings_all_near_candidates_to_
     assert result.chosen == min(finals, key=finals.__getitem__)
     for name, final in finals.items():
         assert final == min(r["val_score"] for r in records if r["stage"] == name and r["phase"] == "finetune")
+    assert result.distilled["teachers"] == list(CANDIDATES)
+    assert result.distilled["score"] == finals[result.chosen]
+    later = min(r["val_score"] for r in records if r["stage"] == "distilled")
+    assert result.distilled["final"] == min(later, finals[result.chosen])
+    assert result.distilled["kept"] == (later < finals[result.chosen])
     affinity = torch.tensor(result.affinity)
     assert affinity.shape == (len(SPEC.tasks),) * 2
     assert torch.allclose(affinity, affinity.T)
@@ -277,6 +285,27 @@ def test_candidates_far_behind_stop_when_the_search_ends(data, guided):
     assert [c["stage"] for c in found.candidates if c["final"] is not None] == [best]
     assert {r["stage"] for r in records if r["epoch"] > 2} == {"naive_mtl", best}
     assert found.cost < guided[0].cost
+    assert found.distilled == {}  # nobody is left to learn from
+
+
+def test_without_distillation_the_result_is_the_best_candidate_as_it_was(data, guided):
+    records = []
+    options = replace(GUIDED, distil_share=0.0)
+    found = search(SPEC, data, SETTINGS, options, context=local(on_record=records.append))
+    assert [(record["stage"], record["epoch"]) for record in records] == GUIDED_STAGES[:-2]
+    assert found.distilled == {}
+    assert found.candidates == guided[0].candidates
+    best = min(found.candidates, key=lambda candidate: candidate["final"])
+    assert score_of(found.metrics["val"]) == pytest.approx(best["final"], abs=1e-6)
+
+
+def test_what_is_learned_counts_the_steps_and_what_the_teachers_are_asked(data, guided):
+    plain = search(SPEC, data, SETTINGS, replace(GUIDED, distil_share=0.0), baseline=False, context=local())
+    naive = training_flops(GroupingNetwork(replace(SPEC, groups=1)))
+    spread = Grouping.from_assignment([t.name for t in SPEC.tasks], [n % 3 for n in range(len(SPEC.tasks))])
+    one = training_flops(guided[0].network)
+    extra = (guided[0].cost - plain.cost) * 4 * naive / 2 - one  # two of four epochs
+    assert 0 < extra <= 3 * grouping_cost(SPEC, spread).flops
 
 
 @pytest.mark.parametrize(("stage", "epoch"), GUIDED_STAGES)
@@ -343,6 +372,7 @@ def test_where_the_wide_encoder_is_best_it_is_the_result_at_no_higher_cost(data,
         ({"affinity_share": 0.0}, "affinity_share"),
         ({"probability": 1.0}, "probability"),
         ({"within": -0.1}, "within"),
+        ({"distil_share": -0.1}, "distil_share"),
     ],
 )
 def test_options_out_of_range_are_refused(options, problem):

@@ -25,8 +25,8 @@ from pipelines.tables import verdicts
 from tests.core.planted import planted_data
 
 # not among the tests that share one process and its Ray session: the other process would be idle when these begin
-METHODS = ["single_task", "wide", "random", "cs", "tag", "etap", "gradtag", "reading", "hoa", "exhaustive", "dmtg",
-           "guided", "retrained"]  # fmt: skip
+METHODS = ["single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag", "reading", "hoa",
+           "exhaustive", "dmtg", "guided", "retrained"]  # fmt: skip
 
 
 def config_of(work: Path, **sections: Any) -> Config:
@@ -75,7 +75,8 @@ def test_every_method_has_a_row_with_gain_costs_and_errors(compared: tuple[Confi
     assert rows["single_task"]["cost"] > 3
     assert rows["hoa"]["cost"] > rows["exhaustive"]["cost"] / 2 > rows["cs"]["cost"] > rows["random"]["cost"]
     assert rows["guided"]["behind"]["value"] == 0
-    assert rows["wide"]["flops"] <= rows["random"]["flops"]
+    assert rows["wide"]["flops"] == rows["wide_distilled"]["flops"] <= rows["random"]["flops"]
+    assert 4 * rows["wide"]["cost"] < rows["wide_distilled"]["cost"] <= 5 * rows["wide"]["cost"]
     assert rows["retrained"]["cost"] > rows["guided"]["cost"]
 
 

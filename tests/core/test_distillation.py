@@ -1,0 +1,110 @@
+"""Learning on from several networks: what targets become, and that it helps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dmtg_core import (
+    Batch,
+    EncoderSpec,
+    GroupingNetwork,
+    NetworkSpec,
+    Task,
+    TrainSettings,
+    evaluate,
+)
+from dmtg_core.baselines import hard_network, together, train_distilled, train_hard
+from dmtg_core.cost import wide_spec
+from dmtg_core.distillation import WEIGHT, TaughtData, mixed_target
+from dmtg_core.losses import PairLosses, label_counts, sample_loss, valid
+from dmtg_core.training import score_of
+from tests.core import samples
+from tests.core.planted import planted_data
+
+FLAG, COLOUR = Task("flag", "binary"), Task("colour", "multiclass", channels=3)
+PLACE, REGIONS = Task("place", "regression", channels=2), Task("regions", "dense_classification", channels=3)
+
+
+def test_a_labelled_flag_moves_towards_what_teachers_say_on_average_and_a_missing_one_is_that():
+    outputs = [torch.tensor([0.0, 2.0, -1.0]), torch.tensor([1.0, 2.0, 3.0])]
+    mean = (outputs[0].sigmoid() + outputs[1].sigmoid()) / 2
+    found = mixed_target(FLAG, torch.tensor([1.0, 0.0, torch.nan]), outputs)
+    expected = [(1 - WEIGHT) + WEIGHT * mean[0], WEIGHT * mean[1], mean[2]]
+    assert torch.allclose(found, torch.stack(expected))
+
+
+def test_values_are_mixed_in_network_units():
+    target = torch.tensor([[1.0, torch.nan], [3.0, 4.0]])
+    found = mixed_target(PLACE, target, [torch.full((2, 2), 2.0), torch.full((2, 2), 4.0)])
+    own = 1 - WEIGHT
+    assert torch.allclose(found, torch.tensor([[own + 3 * WEIGHT, 3.0], [3.0, 4 * own + 3 * WEIGHT]]))
+
+
+@pytest.mark.parametrize(("task", "shape"), [(COLOUR, ()), (REGIONS, (4, 5))])
+def test_class_ids_become_probabilities_of_the_classes(task, shape):
+    target = torch.randint(0, 3, (6, *shape))
+    target[0] = task.ignore_index
+    outputs = [torch.randn(6, 3, *shape) for _ in range(2)]
+    found = mixed_target(task, target, outputs)
+    mean = (outputs[0].softmax(1) + outputs[1].softmax(1)) / 2
+    assert found.shape == (6, 3, *shape)
+    assert torch.allclose(found.sum(1), torch.ones(6, *shape))
+    assert torch.allclose(found[0], mean[0])
+    chosen = found.gather(1, target.clamp(min=0).unsqueeze(1))[1:]
+    assert torch.allclose(
+        chosen, WEIGHT * mean.gather(1, target.clamp(min=0).unsqueeze(1))[1:] + 1 - WEIGHT, atol=1e-6
+    )
+    assert valid(task, found).shape == target.shape
+    assert valid(task, found).all()
+
+
+def test_losses_take_probabilities_and_count_a_label_for_each_sample_or_pixel():
+    spec = samples.image_spec(samples.ONE_OF_EACH, groups=2)
+    network = GroupingNetwork(spec)
+    batch = samples.batch(spec.input, spec.tasks)
+    soft = dict(batch.targets)
+    for task in spec.tasks:
+        if task.classes:
+            hard = batch.targets[task.name].where(valid(task, batch.targets[task.name]), 1)
+            soft[task.name] = F.one_hot(hard, task.channels).movedim(-1, 1).float()
+            batch.targets[task.name].copy_(hard)
+    assert torch.equal(label_counts(spec.tasks, soft), label_counts(spec.tasks, batch.targets))
+    outputs, losses = network.forward_pairs(batch.inputs), PairLosses(spec.tasks, network.pairs)
+    assert torch.allclose(losses(outputs, soft), losses(outputs, batch.targets), atol=1e-5)
+    hard_outputs = network(batch.inputs)
+    for task in spec.tasks:
+        one, other = (sample_loss(task, hard_outputs[task.name], t[task.name]) for t in (soft, batch.targets))
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-4), task.name
+
+
+def test_taught_data_changes_training_targets_alone_and_takes_up_in_the_middle_of_an_epoch():
+    spec = samples.mlp_spec()
+    data = samples.data(spec.input, spec.tasks, missing=0.3)
+    taught = TaughtData(data, [GroupingNetwork(replace(spec, seed=seed)) for seed in (1, 2)])
+    plain, mixed = list(data.train(1, 16)), list(taught.train(1, 16))
+    assert taught.steps(16) == data.steps(16) == len(mixed)
+    assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(plain, mixed, strict=True))
+    assert not any(torch.isnan(t).any() for b in mixed for t in b.targets.values() if t.is_floating_point())
+    same(list(taught.train(1, 16, start=1)), mixed[1:])
+    same(list(taught.evaluate("val", 16)), list(data.evaluate("val", 16)))
+
+
+def same(found: list[Batch], expected: list[Batch]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.inputs, b.inputs)
+        for name, target in b.targets.items():
+            assert torch.equal(a.targets[name].nan_to_num(-9), target.nan_to_num(-9))
+
+
+def test_three_networks_taught_to_one_are_better_than_each_of_them_at_the_same_cost_of_inference():
+    inputs, tasks, data, _ = planted_data(0)
+    spec = wide_spec(NetworkSpec(inputs, tasks, EncoderSpec("mlp", options={"widths": [16, 4]}), groups=3, seed=0))
+    settings = TrainSettings(epochs=6, batch_size=128, learning_rate=1e-2, seed=0)
+    specs = [replace(spec, seed=seed) for seed in (0, 1, 2)]
+    alone = [train_hard(hard_network(one, together(one)), data, settings) for one in specs]
+    taught = train_distilled(specs, data, settings, replace(settings, search_share=1.0))
+    assert taught.score < min(one.score for one in alone)
+    assert score_of(evaluate(taught.network, data, "test")) < min(score_of(one.metrics["test"]) for one in alone)
+    assert 4 < taught.cost <= 5  # three, one that learns, and what the three are asked: a forward pass each
