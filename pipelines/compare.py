@@ -25,9 +25,11 @@ from pipelines.contestants import (
     FIRST,
     GUIDED,
     LONG,
+    LONGER,
     Contest,
     entries,
     first_cells,
+    last_cells,
     second_cells,
 )
 from pipelines.errors import UserError
@@ -200,7 +202,7 @@ def methods_of(config: Config, tasks: Sequence[Task]) -> list[str]:
             ) from error
     chosen += named
     if config.compare.equal_budget and GUIDED in chosen:
-        chosen += [f"{name}{LONG}" for name in ("wide", "random") if name in chosen]
+        chosen += [f"{name}{LONG}" for name in LONGER if name in chosen]
     return chosen
 
 
@@ -233,11 +235,13 @@ def cell_job(config: Config, manifest: Manifest, tasks: Sequence[Task], folder: 
 def train_both(
     contest: Contest, methods: Sequence[str], job: CellJob, say: Callable[[str], None]
 ) -> dict[str, dict[int, list[Result]]]:
-    """Method → seed → what it came to. First what needs nothing, then what follows from it."""
+    """Method → seed → what it came to. First what needs nothing, then what follows from it, long runs last."""
     seeds = contest.config.compare.seeds
     base = [method.removesuffix(LONG) for method in methods]
     first: list[Cell] = list(chain.from_iterable(first_cells(contest, m, s) for s in seeds for m in base))
     found = train_cells(job, first, say)
-    second = chain.from_iterable(second_cells(contest, m, s, found) for s in seeds for m in methods)
-    found |= train_cells(job, second, say)
+    for cells, names in ((second_cells, base), (last_cells, methods)):
+        found |= train_cells(
+            job, chain.from_iterable(cells(contest, m, s, found) for s in seeds for m in names), say
+        )
     return {method: {seed: entries(contest, method, seed, found) for seed in seeds} for method in methods}

@@ -174,24 +174,31 @@ SECOND: Mapping[str, Second] = {
     "exhaustive": _best,
     "retrained": _retrained,
 }
-LONG = "_long"  # the same, trained for as many epochs as the guided search costs
 
 
 def second_cells(contest: Contest, method: str, seed: int, found: Found) -> list[Cell]:
-    """The networks that stand for a method in the end."""
-    if method.endswith(LONG):
-        own = first_cells(contest, method.removesuffix(LONG), seed)[:1]
-        times = found[_guided(contest, seed)]["cost"] / found[own[0]]["cost"]
-        epochs = max(round(contest.config.train.epochs * times), 1)
-        return [replace(cell, epochs=epochs) for cell in own]
+    """The networks that a method comes to with what its first cells found."""
     if method in SECOND:
         return SECOND[method](contest, seed, found)
     return first_cells(contest, method, seed)
 
 
+LONG = "_long"  # the same, trained for as many epochs as the guided search costs
+LONGER = ("wide", "random", "retrained")
+
+
+def last_cells(contest: Contest, method: str, seed: int, found: Found) -> list[Cell]:
+    """The networks that stand for a method in the end."""
+    if not method.endswith(LONG):
+        return second_cells(contest, method, seed, found)
+    (own, *_) = second_cells(contest, method.removesuffix(LONG), seed, found)
+    times = found[_guided(contest, seed)]["cost"] / found[own]["cost"]
+    return [replace(own, epochs=max(round(contest.config.train.epochs * times), 1))]
+
+
 def entries(contest: Contest, method: str, seed: int, found: Found) -> list[Result]:
     """What a method came to with a seed: several for draws, else one, each with its whole training cost."""
-    results = [found[cell] for cell in second_cells(contest, method, seed, found)]
+    results = [found[cell] for cell in last_cells(contest, method, seed, found)]
     if method == "single_task":
         return [_merged(contest, results)]
     spent = _spent_before(contest, method, seed, found)

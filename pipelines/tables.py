@@ -11,7 +11,7 @@ from dmtg_core.grouping import Grouping
 from dmtg_core.metrics import error_of, total_error
 from dmtg_core.tasks import Task
 from pipelines.cells import DISTILLED_WIDE, NAIVE, WIDE, Result
-from pipelines.contestants import GUIDED, LONG, SELECTED, Contest
+from pipelines.contestants import GUIDED, LONG, LONGER, SELECTED, Contest
 from pipelines.significance import agreement, mean_of, together_share
 from pipelines.standings import gain as gain_of
 from pipelines.standings import numbers
@@ -156,7 +156,7 @@ def verdicts(
     by_name = {row["method"]: row for row in rows}
     seeds = by_name[reference]["gain"]["count"]
     said = [_of_gain(by_name[reference], seeds)] if reference != NAIVE else []
-    rivals = [RANDOM, WIDE, *(f"{name}{LONG}" for name in (RANDOM, WIDE)), DISTILLED_WIDE]
+    rivals = [RANDOM, WIDE, *(f"{name}{LONG}" for name in LONGER), DISTILLED_WIDE]
     affinities = [by_name[name] for name in AFFINITIES if name in by_name]
     if affinities:
         rivals.insert(2, max(affinities, key=lambda row: row["gain"]["value"])["method"])
@@ -184,6 +184,7 @@ NAMES = {
     WIDE: "one wide encoder of the same cost",
     f"{RANDOM}{LONG}": "random groups trained for as long as the search",
     f"{WIDE}{LONG}": "the wide encoder trained for as long as the search",
+    f"retrained{LONG}": "its own groups trained from scratch for as long as the search",
     DISTILLED_WIDE: "the best of three wide encoders that learned on from all three, without any grouping",
 }
 
