@@ -3,12 +3,13 @@
 The method "dmtg" follows the paper: gates that start undecided. A single run can lock into an early accident, so
 several can be made; the one whose pruned network has the best validation score goes on.
 
-The method "guided" starts from evidence. One wide branch, trained for all tasks for a short while, shows which of
-them read the same of its input (`reading_overlap`), and one gate starts at the groups that follow from it. Beside
-it run undecided gates, because where tasks do not conflict sharing for longer is worth more than any grouping, and
-one wide encoder at the cost of all branches, because where capacity is all that counts no grouping beats it.
-Candidates that are far behind when the search ends stop there. The best of the others on validation data learns on
-from all of them (see `distillation`): what each has learned is kept, at the inference cost of one.
+The method "guided" starts from evidence. One wide branch, trained for all tasks until the picture is at rest,
+shows which of them read the same of its input (`reading_overlap`), and one gate starts at the groups that follow
+from it. Beside it run undecided gates, because where tasks do not conflict sharing for longer is worth more than
+any grouping, and one wide encoder at the cost of all branches, because where capacity is all that counts no
+grouping beats it. Candidates that are far behind when the search ends stop there. The best of the others on
+validation data learns on from all of them (see `distillation`): what each has learned is kept, at the inference
+cost of one.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dmtg_core import checkpoint
 from dmtg_core.affinity import cluster, reading_overlap
@@ -40,6 +42,7 @@ from dmtg_core.warm_start import WarmStart
 
 BASELINE, AFFINITY, GUIDED, WIDE, DISTILLED = "naive_mtl", "affinity", "guided", "wide", "distilled"
 METHODS = ("guided", "dmtg")
+AT_REST = 0.9  # adjusted Rand index of the groups of two epochs
 AFFINITY_COST = 4  # of the branch that tasks are compared in, in units of what all K branches cost
 
 
@@ -51,7 +54,8 @@ class SearchOptions:
         method: One of `METHODS`.
         starts: Gates that start undecided, each with a seed of its own.
         wide: Have one wide encoder, at the inference cost of all branches, among the candidates ("guided").
-        affinity_share: Share of the epochs that the network trains from which tasks are compared ("guided").
+        affinity_share, affinity_limit: Share of the epochs that the network trains in which tasks are compared, at
+            least and at most: it stops when the groups that follow no longer change ("guided").
         probability: With which a task begins in its proposed group ("guided").
         within: How much worse than the best a candidate's score may be when the search ends and yet go on, beside
             what the best one's validation score changed from epoch to epoch ("guided"); with "dmtg" the best goes
@@ -67,6 +71,7 @@ class SearchOptions:
     starts: int = 1
     wide: bool = True
     affinity_share: float = 0.1
+    affinity_limit: float = 0.3
     probability: float = 0.9
     within: float = 0.03
     distil_share: float = 1.0
@@ -77,8 +82,9 @@ class SearchOptions:
         fewest = 0 if self.method == "guided" else 1
         if self.starts < fewest:
             raise ValueError(f"starts must be at least {fewest}, got {self.starts}")
-        if not 0 < self.affinity_share <= 1:
-            raise ValueError(f"affinity_share must be in (0, 1], got {self.affinity_share}")
+        for name in ("affinity_share", "affinity_limit"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
         if not 0 < self.probability < 1:
             raise ValueError(f"probability must be in (0, 1), got {self.probability}")
         if self.within < 0:
@@ -86,9 +92,11 @@ class SearchOptions:
         if self.distil_share < 0:
             raise ValueError(f"distil_share must not be negative, got {self.distil_share}")
 
-    def affinity_epochs(self, settings: TrainSettings) -> int:
-        """Epochs of the network that tasks are compared in, at least one."""
-        return max(round(self.affinity_share * settings.epochs), 1)
+    def affinity_epochs(self, settings: TrainSettings) -> tuple[int, int]:
+        """The fewest and the most epochs of the network that tasks are compared in."""
+        shares = (self.affinity_share, max(self.affinity_share, self.affinity_limit))
+        least, most = (max(round(share * settings.epochs), 1) for share in shares)
+        return least, most
 
     def candidates(self, spec: NetworkSpec) -> list[str]:
         """Their names, in the order in which they are trained. One branch has nothing to be guided to."""
@@ -230,10 +238,58 @@ def affinity_plan(
     It is one branch that is wide enough for all tasks, if its encoder can be widened: one that is too narrow has
     to choose whom it serves, and shows its choice instead of what the tasks read.
     """
-    short = replace(settings, epochs=options.affinity_epochs(settings), search_share=1.0, lr_schedule="constant")
+    _, most = options.affinity_epochs(settings)
+    short = replace(settings, epochs=most, search_share=1.0, lr_schedule="constant")
     if spec.encoder.name in WIDTHS:
         return wide_spec(spec, AFFINITY_COST), short
     return replace(spec, groups=1, sampling="fixed"), short
+
+
+def compare_tasks(
+    state: TrainState,
+    data: Data,
+    settings: TrainSettings,
+    context: TrainContext,
+    *,
+    groups: int,
+    least: int,
+    on_epoch: Callable[[TrainState], None] | None = None,
+    on_step: Callable[[TrainState], None] | None = None,
+) -> Tensor:
+    """Train the network that tasks are compared in until the groups that follow from it have come to rest.
+
+    They have where an epoch moves hardly any task: an adjusted Rand index of `AT_REST` between two proposals.
+
+    Args:
+        state: As `affinity_plan` has it, of any epoch. Its records get what each epoch `proposed`.
+        data, context, on_epoch, on_step: As for `advance`.
+        settings: As `affinity_plan` gives them.
+        groups: How many to propose.
+        least: Epochs that it trains at any rate.
+
+    Returns:
+        `reading_overlap` `(N, N)` at the end.
+    """
+    names = [task.name for task in state.network.tasks]
+
+    def overlap() -> Tensor:
+        return reading_overlap(state.network, data, context=context)
+
+    def propose(trained: TrainState) -> None:
+        trained.history[-1]["proposed"] = cluster(overlap(), groups)
+        if on_epoch is not None:
+            on_epoch(trained)
+
+    def at_rest(trained: TrainState) -> bool:
+        if trained.epoch < max(least, 2):
+            return False
+        before, now = (Grouping.from_assignment(names, r["proposed"]) for r in trained.history[-2:])
+        return now.adjusted_rand_index(before) >= AT_REST
+
+    advance(
+        state, data, settings, context, until=settings.epochs, on_epoch=propose, on_step=on_step, enough=at_rest
+    )
+    return overlap()
 
 
 def _restless(scores: Sequence[float]) -> float:
@@ -306,9 +362,13 @@ class _Search:
         """Compare tasks, see `affinity_plan`."""
         spec, settings = affinity_plan(self.spec, self.settings, self.options)
         state = self._current(spec, None, settings)
-        self._advance(AFFINITY, state, settings, settings.epochs)
-        overlap = reading_overlap(state.network, self.data, context=self.context)
         groups = min(self.spec.groups, len(self.spec.tasks))
+        on_epoch, on_step = self._reports(AFFINITY)
+        least, _ = self.options.affinity_epochs(self.settings)
+        overlap = compare_tasks(
+            state, self.data, settings, self.context, groups=groups, least=least, on_epoch=on_epoch,
+            on_step=on_step,
+        )  # fmt: skip
         self._end(AFFINITY, state, affinity=overlap.tolist(), proposed=cluster(overlap, groups))
 
     def _search(self, name: str) -> None:
@@ -430,11 +490,16 @@ class _Search:
     def _advance(
         self, stage: str, state: TrainState, settings: TrainSettings, until: int, data: Data | None = None
     ) -> None:
-        advance(
-            state, data or self.data, settings, self.context, until=until,
-            on_epoch=lambda s: self.context.report({"stage": stage, **s.history[-1]}, self.state.save),
-            on_step=lambda _: self.context.report(None, self.state.save),
-        )  # fmt: skip
+        on_epoch, on_step = self._reports(stage)
+        data = data or self.data
+        advance(state, data, settings, self.context, until=until, on_epoch=on_epoch, on_step=on_step)
+
+    def _reports(self, stage: str) -> tuple[Callable[[TrainState], None], Callable[[TrainState], None]]:
+        """What is done after each epoch, and where a checkpoint within one is due."""
+        return (
+            lambda state: self.context.report({"stage": stage, **state.history[-1]}, self.state.save),
+            lambda _: self.context.report(None, self.state.save),
+        )
 
     def _spent(self, state: TrainState, since: int = 0) -> int:
         """Operations of a state's epochs from one on, in units of one sample."""

@@ -149,8 +149,9 @@ def advance(
     until: int,
     on_epoch: Callable[[TrainState], None] | None = None,
     on_step: Callable[[TrainState], None] | None = None,
+    enough: Callable[[TrainState], bool] | None = None,
 ) -> TrainState:
-    """Train until epoch number `until` is reached, from wherever in an epoch the state is.
+    """Train until epoch number `until` is reached, or between two epochs `enough` says so, from wherever it is.
 
     Before each epoch heads that fell under the threshold go, and with the end of the search all but each task's
     likeliest; after each epoch the hard network is validated and `on_epoch` is called with the state to save.
@@ -162,7 +163,7 @@ def advance(
     """
     state.network.to(context.device)
     module: nn.Module | None = None
-    while state.epoch < until:
+    while state.epoch < until and not (enough is not None and enough(state)):
         if _prune(state, settings) or module is None:
             prepare_network(state.network, settings, context)
             loss = WeighedLoss(state.network, settings.entropy_weight, settings.precision, settings.aggregator)

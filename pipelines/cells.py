@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dmtg_core.affinity import cluster, reading_overlap
+from dmtg_core.affinity import cluster
 from dmtg_core.baselines import (
     hard_network,
     together,
@@ -25,9 +25,9 @@ from dmtg_core.data import Data
 from dmtg_core.grouping import Grouping
 from dmtg_core.metrics import Metrics
 from dmtg_core.network import GroupingNetwork, NetworkSpec
-from dmtg_core.search import affinity_plan, search
+from dmtg_core.search import affinity_plan, compare_tasks, search
 from dmtg_core.settings import TrainSettings
-from dmtg_core.training import fit, score_of
+from dmtg_core.training import TrainState, score_of
 from pipelines.cluster import user_error
 from pipelines.config import Config
 from pipelines.errors import UserError
@@ -212,14 +212,15 @@ def _pair(
 def _proposal(
     _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], config: Config
 ) -> Result:
-    wide, short = affinity_plan(spec, settings, config.search_options())
-    compared = fit(GroupingNetwork(wide), data, short)
-    overlap = reading_overlap(compared.network, data)
-    groups = cluster(overlap, min(spec.groups, len(spec.tasks)))
-    grouping = Grouping.from_assignment([task.name for task in spec.tasks], groups)
+    options, count = config.search_options(), min(spec.groups, len(spec.tasks))
+    wide, short = affinity_plan(spec, settings, options)
+    compared = TrainState.fresh(GroupingNetwork(wide), short)
+    least, _ = options.affinity_epochs(settings)
+    overlap = compare_tasks(compared, data, short, LocalContext(), groups=count, least=least)
+    grouping = Grouping.from_assignment([task.name for task in spec.tasks], cluster(overlap, count))
     unit = naive_flops(spec)
     done = train_hard(hard_network(spec, grouping), data, settings, splits=splits, unit=unit)
-    share = training_flops(compared.network) * short.epochs / (unit * settings.epochs)
+    share = training_flops(compared.network) * compared.epoch / (unit * settings.epochs)
     return _described(done.network, done.score, done.metrics, done.cost + share) | {"affinity": overlap.tolist()}
 
 

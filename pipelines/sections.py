@@ -205,7 +205,13 @@ class SearchSection(Section):
         True, description="guided: one wide encoder, at the inference cost of all groups, may be the result"
     )
     affinity_share: float = Field(
-        0.1, gt=0, le=1, description="guided: share of the epochs after which tasks are compared"
+        0.1, gt=0, le=1, description="guided: share of train.epochs that tasks are compared for, at least"
+    )
+    affinity_limit: float = Field(
+        0.3,
+        gt=0,
+        le=1,
+        description="guided: the same at most; it ends when the groups that follow no longer change",
     )
     probability: float = Field(
         0.9, gt=0, lt=1, description="guided: with which a task begins in the group that was proposed"

@@ -60,14 +60,15 @@ class Trial:
         if options.method == "dmtg" or self.config.network.groups == 1:
             return gated + settings.epochs - settings.search_epochs
         others = 1 + (options.wide and self.config.network.encoder in WIDTHS)
-        return self.prelude + (options.starts + others) * settings.epochs
+        later = options.distilled(settings).epochs if options.distil_share else 0
+        return self.prelude + (options.starts + others) * settings.epochs + later
 
     @property
     def prelude(self) -> int:
-        """Epochs that it reports before the first candidate."""
+        """Epochs that it reports before the first candidate, at most."""
         settings, options = self.config.settings(), self.config.search_options()
         guided = options.method == "guided" and self.config.network.groups > 1
-        return options.affinity_epochs(settings) if guided else 0
+        return options.affinity_epochs(settings)[1] if guided else 0
 
 
 def sweep_name(config: Config) -> str:

@@ -1,7 +1,9 @@
 """The whole run: naive MTL, several starts, the best one fine-tuned; interrupted anywhere, it ends the same."""
 
+import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import cycle, pairwise
 
 import numpy as np
 import pytest
@@ -37,7 +39,8 @@ SETTINGS = TrainSettings(
 )  # fmt: skip
 SPEC = mlp_spec(initial="gaussian", initial_scale=1.0)
 DMTG = SearchOptions("dmtg", starts=2)
-GUIDED = SearchOptions(within=10.0, affinity_share=0.25, distil_share=0.5)  # far apart or not, all go on
+# far apart or not, all go on
+GUIDED = SearchOptions(within=10.0, affinity_share=0.25, affinity_limit=0.25, distil_share=0.5)
 STAGES = [("naive_mtl", n) for n in (1, 2, 3, 4)]
 STAGES += [(f"start_{i}", n) for i in (0, 1) for n in (1, 2)]
 STAGES += [("start_0", n) for n in (3, 4)]
@@ -266,6 +269,30 @@ def test_a_guided_search_compares_tasks_first_and_brings_all_near_candidates_to_
     assert torch.allclose(affinity, affinity.T)
 
 
+def test_tasks_are_compared_until_the_groups_that_follow_are_at_rest(data):
+    settings = replace(SETTINGS, epochs=20)
+    options = SearchOptions(affinity_share=0.1, affinity_limit=1.0)
+    records = []
+    search(SPEC, data, settings, options, baseline=False, context=local(on_record=records.append))
+    proposed = [r["proposed"] for r in records if r["stage"] == "affinity"]
+    assert 2 <= len(proposed) < 20
+    names = [task.name for task in SPEC.tasks]
+    groupings = [Grouping.from_assignment(names, groups) for groups in proposed]
+    alike = [a.adjusted_rand_index(b) >= 0.9 for a, b in pairwise(groupings)]
+    assert alike[-1]
+    assert not any(alike[:-1])
+
+
+def test_the_comparison_ends_at_its_limit_where_groups_never_come_to_rest(data, monkeypatch):
+    tasks = len(SPEC.tasks)
+    turns = cycle([[n % 3 for n in range(tasks)], [3 * n // tasks for n in range(tasks)]])
+    monkeypatch.setattr(sys.modules[_Search.__module__], "cluster", lambda *_: next(turns))
+    records = []
+    options = SearchOptions(affinity_share=0.1, affinity_limit=0.75)
+    search(SPEC, data, SETTINGS, options, baseline=False, context=local(on_record=records.append))
+    assert [r["epoch"] for r in records if r["stage"] == "affinity"] == [1, 2, 3]
+
+
 def test_the_guided_gate_starts_at_the_clusters_of_the_affinity(guided):
     result, records = guided
     proposed = cluster(torch.tensor(result.affinity), SPEC.groups)
@@ -370,6 +397,7 @@ def test_where_the_wide_encoder_is_best_it_is_the_result_at_no_higher_cost(data,
         ({"method": "magic"}, "unknown method 'magic', expected one of guided, dmtg"),
         ({"starts": -1}, "starts must be at least"),
         ({"affinity_share": 0.0}, "affinity_share"),
+        ({"affinity_limit": 1.5}, "affinity_limit"),
         ({"probability": 1.0}, "probability"),
         ({"within": -0.1}, "within"),
         ({"distil_share": -0.1}, "distil_share"),
