@@ -52,4 +52,4 @@ def _grey(file: Path) -> np.ndarray:
 
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
-    print(f"{write(source, target)} images in {target}")  # noqa: T201 - a script
+    print(f"{write(source, target)} images in {target}")
