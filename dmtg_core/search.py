@@ -176,8 +176,9 @@ class SearchResult:
         network: The hard network with the weights of its best epoch, in evaluation mode.
         grouping: Its grouping; one group where the wide encoder was best.
         chosen: The candidate that it is.
-        distilled: What learning on from all candidates did: `teachers`, the best `score` before and after it
-            (`final`), and whether that was `kept`; empty where there was nothing to learn.
+        distilled: What learning on from all candidates did: `teachers`, the best `score` and the `metrics` before
+            it, the best score after it (`final`), whether that was `kept`, and its share of `cost`; empty where
+            there was nothing to learn.
         metrics: Split → task → metric → value.
         baseline: The same of naive MTL; empty when it was not asked for.
         candidates: For each: `stage`, `grouping`, `score` (the lowest mean logarithm of the validation losses in
@@ -456,6 +457,8 @@ class _Search:
             before = by_name[chosen]["final"]
             distilled = {"teachers": after["teachers"], "score": before, "final": after["final"]}
             distilled["kept"] = after["final"] < before
+            distilled["metrics"] = self._evaluate(self.state.trained[chosen])
+            distilled["cost"] = after["cost"] / naive
         return SearchResult(
             network=network,
             grouping=network.grouping(),

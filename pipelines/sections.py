@@ -275,13 +275,13 @@ class CompareSection(Section):
     methods: tuple[
         Literal[
             "naive_mtl", "single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag",
-            "reading", "hoa", "exhaustive", "dmtg", "guided", "retrained",
+            "reading", "hoa", "exhaustive", "dmtg", "guided", "undistilled", "retrained",
         ],
         ...,
     ] = Field(
         (
             "single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag", "dmtg", "guided",
-            "retrained",
+            "undistilled", "retrained",
         ),
         description="what is compared; naive_mtl always is, for all are measured against it",
     )  # fmt: skip

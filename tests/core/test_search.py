@@ -264,6 +264,7 @@ def test_a_guided_search_compares_tasks_first_and_brings_all_near_candidates_to_
     later = min(r["val_score"] for r in records if r["stage"] == "distilled")
     assert result.distilled["final"] == min(later, finals[result.chosen])
     assert result.distilled["kept"] == (later < finals[result.chosen])
+    assert score_of(result.distilled["metrics"]["val"]) == pytest.approx(finals[result.chosen], abs=1e-6)
     affinity = torch.tensor(result.affinity)
     assert affinity.shape == (len(SPEC.tasks),) * 2
     assert torch.allclose(affinity, affinity.T)
@@ -331,6 +332,8 @@ def test_what_is_learned_counts_the_steps_and_what_the_teachers_are_asked(data, 
     naive = training_flops(GroupingNetwork(replace(SPEC, groups=1)))
     spread = Grouping.from_assignment([t.name for t in SPEC.tasks], [n % 3 for n in range(len(SPEC.tasks))])
     one = training_flops(guided[0].network)
+    assert guided[0].distilled["cost"] == pytest.approx(guided[0].cost - plain.cost)
+    assert guided[0].distilled["metrics"] == plain.metrics
     extra = (guided[0].cost - plain.cost) * 4 * naive / 2 - one  # two of four epochs
     assert 0 < extra <= 3 * grouping_cost(SPEC, spread).flops
 

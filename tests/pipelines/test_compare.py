@@ -25,7 +25,7 @@ from pipelines.tables import verdicts
 from tests.core.planted import planted_data
 
 METHODS = ["single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag", "reading", "hoa",
-           "exhaustive", "dmtg", "guided", "retrained"]  # fmt: skip
+           "exhaustive", "dmtg", "guided", "undistilled", "retrained"]  # fmt: skip
 
 
 def config_of(work: Path, **sections: Any) -> Config:
@@ -76,7 +76,8 @@ def test_every_method_has_a_row_with_gain_costs_and_errors(compared: tuple[Confi
     assert rows["guided"]["behind"]["value"] == 0
     assert rows["wide"]["flops"] == rows["wide_distilled"]["flops"] <= rows["random"]["flops"]
     assert 4 * rows["wide"]["cost"] < rows["wide_distilled"]["cost"] <= 5 * rows["wide"]["cost"]
-    assert rows["retrained"]["cost"] > rows["guided"]["cost"]
+    assert rows["retrained"]["cost"] > rows["guided"]["cost"] >= rows["undistilled"]["cost"]
+    assert rows["undistilled"]["stability"] == rows["guided"]["stability"]
 
 
 def test_what_runs_at_an_equal_budget_costs_what_the_search_does(
