@@ -73,7 +73,7 @@ class SearchOptions:
     affinity_share: float = 0.1
     affinity_limit: float = 0.3
     probability: float = 0.9
-    within: float = 0.03
+    within: float = 0.06
     distil_share: float = 1.0
 
     def __post_init__(self) -> None:

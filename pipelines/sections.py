@@ -217,7 +217,7 @@ class SearchSection(Section):
         0.9, gt=0, lt=1, description="guided: with which a task begins in the group that was proposed"
     )
     within: float = Field(
-        0.03,
+        0.06,
         ge=0,
         description="guided: a candidate stops with the search whose validation score is worse by more than this "
         "and what the best one's score changes from epoch to epoch",
