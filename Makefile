@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test soak lint format lock bench
+.PHONY: install demo test soak lint format docs lock bench
 
 install: $(STAMP)
 
@@ -32,6 +32,10 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# a warning is an error: a dead link, a page that is in no menu, a docstring that cannot be read
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lock:
 	$(BIN)/uv pip compile pyproject.toml --extra pipelines --extra dev --generate-hashes --no-emit-index-url \
