@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipelines.cli_config import config_app
 from pipelines.cli_models import models_app
 from pipelines.cli_options import ConfigFile, Debug, Json, RayFile, Words
 from pipelines.console import KEPT, number, print_table, run, say
@@ -437,6 +438,7 @@ def report(
     run("report", body, as_json=as_json, debug=debug)
 
 
+app.add_typer(config_app, name="config")
 app.add_typer(models_app, name="models")
 
 

@@ -190,6 +190,11 @@ def _relative(place: str) -> bool:
     return bool(place) and "://" not in place and not place.startswith(("/", "~"))
 
 
+def recipe_config(name: str) -> Config:
+    """A recipe as it ships, whatever `ray_config.yaml` says."""
+    return checked(Config, _with_bases(_find(name), ()))
+
+
 def recipes() -> list[str]:
     """Names of the recipes that ship; one in a folder is called `<folder>/<name>`."""
     return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))

@@ -134,18 +134,24 @@ class NetworkSection(Section):
 class TemperatureSection(Section):
     """Temperature of the gate over the search."""
 
-    family: Literal["constant", "linear", "cosine", "exponential"] = "constant"
-    start: float = Field(2.5, gt=0)
-    end: float = Field(0.5, gt=0)
+    family: Literal["constant", "linear", "cosine", "exponential"] = Field(
+        "constant", description="how it goes from start to end; a constant one stays at start"
+    )
+    start: float = Field(2.5, gt=0, description="when the search begins")
+    end: float = Field(0.5, gt=0, description="when the search ends")
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the search spent at the start temperature")
 
 
 class GateSection(Section):
     """The distribution over branches."""
 
-    sampling: Literal["gumbel", "gumbel_per_sample", "softmax", "straight_through", "fixed"] = "gumbel"
-    initial: Literal["uniform", "uniform_noise", "diagonal", "gaussian"] = "uniform"
-    initial_scale: float = 0.01
+    sampling: Literal["gumbel", "gumbel_per_sample", "softmax", "straight_through", "fixed"] = Field(
+        "gumbel", description="how the weights of the branches are drawn at every step"
+    )
+    initial: Literal["uniform", "uniform_noise", "diagonal", "gaussian"] = Field(
+        "uniform", description="logits that the gate starts from"
+    )
+    initial_scale: float = Field(0.01, description="size of these logits, where they are not uniform")
     learning_rate: float | None = Field(None, gt=0, description="of the gate; train.learning_rate by default")
     entropy_weight: float = Field(0.0, description="factor of the gate's entropy in the loss")
     prune: bool = Field(
@@ -160,10 +166,12 @@ class TrainSection(Section):
 
     epochs: int = Field(20, ge=1, description="search and fine-tuning together")
     batch_size: int = Field(64, ge=1, description="samples of a global batch, over all workers")
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    lr_schedule: Literal["constant", "cosine", "halving", "plateau"] = "cosine"
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="of encoders, heads and gate")
+    learning_rate: float = Field(1e-3, gt=0, description="of the first epoch")
+    weight_decay: float = Field(0.0, ge=0, description="of the optimiser")
+    lr_schedule: Literal["constant", "cosine", "halving", "plateau"] = Field(
+        "cosine", description="how the learning rate falls over the epochs"
+    )
     lr_every: int = Field(15, ge=1, description="epochs between two halvings (halving)")
     lr_patience: int = Field(3, ge=0, description="epochs without progress before one (plateau)")
     lr_min: float = Field(0.0, ge=0, description="the learning rate falls no further")
@@ -182,12 +190,14 @@ class TrainSection(Section):
     )
     compile: bool | None = Field(None, description="torch.compile; by default on a GPU only")
     sync_batchnorm: bool = Field(False, description="normalise over the batches of all workers (GPUs only)")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: autocast of the encoders, with gate and losses in float32"
+    )
     augment: tuple[Literal["flip"], ...] = Field((), description="done to training images: flip left to right")
     checkpoint_every: int = Field(
         500, ge=0, description="steps between two checkpoints within an epoch; 0 for none but at its end"
     )
-    seed: int = 22
+    seed: int = Field(22, description="of initial weights, data order, gate noise and anything else that is drawn")
 
 
 class SearchSection(Section):
@@ -350,8 +360,8 @@ class RaySection(Section):
     workers: int | tuple[int, int] = Field(
         2, description="data-parallel training workers; two numbers, the fewest and the most, follow the cluster"
     )
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs of a training worker")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of a training worker; 1 for training on GPUs")
     data_cpus: float = Field(2, gt=0, description="CPUs that Ray Data can count on beside the workers")
     object_store_mib: int | None = Field(
         None, ge=80, description="shared memory of a local cluster; by default a third of the machine's memory"

@@ -6,15 +6,18 @@ A reader is cheap to make and safe to send to a worker. `entries` lists what the
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 
 from dmtg_core.tasks import InputSpec, Task
 from pipelines.errors import UserError
+from pipelines.sections import Section
 from pipelines.storage import locate
 
 INPUT = "input"  # the column of what the network reads
@@ -76,16 +79,16 @@ class Source(Protocol):
         ...
 
 
-# kind → module and class: a reader's libraries are imported only where its raw format is read
-SOURCES: Mapping[str, tuple[str, str]] = {
-    "celeba": ("celeba", "CelebaSource"),
-    "folder": ("folder", "FolderSource"),
-    "nuclei": ("nuclei", "NucleiSource"),
-    "planted": ("planted", "PlantedSource"),
-    "rooms": ("rooms", "RoomsSource"),
-    "table": ("table", "TableSource"),
-    "taskonomy": ("taskonomy", "TaskonomySource"),
-    "text": ("text", "TextSource"),
+# kind → module, class, and the class of its options: a reader's libraries are imported only where it is used
+SOURCES: Mapping[str, tuple[str, str, str]] = {
+    "celeba": ("celeba", "CelebaSource", "CelebaOptions"),
+    "folder": ("folder", "FolderSource", "FolderOptions"),
+    "nuclei": ("nuclei", "NucleiSource", "NucleiOptions"),
+    "planted": ("planted", "PlantedSource", "PlantedOptions"),
+    "rooms": ("rooms", "RoomsSource", "RoomsOptions"),
+    "table": ("table", "TableSource", "TableOptions"),
+    "taskonomy": ("taskonomy", "TaskonomySource", "TaskonomyOptions"),
+    "text": ("text", "TextSource", "TextOptions"),
 }
 
 
@@ -95,13 +98,33 @@ def build_source(kind: str, root: str, options: Mapping[str, Any]) -> Source:
     Raises:
         UserError: For an unknown kind or option, and for a root that does not exist.
     """
+    _, name, _ = _named(kind)
+    reader: Source = getattr(_module(kind), name)(locate(root), options)
+    return reader
+
+
+def options_model(kind: str) -> type[Section]:
+    """What `source.options` can be for a raw format.
+
+    Raises:
+        UserError: For an unknown kind.
+    """
+    _, _, name = _named(kind)
+    model: type[Section] = getattr(_module(kind), name)
+    return model
+
+
+def _named(kind: str) -> tuple[str, str, str]:
     if kind not in SOURCES:
+        nearest = difflib.get_close_matches(kind, SOURCES, n=1)
         raise UserError(
             f"unknown source kind {kind!r}",
             where="source.kind",
-            remedy=f"use one of {', '.join(SOURCES)}",
+            remedy=f"did you mean {nearest[0]}?" if nearest else f"use one of {', '.join(SOURCES)}",
             wrong_use=True,
         )
-    module, name = SOURCES[kind]
-    reader: Source = getattr(import_module(f"{__name__}.{module}"), name)(locate(root), options)
-    return reader
+    return SOURCES[kind]
+
+
+def _module(kind: str) -> ModuleType:
+    return import_module(f"{__name__}.{SOURCES[kind][0]}")

@@ -27,7 +27,7 @@ from pipelines.sources.labels import LabelTask, Target, kept_rows, label_targets
 from pipelines.sources.rows import SPLIT_COLUMN, Row, check_ids, check_root, read_table, split_of
 from pipelines.storage import Location
 
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _GREY = (127, 127, 127)
 
 
@@ -110,7 +110,7 @@ class FolderSource:
 
     def _entry(self, row: Row) -> Entry:
         name = row.cells[self._options.image_column]
-        has_extension = PurePosixPath(name).suffix.lower() in _EXTENSIONS
+        has_extension = PurePosixPath(name).suffix.lower() in EXTENSIONS
         cells = {task.column: row.cells[task.column] for task in self._options.tasks}
         file = name if has_extension else name + self._options.suffix
         return Entry(name, self._split(row), {"file": file, "row": Row(row.line, cells)})

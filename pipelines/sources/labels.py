@@ -104,12 +104,12 @@ class Target:
     def _complaint(self, cell: str) -> str:
         if self.codes is None:
             return f"{cell!r} is not a finite number"
-        if self.codes == _FLAGS:
+        if self.codes == FLAGS:
             return f"{cell!r} is neither yes ({', '.join(_YES)}) nor no ({', '.join(_NO)})"
         return f"a label outside its classes: {cell!r}"
 
 
-_FLAGS: Mapping[str, int] = {
+FLAGS: Mapping[str, int] = {
     form: value
     for words, value in ((_YES, 1), (_NO, 0))
     for word in words
@@ -176,7 +176,7 @@ def _targets_of(spec: LabelTask, rows: Sequence[Row], train: Sequence[Row], wher
         return [Target(spec.column, task, {name: i for i, name in enumerate(classes)})]
     task = make(spec.task_name, "binary")
     if spec.positive is None:
-        return [Target(spec.column, task, _FLAGS)]
+        return [Target(spec.column, task, FLAGS)]
     return [Target(spec.column, task, dict.fromkeys(spec.positive, 1), otherwise=0)]
 
 

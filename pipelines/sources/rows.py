@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +23,8 @@ from pipelines.storage import Location
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {**{name: name for name in SPLITS}, "valid": "val", "validation": "val", "dev": "val"}
 SPLIT_COLUMN = "split"  # read where it is there and no other is asked for
+Line = tuple[int, list[str]]  # its number and its cells
+HEAD_BYTES = 32 * 2**20  # of a CSV file, that its head is looked for in
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,46 @@ def read_rows(
     return rows
 
 
+def read_head(location: Location, most: int) -> tuple[list[Row], bool]:
+    """The first rows of a CSV, TSV or Parquet file, or of the first Parquet file of a folder; whether it has more.
+
+    Args:
+        location: The file or folder.
+        most: Rows to read.
+
+    Raises:
+        UserError: As `read_rows`.
+    """
+    if location.is_dir():
+        files = _parquet_files(location)
+        rows, more = read_head(location / files[0], most)
+        return rows, more or len(files) > 1
+    if location.name.lower().endswith((".parquet", ".pq")):
+        return _parquet_head(location, most)
+    try:
+        with location.filesystem.open_input_stream(location.path) as file:
+            data = file.read(HEAD_BYTES)
+    except FileNotFoundError as error:
+        raise _absent(location) from error
+    except OSError as error:
+        raise location.unreachable(error) from error
+    cut = len(data) == HEAD_BYTES
+    with _as_csv(location):
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=not cut)
+        lines = list(islice(_parsed(text, location, quotes=True, cut=cut), most + 2))
+    more = cut or len(lines) == most + 2
+    return _rows(lines[: most + 1], None, (), location), more
+
+
+def _parquet_head(location: Location, most: int) -> tuple[list[Row], bool]:
+    with _opened_parquet(location) as file:
+        found = pq.ParquetFile(file)
+        batch = next(found.iter_batches(batch_size=most), None)
+        if batch is None:
+            raise UserError("the table has no rows", where=str(location), remedy="take it out or fill it")
+        return _table_rows(pa.Table.from_batches([batch]), ""), found.metadata.num_rows > most
+
+
 def _parquet_files(folder: Location) -> list[str]:
     files = [name for name in folder.files() if name.lower().endswith((".parquet", ".pq"))]
     if not files:
@@ -103,24 +149,38 @@ def _parquet_files(folder: Location) -> list[str]:
 
 
 def _read_parquet(location: Location, columns: Sequence[str], name: str = "") -> list[Row]:
+    with _opened_parquet(location) as file:
+        table = pq.read_table(file)
+    if not table.num_rows:
+        raise UserError("the table has no rows", where=str(location), remedy="take it out or fill it")
+    _check_header(table.column_names, columns, location)
+    return _table_rows(table, name)
+
+
+@contextmanager
+def _opened_parquet(location: Location) -> Iterator[Any]:
     try:
         with location.filesystem.open_input_file(location.path) as file:
-            table = pq.read_table(file)
+            yield file
     except FileNotFoundError as error:
-        raise UserError("the table does not exist", where=str(location), remedy="correct its path") from error
+        raise _absent(location) from error
     except pa.ArrowInvalid as error:
         raise UserError(
             f"not a Parquet file: {error}", where=str(location), remedy="write the file again"
         ) from error
-    if not table.num_rows:
-        raise UserError("the table has no rows", where=str(location), remedy="take it out or fill it")
-    header = table.column_names
-    _check_header(header, columns, location)
+
+
+def _table_rows(table: pa.Table, name: str) -> list[Row]:
     texts = [[cell_text(cell) for cell in column.to_pylist()] for column in table.columns]
     unit = f"{name}, row" if name else "row"
     return [
-        Row(i, dict(zip(header, cells, strict=True)), unit) for i, cells in enumerate(zip(*texts, strict=True), 1)
+        Row(i, dict(zip(table.column_names, cells, strict=True)), unit)
+        for i, cells in enumerate(zip(*texts, strict=True), 1)
     ]
+
+
+def _absent(location: Location) -> UserError:
+    return UserError("the table does not exist", where=str(location), remedy="correct its path")
 
 
 def read_table(
@@ -140,39 +200,65 @@ def read_table(
         UserError: When the file is missing, empty, not CSV in UTF-8, or lacks a column.
     """
     try:
-        lines = _read_lines(location, quotes)
+        data = location.read_bytes()
     except FileNotFoundError as error:
-        raise UserError(
-            "the table of labels does not exist", where=str(location), remedy="correct its path"
-        ) from error
+        raise _absent(location) from error
+    with _as_csv(location):
+        lines = list(_parsed(data.decode("utf-8-sig"), location, quotes=quotes))
+    return _rows(lines, header, columns, location)
+
+
+@contextmanager
+def _as_csv(location: Location) -> Iterator[None]:
+    try:
+        yield
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(
             f"not a CSV file in UTF-8: {error}", where=str(location), remedy="save it as UTF-8 CSV"
         ) from error
+
+
+def _parsed(text: str, location: Location, *, quotes: bool, cut: bool = False) -> Iterator[Line]:
+    """The lines that hold anything, with their numbers; of a text that was cut off all but the last one."""
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        strict=not cut,
+        delimiter="\t" if location.name.lower().endswith(".tsv") else ",",
+        quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+    )
+    lines = ((reader.line_num, cells) for cells in reader if cells)
+    if not cut:
+        yield from lines
+        return
+    yield from (line for line, _ in pairwise(lines))
+
+
+def _rows(
+    lines: Sequence[Line],
+    header: Sequence[str] | None,
+    columns: Sequence[str],
+    location: Location,
+) -> list[Row]:
     if header is None:
         first, lines = lines[:1], lines[1:]
         header = [name.strip() for _, cells in first for name in cells]
     if not lines:
         raise UserError(
-            "the table of labels has no rows", where=str(location), remedy="give a header line and rows"
+            "the table has no rows", where=str(location), remedy="give a line of column names and rows below it"
         )
     _check_header(header, columns, location)
     return [_row(header, line, cells, location) for line, cells in lines]
 
 
-def _read_lines(location: Location, quotes: bool) -> list[tuple[int, list[str]]]:
-    text = location.read_bytes().decode("utf-8-sig")
-    reader = csv.reader(
-        io.StringIO(text, newline=""),
-        strict=True,
-        delimiter="\t" if location.name.lower().endswith(".tsv") else ",",
-        quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
-    )
-    return [(reader.line_num, cells) for cells in reader if cells]
-
-
 def _check_header(header: Sequence[str], columns: Sequence[str], location: Location) -> None:
     missing = [name for name in columns if name not in header]
+    other = _other_separator(header, location)
+    if other:
+        raise UserError(
+            f"the cells are separated by {other}, so that the whole line of names is one column",
+            where=str(location),
+            remedy="save it with commas, or with tabs under a name that ends with .tsv",
+        )
     if missing:
         raise UserError(
             f"no column {', '.join(missing)}",
@@ -184,6 +270,13 @@ def _check_header(header: Sequence[str], columns: Sequence[str], location: Locat
         raise UserError(
             f"column {', '.join(twice)} is there more than once", where=str(location), remedy="rename one"
         )
+
+
+def _other_separator(header: Sequence[str], location: Location) -> str:
+    """What separates the cells of a file that is read with another separator; empty where nothing seems to."""
+    if len(header) > 1 or location.name.lower().endswith((".parquet", ".pq")):
+        return ""
+    return next((shown for mark, shown in ((";", "semicolons"), ("\t", "tabs")) if mark in header[0]), "")
 
 
 def _row(header: Sequence[str], line: int, cells: list[str], location: Location) -> Row:

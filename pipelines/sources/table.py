@@ -30,7 +30,7 @@ from pipelines.storage import Location
 log = logging.getLogger(__name__)
 
 MISSING = ("nan", "NaN", "null", "NULL", "None")
-_FINEST = 1e-5  # deviation over mean below which float32 blurs the differences (it has 24 bits)
+FINEST = 1e-5  # deviation over mean below which float32 blurs the differences (it has 24 bits)
 
 
 class TableOptions(Section):
@@ -191,7 +191,7 @@ class TableSource(PreparedSource):
             )
         mean = math.fsum(numbers) / len(numbers)
         deviation = math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / len(numbers))
-        if 0 < deviation < _FINEST * abs(mean):
+        if 0 < deviation < FINEST * abs(mean):
             raise UserError(
                 f"column {column} differs by {deviation:g} around {mean:g}: as float32 these would be the same",
                 where=str(self._table),

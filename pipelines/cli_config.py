@@ -1,0 +1,99 @@
+"""`dmtg config …`: a configuration made, shown, and described to an editor."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.cli_options import ConfigFile, Debug, Json, RayFile, Words
+from pipelines.console import print_table, run, say
+
+config_app = typer.Typer(no_args_is_help=True, help="Make a configuration for your data, show one, describe all.")
+
+
+@config_app.command("show")
+def config_show(
+    config: ConfigFile, words: Words = None, ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
+) -> None:
+    """The configuration as commands see it, on stdout: file, bases, words and defaults. Secrets are left out."""
+
+    def body() -> dict[str, Any]:
+        import yaml
+
+        from pipelines.config import load_config
+        from pipelines.sections import checked
+        from pipelines.sources import options_model
+        from pipelines.tracking import shown
+
+        loaded = load_config(config, words or [], ray_config)
+        if loaded.source is not None:
+            checked(options_model(loaded.source.kind), loaded.source.options, "source.options")
+        values = shown(loaded)
+        if not as_json:
+            print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110), end="")
+        return {"config": values}
+
+    run("config show", body, as_json=as_json, debug=debug)
+
+
+@config_app.command("schema")
+def config_schema(
+    ray: Annotated[bool, typer.Option("--ray", help="That of ray_config.yaml instead.")] = False,
+    debug: Debug = False,
+) -> None:
+    """The JSON schema of a configuration file, on stdout, for completion and checks in an editor."""
+
+    def body() -> dict[str, Any]:
+        from pipelines.schema import config_schema as of_config
+        from pipelines.schema import ray_schema
+
+        print(json.dumps(ray_schema() if ray else of_config(), indent=2, ensure_ascii=False))
+        return {}
+
+    run("config schema", body, as_json=False, debug=debug)
+
+
+@config_app.command("new")
+def config_new(
+    data: Annotated[str, typer.Argument(help="Table (CSV, TSV, Parquet) or folder, local or s3://.")] = "",
+    source: Annotated[
+        str, typer.Option(help="Reader of the raw format; by default what the data look like.")
+    ] = "",
+    targets: Annotated[
+        list[str] | None, typer.Option(help="Columns to predict, with commas between them.")
+    ] = None,
+    out: Annotated[str, typer.Option("--out", "-o", help="The file; <name>.yaml by default.")] = "",
+    name: Annotated[str, typer.Option(help="Of runs and models; that of the data by default.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """A commented file to start from: looks at the first rows, guesses what each column is, asks nothing."""
+
+    def body() -> dict[str, Any]:
+        from pipelines.config import load_config
+        from pipelines.errors import UserError
+        from pipelines.new_config import new_config
+        from pipelines.storage import locate
+
+        made = new_config(source, data, targets or [], name)
+        file = out or f"{made.name}.yaml"
+        place = locate(file)
+        if place.exists() and not force:
+            raise UserError(
+                "the file is there already", where=str(place),
+                remedy="give another one with -o, or --force to write over it", wrong_use=True,
+            )  # fmt: skip
+        place.write_text(made.text)
+        load_config(file)
+        if made.uses:
+            rows = [
+                {"column": use.column, "is": use.options.get("kind", use.use), "": use.why} for use in made.uses
+            ]
+            print_table(f"What the columns of {data} seem to be", rows)
+        say(f"configuration: {file}")
+        return {"config": file, "columns": {use.column: use.options.get("kind", use.use) for use in made.uses}}
+
+    run("config new", body, as_json=as_json, debug=debug)
