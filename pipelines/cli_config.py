@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.cli_options import ConfigFile, Debug, Json, RayFile, Words
-from pipelines.console import print_table, run, say
+from pipelines.cli_options import ConfigFile, Debug, Json, RayFile, Words, load, same
+from pipelines.console import Next, print_table, run, say
 
-config_app = typer.Typer(no_args_is_help=True, help="Make a configuration for your data, show one, describe all.")
+config_app = typer.Typer(
+    name="config", no_args_is_help=True, help="Make a configuration for your data, show one, describe all."
+)
 
 
 @config_app.command("show")
@@ -22,18 +24,23 @@ def config_show(
     def body() -> dict[str, Any]:
         import yaml
 
-        from pipelines.config import load_config
         from pipelines.sections import checked
         from pipelines.sources import options_model
         from pipelines.tracking import shown
 
-        loaded = load_config(config, words or [], ray_config)
+        loaded = load(config, words, ray_config)
         if loaded.source is not None:
             checked(options_model(loaded.source.kind), loaded.source.options, "source.options")
         values = shown(loaded)
         if not as_json:
             print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110), end="")
-        return {"config": values}
+        able = loaded.source is not None and loaded.source.given
+        step = (
+            Next("raw data to shards", same(["shard"], config, words, ray_config))
+            if able
+            else Next("statistics of the shards", same(["inspect"], config, words, ray_config))
+        )
+        return {"config": values, "next": step}
 
     run("config show", body, as_json=as_json, debug=debug)
 
@@ -50,7 +57,7 @@ def config_schema(
         from pipelines.schema import ray_schema
 
         print(json.dumps(ray_schema() if ray else of_config(), indent=2, ensure_ascii=False))
-        return {}
+        return {"next": Next("a file to start from", ("dmtg", "config", "new", "--help"))}
 
     run("config schema", body, as_json=False, debug=debug)
 
@@ -73,7 +80,6 @@ def config_new(
     """A commented file to start from: looks at the first rows, guesses what each column is, asks nothing."""
 
     def body() -> dict[str, Any]:
-        from pipelines.config import load_config
         from pipelines.errors import UserError
         from pipelines.new_config import new_config
         from pipelines.storage import locate
@@ -87,13 +93,14 @@ def config_new(
                 remedy="give another one with -o, or --force to write over it", wrong_use=True,
             )  # fmt: skip
         place.write_text(made.text)
-        load_config(file)
+        source_of = load(file, []).source
+        kinds = {use.column: use.options.get("kind", use.use) for use in made.uses}
         if made.uses:
-            rows = [
-                {"column": use.column, "is": use.options.get("kind", use.use), "": use.why} for use in made.uses
-            ]
+            rows = [{"column": use.column, "is": kinds[use.column], "": use.why} for use in made.uses]
             print_table(f"What the columns of {data} seem to be", rows)
         say(f"configuration: {file}")
-        return {"config": file, "columns": {use.column: use.options.get("kind", use.use) for use in made.uses}}
+        able = source_of is not None and source_of.given
+        why = "raw data to shards" if able else "when source.root in it names the raw data"
+        return {"config": file, "columns": kinds, "next": Next(why, same(["shard"], file, []))}
 
     run("config new", body, as_json=as_json, debug=debug)

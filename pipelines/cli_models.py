@@ -8,18 +8,26 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from pipelines.cli_options import Debug, Json, RayFile, TrackUri
-from pipelines.console import number, print_table, run, say
+from pipelines.completion import complete_address, complete_name
+from pipelines.console import Next, number, print_table, run, say
 
 if TYPE_CHECKING:
     from pipelines.sections import TrackSection
 
 T = TypeVar("T")
 
-models_app = typer.Typer(no_args_is_help=True, help="Look into the model registry, and say which version serves.")
+models_app = typer.Typer(
+    name="models", no_args_is_help=True, help="Look into the model registry, and say which version serves."
+)
 
-Name = Annotated[str, typer.Argument(help="Registered name of a composite.")]
+TRY = Next("a run that registers some", ("dmtg", "demo"))
+Name = Annotated[str, typer.Argument(help="Registered name of a composite.", autocompletion=complete_name)]
 Address = Annotated[
-    str, typer.Argument(help="name for the newest version, name/version or name@alias, models:/ before it or not.")
+    str,
+    typer.Argument(
+        help="name for the newest version, name/version or name@alias, models:/ before it or not.",
+        autocompletion=complete_address,
+    ),
 ]
 
 
@@ -34,7 +42,9 @@ def models_list(uri: TrackUri = "", ray_config: RayFile = "", as_json: Json = Fa
         columns = ("name", "version", "aliases", "tasks", "grouping", "created")
         rows = [{key: ", ".join(m[key]) if key == "aliases" else m[key] for key in columns} for m in found]
         print_table("Registered models", rows, right=("version",))
-        return {"models": [model["uri"] for model in found], "entries": found}
+        whole = [model["uri"] for model in found if "." not in model["name"]]
+        step = Next("one of them", _same("show", uri, ray_config, whole[0])) if whole else TRY
+        return {"models": [model["uri"] for model in found], "entries": found, "next": step}
 
     run("models list", body, as_json=as_json, debug=debug)
 
@@ -54,15 +64,27 @@ def models_show(
         print_table(found["uri"], rows)
         print_table("Which group serves each task", _served(found))
         print_table(f"Metrics on {found['split']}", _figures(found), right=("value", "naive MTL"))
-        return found
+        step = Next("make it the one that serves", _same("promote", uri, ray_config, *_version(found)))
+        if "champion" in found["aliases"]:
+            step = _serve(_section(uri, ray_config), f"models:/{found['name']}@champion")
+        elif "." in found["name"]:
+            step = Next("the models that are registered", _same("list", uri, ray_config))
+        return found | {"next": step}
 
     run("models show", body, as_json=as_json, debug=debug)
 
 
 @models_app.command("diff")
 def models_diff(
-    before: Annotated[str, typer.Argument(help="An address as in show; alone, champion against challenger.")],
-    after: Annotated[str, typer.Argument(help="The address to compare with.")] = "",
+    before: Annotated[
+        str,
+        typer.Argument(
+            help="An address as in show; alone, champion against challenger.", autocompletion=complete_address
+        ),
+    ],
+    after: Annotated[
+        str, typer.Argument(help="The address to compare with.", autocompletion=complete_address)
+    ] = "",
     uri: TrackUri = "",
     ray_config: RayFile = "",
     as_json: Json = False,
@@ -94,7 +116,12 @@ def models_diff(
         print_table("Metrics", metrics, right=(first, second))
         for note in found["notes"]:
             say(f"note: {note}")
-        return found
+        step = Next(
+            "make the second the one that serves", _same("promote", uri, ray_config, *_version(found["after"]))
+        )
+        if "champion" in found["after"]["aliases"] or "." in found["after"]["name"]:
+            step = Next("the second, and its metrics", _same("show", uri, ray_config, second))
+        return found | {"next": step}
 
     run("models diff", body, as_json=as_json, debug=debug)
 
@@ -114,7 +141,8 @@ def models_promote(
         from pipelines.aliases import promote
 
         known = name.removeprefix("models:/")
-        return _moved(_ask(uri, ray_config, lambda section: promote(section, known, version)))
+        outcome = _moved(_ask(uri, ray_config, lambda section: promote(section, known, version)))
+        return outcome | {"next": Next("what serves now", _same("show", uri, ray_config, f"{known}@champion"))}
 
     run("models promote", body, as_json=as_json, debug=debug)
 
@@ -129,18 +157,50 @@ def models_rollback(
         from pipelines.aliases import rollback
 
         known = name.removeprefix("models:/")
-        return _moved(_ask(uri, ray_config, lambda section: rollback(section, known)))
+        outcome = _moved(_ask(uri, ray_config, lambda section: rollback(section, known)))
+        return outcome | {"next": Next("what serves now", _same("show", uri, ray_config, f"{known}@champion"))}
 
     run("models rollback", body, as_json=as_json, debug=debug)
 
 
+def _section(uri: str, ray_config: str) -> TrackSection:
+    from pipelines.config import load_track
+
+    return load_track(uri, ray_config)
+
+
+def _same(command: str, uri: str, ray_config: str, *more: str) -> tuple[str, ...]:
+    """Another command on the same registry."""
+    from pipelines.mlflow_errors import without_credentials
+
+    place = [
+        *(["--uri", without_credentials(uri)] if uri else []),
+        *(["--ray-config", ray_config] if ray_config else []),
+    ]
+    return "dmtg", "models", command, *more, *place
+
+
+def _version(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    return entry["name"], "--version", str(entry["version"])
+
+
+def _serve(section: TrackSection, model: str) -> Next:
+    """A server for a model, which needs no Ray and none of this package's commands."""
+    from pipelines.mlflow_errors import without_credentials
+
+    server = ("env", f"MLFLOW_TRACKING_URI={without_credentials(section.uri)}") if section.uri else ()
+    return Next(
+        "a server that answers with it",
+        (*server, "mlflow", "models", "serve", "-m", model, "--env-manager", "local"),
+    )
+
+
 def _ask(uri: str, ray_config: str, question: Callable[[TrackSection], T]) -> T:
     """The answer of the registry that is meant, or one error where it has none."""
-    from pipelines.config import load_track
     from pipelines.mlflow_errors import reached
     from pipelines.tracking import tracking_uri
 
-    section = load_track(uri, ray_config)
+    section = _section(uri, ray_config)
     with reached(tracking_uri(section)):
         return question(section)
 
@@ -196,6 +256,9 @@ def models_register(
         for model in done.models:
             say(f"model: {model.uri}")
         say(f"MLflow run {done.run_id} at {done.uri}")
-        return {"run_dir": str(done.run), "run_id": done.run_id, "models": [model.uri for model in done.models]}
+        whole = [model.uri for model in done.models[:1]]
+        step = Next("the model, and its metrics", _same("show", uri, "", *whole)) if whole else TRY
+        return {"run_dir": str(done.run), "run_id": done.run_id, "models": [model.uri for model in done.models],
+                "next": step}  # fmt: skip
 
     run("models register", body, as_json=as_json, debug=debug)

@@ -1,12 +1,24 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share, and the words of the command after."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-ConfigFile = Annotated[str, typer.Option("--config", "-c", help="YAML file, or the name of a recipe that ships.")]
+from pipelines.completion import complete_config, complete_model
+
+if TYPE_CHECKING:
+    from pipelines.config import Config
+    from pipelines.sections import TrackSection
+
+ConfigFile = Annotated[
+    str,
+    typer.Option(
+        "--config", "-c", help="YAML file, or the name of a recipe that ships.", autocompletion=complete_config
+    ),
+]
 Words = Annotated[list[str] | None, typer.Argument(help="section.key=value, laid over the file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 RayFile = Annotated[
@@ -14,3 +26,38 @@ RayFile = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 TrackUri = Annotated[str, typer.Option("--uri", help="Tracking server; an SQLite file here by default.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="models:/<name>/<version> or models:/<name>@<alias>, or a run folder.", autocompletion=complete_model
+    ),
+]
+
+
+def load(config: str, words: Sequence[str] | None, ray_config: str = "") -> Config:
+    """The configuration that a command is given."""
+    from pipelines.config import load_config
+
+    return load_config(config, words or [], ray_config)
+
+
+def same(
+    command: Sequence[str], config: str, words: Sequence[str] | None, ray_config: str = "", *more: str
+) -> tuple[str, ...]:
+    """Another command on the same configuration.
+
+    Args:
+        command: Its name, and what has no option before it.
+        more: Further words.
+    """
+    ray = ["--ray-config", ray_config] if ray_config else []
+    return "dmtg", *command, "-c", config, *(words or []), *ray, *more
+
+
+def models(command: str, track: TrackSection, *more: str) -> tuple[str, ...]:
+    """A `dmtg models` command for the registry of a configuration."""
+    from pipelines.config import load_track
+    from pipelines.mlflow_errors import without_credentials
+
+    elsewhere = track.uri and track.uri != load_track().uri and without_credentials(track.uri) == track.uri
+    return "dmtg", "models", command, *more, *(["--uri", track.uri] if elsewhere else [])

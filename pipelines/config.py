@@ -17,6 +17,7 @@ from dmtg_core.schedules import TemperatureSchedule
 from dmtg_core.search import SearchOptions
 from dmtg_core.settings import TrainSettings
 from dmtg_core.tasks import InputSpec, Task
+from pipelines.completion import RECIPES, recipes
 from pipelines.errors import UserError
 from pipelines.sections import (
     CompareSection,
@@ -35,8 +36,6 @@ from pipelines.sections import (
     TrainSection,
     checked,
 )
-
-RECIPES = Path(__file__).parent / "recipes"
 
 
 class Config(Section):
@@ -145,15 +144,24 @@ def load_config(path: str, words: Sequence[str] = (), ray_config: str = "") -> C
     return checked(Config, _placed(_laid_over(values, over)))
 
 
-def load_track(uri: str = "", ray_config: str = "") -> TrackSection:
-    """Where MLflow is for a command that has no configuration: `uri`, else what `ray_config.yaml` says.
+def load_ray(ray_config: str = "") -> RaySection:
+    """Where Ray runs for a command that has no configuration: as `ray_config.yaml` says, or the file of that name.
 
     Raises:
         UserError: For a file that is missing, not YAML, or has a wrong key or value.
     """
     file = Path(ray_config or "ray_config.yaml")
     held = _read_yaml(file) if ray_config or file.exists() else {}
-    section = checked(RaySection, held, "ray")
+    return checked(RaySection, held, "ray")
+
+
+def load_track(uri: str = "", ray_config: str = "") -> TrackSection:
+    """Where MLflow is for a command that has no configuration: `uri`, else what `ray_config.yaml` says.
+
+    Raises:
+        UserError: For a file that is missing, not YAML, or has a wrong key or value.
+    """
+    section = load_ray(ray_config)
     return TrackSection(uri=uri or section.tracking_uri, registry_uri="" if uri else section.registry_uri)
 
 
@@ -193,11 +201,6 @@ def _relative(place: str) -> bool:
 def recipe_config(name: str) -> Config:
     """A recipe as it ships, whatever `ray_config.yaml` says."""
     return checked(Config, _with_bases(_find(name), ()))
-
-
-def recipes() -> list[str]:
-    """Names of the recipes that ship; one in a folder is called `<folder>/<name>`."""
-    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
 
 
 def _find(path: str, folder: Path = Path()) -> Path:

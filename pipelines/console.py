@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import typer
@@ -25,6 +27,17 @@ NOISE = "worker processes have been started on node"
 FAILED, WRONG_USE, KEPT, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
 
 
+@dataclass(frozen=True)
+class Next:
+    """The command that is sensible after this one: what it is for, and its words."""
+
+    why: str
+    words: Sequence[str]
+
+    def __str__(self) -> str:
+        return shlex.join(self.words)
+
+
 def say(text: str) -> None:
     """A line for a person; stdout is kept for results."""
     print(text, file=sys.stderr, flush=True)
@@ -36,7 +49,7 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
     Args:
         command: Name of the command.
         body: Does the work; gives the fields of the JSON object. A "status" of "failed" in it makes exit code 1,
-            an "exit_code" another one.
+            an "exit_code" another one. A "next", which is a `Next`, is the last thing that is said.
         as_json: Print the JSON object as the last line of stdout.
         debug: Let an error through with its traceback.
 
@@ -52,6 +65,10 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
     try:
         outcome |= {"status": "done"} | body()
         code = outcome.pop("exit_code", 0 if outcome["status"] == "done" else FAILED)
+        step = outcome.get("next")
+        if step is not None:
+            say(f"\nnext, {step.why}:\n  {step}")
+            outcome["next"] = str(step)
     except (Exception, KeyboardInterrupt) as error:
         code, outcome["error"] = _explain(command, error, terminated.is_set())
         if debug:
