@@ -7,7 +7,6 @@ import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from typing import Any
 
 from typer import Context
@@ -17,7 +16,7 @@ from dmtg_core.encoders import ENCODERS
 from pipelines.cli import app
 from pipelines.config import Config, recipes
 from pipelines.sections import Section
-from pipelines.sources import SOURCES
+from pipelines.sources import SOURCES, options_model
 from pipelines.sources.labels import LabelTask
 
 TYPES = {
@@ -150,15 +149,8 @@ def _range(held: Mapping[str, Any]) -> str:
     return f", {', '.join(bounds)}" if bounds else ""
 
 
-def options_of(kind: str) -> type[Section]:
-    """The options of a source."""
-    module, name = SOURCES[kind]
-    found: type[Section] = getattr(import_module(f"pipelines.sources.{module}"), name.replace("Source", "Options"))
-    return found
-
-
 def _options(kind: str) -> str:
-    return f"### {kind}\n\n{_of_model(options_of(kind), 'source.options.')}"
+    return f"### {kind}\n\n{_of_model(options_model(kind), 'source.options.')}"
 
 
 def _of_model(model: type[Section], prefix: str) -> str:

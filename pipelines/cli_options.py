@@ -51,7 +51,15 @@ def same(
         more: Further words.
     """
     ray = ["--ray-config", ray_config] if ray_config else []
-    return "dmtg", *command, "-c", config, *(words or []), *ray, *more
+    return "dmtg", *command, "-c", config, *map(_showable, words or ()), *ray, *more
+
+
+def _showable(word: str) -> str:
+    """A word as it may stand in a log: what holds a secret has to be typed again."""
+    from pipelines.mlflow_errors import without_credentials
+
+    key, _, value = word.partition("=")
+    return f"{key}=…" if key == "regroup.webhook" or without_credentials(value) != value else word
 
 
 def models(command: str, track: TrackSection, *more: str) -> tuple[str, ...]:

@@ -43,6 +43,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+class Lines(logging.Handler):
+    """Says what is logged; a handler of a stream would write across what a terminal shows in place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it."""
+        say(self.format(record))
+
+
 def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debug: bool) -> None:
     """Run a command's body and leave with its exit code.
 
@@ -59,7 +67,7 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
     started = time.monotonic()
     terminated = _on_sigterm()
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", NOISE)  # Ray reads it when it is imported
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Lines()])
     logging.getLogger("pipelines").setLevel(logging.INFO)
     outcome: dict[str, Any] = {"command": command, "status": "failed"}
     try:

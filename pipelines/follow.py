@@ -13,13 +13,26 @@ import numpy as np
 from pipelines.cluster import short_of_room
 from pipelines.context import GATE, METRICS
 from pipelines.errors import UserError
-from pipelines.notices import EVENTS, LOST, RESIZED, RESUMED, WAITING, Event, Keeper, start_board, teller
+from pipelines.notices import (
+    EVENTS,
+    LOST,
+    RESIZED,
+    RESUMED,
+    WAITING,
+    Event,
+    Keeper,
+    moved_on,
+    start_board,
+    teller,
+)
+from pipelines.progress import Display, NoDisplay
 from pipelines.sections import RaySection
 from pipelines.storage import Location
 from pipelines.tracking import Tracker
 from pipelines.worker import read_jsonl
 
 POLL_S = 1.0
+NO_DISPLAY = NoDisplay()
 WAIT_S = 30.0  # until workers that do not come back are a reason to look for room
 
 
@@ -31,6 +44,7 @@ class Follower:
         section: What the workers need.
         tracker, say: Where it goes.
         earlier: The events of earlier sessions.
+        display: What is shown between the lines.
     """
 
     def __init__(
@@ -40,11 +54,13 @@ class Follower:
         tracker: Tracker,
         say: Callable[[str], None],
         earlier: Sequence[Event],
+        display: Display,
     ) -> None:
         self.run, self.section, self.tracker, self.say = run.patient(0), section, tracker, say
         self.told = {(r["stage"], r["epoch"]) for r in read_jsonl(run / METRICS)}
         if self.told:
             say(f"going on from the last checkpoint; {len(self.told)} epochs were done before")
+        self.display = display
         self.board = start_board()
         self.keeper = Keeper(run / EVENTS, self.board, earlier)
         self.lost_at: float | None = None
@@ -65,7 +81,8 @@ class Follower:
 
     def _epochs(self) -> None:
         gate = {(g["stage"], g["epoch"]): g for g in read_jsonl(self.run / GATE)}
-        for record in read_jsonl(self.run / METRICS):
+        records = read_jsonl(self.run / METRICS)
+        for record in records:
             key = (record["stage"], record["epoch"])
             if key not in self.told and key in gate:
                 self.told.add(key)
@@ -73,6 +90,8 @@ class Follower:
                 for warning in record.get("warnings", ()):
                     self.say(f"note: {warning}")
                 self.tracker.record(record)
+        if self.display.live:
+            self.display.show(records, list(gate.values()), moved_on(self.board))
 
     def _waiting(self) -> None:
         """Workers that were lost need room, and Ray waits for it without a word."""
@@ -88,10 +107,15 @@ class Follower:
 
 @contextmanager
 def following(
-    run: Location, section: RaySection, tracker: Tracker, say: Callable[[str], None], earlier: Sequence[Event]
+    run: Location,
+    section: RaySection,
+    tracker: Tracker,
+    say: Callable[[str], None],
+    earlier: Sequence[Event],
+    display: Display = NO_DISPLAY,
 ) -> Iterator[Any]:
     """Follow a run for the time of the block, which is given the board; see `Follower`."""
-    follower = Follower(run, section, tracker, say, earlier)
+    follower = Follower(run, section, tracker, say, earlier, display)
     stop = threading.Event()
 
     def loop() -> None:

@@ -33,6 +33,7 @@ class Board:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.at = (0, 0)
         self.controller: Any = None
 
     def led_by(self, controller: Any) -> None:
@@ -42,6 +43,14 @@ class Board:
     def leader(self) -> Any:
         """The actor that leads the workers; None before it has started."""
         return self.controller
+
+    def move(self, step: int, steps: int) -> None:
+        """Keep how far the epoch is that is under way."""
+        self.at = step, steps
+
+    def moved(self) -> tuple[int, int]:
+        """Step, and steps of the epoch."""
+        return self.at
 
     def put(self, told: Event) -> None:
         """Add an event."""
@@ -79,6 +88,17 @@ def on_board(board: Any, count: int = 0) -> list[Event]:
     except (ray.exceptions.RayError, TimeoutError):
         return []
     return found
+
+
+def moved_on(board: Any) -> tuple[int, int]:
+    """Step and steps of the epoch that is under way; none where the board has been lost."""
+    import ray
+
+    try:
+        at: tuple[int, int] = ray.get(board.moved.remote(), timeout=10)
+    except (ray.exceptions.RayError, TimeoutError):
+        return 0, 0
+    return at
 
 
 def for_result(events: Sequence[Event]) -> list[str]:

@@ -28,6 +28,7 @@ from pipelines.handover import hand_over, opened
 from pipelines.ingest import Reader, keeps_in_memory, load_splits
 from pipelines.manifest import Manifest, check_shards, check_targets
 from pipelines.notices import EVENTS, for_result
+from pipelines.progress import Plan, display
 from pipelines.registry import Registered
 from pipelines.sections import checked
 from pipelines.shards import ensure_shards
@@ -94,7 +95,11 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
             earlier = read_jsonl(run / EVENTS)
             notes += for_result(earlier)
             held = load_splits(reader) if keeps_in_memory(reader, config.data) else None
-            with following(run, config.ray, tracker, say, earlier) as board:
+            plan = Plan.of(config, config.network_spec(manifest.description.input, tasks))
+            with (
+                display(plan) as shown_there,
+                following(run, config.ray, tracker, say, earlier, shown_there) as board,
+            ):
                 train_job(Job(config, reader, held, run, tuple(notes), start, board), say)
     registered = hand_over(config, run, tracker, manifest, say)
     return Trained(run, tracker.run_id, (run / RESULT).read_json(), registered, finished)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dmtg_core.data import Batch, Data
 from pipelines.errors import UserError
@@ -19,7 +20,7 @@ from pipelines.notices import HUNG, Tell
 from pipelines.storage import Location
 
 STACKS = "stacks.txt"
-REARM_S = 1.0  # no more often: a timer is a thread
+REARM_S = 1.0  # no more often: a timer is a thread, and what is told is a message
 
 
 class Scratch:
@@ -114,11 +115,31 @@ class Watchdog:
         self.file.close()
 
 
-class Watched:
-    """Data whose every batch is progress; see `dmtg_core.data.Data`."""
+class Pulse:
+    """Tells a board how far an epoch is, at most once a second, and waits for nothing."""
 
-    def __init__(self, data: Data, watchdog: Watchdog) -> None:
-        self.data, self.watchdog = data, watchdog
+    def __init__(self, board: Any) -> None:
+        self.board, self.told = board, -REARM_S
+
+    def __call__(self, step: int, steps: int) -> None:
+        """A step has begun."""
+        now = time.monotonic()
+        if now - self.told >= REARM_S:
+            self.board.move.remote(step, steps)
+            self.told = now
+
+
+class Watched:
+    """Data whose every batch is progress; see `dmtg_core.data.Data`.
+
+    Args:
+        data: What is read.
+        watchdog: Is told of every batch.
+        pulse: Is told of every training step; None to tell nobody.
+    """
+
+    def __init__(self, data: Data, watchdog: Watchdog, pulse: Pulse | None = None) -> None:
+        self.data, self.watchdog, self.pulse = data, watchdog, pulse
 
     def steps(self, batch_size: int) -> int:
         """See `Data.steps`."""
@@ -126,7 +147,11 @@ class Watched:
 
     def train(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """See `Data.train`."""
-        return self._seen(self.data.train(epoch, batch_size, start))
+        steps = self.data.steps(batch_size)
+        for step, batch in enumerate(self._seen(self.data.train(epoch, batch_size, start)), start + 1):
+            if self.pulse is not None:
+                self.pulse(step, steps)
+            yield batch
 
     def evaluate(self, split: str, batch_size: int) -> Iterator[Batch]:
         """See `Data.evaluate`."""

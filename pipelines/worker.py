@@ -29,7 +29,7 @@ from pipelines.faults import LastingError, lasting_error
 from pipelines.ingest import Reader, open_data
 from pipelines.notices import for_result, on_board, teller
 from pipelines.storage import Location
-from pipelines.watch import Watched
+from pipelines.watch import Pulse, Watched
 
 GROUPING, RESULT, MODELS = "grouping.json", "result.json", "models"
 SEARCHED = "searched.json"  # a result whose groups are still to be trained on their own
@@ -104,7 +104,9 @@ def _open(job: Job, context: RayContext) -> tuple[NetworkSpec, Data]:
         reader, job.held, config.data, seed=config.train.seed,
         rank=context.rank, world_size=context.world_size, device=context.device,
     )  # fmt: skip
-    return config.network_spec(reader.manifest.description.input, reader.tasks), Watched(data, context.watchdog)
+    return config.network_spec(reader.manifest.description.input, reader.tasks), Watched(
+        data, context.watchdog, Pulse(job.board) if context.rank == 0 else None
+    )
 
 
 def _search(job: Job, context: RayContext) -> SearchResult:

@@ -17,7 +17,7 @@ from dmtg_core.encoders import ENCODERS
 from docs import tables
 from pipelines.cli import app
 from pipelines.config import Config
-from pipelines.sources import SOURCES
+from pipelines.sources import SOURCES, options_model
 from pipelines.sources.labels import LabelTask
 
 COMMANDS, CONFIGURATION = tables.commands(), tables.configuration()
@@ -75,7 +75,7 @@ def test_every_key_has_a_row_with_its_default(key: str, default: object) -> None
 @pytest.mark.parametrize("kind", list(SOURCES))
 def test_every_option_of_every_source_has_a_row(kind: str) -> None:
     section = CONFIGURATION.split(f"\n### {kind}\n", 1)[1].split("\n#", 1)[0]
-    for key, _ in keys(tables.options_of(kind)):
+    for key, _ in keys(options_model(kind)):
         row_of(f"source.options.{key}", section)
     assert len(section.split("\n| ")[0].strip()) > 20, "its docstring says what the options are for"
 

@@ -1,0 +1,179 @@
+"""Where a run stands, drawn in place on a terminal. A log has the lines of `follow`, and nothing of this."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from dmtg_core.network import NetworkSpec
+from dmtg_core.search import AFFINITY, BASELINE, DISTILLED, GUIDED
+from pipelines.config import Config
+
+Record = Mapping[str, Any]
+SPEED_S = 600.0  # over which the speed is averaged that the end is estimated from
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The epochs of all stages of a search.
+
+    Args:
+        stages: Those before candidates are told apart, with the most epochs of each.
+        candidates: In the order in which they are trained.
+        search: Epochs of a candidate's search.
+        rest: Epochs of a candidate after it.
+        going: The most candidates that can have these.
+        distilled: Epochs of the last stage; 0 for none.
+    """
+
+    stages: tuple[tuple[str, int], ...]
+    candidates: tuple[str, ...]
+    search: int
+    rest: int
+    going: int
+    distilled: int
+
+    @classmethod
+    def of(cls, config: Config, spec: NetworkSpec) -> Plan:
+        """What a configuration trains."""
+        settings, options = config.settings(), config.search_options()
+        candidates = tuple(options.candidates(spec))
+        stages = [(BASELINE, settings.epochs)] if config.search.baseline else []
+        stages += [(AFFINITY, options.affinity_epochs(settings)[1])] if GUIDED in candidates else []
+        several = options.method == "guided" and len(candidates) > 1
+        return cls(
+            tuple(stages),
+            candidates,
+            settings.search_epochs,
+            settings.epochs - settings.search_epochs,
+            len(candidates) if options.method == "guided" else 1,
+            options.distilled(settings).epochs if several and options.distil_share else 0,
+        )
+
+    def total(self, records: Sequence[Record]) -> int:
+        """The most epochs that there can be, by what has been trained so far: candidates stop on the way."""
+        most = (
+            sum(self._of_stage(name, epochs, records) for name, epochs in self.stages)
+            + len(self.candidates) * self.search
+        )
+        most += self.going * self.rest + self.distilled
+        if self.going == 1:
+            return most
+        finished = [name for name in self.candidates if self._has_gone_on(name, records)]
+        last = records[-1]["stage"] if records else ""
+        passed = self.candidates if last == DISTILLED else self.candidates[: self._place(finished)]
+        return most - self.rest * sum(name not in finished for name in passed)
+
+    def epochs_of(self, record: Record) -> int:
+        """Epochs of the stage of a record."""
+        if record["stage"] == DISTILLED:
+            return self.distilled
+        return dict(self.stages).get(record["stage"], self.search + self.rest)
+
+    def _of_stage(self, name: str, most: int, records: Sequence[Record]) -> int:
+        """Epochs of a stage before the candidates: it may end before its most are over."""
+        own = sum(record["stage"] == name for record in records)
+        return own if own and records[-1]["stage"] != name else most
+
+    def _has_gone_on(self, name: str, records: Sequence[Record]) -> bool:
+        return any(record["stage"] == name and record["epoch"] > self.search for record in records)
+
+    def _place(self, finished: Sequence[str]) -> int:
+        return self.candidates.index(finished[-1]) if finished else 0
+
+
+class Display(Protocol):
+    """What a follower shows between the lines that it prints."""
+
+    live: bool
+
+    def show(self, records: Sequence[Record], gate: Sequence[Record], moved: tuple[int, int]) -> None:
+        """All epochs so far with the gate's probabilities, and step and steps of the one that is under way."""
+        ...
+
+
+class NoDisplay:
+    """Lines alone."""
+
+    live = False
+
+    def show(self, records: Sequence[Record], gate: Sequence[Record], moved: tuple[int, int]) -> None:
+        """Nothing."""
+
+
+class _Bar(Progress):
+    """A bar with a line of figures below it."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.figures, style="dim", overflow="ellipsis", no_wrap=True)
+
+
+class LiveDisplay:
+    """A bar over all epochs, and the figures of the last one.
+
+    Args:
+        plan: What is trained.
+        console: The terminal.
+    """
+
+    live = True
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        columns: tuple[str | ProgressColumn, ...] = (
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[step]}"), TimeRemainingColumn(), TextColumn("left"),
+        )  # fmt: skip
+        self.plan = plan
+        self.bar = _Bar(
+            *columns, console=console, transient=True, redirect_stdout=False, refresh_per_second=2,
+            speed_estimate_period=SPEED_S,
+        )  # fmt: skip
+        self.task = self.bar.add_task("starting", total=plan.total(()), step="")
+        self.known, self.stale = 0, (0, 0)
+
+    def show(self, records: Sequence[Record], gate: Sequence[Record], moved: tuple[int, int]) -> None:
+        """See `Display`."""
+        if len(records) != self.known:  # what was told of steps belongs to the epoch that has ended
+            self.known, self.stale = len(records), moved
+        step, steps = (0, 0) if moved == self.stale else moved
+        total = self.plan.total(records)
+        done = len(records) + (step / steps if steps else 0)
+        self.bar.figures = figures(self.plan, records[-1], gate) if records else ""
+        self.bar.update(
+            self.task, total=total, completed=done, step=f"step {step} of {steps}" if steps else "",
+            description=f"epoch {min(len(records) + 1, total)} of {total}",
+        )  # fmt: skip
+
+
+def figures(plan: Plan, record: Record, gate: Sequence[Record]) -> str:
+    """The last epoch in a line: stage, loss, entropy of the gate, groups so far, speed."""
+    loss = sum(record["train_loss"].values()) / len(record["train_loss"])
+    parts = [f"{record['stage']} {record['epoch']} of {plan.epochs_of(record)}: loss {loss:.4g}"]
+    key = (record["stage"], record["epoch"])
+    rows = next((g["probabilities"] for g in reversed(gate) if (g["stage"], g["epoch"]) == key), [[1.0]])
+    if len(rows[0]) > 1:
+        groups = len({int(np.argmax(row)) for row in rows})
+        parts.append(f"gate entropy {record['gate']['entropy']:.2f}, {groups} group{'s' * (groups > 1)} so far")
+    return ", ".join([*parts, f"{record['samples_per_second']:.0f} samples/s"])
+
+
+@contextmanager
+def display(plan: Plan) -> Iterator[Display]:
+    """A live display where stderr is a terminal, for the time of the block; what is printed stands above it."""
+    if not sys.stderr.isatty():
+        yield NoDisplay()
+        return
+    shown = LiveDisplay(plan, Console(stderr=True))
+    with shown.bar:
+        yield shown
