@@ -116,8 +116,8 @@ class SearchState:
     """Where a search stands: what a checkpoint holds.
 
     `results` has an entry for each finished stage, in order. `held` are candidates whose search has ended and that
-    may go on, `trained` the networks of those that came to their end. `plan` is what the search was asked for; a
-    checkpoint of another plan is refused.
+    may go on, `trained` the networks of those that came to their end, naive MTL's too. `plan` is what the search
+    was asked for; a checkpoint of another plan is refused.
     """
 
     plan: dict[str, Any]
@@ -174,6 +174,7 @@ class SearchResult:
 
     Args:
         network: The hard network with the weights of its best epoch, in evaluation mode.
+        naive: The network of naive MTL, likewise; None when it was not asked for.
         grouping: Its grouping; one group where the wide encoder was best.
         chosen: The candidate that it is.
         distilled: What learning on from all candidates did: `teachers`, the best `score` and the `metrics` before
@@ -190,6 +191,7 @@ class SearchResult:
     """
 
     network: GroupingNetwork
+    naive: GroupingNetwork | None
     grouping: Grouping
     chosen: str
     distilled: dict[str, Any]
@@ -357,6 +359,7 @@ class _Search:
         state = self._current(replace(self.spec, groups=1, sampling="fixed"), shared)
         self._advance(BASELINE, state, self.settings, self.settings.epochs)
         state.take_best()
+        self.state.trained[BASELINE] = state.network
         self._end(BASELINE, state, metrics=self._evaluate(state.network))
 
     def _affinity(self) -> None:
@@ -422,12 +425,16 @@ class _Search:
 
     def _best(self) -> str:
         """The candidate with the best validation score of those that were trained to their end."""
-        finals = {name: self._result(name)["final"] for name in self.state.trained if name != DISTILLED}
+        finals = {name: self._result(name)["final"] for name in self._finished()}
         return min(finals, key=finals.__getitem__)
+
+    def _finished(self) -> list[str]:
+        """The candidates that were trained to their end, in that order."""
+        return [name for name in self.state.trained if name not in (BASELINE, DISTILLED)]
 
     def _teachers(self) -> list[str]:
         """Those that the best candidate learns from; none where it would be itself alone."""
-        names = [name for name in self.state.trained if name != DISTILLED]
+        names = self._finished()
         return names if len(names) > 1 and self.options.distil_share else []
 
     def _distil(self) -> None:
@@ -450,7 +457,10 @@ class _Search:
         chosen, after = self._best(), self._result(DISTILLED) if self._done(DISTILLED) else None
         network = self.state.trained[DISTILLED if after else chosen].eval()
         by_name = {result["stage"]: result for result in self.state.results}
-        naive = naive_flops(self.spec) * self.settings.epochs
+        naive = self.state.trained.get(BASELINE)
+        if naive is not None:
+            naive.eval()
+        once = naive_flops(self.spec) * self.settings.epochs
         spent = sum(result["cost"] for result in self.state.results if result["stage"] != BASELINE)
         distilled: dict[str, Any] = {}
         if after is not None:
@@ -458,9 +468,10 @@ class _Search:
             distilled = {"teachers": after["teachers"], "score": before, "final": after["final"]}
             distilled["kept"] = after["final"] < before
             distilled["metrics"] = self._evaluate(self.state.trained[chosen])
-            distilled["cost"] = after["cost"] / naive
+            distilled["cost"] = after["cost"] / once
         return SearchResult(
             network=network,
+            naive=naive,
             grouping=network.grouping(),
             chosen=chosen,
             distilled=distilled,
@@ -471,8 +482,8 @@ class _Search:
                 for name in self.candidates
             ],
             affinity=by_name.get(AFFINITY, {}).get("affinity", []),
-            affinity_cost=by_name.get(AFFINITY, {}).get("cost", 0) / naive,
-            cost=spent / naive,
+            affinity_cost=by_name.get(AFFINITY, {}).get("cost", 0) / once,
+            cost=spent / once,
         )
 
     def _evaluate(self, network: GroupingNetwork) -> dict[str, Metrics]:

@@ -25,7 +25,7 @@ from pipelines.faults import gave_up, lasting_error
 from pipelines.ingest import open_data
 from pipelines.notices import UNWRITTEN, Tell, teller
 from pipelines.storage import Location
-from pipelines.worker import MODELS, RESULT, SEARCHED, Job, gains, read_model, write_model
+from pipelines.worker import DETAILS, MODELS, RESULT, SEARCHED, Job, gains, read_model, write_model
 
 GROUPS, MODEL, DONE = "groups", "model", "done.json"
 
@@ -44,21 +44,39 @@ def train_groups(job: Job, say: Callable[[str], None]) -> None:
     config, searched = job.config, (job.run / SEARCHED).read_json()
     names = {name: members for name, members in searched["grouping"].items() if not _done(job.run, name).exists()}
     say(f"training {len(names)} groups on their own, {config.search.group_epochs} epochs each")
-    task = ray.remote(train_group).options(
-        num_cpus=config.ray.cpus_per_worker, num_gpus=config.ray.gpus_per_worker or None,
-        max_retries=config.ray.max_failures, retry_exceptions=False,
-        scheduling_strategy="DEFAULT",  # a trial of a sweep would put them where it has room for itself alone
-    )  # fmt: skip
+    task = _remote(train_group, config)
     waiting = {task.remote(job, name, members, score_before(searched, members)): name
                for name, members in names.items()}  # fmt: skip
     while waiting:
         (ready, *_), _ = ray.wait(list(waiting))
-        try:
-            before, after = ray.get(ready)
-        except Exception as error:
-            raise user_error(error) or gave_up(error, str(job.run)) from error
+        before, after = _got(ready, job)
         say(f"{waiting.pop(ready):>10} trained on its own: validation score {before:.4f} → {after:.4f}")
     _finish(job, searched)
+
+
+def _remote(work: Callable[..., Any], config: Config) -> Any:
+    """Work as a Ray task with the resources of one worker."""
+    import ray
+
+    return ray.remote(work).options(
+        num_cpus=config.ray.cpus_per_worker, num_gpus=config.ray.gpus_per_worker or None,
+        max_retries=config.ray.max_failures, retry_exceptions=False,
+        scheduling_strategy="DEFAULT",  # a trial of a sweep would put them where it has room for itself alone
+    )  # fmt: skip
+
+
+def _got(reference: Any, job: Job) -> Any:
+    """What a task gave.
+
+    Raises:
+        UserError: When it gave nothing.
+    """
+    import ray
+
+    try:
+        return ray.get(reference)
+    except Exception as error:
+        raise user_error(error) or gave_up(error, str(job.run)) from error
 
 
 def score_before(searched: Mapping[str, Any], members: Sequence[str]) -> float:
@@ -170,4 +188,19 @@ def _finish(job: Job, searched: Mapping[str, Any]) -> None:
         "metrics": metrics, "validation": validation, "groups": scores, "gains": found,
         "normalized_gain": found.get("error"), "notes": notes if found else searched["notes"],
     }  # fmt: skip
+    if job.details:
+        _got(_remote(look_again, job.config).remote(job, searched["split"]), job)
     (job.run / RESULT).write_json(result)
+
+
+def look_again(job: Job, split: str) -> None:
+    """The samples of the run's page, as the groups answer now; naive MTL is not at hand, so no intervals."""
+    from pipelines.details import Look, Together
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = {name: read_model(job.run / MODELS / name) for name in (job.run / MODELS).folders()}
+    config, network = job.config, Together(models).to(device).eval()
+    look = Look(network, None, job.reader, split, config.train.batch_size, config.train.seed)
+    held = (job.run / DETAILS).read_json() if (job.run / DETAILS).exists() else {}
+    samples = look.samples(config.run.samples) if config.run.samples else None
+    (job.run / DETAILS).write_json(held | {"intervals": None, "samples": samples})

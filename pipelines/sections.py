@@ -351,6 +351,9 @@ class RunSection(Section):
 
     root: str = Field("runs", description="local folder or s3:// address that holds run folders")
     name: str = Field("", description="name of the run folder; by default it follows from the configuration")
+    samples: int = Field(
+        3, ge=0, le=20, description="samples on the page, of the worst and of the others; 0 for no data in it"
+    )
 
 
 class RaySection(Section):

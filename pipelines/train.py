@@ -100,7 +100,7 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
                 display(plan) as shown_there,
                 following(run, config.ray, tracker, say, earlier, shown_there) as board,
             ):
-                train_job(Job(config, reader, held, run, tuple(notes), start, board), say)
+                train_job(Job(config, reader, held, run, tuple(notes), start, board, details=True), say)
     registered = hand_over(config, run, tracker, manifest, say)
     return Trained(run, tracker.run_id, (run / RESULT).read_json(), registered, finished)
 

@@ -32,6 +32,7 @@ from pipelines.storage import Location
 from pipelines.watch import Pulse, Watched
 
 GROUPING, RESULT, MODELS = "grouping.json", "result.json", "models"
+DETAILS = "details.json"  # what the run's page shows beside the result
 SEARCHED = "searched.json"  # a result whose groups are still to be trained on their own
 PROFILE = "profile"
 
@@ -46,6 +47,7 @@ class Job:
         start: Names and places of the models to start from, kept in the run folder.
         board: Where to tell the driver what happens.
         profile: Only measure some steps.
+        details: Also write what the run's page shows beside the result.
     """
 
     config: Config
@@ -56,6 +58,7 @@ class Job:
     start: tuple[tuple[str, Location], ...] = ()
     board: Any = None
     profile: bool = False
+    details: bool = False
 
 
 def read_jsonl(file: Location) -> list[dict[str, Any]]:
@@ -133,6 +136,8 @@ def _keep(job: Job, context: RayContext, result: SearchResult) -> None:
     last = "the last checkpoint, without training again" if whole else "the last whole checkpoint"
     run = job.run if whole else job.run.patient(0)  # it has been waited for long enough
     try:
+        if job.details:
+            write_details(job, run, result)
         notes = (*job.notes, *warnings_of(context.records), *for_result(on_board(job.board)))
         write_result(run, result, notes, SEARCHED if job.config.search.group_epochs else RESULT)
     except UserError as error:
@@ -141,6 +146,19 @@ def _keep(job: Job, context: RayContext, result: SearchResult) -> None:
             where=error.where,
             remedy=f"{error.remedy}; then run the same words again: they go on from {last}",
         ) from error
+
+
+def write_details(job: Job, run: Location, result: SearchResult) -> None:
+    """What the run's page shows beside the result."""
+    from pipelines.details import details_of  # the report reads what is written here
+
+    config = job.config
+    spec = config.network_spec(job.reader.manifest.description.input, job.reader.tasks)
+    found = details_of(
+        result, job.reader, spec,
+        samples=config.run.samples, batch_size=config.train.batch_size, seed=config.train.seed,
+    )  # fmt: skip
+    (run / DETAILS).write_json(found)
 
 
 def warnings_of(records: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from dmtg_core.metrics import error_of
-from dmtg_core.search import WIDE
+from dmtg_core.search import DISTILLED, WIDE
 from pipelines.beforehand import said_before
 from pipelines.config import Config
 from pipelines.context import GATE, METRICS
 from pipelines.errors import UserError
-from pipelines.report import figures
+from pipelines.latency import ALL, NAIVE
+from pipelines.report import figures, pictures
+from pipelines.report.moving import moving_gate
 from pipelines.report.render import render
+from pipelines.report.sweep import cost, percent
 from pipelines.sections import checked
 from pipelines.storage import Location
-from pipelines.worker import RESULT, read_jsonl
+from pipelines.worker import DETAILS, RESULT, read_jsonl
+
+# of runs that were finished before these were written
+OLDER: Mapping[str, Any] = {
+    "candidates": [], "inference": None, "distilled": {}, "affinity": [], "chosen": "", "notes": [],
+    "training_cost": None,
+}  # fmt: skip
+UNDECIDED = 0.5  # a likeliest branch below it
 
 
 def write_report(run: Location) -> Location:
@@ -36,31 +48,68 @@ def write_report(run: Location) -> Location:
 
 
 def page(run: Location) -> str:
-    """The page of a finished run as HTML."""
-    result = (run / RESULT).read_json()
+    """The page of a finished run as HTML; what an older run has not written is left out."""
+    result = dict(OLDER) | (run / RESULT).read_json()
+    details = (run / DETAILS).read_json() if (run / DETAILS).exists() else {}
     config = yaml.safe_load((run / "config.yaml").read_text())
-    rows = task_rows(result)
-    gate = [g for g in read_jsonl(run / GATE) if g["stage"] == shown_gate(result)]
+    tasks = list(result["metrics"])
+    gate = gate_records(read_jsonl(run / GATE), result)
+    shown = probabilities(result, gate)
+    rows = task_rows(result, details.get("intervals"))
+    own = shown is not None and result["chosen"] != WIDE
+    picture = figures.gate_picture(tasks, shown, "Tasks and their branches") if own and shown else ""
     drawn = {
-        "grouping": figures.grouping(result["grouping"]),
-        "gate": figures.gate(gate, list(result["metrics"])) if gate else "",
+        "grouping": picture or figures.grouping(result["grouping"]),
+        "candidate": figures.gate_picture(tasks, shown, "Tasks and branches") if shown and not own else "",
+        "gate": figures.gate(gate, tasks) if gate else "",
         "metrics": figures.metrics(rows) if result["baseline"] else "",
-        "learning": figures.learning(read_jsonl(run / METRICS)),
+        "affinity": affinity(result, tasks),
+        "learning": figures.learning(read_jsonl(run / METRICS), stages_of(result)),
     }
     return render(
         "page.html",
+        filters={"cost": cost, "percent": percent},
+        styles=("page", "run", "sheet"),
         run=str(run),
+        command=shlex.join(again(run)),
         result=result,
+        details=details,
         verdict=verdict(result),
-        gate=shown_gate(result),
+        facts=facts(result, details, shown if own else None),
+        shares=[max(row) for row in shown] if own and shown else [],
+        gate=gate[0]["stage"] if gate else "",
+        moving=moving_gate(gate, tasks) if gate else None,
+        own=own,
         signal=said_before(checked(Config, config)),
         rows=rows,
+        ramp=pictures.ramp(),
+        stripes=pictures.stripes(),
         config=yaml.safe_dump(config, sort_keys=False),
         figures=drawn,
     )
 
 
-def shown_gate(result: dict[str, Any]) -> str:
+def again(run: Location) -> list[str]:
+    """The command that trains the same once more, into a run folder of its own."""
+    return ["dmtg", "train", "-c", f"{run}/config.yaml", f"run.name={run.name}-again"]
+
+
+def stages_of(result: Mapping[str, Any]) -> list[str]:
+    """The stages that the result went through."""
+    return [result["chosen"]] + ([DISTILLED] if result["distilled"].get("kept") else [])
+
+
+def gate_records(records: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The epochs of the gate that is drawn, none where no candidate has one."""
+    stage = shown_gate(result)
+    gated = [record for record in records if len(record["probabilities"][0]) > 1]
+    if not result["candidates"]:
+        searched = {record["stage"] for record in gated if record["phase"] == "search"}
+        stage = searched.pop() if len(searched) == 1 else ""  # of several starts it is not known which one it was
+    return [record for record in gated if record["stage"] == stage]
+
+
+def shown_gate(result: Mapping[str, Any]) -> str:
     """The candidate whose gate is drawn: that of the result, or the best one where the result has none."""
     gated = [c for c in result["candidates"] if len(c["probabilities"][0]) > 1]
     if not gated or any(c["stage"] == result["chosen"] for c in gated):
@@ -68,9 +117,25 @@ def shown_gate(result: dict[str, Any]) -> str:
     return str(min(gated, key=lambda c: c["score"])["stage"])
 
 
-def task_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row a task: group, headline metric, its value, naive MTL's, and by how many per cent the error fell."""
+def probabilities(
+    result: Mapping[str, Any], gate: Sequence[Mapping[str, Any]]
+) -> Sequence[Sequence[float]] | None:
+    """What the gate said when its search ended, and the groups were fixed."""
+    stage = shown_gate(result)
+    found = [c["probabilities"] for c in result["candidates"] if c["stage"] == stage]
+    found += [record["probabilities"] for record in gate if record["phase"] == "search"][-1:]
+    return found[0] if found else None
+
+
+def task_rows(result: Mapping[str, Any], intervals: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """A row a task: group, headline metric, its value, naive MTL's, and by how many per cent the error fell.
+
+    Args:
+        result: `result.json`.
+        intervals: Of `details.json`, for the interval of each gain.
+    """
     group_of = {task: name for name, tasks in result["grouping"].items() for task in tasks}
+    spans = (intervals or {}).get("by_task", {})
     rows = []
     for task, found in result["metrics"].items():
         metric = result["headline"][task]
@@ -86,12 +151,96 @@ def task_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
                 "value": value,
                 "baseline": base,
                 "gain": change,
+                "interval": span(spans.get(task)),
             }
         )
     return rows
 
 
-def verdict(result: dict[str, Any]) -> str:
+def span(gain: Mapping[str, Any] | None) -> tuple[float, float] | None:
+    """The two ends of a gain's interval, where it has both."""
+    if gain is None or gain["low"] is None or gain["high"] is None:
+        return None
+    return gain["low"], gain["high"]
+
+
+def affinity(result: Mapping[str, Any], tasks: Sequence[str]) -> str:
+    """Overlap of what tasks read, those of a group beside each other."""
+    if not result["affinity"]:
+        return ""
+    order = [task for members in result["grouping"].values() for task in members]
+    places = [tasks.index(task) for task in order]
+    values = [[float(result["affinity"][a][b]) for b in places] for a in places]
+    return figures.heatmap(values, order, "Overlap of what every two tasks read of their input")
+
+
+def facts(
+    result: Mapping[str, Any], details: Mapping[str, Any], shown: Sequence[Sequence[float]] | None
+) -> list[tuple[str, str]]:
+    """What a person who looks wants to know first: a question each, with its answer in a sentence or two."""
+    found = [("Which go together", together(result)), ("How sure", certainty(result, shown))]
+    if result["normalized_gain"] is not None:
+        found.append(("What it gained", gained(result, details.get("intervals"))))
+    return [(name, text) for name, text in [*found, ("What it costs", costs(result, details.get("cost")))] if text]
+
+
+def together(result: Mapping[str, Any]) -> str:
+    """The groups in words."""
+    if result["chosen"] == WIDE:
+        return "All tasks, in one wide encoder."
+    parts = [
+        f"{', '.join(members)} {'together' if len(members) > 1 else 'alone'}"
+        for members in result["grouping"].values()
+    ]
+    return "; ".join(parts) + "."
+
+
+def certainty(result: Mapping[str, Any], shown: Sequence[Sequence[float]] | None) -> str:
+    """How decided the gate was when the search ended."""
+    if shown is None:
+        return (
+            "" if result["chosen"] != WIDE else "One wide encoder has no gate: nothing was decided task by task."
+        )
+    highest = dict(zip(result["metrics"], (max(row) for row in shown), strict=True))
+    low, high = min(highest.values()), max(highest.values())
+    open_ones = [task for task, value in highest.items() if value < UNDECIDED]
+    text = f"When the groups were fixed, the gate gave the tasks' branches {low:.0%} to {high:.0%}."
+    return text + (f" It was undecided (under {UNDECIDED:.0%}) on {', '.join(open_ones)}." if open_ones else "")
+
+
+def gained(result: Mapping[str, Any], intervals: Mapping[str, Any] | None) -> str:
+    """The gain over naive MTL, with the interval where one could be measured."""
+    gains = [row["gain"] for row in task_rows(result) if row["gain"] is not None]
+    better = sum(gain > 0 for gain in gains)
+    change = percent(-result["normalized_gain"])
+    text = f"Mean error {change} against naive MTL, lower on {better} of {len(gains)} tasks."
+    ends = span(intervals["gain"]) if intervals else None
+    if intervals is None or ends is None:
+        return f"{text} No interval: one run on its own does not say how this varies."
+    return (
+        f"{text} {intervals['confidence']:.0%} interval over the {intervals['samples']} samples: "
+        f"{percent(-ends[1])} to {percent(-ends[0])}. How it varies with the seed is not in it."
+    )
+
+
+def costs(result: Mapping[str, Any], measured: Mapping[str, Any] | None) -> str:
+    """Inference and training beside naive MTL."""
+    rows = {row["name"]: row for row in measured["rows"]} if measured else {}
+    parts = []
+    if rows:
+        ours, naive = rows[ALL], rows[NAIVE]
+        times, slower = ours["flops"] / naive["flops"], ours["milliseconds"][0] / naive["milliseconds"][0]
+        parts.append(
+            f"An answer takes {times:.1f} times the operations of naive MTL, {slower:.1f} times its time."
+        )
+    elif result["inference"]:
+        parts.append(f"An answer takes {cost(result['inference']['flops'])} operations.")
+    if result["training_cost"] is not None:
+        parts.append(f"Training took {result['training_cost']:.1f} runs of naive MTL.")
+    return " ".join(parts)
+
+
+def verdict(result: Mapping[str, Any]) -> str:
     """The result in one sentence, no stronger than one run allows."""
     count = len(result["grouping"])
     groups = f"{len(result['metrics'])} tasks in {count} {'group' if count == 1 else 'groups'}"

@@ -8,14 +8,17 @@ from typing import Any
 
 import matplotlib as mpl
 import yaml
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipelines.config import Config
-from pipelines.report.figures import COLOURS, STYLE, svg
+from pipelines.report.figures import COLOURS, NEUTRAL, STYLE, WIDTH, heatmap, svg
 from pipelines.report.render import render
 from pipelines.report.sweep import cost
 from pipelines.storage import Location
 from pipelines.tracking import shown
+
+NAIVE, SINGLE = "naive_mtl", "single_task"  # methods, as the comparison calls them
 
 
 def write_page(target: Location, found: Mapping[str, Any], config: Config) -> None:
@@ -26,7 +29,11 @@ def write_page(target: Location, found: Mapping[str, Any], config: Config) -> No
         found: The content of `compare.json`.
         config: The configuration.
     """
-    drawn = {"gains": gains(found["rows"]), "together": together(found["tasks"], found["together"])}
+    drawn = {
+        "gains": gains(found["rows"], found["reference"]),
+        "tasks": by_task(found["rows"], found["tasks"], found["reference"]),
+        "together": together(found["tasks"], found["together"]),
+    }
     target.write_text(
         render(
             "compare.html",
@@ -52,36 +59,66 @@ def two(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.2f}"
 
 
-def gains(rows: Sequence[Mapping[str, Any]]) -> str:
+def gains(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
     """Gain over naive MTL of every method with its interval, the best on top."""
-    ordered = sorted(
-        (row for row in rows if math.isfinite(row["gain"]["value"])), key=lambda r: r["gain"]["value"]
-    )
+    known = [row for row in rows if math.isfinite(row["gain"]["value"]) and row["method"] != NAIVE]
+    ranked = sorted(known, key=lambda row: -row["gain"]["value"])
+    words = "; ".join(f"{row['method']} {interval(row['gain'], ' %')}" for row in ranked)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7, 0.3 * len(ordered) + 0.8), layout="constrained")
+        figure = Figure(figsize=(WIDTH - 1, 0.32 * len(ranked) + 0.6))
         axes = figure.subplots()
-        for place, row in enumerate(ordered):
-            gain = row["gain"]
-            half = (gain["high"] - gain["low"]) / 2 if math.isfinite(gain["low"]) else 0
-            own = COLOURS[0] if row["method"].startswith("guided") else COLOURS[7]
-            axes.errorbar(gain["value"], place, xerr=half, fmt="o", color=own, capsize=3)
-        axes.set_yticks(range(len(ordered)), [row["method"] for row in ordered])
-        axes.axvline(0, linewidth=0.8, color="#888888")
+        for place, row in enumerate(ranked):
+            own = row["method"] == reference
+            axes.barh(place, row["gain"]["value"], color=COLOURS[0] if own else NEUTRAL, height=0.7)
+            across(axes, row["gain"], place)
+        axes.set_yticks(range(len(ranked)), [row["method"] for row in ranked])
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", length=0)
+        axes.axvline(0, linewidth=0.8, color="black")
         axes.set_xlabel("gain over naive MTL, % of error")
-        return svg(figure, "Gain over naive MTL of every method, with intervals over seeds")
+        return svg(figure, f"Gain over naive MTL of every method, with intervals over seeds. {words}")
+
+
+def by_task(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], reference: str) -> str:
+    """Error of each task: the search beside naive MTL and single-task networks, in parts of naive MTL's.
+
+    Empty where naive MTL was not among the methods.
+    """
+    found = {row["method"]: row["errors"] for row in rows}
+    tints = {reference: COLOURS[0], NAIVE: NEUTRAL, SINGLE: COLOURS[1]}
+    shown = [name for name in tints if name in found]
+    if NAIVE not in shown or len(shown) < 2:
+        return ""
+    thick = 1 / (len(shown) + 0.6)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH - 1, (0.22 * len(shown) + 0.12) * len(tasks) + 0.8))
+        axes = figure.subplots()
+        for n, task in enumerate(tasks):
+            base = found[NAIVE][task]["value"] or math.nan
+            for i, name in enumerate(shown):
+                error = {end: 100 * found[name][task][end] / base for end in ("value", "low", "high")}
+                place = n + (i - (len(shown) - 1) / 2) * thick
+                label = "" if n else name
+                axes.barh(place, error["value"], color=tints[name], height=0.9 * thick, label=label)
+                across(axes, error, place)
+        axes.set_yticks(range(len(tasks)), tasks)
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("error, % of naive MTL's mean (left is better)")
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9, borderaxespad=0)
+        return svg(figure, f"Error of each task with intervals over seeds, of {', '.join(shown)}; see the table")
+
+
+def across(axes: Axes, mean: Mapping[str, Any], place: float) -> None:
+    """An interval as a line across its bar, where there is one."""
+    if math.isfinite(mean["low"]) and math.isfinite(mean["high"]):
+        axes.plot([mean["low"], mean["high"]], [place] * 2, color="black", linewidth=1.2, marker="|", markersize=5)
 
 
 def together(tasks: Sequence[str], share: Sequence[Sequence[float]]) -> str:
     """Share of the seeds in which two tasks are in one group, in an order that brings groups together."""
     order = sorted(range(len(tasks)), key=lambda n: [-value for value in share[n]])
-    with mpl.rc_context(STYLE):
-        side = min(2.2 + 0.22 * len(tasks), 9)
-        figure = Figure(figsize=(side + 1, side), layout="constrained")
-        axes = figure.subplots()
-        image = axes.imshow([[share[a][b] for b in order] for a in order], vmin=0, vmax=1, cmap="Blues")
-        if len(tasks) <= 40:
-            names = [tasks[n] for n in order]
-            axes.set_xticks(range(len(tasks)), names, rotation=90)
-            axes.set_yticks(range(len(tasks)), names)
-        figure.colorbar(image, ax=axes, shrink=0.7)
-        return svg(figure, "How often two tasks are in one group, over seeds")
+    values = [[share[a][b] for b in order] for a in order]
+    return heatmap(
+        values, [tasks[n] for n in order], "How often two tasks are in one group, over seeds", vmin=0, vmax=1
+    )

@@ -72,7 +72,7 @@ def pick(reader: Reader, count: int, without: Collection[str] = ()) -> list[Samp
 
 
 def _read(reader: Reader, file: str, group: int, rows: Sequence[int]) -> list[Sample]:
-    arrays, ids = reader.read(file, group), _ids(reader, file, group)
+    arrays, ids = reader.read(file, group), ids_of(reader, file, group)
     return [
         Sample(
             ids[row],
@@ -84,7 +84,8 @@ def _read(reader: Reader, file: str, group: int, rows: Sequence[int]) -> list[Sa
     ]
 
 
-def _ids(reader: Reader, file: str, group: int) -> list[str]:
+def ids_of(reader: Reader, file: str, group: int) -> list[str]:
+    """The ids of a row group's samples."""
     place = reader.folder / file
     with place.filesystem.open_input_file(place.path) as opened:
         found: list[str] = pq.ParquetFile(opened).read_row_group(group, columns=["id"])["id"].to_pylist()

@@ -43,7 +43,7 @@ def dataset_page(
     return render(
         "dataset.html",
         filters={"figure": figure, "percent": percent},
-        styles=("page", "dataset"),
+        styles=("page", "sheet", "dataset"),
         title=title,
         folder=str(reader.folder),
         manifest=manifest,

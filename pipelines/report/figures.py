@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette: told apart by every common form of colour vision
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#666666")
+NEUTRAL = "#808080"  # what belongs to no group; seen on light and dark
+WIDTH = 5.2  # inches: at the width of a phone the text is small and yet read
+THICK = 9.0  # points: a line whose probability is 1
+FAINT = 0.02  # probabilities below it are not drawn
 STYLE: Any = {
-    "font.size": 9,
+    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and takes the page's colour
     "svg.hashsalt": "dmtg",  # the same run draws the same bytes
     "font.family": "sans-serif",
 }
+Probabilities = Sequence[Sequence[float]]  # (N, K)
 
 
 def colour(k: int) -> str:
@@ -27,121 +36,224 @@ def colour(k: int) -> str:
     return COLOURS[k % len(COLOURS)]
 
 
+def number_of(group: str) -> int:
+    """The number in the name of a group."""
+    return int(group.removeprefix("group_"))
+
+
 def svg(figure: Figure, label: str) -> str:
-    """A figure as an element of a page; `label`, already escaped, is what a screen reader says."""
+    """A figure as an element of a page; `label` is what a screen reader says."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     # black becomes the page's text colour, so that one drawing serves light and dark
     drawn = drawn.replace("stroke: #000000", "stroke: currentColor").replace(
-        "<svg ", f'<svg role="img" aria-label="{label}" ', 1
+        "<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1
     )
     return drawn.replace('style="font', 'fill="currentColor" style="font').replace(
         "<text ", '<text fill="currentColor" '
     )
 
 
+def branches(probabilities: Probabilities) -> list[str]:
+    """The group that each branch becomes; empty for one that no task finds likeliest.
+
+    Groups are numbered by their first task, as `Grouping` does.
+    """
+    likeliest = [max(range(len(row)), key=row.__getitem__) for row in probabilities]
+    names = {k: f"group_{g}" for g, k in enumerate(dict.fromkeys(likeliest))}
+    return [names.get(k, "") for k in range(len(probabilities[0]))]
+
+
+def ordered(probabilities: Probabilities) -> tuple[list[int], list[int]]:
+    """Tasks and branches in the order in which they are drawn: lines of one group beside each other."""
+    names = branches(probabilities)
+    likeliest = [max(range(len(row)), key=row.__getitem__) for row in probabilities]
+    order = sorted(range(len(names)), key=lambda k: (not names[k], number_of(names[k]) if names[k] else k))
+    return sorted(range(len(likeliest)), key=lambda n: order.index(likeliest[n])), order
+
+
+def curve(start: float, end: float, points: int = 24) -> tuple[list[float], list[float]]:
+    """From the left edge at one height to the right edge at another, level at both."""
+    x = np.linspace(0, 1, points)
+    return x.tolist(), (start + (end - start) * x * x * (3 - 2 * x)).tolist()
+
+
+def heights(places: int, of: int) -> list[float]:
+    """Where so many branches stand beside a column of tasks."""
+    return [(i + 0.5) * of / places - 0.5 for i in range(places)]
+
+
+def certain(groups: Mapping[str, Sequence[str]]) -> Probabilities:
+    """Probabilities of a grouping without a gate: every task in its group."""
+    return [
+        [float(k == own) for k in range(len(groups))] for own, held in enumerate(groups.values()) for _ in held
+    ]
+
+
 def grouping(groups: Mapping[str, Sequence[str]]) -> str:
-    """The final grouping: one column of tasks joined to their branches."""
-    words = "; ".join(f"{name}: {', '.join(members)}" for name, members in groups.items())
+    """A grouping without probabilities."""
+    tasks = [task for held in groups.values() for task in held]
+    return gate_picture(tasks, certain(groups), "Grouping")
+
+
+def gate_picture(tasks: Sequence[str], probabilities: Probabilities, label: str) -> str:
+    """Tasks joined to branches, each line as wide as its probability."""
+    names = branches(probabilities)
+    words = "; ".join(
+        f"{task}: {names[k]} {row[k]:.0%}"
+        for task, row in zip(tasks, probabilities, strict=True)
+        for k in [max(range(len(row)), key=row.__getitem__)]
+    )
     with mpl.rc_context(STYLE):
-        return svg(_grouping(groups), f"Final grouping. {words}")
+        return svg(_gate_picture(tasks, probabilities), f"{label}. {words}")
 
 
 def grouping_png(groups: Mapping[str, Sequence[str]]) -> bytes:
     """The same as a picture for documents that take no SVG."""
     buffer = io.BytesIO()
+    tasks = [task for held in groups.values() for task in held]
     with mpl.rc_context(STYLE):
-        _grouping(groups).savefig(buffer, format="png", dpi=130, bbox_inches="tight", facecolor="white")
+        _gate_picture(tasks, certain(groups)).savefig(
+            buffer, format="png", dpi=130, bbox_inches="tight", facecolor="white"
+        )
     return buffer.getvalue()
 
 
-def _grouping(groups: Mapping[str, Sequence[str]]) -> Figure:
-    tasks = [(task, k) for k, members in enumerate(groups.values()) for task in members]
-    height = max(1.2, 0.34 * len(tasks))
-    figure = Figure(figsize=(6.4, height))
+def _gate_picture(tasks: Sequence[str], probabilities: Probabilities) -> Figure:
+    names, (rows, columns) = branches(probabilities), ordered(probabilities)
+    figure = Figure(figsize=(WIDTH - 2.2, max(1.2, 0.36 * len(tasks))))  # the names stand beside it
     axes = figure.add_subplot()
-    for k, (name, members) in enumerate(groups.items()):
-        places = [i for i, (_, owner) in enumerate(tasks) if owner == k]
-        middle = sum(places) / len(places)
-        for place in places:
-            axes.plot([0.36, 0.62], [place, middle], color=colour(k), linewidth=3, solid_capstyle="round")
-        axes.scatter([0.64], [middle], s=160, color=colour(k), zorder=3)
-        axes.text(0.68, middle, f"{name} ({len(members)})", va="center")
-    for place, (task, k) in enumerate(tasks):
-        axes.scatter([0.35], [place], s=36, color=colour(k), zorder=3)
-        axes.text(0.33, place, task, va="center", ha="right")
-    axes.set(xlim=(0, 1), ylim=(len(tasks) - 0.4, -0.6))
+    places = dict(zip(columns, heights(len(columns), len(rows)), strict=True))
+    for k, height in places.items():
+        tint = colour(number_of(names[k])) if names[k] else NEUTRAL
+        for place, n in enumerate(rows):
+            share = probabilities[n][k]
+            if share >= FAINT:
+                axes.plot(*curve(place, height), color=tint, linewidth=THICK * share, solid_capstyle="butt")
+        axes.plot(1, height, marker="o", markersize=THICK + 3, color=tint, clip_on=False)
+        members = sum(max(range(len(row)), key=row.__getitem__) == k for row in probabilities)
+        said = f"{names[k]} ({members})" if names[k] else "no task"
+        axes.annotate(said, (1, height), (12, 0), textcoords="offset points", va="center")
+    for place, n in enumerate(rows):
+        axes.annotate(tasks[n], (0, place), (-6, 0), textcoords="offset points", va="center", ha="right")
+    axes.set(xlim=(0, 1), ylim=(len(tasks) - 0.5, -0.5))
     axes.axis("off")
     return figure
 
 
 def gate(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
-    """Probability of every branch over the epochs, one small panel a task; starts are set apart by a gap."""
+    """Probability of every branch over the epochs, one small panel a task."""
+    names = branches(records[-1]["probabilities"])
+    epochs = range(1, len(records) + 1)
     with mpl.rc_context(STYLE):
-        columns = min(4, len(tasks))
+        columns = min(3, len(tasks))
         rows = -(-len(tasks) // columns)
-        figure = Figure(figsize=(2.0 * columns + 0.6, 1.35 * rows + 0.4), layout="constrained")
+        figure = Figure(figsize=(WIDTH * columns / 3 + 0.4, 1.2 * rows + 0.4), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         panels = [axes for line in grid for axes in line]
         for n, (axes, task) in enumerate(zip(panels, tasks, strict=False)):
-            _gate_panel(axes, records, n)
-            axes.set_title(task, fontsize=8)
-            axes.set(ylim=(-0.03, 1.03), yticks=[0, 1])
+            for k, name in enumerate(names):
+                tint = colour(number_of(name)) if name else NEUTRAL
+                shares = [record["probabilities"][n][k] for record in records]
+                axes.plot(epochs, shares, color=tint, linewidth=1.8, clip_on=False)
+            axes.set_title(shortened(task, 20), fontsize=9)
+            axes.set(ylim=(-0.03, 1.03), yticks=[0, 1], xticks=sorted({1, len(records)}))
         for axes in panels[len(tasks) :]:
             axes.axis("off")
-        figure.supxlabel("epoch", fontsize=9)
-        figure.supylabel("probability of each branch", fontsize=9)
+        figure.supxlabel("epoch", fontsize=10)
+        figure.supylabel("probability", fontsize=10)
         return svg(figure, "Probability of each branch over the epochs, one panel a task")
 
 
-def _gate_panel(axes: Axes, records: Sequence[Mapping[str, Any]], n: int) -> None:
-    for k in range(len(records[0]["probabilities"][0])):
-        for first, last in _stretches(records):
-            part = records[first:last]
-            axes.plot(
-                range(first + 1, last + 1),
-                [record["probabilities"][n][k] for record in part],
-                color=colour(k),
-                linewidth=1.4,
-            )
-
-
-def _stretches(records: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    """Runs of records of one stage: each begins a line of its own."""
-    edges = [i for i, r in enumerate(records) if i == 0 or records[i - 1]["stage"] != r["stage"]]
-    return list(zip(edges, [*edges[1:], len(records)], strict=True))
+def shortened(text: str, most: int) -> str:
+    """A name that fits, its end left out where it is too long."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def metrics(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Change of each task's error against naive MTL in per cent; right is better."""
+    """Change of each task's error against naive MTL in per cent, and its interval where there is one."""
+    known = [row for row in rows if row["gain"] is not None]
+    words = "; ".join(f"{row['task']} {row['gain']:+.1f} %" for row in known)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, max(1.4, 0.3 * len(rows) + 0.6)))
+        figure = Figure(figsize=(WIDTH - 1.6, max(1.4, 0.32 * len(known) + 0.5)))
         axes = figure.add_subplot()
-        known = [row for row in rows if row["gain"] is not None]
-        groups = list(dict.fromkeys(row["group"] for row in rows))
-        axes.barh(
-            [row["task"] for row in known],
-            [row["gain"] for row in known],
-            color=[colour(int(row["group"].removeprefix("group_"))) for row in known],
-        )
+        for place, row in enumerate(known):
+            axes.barh(place, row["gain"], color=colour(number_of(row["group"])), height=0.7)
+            span = row.get("interval")
+            if span is not None:
+                axes.plot(span, [place, place], color="black", linewidth=1.2, marker="|", markersize=7)
+        axes.set_yticks(range(len(known)), [row["task"] for row in known])
         axes.axvline(0, color="black", linewidth=0.8)
         axes.invert_yaxis()
-        axes.set_xlabel("error against naive MTL: per cent less (right) or more (left)")
-        return svg(
-            figure, f"Relative change of each task's error against naive MTL, coloured by {len(groups)} groups"
-        )
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("error against naive MTL: % less (right) or more (left)")
+        return svg(figure, f"By how much each task's error is lower than naive MTL's. {words}")
 
 
-def learning(records: Sequence[Mapping[str, Any]]) -> str:
-    """Validation score of the hard network over the epochs of every stage; lower is better."""
+def learning(records: Sequence[Mapping[str, Any]], chosen: Sequence[str] = ()) -> str:
+    """Validation score of the hard network over the epochs of every stage; lower is better.
+
+    Args:
+        records: Of every epoch.
+        chosen: The stages of the result, drawn thick. Colours are for groups: stages differ by their dashes.
+    """
+    dashes = ["-", "--", ":", "-.", (0, (1, 3)), (0, (6, 1, 1, 1, 1, 1))]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 2.4))
+        figure = Figure(figsize=(WIDTH, 2.6))
         axes = figure.add_subplot()
-        for k, stage in enumerate(dict.fromkeys(record["stage"] for record in records)):
+        stages = list(dict.fromkeys(record["stage"] for record in records))
+        for place, stage in enumerate(sorted(stages, key=lambda s: s not in chosen)):
             part = [r for r in records if r["stage"] == stage and r["val_score"] is not None]
-            axes.plot([r["epoch"] for r in part], [r["val_score"] for r in part], color=colour(k), label=stage)
+            own = stage in chosen
+            axes.plot(
+                [r["epoch"] for r in part], [r["val_score"] for r in part], color="black" if own else NEUTRAL,
+                label=stage.replace("naive_mtl", "naive MTL"), linestyle=dashes[place % len(dashes)],
+                linewidth=2.2 if own else 1.4, marker="o" if len(part) == 1 else "", markersize=4,
+            )  # fmt: skip
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="epoch", ylabel="mean log validation loss")
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.22), ncols=3)
         return svg(figure, "Validation score over the epochs of every stage")
+
+
+def heatmap(values: Sequence[Sequence[float]], names: Sequence[str], label: str, **limits: float) -> str:
+    """Something between every two tasks, in the order that is given.
+
+    Args:
+        values: `(N, N)`.
+        names: Of the tasks.
+        label: What it is.
+        limits: `vmin` and `vmax` of the colours; by default the range of the values off the diagonal.
+    """
+    grid = np.array(values, float)
+    off = grid[~np.eye(len(grid), dtype=bool)] if len(grid) > 1 else grid.ravel()
+    vmin, vmax = (limits.get(end, float(pick(off))) for end, pick in (("vmin", np.nanmin), ("vmax", np.nanmax)))
+    with mpl.rc_context(STYLE):
+        few = len(grid) <= 12
+        side = max((0.42 if few else 0.22) * len(grid), 1.8)
+        figure = Figure(figsize=(side + (0 if few else 1.2), side))
+        axes = figure.add_subplot()
+        mesh = axes.pcolormesh(grid, vmin=vmin, vmax=max(vmax, vmin + 1e-9), cmap="viridis", rasterized=not few)
+        if few:
+            _numbers(axes, grid, mesh)
+        else:
+            figure.colorbar(mesh, ax=axes, shrink=0.5)
+        places = np.arange(len(grid)) + 0.5
+        axes.set_xticks(places, names, rotation=90, fontsize=10 if few else 9)
+        axes.set_yticks(places, names, fontsize=10 if few else 9)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_aspect("equal")
+        axes.invert_yaxis()
+        return svg(figure, label)
+
+
+def _numbers(axes: Axes, grid: np.ndarray, mesh: Any) -> None:
+    """The values in their cells, dark on light and light on dark."""
+    for (row, column), value in np.ndenumerate(grid):
+        if not math.isnan(value):
+            dark = mesh.norm(value) > 0.6
+            axes.text(column + 0.5, row + 0.5, f"{value:.2f}".removeprefix("0"), ha="center", va="center",
+                      fontsize=8, color="#101010" if dark else "#f8f8f8")  # fmt: skip

@@ -14,7 +14,7 @@ from pipelines.report.render import render
 from pipelines.storage import Location
 
 VERDICT, PAGE = "verdict.json", "regroup.html"
-BETTER, WORSE, OPEN = "#009e73", "#d55e00", "#666666"  # of Okabe and Ito's palette
+BETTER, WORSE, OPEN = figures.COLOURS[2], figures.COLOURS[5], figures.NEUTRAL
 
 
 def write_night(folder: Location) -> Location:
@@ -78,8 +78,9 @@ def gains(rows: Sequence[Mapping[str, Any]], mean: Mapping[str, Any]) -> str:
     """By how many per cent each task's error fell, with the bootstrap interval; the mean of all below."""
     shown = [*rows, {"task": "mean of all tasks", **mean}]
     known = [row for row in shown if None not in (row["value"], row["low"], row["high"])]
+    words = "; ".join(f"{row['task']} {row['value']:+.1f} %" for row in known)
     with mpl.rc_context(figures.STYLE):
-        figure = Figure(figsize=(6.4, 0.34 * len(shown) + 0.9))
+        figure = Figure(figsize=(figures.WIDTH - 1.6, 0.34 * len(shown) + 0.6))
         axes = figure.add_subplot()
         for row in known:
             place = shown.index(row)
@@ -90,5 +91,6 @@ def gains(rows: Sequence[Mapping[str, Any]], mean: Mapping[str, Any]) -> str:
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(shown)), [row["task"] for row in shown])
         axes.invert_yaxis()
-        axes.set_xlabel("error of the challenger: per cent less (right) or more (left) than the champion's")
-        return svg(figure, "Relative change of each task's error against the champion, with intervals")
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("error against the champion's: % less (right) or more (left)")
+        return svg(figure, f"By how much each task's error fell against the champion's, with intervals. {words}")

@@ -12,14 +12,14 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from pipelines.config import Config
-from pipelines.report.figures import COLOURS, STYLE, svg
+from pipelines.report.figures import COLOURS, NEUTRAL, STYLE, WIDTH, svg
 from pipelines.report.render import render
 from pipelines.standings import KNEE
 from pipelines.storage import Location
 from pipelines.tracking import shown
 
 Row = Mapping[str, Any]
-FRONT, OTHER, NAIVE = COLOURS[0], COLOURS[1], COLOURS[7]
+FRONT, OTHER, NAIVE = COLOURS[0], COLOURS[1], NEUTRAL
 # from worse to better, between two colours of the palette that are told apart by all
 GAIN = LinearSegmentedColormap.from_list("gain", [COLOURS[1], "#b5b5b5", COLOURS[0]])
 
@@ -33,7 +33,7 @@ def write_page(target: Location, found: Mapping[str, Any], config: Config) -> No
         config: The sweep's configuration.
     """
     known = judged(found["settings"])
-    drawn = {"pareto": pareto(known, found["pareto"]), "parallel": parallel(known)} if known else {}
+    drawn = {"pareto": pareto(known, found["pareto"], found["knee"]), "parallel": parallel(known)} if known else {}
     page = render(
         "sweep.html",
         filters={"cost": cost, "percent": percent, "number": number},
@@ -95,12 +95,12 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def pareto(settings: Sequence[Row], front: Sequence[Row]) -> str:
+def pareto(settings: Sequence[Row], front: Sequence[Row], knee: str | None) -> str:
     """Validation gain against operations of a sample; the settings that none beats in both are joined."""
     words = "; ".join(f"{row['label']} {percent(row['gain_validation'])} at {cost(row['flops'])}" for row in front)
     best = {row["label"] for row in front}
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.8, 3.6), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
         axes = figure.add_subplot()
         axes.axhline(0, color=NAIVE, linewidth=0.8, linestyle=":")
         steps = [(row["flops"] / 1e6, row["gain_validation"]) for row in front]
@@ -111,6 +111,9 @@ def pareto(settings: Sequence[Row], front: Sequence[Row]) -> str:
             axes.scatter(
                 [row["flops"] / 1e6], [row["gain_validation"]], color=colour, marker=marker, s=34, zorder=3
             )
+            if row["label"] == knee:
+                axes.plot(row["flops"] / 1e6, row["gain_validation"], marker="o", markersize=15, color="black",
+                          fillstyle="none", clip_on=False)  # fmt: skip
         _numbers(axes, front)
         axes.set(xlabel="million operations a sample", ylabel="gain over naive MTL on validation, %")
         axes.margins(x=0.12, y=0.15)
@@ -123,7 +126,7 @@ def _numbers(axes: Axes, front: Sequence[Row]) -> None:
     """The places of the settings in the table of the front, at their points."""
     for i, row in enumerate(front, 1):
         place = (row["flops"] / 1e6, row["gain_validation"])
-        axes.annotate(str(i), place, (-5, 5), textcoords="offset points", ha="right", va="bottom", fontsize=9)
+        axes.annotate(str(i), place, (-8, 8), textcoords="offset points", ha="right", va="bottom", fontsize=9)
 
 
 def parallel(settings: Sequence[Row]) -> str:
@@ -136,7 +139,7 @@ def parallel(settings: Sequence[Row]) -> str:
     ]
     gains = axes_of[-1][1]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.5 * len(axes_of) + 1.2, 3.4), layout="constrained")
+        figure = Figure(figsize=(max(WIDTH, 1.3 * len(axes_of) + 0.4), 3.4), layout="constrained")
         axes = figure.add_subplot()
         for i in sorted(range(len(rows)), key=lambda i: gains[i]):
             shift = 0.12 * (i / max(len(rows) - 1, 1) - 0.5)  # lines of one value lie beside each other

@@ -16,7 +16,7 @@ from pipelines.errors import UserError
 from pipelines.groups import DONE, GROUPS
 from pipelines.profile import profile
 from pipelines.train import CONFIG, REGISTERED, REPORT, Trained, train
-from pipelines.worker import RESULT, SEARCHED
+from pipelines.worker import DETAILS, RESULT, SEARCHED
 from tests.pipelines.conftest import make_config
 
 pytestmark = pytest.mark.ray
@@ -52,6 +52,12 @@ def test_groups_train_on_and_are_never_worse_on_validation(run, tmp_path: Path) 
         model = load_model(folder / "models" / name)
         tuned = load_model(folder / GROUPS / name / "model")
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tuned.parameters(), strict=True))
+
+    # the page shows how the groups answer now, which naive MTL cannot be compared with
+    before, now = (json.loads((place / DETAILS).read_text()) for place in (Path(run[1].run.local), folder))
+    assert now["intervals"] is None
+    assert now["samples"]["labels"] != before["samples"]["labels"]
+    assert now["cost"] == before["cost"]
 
     # a group that is done is not trained again
     (folder / RESULT).unlink()

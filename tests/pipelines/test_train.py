@@ -154,9 +154,9 @@ def test_tracking_holds_parameters_metrics_data_and_report(run) -> None:
 def test_report_is_one_page_without_a_network(run) -> None:
     _, done, _ = run
     html = page(done.run)
-    assert not re.search(r'(src|href)="(?!#)', html)
-    assert html.count("<svg") == 4
-    assert all(f'aria-label="{label}' in html for label in ("Final grouping", "Probability of each branch"))
+    assert not re.search(r'(src|href)="(?!#|data:)', html)
+    assert html.count('<svg role="img"') == 4
+    assert all(f'aria-label="{label}' in html for label in ("Tasks and their branches", "Probability of each"))
     for row in task_rows(done.result):
         assert row["task"] in html
     assert verdict(done.result).split(".")[0] in html
