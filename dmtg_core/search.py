@@ -42,6 +42,7 @@ from dmtg_core.warm_start import WarmStart
 
 BASELINE, AFFINITY, GUIDED, WIDE, DISTILLED = "naive_mtl", "affinity", "guided", "wide", "distilled"
 METHODS = ("guided", "dmtg")
+LEARNED_FROM = 2.0  # times `within`: who is too far behind to be the result may still know what it does not
 AT_REST = 0.9  # adjusted Rand index of the groups of two epochs
 AFFINITY_COST = 4  # of the branch that tasks are compared in, in units of what all K branches cost
 
@@ -57,9 +58,9 @@ class SearchOptions:
         affinity_share, affinity_limit: Share of the epochs that the network trains in which tasks are compared, at
             least and at most: it stops when the groups that follow no longer change ("guided").
         probability: With which a task begins in its proposed group ("guided").
-        within: How much worse than the best a candidate's score may be when the search ends and yet go on, beside
-            what the best one's validation score changed from epoch to epoch ("guided"); with "dmtg" the best goes
-            on alone.
+        within: How much worse than the best a candidate's score may be when the search ends and yet be the result,
+            beside what the best one's validation score changed from epoch to epoch ("guided"); up to twice as much
+            it goes on to be learned from. With "dmtg" the best goes on alone.
         distil_share: For how many more epochs, as a share of all, the best candidate learns from the mean of all
             that were trained to their end ("guided"); 0 for none. Where there is but one, nothing can be learned.
 
@@ -73,7 +74,7 @@ class SearchOptions:
     affinity_share: float = 0.1
     affinity_limit: float = 0.3
     probability: float = 0.9
-    within: float = 0.06
+    within: float = 0.03
     distil_share: float = 1.0
 
     def __post_init__(self) -> None:
@@ -401,14 +402,18 @@ class _Search:
         number = int(name.removeprefix("start_")) if name.startswith("start_") else 0
         return replace(self.settings, seed=self.settings.seed + number)
 
-    def _going_on(self) -> list[str]:
-        """The candidates that are trained to the end, by what they were when the search ended."""
+    def _going_on(self, behind: float = LEARNED_FROM) -> list[str]:
+        """The candidates that are trained to the end, by what they were when the search ended.
+
+        Args:
+            behind: How many times `within` they may be.
+        """
         scores = {name: self._result(name)["score"] for name in self.candidates}
         best = min(scores, key=scores.__getitem__)
         if self.options.method == "dmtg":
             return [best]
         # a score that jumps from epoch to epoch says little about who is ahead
-        most = scores[best] + self.options.within + self._result(best)["restless"]
+        most = scores[best] + behind * self.options.within + self._result(best)["restless"]
         return [name for name, score in scores.items() if score <= most]
 
     def _finish(self, name: str) -> None:
@@ -424,8 +429,8 @@ class _Search:
         self.state.current = None
 
     def _best(self) -> str:
-        """The candidate with the best validation score of those that were trained to their end."""
-        finals = {name: self._result(name)["final"] for name in self._finished()}
+        """The best on validation at its end, of the candidates that were near when the search ended."""
+        finals = {name: self._result(name)["final"] for name in self._going_on(1)}
         return min(finals, key=finals.__getitem__)
 
     def _finished(self) -> list[str]:

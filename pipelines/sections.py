@@ -227,10 +227,10 @@ class SearchSection(Section):
         0.9, gt=0, lt=1, description="guided: with which a task begins in the group that was proposed"
     )
     within: float = Field(
-        0.06,
+        0.03,
         ge=0,
-        description="guided: a candidate stops with the search whose validation score is worse by more than this "
-        "and what the best one's score changes from epoch to epoch",
+        description="guided: how much worse a candidate's validation score may be at the end of the search and yet "
+        "be the result, beside what the best one's changes in an epoch; up to twice as much it is learned from",
     )
     distil_share: float = Field(
         1.0,

@@ -394,6 +394,29 @@ def test_where_the_wide_encoder_is_best_it_is_the_result_at_no_higher_cost(data,
         assert all(torch.equal(value, result.network(inputs)[name]) for name, value in model(inputs).items())
 
 
+def test_who_is_a_little_too_far_behind_is_learned_from_and_is_not_the_result(data, monkeypatch):
+    given = {"guided": 0.0, "start_0": 0.15, "wide": 0.3}
+    end, finish = _Search._end, _Search._finish
+
+    def ended(self, name, state, **found):
+        end(self, name, state, **found)
+        if name in given:
+            self.state.results[-1] |= {"score": given[name], "restless": 0.0}
+
+    def finished(self, name):
+        finish(self, name)
+        self._result(name)["final"] -= 100 * (name == "start_0")
+
+    monkeypatch.setattr(_Search, "_end", ended)
+    monkeypatch.setattr(_Search, "_finish", finished)
+    result = search(SPEC, data, SETTINGS, replace(GUIDED, within=0.1), baseline=False, context=local())
+    assert {c["stage"]: c["final"] is None for c in result.candidates} == {
+        "guided": False, "start_0": False, "wide": True,
+    }  # fmt: skip
+    assert result.chosen == "guided"
+    assert result.distilled["teachers"] == ["guided", "start_0"]
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
