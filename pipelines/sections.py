@@ -230,7 +230,7 @@ class SearchSection(Section):
         0.03,
         ge=0,
         description="guided: how much worse a candidate's validation score may be at the end of the search and "
-        "yet be the result, beside what the best one's changes in an epoch; up to twice as much it is learned from",
+        "yet be the result, beside what the best one's changes in an epoch; up to twice as much it teaches",
     )
     distil_share: float = Field(
         1.0,
