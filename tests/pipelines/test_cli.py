@@ -46,7 +46,8 @@ def test_help_lists_the_commands_in_the_order_of_use_and_imports_nothing_heavy()
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     commands = (
-        "demo", "shard", "inspect", "train", "sweep", "regroup", "evaluate", "predict", "report", "models",
+        "demo", "doctor", "config", "shard", "inspect", "signal", "train", "compare", "sweep", "evaluate",
+        "predict", "models", "regroup", "report",
     )  # fmt: skip
     places = [out.index(f"│ {name} ") for name in commands]
     assert places == sorted(places)

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from tests.docs.pages import ROOT, blocks, commands, write_configurations
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.soak]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 # none of them changes what is walked through: fewer epochs, what takes ten minutes, and this machine's memory
-SHORTER = {"train": ("train.epochs=2",), "shard": (), "inspect": ()}
+SHORTER = {"train": ("train.epochs=2",), "config new": ("--force",)}
 LONG = ("compare",)
 
 
@@ -31,13 +31,15 @@ def walked(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple
         write_configurations(folder, TUTORIAL)
         exec(compile(script.replace("4000", "400"), "make_machines.py", "exec"), {})  # noqa: S102 - our own page
         for words in commands(TUTORIAL):
-            name = " ".join(words[:2]) if words[0] == "models" else words[0]
+            name = " ".join(words[:2]) if words[0] in ("models", "config") else words[0]
             if name not in LONG:
                 run = re.search(r"^run:\s+(\S+)$", said.get("train", ""), re.MULTILINE)
                 given = [run[1] if run and "…" in word else word for word in words]
                 done = CliRunner().invoke(app, [*given, *SHORTER.get(name, ())])
                 assert done.exit_code == 0, f"dmtg {' '.join(words)}\n{done.output}"
                 said[name] = done.stderr
+                if name == "config new":
+                    write_configurations(folder, TUTORIAL)  # as the page has the reader do
     return folder, said
 
 
