@@ -27,6 +27,7 @@ STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and takes the page's colour
     "svg.hashsalt": "dmtg",  # the same run draws the same bytes
     "font.family": "sans-serif",
+    "text.parse_math": False,  # the names of tasks are theirs: "$" is a dollar
 }
 Probabilities = Sequence[Sequence[float]]  # (N, K)
 

@@ -107,10 +107,12 @@ def _figure(last: Any, tasks: Sequence[str], rows: Sequence[int], columns: Seque
 
 def _write(axis: Any, name: str, marks: Mapping[float, str]) -> None:
     """Words at an axis, and nothing else of it."""
-    from bokeh.models import FixedTicker
+    from bokeh.models import FixedTicker, PlainText
 
+    # plain: what stands between dollars in the name of a task is not TeX
+    words = {place: PlainText(text=mark) for place, mark in marks.items()}
     axis.update(
-        name=name, ticker=FixedTicker(ticks=list(marks)), major_label_overrides=dict(marks), axis_line_color=None,
+        name=name, ticker=FixedTicker(ticks=list(marks)), major_label_overrides=words, axis_line_color=None,
         major_tick_line_color=None, minor_tick_line_color=None, major_label_text_font_size="13px",
         major_label_text_font="system-ui, sans-serif",
     )  # fmt: skip

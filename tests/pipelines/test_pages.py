@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.ray  # for the finished run that is shown
 PAGES = ("run", "dense", "wide", "old", "comparison", "sweep", "night")
 TASKS = ["a_task_with_a_long_name", "b", "c", 'd"><script>alert(1)</script>']
+DOLLARS = "$$level_US$$"  # to some libraries that would be a formula
 GROUPS = {"group_0": TASKS[:2], "group_1": TASKS[2:]}
 
 
@@ -61,7 +62,7 @@ def dense(run: Path, copy: Path) -> Path:
 
 
 def wide(run: Path, copy: Path) -> Path:
-    """The run as if one wide encoder had been best, and the tasks had been compared."""
+    """The run as if one wide encoder had been best, the tasks had been compared, and one had another name."""
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "models"))
     result = json.loads((copy / RESULT).read_text())
     tasks = list(result["metrics"])
@@ -69,7 +70,8 @@ def wide(run: Path, copy: Path) -> Path:
              "probabilities": [[1.0]] * len(tasks)}  # fmt: skip
     result |= {"chosen": "wide", "grouping": {"group_0": tasks}, "candidates": [*result["candidates"], other]}
     result["affinity"] = [[1.0 if a == b else 0.25 for b in tasks] for a in tasks]
-    (copy / RESULT).write_text(json.dumps(result))
+    for file, text in ((RESULT, json.dumps(result)), (DETAILS, (copy / DETAILS).read_text())):
+        (copy / file).write_text(text.replace('"level"', f'"{DOLLARS}"'))
     return copy
 
 
@@ -159,9 +161,9 @@ def test_nothing_is_wider_than_a_phone_but_what_scrolls_by_itself(
 ) -> None:
     with opened(browser, pages[name], width=PHONE) as found:
         assert found.page.evaluate("document.documentElement.scrollWidth") <= PHONE
-        outside = """all => all.filter(e => e.getBoundingClientRect().right > innerWidth
-            && !e.closest(".scroll, figure, pre")).map(e => e.outerHTML.slice(0, 99))"""
-        assert found.page.locator("main *").evaluate_all(outside) == []
+        outside = """[...document.querySelectorAll("main *")].filter(e => !e.closest(".scroll, figure, pre")
+            && e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML.slice(0, 99))"""
+        assert found.page.evaluate(outside) == []
 
 
 def widths(page: Any) -> list[float]:
@@ -194,6 +196,13 @@ def test_the_slider_moves_the_gate_through_its_epochs(
             sorted(THICK * p for row in epochs[-1] for p in row), abs=0.01
         )
         assert figure.screenshot() == last
+
+
+def test_the_name_of_a_task_is_no_formula(pages: dict[str, Path], browser: Browser) -> None:
+    marks = "Bokeh.documents[0].get_model_by_name('tasks').major_label_overrides.values()"
+    with opened(browser, pages["wide"]) as found:
+        assert DOLLARS in found.page.evaluate(f"[...{marks}].map(mark => mark.text)")
+        assert found.page.locator("svg text").get_by_text(DOLLARS, exact=True).count() >= 3
 
 
 def test_playing_goes_from_the_first_epoch_to_the_last(pages: dict[str, Path], browser: Browser) -> None:
