@@ -46,7 +46,7 @@ def session(section: RaySection, cpus: float | None = None) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)  # Ray's notes on its own start-up
     # what workers have to say reaches the driver through the run folder; their logs stay in Ray's own files
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    with _own_sigterm():
+    with _own_sigterm(), _starting(address):
         if address:
             ray.init(address=address, **quiet)
         else:
@@ -62,6 +62,24 @@ def session(section: RaySection, cpus: float | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _starting(address: str | None) -> Iterator[None]:
+    """What Ray raises when it does not start or is not reached, which is of several kinds, as one error."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        if address:
+            raise UserError(
+                f"the Ray cluster does not answer: {reason}", where=f"ray.address = {address}",
+                remedy="correct ray.address or RAY_ADDRESS, or start the cluster; dmtg doctor tries it",
+            ) from error  # fmt: skip
+        raise UserError(
+            f"Ray does not start: {reason}", where="this machine",
+            remedy="run the same words again when the machine is less busy; dmtg doctor looks at what Ray needs",
+        ) from error  # fmt: skip
 
 
 @contextmanager

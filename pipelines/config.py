@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -207,10 +208,12 @@ def _find(path: str, folder: Path = Path()) -> Path:
     for candidate in (folder / path, RECIPES / path, RECIPES / f"{path}.yaml"):
         if candidate.is_file():
             return candidate
+    nearest = difflib.get_close_matches(path, recipes(), n=3)
+    meant = f"did you mean {', '.join(nearest)}? Else " if nearest else ""
     raise UserError(
         f"no configuration file {path!r}",
         where=str((folder / path).absolute()),
-        remedy=f"give a YAML file, or a recipe: {', '.join(recipes())}",
+        remedy=f"{meant}give a YAML file, or a recipe: {', '.join(recipes())}",
         wrong_use=True,
     )
 
@@ -264,10 +267,11 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
-            f"cannot read the configuration: {error}", where=str(path), remedy="correct the file", wrong_use=True
-        ) from error
+            f"cannot read the configuration: {_reason(error)}", where=str(path), remedy="correct the file",
+            wrong_use=True,
+        ) from error  # fmt: skip
     return _sections(values, str(path))
 
 
@@ -279,11 +283,22 @@ def _stored(address: str) -> dict[str, Any]:
         values = _sections(yaml.safe_load(locate(address).read_text()), address)
     except (FileNotFoundError, PermissionError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
-            f"cannot read the configuration: {error}", where=address, remedy="correct the address or the file",
+            f"cannot read the configuration: {_reason(error)}", where=address,
+            remedy="correct the address or the file",
             wrong_use=True,
         ) from error  # fmt: skip
     base = values.pop("base", None)
     return values if base is None else _laid_over(_with_bases(_find(str(base)), ()), values)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a file, in a line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"no YAML in line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).partition("\n")[0]
 
 
 def _sections(values: object, where: str) -> dict[str, Any]:
@@ -311,4 +326,12 @@ def _apply(values: dict[str, Any], word: str) -> None:
     for part in path:
         inner = section.get(part)
         section[part] = section = dict(inner) if isinstance(inner, dict) else {}
-    section[last] = yaml.safe_load(text)
+    try:
+        section[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"the value is no YAML: {text}",
+            where=f"command line, {key}",
+            remedy="close every bracket and quote, and put the word in quotes for the shell",
+            wrong_use=True,
+        ) from error

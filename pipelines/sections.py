@@ -45,15 +45,33 @@ def checked(model: type[S], values: Mapping[str, Any], where: str = "") -> S:
 def _problem(model: type[BaseModel], found: dict[str, Any], where: str) -> tuple[str, str]:
     path = [str(part) for part in found["loc"]]
     name = ".".join([where, *path] if where else path)
+    if found["type"] == "missing":
+        return f"{name} is missing", f"write it: {_meaning(model, path)}"
+    if found["input"] is None and found["type"].startswith(("model", "dict")):
+        return f"there is nothing in {name}", f"give {name} a key, or take its line out"
     if found["type"] != "extra_forbidden":
-        return f"{name}: {found['msg']}, got {found['input']!r}", "correct the value"
+        return f"{name}: {found['msg']}, got {_clip(repr(found['input']))}", "correct the value"
     valid = list(_keys_at(model, path[:-1]))
     nearest = difflib.get_close_matches(path[-1], valid, n=3) or valid
     return f"unknown key {name}", f"did you mean {', '.join(nearest)}?"
 
 
+def _clip(text: str, most: int = 100) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _meaning(model: type[BaseModel], path: list[str]) -> str:
+    """What a key is for, in words."""
+    field = _section_at(model, path[:-1]).model_fields.get(path[-1])
+    return (field.description if field is not None else None) or path[-1]
+
+
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
     """The keys of the section that `path` leads to from `model`."""
+    return list(_section_at(model, path).model_fields)
+
+
+def _section_at(model: type[BaseModel], path: list[str]) -> type[BaseModel]:
     for part in path:
         field = model.model_fields.get(part)
         inner = [] if field is None else [field.annotation, *get_args(field.annotation)]
@@ -61,7 +79,7 @@ def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
         if not sections:
             break
         model = sections[0]
-    return list(model.model_fields)
+    return model
 
 
 class SourceSection(Section):

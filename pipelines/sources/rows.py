@@ -214,8 +214,9 @@ def _as_csv(location: Location) -> Iterator[None]:
         yield
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(
-            f"not a CSV file in UTF-8: {error}", where=str(location), remedy="save it as UTF-8 CSV"
-        ) from error
+            f"not a CSV file in UTF-8: {error}", where=str(location),
+            remedy="save it as UTF-8, for example: iconv -f WINDOWS-1252 -t UTF-8 old.csv > new.csv",
+        ) from error  # fmt: skip
 
 
 def _parsed(text: str, location: Location, *, quotes: bool, cut: bool = False) -> Iterator[Line]:
