@@ -4,6 +4,9 @@ every kind of store."""
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +113,38 @@ def test_the_champion_of_the_groups_follows_that_of_the_composite(section) -> No
     assert aliases(section, "a") == {"champion": all_of_1, "challenger": all_of_2}
     with pytest.raises(UserError, match="no champion before this one"):
         rollback(section, "a")
+
+
+@pytest.mark.parametrize(
+    ("begun", "offered"),
+    [
+        ("dmtg models promote tabb", {"tabbed"}),
+        ("dmtg predict models:/tabbed", {
+            "models:/tabbed/1", "models:/tabbed.group_0/1", "models:/tabbed.group_1/1",
+            "models:/tabbed@challenger", "models:/tabbed.group_0@challenger", "models:/tabbed.group_1@challenger",
+        }),
+    ],
+)  # fmt: skip
+def test_the_shell_completes_what_is_registered(section, tmp_path: Path, begun: str, offered: set[str]) -> None:
+    if not any(model.name == "tabbed" for model in registered_models(connect(section), "tabbed")):
+        add_version(section, "tabbed", TWO)
+        set_challenger(section, "tabbed", 1)
+    (tmp_path / "ray_config.yaml").write_text(f"tracking_uri: {section.uri}\n")
+    words = begun.split()
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); sys.argv = ['dmtg'];"
+        "from pipelines.cli import main; main()"
+    )
+    asked = {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(words) - 1), "_DMTG_COMPLETE": "complete_bash"}
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | asked,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert set(out.stdout.split()) == offered, out.stderr
 
 
 def test_rollbacks_go_back_through_all_champions_that_still_exist(section) -> None:
