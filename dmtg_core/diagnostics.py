@@ -111,7 +111,9 @@ def warnings(history: Sequence[Mapping[str, Any]], tasks: Sequence[str], setting
     if branches == 1:
         return []
     found = []
-    if record["phase"] == "search":
+    # a network that learns on from others has its groups from the start: there is no gate to warn of
+    given = all(sum(p > 0 for p in row) == 1 for row in history[0]["probabilities"])
+    if record["phase"] == "search" and not given:
         found += _of_the_search(record, tasks, settings)
     if record["epoch"] == settings.epochs and (ends := [r for r in history if r["phase"] == "finetune"]):
         found += _of_the_groups([r["cosines"] for r in ends], tasks)

@@ -145,6 +145,14 @@ def test_a_gate_that_has_done_its_work_is_not_warned_of(over):
     assert warnings([record(**over)], ["a", "b"], SETTINGS) == []
 
 
+def test_groups_that_were_there_from_the_start_are_no_decision():
+    hard = {"probabilities": [[1.0, 0.0], [0.0, 1.0]], "gate": gate(entropy=0.0)}
+    assert warnings([record(epoch=1, **hard)], ["a", "b"], SETTINGS) == []
+    assert warnings([record(epoch=1, **hard), record(epoch=2, **hard)], ["a", "b"], SETTINGS) == []
+    # one that had a choice has decided
+    assert warnings([record(epoch=1), record(epoch=2, **hard)], ["a", "b"], SETTINGS)
+
+
 def test_tasks_that_hurt_each_other_are_named_at_the_end_by_the_mean_of_the_epochs():
     def tuned(epoch, cosine):
         return record(epoch=epoch, phase="finetune", cosines=[[1.0, cosine], [cosine, 1.0]])
