@@ -2,7 +2,7 @@
 
 A sample is one image whose three channels are three different photos in grey, as where cameras are read into one
 file. The tasks of a camera depend on its channel alone, so that those of different cameras share nothing but what
-all photos have in common. `bench/three_cameras.yaml` is its recipe.
+all photos have in common. The recipe `three_cameras` reads it.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from bench import three_cameras
 from tests.pipelines.sources import taskonomy_files
 
 CELEBA_NAMES = [
@@ -87,6 +88,12 @@ def write_clothing(root: Path, rows: int = 22) -> Path:
         for i in range(rows):
             table.writerow([f"id-{i}", GARMENTS[i % len(GARMENTS)], i % 2 == 0, ("train", "val", "test")[i % 3]])
             Image.fromarray(rng.integers(0, 256, (60, 40, 3), np.uint8)).save(root / "images" / f"id-{i}.jpg")
+    return root
+
+
+def write_three_cameras(root: Path) -> Path:
+    """What `bench.three_cameras` makes of a clothing set."""
+    three_cameras.write(write_clothing(root / "photos"), root)
     return root
 
 

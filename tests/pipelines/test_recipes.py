@@ -27,6 +27,7 @@ WRITERS: Mapping[str, Callable[[Path], Path]] = {
     "planted": lambda root: root,  # made from its options
     "rooms": lambda root: root,  # its reader draws its files
     "taskonomy": raw_data.write_taskonomy,
+    "three_cameras": raw_data.write_three_cameras,
     "tox21": raw_data.write_tox21,
 }
 SMALLER: Mapping[str, Sequence[str]] = {

@@ -46,5 +46,5 @@ def test_every_camera_sees_every_photo_of_a_split_once_with_its_label(clothing: 
 
 
 def test_its_recipe_names_tasks_of_each_camera() -> None:
-    config = load_config(str(Path(__file__).parents[2] / "bench" / "three_cameras.yaml"))
+    config = load_config("three_cameras")
     assert [task["column"] for task in config.source.options["tasks"]] == list(CAMERAS)
