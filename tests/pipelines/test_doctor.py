@@ -139,7 +139,7 @@ def test_the_command_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert answer["next"].startswith("dmtg shard -c planted track.uri=none")
 
     refuses = [f"track.uri=http://127.0.0.1:{free_port()}", f"ray.address=127.0.0.1:{free_port()}"]
-    told = CliRunner().invoke(app, ["doctor", "-c", "planted", *refuses, "--timeout", "20", "--json"])
+    told = CliRunner().invoke(app, ["doctor", "-c", "planted", *refuses, "--timeout", "8", "--json"])
     answer = json.loads(told.stdout.splitlines()[-1])
     verdicts = {one["what"]: one["verdict"] for one in answer["findings"]}
     assert (told.exit_code, verdicts["MLflow"], verdicts["Ray"], verdicts["run.root"]) == (1, FAIL, FAIL, OK)
