@@ -54,6 +54,14 @@ def same(
     return "dmtg", *command, "-c", config, *map(_showable, words or ()), *ray, *more
 
 
+def predicting(
+    model: str, loaded: Config, config: str, words: Sequence[str] | None, ray_config: str
+) -> tuple[str, ...]:
+    """The command for a model's predictions, beside the runs of its configuration."""
+    out = f"{loaded.run.root.rstrip('/')}/predictions"
+    return same(["predict", model], config, words, ray_config, "--out", out)
+
+
 def _showable(word: str) -> str:
     """A word as it may stand in a log: what holds a secret has to be typed again."""
     from pipelines.mlflow_errors import without_credentials

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli_options import ConfigFile, Debug, Json, Model, RayFile, Words, load, models, same
+from pipelines.cli_options import ConfigFile, Debug, Json, Model, RayFile, Words, load, models, predicting, same
 from pipelines.console import KEPT, Next, number, print_table, run, say
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ def evaluate(
             for name, value in found.items()
         ]
         print_table(f"{model} on {split}", rows, right=("value",))
-        out = f"{loaded.run.root.rstrip('/')}/predictions"
-        step = Next("its predictions", same(["predict", model], config, words, ray_config, "--out", out))
+        step = Next("its predictions", predicting(model, loaded, config, words, ray_config))
         return {"model": model, "split": split, "metrics": metrics, "next": step}
 
     run("evaluate", body, as_json=as_json, debug=debug)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli_options import ConfigFile, Debug, Json, RayFile, Words, load, same
+from pipelines.cli_options import ConfigFile, Debug, Json, RayFile, Words, load, predicting, same
 from pipelines.console import Next, number, print_table, run, say
 
 if TYPE_CHECKING:
@@ -95,9 +95,8 @@ def train(
             return _profile(loaded) | {"next": Next("the run itself", same(["train"], config, words, ray_config))}
         found = _train(loaded)
         model = found["models"][0] if found["models"] else found["run_dir"]
-        out = f"{loaded.run.root.rstrip('/')}/predictions"
-        words_of = same(["predict", model], config, words, ray_config, "--out", out)
-        return found | {"next": Next("predictions of the model for the test split", words_of)}
+        step = predicting(model, loaded, config, words, ray_config)
+        return found | {"next": Next("predictions of the model for the test split", step)}
 
     run("train", body, as_json=as_json, debug=debug)
 

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -234,8 +234,7 @@ def ray_runs(section: RaySection) -> list[Finding]:
 
 
 def _on_ray() -> str:
-    import dmtg_core  # noqa: F401 - the machines of a cluster need it
-
+    import_module("dmtg_core")  # the machines of a cluster need it
     return platform.python_version()
 
 

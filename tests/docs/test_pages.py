@@ -90,8 +90,8 @@ def test_python_runs(block, reader, capsys) -> None:
     try:
         exec(compile(block.text, str(block), "exec"), {"__name__": "page"})  # noqa: S102 - our own page
     finally:
-        ENCODERS.clear()  # type: ignore[attr-defined]
-        ENCODERS.update(held)  # type: ignore[attr-defined]
+        ENCODERS.clear()
+        ENCODERS.update(held)
     if block.page.name == "README.md":
         assert set(capsys.readouterr().out.strip().replace(" | ", ", ").split(", ")) == {"a", "b", "c"}
 
@@ -126,7 +126,7 @@ def rows_of(page: Path, first: str) -> list[list[str]]:
     assert table
     return [
         [re.findall(r"`([^`]+)`", cell) for cell in row.strip("|").split("|")] for row in table[1].splitlines()
-    ]  # type: ignore[misc]
+    ]
 
 
 def test_sources_and_recipes_are_those_there_are() -> None:

@@ -52,7 +52,7 @@ def test_an_encoder_of_ones_own_trains_beside_one_that_ships(capsys: pytest.Capt
         for line in lines:
             assert 0.5 < float(line.split("accuracy ")[1].split(",")[0]) <= 1, "better than guessing"
     finally:
-        ENCODERS.pop("wavy_mlp", None)  # type: ignore[attr-defined]
+        ENCODERS.pop("wavy_mlp", None)
 
 
 def test_examples_import_neither_ray_nor_the_drivers() -> None:
