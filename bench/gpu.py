@@ -1,8 +1,9 @@
-"""A training step on a GPU: the published one in float32 against ours, pruned, compiled and in bfloat16.
+"""A training step on a GPU: the published one in float32 against ours, pruned, in bfloat16, as CUDA graphs.
 
-The rows are there where there is a GPU. Each notes images a second and the model FLOP utilisation of our step: the
-FLOPs of forward and backward pass over what the device could do in the time. How long a run waits for
-data is said by `dmtg train --profile` and after every epoch.
+The rows are there where there is a GPU. Each notes images a second and the model FLOP utilisation of our step, the
+FLOPs of forward and backward pass over what the device could do in the time, and which share of an epoch from
+host memory the device waits for batches. That of a whole run is said by `dmtg train --profile` and after every
+epoch.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.steps import batch_of, grouping_of_five, ours, published, taskonomy
-from dmtg_core import GroupingNetwork, NetworkSpec
+from bench.steps import arrays_of, batch_of, grouping_of_five, ours, published, taskonomy
+from dmtg_core import ArrayData, GroupingNetwork, NetworkSpec
 from dmtg_core.settings import TrainSettings
 from dmtg_core.training import TrainState
 
@@ -53,23 +54,48 @@ def step_flops(spec: NetworkSpec, rows: int) -> float:
     state = TrainState.fresh(GroupingNetwork(spec), TrainSettings())
     state.keep(grouping_of_five(spec), TrainSettings())
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        state.network.forward_pairs(batch_of(spec, rows).inputs)
-    return 3.0 * counter.get_total_flops()
+        state.network.forward_pairs(batch_of(spec, 1).inputs)
+    return 3.0 * rows * counter.get_total_flops()
+
+
+def waiting_share(step: Callable[..., object], spec: NetworkSpec, rows: int, device: str, held: float) -> float:
+    """The part of a step's time that goes by without its batch, when an epoch's batches come from host memory.
+
+    Args:
+        held: Seconds of a step on a batch that lies on the device.
+    """
+    data = ArrayData({"train": arrays_of(spec, rows * CALLS)}, spec.tasks, device=device)
+
+    def epoch(number: int) -> float:
+        started = time.perf_counter()
+        for batch in data.train(number, rows):
+            step(batch)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - started) / CALLS
+
+    return max(0.0, 1 - held / min(epoch(number) for number in range(4)))
 
 
 def against_published(rows: int, size: int = 256, device: str = "cuda") -> Costs:
     """The published step over ours on the published network of five tasks, K = 3."""
     spec = taskonomy(size)
-    mine = timed(ours(spec, rows, pruned=True, device=device, precision="bf16"), device)
+    step = ours(spec, rows, pruned=True, device=device, precision="bf16", graphs=True)
+    mine = timed(step, device)
     theirs = timed(published(spec, rows, device), device)
 
     def notes() -> dict[str, Any]:
         seconds = min(mine() for _ in range(3))
         name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
         peak = next((flops for part, flops in PEAK.items() if part in name), None)
-        found = {"device": name, "images_per_second": round(rows / seconds, 1)}
         used = step_flops(spec, rows) / seconds
-        return found | {"flops_per_second": used, "model_flop_utilisation": peak and round(used / peak, 4)}
+        return {
+            "device": name,
+            "images_per_second": round(rows / seconds, 1),
+            "flops_per_second": used,
+            "model_flop_utilisation": peak and round(used / peak, 4),
+            "waiting_for_data": round(waiting_share(step, spec, rows, device, seconds), 4),
+        }
 
     return theirs, mine, notes
 

@@ -52,8 +52,8 @@ def taskonomy(size: int = 128, groups: int = 3) -> NetworkSpec:
     return NetworkSpec(image, [TASKS[name] for name in FIVE], encoder, groups, "xception", 128)
 
 
-def batch_of(spec: NetworkSpec, rows: int, device: str = "cpu") -> Batch:
-    """Random samples with every label there, on a device."""
+def arrays_of(spec: NetworkSpec, rows: int) -> Arrays:
+    """Random samples with every label there."""
     generator = torch.Generator().manual_seed(0)
     size = spec.input.shape[:2]
 
@@ -69,23 +69,37 @@ def batch_of(spec: NetworkSpec, rows: int, device: str = "cpu") -> Batch:
         else:
             channels = (task.channels,) if task.channels > 1 else ()
             labels[task.name] = draw(255, *size, *channels).numpy().astype("uint8")
-    arrays = Arrays(draw(256, *spec.input.shape).numpy().astype("uint8"), labels, {})
-    return next(ArrayData({"train": arrays}, spec.tasks, device=torch.device(device)).train(0, rows))
+    return Arrays(draw(256, *spec.input.shape).numpy().astype("uint8"), labels, {})
+
+
+def batch_of(spec: NetworkSpec, rows: int, device: str = "cpu") -> Batch:
+    """Random samples as one batch on a device."""
+    data = ArrayData({"train": arrays_of(spec, rows)}, spec.tasks, device=torch.device(device))
+    return next(data.train(0, rows))
 
 
 def ours(
-    spec: NetworkSpec, rows: int, *, pruned: bool = False, device: str = "cpu", precision: str = "fp32"
-) -> Callable[[], object]:
-    """Our step; pruned, every task has one head. On a GPU it is compiled, as training is by default."""
-    settings, context = TrainSettings(precision=precision), LocalContext(device=device)
-    batch = batch_of(spec, rows, device)
+    spec: NetworkSpec,
+    rows: int,
+    *,
+    pruned: bool = False,
+    device: str = "cpu",
+    precision: str = "fp32",
+    graphs: bool = False,
+) -> Callable[..., object]:
+    """Our step, on one batch that lies on the device or on those it is called with.
+
+    Pruned, every task has one head. On a GPU it is compiled, as training is by default.
+    """
+    settings, context = TrainSettings(precision=precision, cuda_graphs=graphs), LocalContext(device=device)
+    held = batch_of(spec, rows, device)
     state = TrainState.fresh(GroupingNetwork(spec).to(context.device), settings)
     if pruned:
         state.keep(grouping_of_five(spec), settings)
     prepare_network(state.network, settings, context)
     module = WeighedLoss(state.network, precision=precision).to(context.device).train()
     noise = step_noise(state.network, settings, 0, 0, rows).to(context.device)
-    return lambda: train_step(module, state.optimizer, batch, noise, 1.0, settings, context)
+    return lambda batch=held: train_step(module, state.optimizer, batch, noise, 1.0, settings, context)
 
 
 def grouping_of_five(spec: NetworkSpec) -> Tensor:

@@ -211,6 +211,8 @@ class GroupingNetwork(nn.Module):
 
     def features(self, raw: Tensor, branches: Iterable[int] | None = None) -> dict[int, Tensor]:
         """Features of the live branches (or of `branches`): `(B, F)` or `(B, F, h, w)`."""
+        # CUDA graphs may write over what they gave for the pass before, and not over what this one gets
+        torch.compiler.cudagraph_mark_step_begin()
         shared = self._run(self.stem, self.normalise(raw))
         if self.spec.rescale_gradients:
             shared = _scaled(shared, 1 / math.sqrt(self.spec.groups))

@@ -72,6 +72,8 @@ class TrainSettings:
             the whole batch; batch normalisation sees the parts.
         recompute: Compute activations again in the backward pass instead of keeping them: less memory, more time.
         compile: Compile the network with `torch.compile`; None does on a GPU. The first steps wait for it.
+        cuda_graphs: Replay the compiled parts as CUDA graphs: the host no longer launches each kernel, which is
+            what bounds a step of small batches, for more memory. Not with `accumulate` or `recompute`.
         sync_batchnorm: Normalise over the batches of all workers, which have to be on GPUs.
         precision: "fp32", or "bf16" for autocast of the encoders with gate and losses in float32.
         augment: Keys of `AUGMENTATIONS`: what is done to training batches, never to those of an evaluation.
@@ -101,6 +103,7 @@ class TrainSettings:
     accumulate: int = 1
     recompute: bool = False
     compile: bool | None = None
+    cuda_graphs: bool = False
     sync_batchnorm: bool = False
     precision: str = "fp32"
     augment: tuple[str, ...] = ()
@@ -124,12 +127,18 @@ class TrainSettings:
         for name in ("clip_norm", "lr_min", "lr_patience", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.aggregator != "sum" and self.accumulate > 1:
-            raise ValueError("an aggregator needs the gradients of a whole batch: set accumulate to 1")
+        self._check_together()
         if not 0 < self.search_share <= 1:
             raise ValueError(f"search_share must be in (0, 1], got {self.search_share}")
         if not 0 <= self.prune_threshold < 1:
             raise ValueError(f"prune_threshold must be in [0, 1), got {self.prune_threshold}")
+
+    def _check_together(self) -> None:
+        """Raise for options that exclude each other."""
+        if self.aggregator != "sum" and self.accumulate > 1:
+            raise ValueError("an aggregator needs the gradients of a whole batch: set accumulate to 1")
+        if self.cuda_graphs and (self.accumulate > 1 or self.recompute or self.compile is False):
+            raise ValueError("cuda_graphs needs compile, and goes with neither accumulate nor recompute")
 
     @property
     def search_epochs(self) -> int:

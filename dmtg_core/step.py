@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -197,8 +197,8 @@ def train_step(
         step: Its number in the run, which an aggregator that draws numbers depends on.
     """
     loss_module, device = cast("WeighedLoss", getattr(module, "module", module)), batch.inputs.device
-    statistics = list(loss_module.network.buffers())  # a forward pass moves those of its normalisation layers
-    before = [buffer.clone() for buffer in statistics]
+    statistics = _by_kind(loss_module.network.buffers())  # a forward pass moves those of its normalisation layers
+    before = [_flat(buffers) for buffers in statistics]
     with part(COMMUNICATION, device):
         counts = context.sum(label_counts(loss_module.network.tasks, batch.targets)).clamp_min(1)
     optimizer.zero_grad()
@@ -221,10 +221,29 @@ def train_step(
     with part(OPTIMIZER, device):
         cast("Any", optimizer).found_inf = refused
         optimizer.step()
-        for buffer, old in zip(statistics, before, strict=True):
-            buffer.copy_(torch.where(refused.bool(), old, buffer))
+        for buffers, old in zip(statistics, before, strict=True):
+            _refill(buffers, torch.where(refused.bool(), old, _flat(buffers)))
     share = 1 / context.world_size
     return StepFigures(by_task * share, by_pair * share, gate_gradient * share, refused * share)
+
+
+def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors of one type together: hundreds of small ones are handled as one, which a GPU is much faster at."""
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor)
+    return list(kinds.values())
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    """All their numbers in one tensor."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _refill(tensors: list[Tensor], flat: Tensor) -> None:
+    """The reverse of `_flat`."""
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
 
 
 def _gradients(
@@ -291,10 +310,10 @@ def prepare_network(network: GroupingNetwork, settings: TrainSettings, context: 
             raise ValueError("sync_batchnorm needs workers on GPUs: set train.sync_batchnorm=false")
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if settings.compile if settings.compile is not None else context.device.type == "cuda":
-        _compile(network)
+        _compile(network, "reduce-overhead" if settings.cuda_graphs else "default")
 
 
-def _compile(network: GroupingNetwork) -> None:
+def _compile(network: GroupingNetwork, mode: str) -> None:
     """Compile stem, branches and decoders each on its own.
 
     Branches then share one compiled form, and pruning, which removes some of them, compiles nothing anew.
@@ -304,4 +323,4 @@ def _compile(network: GroupingNetwork) -> None:
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, COMPILE_LIMIT)
     for part in (network.stem, *network.branches.values(), *network.decoders.values()):
         if any(True for _ in part.parameters()) and part._compiled_call_impl is None:  # noqa: SLF001 - no public way to ask
-            part.compile()
+            part.compile(mode=mode)

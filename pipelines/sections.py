@@ -207,6 +207,7 @@ class TrainSection(Section):
         False, description="compute activations again in the backward pass: less memory, more time"
     )
     compile: bool | None = Field(None, description="torch.compile; by default on a GPU only")
+    cuda_graphs: bool = Field(False, description="compiled parts as CUDA graphs: speed for memory")
     sync_batchnorm: bool = Field(False, description="normalise over the batches of all workers (GPUs only)")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: autocast of the encoders, with gate and losses in float32"

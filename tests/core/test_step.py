@@ -12,6 +12,7 @@ from torch._inductor import config as inductor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmtg_core import (
+    ArrayData,
     GroupingNetwork,
     LocalContext,
     NetworkSpec,
@@ -218,6 +219,31 @@ def test_a_compiled_network_takes_the_same_steps_and_pruning_compiles_nothing_an
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graphs_take_the_same_steps():
+    spec, found = image_spec(), []
+    for graphs in (False, True):
+        settings = TrainSettings(cuda_graphs=graphs, optimizer="sgd")
+        context = LocalContext(device="cuda")
+        state = TrainState.fresh(GroupingNetwork(spec).to("cuda"), settings)
+        prepare_network(state.network, settings, context)
+        module = WeighedLoss(state.network).to("cuda").train()
+        data = ArrayData({"train": samples.arrays(spec.input, spec.tasks, 16)}, spec.tasks, device="cuda")
+        for step in range(4):  # the first ones are recorded
+            batch = next(data.train(step, 8))
+            noise = step_noise(state.network, settings, step, 0, 8).to("cuda")
+            train_step(module, state.optimizer, batch, noise, 1.0, settings, context, step=step)
+        found.append(samples.snapshot(state.network))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-3, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("beside", [{"accumulate": 2}, {"recompute": True}, {"compile": False}])
+def test_cuda_graphs_name_what_they_do_not_go_with(beside):
+    with pytest.raises(ValueError, match="cuda_graphs needs compile, and goes with neither"):
+        TrainSettings(cuda_graphs=True, **beside)
 
 
 def test_normalising_over_workers_without_gpus_is_refused():
