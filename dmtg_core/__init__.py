@@ -14,7 +14,7 @@ from dmtg_core.augment import AUGMENTATIONS, augment
 from dmtg_core.context import LocalContext, TrainContext
 from dmtg_core.cost import Cost, grouping_cost, inference_cost, training_flops, widened_to
 from dmtg_core.data import ArrayData, Arrays, Batch, Data
-from dmtg_core.distillation import TaughtData
+from dmtg_core.distillation import Teachers
 from dmtg_core.encoders import ENCODERS, EncoderSpec
 from dmtg_core.grouping import GroupGate, Grouping
 from dmtg_core.metrics import Metrics, MetricSums, normalized_gain, total_error
@@ -55,7 +55,7 @@ __all__ = [
     "SearchResult",
     "Selection",
     "Task",
-    "TaughtData",
+    "Teachers",
     "TemperatureSchedule",
     "TrainContext",
     "TrainSettings",

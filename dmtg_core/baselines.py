@@ -15,13 +15,13 @@ from torch import Tensor
 from dmtg_core.context import LocalContext, TrainContext
 from dmtg_core.cost import inference_cost, naive_flops, training_flops
 from dmtg_core.data import Data
-from dmtg_core.distillation import TaughtData
+from dmtg_core.distillation import learn_on, learner
 from dmtg_core.grouping import Grouping
 from dmtg_core.metrics import Metrics
-from dmtg_core.network import GroupingNetwork, NetworkSpec, clone
+from dmtg_core.network import GroupingNetwork, NetworkSpec
 from dmtg_core.pairwise import DIRECTIONS, GradientAffinities, projected_affinity
 from dmtg_core.settings import TrainSettings
-from dmtg_core.training import TrainState, advance, evaluate
+from dmtg_core.training import NO_HOOKS, Hooks, TrainState, advance, evaluate
 
 LOOKS = 2  # batches of every epoch that gradients are compared on
 
@@ -81,7 +81,7 @@ def train_hard(
     whole = replace(settings, search_share=1.0)  # every epoch may be the best one
     state = TrainState.fresh(network.to(context.device), whole)
     cost = training_flops(network) / (unit or naive_flops(network.spec))
-    advance(state, data, whole, context, until=whole.epochs, on_epoch=on_epoch)
+    advance(state, data, whole, context, until=whole.epochs, hooks=Hooks(on_epoch) if on_epoch else NO_HOOKS)
     state.take_best()
     metrics = {split: evaluate(state.network, data, split, context=context) for split in splits}
     return Trained(state.network.eval(), state.best_score, metrics, cost)
@@ -113,10 +113,8 @@ def train_distilled(
     ]
     teachers, best = [one.network for one in trained], min(trained, key=lambda one: one.score)
     context = LocalContext()
-    state = TrainState.fresh(clone(best.network), longer)
-    state.consider(best.score)
-    advance(state, TaughtData(data, teachers, longer.precision), longer, context, until=longer.epochs)
-    state.take_best()
+    state = learner(best.network, best.score, longer)
+    learn_on(state, teachers, data, longer, context)
     step = training_flops(state.network) + sum(inference_cost(teacher).flops for teacher in teachers)
     cost = step * longer.epochs / (settings.epochs * (unit or naive_flops(specs[0])))
     metrics = {split: evaluate(state.network, data, split, context=context) for split in splits}

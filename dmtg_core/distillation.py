@@ -6,56 +6,81 @@ network can learn most of it, with that mean in the place of a part of every lab
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dmtg_core.context import TrainContext
 from dmtg_core.data import Batch, Data
 from dmtg_core.losses import valid
-from dmtg_core.network import GroupingNetwork
+from dmtg_core.network import GroupingNetwork, clone
+from dmtg_core.settings import TrainSettings
 from dmtg_core.step import autocast
 from dmtg_core.tasks import Task
+from dmtg_core.training import NO_HOOKS, Hooks, TrainState, advance
 
 WEIGHT = 0.8  # of the teachers' mean in a target that has a label
 
 
-class TaughtData:
-    """Training data whose labels are mixed with what teachers predict; a missing label is their prediction.
-
-    What a split is evaluated on stays as it is. Teachers see samples before they are augmented.
+class Teachers:
+    """Mixes labels of training batches with what networks predict; a missing label is their prediction.
 
     Args:
-        data: The samples.
-        teachers: Hard networks with the same tasks, which are not changed.
+        networks: Hard networks with the same tasks, which are not changed.
         precision: What they are computed in, see `TrainSettings`.
     """
 
-    def __init__(self, data: Data, teachers: Sequence[GroupingNetwork], precision: str = "fp32") -> None:
-        self.data, self.precision = data, precision
-        self.teachers = [teacher.eval() for teacher in teachers]
+    def __init__(self, networks: Sequence[GroupingNetwork], precision: str = "fp32") -> None:
+        self.networks, self.precision = [network.eval() for network in networks], precision
 
-    def steps(self, batch_size: int) -> int:
-        """See `Data.steps`."""
-        return self.data.steps(batch_size)
-
-    def evaluate(self, split: str, batch_size: int) -> Iterator[Batch]:
-        """See `Data.evaluate`."""
-        return self.data.evaluate(split, batch_size)
-
-    def train(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
-        """See `Data.train`."""
-        for batch in self.data.train(epoch, batch_size, start):
-            with torch.no_grad(), autocast(self.precision, batch.inputs.device):
-                outputs = [teacher(batch.inputs) for teacher in self.teachers]
-            yield Batch(batch.inputs, self._mixed(batch.targets, outputs))
-
-    def _mixed(self, targets: Mapping[str, Tensor], outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        return {
-            task.name: mixed_target(task, targets[task.name], [out[task.name] for out in outputs])
-            for task in self.teachers[0].tasks
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with mixed targets."""
+        with torch.no_grad(), autocast(self.precision, batch.inputs.device):
+            outputs = [network(batch.inputs) for network in self.networks]
+        targets = {
+            task.name: mixed_target(task, batch.targets[task.name], [out[task.name] for out in outputs])
+            for task in self.networks[0].tasks
         }
+        return Batch(batch.inputs, targets)
+
+
+def learner(network: GroupingNetwork, score: float, settings: TrainSettings) -> TrainState:
+    """The state in which a trained network begins to learn on; it stays the best until an epoch is better.
+
+    Args:
+        network: It is copied.
+        score: Its validation score.
+        settings: How it will learn.
+    """
+    state = TrainState.fresh(clone(network), settings)
+    state.consider(score)
+    return state
+
+
+def learn_on(
+    state: TrainState,
+    teachers: Sequence[GroupingNetwork],
+    data: Data,
+    settings: TrainSettings,
+    context: TrainContext,
+    hooks: Hooks = NO_HOOKS,
+) -> None:
+    """Train to the end on labels mixed with what teachers predict, and take the weights of the best epoch.
+
+    Args:
+        state: As `learner` gives it, of any epoch.
+        teachers: See `Teachers`.
+        data, settings, context, hooks: As for `advance`.
+
+    Raises:
+        NonFiniteLossError: When the loss stops being finite.
+    """
+    taught = replace(hooks, prepare=Teachers(teachers, settings.precision))
+    advance(state, data, settings, context, until=settings.epochs, hooks=taught)
+    state.take_best()
 
 
 def mixed_target(task: Task, target: Tensor, outputs: Sequence[Tensor]) -> Tensor:

@@ -17,34 +17,32 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dmtg_core import checkpoint
-from dmtg_core.affinity import cluster, reading_overlap
+from dmtg_core.affinity import cluster
 from dmtg_core.context import LocalContext, TrainContext
 from dmtg_core.cost import inference_cost, naive_flops, training_flops, wide_spec
 from dmtg_core.data import Data
-from dmtg_core.distillation import TaughtData
+from dmtg_core.distillation import learn_on, learner
 from dmtg_core.encoders import WIDTHS
 from dmtg_core.grouping import Grouping
 from dmtg_core.metrics import Metrics
-from dmtg_core.network import GroupingNetwork, NetworkSpec, clone
+from dmtg_core.network import GroupingNetwork, NetworkSpec
+from dmtg_core.proposal import affinity_plan, compare_tasks
 from dmtg_core.settings import TrainSettings
-from dmtg_core.training import TrainState, advance, evaluate
+from dmtg_core.training import Hooks, TrainState, advance, evaluate
 from dmtg_core.warm_start import WarmStart
 
 BASELINE, AFFINITY, GUIDED, WIDE, DISTILLED = "naive_mtl", "affinity", "guided", "wide", "distilled"
 METHODS = ("guided", "dmtg")
 LEARNED_FROM = 2.0  # times `within`: who is too far behind to be the result may still know what it does not
-AT_REST = 0.9  # adjusted Rand index of the groups of two epochs
-AFFINITY_COST = 4  # of the branch that tasks are compared in, in units of what all K branches cost
 
 
 @dataclass(frozen=True)
@@ -234,68 +232,6 @@ def search(
     ).run()
 
 
-def affinity_plan(
-    spec: NetworkSpec, settings: TrainSettings, options: SearchOptions
-) -> tuple[NetworkSpec, TrainSettings]:
-    """The network that tasks are compared in, and how it is trained.
-
-    It is one branch that is wide enough for all tasks, if its encoder can be widened: one that is too narrow has
-    to choose whom it serves, and shows its choice instead of what the tasks read.
-    """
-    _, most = options.affinity_epochs(settings)
-    short = replace(settings, epochs=most, search_share=1.0, lr_schedule="constant")
-    if spec.encoder.name in WIDTHS:
-        return wide_spec(spec, AFFINITY_COST), short
-    return replace(spec, groups=1, sampling="fixed"), short
-
-
-def compare_tasks(
-    state: TrainState,
-    data: Data,
-    settings: TrainSettings,
-    context: TrainContext,
-    *,
-    groups: int,
-    least: int,
-    on_epoch: Callable[[TrainState], None] | None = None,
-    on_step: Callable[[TrainState], None] | None = None,
-) -> Tensor:
-    """Train the network that tasks are compared in until the groups that follow from it have come to rest.
-
-    They have where an epoch moves hardly any task: an adjusted Rand index of `AT_REST` between two proposals.
-
-    Args:
-        state: As `affinity_plan` has it, of any epoch. Its records get what each epoch `proposed`.
-        data, context, on_epoch, on_step: As for `advance`.
-        settings: As `affinity_plan` gives them.
-        groups: How many to propose.
-        least: Epochs that it trains at any rate.
-
-    Returns:
-        `reading_overlap` `(N, N)` at the end.
-    """
-    names = [task.name for task in state.network.tasks]
-
-    def overlap() -> Tensor:
-        return reading_overlap(state.network, data, context=context)
-
-    def propose(trained: TrainState) -> None:
-        trained.history[-1]["proposed"] = cluster(overlap(), groups)
-        if on_epoch is not None:
-            on_epoch(trained)
-
-    def at_rest(trained: TrainState) -> bool:
-        if trained.epoch < max(least, 2):
-            return False
-        before, now = (Grouping.from_assignment(names, r["proposed"]) for r in trained.history[-2:])
-        return now.adjusted_rand_index(before) >= AT_REST
-
-    advance(
-        state, data, settings, context, until=settings.epochs, on_epoch=propose, on_step=on_step, enough=at_rest
-    )
-    return overlap()
-
-
 def _restless(scores: Sequence[float]) -> float:
     """How much a validation score changes between epochs, on average, in the second half of a search."""
     late = scores[len(scores) // 2 :]
@@ -365,14 +301,13 @@ class _Search:
 
     def _affinity(self) -> None:
         """Compare tasks, see `affinity_plan`."""
-        spec, settings = affinity_plan(self.spec, self.settings, self.options)
+        least, most = self.options.affinity_epochs(self.settings)
+        spec, settings = affinity_plan(self.spec, self.settings, most)
         state = self._current(spec, None, settings)
         groups = min(self.spec.groups, len(self.spec.tasks))
-        on_epoch, on_step = self._reports(AFFINITY)
-        least, _ = self.options.affinity_epochs(self.settings)
         overlap = compare_tasks(
-            state, self.data, settings, self.context, groups=groups, least=least, on_epoch=on_epoch,
-            on_step=on_step,
+            state, self.data, settings, self.context, groups=groups, least=least,
+            hooks=self._reports(AFFINITY),
         )  # fmt: skip
         self._end(AFFINITY, state, affinity=overlap.tolist(), proposed=cluster(overlap, groups))
 
@@ -446,13 +381,9 @@ class _Search:
         best, settings = self._best(), self.options.distilled(self.settings)
         teachers = [self.state.trained[name].to(self.context.device) for name in self._teachers()]
         if self.state.current is None:
-            self.state.current = TrainState.fresh(clone(self.state.trained[best]), settings)
-            self.state.current.consider(self._result(best)["final"])
+            self.state.current = learner(self.state.trained[best], self._result(best)["final"], settings)
         state = self.state.current
-        self._advance(
-            DISTILLED, state, settings, settings.epochs, TaughtData(self.data, teachers, settings.precision)
-        )
-        state.take_best()
+        learn_on(state, teachers, self.data, settings, self.context, self._reports(DISTILLED))
         self.state.trained[DISTILLED] = state.network
         self._end(DISTILLED, state, final=state.best_score, teachers=self._teachers())
         looked = settings.epochs * sum(inference_cost(teacher).flops for teacher in teachers)
@@ -506,18 +437,14 @@ class _Search:
             self.state.current = TrainState.fresh(network, settings or self.settings)
         return self.state.current
 
-    def _advance(
-        self, stage: str, state: TrainState, settings: TrainSettings, until: int, data: Data | None = None
-    ) -> None:
-        on_epoch, on_step = self._reports(stage)
-        data = data or self.data
-        advance(state, data, settings, self.context, until=until, on_epoch=on_epoch, on_step=on_step)
+    def _advance(self, stage: str, state: TrainState, settings: TrainSettings, until: int) -> None:
+        advance(state, self.data, settings, self.context, until=until, hooks=self._reports(stage))
 
-    def _reports(self, stage: str) -> tuple[Callable[[TrainState], None], Callable[[TrainState], None]]:
+    def _reports(self, stage: str) -> Hooks:
         """What is done after each epoch, and where a checkpoint within one is due."""
-        return (
-            lambda state: self.context.report({"stage": stage, **state.history[-1]}, self.state.save),
-            lambda _: self.context.report(None, self.state.save),
+        return Hooks(
+            on_epoch=lambda state: self.context.report({"stage": stage, **state.history[-1]}, self.state.save),
+            on_step=lambda _: self.context.report(None, self.state.save),
         )
 
     def _spent(self, state: TrainState, since: int = 0) -> int:

@@ -140,6 +140,35 @@ def score_of(metrics: Metrics) -> float:
     return sum(math.log(max(loss, 1e-12)) for loss in losses) / len(losses)
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """What is done beside the training.
+
+    Args:
+        on_epoch: Called after each epoch with the state to save.
+        on_step: Likewise within an epoch, every `TrainSettings.checkpoint_every` steps; None makes no checkpoint
+            there.
+        enough: Asked before each epoch whether to end.
+        prepare: Done to a training batch before it is augmented.
+    """
+
+    on_epoch: Callable[[TrainState], None] = lambda _state: None
+    on_step: Callable[[TrainState], None] | None = None
+    enough: Callable[[TrainState], bool] = lambda _state: False
+    prepare: Callable[[Batch], Batch] = lambda batch: batch
+
+
+NO_HOOKS = Hooks()
+
+
+def reporting(context: TrainContext) -> Hooks:
+    """Figures and checkpoints of a state that is trained on its own go to its context."""
+    return Hooks(
+        on_epoch=lambda state: context.report(state.history[-1], state.save),
+        on_step=lambda state: context.report(None, state.save),
+    )
+
+
 def advance(
     state: TrainState,
     data: Data,
@@ -147,15 +176,12 @@ def advance(
     context: TrainContext,
     *,
     until: int,
-    on_epoch: Callable[[TrainState], None] | None = None,
-    on_step: Callable[[TrainState], None] | None = None,
-    enough: Callable[[TrainState], bool] | None = None,
+    hooks: Hooks = NO_HOOKS,
 ) -> TrainState:
-    """Train until epoch number `until` is reached, or between two epochs `enough` says so, from wherever it is.
+    """Train until epoch number `until` is reached, from wherever it is.
 
     Before each epoch heads that fell under the threshold go, and with the end of the search all but each task's
-    likeliest; after each epoch the hard network is validated and `on_epoch` is called with the state to save.
-    Within an epoch `on_step` is, every `settings.checkpoint_every` steps.
+    likeliest; after each epoch the hard network is validated.
 
     Raises:
         NonFiniteLossError: When a step had to be refused.
@@ -163,12 +189,12 @@ def advance(
     """
     state.network.to(context.device)
     module: nn.Module | None = None
-    while state.epoch < until and not (enough is not None and enough(state)):
+    while state.epoch < until and not hooks.enough(state):
         if _prune(state, settings) or module is None:
             prepare_network(state.network, settings, context)
             loss = WeighedLoss(state.network, settings.entropy_weight, settings.precision, settings.aggregator)
             module = context.prepare(loss)
-        record = _train_epoch(state, module, data, settings, context, on_step)
+        record = _train_epoch(state, module, data, settings, context, hooks)
         state.partial = {}
         _average_statistics(state.network, context)
         metrics = evaluate(state.network, data, "val", batch_size=settings.batch_size, context=context)
@@ -188,8 +214,7 @@ def advance(
         }
         state.history.append(record)
         record["warnings"] = warnings(state.history, [task.name for task in state.network.tasks], settings)
-        if on_epoch is not None:
-            on_epoch(state)
+        hooks.on_epoch(state)
     return state
 
 
@@ -210,7 +235,7 @@ def _train_epoch(
     data: Data,
     settings: TrainSettings,
     context: TrainContext,
-    on_step: Callable[[TrainState], None] | None,
+    hooks: Hooks,
 ) -> dict[str, Any]:
     factor = LR_SCHEDULES[settings.lr_schedule](state.epoch, settings, [_total(r) for r in state.history])
     for group in state.optimizer.param_groups:
@@ -224,7 +249,7 @@ def _train_epoch(
     batch: Batch | None = None
     for stored in sums.timed(data.train(state.epoch, settings.batch_size, state.step - first)):
         generator = augment_generator(settings.seed, state.step, context.rank)
-        batch = augment(stored, state.network.tasks, settings.augment, generator)
+        batch = augment(hooks.prepare(stored), state.network.tasks, settings.augment, generator)
         temperature = settings.temperature(state.step / searched)
         noise = step_noise(state.network, settings, state.step, context.rank, len(batch.inputs))
         noise = noise.to(context.device, non_blocking=True)
@@ -236,10 +261,10 @@ def _train_epoch(
         due = bool(settings.checkpoint_every) and state.step % settings.checkpoint_every == 0
         if (due or state.step % CHECK_EVERY == 0) and float(sums.figures.refused):
             break
-        if due and on_step is not None and state.step < last:
+        if due and hooks.on_step is not None and state.step < last:
             _average_statistics(state.network, context)  # or only one worker's would be in the checkpoint
             state.partial = sums.share(context)
-            on_step(state)
+            hooks.on_step(state)
     assert batch is not None, "an epoch under way has a step left"
     total = sums.total(context)  # the epoch's one look at the device
     losses = (total.by_task / steps).tolist()
@@ -363,10 +388,7 @@ def fit(
     latest = context.latest()
     network.to(context.device)
     state = TrainState.load(latest, settings, context.device) if latest else TrainState.fresh(network, settings)
-    advance(
-        state, data, settings, context, until=settings.epochs,
-        on_epoch=lambda s: context.report(s.history[-1], s.save), on_step=lambda s: context.report(None, s.save),
-    )  # fmt: skip
+    advance(state, data, settings, context, until=settings.epochs, hooks=reporting(context))
     _finish(state)
     return state
 

@@ -25,7 +25,8 @@ from dmtg_core.data import Data
 from dmtg_core.grouping import Grouping
 from dmtg_core.metrics import Metrics
 from dmtg_core.network import GroupingNetwork, NetworkSpec
-from dmtg_core.search import affinity_plan, compare_tasks, search
+from dmtg_core.proposal import affinity_plan, compare_tasks
+from dmtg_core.search import search
 from dmtg_core.settings import TrainSettings
 from dmtg_core.training import TrainState, score_of
 from pipelines.cluster import user_error
@@ -213,9 +214,9 @@ def _proposal(
     _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], config: Config
 ) -> Result:
     options, count = config.search_options(), min(spec.groups, len(spec.tasks))
-    wide, short = affinity_plan(spec, settings, options)
+    least, most = options.affinity_epochs(settings)
+    wide, short = affinity_plan(spec, settings, most)
     compared = TrainState.fresh(GroupingNetwork(wide), short)
-    least, _ = options.affinity_epochs(settings)
     overlap = compare_tasks(compared, data, short, LocalContext(), groups=count, least=least)
     grouping = Grouping.from_assignment([task.name for task in spec.tasks], cluster(overlap, count))
     unit = naive_flops(spec)

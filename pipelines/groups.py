@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from dmtg_core.context import LocalContext, Save
 from dmtg_core.cost import inference_cost
 from dmtg_core.network import GroupModel
-from dmtg_core.training import TrainState, advance, evaluate, score_of
+from dmtg_core.training import TrainState, advance, evaluate, reporting, score_of
 from pipelines.checkpoints import Checkpoints
 from pipelines.cluster import user_error
 from pipelines.config import Config
@@ -103,8 +103,7 @@ def train_group(job: Job, name: str, members: Sequence[str], before: float) -> t
             state = _state(job, name, context, before)
             advance(
                 state, data, settings, context, until=settings.epochs,
-                on_epoch=lambda s: context.report(s.history[-1], s.save),
-                on_step=lambda s: context.report(None, s.save),
+                hooks=reporting(context),
             )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             raise lasting_error(error, job.config, str(job.run), 1) or error from error

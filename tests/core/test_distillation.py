@@ -1,5 +1,6 @@
 """Learning on from several networks: what targets become, and that it helps."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from dmtg_core import (
-    Batch,
     EncoderSpec,
     GroupingNetwork,
+    LocalContext,
     NetworkSpec,
     Task,
     TrainSettings,
@@ -17,11 +18,12 @@ from dmtg_core import (
 )
 from dmtg_core.baselines import hard_network, together, train_distilled, train_hard
 from dmtg_core.cost import wide_spec
-from dmtg_core.distillation import WEIGHT, TaughtData, mixed_target
+from dmtg_core.distillation import WEIGHT, Teachers, learn_on, learner, mixed_target
 from dmtg_core.losses import PairLosses, label_counts, sample_loss, valid
 from dmtg_core.training import score_of
 from tests.core import samples
 from tests.core.planted import planted_data
+from tests.core.samples import assert_same_tensors
 
 FLAG, COLOUR = Task("flag", "binary"), Task("colour", "multiclass", channels=3)
 PLACE, REGIONS = Task("place", "regression", channels=2), Task("regions", "dense_classification", channels=3)
@@ -79,23 +81,35 @@ def test_losses_take_probabilities_and_count_a_label_for_each_sample_or_pixel():
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-4), task.name
 
 
-def test_taught_data_changes_training_targets_alone_and_takes_up_in_the_middle_of_an_epoch():
+def test_teachers_change_the_targets_of_a_batch_alone_and_leave_no_label_missing():
     spec = samples.mlp_spec()
-    data = samples.data(spec.input, spec.tasks, missing=0.3)
-    taught = TaughtData(data, [GroupingNetwork(replace(spec, seed=seed)) for seed in (1, 2)])
-    plain, mixed = list(data.train(1, 16)), list(taught.train(1, 16))
-    assert taught.steps(16) == data.steps(16) == len(mixed)
-    assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(plain, mixed, strict=True))
-    assert not any(torch.isnan(t).any() for b in mixed for t in b.targets.values() if t.is_floating_point())
-    same(list(taught.train(1, 16, start=1)), mixed[1:])
-    same(list(taught.evaluate("val", 16)), list(data.evaluate("val", 16)))
+    teach = Teachers([GroupingNetwork(replace(spec, seed=seed)) for seed in (1, 2)])
+    batch = samples.batch(spec.input, spec.tasks, 16, missing=0.3)
+    mixed = teach(batch)
+    assert torch.equal(mixed.inputs, batch.inputs)
+    for task in spec.tasks:
+        before, after = batch.targets[task.name], mixed.targets[task.name]
+        assert after.is_floating_point()
+        assert not after.isnan().any()
+        assert after.shape != before.shape or not torch.equal(after, before)
 
 
-def same(found: list[Batch], expected: list[Batch]) -> None:
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a.inputs, b.inputs)
-        for name, target in b.targets.items():
-            assert torch.equal(a.targets[name].nan_to_num(-9), target.nan_to_num(-9))
+def test_the_time_of_teachers_is_not_that_of_waiting_for_data():
+    spec, settings = samples.mlp_spec(), TrainSettings(epochs=1, search_share=1.0, batch_size=16)
+    data, context = samples.data(spec.input, spec.tasks), LocalContext(device="cpu")
+    state = learner(GroupingNetwork(spec), 0.0, settings)
+
+    class Slow(GroupingNetwork):
+        def forward(self, raw):
+            time.sleep(0.1)
+            return super().forward(raw)
+
+    learn_on(state, [Slow(spec)], data, settings, context)
+    record = state.history[-1]
+    assert record["seconds"] > 0.1 * data.steps(16)
+    assert record["data_share"] * record["seconds"] < 0.1 * data.steps(16)
+    assert state.best_score == 0.0  # no epoch was better, so the network is the one that began
+    assert_same_tensors(samples.snapshot(state.network), samples.snapshot(GroupingNetwork(spec)))
 
 
 def test_three_networks_taught_to_one_are_better_than_each_of_them_at_the_same_cost_of_inference():

@@ -1,6 +1,5 @@
 """The whole run: naive MTL, several starts, the best one fine-tuned; interrupted anywhere, it ends the same."""
 
-import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import cycle, pairwise
@@ -24,6 +23,7 @@ from dmtg_core import (
     fit,
     grouping_cost,
     inference_cost,
+    proposal,
     search,
     training_flops,
 )
@@ -287,7 +287,7 @@ def test_tasks_are_compared_until_the_groups_that_follow_are_at_rest(data):
 def test_the_comparison_ends_at_its_limit_where_groups_never_come_to_rest(data, monkeypatch):
     tasks = len(SPEC.tasks)
     turns = cycle([[n % 3 for n in range(tasks)], [3 * n // tasks for n in range(tasks)]])
-    monkeypatch.setattr(sys.modules[_Search.__module__], "cluster", lambda *_: next(turns))
+    monkeypatch.setattr(proposal, "cluster", lambda *_: next(turns))
     records = []
     options = SearchOptions(affinity_share=0.1, affinity_limit=0.75)
     search(SPEC, data, SETTINGS, options, baseline=False, context=local(on_record=records.append))
