@@ -142,7 +142,7 @@ def parallel(settings: Sequence[Row]) -> str:
         figure = Figure(figsize=(max(WIDTH, 1.3 * len(axes_of) + 0.4), 3.4), layout="constrained")
         axes = figure.add_subplot()
         for i in sorted(range(len(rows)), key=lambda i: gains[i]):
-            shift = 0.12 * (i / max(len(rows) - 1, 1) - 0.5)  # lines of one value lie beside each other
+            shift = 0.12 * ((i + 0.5) / len(rows) - 0.5)  # lines of one value lie beside each other
             heights = [at[i] + (shift if n < len(axes_of) - 2 else 0) for n, (_, at, _) in enumerate(axes_of)]
             axes.plot(range(len(axes_of)), heights, color=GAIN(gains[i]), linewidth=1.8, alpha=0.9)
         for n, (_, _, marks) in enumerate(axes_of):
@@ -160,7 +160,7 @@ def parallel(settings: Sequence[Row]) -> str:
 def _mark(axes: Axes, n: int, height: float, text: str, *, beside: bool) -> None:
     """A value at an axis: at the end of the lines, or above those that go through it."""
     shift, hold = ((5, 0), ("left", "center")) if beside else ((0, 13), ("center", "bottom"))
-    axes.annotate(text, (n, height), shift, textcoords="offset points", ha=hold[0], va=hold[1], fontsize=8)
+    axes.annotate(text, (n, height), shift, textcoords="offset points", ha=hold[0], va=hold[1], fontsize=9)
 
 
 Heights = tuple[list[float], dict[float, str]]  # of each row, and what to write where
