@@ -30,12 +30,10 @@ def shard(
     """Raw data (source) to Parquet shards (data.shards). Killed, it is run again and makes what is missing."""
 
     def body() -> dict[str, Any]:
-        from pipelines.cluster import session
         from pipelines.shards import shard as make
 
         loaded = load(config, words, ray_config)
-        with session(loaded.ray):
-            done = make(loaded, say)
+        done = make(loaded, say)
         described = done.manifest.to_dict()
         say(
             f"{described['rows']} samples in {done.made + done.kept} shards ({done.kept} kept), "

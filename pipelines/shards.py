@@ -16,6 +16,7 @@ import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 
 from dmtg_core.tasks import Task
 from pipelines import statistics
+from pipelines.cluster import session
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.manifest import FILE, SPLITS, Manifest, Shard, read_manifest
@@ -65,6 +67,8 @@ class ShardReport:
 def shard(config: Config, progress: Callable[[str], None] = log.info) -> ShardReport:
     """Make the shards of `config.source` in `config.data.shards`; those already whole are kept.
 
+    Ray is started where it is not running, and only for shards that have to be made.
+
     Raises:
         UserError: For a source or a place that cannot be used, and when more than `data.max_bad_fraction` of the
             samples cannot.
@@ -93,10 +97,11 @@ def shard(config: Config, progress: Callable[[str], None] = log.info) -> ShardRe
             parts[plan.file] = part
     progress(f"{len(entries)} samples, {len(plans)} shards: {len(parts)} are there, {len(todo)} to make")
     check_bad(parts.values(), len(entries), config.data.max_bad_fraction, folder)
-    for done, part in enumerate(_run(source, description, todo, folder, config), start=1):
-        parts[part["shard"]["file"]] = part
-        progress(f"shard {done}/{len(todo)}: {part['shard']['file']}, {part['shard']['rows']} samples")
-        check_bad(parts.values(), len(entries), config.data.max_bad_fraction, folder)
+    with session(config.ray) if todo else nullcontext():  # not before a source that is missing has been missed
+        for done, part in enumerate(_run(source, description, todo, folder, config), start=1):
+            parts[part["shard"]["file"]] = part
+            progress(f"shard {done}/{len(todo)}: {part['shard']['file']}, {part['shard']['rows']} samples")
+            check_bad(parts.values(), len(entries), config.data.max_bad_fraction, folder)
     manifest = _finish(folder, description, [parts[plan.file] for plan in plans], config)
     return ShardReport(manifest, len(todo), len(plans) - len(todo))
 

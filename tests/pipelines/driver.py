@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -64,10 +65,13 @@ class Driver:
     def start_words(self, words: Sequence[str], **environment: str) -> subprocess.Popen[bytes]:
         """Another command, not waited for."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
+        # in the background a suite ignores Ctrl-C, which a command would inherit
+        kept = signal.signal(signal.SIGINT, signal.default_int_handler)
         with (self.root / "log").open("ab") as out:
             self.process = subprocess.Popen(
                 words, stdout=out, stderr=subprocess.STDOUT, env=inherited | environment
             )
+        signal.signal(signal.SIGINT, kept)
         return self.process
 
     def finish(self) -> dict:
