@@ -69,6 +69,11 @@ FILES: dict[str, bytes] = {
         ((*NEW, "no.parquet", "--targets", "a,b"), "not a Parquet file", "write the file again"),
         ((*NEW, ".", "--targets", "a,b", "--source", "folder"), "none is called labels.csv", "put labels"),
         (("inspect", "-c", "rooms", "data.shards=none"), "no dataset here", "dmtg shard"),
+        (
+            ("shard", "-c", "clothing", "source.root=none", "data.shards=shards"),
+            "the folder of the data set does not exist",
+            "correct source.root",
+        ),
         (("report", "none"), "no finished run here", "dmtg train"),
         (("doctor", "train.epochs=3"), "changes a configuration", "-c"),
     ],
@@ -77,6 +82,7 @@ def test_a_mistake_is_explained(
     words: tuple[str, ...], what: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was started"))
     for name, data in FILES.items():
         (tmp_path / name).write_bytes(data)
     found = CliRunner().invoke(app, [*words])
