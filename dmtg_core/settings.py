@@ -73,7 +73,8 @@ class TrainSettings:
         recompute: Compute activations again in the backward pass instead of keeping them: less memory, more time.
         compile: Compile the network with `torch.compile`; None does on a GPU. The first steps wait for it.
         cuda_graphs: Replay the compiled parts as CUDA graphs: the host no longer launches each kernel, which is
-            what bounds a step of small batches, for more memory. Not with `accumulate` or `recompute`.
+            what bounds a step of small batches, for more memory. Not with `accumulate` or `recompute`; without a
+            GPU it changes nothing.
         sync_batchnorm: Normalise over the batches of all workers, which have to be on GPUs.
         precision: "fp32", or "bf16" for autocast of the encoders with gate and losses in float32.
         augment: Keys of `AUGMENTATIONS`: what is done to training batches, never to those of an evaluation.
@@ -138,7 +139,10 @@ class TrainSettings:
         if self.aggregator != "sum" and self.accumulate > 1:
             raise ValueError("an aggregator needs the gradients of a whole batch: set accumulate to 1")
         if self.cuda_graphs and (self.accumulate > 1 or self.recompute or self.compile is False):
-            raise ValueError("cuda_graphs needs compile, and goes with neither accumulate nor recompute")
+            raise ValueError(
+                "cuda_graphs needs compile, and goes with neither accumulate nor recompute: leave those three at "
+                "their defaults, or set cuda_graphs to false"
+            )
 
     @property
     def search_epochs(self) -> int:

@@ -72,7 +72,7 @@ class Config(Section):
         """What the core's training takes.
 
         Raises:
-            UserError: For batch normalisation over workers that have no GPUs.
+            UserError: For options that exclude each other, or need workers with GPUs that have none.
         """
         if self.train.sync_batchnorm and not self.ray.gpus_per_worker:
             raise UserError(
@@ -82,14 +82,19 @@ class Config(Section):
                 wrong_use=True,
             )
         shared = {k: v for k, v in self.train.model_dump().items() if k in TrainSettings.__dataclass_fields__}
-        return TrainSettings(
-            **shared,
-            search_share=self.search.share,
-            gate_learning_rate=self.gate.learning_rate,
-            temperature=TemperatureSchedule(**self.gate.temperature.model_dump()),
-            entropy_weight=self.gate.entropy_weight,
-            prune_threshold=self.gate.prune_threshold if self.gate.prune else 0.0,
-        )
+        try:
+            return TrainSettings(
+                **shared,
+                search_share=self.search.share,
+                gate_learning_rate=self.gate.learning_rate,
+                temperature=TemperatureSchedule(**self.gate.temperature.model_dump()),
+                entropy_weight=self.gate.entropy_weight,
+                prune_threshold=self.gate.prune_threshold if self.gate.prune else 0.0,
+            )
+        except ValueError as error:
+            raise UserError(
+                str(error), where="train, gate", remedy="correct the configuration", wrong_use=True
+            ) from error
 
     def search_options(self) -> SearchOptions:
         """What the core's search takes."""

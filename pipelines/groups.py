@@ -101,10 +101,7 @@ def train_group(job: Job, name: str, members: Sequence[str], before: float) -> t
         )
         try:
             state = _state(job, name, context, before)
-            advance(
-                state, data, settings, context, until=settings.epochs,
-                hooks=reporting(context),
-            )  # fmt: skip
+            advance(state, data, settings, context, until=settings.epochs, hooks=reporting(context))
         except (RuntimeError, MemoryError) as error:
             raise lasting_error(error, job.config, str(job.run), 1) or error from error
         state.take_best()

@@ -69,6 +69,8 @@ FILES: dict[str, bytes] = {
         ((*NEW, "no.parquet", "--targets", "a,b"), "not a Parquet file", "write the file again"),
         ((*NEW, ".", "--targets", "a,b", "--source", "folder"), "none is called labels.csv", "put labels"),
         (("inspect", "-c", "rooms", "data.shards=none"), "no dataset here", "dmtg shard"),
+        (("train", "-c", "rooms", "train.cuda_graphs=true", "train.accumulate=2"), "cuda_graphs needs", "correct"),
+        (("train", "-c", "rooms", "train.aggregator=upgrad", "train.accumulate=2"), "whole batch", "correct"),
         (
             ("shard", "-c", "clothing", "source.root=none", "data.shards=shards"),
             "the folder of the data set does not exist",
