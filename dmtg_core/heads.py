@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class HeadBank(nn.Module):
         self.tasks = tuple(tasks)
         rows = sum(task.channels for task in tasks)
         self.kept: dict[int, list[Task]] = {k: list(tasks) for k in range(groups) if tasks}
+        self.places = {k: _places(alive) for k, alive in self.kept.items()}
         self.weights = nn.ParameterDict({str(k): nn.Parameter(torch.empty(rows, features)) for k in self.kept})
         self.biases = nn.ParameterDict({str(k): nn.Parameter(torch.zeros(rows)) for k in self.kept})
         for weight in self.weights.values():
@@ -66,9 +68,7 @@ class HeadBank(nn.Module):
 
     def rows(self, k: int, task: Task) -> slice:
         """Where the head of `task` lies in the weight of branch `k`."""
-        before = self.kept[k][: self.kept[k].index(task)]
-        start = sum(t.channels for t in before)
-        return slice(start, start + task.channels)
+        return self.places[k][task.name]
 
     def keep(self, kept: Mapping[int, Sequence[Task]]) -> dict[nn.Parameter, tuple[nn.Parameter, Tensor]]:
         """Remove all heads but those of `kept` (branch number to its tasks).
@@ -87,13 +87,13 @@ class HeadBank(nn.Module):
                 or [torch.empty(0).long()]
             ).to(device)
             if not stay:
-                del self.weights[key], self.biases[key], self.kept[k]
+                del self.weights[key], self.biases[key], self.kept[k], self.places[k]
                 continue
             for store in (self.weights, self.biases):
                 old = store[key]
                 store[key] = nn.Parameter(old.detach()[rows].clone())
                 followed[store[key]] = (old, rows)
-            self.kept[k] = stay
+            self.kept[k], self.places[k] = stay, _places(stay)
         self.index = self._index().to(self.index.device)
         return followed
 
@@ -102,3 +102,9 @@ class HeadBank(nn.Module):
         counts = [sum(task.channels for task in kept) for kept in self.kept.values()]
         widest = max(counts, default=0)
         return torch.cat([torch.arange(c) + i * widest for i, c in enumerate(counts)] or [torch.empty(0).long()])
+
+
+def _places(kept: Sequence[Task]) -> dict[str, slice]:
+    """Where the heads of a branch lie in its weight, by their tasks' names."""
+    ends = list(accumulate(task.channels for task in kept))
+    return {task.name: slice(end - task.channels, end) for task, end in zip(kept, ends, strict=True)}
