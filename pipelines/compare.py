@@ -138,7 +138,7 @@ def check_cells(config: Config, manifest: Manifest, say: Callable[[str], None]) 
     Raises:
         UserError: For the first thing that is wrong.
     """
-    config.settings()
+    config.check_options()
     tasks = check_data(config, manifest, locate(config.data.shards))
     check_network(config, manifest, tasks, None, say)
     if config.network.groups < 2 or len(tasks) < 2:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ from pipelines.sections import (
     TrainSection,
     checked,
 )
+
+
+@contextmanager
+def _excluding(where: str) -> Iterator[None]:
+    """The core's word on options that exclude each other, as the user's error."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error), where=where, remedy="correct the configuration", wrong_use=True) from error
 
 
 class Config(Section):
@@ -82,7 +92,7 @@ class Config(Section):
                 wrong_use=True,
             )
         shared = {k: v for k, v in self.train.model_dump().items() if k in TrainSettings.__dataclass_fields__}
-        try:
+        with _excluding("train, gate"):
             return TrainSettings(
                 **shared,
                 search_share=self.search.share,
@@ -91,15 +101,25 @@ class Config(Section):
                 entropy_weight=self.gate.entropy_weight,
                 prune_threshold=self.gate.prune_threshold if self.gate.prune else 0.0,
             )
-        except ValueError as error:
-            raise UserError(
-                str(error), where="train, gate", remedy="correct the configuration", wrong_use=True
-            ) from error
 
     def search_options(self) -> SearchOptions:
-        """What the core's search takes."""
+        """What the core's search takes.
+
+        Raises:
+            UserError: For options that exclude each other.
+        """
         held = self.search.model_dump()
-        return SearchOptions(**{name: held[name] for name in SearchOptions.__dataclass_fields__})
+        with _excluding("search"):
+            return SearchOptions(**{name: held[name] for name in SearchOptions.__dataclass_fields__})
+
+    def check_options(self) -> None:
+        """What can be said of training and search without data, before workers would find it.
+
+        Raises:
+            UserError: As `settings` and `search_options`.
+        """
+        self.settings()
+        self.search_options()
 
     def encoder_spec(self) -> EncoderSpec:
         """What the core's encoder takes."""

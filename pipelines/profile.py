@@ -43,7 +43,7 @@ def profile(config: Config, say: Callable[[str], None]) -> Profiled:
     """
     run = locate(config.run.root) / config.run_name()
     run.check_writable()
-    config.settings()
+    config.check_options()
     with session(config.ray):
         manifest = ensure_shards(config, say)
         folder = locate(config.data.shards)

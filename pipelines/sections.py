@@ -228,7 +228,7 @@ class SearchSection(Section):
         "wide encoder beside it, the best on validation data is kept; dmtg: undecided gates, as published",
     )
     starts: int = Field(
-        1, ge=1, description="undecided gates; with dmtg the best on validation data is fine-tuned"
+        1, ge=0, description="undecided gates; with dmtg, at least one, the best on validation data is fine-tuned"
     )
     wide: bool = Field(
         True, description="guided: one wide encoder, at the inference cost of all groups, may be the result"

@@ -86,7 +86,7 @@ def sweep(config: Config, say: Callable[[str], None] = log.info) -> Swept:
     models = open_models(described, folder)
     planned = trials(config)
     for trial in planned:
-        trial.config.settings()
+        trial.config.check_options()
     left = [trial for trial in planned if status(trial) in (OPEN, BROKEN)]
     if left and enabled(config.track):
         connect(config.track)  # before shards are made, which can take hours

@@ -72,7 +72,7 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
         UserError: For anything that stands in the way, before training starts where that can be known.
     """
     run = open_run(config)
-    config.settings()  # its numbers are checked here, not in a worker
+    config.check_options()
     if enabled(config.track) and not (run / RESULT).exists():
         connect(config.track)  # before shards are made, which can take hours
     models = open_models(config, run)

@@ -253,6 +253,14 @@ def test_normalising_over_workers_without_gpus_is_wrong_use(file: str) -> None:
     assert caught.value.wrong_use
 
 
+def test_the_guided_search_needs_no_undecided_gate_and_the_published_one_does(file: str) -> None:
+    load_config(file, ["search.starts=0"]).check_options()
+    with pytest.raises(UserError, match="starts must be at least 1, got 0") as caught:
+        load_config(file, ["search.starts=0", "search.method=dmtg"]).check_options()
+    assert caught.value.where == "search"
+    assert caught.value.wrong_use
+
+
 def test_a_configuration_is_read_from_storage_as_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "best.yaml"
     file.write_text("base: rooms\nname: best\nnetwork: {groups: 2}\n")
