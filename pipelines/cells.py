@@ -37,8 +37,8 @@ from pipelines.ingest import Reader, open_data
 from pipelines.storage import Location
 
 CELLS = "cells"
-NAIVE, WIDE, DISTILLED_WIDE, GROUPING, PAIR, PROPOSAL, SEARCH = (
-    "naive_mtl", "wide", "wide_distilled", "grouping", "pair", "proposal", "search"
+NAIVE, AFFINITIES, WIDE, DISTILLED_WIDE, GROUPING, PAIR, PROPOSAL, SEARCH = (
+    "naive_mtl", "affinities", "wide", "wide_distilled", "grouping", "pair", "proposal", "search"
 )  # fmt: skip
 Result = dict[str, Any]
 
@@ -48,8 +48,9 @@ class Cell:
     """One thing to train.
 
     Args:
-        kind: NAIVE (with the affinities that published selectors collect), WIDE, DISTILLED_WIDE (the best of three
-            wide encoders, which learns on from all of them), GROUPING, PAIR, PROPOSAL (the groups that the guided
+        kind: NAIVE, AFFINITIES (naive MTL again, with the affinities that published selectors collect on its way:
+            with many tasks they take far longer than the run), WIDE, DISTILLED_WIDE (the best of three wide
+            encoders, which learns on from all of them), GROUPING, PAIR, PROPOSAL (the groups that the guided
             search starts from, trained as they are) or SEARCH.
         seed: Of initial weights, order of data and gate noise.
         epochs: How many, where it is not `train.epochs`; 0 for these.
@@ -168,6 +169,13 @@ def _described(network: GroupingNetwork, score: float, metrics: Mapping[str, Met
 def _naive(
     _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
 ) -> Result:
+    done = train_hard(hard_network(spec, together(spec)), data, settings, splits=splits)
+    return _described(done.network, done.score, done.metrics, done.cost)
+
+
+def _affinities(
+    _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
+) -> Result:
     done, affinities, costs = train_naive_with_affinities(spec, data, settings, splits=splits)
     return _described(done.network, done.score, done.metrics, done.cost) | {
         "affinities": {name: value.tolist() for name, value in affinities.items()},
@@ -245,6 +253,7 @@ def _search(
 
 TRAIN: Mapping[str, Callable[..., Result]] = {
     NAIVE: _naive,
+    AFFINITIES: _affinities,
     WIDE: _wide,
     DISTILLED_WIDE: _distilled_wide,
     GROUPING: _grouping,

@@ -16,7 +16,7 @@ import torch
 from dmtg_core.affinity import cluster
 from dmtg_core.grouping import Grouping
 from dmtg_core.selection import best_partition
-from pipelines.cells import DISTILLED_WIDE, NAIVE, PAIR, SEARCH, WIDE, Cell, Result
+from pipelines.cells import AFFINITIES, DISTILLED_WIDE, NAIVE, PAIR, SEARCH, WIDE, Cell, Result
 from pipelines.config import Config
 
 EXHAUSTIVE_TASKS = 6  # six tasks have 122 partitions into three groups, eight have 1,094
@@ -69,10 +69,6 @@ def _search(label: str, options: Mapping[str, Any]) -> First:
     return lambda _contest, seed: [Cell(SEARCH, seed, options=tuple(sorted(options.items())), label=label)]
 
 
-def _naive(_contest: Contest, seed: int) -> list[Cell]:
-    return [Cell(NAIVE, seed)]
-
-
 def _singles(contest: Contest, seed: int) -> list[Cell]:
     return [Cell(PAIR, seed, groups=((task,),)) for task in contest.tasks]
 
@@ -85,12 +81,12 @@ SELECTED = ("cs", "tag", "etap", "gradtag")  # affinities that are collected bes
 GUIDED, UNDISTILLED = "guided", "undistilled"  # the latter is what it was before it learned on
 GUIDED_SEARCH = _search(GUIDED, {"method": "guided"})
 FIRST: Mapping[str, First] = {
-    "naive_mtl": _naive,
+    "naive_mtl": lambda _contest, seed: [Cell(NAIVE, seed)],
     "single_task": _singles,
     "wide": lambda _contest, seed: [Cell(WIDE, seed)],
     "wide_distilled": lambda _contest, seed: [Cell(DISTILLED_WIDE, seed)],
     "random": lambda contest, seed: [Cell.of(grouping, seed) for grouping in contest.draws(seed)],
-    **dict.fromkeys(SELECTED, _naive),
+    **dict.fromkeys(SELECTED, lambda _contest, seed: [Cell(AFFINITIES, seed)]),
     "reading": GUIDED_SEARCH,
     "hoa": _pairs,
     "exhaustive": lambda contest, seed: [Cell.of(grouping, seed) for grouping in contest.partitions()],
@@ -119,7 +115,7 @@ def _chosen(contest: Contest, seed: int, groups: Sequence[int]) -> list[Cell]:
 
 def _selected(name: str) -> Second:
     def cells(contest: Contest, seed: int, found: Found) -> list[Cell]:
-        affinity = torch.tensor(found[Cell(NAIVE, seed)]["affinities"][name])
+        affinity = torch.tensor(found[Cell(AFFINITIES, seed)]["affinities"][name])
         return _chosen(contest, seed, best_partition(affinity, contest.groups))
 
     return cells
@@ -232,8 +228,8 @@ def _merged(contest: Contest, results: Sequence[Result]) -> Result:
 def _spent_before(contest: Contest, method: str, seed: int, found: Found) -> float:
     """What it cost to come to the grouping, beside training it."""
     if method in SELECTED:
-        naive = found[Cell(NAIVE, seed)]
-        return float(naive["cost"] + naive["affinity_costs"][method])
+        looked = found[Cell(AFFINITIES, seed)]
+        return float(looked["cost"] + looked["affinity_costs"][method])
     if method == "hoa":
         return math.fsum(found[cell]["cost"] for cell in _pairs(contest, seed))
     if method == "exhaustive":
