@@ -1,6 +1,7 @@
-"""`docs/results.md`, from the comparisons in `docs/results/`: `python -m bench.results [FILE NAME COMMAND]`.
+"""`docs/results.md`, from the comparisons in `docs/results/`: `python -m bench.results [FILE NAME [COMMAND]]`.
 
-With arguments a finished comparison, the `compare.json` FILE, is first taken into `docs/results/NAME.json`.
+With a command a finished comparison, the `compare.json` FILE, is first taken into `docs/results/NAME.json`.
+Without one FILE is the `signal.json` of the same configuration, whose verdict is written beside the comparison.
 """
 
 from __future__ import annotations
@@ -33,9 +34,18 @@ def take_in(file: Path, name: str, command: str) -> None:
     kept = {key: value for key, value in found.items() if key not in ("together", "name")}
     for row in kept["rows"]:
         del row["errors"]
+    _write(name, {"command": command} | rounded(kept))
+
+
+def take_in_signal(file: Path, name: str) -> None:
+    """Keep the verdict of a pre-flight beside the comparison."""
+    found = json.loads((FOLDER / f"{name}.json").read_text())
+    _write(name, found | {"signal": json.loads(file.read_text())["verdict"]})
+
+
+def _write(name: str, found: dict[str, Any]) -> None:
     FOLDER.mkdir(exist_ok=True)
-    text = json.dumps({"command": command} | rounded(kept), indent=1)
-    (FOLDER / f"{name}.json").write_text(text + "\n")
+    (FOLDER / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def rounded(value: Any) -> Any:
@@ -63,8 +73,13 @@ def section(file: Path) -> str:
         counts = ", ".join(f"{name} {chosen.count(name)}" for name in sorted(set(chosen)))
         lines.append(f"- Candidate kept by validation, seeds: {counts}.")
     if "truth" in found["agreement"]:
-        lines.append(f"- Agreement with the true groups: {found['agreement']['guided']['truth']:.3f} (guided), "
-                     f"{found['agreement'].get('dmtg', {}).get('truth', math.nan):.3f} (dmtg).")  # fmt: skip
+        # `retrained` trains the groups that the search's best gate ended with, whichever candidate was kept
+        named = {"guided": "guided", "retrained": "the groups of its best gate", "dmtg": "dmtg"}
+        agreement = {
+            name: found["agreement"][row]["truth"] for row, name in named.items() if row in found["agreement"]
+        }
+        told = ", ".join(f"{value:.3f} ({name})" for name, value in agreement.items())
+        lines.append(f"- Agreement with the true groups: {told}.")
     if found.get("signal"):
         lines.append(f"- `dmtg signal` beforehand: {found['signal']}")
     lines += ["", "| method | gain, errors % | gain, losses % | behind guided | training | agreement |",
@@ -85,8 +100,11 @@ def interval(mean: dict[str, float]) -> str:
 
 def main() -> None:
     """Take a comparison in, if one is named, and write the page."""
-    if len(sys.argv) > 1:
-        take_in(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    file, name, command = (sys.argv[1:] + [""] * 3)[:3]
+    if command:
+        take_in(Path(file), name, command)
+    elif file:
+        take_in_signal(Path(file), name)
     PAGE.write_text(page())
 
 
