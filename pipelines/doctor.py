@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module, metadata
+from importlib.util import cache_from_source, find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def examine(subject: Subject, *, write: bool, wait_s: float) -> Iterator[Finding
     answers = _asked([*probes, *remote], wait_s)
     yield python()
     yield packages(subject.extras)
+    yield bytecode()
     yield processors(subject.ray)
     yield shared_memory(subject.ray)
     yield disk("temporary files", Path(tempfile.gettempdir()))
@@ -122,6 +124,25 @@ def packages(extras: Sequence[str] = ()) -> Finding:
         return Finding("packages", "; ".join(wrong), FAIL, f"make install, or pip install 'dmtg[{asked}]'")
     shown = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "ray", "mlflow"))
     return Finding("packages", f"{shown}; all {len(needed)} are of versions that are asked for")
+
+
+def bytecode() -> Finding:
+    """Whether Python has compiled torch, or will: every process of Ray imports it."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return Finding("bytecode", "torch cannot be found", WARN, "make install")
+    file = Path(cache_from_source(spec.origin))
+    if file.exists():
+        return Finding("bytecode", "torch is compiled")
+    folder = next(parent for parent in file.parents if parent.exists())
+    if not sys.dont_write_bytecode and os.access(folder, os.W_OK):
+        return Finding("bytecode", "torch is compiled when it is next imported")
+    why = "PYTHONDONTWRITEBYTECODE is set" if sys.dont_write_bytecode else f"{folder} cannot be written"
+    site = Path(spec.origin).parents[1]
+    return Finding(
+        "bytecode", f"torch is not compiled, and {why}: every process of Ray compiles it again", WARN,
+        f"{sys.executable} -m compileall -q {site}",
+    )  # fmt: skip
 
 
 def _distribution() -> Any:

@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,24 @@ def test_a_version_that_is_not_asked_for_is_named(monkeypatch: pytest.MonkeyPatc
     assert "rdkit" in told.found
     assert "kfp" not in told.found  # its extra is not needed
     assert "pip install 'dmtg[pipelines,molecules]'" in told.remedy
+
+
+def test_that_every_process_would_compile_torch_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))  # nothing is compiled there
+    assert doctor.bytecode() == Finding("bytecode", "torch is compiled when it is next imported")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = doctor.bytecode()
+    assert found.verdict == WARN
+    assert "PYTHONDONTWRITEBYTECODE is set" in found.found
+    assert found.remedy.startswith(f"{sys.executable} -m compileall -q ")
+    package = Path(found.remedy.split()[-1]) / "torch" / "__init__.py"
+    compiled = Path(cache_from_source(str(package)))
+    compiled.parent.mkdir(parents=True)
+    compiled.touch()
+    assert doctor.bytecode() == Finding("bytecode", "torch is compiled")
 
 
 def test_more_workers_than_cores_and_little_shared_memory_are_warned_of() -> None:
@@ -133,9 +152,17 @@ def test_the_command_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyP
     by_name = {one["what"]: one for one in answer["findings"]}
     assert told.exit_code == 0, told.stderr
     assert "a local one ran a task" in by_name["Ray"]["found"]
-    assert {"Python", "packages", "CPU", "GPU", "MLflow", "run.root", "data.shards", "shared memory"} <= set(
-        by_name
-    )
+    assert {
+        "Python",
+        "packages",
+        "CPU",
+        "GPU",
+        "bytecode",
+        "MLflow",
+        "run.root",
+        "data.shards",
+        "shared memory",
+    } <= set(by_name)
     assert answer["next"].startswith("dmtg shard -c planted track.uri=none")
 
     refuses = [f"track.uri=http://127.0.0.1:{free_port()}", f"ray.address=127.0.0.1:{free_port()}"]
