@@ -13,10 +13,10 @@ import pytest
 
 from dmtg_core import Grouping
 from pipelines.beforehand import said_before
-from pipelines.cells import GROUPING, NAIVE, Cell
+from pipelines.cells import AFFINITIES, GROUPING, NAIVE, Cell
 from pipelines.compare import Compared, compare, methods_of
 from pipelines.config import Config
-from pipelines.contestants import Contest, entries, first_cells, pair_affinity, second_cells
+from pipelines.contestants import FIRST, SELECTED, Contest, entries, first_cells, pair_affinity, second_cells
 from pipelines.errors import UserError
 from pipelines.preflight import draw, judged, signal
 from pipelines.sections import checked
@@ -179,6 +179,20 @@ def test_cells_are_shared_between_methods_that_come_to_the_same_grouping() -> No
     names = {Cell.of(one, 1).name, Cell.of(one, 2).name, Cell.of(one, 1, 7).name, Cell(NAIVE, 1).name}
     assert len(names) == 4
     assert Cell.of(one, 1).kind == GROUPING
+
+
+def test_affinities_are_collected_for_selectors_alone_and_change_nothing_in_the_run(
+    compared: tuple[Config, Compared, list[str]],
+) -> None:
+    config, done, _ = compared
+    contest = Contest(config, ("task_0", "task_1", "task_2", "task_3"))
+    asked = {method for method in FIRST if {c.kind for c in first_cells(contest, method, 1)} == {AFFINITIES}}
+    assert asked == set(SELECTED)
+    naive, looked = (
+        (done.folder / "cells" / f"{Cell(kind, 1).name}.json").read_json() for kind in (NAIVE, AFFINITIES)
+    )
+    assert set(looked["affinities"]) == set(SELECTED)
+    assert looked["metrics"] == naive["metrics"]
 
 
 def test_a_variant_of_one_name_with_other_changes_is_another_cell(tmp_path: Path) -> None:
