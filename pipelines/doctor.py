@@ -137,12 +137,13 @@ def bytecode() -> Finding:
     folder = next(parent for parent in file.parents if parent.exists())
     if not sys.dont_write_bytecode and os.access(folder, os.W_OK):
         return Finding("bytecode", "torch is compiled when it is next imported")
-    why = "PYTHONDONTWRITEBYTECODE is set" if sys.dont_write_bytecode else f"{folder} cannot be written"
-    site = Path(spec.origin).parents[1]
+    remedy = f"{sys.executable} -m compileall -q {Path(spec.origin).parents[1]}"
+    why = "PYTHONDONTWRITEBYTECODE is set"
+    if not os.access(folder, os.W_OK):
+        why, remedy = f"{folder} cannot be written", f"as a user who may write there: {remedy}"
     return Finding(
-        "bytecode", f"torch is not compiled, and {why}: every process of Ray compiles it again", WARN,
-        f"{sys.executable} -m compileall -q {site}",
-    )  # fmt: skip
+        "bytecode", f"torch is not compiled, and {why}: every process of Ray compiles it again", WARN, remedy
+    )
 
 
 def _distribution() -> Any:

@@ -69,7 +69,6 @@ def test_groups_train_on_and_are_never_worse_on_validation(run, tmp_path: Path) 
     assert again["metrics"] == result["metrics"]
 
 
-@pytest.mark.soak
 def test_a_profile_measures_the_workers_and_leaves_the_run_alone(run, tmp_path: Path) -> None:
     values = run[0].model_dump(mode="json") | {"run": {"root": str(tmp_path), "name": "profiled"}}
     done = profile(Config.model_validate(values), [].append)

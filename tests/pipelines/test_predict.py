@@ -164,7 +164,6 @@ def test_the_last_file_says_what_there_is(made: Made, predicted: Predicted) -> N
         assert pq.read_table(pa.BufferReader(data)).num_rows == held["rows"]
 
 
-@pytest.mark.soak
 def test_interrupted_it_goes_on_and_keeps_what_is_whole(made: Made) -> None:
     def interrupt(line: str) -> None:
         if line.startswith("shard 1/"):

@@ -71,7 +71,7 @@ def config_of(root: Path, **sections: Any) -> dict[str, Any]:
         "network": {"encoder": "mlp", "groups": 2, "options": {"widths": [32, 16]}},
         "gate": {"learning_rate": 0.05},
         "train": {"epochs": 12, "batch_size": 64, "learning_rate": 0.01},
-        "search": {"baseline": False, "share": 0.3},
+        "search": {"baseline": False, "share": 0.3, "starts": 0, "wide": False},
         "track": {"uri": f"sqlite:///{root / 'mlflow.db'}"},
         "run": {"root": str(root / "runs")},
         "ray": {"workers": 1, "object_store_mib": 128},
@@ -230,7 +230,6 @@ def test_two_at_once_the_second_leaves(done, config: Config) -> None:
         regroup(config, "2026-03-05")
 
 
-@pytest.mark.soak
 def test_a_dry_run_leaves_no_trace_in_the_registry_and_its_work_is_used(
     done, config: Config, tmp_path: Path
 ) -> None:

@@ -64,7 +64,6 @@ def test_shards_made_over_the_network_are_those_made_from_files(
     assert shard(sharded[0]).made == 0
 
 
-@pytest.mark.soak
 def test_a_run_in_the_bucket_gives_the_metrics_of_one_on_files(
     sharded: tuple[Config, Manifest], run: tuple[Config, Trained, list[str]], tmp_path: Path
 ) -> None:

@@ -122,7 +122,6 @@ def test_mlflow_has_a_run_for_the_sweep_and_one_below_it_for_each_trial(swept: R
     assert client.search_registered_models() == []
 
 
-@pytest.mark.soak
 def test_the_best_setting_is_what_train_takes(swept: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, done, _ = swept
     assert done.found["best"]["label"] == "groups2_constant2.5"
@@ -131,7 +130,6 @@ def test_the_best_setting_is_what_train_takes(swept: Ran, tmp_path: Path, monkey
     same(found.result, rows(done)[GOOD] | {"baseline": rows(done)[NAIVE]["metrics"]})
 
 
-@pytest.mark.soak
 def test_the_same_words_train_nothing_again_but_what_failed(swept: Ran) -> None:
     config, done, _ = swept
     before = ended(Path(str(done.folder)))

@@ -160,7 +160,6 @@ class Messages(logging.Handler):
 
 
 @pytest.mark.ray
-@pytest.mark.soak
 class TestAway:
     def test_training_goes_on_and_every_figure_arrives_once(self, delivered: Delivered, server: Server) -> None:
         assert "MLflow's copy of the figures cannot be written, training goes on without it" in delivered.logged

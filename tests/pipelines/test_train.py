@@ -163,7 +163,6 @@ def test_report_is_one_page_without_a_network(run) -> None:
     assert verdict(done.result).split(".")[0] in html
 
 
-@pytest.mark.soak
 def test_streaming_reaches_a_result_too(images: Path, tmp_path: Path) -> None:
     config = make_config(
         images, tmp_path, data={"cache": "stream"}, track={"uri": "none"}, search={"baseline": False},
@@ -177,7 +176,6 @@ def test_streaming_reaches_a_result_too(images: Path, tmp_path: Path) -> None:
     assert "<svg" in (done.run / "report.html").read_text()
 
 
-@pytest.mark.soak
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(images: Path, tmp_path: Path) -> None:
     config = make_config(images, tmp_path, train={"learning_rate": 1e30, "epochs": 2})
     with pytest.raises(UserError, match="NaN or infinite") as found:

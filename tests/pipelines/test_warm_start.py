@@ -148,7 +148,8 @@ def test_a_run_starts_where_another_ended_and_needs_it_only_once(run: Run, tmp_p
     values["network"] |= {"start_from": str(before)}
     values["train"] |= {"epochs": 1, "learning_rate": 1e-4}
     values["ray"] |= {"workers": 1}
-    values |= {"search": {"baseline": False}, "track": {"uri": "none"}, "run": {"root": str(tmp_path / "runs")}}
+    values["search"] |= {"baseline": False}
+    values |= {"track": {"uri": "none"}, "run": {"root": str(tmp_path / "runs")}}
     config, said = checked(Config, values), []
     started = train(config, said.append)
 
