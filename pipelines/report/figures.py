@@ -173,6 +173,13 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def lines(axes: Axes, names: Sequence[str]) -> None:
+    """A line for each name, the first on top; above and below is room for less than one, however many they are."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+
+
 def metrics(rows: Sequence[Mapping[str, Any]]) -> str:
     """Change of each task's error against naive MTL in per cent, and its interval where there is one."""
     known = [row for row in rows if row["gain"] is not None]
@@ -185,10 +192,8 @@ def metrics(rows: Sequence[Mapping[str, Any]]) -> str:
             span = row.get("interval")
             if span is not None:
                 axes.plot(span, [place, place], color="black", linewidth=1.2, marker="|", markersize=7)
-        axes.set_yticks(range(len(known)), [row["task"] for row in known])
+        lines(axes, [row["task"] for row in known])
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.invert_yaxis()
-        axes.tick_params(axis="y", length=0)
         axes.set_xlabel("error against naive MTL: % less (right) or more (left)")
         return svg(figure, f"By how much each task's error is lower than naive MTL's. {words}")
 
