@@ -32,8 +32,7 @@ class HeadBank(nn.Module):
         super().__init__()
         self.tasks = tuple(tasks)
         rows = sum(task.channels for task in tasks)
-        self.kept: dict[int, list[Task]] = {k: list(tasks) for k in range(groups) if tasks}
-        self.places = {k: _places(alive) for k, alive in self.kept.items()}
+        self.kept = {k: _places(tasks) for k in range(groups) if tasks}
         self.weights = nn.ParameterDict({str(k): nn.Parameter(torch.empty(rows, features)) for k in self.kept})
         self.biases = nn.ParameterDict({str(k): nn.Parameter(torch.zeros(rows)) for k in self.kept})
         for weight in self.weights.values():
@@ -68,7 +67,7 @@ class HeadBank(nn.Module):
 
     def rows(self, k: int, task: Task) -> slice:
         """Where the head of `task` lies in the weight of branch `k`."""
-        return self.places[k][task.name]
+        return self.kept[k][task]
 
     def keep(self, kept: Mapping[int, Sequence[Task]]) -> dict[nn.Parameter, tuple[nn.Parameter, Tensor]]:
         """Remove all heads but those of `kept` (branch number to its tasks).
@@ -79,7 +78,7 @@ class HeadBank(nn.Module):
         followed: dict[nn.Parameter, tuple[nn.Parameter, Tensor]] = {}
         for k in list(self.kept):
             key, stay = str(k), [task for task in self.kept[k] if task in kept.get(k, ())]
-            if stay == self.kept[k]:
+            if len(stay) == len(self.kept[k]):
                 continue
             device = self.weights[key].device
             rows = torch.cat(
@@ -87,13 +86,13 @@ class HeadBank(nn.Module):
                 or [torch.empty(0).long()]
             ).to(device)
             if not stay:
-                del self.weights[key], self.biases[key], self.kept[k], self.places[k]
+                del self.weights[key], self.biases[key], self.kept[k]
                 continue
             for store in (self.weights, self.biases):
                 old = store[key]
                 store[key] = nn.Parameter(old.detach()[rows].clone())
                 followed[store[key]] = (old, rows)
-            self.kept[k], self.places[k] = stay, _places(stay)
+            self.kept[k] = _places(stay)
         self.index = self._index().to(self.index.device)
         return followed
 
@@ -104,7 +103,7 @@ class HeadBank(nn.Module):
         return torch.cat([torch.arange(c) + i * widest for i, c in enumerate(counts)] or [torch.empty(0).long()])
 
 
-def _places(kept: Sequence[Task]) -> dict[str, slice]:
-    """Where the heads of a branch lie in its weight, by their tasks' names."""
-    ends = list(accumulate(task.channels for task in kept))
-    return {task.name: slice(end - task.channels, end) for task, end in zip(kept, ends, strict=True)}
+def _places(kept: Sequence[Task]) -> dict[Task, slice]:
+    """The tasks of a branch in their order, each with the rows of its head."""
+    ends = accumulate(task.channels for task in kept)
+    return {task: slice(end - task.channels, end) for task, end in zip(kept, ends, strict=True)}

@@ -80,7 +80,7 @@ class SearchOptions:
             raise ValueError(f"unknown method {self.method!r}, expected one of {', '.join(METHODS)}")
         fewest = 0 if self.method == "guided" else 1
         if self.starts < fewest:
-            raise ValueError(f"starts must be at least {fewest}, got {self.starts}")
+            raise ValueError(f"starts must be at least {fewest}, got {self.starts}, with method {self.method!r}")
         for name in ("affinity_share", "affinity_limit"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")

@@ -13,6 +13,7 @@ from typing import Any
 
 from dmtg_core.affinity import cluster
 from dmtg_core.baselines import (
+    Trained,
     hard_network,
     together,
     train_distilled,
@@ -166,18 +167,21 @@ def _described(network: GroupingNetwork, score: float, metrics: Mapping[str, Met
     }
 
 
+def _trained(done: Trained) -> Result:
+    return _described(done.network, done.score, done.metrics, done.cost)
+
+
 def _naive(
     _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
 ) -> Result:
-    done = train_hard(hard_network(spec, together(spec)), data, settings, splits=splits)
-    return _described(done.network, done.score, done.metrics, done.cost)
+    return _trained(train_hard(hard_network(spec, together(spec)), data, settings, splits=splits))
 
 
 def _affinities(
     _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
 ) -> Result:
     done, affinities, costs = train_naive_with_affinities(spec, data, settings, splits=splits)
-    return _described(done.network, done.score, done.metrics, done.cost) | {
+    return _trained(done) | {
         "affinities": {name: value.tolist() for name, value in affinities.items()},
         "affinity_costs": costs,
     }
@@ -188,7 +192,7 @@ def _wide(
 ) -> Result:
     network = hard_network(wide_spec(spec), together(spec))
     done = train_hard(network, data, settings, splits=splits, unit=naive_flops(spec))
-    return _described(done.network, done.score, done.metrics, done.cost)
+    return _trained(done)
 
 
 def _distilled_wide(
@@ -198,7 +202,7 @@ def _distilled_wide(
     specs = [replace(wide_spec(spec), seed=spec.seed + n) for n in range(3)]
     longer = config.search_options().distilled(settings)
     done = train_distilled(specs, data, settings, longer, splits=splits, unit=naive_flops(spec))
-    return _described(done.network, done.score, done.metrics, done.cost)
+    return _trained(done)
 
 
 def _grouping(
@@ -206,7 +210,7 @@ def _grouping(
 ) -> Result:
     network = hard_network(spec, Grouping.of(cell.groups, [task.name for task in spec.tasks]))
     done = train_hard(network, data, settings, splits=splits, unit=naive_flops(spec))
-    return _described(done.network, done.score, done.metrics, done.cost)
+    return _trained(done)
 
 
 def _pair(
@@ -215,7 +219,7 @@ def _pair(
     own = replace(spec, tasks=tuple(task for task in spec.tasks if task.name in cell.groups[0]))
     network = hard_network(own, together(own))
     done = train_hard(network, data, settings, splits=splits, unit=naive_flops(spec))
-    return _described(done.network, done.score, done.metrics, done.cost)
+    return _trained(done)
 
 
 def _proposal(

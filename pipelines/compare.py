@@ -115,8 +115,9 @@ def open_folder(config: Config, what: str) -> tuple[Config, Location]:
     """The folder and the configuration that names it.
 
     Raises:
-        UserError: When it cannot be written to, or belongs to another configuration.
+        UserError: When it cannot be written to, or belongs to another configuration; as `Config.check_options`.
     """
+    config.check_options()
     name = config.run.name or folder_name(config, what)
     described = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
     return described, open_run(described)
@@ -138,7 +139,6 @@ def check_cells(config: Config, manifest: Manifest, say: Callable[[str], None]) 
     Raises:
         UserError: For the first thing that is wrong.
     """
-    config.check_options()
     tasks = check_data(config, manifest, locate(config.data.shards))
     check_network(config, manifest, tasks, None, say)
     if config.network.groups < 2 or len(tasks) < 2:
@@ -213,7 +213,8 @@ def checked_variant(config: Config, name: str, changes: dict[str, Any]) -> None:
         UserError: When not.
     """
     where = f"compare.variants.{name}"
-    checked(SearchSection, config.search.model_dump() | changes, where)
+    section = checked(SearchSection, config.search.model_dump() | changes, where)
+    config.model_copy(update={"search": section}).search_options(where)
     able = {"share", *SearchOptions.__dataclass_fields__}
     other = sorted(set(changes) - able)
     if other:

@@ -102,18 +102,21 @@ class Config(Section):
                 prune_threshold=self.gate.prune_threshold if self.gate.prune else 0.0,
             )
 
-    def search_options(self) -> SearchOptions:
+    def search_options(self, where: str = "search") -> SearchOptions:
         """What the core's search takes.
+
+        Args:
+            where: What an error names.
 
         Raises:
             UserError: For options that exclude each other.
         """
         held = self.search.model_dump()
-        with _excluding("search"):
+        with _excluding(where):
             return SearchOptions(**{name: held[name] for name in SearchOptions.__dataclass_fields__})
 
     def check_options(self) -> None:
-        """What can be said of training and search without data, before workers would find it.
+        """What can be said of training and search before data is read; workers would find it last.
 
         Raises:
             UserError: As `settings` and `search_options`.

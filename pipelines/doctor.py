@@ -135,11 +135,12 @@ def bytecode() -> Finding:
     if file.exists():
         return Finding("bytecode", "torch is compiled")
     folder = next(parent for parent in file.parents if parent.exists())
-    if not sys.dont_write_bytecode and os.access(folder, os.W_OK):
+    writable = os.access(folder, os.W_OK)
+    if writable and not sys.dont_write_bytecode:
         return Finding("bytecode", "torch is compiled when it is next imported")
     remedy = f"{sys.executable} -m compileall -q {Path(spec.origin).parents[1]}"
     why = "PYTHONDONTWRITEBYTECODE is set"
-    if not os.access(folder, os.W_OK):
+    if not writable:
         why, remedy = f"{folder} cannot be written", f"as a user who may write there: {remedy}"
     return Finding(
         "bytecode", f"torch is not compiled, and {why}: every process of Ray compiles it again", WARN, remedy

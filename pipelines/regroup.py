@@ -94,6 +94,7 @@ def regroup(
         UserError: For anything that stands in the way. The champion goes on serving.
     """
     night = checked_night(night)
+    config.check_options()
     if config.regroup.webhook:
         check_address(config.regroup.webhook)
     if not enabled(config.track):

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipelines.config import Config
-from pipelines.report.figures import COLOURS, NEUTRAL, STYLE, WIDTH, heatmap, lines, svg
+from pipelines.report.figures import COLOURS, NEUTRAL, STYLE, WIDTH, heatmap, label_rows, svg
 from pipelines.report.render import render
 from pipelines.report.sweep import cost
 from pipelines.storage import Location
@@ -71,7 +71,7 @@ def gains(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
             own = row["method"] == reference
             axes.barh(place, row["gain"]["value"], color=COLOURS[0] if own else NEUTRAL, height=0.7)
             across(axes, row["gain"], place)
-        lines(axes, [row["method"] for row in ranked])
+        label_rows(axes, [row["method"] for row in ranked])
         axes.axvline(0, linewidth=0.8, color="black")
         axes.set_xlabel("gain over naive MTL, % of error")
         return svg(figure, f"Gain over naive MTL of every method, with intervals over seeds. {words}")
@@ -99,7 +99,7 @@ def by_task(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], reference: 
                 label = "" if n else name
                 axes.barh(place, error["value"], color=tints[name], height=0.9 * thick, label=label)
                 across(axes, error, place)
-        lines(axes, tasks)
+        label_rows(axes, tasks)
         axes.set_xlabel("error, % of naive MTL's mean (left is better)")
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9, borderaxespad=0)
         return svg(figure, f"Error of each task with intervals over seeds, of {', '.join(shown)}; see the table")

@@ -173,8 +173,8 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def lines(axes: Axes, names: Sequence[str]) -> None:
-    """A line for each name, the first on top; above and below is room for less than one, however many they are."""
+def label_rows(axes: Axes, names: Sequence[str]) -> None:
+    """A row for each name, the first on top; above and below is room for less than one, however many they are."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
@@ -192,7 +192,7 @@ def metrics(rows: Sequence[Mapping[str, Any]]) -> str:
             span = row.get("interval")
             if span is not None:
                 axes.plot(span, [place, place], color="black", linewidth=1.2, marker="|", markersize=7)
-        lines(axes, [row["task"] for row in known])
+        label_rows(axes, [row["task"] for row in known])
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_xlabel("error against naive MTL: % less (right) or more (left)")
         return svg(figure, f"By how much each task's error is lower than naive MTL's. {words}")

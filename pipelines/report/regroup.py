@@ -89,6 +89,6 @@ def gains(rows: Sequence[Mapping[str, Any]], mean: Mapping[str, Any]) -> str:
             axes.plot([row["low"], row["high"]], [place, place], color=tint, linewidth=2)
             axes.plot(row["value"], place, marker="o" if row["task"] != "mean of all tasks" else "D", color=tint)
         axes.axvline(0, color="black", linewidth=0.8)
-        figures.lines(axes, [row["task"] for row in shown])
+        figures.label_rows(axes, [row["task"] for row in shown])
         axes.set_xlabel("error against the champion's: % less (right) or more (left)")
         return svg(figure, f"By how much each task's error fell against the champion's, with intervals. {words}")

@@ -203,6 +203,20 @@ def test_a_variant_of_one_name_with_other_changes_is_another_cell(tmp_path: Path
     assert len(names) == 2
 
 
+def test_plain_dmtg_has_an_undecided_gate_also_beside_a_search_that_has_none(tmp_path: Path) -> None:
+    for starts, expected in ((0, 1), (1, 1), (3, 3)):
+        (cell,) = first_cells(Contest(config_of(tmp_path, search={"starts": starts}), ("a", "b")), "dmtg", 1)
+        assert dict(cell.options) == {"method": "dmtg", "starts": expected}
+
+
+def test_what_options_exclude_is_said_before_anything_is_read(tmp_path: Path) -> None:
+    config = config_of(tmp_path, search={"method": "dmtg", "starts": 0})
+    for command in (compare, signal):
+        with pytest.raises(UserError, match="starts must be at least 1, got 0"):
+            command(config)
+    assert not list(tmp_path.iterdir())
+
+
 def test_draws_differ_by_seed_and_are_balanced(tmp_path: Path) -> None:
     contest = Contest(config_of(tmp_path, compare={"random_draws": 5}), tuple("abcdefg"))
     first, other = contest.draws(1), contest.draws(2)
@@ -232,6 +246,7 @@ def test_hoa_relates_what_a_task_loses_in_a_pair_to_what_it_loses_alone(tmp_path
     [
         ({"network": {"encoder": "resnet18", "options": {}}}, "resnet18 has fixed widths"),
         ({"compare": {"methods": ["exhaustive"]}}, "7 tasks have too many partitions"),
+        ({"compare": {"variants": {"mine": {"method": "dmtg", "starts": 0}}}}, "starts must be at least 1, got 0"),
         ({"compare": {"variants": {"tag": {}}}}, "there is more than one tag"),
         ({"compare": {"variants": {"mine": {"strats": 2}}}}, "unknown key compare.variants.mine.strats"),
         ({"compare": {"variants": {"mine": {"group_epochs": 2}}}}, "does not depend on group_epochs"),

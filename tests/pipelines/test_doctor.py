@@ -152,17 +152,9 @@ def test_the_command_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyP
     by_name = {one["what"]: one for one in answer["findings"]}
     assert told.exit_code == 0, told.stderr
     assert "a local one ran a task" in by_name["Ray"]["found"]
-    assert {
-        "Python",
-        "packages",
-        "CPU",
-        "GPU",
-        "bytecode",
-        "MLflow",
-        "run.root",
-        "data.shards",
-        "shared memory",
-    } <= set(by_name)
+    assert by_name.keys() >= {
+        "Python", "packages", "bytecode", "CPU", "GPU", "MLflow", "run.root", "data.shards", "shared memory"
+    }  # fmt: skip
     assert answer["next"].startswith("dmtg shard -c planted track.uri=none")
 
     refuses = [f"track.uri=http://127.0.0.1:{free_port()}", f"ray.address=127.0.0.1:{free_port()}"]

@@ -71,7 +71,7 @@ def config_of(root: Path, **sections: Any) -> dict[str, Any]:
         "network": {"encoder": "mlp", "groups": 2, "options": {"widths": [32, 16]}},
         "gate": {"learning_rate": 0.05},
         "train": {"epochs": 12, "batch_size": 64, "learning_rate": 0.01},
-        "search": {"baseline": False, "share": 0.3, "starts": 0, "wide": False},
+        "search": {"baseline": False, "share": 0.3, "starts": 0, "wide": False},  # one candidate will do
         "track": {"uri": f"sqlite:///{root / 'mlflow.db'}"},
         "run": {"root": str(root / "runs")},
         "ray": {"workers": 1, "object_store_mib": 128},
