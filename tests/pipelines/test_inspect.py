@@ -26,7 +26,6 @@ from pipelines.report import contact_sheet, pictures
 from pipelines.report.dataset import frequent_reasons
 from pipelines.shards import make_plans, write_shard
 from pipelines.sources import BadSampleError, Column, Description, Entry
-from pipelines.statistics import by_channel, drift, in_network_units, label_sums, merge, moments
 from pipelines.storage import locate
 from tests.pipelines.conftest import make_config
 from tests.pipelines.test_shards import manifest_of
@@ -421,55 +420,24 @@ def test_names_from_the_data_are_text_and_not_markup(tmp_path: Path) -> None:
     assert page.row("<script>") == ["3", "50.0%", "50.0%"]
 
 
-class TestStatistics:
-    def test_channels_are_summed_apart_and_merged(self) -> None:
-        task = Task("bend", "dense_regression", 2, offset=(100.0, 50.0), scale=(10.0, 2.0))
-        rng = np.random.default_rng(0)
-        labels = [rng.integers(0, 200, (3, 3, 2)).astype(np.uint8) for _ in range(4)]
-        masks = [rng.integers(0, 2, (3, 3)).astype(np.uint8) for _ in labels]
-        merged = merge([label_sums(task, labels[:1], masks[:1]), label_sums(task, labels[1:], masks[1:])])
-        seen = np.concatenate([x[m.astype(bool)] for x, m in zip(labels, masks, strict=True)]).astype(float)
-        for channel, sums in enumerate(by_channel(merged)):
-            found = in_network_units(task, moments(sums), channel)
-            units = (seen[:, channel] - task.offset[channel]) / task.scale[channel]
-            expected = {"mean": units.mean(), "std": units.std(), "min": units.min(), "max": units.max()}
-            assert found == pytest.approx(expected)
-        assert moments(merged)["mean"] == pytest.approx(seen.mean())
+def test_shards_without_sums_of_channels_show_all_together_and_no_network_units(tmp_path: Path) -> None:
+    config = write(tmp_path, IMAGES, image_samples(4, 4))
+    folder = locate(config.data.shards)
+    values = read_manifest(folder).to_dict()
+    for split in values["splits"].values():
+        split["statistics"] = {
+            name: {key: value for key, value in sums.items() if key != "channels"}
+            for name, sums in split["statistics"].items()
+        }
+    (folder / FILE).write_json(values)
+    assert page_of(config).row("bend", "train") == ["75", "25.98", "50", "110", "–", "–", "–", "–"]
 
-    def test_shards_without_sums_of_channels_show_all_together_and_no_network_units(self, tmp_path: Path) -> None:
-        config = write(tmp_path, IMAGES, image_samples(4, 4))
-        folder = locate(config.data.shards)
-        values = read_manifest(folder).to_dict()
-        for split in values["splits"].values():
-            split["statistics"] = {
-                name: {key: value for key, value in sums.items() if key != "channels"}
-                for name, sums in split["statistics"].items()
-            }
-        (folder / FILE).write_json(values)
-        assert page_of(config).row("bend", "train") == ["75", "25.98", "50", "110", "–", "–", "–", "–"]
 
-    @pytest.mark.parametrize(
-        ("others", "said"),
-        [
-            ([0, 1] * 100, ""),
-            ([0] * 20 + [1] * 180, "class 1 has 90.0%, in train 50.0%"),
-            ([1] * 3, ""),  # three samples say nothing
-            ([None] * 50, ""),
-        ],
-    )
-    def test_drift_of_a_flag(self, others: list[int | None], said: str) -> None:
-        task = Task("b", "binary")
-        train, other = (
-            label_sums(task, [None if x is None else np.uint8(x) for x in values], [None] * len(values))
-            for values in ([0, 1] * 100, others)
-        )
-        assert drift(task, train, other) == said
-
-    def test_drift_of_numbers_is_told_in_deviations_and_stands_in_the_notes(self, tmp_path: Path) -> None:
-        samples = image_samples(48, 48)
-        for sample in samples["val"]:
-            sample["task.level"] = sample["task.level"] + np.float32(10)
-            sample["task.level"] = np.asarray(sample["task.level"], np.float32)
-        found = inspect(write(tmp_path, IMAGES, samples, rows_per_shard=100))
-        notes = [note for note in found["notes"] if "differs" in note]
-        assert notes == ["task level differs in val: mean 20, in train 10, 2.0 standard deviations apart"]
+def test_drift_of_numbers_is_told_in_deviations_and_stands_in_the_notes(tmp_path: Path) -> None:
+    samples = image_samples(48, 48)
+    for sample in samples["val"]:
+        sample["task.level"] = sample["task.level"] + np.float32(10)
+        sample["task.level"] = np.asarray(sample["task.level"], np.float32)
+    found = inspect(write(tmp_path, IMAGES, samples, rows_per_shard=100))
+    notes = [note for note in found["notes"] if "differs" in note]
+    assert notes == ["task level differs in val: mean 20, in train 10, 2.0 standard deviations apart"]

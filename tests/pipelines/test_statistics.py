@@ -2,7 +2,17 @@ import numpy as np
 import pytest
 
 from dmtg_core import Task
-from pipelines.statistics import constant, label_sums, merge, summary, thin_support
+from pipelines.statistics import (
+    by_channel,
+    constant,
+    drift,
+    in_network_units,
+    label_sums,
+    merge,
+    moments,
+    summary,
+    thin_support,
+)
 
 
 def test_sums_of_parts_are_the_sums_of_the_whole() -> None:
@@ -54,3 +64,36 @@ def test_thin_support_names_the_classes() -> None:
     assert thin_support(task, sums, 3) == "classes with fewer than 3 labels (b: 1)"
     assert thin_support(task, sums, 8) == "7 labelled samples"
     assert thin_support(task, sums, 1) == ""
+
+
+def test_channels_are_summed_apart_and_merged() -> None:
+    task = Task("bend", "dense_regression", 2, offset=(100.0, 50.0), scale=(10.0, 2.0))
+    rng = np.random.default_rng(0)
+    labels = [rng.integers(0, 200, (3, 3, 2)).astype(np.uint8) for _ in range(4)]
+    masks = [rng.integers(0, 2, (3, 3)).astype(np.uint8) for _ in labels]
+    merged = merge([label_sums(task, labels[:1], masks[:1]), label_sums(task, labels[1:], masks[1:])])
+    seen = np.concatenate([x[m.astype(bool)] for x, m in zip(labels, masks, strict=True)]).astype(float)
+    for channel, sums in enumerate(by_channel(merged)):
+        found = in_network_units(task, moments(sums), channel)
+        units = (seen[:, channel] - task.offset[channel]) / task.scale[channel]
+        expected = {"mean": units.mean(), "std": units.std(), "min": units.min(), "max": units.max()}
+        assert found == pytest.approx(expected)
+    assert moments(merged)["mean"] == pytest.approx(seen.mean())
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ([0, 1] * 100, ""),
+        ([0] * 20 + [1] * 180, "class 1 has 90.0%, in train 50.0%"),
+        ([1] * 3, ""),  # three samples say nothing
+        ([None] * 50, ""),
+    ],
+)
+def test_drift_of_a_flag(others: list[int | None], said: str) -> None:
+    task = Task("b", "binary")
+    train, other = (
+        label_sums(task, [None if x is None else np.uint8(x) for x in values], [None] * len(values))
+        for values in ([0, 1] * 100, others)
+    )
+    assert drift(task, train, other) == said
