@@ -12,8 +12,9 @@ from dmtg_core.augment import augment_generator
 from dmtg_core.step import step_noise
 from dmtg_core.training import advance
 from tests.core import samples
+from tests.core.host_syncs import HostSyncs
 from tests.core.samples import DENSE, IMAGE, MIXED, image_spec, mlp_spec
-from tests.core.test_step import HostSyncs, local
+from tests.core.test_step import local
 
 NAN = math.nan
 NORMALS = Task("normals", "dense_regression", 3, flip=(-1, 1, 1))
