@@ -80,6 +80,10 @@ def _lost_the_others(error: BaseException) -> bool:
 
 
 def _late(error: BaseException) -> bool:
+    from ray.train.v2._internal.exceptions import CollectiveTimeoutError
+
+    if any(isinstance(one, CollectiveTimeoutError) for one in causes(error)):
+        return True
     return _lost_the_others(error) and any(word in str(error).lower() for word in ("timed out", "timeout"))
 
 

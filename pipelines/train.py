@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -255,8 +256,13 @@ def support_notes(manifest: Manifest, tasks: Sequence[Task], least: int) -> list
     return notes
 
 
-def run_workers(job: Job, say: Callable[[str], None]) -> None:
+def run_workers(job: Job, say: Callable[[str], None], work: Callable[[dict[str, Any]], None] = work) -> None:
     """Have Ray Train's workers do a job.
+
+    Args:
+        job: The job.
+        say: Hears that they begin.
+        work: What each of them does.
 
     Raises:
         UserError: When they could not.
@@ -270,6 +276,8 @@ def run_workers(job: Job, say: Callable[[str], None]) -> None:
     fewest, most = config.ray.fewest, config.ray.most
     count = f"{most}" if fewest == most else f"{fewest} to {most}"
     say(f"training on {count} workers, samples {'streamed' if job.held is None else 'in shared memory'}")
+    # Ray Train's own collectives have no limit, and would wait for ever where PyTorch's give up
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(config.ray.timeout_s)
     with tempfile.TemporaryDirectory(prefix="dmtg-") as scratch:
         trainer = Trainer(
             work,

@@ -23,12 +23,12 @@ from pipelines import storage
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.manifest import read_manifest
-from pipelines.notices import DAMAGED, HUNG, LOST, RESIZED, RESUMED, UNWRITTEN
+from pipelines.notices import DAMAGED, HUNG, LOST, RESIZED, RESUMED, UNWRITTEN, on_board, start_board
 from pipelines.sections import RaySection, checked
 from pipelines.storage import locate
-from pipelines.train import check_workers, train
+from pipelines.train import check_workers, run_workers, train
 from pipelines.versions import list_models
-from pipelines.worker import read_jsonl
+from pipelines.worker import Job, read_jsonl
 from tests.pipelines.conftest import make_config
 from tests.pipelines.driver import ROOT, Driver, Undisturbed, disturbed, in_own_mounts, kill, same, workers
 from tests.pipelines.s3_server import BUCKET, begin, end, free_port, serving, settings
@@ -290,6 +290,23 @@ def test_a_worker_that_is_stopped_is_replaced(run: Undisturbed, tmp_path: Path) 
     assert driver.newest() <= CHECKPOINTS + 1
     assert ["longer than ray.timeout_s" in told["message"] for told in driver.events(LOST)] == [True]
     assert not victim.is_running()
+
+
+def test_a_worker_that_is_stopped_between_steps_is_replaced(run: Undisturbed, tmp_path: Path) -> None:
+    config = run[0].model_copy(update={"ray": checked(RaySection, {"workers": 2, "timeout_s": 8})})
+    board, again = start_board(), tmp_path / "again"
+
+    def work(values: dict[str, Any]) -> None:
+        import ray.train
+
+        if ray.train.get_context().get_world_rank() == 0 and not again.exists():
+            again.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        ray.train.report({})  # no collective of PyTorch, whose own limit would end the wait
+
+    run_workers(Job(config, None, None, locate(str(tmp_path / "run")), board=board), lambda line: None, work)
+    lost = [told["message"] for told in on_board(board) if told["kind"] == LOST]
+    assert lost == ["workers were lost (worker 1: it waited for the others longer than ray.timeout_s)"]
 
 
 @pytest.mark.soak
