@@ -202,7 +202,7 @@ def methods_of(config: Config, tasks: Sequence[Task]) -> list[str]:
             ) from error
     chosen += named
     if config.compare.equal_budget and GUIDED in chosen:
-        chosen += [f"{name}{LONG}" for name in LONGER if name in chosen]
+        chosen += [f"{name}{LONG}" for name, methods in LONGER.items() if {*methods} & {*chosen}]
     return chosen
 
 

@@ -84,6 +84,7 @@ def _plain(contest: Contest, seed: int) -> list[Cell]:
 
 
 SELECTED = ("cs", "tag", "etap", "gradtag")  # affinities that are collected beside naive MTL
+AFFINITY = "affinity"  # whichever of them is best on validation data
 GUIDED, UNDISTILLED = "guided", "undistilled"  # the latter is what it was before it learned on
 GUIDED_SEARCH = _search(GUIDED, {"method": "guided"})
 FIRST: Mapping[str, First] = {
@@ -92,7 +93,7 @@ FIRST: Mapping[str, First] = {
     "wide": lambda _contest, seed: [Cell(WIDE, seed)],
     "wide_distilled": lambda _contest, seed: [Cell(DISTILLED_WIDE, seed)],
     "random": lambda contest, seed: [Cell.of(grouping, seed) for grouping in contest.draws(seed)],
-    **dict.fromkeys(SELECTED, lambda _contest, seed: [Cell(AFFINITIES, seed)]),
+    **dict.fromkeys((*SELECTED, AFFINITY), lambda _contest, seed: [Cell(AFFINITIES, seed)]),
     "reading": GUIDED_SEARCH,
     "hoa": _pairs,
     "exhaustive": lambda contest, seed: [Cell.of(grouping, seed) for grouping in contest.partitions()],
@@ -125,6 +126,11 @@ def _selected(name: str) -> Second:
         return _chosen(contest, seed, best_partition(affinity, contest.groups))
 
     return cells
+
+
+def _any_selected(contest: Contest, seed: int, found: Found) -> list[Cell]:
+    asked = (name for name in contest.config.compare.methods if name in SELECTED)
+    return [cell for name in asked for cell in SECOND[name](contest, seed, found)]
 
 
 def _reading(contest: Contest, seed: int, found: Found) -> list[Cell]:
@@ -172,6 +178,7 @@ def _best(contest: Contest, seed: int, found: Found) -> list[Cell]:
 
 SECOND: Mapping[str, Second] = {
     **{name: _selected(name) for name in SELECTED},
+    AFFINITY: _any_selected,
     "reading": _reading,
     "hoa": _hoa,
     "exhaustive": _best,
@@ -187,14 +194,21 @@ def second_cells(contest: Contest, method: str, seed: int, found: Found) -> list
 
 
 LONG = "_long"  # the same, trained for as many epochs as the guided search costs
-LONGER = ("wide", "random", "retrained")
+LONGER: Mapping[str, tuple[str, ...]] = {  # where one of these is among the methods
+    "wide": ("wide",),
+    "random": ("random",),
+    AFFINITY: SELECTED,
+    "retrained": ("retrained",),
+}
 
 
 def last_cells(contest: Contest, method: str, seed: int, found: Found) -> list[Cell]:
     """The networks that stand for a method in the end."""
     if not method.endswith(LONG):
         return second_cells(contest, method, seed, found)
-    (own, *_) = second_cells(contest, method.removesuffix(LONG), seed, found)
+    own, *others = second_cells(contest, method.removesuffix(LONG), seed, found)
+    if method == f"{AFFINITY}{LONG}":
+        own = min((own, *others), key=lambda cell: found[cell]["score"])
     times = found[_guided(contest, seed)]["cost"] / found[own]["cost"]
     return [replace(own, epochs=max(round(contest.config.train.epochs * times), 1))]
 

@@ -318,8 +318,8 @@ class CompareSection(Section):
     random_draws: int = Field(3, ge=1, description="random groupings of every seed")
     equal_budget: bool = Field(
         True,
-        description="beside guided: wide encoder, random grouping and its own groups from scratch (those "
-        "that are among the methods) for as many epochs as its search costs",
+        description="beside guided: wide encoder, random grouping, the best affinity's groups and its own groups "
+        "from scratch (those that are among the methods) for as many epochs as its search costs",
     )
     variants: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="further searches: name → changes to the search section"

@@ -11,7 +11,7 @@ from dmtg_core.grouping import Grouping
 from dmtg_core.metrics import error_of, total_error
 from dmtg_core.tasks import Task
 from pipelines.cells import DISTILLED_WIDE, NAIVE, WIDE, Result
-from pipelines.contestants import GUIDED, LONG, LONGER, SELECTED, Contest
+from pipelines.contestants import AFFINITY, GUIDED, LONG, LONGER, SELECTED, Contest
 from pipelines.significance import agreement, mean_of, together_share
 from pipelines.standings import gain as gain_of
 from pipelines.standings import numbers
@@ -183,6 +183,7 @@ NAMES = {
     RANDOM: "random groups of the same size",
     WIDE: "one wide encoder of the same cost",
     f"{RANDOM}{LONG}": "random groups trained for as long as the search",
+    f"{AFFINITY}{LONG}": "groups by the best affinity trained for as long as the search",
     f"{WIDE}{LONG}": "the wide encoder trained for as long as the search",
     f"retrained{LONG}": "its own groups trained from scratch for as long as the search",
     DISTILLED_WIDE: "the best of three wide encoders that learned on from all three, without any grouping",

@@ -16,7 +16,16 @@ from pipelines.beforehand import said_before
 from pipelines.cells import AFFINITIES, GROUPING, NAIVE, Cell
 from pipelines.compare import Compared, compare, methods_of
 from pipelines.config import Config
-from pipelines.contestants import FIRST, SELECTED, Contest, entries, first_cells, pair_affinity, second_cells
+from pipelines.contestants import (
+    AFFINITY,
+    FIRST,
+    SELECTED,
+    Contest,
+    entries,
+    first_cells,
+    pair_affinity,
+    second_cells,
+)
 from pipelines.errors import UserError
 from pipelines.preflight import draw, judged, signal
 from pipelines.sections import checked
@@ -26,6 +35,7 @@ from tests.core.planted import planted_data
 
 METHODS = ["single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag", "reading", "hoa",
            "exhaustive", "dmtg", "guided", "undistilled", "retrained"]  # fmt: skip
+LONG = ["wide_long", "random_long", "affinity_long", "retrained_long"]
 
 
 def config_of(work: Path, **sections: Any) -> Config:
@@ -63,7 +73,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tup
 def test_every_method_has_a_row_with_gain_costs_and_errors(compared: tuple[Config, Compared, list[str]]) -> None:
     _, done, _ = compared
     rows = {row["method"]: row for row in done.found["rows"]}
-    assert list(rows) == ["naive_mtl", *METHODS, "narrow", "truth", "wide_long", "random_long", "retrained_long"]
+    assert list(rows) == ["naive_mtl", *METHODS, "narrow", "truth", *LONG]
     assert rows["naive_mtl"]["gain"]["value"] == 0
     assert rows["naive_mtl"]["cost"] == 1
     for row in rows.values():
@@ -86,12 +96,27 @@ def test_what_runs_at_an_equal_budget_costs_what_the_search_does(
     config, done, _ = compared
     for seed in map(str, config.compare.seeds):
         own = done.found["per_seed"]["guided"][seed]["cost"][0]
-        for method in ("wide_long", "random_long", "retrained_long"):
+        for method in LONG:
             spent = done.found["per_seed"][method][seed]["cost"][0]
             before = own if method == "retrained_long" else 0.0  # finding the groups is not counted at the budget
-            epoch = done.found["per_seed"][method.removesuffix("_long")][seed]["cost"][0] - before
+            short = {"affinity_long": "random"}.get(method, method.removesuffix("_long"))  # affinities have a cost
+            epoch = done.found["per_seed"][short][seed]["cost"][0] - before
             epoch /= config.train.epochs
             assert abs(spent - own) <= epoch
+
+
+def test_the_best_affinity_at_an_equal_budget_is_the_best_on_validation_data(
+    compared: tuple[Config, Compared, list[str]],
+) -> None:
+    config, done, _ = compared
+    for seed in config.compare.seeds:
+        scores = {}
+        for name in SELECTED:
+            (groups,) = done.found["per_seed"][name][str(seed)]["groupings"]
+            cell = Cell.of(Grouping.of(groups, ("task_0", "task_1", "task_2", "task_3")), seed)
+            scores[json.dumps(groups)] = (done.folder / "cells" / f"{cell.name}.json").read_json()["score"]
+        (taken,) = done.found["per_seed"]["affinity_long"][str(seed)]["groupings"]
+        assert json.dumps(taken) == min(scores, key=scores.__getitem__)
 
 
 def test_exhaustive_takes_the_partition_with_the_best_validation_score(
@@ -187,7 +212,7 @@ def test_affinities_are_collected_for_selectors_alone_and_change_nothing_in_the_
     config, done, _ = compared
     contest = Contest(config, ("task_0", "task_1", "task_2", "task_3"))
     asked = {method for method in FIRST if {c.kind for c in first_cells(contest, method, 1)} == {AFFINITIES}}
-    assert asked == set(SELECTED)
+    assert asked == {*SELECTED, AFFINITY}
     naive, looked = (
         (done.folder / "cells" / f"{Cell(kind, 1).name}.json").read_json() for kind in (NAIVE, AFFINITIES)
     )
