@@ -7,9 +7,10 @@ The method "guided" starts from evidence. One wide branch, trained for all tasks
 shows which of them read the same of its input (`reading_overlap`), and one gate starts at the groups that follow
 from it. Beside it run undecided gates, because where tasks do not conflict sharing for longer is worth more than
 any grouping, and one wide encoder at the cost of all branches, because where capacity is all that counts no
-grouping beats it. Candidates that are far behind when the search ends stop there. The best of the others on
-validation data learns on from all of them (see `distillation`): what each has learned is kept, at the inference
-cost of one.
+grouping beats it. Candidates that are far behind when the search ends stop there. Where the wide encoder is ahead
+at the end, the groups of the best gate are trained once from scratch: good groups can have grown unlucky weights.
+The best of all on validation data learns on from the others (see `distillation`): what each has learned is kept,
+at the inference cost of one.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 
 from dmtg_core import checkpoint
 from dmtg_core.affinity import cluster
+from dmtg_core.baselines import hard_network
 from dmtg_core.context import LocalContext, TrainContext
 from dmtg_core.cost import inference_cost, naive_flops, training_flops, wide_spec
 from dmtg_core.data import Data
@@ -40,7 +42,8 @@ from dmtg_core.settings import TrainSettings
 from dmtg_core.training import Hooks, TrainState, advance, evaluate
 from dmtg_core.warm_start import WarmStart
 
-BASELINE, AFFINITY, GUIDED, WIDE, DISTILLED = "naive_mtl", "affinity", "guided", "wide", "distilled"
+BASELINE, AFFINITY, GUIDED, WIDE = "naive_mtl", "affinity", "guided", "wide"
+RETRAINED, DISTILLED = "retrained", "distilled"
 METHODS = ("guided", "dmtg")
 LEARNED_FROM = 2.0  # times `within`: who is too far behind to be the result may still know what it does not
 
@@ -59,6 +62,7 @@ class SearchOptions:
         within: How much worse than the best a candidate's score may be when the search ends and yet be the result,
             beside what the best one's validation score changed from epoch to epoch ("guided"); up to twice as much
             it goes on to be learned from. With "dmtg" the best goes on alone.
+        retrain: Before the wide encoder is kept, train the groups of the best gate from scratch ("guided").
         distil_share: For how many more epochs, as a share of all, the best candidate learns from the mean of all
             that were trained to their end ("guided"); 0 for none. Where there is but one, nothing can be learned.
 
@@ -73,6 +77,7 @@ class SearchOptions:
     affinity_limit: float = 0.3
     probability: float = 0.9
     within: float = 0.03
+    retrain: bool = True
     distil_share: float = 1.0
 
     def __post_init__(self) -> None:
@@ -183,7 +188,8 @@ class SearchResult:
         baseline: The same of naive MTL; empty when it was not asked for.
         candidates: For each: `stage`, `grouping`, `score` (the lowest mean logarithm of the validation losses in
             its search), `final` (the same at its best epoch; None where it stopped with the search),
-            `probabilities` of the gate `(N, K)` when the search ended.
+            `probabilities` of the gate `(N, K)` when the search ended. For groups that were trained from scratch
+            these are those of the gate that they are from, whose name is `gate`.
         affinity: `reading_overlap` of the tasks `(N, N)`; empty where it was not measured.
         affinity_cost: Operations of the training that it was measured after, in units of one naive-MTL run.
         cost: The same of all training but that of the baseline.
@@ -239,6 +245,12 @@ def _restless(scores: Sequence[float]) -> float:
     return sum(changes) / len(changes) if changes else 0.0
 
 
+def _described(result: dict[str, Any]) -> dict[str, Any]:
+    """What `SearchResult` says of a candidate."""
+    keys = ("stage", "grouping", "score", "final", "probabilities")
+    return {key: result.get(key) for key in keys} | ({"gate": result["gate"]} if "gate" in result else {})
+
+
 class _Search:
     def __init__(
         self,
@@ -281,6 +293,9 @@ class _Search:
         for name in self._going_on():
             if "final" not in self._result(name):
                 self._finish(name)
+        unlucky = self._unlucky()
+        if unlucky:
+            self._retrain(unlucky)
         if self._teachers() and not self._done(DISTILLED):
             self._distil()
         return self._conclude()
@@ -365,8 +380,32 @@ class _Search:
 
     def _best(self) -> str:
         """The best on validation at its end, of the candidates that were near when the search ended."""
-        finals = {name: self._result(name)["final"] for name in self._going_on(1)}
+        near = self._going_on(1) + ([RETRAINED] if self._done(RETRAINED) else [])
+        finals = {name: self._result(name)["final"] for name in near}
         return min(finals, key=finals.__getitem__)
+
+    def _unlucky(self) -> str:
+        """The gate whose groups are trained from scratch before the wide encoder is kept; empty for none."""
+        if not self.options.retrain or self._done(RETRAINED) or self._best() != WIDE:
+            return ""
+        gates = [self._result(name) for name in self.candidates if name != WIDE]
+        best = min(gates, key=lambda gate: (gate.get("final") is None, gate.get("final"), gate["score"]))
+        return str(best["stage"]) if len(best["grouping"]) > 1 else ""
+
+    def _retrain(self, name: str) -> None:
+        gate, settings = self._result(name), replace(self.settings, search_share=1.0)
+        if self.state.current is None:
+            grouping = Grouping.from_dict(gate["grouping"], [task.name for task in self.spec.tasks])
+            network = hard_network(self.spec, grouping).to(self.context.device)
+            self.state.current = TrainState.fresh(network, settings)
+        state = self.state.current
+        self._advance(RETRAINED, state, settings, settings.epochs)
+        state.take_best()
+        self.state.trained[RETRAINED] = state.network
+        self._end(
+            RETRAINED, state, score=state.best_score, final=state.best_score, gate=name,
+            probabilities=gate["probabilities"],
+        )  # fmt: skip
 
     def _finished(self) -> list[str]:
         """The candidates that were trained to their end, in that order."""
@@ -413,10 +452,7 @@ class _Search:
             distilled=distilled,
             metrics=self._evaluate(network),
             baseline=by_name.get(BASELINE, {}).get("metrics", {}),
-            candidates=[
-                {key: by_name[name].get(key) for key in ("stage", "grouping", "score", "final", "probabilities")}
-                for name in self.candidates
-            ],
+            candidates=[_described(by_name[name]) for name in [*self.candidates, RETRAINED] if name in by_name],
             affinity=by_name.get(AFFINITY, {}).get("affinity", []),
             affinity_cost=by_name.get(AFFINITY, {}).get("cost", 0) / once,
             cost=spent / once,

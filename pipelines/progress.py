@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.text import Text
 
 from dmtg_core.network import NetworkSpec
-from dmtg_core.search import AFFINITY, BASELINE, DISTILLED, GUIDED
+from dmtg_core.search import AFFINITY, BASELINE, DISTILLED, GUIDED, RETRAINED, WIDE
 from pipelines.config import Config
 
 Record = Mapping[str, Any]
@@ -31,6 +31,7 @@ class Plan:
         search: Epochs of a candidate's search.
         rest: Epochs of a candidate after it.
         going: The most candidates that can have these.
+        retrained: Epochs of groups that may be trained from scratch; 0 where they never are.
         distilled: Epochs of the last stage; 0 for none.
     """
 
@@ -39,6 +40,7 @@ class Plan:
     search: int
     rest: int
     going: int
+    retrained: int
     distilled: int
 
     @classmethod
@@ -55,6 +57,7 @@ class Plan:
             settings.search_epochs,
             settings.epochs - settings.search_epochs,
             len(candidates) if options.method == "guided" else 1,
+            settings.epochs if several and options.retrain and WIDE in candidates else 0,
             options.distilled(settings).epochs if several and options.distil_share else 0,
         )
 
@@ -69,13 +72,17 @@ class Plan:
             return most
         finished = [name for name in self.candidates if self._has_gone_on(name, records)]
         last = records[-1]["stage"] if records else ""
-        passed = self.candidates if last == DISTILLED else self.candidates[: self._place(finished)]
+        if last != DISTILLED or any(record["stage"] == RETRAINED for record in records):
+            most += self.retrained
+        passed = self.candidates if last in (RETRAINED, DISTILLED) else self.candidates[: self._place(finished)]
         return most - self.rest * sum(name not in finished for name in passed)
 
     def epochs_of(self, record: Record) -> int:
         """Epochs of the stage of a record."""
         if record["stage"] == DISTILLED:
             return self.distilled
+        if record["stage"] == RETRAINED:
+            return self.retrained
         return dict(self.stages).get(record["stage"], self.search + self.rest)
 
     def _of_stage(self, name: str, most: int, records: Sequence[Record]) -> int:

@@ -251,6 +251,10 @@ class SearchSection(Section):
         description="guided: how much worse a candidate's validation score may be at the end of the search and "
         "yet be the result, beside what the best one's changes in an epoch; up to twice as much it teaches",
     )
+    retrain: bool = Field(
+        True,
+        description="guided: before the wide encoder is kept, train the groups of the best gate from scratch",
+    )
     distil_share: float = Field(
         1.0,
         ge=0,

@@ -111,9 +111,12 @@ def gate_records(records: Sequence[Mapping[str, Any]], result: Mapping[str, Any]
 
 def shown_gate(result: Mapping[str, Any]) -> str:
     """The candidate whose gate is drawn: that of the result, or the best one where the result has none."""
-    gated = [c for c in result["candidates"] if len(c["probabilities"][0]) > 1]
-    if not gated or any(c["stage"] == result["chosen"] for c in gated):
-        return str(result["chosen"]) if gated else ""
+    by_name = {c["stage"]: c for c in result["candidates"] if len(c["probabilities"][0]) > 1}
+    if result["chosen"] in by_name:
+        return str(by_name[result["chosen"]].get("gate", result["chosen"]))
+    gated = [c for c in by_name.values() if "gate" not in c]
+    if not gated:
+        return ""
     return str(min(gated, key=lambda c: c["score"])["stage"])
 
 

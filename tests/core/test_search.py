@@ -27,6 +27,7 @@ from dmtg_core import (
     search,
     training_flops,
 )
+from dmtg_core.baselines import hard_network, train_hard
 from dmtg_core.search import _restless, _Search
 from dmtg_core.training import score_of
 from tests.core import samples
@@ -47,6 +48,7 @@ STAGES += [("start_0", n) for n in (3, 4)]
 CANDIDATES = ("guided", "start_0", "wide")
 GUIDED_STAGES = [("naive_mtl", n) for n in (1, 2, 3, 4)] + [("affinity", 1)]
 GUIDED_STAGES += [(name, n) for epochs in ((1, 2), (3, 4)) for name in CANDIDATES for n in epochs]
+GUIDED_STAGES += [("retrained", n) for n in (1, 2, 3, 4)]  # the wide encoder is ahead on this problem
 GUIDED_STAGES += [("distilled", n) for n in (1, 2)]
 
 
@@ -254,12 +256,14 @@ def guided(data):
 def test_a_guided_search_compares_tasks_first_and_brings_all_near_candidates_to_their_end(guided):
     result, records = guided
     assert [(record["stage"], record["epoch"]) for record in records] == GUIDED_STAGES
-    assert [candidate["stage"] for candidate in result.candidates] == list(CANDIDATES)
+    assert [candidate["stage"] for candidate in result.candidates] == [*CANDIDATES, "retrained"]
     finals = {candidate["stage"]: candidate["final"] for candidate in result.candidates}
     assert result.chosen == min(finals, key=finals.__getitem__)
     for name, final in finals.items():
-        assert final == min(r["val_score"] for r in records if r["stage"] == name and r["phase"] == "finetune")
-    assert result.distilled["teachers"] == list(CANDIDATES)
+        every = name == "retrained"  # its groups never change: each of its epochs may be the best
+        ended = [r for r in records if r["stage"] == name and (every or r["phase"] == "finetune")]
+        assert final == min(r["val_score"] for r in ended)
+    assert result.distilled["teachers"] == [*CANDIDATES, "retrained"]
     assert result.distilled["score"] == finals[result.chosen]
     later = min(r["val_score"] for r in records if r["stage"] == "distilled")
     assert result.distilled["final"] == min(later, finals[result.chosen])
@@ -308,7 +312,8 @@ def test_the_guided_gate_starts_at_the_clusters_of_the_affinity(guided):
 
 def test_candidates_far_behind_stop_when_the_search_ends(data, guided):
     records = []
-    found = search(SPEC, data, SETTINGS, replace(GUIDED, within=0.0), context=local(on_record=records.append))
+    options = replace(GUIDED, within=0.0, retrain=False)
+    found = search(SPEC, data, SETTINGS, options, context=local(on_record=records.append))
     best = min(found.candidates, key=lambda candidate: candidate["score"])["stage"]
     assert [c["stage"] for c in found.candidates if c["final"] is not None] == [best]
     assert {r["stage"] for r in records if r["epoch"] > 2} == {"naive_mtl", best}
@@ -335,7 +340,7 @@ def test_what_is_learned_counts_the_steps_and_what_the_teachers_are_asked(data, 
     assert guided[0].distilled["cost"] == pytest.approx(guided[0].cost - plain.cost)
     assert guided[0].distilled["metrics"] == plain.metrics
     extra = (guided[0].cost - plain.cost) * 4 * naive / 2 - one  # two of four epochs
-    assert 0 < extra <= 3 * grouping_cost(SPEC, spread).flops
+    assert 0 < extra <= 4 * grouping_cost(SPEC, spread).flops  # of four teachers
 
 
 @pytest.mark.parametrize(("stage", "epoch"), GUIDED_STAGES)
@@ -392,6 +397,56 @@ def test_where_the_wide_encoder_is_best_it_is_the_result_at_no_higher_cost(data,
     inputs = samples.batch(SPEC.input, SPEC.tasks).inputs
     with torch.no_grad():
         assert all(torch.equal(value, result.network(inputs)[name]) for name, value in model(inputs).items())
+
+
+def test_groups_of_the_best_gate_are_trained_from_scratch_before_the_wide_encoder_is_kept(data, guided):
+    by_name = {candidate["stage"]: candidate for candidate in guided[0].candidates}
+    gates = [by_name["guided"], by_name["start_0"]]
+    assert by_name["wide"]["final"] < min(gate["final"] for gate in gates)
+    best = min(gates, key=lambda gate: gate["final"])
+    anew = by_name["retrained"]
+    assert (anew["gate"], anew["grouping"]) == (best["stage"], best["grouping"])
+    assert anew["probabilities"] == best["probabilities"]
+    grouping = Grouping.from_dict(best["grouping"], [task.name for task in SPEC.tasks])
+    alone = train_hard(hard_network(SPEC, grouping), data, SETTINGS, splits=())
+    assert anew["final"] == alone.score
+    options = replace(GUIDED, retrain=False, distil_share=0.0)
+    without = search(SPEC, data, SETTINGS, options, baseline=False, context=local())
+    spent = search(SPEC, data, SETTINGS, replace(options, retrain=True), baseline=False, context=local()).cost
+    unit = training_flops(GroupingNetwork(replace(SPEC, groups=1)))
+    assert without.chosen == "wide"
+    assert spent - without.cost == pytest.approx(training_flops(alone.network) / unit)
+
+
+def test_groups_that_do_better_from_scratch_are_the_result(data, monkeypatch):
+    end = _Search._end
+
+    def ended(self, name, state, **found):
+        end(self, name, state, **found)
+        if name == "retrained":
+            self.state.results[-1]["final"] -= 100
+
+    monkeypatch.setattr(_Search, "_end", ended)
+    result = search(SPEC, data, SETTINGS, GUIDED, baseline=False, context=local())
+    assert result.chosen == "retrained"
+    assert len(result.grouping.groups) > 1
+    assert not result.distilled["kept"]
+
+
+@pytest.mark.parametrize(("ahead", "groups"), [("guided", None), ("wide", 1)])
+def test_nothing_is_trained_from_scratch_where_a_gate_is_ahead_or_has_one_group(data, monkeypatch, ahead, groups):
+    finish = _Search._finish
+
+    def finished(self, name):
+        finish(self, name)
+        self._result(name)["final"] -= 100 * (name == ahead)
+        if groups:
+            self._result(name)["grouping"] = {"group_0": [task.name for task in SPEC.tasks]}
+
+    monkeypatch.setattr(_Search, "_finish", finished)
+    result = search(SPEC, data, SETTINGS, GUIDED, baseline=False, context=local())
+    assert result.chosen == ahead
+    assert [candidate["stage"] for candidate in result.candidates] == list(CANDIDATES)
 
 
 def test_who_is_a_little_too_far_behind_is_learned_from_and_is_not_the_result(data, monkeypatch):
