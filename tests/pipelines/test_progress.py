@@ -42,19 +42,25 @@ SEARCHED = (("naive_mtl", 10), ("affinity", 3), ("guided", 5), ("start_0", 5), (
 
 def test_before_anything_is_known_all_epochs_that_there_can_be_count(tmp_path: Path) -> None:
     plan = plan_of(config_of(tmp_path))
-    assert plan.total([]) == 10 + 5 + 3 * 10 + 10
-    assert plan_of(config_of(tmp_path, baseline=False, distil_share=0)).total([]) == 5 + 3 * 10
+    assert plan.total([]) == 10 + 5 + 3 * 10 + 10 + 10
+    assert plan_of(config_of(tmp_path, baseline=False, distil_share=0)).total([]) == 5 + 3 * 10 + 10
+    for never in ({"retrain": False}, {"wide": False, "starts": 2}):
+        assert plan_of(config_of(tmp_path, **never)).total([]) == 10 + 5 + 3 * 10 + 10
     assert plan_of(config_of(tmp_path, method="dmtg", starts=3)).total([]) == 10 + 3 * 5 + 5
 
 
 def test_what_ends_early_or_stops_is_counted_no_more(tmp_path: Path) -> None:
     plan = plan_of(config_of(tmp_path))
-    assert plan.total(records(*SEARCHED[:2])) == 10 + 5 + 3 * 10 + 10
-    assert plan.total(records(*SEARCHED)) == 10 + 3 + 3 * 10 + 10
+    assert plan.total(records(*SEARCHED[:2])) == 10 + 5 + 3 * 10 + 10 + 10
+    assert plan.total(records(*SEARCHED)) == 10 + 3 + 3 * 10 + 10 + 10
     gone_on = records(*SEARCHED, ("wide", 5))  # the two before it stopped with the search
-    assert plan.total(gone_on) == 10 + 3 + 3 * 5 + 5 + 10
-    ended = records(*SEARCHED, ("guided", 5), ("wide", 5), ("distilled", 10))
-    assert plan.total(ended) == len(ended)
+    assert plan.total(gone_on) == 10 + 3 + 3 * 5 + 5 + 10 + 10
+    for last in ([("distilled", 10)], [("retrained", 10), ("distilled", 10)]):
+        ended = records(*SEARCHED, ("guided", 5), ("wide", 5), *last)
+        assert plan.total(ended) == len(ended)
+    anew = records(*SEARCHED, ("guided", 5), ("wide", 5), ("retrained", 4))
+    assert plan.total(anew) == len(anew) + 6 + 10
+    assert plan.epochs_of(anew[-1]) == 10
 
 
 def test_the_bar_is_where_the_run_is_and_steps_of_an_ended_epoch_are_not_counted_twice(tmp_path: Path) -> None:
@@ -64,12 +70,12 @@ def test_the_bar_is_where_the_run_is_and_steps_of_an_ended_epoch_are_not_counted
     shown.show(done[:1], [], (8, 10))
     shown.show(done[:1], [], (4, 10))
     (task,) = shown.bar.tasks
-    assert (task.completed, task.total) == (1.4, 55)
+    assert (task.completed, task.total) == (1.4, 65)
     shown.show(done, [], (9, 10))
     assert task.completed == 2
     with shown.bar:
         pass
-    assert "epoch 3 of 55" in out.getvalue()
+    assert "epoch 3 of 65" in out.getvalue()
     assert "naive_mtl 2 of 10: loss 0.5, 80 samples/s" in out.getvalue()
 
 

@@ -49,6 +49,10 @@ def test_the_gate_that_is_drawn_is_that_of_the_result_or_the_best_there_is() -> 
     assert shown_gate(result("start_0")) == "start_0"
     assert shown_gate(result("guided")) == "guided"
     assert shown_gate(result("wide")) == "start_0"
+    anew = candidate("retrained", -1.5, -1.5) | {"gate": "guided"}
+    for chosen, drawn in (("retrained", "guided"), ("wide", "start_0")):
+        found = result(chosen)
+        assert shown_gate(found | {"candidates": [*found["candidates"], anew]}) == drawn
     alone = result("start_0") | {"candidates": [candidate("start_0", 0.0, 0.0, branches=1)]}
     assert shown_gate(alone) == ""
 
