@@ -407,13 +407,12 @@ class _Search:
             probabilities=gate["probabilities"],
         )  # fmt: skip
 
-    def _finished(self) -> list[str]:
-        """The candidates that were trained to their end, in that order."""
-        return [name for name in self.state.trained if name not in (BASELINE, DISTILLED)]
-
     def _teachers(self) -> list[str]:
         """Those that the best candidate learns from; none where it would be itself alone."""
-        names = self._finished()
+        names = [name for name in self.state.trained if name not in (BASELINE, DISTILLED)]
+        if RETRAINED in names:  # the others were looked at when their search ended
+            most = self._result(self._best())["final"] + LEARNED_FROM * self.options.within
+            names = [name for name in names if name != RETRAINED or self._result(name)["final"] <= most]
         return names if len(names) > 1 and self.options.distil_share else []
 
     def _distil(self) -> None:

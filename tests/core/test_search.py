@@ -433,6 +433,21 @@ def test_groups_that_do_better_from_scratch_are_the_result(data, monkeypatch):
     assert not result.distilled["kept"]
 
 
+@pytest.mark.parametrize(("behind", "teaches"), [(0.19, True), (0.21, False)])
+def test_groups_that_are_far_behind_from_scratch_teach_nobody(data, monkeypatch, behind, teaches):
+    end = _Search._end
+
+    def ended(self, name, state, **found):
+        end(self, name, state, **found)
+        if name == "retrained":
+            self.state.results[-1]["final"] = self._result("wide")["final"] + behind
+
+    monkeypatch.setattr(_Search, "_end", ended)
+    monkeypatch.setattr(_Search, "_going_on", lambda *_: list(CANDIDATES))
+    result = search(SPEC, data, SETTINGS, replace(GUIDED, within=0.1), baseline=False, context=local())
+    assert result.distilled["teachers"] == [*CANDIDATES, *(["retrained"] if teaches else [])]
+
+
 @pytest.mark.parametrize(("ahead", "groups"), [("guided", None), ("wide", 1)])
 def test_nothing_is_trained_from_scratch_where_a_gate_is_ahead_or_has_one_group(data, monkeypatch, ahead, groups):
     finish = _Search._finish
