@@ -22,9 +22,9 @@ are lower than those of naive MTL, one encoder for all tasks, with the same seed
 seeds. "Behind" is the paired difference to the guided search, in points of gain of the errors: positive where the
 search is better. Training is counted in runs of naive MTL, with all that a method needs to come to its groups;
 `_long` is the same method trained for as many epochs as the guided search costs in all, `affinity_long` the groups
-of the affinity that is best on validation data. "Agreement" is the mean adjusted Rand index of a method's groupings
-over seeds (0 by chance). At inference no row but single-task costs more than all K groups; naive MTL, and groupings of
-fewer groups, cost less.
+of the affinity that is best on validation data. "Agreement" is the mean adjusted Rand index of a method's
+groupings over seeds (0 by chance). At inference no row but single-task costs more than all K groups; naive MTL,
+and groupings of fewer groups, cost less.
 
 """
 

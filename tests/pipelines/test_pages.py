@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipelines.train import Trained
 
 pytestmark = pytest.mark.ray  # for the finished run that is shown
-PAGES = ("run", "dense", "wide", "old", "comparison", "sweep", "night")
+PAGES = ("run", "dense", "wide", "anew", "old", "comparison", "sweep", "night")
 TASKS = ["a_task_with_a_long_name", "b", "c", 'd"><script>alert(1)</script>']
 DOLLARS = "$$level_US$$"  # to some libraries that would be a formula
 GROUPS = {"group_0": TASKS[:2], "group_1": TASKS[2:]}
@@ -36,13 +36,14 @@ GROUPS = {"group_0": TASKS[:2], "group_1": TASKS[2:]}
 
 @pytest.fixture(scope="module")
 def pages(run: tuple[Config, Trained, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A file of each kind of page. The run is a real one, of which two copies are changed."""
+    """A file of each kind of page. The run is a real one, of which copies are changed."""
     config, done, _ = run
     root = tmp_path_factory.mktemp("pages")
     files = {name: root / f"{name}.html" for name in PAGES}
     files["run"].write_text(page(done.run))
     files["dense"].write_text(page(locate(str(dense(Path(done.run.local), root / "dense")))))
     files["wide"].write_text(page(locate(str(wide(Path(done.run.local), root / "wide")))))
+    files["anew"].write_text(page(locate(str(anew(Path(done.run.local), root / "anew")))))
     files["old"].write_text(page(locate(str(old(Path(done.run.local), root / "old")))))
     write_comparison(locate(str(files["comparison"])), comparison(), config)
     write_sweep(locate(str(files["sweep"])), sweep(), config)
@@ -72,6 +73,17 @@ def wide(run: Path, copy: Path) -> Path:
     result["affinity"] = [[1.0 if a == b else 0.25 for b in tasks] for a in tasks]
     for file, text in ((RESULT, json.dumps(result)), (DETAILS, (copy / DETAILS).read_text())):
         (copy / file).write_text(text.replace('"level"', f'"{DOLLARS}"'))
+    return copy
+
+
+def anew(run: Path, copy: Path) -> Path:
+    """The run as if the groups of its gate had been trained from scratch, and that had been best."""
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "models"))
+    result = json.loads((copy / RESULT).read_text())
+    gate = result["candidates"][0]
+    other = gate | {"stage": "retrained", "gate": gate["stage"], "final": -9.0}
+    result |= {"chosen": "retrained", "candidates": [*result["candidates"], other]}
+    (copy / RESULT).write_text(json.dumps(result))
     return copy
 
 
@@ -148,6 +160,16 @@ def test_page_is_quiet_alone_and_drawn(pages: dict[str, Path], browser: Browser,
         assert steps(found.page.locator("h1, h2, h3, h4").evaluate_all("all => all.map(h => +h.tagName[1])"))
         assert found.complaints == []
         assert found.requests == []
+
+
+def test_groups_that_were_trained_from_scratch_are_drawn_with_the_gate_that_found_them(
+    pages: dict[str, Path],
+) -> None:
+    text = pages["anew"].read_text()
+    assert "These groups were then trained from scratch" in text
+    assert "the groups of start_0, trained from scratch" in text
+    assert 'id="moving-figure"' in text
+    assert "trained from scratch" not in pages["run"].read_text()
 
 
 def steps(levels: list[int]) -> bool:
