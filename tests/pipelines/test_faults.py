@@ -299,6 +299,8 @@ def test_a_worker_that_is_stopped_between_steps_is_replaced(run: Undisturbed, tm
     def work(values: dict[str, Any]) -> None:
         import ray.train
 
+        for _ in range(2):  # the second report waits until the first one was fetched: the start is over
+            ray.train.report({})
         if ray.train.get_context().get_world_rank() == 0 and not again.exists():
             again.touch()
             os.kill(os.getpid(), signal.SIGSTOP)
