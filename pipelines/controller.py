@@ -6,12 +6,14 @@ import contextlib
 from typing import Any
 
 import ray
-from ray.train import UserCallback
+from ray.train import UserCallback, WorkerGroupError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.controller import TrainController
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from pipelines.cluster import causes
-from pipelines.faults import LastingError, reason
+from pipelines.faults import LastingError, lost_at_start, reason
 from pipelines.notices import LOST, teller
 
 
@@ -36,20 +38,47 @@ class Watch(UserCallback):
             lasting = next((one for one in causes(error) if isinstance(one, LastingError)), None)
             if lasting is not None:
                 raise lasting
-        why = reason(worker_exceptions)
-        if why != self.told:  # while a machine is being taken away, it is found at every look
+        self.lost(reason(worker_exceptions))
+
+    def lost(self, why: str) -> None:
+        """Tell it, once: while a machine is being taken away, it is found at every look."""
+        if why != self.told:
             self.tell(LOST, f"workers were lost ({why})")
         self.told = why
 
 
-class Named(ControllerCallback):
-    """Puts the controller on the board before it starts a worker: see `end_workers`."""
+class Workers(WorkerGroup):
+    """Ray's workers, which may also be lost between the start of their processes and that of training.
+
+    Ray keeps the room of those, and their successors wait for it; and where they were just given their work, it
+    takes the loss for an error of the controller's own, after which it tries no more.
+    """
+
+    def _start(self) -> None:
+        try:
+            super()._start()
+        except Exception as error:
+            if not self.has_started():  # their processes did not come up: Ray lets the room go, and tries again
+                raise
+            self._worker_group_state.shutdown()
+            why = lost_at_start(error)
+            if not why:
+                raise
+            for callback in self._train_run_context.run_config.callbacks:
+                if isinstance(callback, Watch):
+                    callback.lost(why)
+            raise WorkerGroupError(why, {}) from error
+
+
+class Lead(ControllerCallback):
+    """Gives the controller its kind of workers, and puts it on the board for `end_workers`, before any starts."""
 
     def __init__(self, board: Any) -> None:
         self.board = board
 
     def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002 - Ray's name
-        """The board knows it before any worker can report."""
+        """In the controller's own process."""
+        TrainController.worker_group_cls = Workers
         ray.get(self.board.led_by.remote(ray.get_runtime_context().current_actor))
 
 

@@ -76,7 +76,8 @@ def _died(error: BaseException) -> bool:
 
 def _lost_the_others(error: BaseException) -> bool:
     words = ("gloo", "nccl", "connection reset", "connection closed", "broken pipe")
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    said = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    return said or isinstance(error, torch.distributed.DistError)
 
 
 def _late(error: BaseException) -> bool:
@@ -122,22 +123,31 @@ def reason(failures: Mapping[int, BaseException]) -> str:
     return f"worker {rank}: {explained(failures[rank])}"
 
 
+def lost_at_start(error: BaseException) -> str:
+    """One line on how workers were lost before they trained; empty for any other error."""
+    found = list(causes(error))
+    signs = (words for sign, words in (*DEATHS, *COLLATERAL) if any(sign(one) for one in found))
+    return next((f"while they started: {words}" for words in signs), "")
+
+
 def gave_up(error: BaseException, run: str) -> UserError:
     """What to tell the user of a run whose workers were lost once too often, or that Ray could not start."""
-    found = (getattr(one, "worker_failures", None) for one in causes(error))
-    failures: dict[int, BaseException] = next((held for held in found if held), {})
+    from ray.train import WorkerGroupError
+
+    lost = next((one for one in causes(error) if isinstance(one, WorkerGroupError)), None)
     again = "run the same words again to go on from the last checkpoint"
-    if not failures:
+    if lost is None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return UserError(
             f"training failed: {lines[-1] if lines else type(error).__name__}",
             where=run,
             remedy=f"{again}; --debug shows where it failed",
         )
-    if any(sign(one) for one in failures.values() for sign in (killed_for_memory, _died)):
+    why = reason(lost.worker_failures) if lost.worker_failures else str(lost).splitlines()[-1]
+    if "memory" in why:
         again = f"if it was memory: {LESS_HOST_MEMORY}; then {again}"
     return UserError(
-        f"training failed, and ray.max_failures allows no more tries: {reason(failures)}",
+        f"training failed, and ray.max_failures allows no more tries: {why}",
         where=run,
         remedy=f"{again}; --debug shows where it failed",
     )

@@ -162,6 +162,9 @@ def verdicts(
         rivals.insert(2, max(affinities, key=lambda row: row["gain"]["value"])["method"])
     if reference != NAIVE:
         said += [_against(by_name[name]) for name in rivals if name in by_name]
+        longer = [by_name[f"{name}{LONG}"] for name in (WIDE, RANDOM, AFFINITY) if f"{name}{LONG}" in by_name]
+        if any(row["behind"]["high"] < 0 for row in longer):
+            said.append(TOO_SHORT)
         said.append(_of_groups(groupings[reference]))
     return said
 
@@ -188,6 +191,12 @@ NAMES = {
     f"retrained{LONG}": "its own groups trained from scratch for as long as the search",
     DISTILLED_WIDE: "the best of three wide encoders that learned on from all three, without any grouping",
 }
+
+
+TOO_SHORT = (
+    "Longer training gains more here than the search does: raise train.epochs until it no longer helps, and "
+    "compare again."
+)
 
 
 def _against(row: Mapping[str, Any]) -> str:

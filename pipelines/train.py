@@ -270,7 +270,7 @@ def run_workers(job: Job, say: Callable[[str], None], work: Callable[[dict[str, 
     import ray.train
     import ray.train.torch
 
-    from pipelines.controller import Named, Trainer, Watch
+    from pipelines.controller import Lead, Trainer, Watch
 
     config = job.config
     fewest, most = config.ray.fewest, config.ray.most
@@ -297,7 +297,7 @@ def run_workers(job: Job, say: Callable[[str], None], work: Callable[[dict[str, 
                 name=job.run.name,
                 storage_path=scratch,
                 failure_config=ray.train.FailureConfig(max_failures=config.ray.max_failures),
-                callbacks=[Named(job.board), Watch(job.board)],
+                callbacks=[Lead(job.board), Watch(job.board)],
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),
         )

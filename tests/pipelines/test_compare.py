@@ -30,7 +30,7 @@ from pipelines.errors import UserError
 from pipelines.preflight import draw, judged, signal
 from pipelines.sections import checked
 from pipelines.sources import build_source
-from pipelines.tables import verdicts
+from pipelines.tables import TOO_SHORT, verdicts
 from tests.core.planted import planted_data
 
 METHODS = ["single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag", "reading", "hoa",
@@ -354,6 +354,8 @@ def test_verdicts_are_no_stronger_than_their_intervals() -> None:
     assert said[3].startswith("It is WORSE than the best affinity baseline (tag)")
     assert "stable (mean adjusted Rand index 1.00)" in said[-1]
     assert "not stable" in verdicts(rows, "guided", {"guided": [one, other]})[-1]
+    assert TOO_SHORT not in verdicts([*rows, row("wide_long", 9.5, 8, 11)], "guided", {"guided": [one]})
+    assert verdicts([*rows, row("wide_long", 12, 11, 13)], "guided", {"guided": [one]})[-2] == TOO_SHORT
     whole = Grouping.of([["a", "b", "c", "d"]])
     assert verdicts(rows, "guided", {"guided": [whole]})[-1].startswith("No grouping was kept")
 

@@ -311,6 +311,56 @@ def test_a_worker_that_is_stopped_between_steps_is_replaced(run: Undisturbed, tm
     assert lost == ["workers were lost (worker 1: it waited for the others longer than ray.timeout_s)"]
 
 
+def test_a_worker_killed_while_it_is_given_its_work_is_replaced(run: Undisturbed, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+
+    class Work:
+        def __init__(self) -> None:
+            self.driver = os.getpid()
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            with contextlib.suppress(FileExistsError):  # it is not the first one
+                again.touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.__dict__ = state
+
+        def __call__(self, values: dict[str, Any]) -> None:
+            import ray.train
+
+            assert os.getpid() != self.driver
+            ray.train.report({})
+
+    def given(tries: int, board: Any) -> None:
+        config = run[0].model_copy(update={"ray": checked(RaySection, {"workers": 2, "max_failures": tries})})
+        job = Job(config, None, None, locate(str(tmp_path / "run")), board=board)
+        run_workers(job, lambda line: None, Work())
+
+    with pytest.raises(
+        UserError,
+        match=r"(?s)allows no more tries: while they started: its process was lost.*run the same words again",
+    ):
+        given(0, start_board())
+    again.unlink()
+    board = start_board()
+    given(1, board)  # in the room of those that were lost
+    lost = [told["message"] for told in on_board(board) if told["kind"] == LOST]
+    assert len(lost) == 1
+    assert lost[0].startswith("workers were lost (while they started: its process was lost")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("after_s", [0, 1, 3])
+def test_a_worker_killed_while_it_starts_is_replaced(run: Undisturbed, tmp_path: Path, after_s: float) -> None:
+    driver = disturbed(run, tmp_path, train=OFTEN)
+    driver.start()
+    driver.wait_for(lambda: workers(driver.family()))
+    time.sleep(after_s)  # its process comes up, joins the process group, is given its work, begins
+    kill(workers(driver.family())[-1:])
+    assert driver.process is not None
+    assert driver.process.wait() == 0, driver.log
+    same(driver.outcome(), run[1].result)
+
+
 @pytest.mark.soak
 def test_workers_that_hang_are_replaced_and_where_they_stood_is_kept(run: Undisturbed, tmp_path: Path) -> None:
     stream = {"cache": "stream", "shards": str(tmp_path / "shards")}
