@@ -21,7 +21,7 @@ from dmtg_core.metrics import Metrics
 from dmtg_core.network import GroupingNetwork, NetworkSpec
 from dmtg_core.pairwise import DIRECTIONS, GradientAffinities, projected_affinity
 from dmtg_core.settings import TrainSettings
-from dmtg_core.training import NO_HOOKS, Hooks, TrainState, advance, evaluate
+from dmtg_core.training import NO_HOOKS, Hooks, TrainState, advance, evaluate, generalisation_gap
 
 LOOKS = 2  # batches of every epoch that gradients are compared on
 
@@ -35,12 +35,14 @@ class Trained:
         score: Mean logarithm of its validation losses at that epoch.
         metrics: Split → task → metric → value.
         cost: In units of one naive-MTL run.
+        gap: `generalisation_gap` of its last epoch on labels alone.
     """
 
     network: GroupingNetwork
     score: float
     metrics: dict[str, Metrics]
     cost: float
+    gap: float
 
 
 def together(spec: NetworkSpec) -> Grouping:
@@ -84,7 +86,7 @@ def train_hard(
     advance(state, data, whole, context, until=whole.epochs, hooks=Hooks(on_epoch) if on_epoch else NO_HOOKS)
     state.take_best()
     metrics = {split: evaluate(state.network, data, split, context=context) for split in splits}
-    return Trained(state.network.eval(), state.best_score, metrics, cost)
+    return Trained(state.network.eval(), state.best_score, metrics, cost, generalisation_gap(state.history[-1]))
 
 
 def train_distilled(
@@ -114,11 +116,12 @@ def train_distilled(
     teachers, best = [one.network for one in trained], min(trained, key=lambda one: one.score)
     context = LocalContext()
     state = learner(best.network, best.score, longer)
-    learn_on(state, teachers, data, longer, context)
+    learn_on(state, teachers, data, longer, context, gap=best.gap)
     step = training_flops(state.network) + sum(inference_cost(teacher).flops for teacher in teachers)
     cost = step * longer.epochs / (settings.epochs * (unit or naive_flops(specs[0])))
     metrics = {split: evaluate(state.network, data, split, context=context) for split in splits}
-    return Trained(state.network.eval(), state.best_score, metrics, cost + sum(one.cost for one in trained))
+    cost += sum(one.cost for one in trained)
+    return Trained(state.network.eval(), state.best_score, metrics, cost, best.gap)
 
 
 def train_naive_with_affinities(

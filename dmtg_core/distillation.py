@@ -2,11 +2,13 @@
 
 Networks that were trained apart err apart, and the mean of their predictions is better than each of them. A single
 network can learn most of it, with that mean in the place of a part of every label (Hinton, Vinyals and Dean 2015).
+A network that would overfit needs it to the end. Any other is held back by teachers that know no more than itself:
+there the part falls to nothing (teacher annealing, Clark et al. 2019).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,6 +25,9 @@ from dmtg_core.tasks import Task
 from dmtg_core.training import NO_HOOKS, Hooks, TrainState, advance
 
 WEIGHT = 0.8  # of the teachers' mean in a target that has a label
+OVERFIT = (
+    0.25  # generalisation gap from which a network would overfit: validation losses 28 % above training losses
+)
 
 
 class Teachers:
@@ -31,17 +36,24 @@ class Teachers:
     Args:
         networks: Hard networks with the same tasks, which are not changed.
         precision: What they are computed in, see `TrainSettings`.
+        share: What a target that has a label takes of their mean, asked for every batch.
     """
 
-    def __init__(self, networks: Sequence[GroupingNetwork], precision: str = "fp32") -> None:
-        self.networks, self.precision = [network.eval() for network in networks], precision
+    def __init__(
+        self,
+        networks: Sequence[GroupingNetwork],
+        precision: str = "fp32",
+        share: Callable[[], float] = lambda: WEIGHT,
+    ) -> None:
+        self.networks, self.precision, self.share = [network.eval() for network in networks], precision, share
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch with mixed targets."""
         with torch.no_grad(), autocast(self.precision, batch.inputs.device):
             outputs = [network(batch.inputs) for network in self.networks]
+        share = self.share()
         targets = {
-            task.name: mixed_target(task, batch.targets[task.name], [out[task.name] for out in outputs])
+            task.name: mixed_target(task, batch.targets[task.name], [out[task.name] for out in outputs], share)
             for task in self.networks[0].tasks
         }
         return Batch(batch.inputs, targets)
@@ -66,6 +78,8 @@ def learn_on(
     data: Data,
     settings: TrainSettings,
     context: TrainContext,
+    *,
+    gap: float,
     hooks: Hooks = NO_HOOKS,
 ) -> None:
     """Train to the end on labels mixed with what teachers predict, and take the weights of the best epoch.
@@ -74,22 +88,36 @@ def learn_on(
         state: As `learner` gives it, of any epoch.
         teachers: See `Teachers`.
         data, settings, context, hooks: As for `advance`.
+        gap: The `generalisation_gap` of the last epoch that the network was trained for on labels alone.
 
     Raises:
         NonFiniteLossError: When the loss stops being finite.
     """
-    taught = replace(hooks, prepare=Teachers(teachers, settings.precision))
+    teach = Teachers(teachers, settings.precision, lambda: share_of(gap, state.epoch, settings.epochs))
+    taught = replace(hooks, prepare=teach)
     advance(state, data, settings, context, until=settings.epochs, hooks=taught)
     state.take_best()
 
 
-def mixed_target(task: Task, target: Tensor, outputs: Sequence[Tensor]) -> Tensor:
-    """A target with the share `WEIGHT` of what teachers predict on average, all of it where there is no label.
+def share_of(gap: float, epoch: int, epochs: int) -> float:
+    """What a label gives to the teachers' mean: `WEIGHT`, falling to 0 unless a network would overfit.
+
+    Args:
+        gap: See `learn_on`.
+        epoch: Epochs that are over.
+        epochs: All.
+    """
+    return WEIGHT if gap > OVERFIT else WEIGHT * (1 - epoch / max(epochs - 1, 1))
+
+
+def mixed_target(task: Task, target: Tensor, outputs: Sequence[Tensor], share: float = WEIGHT) -> Tensor:
+    """A target with a share of what teachers predict on average, all of it where there is no label.
 
     Args:
         task: The task.
         target: Encoded labels, see `Task.encode`.
         outputs: What each teacher gives, see `GroupingNetwork.forward`.
+        share: How much of a label it replaces.
 
     Returns:
         Probabilities of classes `(B, C)` or `(B, C, H, W)`, of the positive class `(B,)`, or values in network
@@ -99,7 +127,7 @@ def mixed_target(task: Task, target: Tensor, outputs: Sequence[Tensor]) -> Tenso
         mean = torch.stack([out.float().softmax(1) for out in outputs]).mean(0)
         known = valid(task, target)
         labels = F.one_hot(target.where(known, 0), task.channels).movedim(-1, 1)
-        return torch.where(known.unsqueeze(1), torch.lerp(labels.float(), mean, WEIGHT), mean)
+        return torch.where(known.unsqueeze(1), torch.lerp(labels.float(), mean, share), mean)
     values = [out.float().sigmoid() if task.kind == "binary" else out.float() for out in outputs]
     mean = torch.stack(values).mean(0)
-    return torch.where(target.isnan(), mean, torch.lerp(target, mean, WEIGHT))
+    return torch.where(target.isnan(), mean, torch.lerp(target, mean, share))

@@ -39,7 +39,7 @@ from dmtg_core.metrics import Metrics
 from dmtg_core.network import GroupingNetwork, NetworkSpec
 from dmtg_core.proposal import affinity_plan, compare_tasks
 from dmtg_core.settings import TrainSettings
-from dmtg_core.training import Hooks, TrainState, advance, evaluate
+from dmtg_core.training import Hooks, TrainState, advance, evaluate, generalisation_gap
 from dmtg_core.warm_start import WarmStart
 
 BASELINE, AFFINITY, GUIDED, WIDE = "naive_mtl", "affinity", "guided", "wide"
@@ -375,7 +375,8 @@ class _Search:
         state.network.keep(state.network.gate.survivors(2.0))
         self.state.trained[name] = state.network
         result = self._result(name)
-        result["final"], result["cost"] = state.best_score, result["cost"] + self._spent(state, result["epochs"])
+        result["final"], result["gap"] = state.best_score, generalisation_gap(state.history[-1])
+        result["cost"] += self._spent(state, result["epochs"])
         self.state.current = None
 
     def _best(self) -> str:
@@ -404,7 +405,7 @@ class _Search:
         self.state.trained[RETRAINED] = state.network
         self._end(
             RETRAINED, state, score=state.best_score, final=state.best_score, gate=name,
-            probabilities=gate["probabilities"],
+            probabilities=gate["probabilities"], gap=generalisation_gap(state.history[-1]),
         )  # fmt: skip
 
     def _teachers(self) -> list[str]:
@@ -421,7 +422,8 @@ class _Search:
         if self.state.current is None:
             self.state.current = learner(self.state.trained[best], self._result(best)["final"], settings)
         state = self.state.current
-        learn_on(state, teachers, self.data, settings, self.context, self._reports(DISTILLED))
+        gap, hooks = self._result(best)["gap"], self._reports(DISTILLED)
+        learn_on(state, teachers, self.data, settings, self.context, gap=gap, hooks=hooks)
         self.state.trained[DISTILLED] = state.network
         self._end(DISTILLED, state, final=state.best_score, teachers=self._teachers())
         looked = settings.epochs * sum(inference_cost(teacher).flops for teacher in teachers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -134,7 +134,19 @@ def score_of(metrics: Metrics) -> float:
 
     It is the geometric mean of the losses, so that a task measured in large units weighs no more than another.
     """
-    losses = [found["loss"] for found in metrics.values()]
+    return _mean_log([found["loss"] for found in metrics.values()])
+
+
+def generalisation_gap(record: Mapping[str, Any]) -> float:
+    """By how much validation losses exceed training losses in an epoch: the mean logarithm of their ratios.
+
+    Args:
+        record: The epoch's, of `TrainState.history`.
+    """
+    return score_of(record["val"]) - _mean_log(list(record["train_loss"].values()))
+
+
+def _mean_log(losses: Sequence[float]) -> float:
     if not all(math.isfinite(loss) for loss in losses):
         return math.inf
     return sum(math.log(max(loss, 1e-12)) for loss in losses) / len(losses)

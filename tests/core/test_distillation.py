@@ -1,5 +1,6 @@
 """Learning on from several networks: what targets become, and that it helps."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,9 +20,9 @@ from dmtg_core import (
 )
 from dmtg_core.baselines import hard_network, together, train_distilled, train_hard
 from dmtg_core.cost import wide_spec
-from dmtg_core.distillation import WEIGHT, Teachers, learn_on, learner, mixed_target
+from dmtg_core.distillation import OVERFIT, WEIGHT, Teachers, learn_on, learner, mixed_target, share_of
 from dmtg_core.losses import PairLosses, label_counts, sample_loss, valid
-from dmtg_core.training import score_of
+from dmtg_core.training import generalisation_gap, score_of
 from tests.core import samples
 from tests.core.planted import planted_data
 from tests.core.samples import assert_same_tensors
@@ -106,11 +107,40 @@ def test_the_time_of_teachers_is_not_that_of_waiting_for_data(monkeypatch):
             clock[0] += 1
             return super().forward(raw)
 
-    learn_on(state, [Slow(spec)], data, settings, context)
+    learn_on(state, [Slow(spec)], data, settings, context, gap=0)
     assert clock[0] == data.steps(16)
     assert state.history[-1]["data_share"] == 0
     assert state.best_score == -9.0  # no epoch was better, so the network is the one that began
     assert_same_tensors(samples.snapshot(state.network), samples.snapshot(GroupingNetwork(spec)))
+
+
+def test_labels_come_back_unless_a_network_overfits():
+    assert [share_of(OVERFIT + 0.01, epoch, 5) for epoch in range(5)] == [WEIGHT] * 5
+    assert [share_of(OVERFIT, epoch, 5) for epoch in range(5)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0])
+    assert share_of(0, 0, 1) == WEIGHT
+    targets = torch.tensor([1.0, torch.nan])
+    assert mixed_target(FLAG, targets, [torch.zeros(2)], 0).tolist() == [1, 0.5]
+
+
+def test_the_gap_is_the_mean_logarithm_of_validation_over_training_losses():
+    record = {"train_loss": {"a": 1.0, "b": 0.5}, "val": {"a": {"loss": 2.0}, "b": {"loss": 4.0}}}
+    assert generalisation_gap(record) == pytest.approx(2 * math.log(2))
+
+
+def test_teachers_that_know_no_more_do_not_hold_a_network_back():
+    inputs, tasks, data, _ = planted_data(0)
+    spec = wide_spec(NetworkSpec(inputs, tasks, EncoderSpec("mlp", options={"widths": [16, 4]}), groups=3, seed=0))
+    settings = TrainSettings(epochs=2, batch_size=128, learning_rate=1e-2, seed=0, search_share=1.0)
+    specs = [replace(spec, seed=seed) for seed in (0, 1, 2)]
+    short = [train_hard(hard_network(one, together(one)), data, settings) for one in specs]
+    assert max(one.gap for one in short) < OVERFIT
+    scores = {}
+    for gap in (short[0].gap, 1.0):
+        state = learner(short[0].network, short[0].score, replace(settings, epochs=6))
+        teachers = [one.network for one in short]
+        learn_on(state, teachers, data, replace(settings, epochs=6), LocalContext(), gap=gap)
+        scores[gap] = state.best_score
+    assert scores[short[0].gap] < scores[1.0] < short[0].score
 
 
 def test_three_networks_taught_to_one_are_better_than_each_of_them_at_the_same_cost_of_inference():
