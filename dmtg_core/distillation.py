@@ -25,9 +25,7 @@ from dmtg_core.tasks import Task
 from dmtg_core.training import NO_HOOKS, Hooks, TrainState, advance
 
 WEIGHT = 0.8  # of the teachers' mean in a target that has a label
-OVERFIT = (
-    0.25  # generalisation gap from which a network would overfit: validation losses 28 % above training losses
-)
+OVERFIT = 0.25  # generalisation gap above which a network would overfit: validation losses 28 % above training's
 
 
 class Teachers:
