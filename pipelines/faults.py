@@ -102,11 +102,16 @@ COLLATERAL: Signs = (
 )
 
 
+def _how_lost(*errors: BaseException) -> str:
+    found = (words for sign, words in (*DEATHS, *COLLATERAL) if any(sign(one) for one in errors))
+    return next(found, "")
+
+
 def explained(error: BaseException) -> str:
     """One line on why a worker failed, as far as that is known."""
-    for sign, words in (*DEATHS, *COLLATERAL):
-        if sign(error):
-            return words
+    how = _how_lost(error)
+    if how:
+        return how
     found = user_error(error)
     return found.what if found is not None else f"{type(error).__name__}: {_first_line(error)}"
 
@@ -125,9 +130,8 @@ def reason(failures: Mapping[int, BaseException]) -> str:
 
 def lost_at_start(error: BaseException) -> str:
     """One line on how workers were lost before they trained; empty for any other error."""
-    found = list(causes(error))
-    signs = (words for sign, words in (*DEATHS, *COLLATERAL) if any(sign(one) for one in found))
-    return next((f"while they started: {words}" for words in signs), "")
+    how = _how_lost(*causes(error))
+    return how and f"while they started: {how}"
 
 
 def gave_up(error: BaseException, run: str) -> UserError:
