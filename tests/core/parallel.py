@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,15 +58,36 @@ class ProcessContext:
         return None
 
 
-def work(rank: int, workers: int, folder: str, sampling: str) -> None:
-    """What one process runs: train its part, write what it holds at the end."""
+def in_group(workers: int, work: Callable[..., None], folder: Path, *options: Any) -> None:
+    """Run `work(rank, workers, folder, *options)` in each of so many processes of a gloo group, and wait."""
+    context = multiprocessing.get_context("spawn")
+    given = [(rank, workers, folder, work, options) for rank in range(workers)]
+    processes = [context.Process(target=_enter, args=one) for one in given]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(180)
+    assert [process.exitcode for process in processes] == [0] * workers
+
+
+def _enter(rank: int, workers: int, folder: Path, work: Callable[..., None], options: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
+    work(rank, workers, folder, *options)
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # DistributedDataParallel holds the group for ever, so its threads outlive it, and one that lets a tensor go
+    # while the interpreter ends aborts the process: leave without ending the interpreter.
+    os._exit(0)
+
+
+def train(rank: int, workers: int, folder: Path, sampling: str) -> None:
+    """What one process runs: train its part, write what it holds at the end."""
     spec = spec_for(sampling)
     data = samples.data(spec.input, spec.tasks, ROWS, missing=MISSING, rank=rank, world_size=workers)
     state = fit(GroupingNetwork(spec), data, SETTINGS, ProcessContext())
-    place = Path(folder) / f"rank_{rank}"
+    place = folder / f"rank_{rank}"
     save_network(place, state.network)
     (place / "history.json").write_text(json.dumps(state.history))
-    dist.barrier()
-    dist.destroy_process_group()

@@ -1,6 +1,5 @@
 """Aggregators: the gradients that torchjd gives, whatever the grouping and the number of workers."""
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torchjd.aggregation as published
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,7 +17,7 @@ from dmtg_core import Batch, Grouping, GroupingNetwork, NetworkSpec, Task, aggre
 from dmtg_core.aggregation import AGGREGATORS, aggregate_gradients, load_aggregator, shared_parameters
 from dmtg_core.losses import PairLosses, label_counts
 from dmtg_core.network import PairOutputs, pooled
-from tests.core import samples
+from tests.core import parallel, samples
 from tests.core.samples import DENSE, FEATURES, SAMPLEWISE, image_spec, mlp_spec
 
 ROOT = Path(__file__).parents[2]
@@ -432,20 +430,13 @@ def global_batch(spec: NetworkSpec) -> Batch:
     return samples.batch(spec.input, spec.tasks, 16, missing=0.3)
 
 
-def work(rank: int, folder: str) -> None:
-    """A worker: a data-parallel step, then one with each of some aggregators, on its half of the batch."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-
-    def total(tensor: Tensor) -> Tensor:
-        summed = tensor.clone()
-        dist.all_reduce(summed)
-        return summed
-
+def work(rank: int, workers: int, folder: Path) -> None:
+    """A data-parallel step, then one with each of some aggregators, on this worker's part of the batch."""
+    total = parallel.ProcessContext().sum
     spec = SPECS["two groups"]
     network = grouped(spec, TWO_GROUPS)
     whole = global_batch(spec)
-    mine = slice(8 * rank, 8 * rank + 8)
+    mine = slice(rank, None, workers)
     batch = Batch(whole.inputs[mine], {key: value[mine] for key, value in whole.targets.items()})
     counts = label_counts(spec.tasks, whole.targets)
     module = DistributedDataParallel(Losses(network))
@@ -457,10 +448,7 @@ def work(rank: int, folder: str) -> None:
         local = gradients(network)
         found = {key: total(value) for key, value in local.items()}
         shares = {f"local.{key}": value for key, value in local.items()}
-        save_file({"weights": weights, **found, **shares}, Path(folder) / f"{name}_{rank}.safetensors")
-    del module  # before the group that it reduces over
-    dist.barrier()
-    dist.destroy_process_group()
+        save_file({"weights": weights, **found, **shares}, folder / f"{name}_{rank}.safetensors")
 
 
 class Losses(nn.Module):
@@ -476,13 +464,7 @@ class Losses(nn.Module):
 
 
 def test_two_workers_give_the_gradients_of_one(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, str(tmp_path))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(180)
-    assert [process.exitcode for process in processes] == [0, 0]
+    parallel.in_group(2, work, tmp_path)
     spec = SPECS["two groups"]
     for name in RANKED:
         first, second = (load_file(tmp_path / f"{name}_{rank}.safetensors") for rank in range(2))

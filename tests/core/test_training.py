@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 from dataclasses import replace
 
 import numpy as np
@@ -410,13 +409,7 @@ def test_two_processes_give_the_weights_of_one_on_the_same_global_batches(tmp_pa
     data = samples.data(spec.input, spec.tasks, parallel.ROWS, missing=parallel.MISSING)
     single = fit(GroupingNetwork(spec), data, parallel.SETTINGS, local())
     assert len({record["heads"] for record in single.history}) >= 2
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=parallel.work, args=(r, 2, str(tmp_path), sampling)) for r in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(180)
-    assert [process.exitcode for process in processes] == [0, 0]
+    parallel.in_group(2, parallel.train, tmp_path, sampling)
     histories = [json.loads((tmp_path / f"rank_{rank}" / "history.json").read_text()) for rank in range(2)]
     networks = [load_network(tmp_path / f"rank_{rank}") for rank in range(2)]
     assert_same_tensors(samples.snapshot(networks[0]), samples.snapshot(networks[1]))

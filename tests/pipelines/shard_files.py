@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
 
 from dmtg_core import Arrays, GroupingNetwork, InputSpec, Task, TrainSettings, fit
 from dmtg_core.checkpoint import save_network
@@ -95,12 +94,9 @@ def train_streamed(
     rank: int, workers: int, folder: Path, reader: Reader, settings: TrainSettings, rows: int, begin: Path
 ) -> None:
     """What one process runs: train from the start, then once more from a checkpoint of another run."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
     for name, first in (("whole", None), ("rest", begin)):
         kept = folder / f"{name}_checkpoints"
         kept.mkdir(exist_ok=True)
         data = streamed(reader, rows, rank=rank, world_size=workers)
         state = fit(GroupingNetwork(spec_for("gumbel")), data, settings, Keeping(kept, first))
         save_network(folder / f"{name}_{rank}", state.network)
-    dist.destroy_process_group()

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -260,14 +259,8 @@ def test_one_worker_and_two_give_the_same_weights_also_when_one_goes_on_for_the_
         LocalContext(tmp_path / "one", device="cpu", keep=100),
     )
     assert len({record["heads"] for record in expected.history}) >= 2
-    context = multiprocessing.get_context("spawn")
-    options = (tmp_path, reader, SETTINGS, SHUFFLE_ROWS, within_an_epoch(tmp_path / "one"))
-    processes = [context.Process(target=train_streamed, args=(rank, 2, *options)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(180)
-    assert [process.exitcode for process in processes] == [0, 0]
+    middle = within_an_epoch(tmp_path / "one")
+    parallel.in_group(2, train_streamed, tmp_path, reader, SETTINGS, SHUFFLE_ROWS, middle)
     begun_by_two = LocalContext(tmp_path / "two", device="cpu")
     begun_by_two.latest = lambda: within_an_epoch(tmp_path / "whole_checkpoints")
     alone_again = fit(GroupingNetwork(spec), streamed(reader, SHUFFLE_ROWS), SETTINGS, begun_by_two)
