@@ -1,10 +1,6 @@
 """What tests of a search share: a small problem, and what makes two results the same."""
 
-from dmtg_core import (
-    LocalContext,
-    TemperatureSchedule,
-    TrainSettings,
-)
+from dmtg_core import LocalContext, TemperatureSchedule, TrainSettings
 from tests.core import samples
 from tests.core.samples import assert_same_tensors, mlp_spec
 

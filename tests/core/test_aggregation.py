@@ -1,8 +1,5 @@
 """Aggregators: the gradients that torchjd gives, whatever the grouping and the number of workers."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +17,6 @@ from dmtg_core.network import PairOutputs, pooled
 from tests.core import parallel, samples
 from tests.core.samples import DENSE, FEATURES, SAMPLEWISE, image_spec, mlp_spec
 
-ROOT = Path(__file__).parents[2]
 SEED = 11
 NO_GROUPS = (("smiling", "colour", "age", "hat", "shape"),)
 TWO_GROUPS = (("smiling", "age", "shape"), ("colour", "hat"))
@@ -372,53 +368,6 @@ def test_losses_that_are_not_those_of_the_pairs_are_refused():
     losses, _ = pair_losses(network, samples.batch(spec.input, spec.tasks, 12))
     with pytest.raises(ValueError, match="5 tasks, 5 heads and 4 losses"):
         aggregate_gradients(network, losses[:4], load_aggregator("mean"), seed=0)
-
-
-def test_an_unknown_name_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="unknown aggregator 'upgrade', expected one of mean, upgrad, dualproj"):
-        load_aggregator("upgrade")
-
-
-WITHOUT = """
-import sys
-import torch
-from dmtg_core.aggregation import AGGREGATORS, load_aggregator
-
-def message(name):
-    try:
-        load_aggregator(name)
-    except ValueError as error:
-        return str(error)
-    return "works"
-
-assert not any(name.startswith("torchjd") for name in sys.modules), "imported before it was asked for"
-sys.modules["torchjd"] = None
-print("torchjd", {message(name) for name in AGGREGATORS})
-del sys.modules["torchjd"]
-sys.modules.update(cvxpy=None, quadprog=None)
-for name in AGGREGATORS:
-    print(name, message(name))
-"""
-
-
-def test_what_is_missing_is_said_with_the_command_that_installs_it():
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", WITHOUT],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    for name in AGGREGATORS:
-        hint = f"aggregator {name!r} needs a library that is not installed: pip install '"
-        assert hint in said["torchjd"].replace('\\"', '"').replace("\\'", "'")
-        missing = {"cagrad": "cvxpy", "nash_mtl": "cvxpy", "upgrad": "quadprog", "dualproj": "quadprog"}.get(name)
-        if missing is None:
-            assert said[name] == "works"
-        else:
-            extra = "torchjd[nash-mtl]" if name == "nash_mtl" else "dmtg[aggregators]"
-            assert said[name].startswith(hint + extra + "'")
-            assert f"'{missing}'" in said[name]
 
 
 # --- two workers

@@ -1,10 +1,16 @@
-"""Weights of aggregators: one function of Gramian and seed."""
+"""Weights of aggregators: one function of Gramian and seed; what cannot be loaded is said."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from dmtg_core.aggregation import AGGREGATORS, load_aggregator
 
+ROOT = Path(__file__).parents[2]
 CONFLICT = torch.tensor([[1.0, -0.9, 0.2], [-0.9, 4.0, -1.5], [0.2, -1.5, 2.0]], dtype=torch.float64)
 
 
@@ -57,3 +63,50 @@ def test_a_task_without_a_gradient_does_not_count(name):
     alone[1, 1] = 1e-9
     assert weigh(alone, 3).tolist() == [0.0, 1.0, 0.0]
     assert weigh(torch.zeros(3, 3), 3).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_an_unknown_name_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="unknown aggregator 'upgrade', expected one of mean, upgrad, dualproj"):
+        load_aggregator("upgrade")
+
+
+WITHOUT = """
+import sys
+import torch
+from dmtg_core.aggregation import AGGREGATORS, load_aggregator
+
+def message(name):
+    try:
+        load_aggregator(name)
+    except ValueError as error:
+        return str(error)
+    return "works"
+
+assert not any(name.startswith("torchjd") for name in sys.modules), "imported before it was asked for"
+sys.modules["torchjd"] = None
+print("torchjd", {message(name) for name in AGGREGATORS})
+del sys.modules["torchjd"]
+sys.modules.update(cvxpy=None, quadprog=None)
+for name in AGGREGATORS:
+    print(name, message(name))
+"""
+
+
+def test_what_is_missing_is_said_with_the_command_that_installs_it():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITHOUT],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    for name in AGGREGATORS:
+        hint = f"aggregator {name!r} needs a library that is not installed: pip install '"
+        assert hint in said["torchjd"].replace('\\"', '"').replace("\\'", "'")
+        missing = {"cagrad": "cvxpy", "nash_mtl": "cvxpy", "upgrad": "quadprog", "dualproj": "quadprog"}.get(name)
+        if missing is None:
+            assert said[name] == "works"
+        else:
+            extra = "torchjd[nash-mtl]" if name == "nash_mtl" else "dmtg[aggregators]"
+            assert said[name].startswith(hint + extra + "'")
+            assert f"'{missing}'" in said[name]

@@ -1,16 +1,17 @@
-"""A run that was put down in the middle of an epoch, or whose newest checkpoint is damaged, ends as it should."""
+"""A run that was put down, at an epoch or within one, or whose newest checkpoint is damaged, ends as it should."""
 
 from dataclasses import replace
 
 import pytest
 
 from dmtg_core import GroupingNetwork, fit
-from dmtg_core.checkpoint import SEAL, check_seal, seal
+from dmtg_core.checkpoint import SEAL, check_seal, load_network, read_json, seal
 from tests.core import samples
+from tests.core.interrupted import Interrupted, interrupt_at, without_times
 from tests.core.samples import MIXED, assert_same_tensors, image_spec, mlp_spec
 from tests.core.test_checkpoint import moments
 from tests.core.test_step import local
-from tests.core.test_training import SEARCHING, Interrupted, without_times
+from tests.core.test_training import SEARCHING
 
 SETTINGS = replace(SEARCHING, epochs=3, search_share=0.6, augment=())
 
@@ -32,6 +33,54 @@ def assert_ends_alike(found, expected):
     assert_same_tensors(samples.snapshot(found.network), samples.snapshot(expected.network))
     assert_same_tensors(moments(found), moments(expected))
     assert without_times(found.history) == without_times(expected.history)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("spec", [mlp_spec(stem=1), image_spec(MIXED[:6])], ids=["mlp", "convnet"])
+def test_a_run_killed_at_any_epoch_ends_like_one_that_was_not(tmp_path, spec, optimizer):
+    settings = replace(SEARCHING, epochs=5, search_share=0.6, optimizer=optimizer, lr_schedule="cosine")
+    data = samples.data(spec.input, spec.tasks, 32, missing=0.2)
+    expected = fit(GroupingNetwork(spec), data, settings, local())
+    assert len({record["heads"] for record in expected.history}) >= 2
+    for epoch in range(1, settings.epochs + 1):
+        folder = tmp_path / str(epoch)
+        with pytest.raises(Interrupted):
+            fit(GroupingNetwork(spec), data, settings, local(folder, on_record=interrupt_at(epoch)))
+        other = GroupingNetwork(replace(spec, seed=99))  # its weights must not matter once there is a checkpoint
+        resumed = fit(other if epoch > 1 else GroupingNetwork(spec), data, settings, local(folder))
+        assert_same_tensors(samples.snapshot(resumed.network), samples.snapshot(expected.network))
+        assert without_times(resumed.history) == without_times(expected.history)
+        assert_same_tensors(moments(resumed), moments(expected))
+
+
+def test_a_run_killed_at_every_epoch_in_turn_ends_like_one_that_was_not(tmp_path):
+    spec, settings = mlp_spec(), replace(SEARCHING, epochs=5)
+    data = samples.data(spec.input, spec.tasks)
+    expected = fit(GroupingNetwork(spec), data, settings, local())
+
+    for _ in range(settings.epochs):
+        with pytest.raises(Interrupted):
+            fit(GroupingNetwork(spec), data, settings, stopping_after(local(tmp_path), 1))
+    resumed = fit(GroupingNetwork(spec), data, settings, local(tmp_path))
+    assert_same_tensors(samples.snapshot(resumed.network), samples.snapshot(expected.network))
+    assert without_times(resumed.history) == without_times(expected.history)
+
+
+def test_a_finished_run_is_taken_up_without_training(tmp_path):
+    spec, settings = mlp_spec(), replace(SEARCHING, epochs=3)
+    data = samples.data(spec.input, spec.tasks)
+    first = fit(GroupingNetwork(spec), data, settings, local(tmp_path))
+    again = fit(GroupingNetwork(spec), data, settings, local(tmp_path, on_record=lambda _: pytest.fail("trained")))
+    assert_same_tensors(samples.snapshot(again.network), samples.snapshot(first.network))
+
+
+def test_a_checkpoint_holds_the_network_of_its_epoch(tmp_path):
+    spec, settings = mlp_spec(), replace(SEARCHING, epochs=2)
+    fit(GroupingNetwork(spec), samples.data(spec.input, spec.tasks), settings, local(tmp_path))
+    network = load_network(local(tmp_path).latest())
+    record = read_json(local(tmp_path).latest() / "loop.json")["history"][-1]
+    assert network.gate.probabilities().tolist() == record["probabilities"]
+    assert len(network.pairs) == record["heads"]
 
 
 @pytest.mark.parametrize("spec", [mlp_spec(stem=1), image_spec(MIXED[:6])], ids=["mlp", "convnet"])

@@ -20,9 +20,9 @@ from dmtg_core import (
     training_flops,
 )
 from tests.core import samples
+from tests.core.interrupted import Interrupted, without_times
 from tests.core.samples import SAMPLEWISE, assert_same_tensors, mlp_spec
 from tests.core.searches import SETTINGS, SPEC, assert_same_result, local
-from tests.core.test_training import Interrupted, without_times
 
 DMTG = SearchOptions("dmtg", starts=2)
 STAGES = [("naive_mtl", n) for n in (1, 2, 3, 4)]

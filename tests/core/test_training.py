@@ -1,4 +1,4 @@
-"""A run over epochs: pruning, learning rates, what is refused, and runs that are put down and taken up again."""
+"""A run over epochs: pruning, learning rates, what is refused, and several processes."""
 
 import json
 import math
@@ -26,17 +26,10 @@ from dmtg_core.checkpoint import load_network, read_json
 from dmtg_core.settings import LR_SCHEDULES
 from dmtg_core.training import score_of
 from tests.core import parallel, samples
+from tests.core.interrupted import without_times
 from tests.core.samples import MIXED, SAMPLEWISE, assert_same_tensors, image_spec, mlp_spec
 from tests.core.test_checkpoint import moments
 from tests.core.test_step import OPTIMIZERS, fresh, local, run_step
-
-TIMES = ("seconds", "samples_per_second", "data_share")
-
-
-def without_times(history):
-    """Records without what a clock says."""
-    return [{key: value for key, value in record.items() if key not in TIMES} for record in history]
-
 
 # --- refused steps
 
@@ -323,81 +316,6 @@ def test_a_run_is_repeated_by_its_seeds_and_draws_nothing_from_global_state():
         assert torch.equal(torch.get_rng_state(), before)
     assert without_times(runs[0].history) == without_times(runs[1].history)
     assert_same_tensors(samples.snapshot(runs[0].network), samples.snapshot(runs[1].network))
-
-
-# --- put down and taken up again
-
-
-class Interrupted(Exception):  # noqa: N818 - it is no error of the program
-    """What a killed run raises here."""
-
-
-def interrupt_at(epoch: int):
-    """A listener that kills the run before the checkpoint of an epoch is written."""
-
-    def listen(record):
-        if record["epoch"] == epoch:
-            raise Interrupted
-
-    return listen
-
-
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("spec", [mlp_spec(stem=1), image_spec(MIXED[:6])], ids=["mlp", "convnet"])
-def test_a_run_killed_at_any_epoch_ends_like_one_that_was_not(tmp_path, spec, optimizer):
-    settings = replace(SEARCHING, epochs=5, search_share=0.6, optimizer=optimizer, lr_schedule="cosine")
-    data = samples.data(spec.input, spec.tasks, 32, missing=0.2)
-    expected = fit(GroupingNetwork(spec), data, settings, local())
-    assert len({record["heads"] for record in expected.history}) >= 2
-    for epoch in range(1, settings.epochs + 1):
-        folder = tmp_path / str(epoch)
-        with pytest.raises(Interrupted):
-            fit(GroupingNetwork(spec), data, settings, local(folder, on_record=interrupt_at(epoch)))
-        other = GroupingNetwork(replace(spec, seed=99))  # its weights must not matter once there is a checkpoint
-        resumed = fit(other if epoch > 1 else GroupingNetwork(spec), data, settings, local(folder))
-        assert_same_tensors(samples.snapshot(resumed.network), samples.snapshot(expected.network))
-        assert without_times(resumed.history) == without_times(expected.history)
-        assert_same_tensors(moments(resumed), moments(expected))
-
-
-def test_a_run_killed_at_every_epoch_in_turn_ends_like_one_that_was_not(tmp_path):
-    spec, settings = mlp_spec(), replace(SEARCHING, epochs=5)
-    data = samples.data(spec.input, spec.tasks)
-    expected = fit(GroupingNetwork(spec), data, settings, local())
-
-    def stop_after_writing(context):
-        plain = context.report
-
-        def report(record, save):
-            plain(record, save)
-            raise Interrupted
-
-        context.report = report
-        return context
-
-    for _ in range(settings.epochs):
-        with pytest.raises(Interrupted):
-            fit(GroupingNetwork(spec), data, settings, stop_after_writing(local(tmp_path)))
-    resumed = fit(GroupingNetwork(spec), data, settings, local(tmp_path))
-    assert_same_tensors(samples.snapshot(resumed.network), samples.snapshot(expected.network))
-    assert without_times(resumed.history) == without_times(expected.history)
-
-
-def test_a_finished_run_is_taken_up_without_training(tmp_path):
-    spec, settings = mlp_spec(), replace(SEARCHING, epochs=3)
-    data = samples.data(spec.input, spec.tasks)
-    first = fit(GroupingNetwork(spec), data, settings, local(tmp_path))
-    again = fit(GroupingNetwork(spec), data, settings, local(tmp_path, on_record=lambda _: pytest.fail("trained")))
-    assert_same_tensors(samples.snapshot(again.network), samples.snapshot(first.network))
-
-
-def test_a_checkpoint_holds_the_network_of_its_epoch(tmp_path):
-    spec, settings = mlp_spec(), replace(SEARCHING, epochs=2)
-    fit(GroupingNetwork(spec), samples.data(spec.input, spec.tasks), settings, local(tmp_path))
-    network = load_network(local(tmp_path).latest())
-    record = read_json(local(tmp_path).latest() / "loop.json")["history"][-1]
-    assert network.gate.probabilities().tolist() == record["probabilities"]
-    assert len(network.pairs) == record["heads"]
 
 
 # --- two processes

@@ -30,11 +30,11 @@ from dmtg_core import (
 from dmtg_core.losses import label_counts, sample_loss
 from tests.core import samples
 from tests.core.host_syncs import HostSyncs
+from tests.core.interrupted import Interrupted, interrupt_at
 from tests.core.samples import MIXED, image_spec, mlp_spec
 from tests.core.test_checkpoint import looks_like_a_pickle
 from tests.core.test_metrics import IMAGE, measure
 from tests.core.test_step import run_step
-from tests.core.test_training import Interrupted, interrupt_at
 
 
 def local(folder=None, **options) -> LocalContext:

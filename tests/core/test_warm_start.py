@@ -21,9 +21,9 @@ from dmtg_core.context import LocalContext
 from dmtg_core.step import WeighedLoss, step_noise, train_step
 from dmtg_core.training import TrainState
 from tests.core import samples
+from tests.core.interrupted import Interrupted
 from tests.core.samples import MIXED, ONE_OF_EACH, SAMPLEWISE, assert_same_tensors, decided, image_spec, mlp_spec
 from tests.core.test_search import assert_same_result
-from tests.core.test_training import Interrupted
 
 SMALL_XCEPTION = {"widths": [4, 6, 8, 10, 10], "features": 5}
 
