@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +75,22 @@ def training_flops(network: GroupingNetwork) -> int:
     flops = _flops(network.eval(), network.spec.input, network.gate.logits.device, network.forward_pairs)
     network.train(was_training)
     return 3 * flops
+
+
+def history_flops(spec: NetworkSpec, history: Sequence[Mapping[str, Any]]) -> int:
+    """`training_flops` of epochs, each with the heads that were live in it, added up.
+
+    Args:
+        spec: The network.
+        history: For each epoch its record, whose `probabilities` `(N, K)` are above 0 where a head is live.
+    """
+    shapes = Counter(tuple(tuple(p > 0 for p in row) for row in record["probabilities"]) for record in history)
+    total = 0
+    for alive, epochs in shapes.items():
+        network = GroupingNetwork(spec.without_weights())
+        network.keep(torch.tensor(alive))
+        total += epochs * training_flops(network)
+    return total
 
 
 def naive_flops(spec: NetworkSpec) -> int:

@@ -17,18 +17,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-import torch
-
 from dmtg_core.affinity import cluster
 from dmtg_core.baselines import hard_network
 from dmtg_core.context import LocalContext, TrainContext
-from dmtg_core.cost import inference_cost, naive_flops, training_flops, wide_spec
+from dmtg_core.cost import history_flops, inference_cost, naive_flops, wide_spec
 from dmtg_core.data import Data
 from dmtg_core.distillation import learn_on, learner
 from dmtg_core.encoders import WIDTHS
@@ -318,7 +315,7 @@ class _Search:
         self.state.trained[name] = state.network
         result = self._result(name)
         result["final"], result["gap"] = state.best_score, generalisation_gap(state.history[-1])
-        result["cost"] += self._spent(state, result["epochs"])
+        result["cost"] += history_flops(state.network.spec, state.history[result["epochs"] :])
         self.state.current = None
 
     def _best(self) -> str:
@@ -426,19 +423,6 @@ class _Search:
             on_step=lambda _: self.context.report(None, self.state.save),
         )
 
-    def _spent(self, state: TrainState, since: int = 0) -> int:
-        """Operations of a state's epochs from one on, in units of one sample."""
-        spec = state.network.spec.without_weights()
-        shapes = Counter(
-            tuple(tuple(p > 0 for p in row) for row in record["probabilities"]) for record in state.history[since:]
-        )
-        total = 0
-        for alive, epochs in shapes.items():
-            network = GroupingNetwork(spec)
-            network.keep(torch.tensor(alive))
-            total += epochs * training_flops(network)
-        return total
-
     def _end(self, name: str, state: TrainState, **found: Any) -> None:
         self.state.results.append(
             {
@@ -446,7 +430,7 @@ class _Search:
                 "epochs": state.epoch,
                 "score": state.history[-1]["val_score"],
                 "grouping": state.network.grouping().to_dict(),
-                "cost": self._spent(state),
+                "cost": history_flops(state.network.spec, state.history),
                 **found,
             }
         )

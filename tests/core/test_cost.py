@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from dmtg_core import EncoderSpec, Grouping, GroupingNetwork, InputSpec, NetworkSpec, Task
-from dmtg_core.cost import Cost, grouping_cost, inference_cost, naive_flops, training_flops, wide_spec
+from dmtg_core.cost import (
+    Cost,
+    grouping_cost,
+    history_flops,
+    inference_cost,
+    naive_flops,
+    training_flops,
+    wide_spec,
+)
 from tests.core.samples import DENSE, SAMPLEWISE, decided, image_spec, mlp_spec, snapshot
 
 TASKS = (Task("a", "binary"), Task("b", "multiclass", 3), Task("c", "regression"))
@@ -124,3 +132,12 @@ def test_a_training_step_counts_every_live_head_three_times() -> None:
     network.keep_grouping(Grouping.of([["a", "b"], ["c"]]))
     assert training_flops(network) == 3 * (2 * MLP + 2 * heads)
     assert network.training
+
+
+def test_epochs_cost_what_was_live_in_each() -> None:
+    every, pruned = [[0.5, 0.5]] * 3, [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]
+    heads = (4 * (2 * 1 + 2 * 3 + 2 * 1), 4 * (1 + 2 * 3 + 1))
+    history = [{"probabilities": shape} for shape in (every, pruned, every)]
+    steps = [3 * (2 * MLP + 2 * live) for live in heads]
+    assert history_flops(spec(2), history) == 2 * steps[0] + steps[1]
+    assert history_flops(spec(2), []) == 0

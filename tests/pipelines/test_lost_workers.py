@@ -118,14 +118,14 @@ def losses_told(
     return [told["message"] for told in on_board(board) if told["kind"] == LOST]
 
 
-@pytest.mark.soak  # rests on a limit of seconds, which a busy machine passes while workers start
+@pytest.mark.soak  # rests on a limit of seconds, which does not suit a busy machine
 def test_a_worker_that_is_stopped_between_steps_is_replaced(run: Undisturbed, tmp_path: Path) -> None:
     again = tmp_path / "again"
 
     def work(values: dict[str, Any]) -> None:
         import ray.train
 
-        for _ in range(3):  # the third waits for a look at the workers after the one that found the first
+        for _ in range(3):  # the third waits for a second look: the first was answered, the start is over
             ray.train.report({})
         if ray.train.get_context().get_world_rank() == 0 and not again.exists():
             again.touch()
