@@ -132,7 +132,7 @@ def published(spec: NetworkSpec, rows: int, device: str = "cpu") -> Callable[[],
                 out = head(features, size) if task.dense else head(pooled(features)).squeeze(1)
                 one = sample_loss(task, out, batch.targets[task.name]).sum() / counts[n]
                 one.item()
-                loss = loss + gate[n, int(k)] * one
+                loss = loss + gate[n, k] * one
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -142,10 +142,10 @@ def published(spec: NetworkSpec, rows: int, device: str = "cpu") -> Callable[[],
 
 def _separate_heads(network: GroupingNetwork) -> nn.ModuleDict:
     """A module for every (branch, task)."""
-    heads = nn.ModuleDict({key: _transposing(decoder) for key, decoder in network.decoders.items()})
+    heads = nn.ModuleDict({f"{k}_{n}": _transposing(one) for (k, n), one in network.decoders.items()})
     for k, kept in network.bank.kept.items():
         for task in kept:
-            features = network.bank.weights[str(k)].shape[1]
+            features = network.bank.weights[k].shape[1]
             heads[f"{k}_{network.tasks.index(task)}"] = nn.Linear(features, task.channels)
     return heads
 

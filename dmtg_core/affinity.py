@@ -80,7 +80,7 @@ def _moments(
     found = []
     for n, task in enumerate(network.tasks):
         if task.dense:
-            output = network.decoders[f"0_{n}"](features, raw.shape[1:3])
+            output = network.decoders[0, n](features, raw.shape[1:3])
         else:
             output = network.bank.head(0, task, pooled(features))
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1

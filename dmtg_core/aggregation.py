@@ -124,9 +124,9 @@ def shared_parameters(network: GroupingNetwork) -> dict[int, list[nn.Parameter]]
     """
     stem = _trainable(network.stem)
     shared = {}
-    for key, branch in network.branches.items():
+    for k, branch in network.branches.items():
         own = _trainable(branch)
-        shared[int(key)] = stem + own if len(network.branches) == 1 or not own else own
+        shared[k] = stem + own if len(network.branches) == 1 or not own else own
     return shared
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec
+from dmtg_core.tasks import Task
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, 2)  # that can be read
+RIGHT_UP_TO = 10  # branches of a network of format 1; see `check_branches`
 SEAL = "sha256.json"
+
+
+class OutdatedNetworkError(ValueError):
+    """A network that an earlier version trained wrongly, and that has to be trained again."""
 
 
 def save_network(folder: Path, network: GroupingNetwork) -> None:
@@ -30,13 +38,20 @@ def load_network(folder: Path, device: torch.device | str = "cpu") -> GroupingNe
     """The network of `save_network`, pruned shape included.
 
     Raises:
-        ValueError: When the folder is not such a checkpoint, or of a format this version does not know.
+        ValueError: When the folder is not such a checkpoint, of a format this version does not know, or as
+            `check_branches`.
     """
     described = read_json(folder / "network.json", "format")
-    if described["format"] != FORMAT:
-        raise ValueError(f"{folder}: network format {described['format']!r}, this version reads {FORMAT}")
+    if described["format"] not in FORMATS:
+        known = " and ".join(map(str, FORMATS))
+        raise ValueError(f"{folder}: network format {described['format']!r}, this version reads {known}")
     try:
-        network = GroupingNetwork(NetworkSpec.from_dict(described["spec"]).without_weights())
+        spec = NetworkSpec.from_dict(described["spec"]).without_weights()
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: network.json does not describe a network ({error})") from error
+    check_branches(described["format"], spec.groups, spec.tasks, str(folder))
+    try:
+        network = GroupingNetwork(spec)
         network.keep(torch.tensor(described["alive"]))
         network.load_state_dict(load_tensors(folder / "network.safetensors"))
     except (KeyError, TypeError, RuntimeError) as error:
@@ -44,18 +59,49 @@ def load_network(folder: Path, device: torch.device | str = "cpu") -> GroupingNe
     return network.to(device)
 
 
+def check_branches(written: int, branches: int, tasks: Sequence[Task], where: str) -> None:
+    """Refuse a network whose heads were trained on the features of other branches than they are used with.
+
+    In format 1 this is any network of more than ten branches with a sample-wise task: branch 10 took the place of
+    branch 2 in training. Its weights cannot be corrected.
+
+    Args:
+        written: The format that the network was written in.
+        branches: K of the network, or of the one that it was cut out of.
+        tasks: Its tasks.
+        where: What the message begins with.
+
+    Raises:
+        OutdatedNetworkError: For such a network.
+    """
+    wrong = [task.name for task in tasks if not task.dense]
+    if written == 1 and branches > RIGHT_UP_TO and wrong:
+        more = ", …" if len(wrong) > 3 else ""
+        raise OutdatedNetworkError(
+            f"{where}: an earlier version trained this on {branches} branches, and with over {RIGHT_UP_TO} it "
+            f"trained heads ({', '.join(wrong[:3])}{more}) on the features of other branches; the weights cannot "
+            "be corrected: train it again"
+        )
+
+
 def save_model(folder: Path, model: GroupModel) -> None:
     """Write one group's model into `folder`."""
     save_network(folder, model.network)
 
 
-def load_model(folder: Path, device: torch.device | str = "cpu") -> GroupModel:
+def load_model(folder: Path, device: torch.device | str = "cpu", *, branches: int = 1) -> GroupModel:
     """The model of `save_model`, in evaluation mode.
+
+    Args:
+        folder: Where it is.
+        device: Where it goes.
+        branches: K of the network that it was cut out of, where that is known.
 
     Raises:
         ValueError: As `load_network`, and for a network of more than one group.
     """
     network = load_network(folder)
+    check_branches(read_json(folder / "network.json", "format")["format"], branches, network.tasks, str(folder))
     if network.spec.groups != 1:
         raise ValueError(f"{folder}: holds a network of {network.spec.groups} branches, not one group's model")
     model = GroupModel(network.spec)

@@ -91,7 +91,7 @@ def _feature_gradient(network: GroupingNetwork, batch: Batch, features: Tensor, 
     """Gradient of task n's loss with respect to the features of branch k, flat."""
     task, leaf = network.tasks[n], features.detach().float().requires_grad_()
     if task.dense:
-        output = network.decoders[f"{k}_{n}"](leaf, batch.inputs.shape[1:3])
+        output = network.decoders[k, n](leaf, batch.inputs.shape[1:3])
     else:
         output = network.bank.head(k, task, pooled(leaf))
     loss = sample_loss(task, output, batch.targets[task.name]).sum()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from dmtg_core.numbered import Numbered
 from dmtg_core.tasks import Task
 
 
@@ -33,8 +34,8 @@ class HeadBank(nn.Module):
         self.tasks = tuple(tasks)
         rows = sum(task.channels for task in tasks)
         self.kept = {k: _places(tasks) for k in range(groups) if tasks}
-        self.weights = nn.ParameterDict({str(k): nn.Parameter(torch.empty(rows, features)) for k in self.kept})
-        self.biases = nn.ParameterDict({str(k): nn.Parameter(torch.zeros(rows)) for k in self.kept})
+        self.weights = Numbered({k: nn.Parameter(torch.empty(rows, features)) for k in self.kept})
+        self.biases = Numbered({k: nn.Parameter(torch.zeros(rows)) for k in self.kept})
         for weight in self.weights.values():
             nn.init.uniform_(weight, -1 / math.sqrt(features), 1 / math.sqrt(features))
         self.register_buffer("index", self._index(), persistent=False)
@@ -51,8 +52,9 @@ class HeadBank(nn.Module):
         if not self.training:
             return torch.cat([self._apart(k, t, features[k]).T for k, kept in self.kept.items() for t in kept])
         x = torch.stack([features[k] for k in self.kept])  # (K, B, F)
-        weight = pad_sequence(list(self.weights.values()), batch_first=True)  # (K, C, F), C = max of C_k
-        bias = pad_sequence(list(self.biases.values()), batch_first=True)  # (K, C)
+        # (K, C, F) and (K, C), C = max of C_k
+        weight = pad_sequence([self.weights[k] for k in self.kept], batch_first=True)
+        bias = pad_sequence([self.biases[k] for k in self.kept], batch_first=True)
         out = torch.baddbmm(bias.unsqueeze(2), weight, x.transpose(1, 2))  # (K, C, B)
         return out.flatten(0, 1).index_select(0, self.index)  # (M, B)
 
@@ -63,7 +65,7 @@ class HeadBank(nn.Module):
 
     def _apart(self, k: int, task: Task, features: Tensor) -> Tensor:
         rows = self.rows(k, task)
-        return nn.functional.linear(features, self.weights[str(k)][rows], self.biases[str(k)][rows])  # (B, C)
+        return nn.functional.linear(features, self.weights[k][rows], self.biases[k][rows])  # (B, C)
 
     def rows(self, k: int, task: Task) -> slice:
         """Where the head of `task` lies in the weight of branch `k`."""
@@ -77,21 +79,21 @@ class HeadBank(nn.Module):
         """
         followed: dict[nn.Parameter, tuple[nn.Parameter, Tensor]] = {}
         for k in list(self.kept):
-            key, stay = str(k), [task for task in self.kept[k] if task in kept.get(k, ())]
+            stay = [task for task in self.kept[k] if task in kept.get(k, ())]
             if len(stay) == len(self.kept[k]):
                 continue
-            device = self.weights[key].device
+            device = self.weights[k].device
             rows = torch.cat(
                 [torch.arange(self.rows(k, t).start, self.rows(k, t).stop) for t in stay]
                 or [torch.empty(0).long()]
             ).to(device)
             if not stay:
-                del self.weights[key], self.biases[key], self.kept[k]
+                del self.weights[k], self.biases[k], self.kept[k]
                 continue
             for store in (self.weights, self.biases):
-                old = store[key]
-                store[key] = nn.Parameter(old.detach()[rows].clone())
-                followed[store[key]] = (old, rows)
+                old = store[k]
+                store[k] = nn.Parameter(old.detach()[rows].clone())
+                followed[store[k]] = (old, rows)
             self.kept[k] = _places(stay)
         self.index = self._index().to(self.index.device)
         return followed

@@ -17,6 +17,7 @@ from dmtg_core.decoders import DECODERS
 from dmtg_core.encoders import EncoderSpec, build_encoder, seeded
 from dmtg_core.grouping import GroupGate, Grouping
 from dmtg_core.heads import HeadBank
+from dmtg_core.numbered import Numbered
 from dmtg_core.tasks import InputSpec, Task, check_names
 
 Pair = tuple[int, int]  # (branch, task)
@@ -180,7 +181,7 @@ class GroupingNetwork(nn.Module):
         )  # fmt: skip
         self.normalise = Normalise(spec.input)
         self.stem, branches, features = build_encoder(spec.encoder, spec.input, spec.groups, spec.seed)
-        self.branches = nn.ModuleDict({str(k): branch for k, branch in enumerate(branches)})
+        self.branches = Numbered(dict(enumerate(branches)))
         dense = [task for task in spec.tasks if task.dense]
         if dense and not features.stride:
             raise ValueError(
@@ -188,9 +189,9 @@ class GroupingNetwork(nn.Module):
             )
         with seeded(spec.seed + 1):
             self.bank = HeadBank([t for t in spec.tasks if not t.dense], features.channels, spec.groups)
-            self.decoders = nn.ModuleDict(
+            self.decoders: Numbered[Pair, nn.Module] = Numbered(
                 {
-                    f"{k}_{n}": DECODERS[spec.decoder](
+                    (k, n): DECODERS[spec.decoder](
                         features.channels, task.channels, features.stride, spec.decoder_width
                     )
                     for k in range(spec.groups)
@@ -207,7 +208,7 @@ class GroupingNetwork(nn.Module):
         """The live (branch, task) pairs: first those of the head bank in its order, then the dense ones."""
         number = {task: n for n, task in enumerate(self.tasks)}
         bank = [(k, number[task]) for k, kept in self.bank.kept.items() for task in kept]
-        return bank + [_pair(key) for key in self.decoders]
+        return bank + list(self.decoders)
 
     def features(self, raw: Tensor, branches: Iterable[int] | None = None) -> dict[int, Tensor]:
         """Features of the live branches (or of `branches`): `(B, F)` or `(B, F, h, w)`."""
@@ -216,8 +217,8 @@ class GroupingNetwork(nn.Module):
         shared = self._run(self.stem, self.normalise(raw))
         if self.spec.rescale_gradients:
             shared = _scaled(shared, 1 / math.sqrt(self.spec.groups))
-        wanted = [int(k) for k in self.branches] if branches is None else sorted(set(branches))
-        out = {k: self._run(self.branches[str(k)], shared) for k in wanted}
+        wanted = self.branches if branches is None else sorted(set(branches))
+        out = {k: self._run(self.branches[k], shared) for k in wanted}
         if self.spec.rescale_gradients:
             out = {k: _scaled(f, 1 / math.sqrt(len(self.tasks))) for k, f in out.items()}
         return out
@@ -236,8 +237,7 @@ class GroupingNetwork(nn.Module):
         features = self.features(raw)
         rows = self.bank({k: pooled(f) for k, f in features.items()}) if self.bank.kept else raw.new_zeros(0)
         dense = {
-            _pair(key): self._run(decoder, features[_pair(key)[0]], raw.shape[1:3])
-            for key, decoder in self.decoders.items()
+            (k, n): self._run(decoder, features[k], raw.shape[1:3]) for (k, n), decoder in self.decoders.items()
         }
         return PairOutputs(rows, dense)
 
@@ -254,7 +254,7 @@ class GroupingNetwork(nn.Module):
 
     def _head(self, k: int, n: int, features: Mapping[int, Tensor], raw: Tensor) -> Tensor:
         if self.tasks[n].dense:
-            out: Tensor = self.decoders[f"{k}_{n}"](features[k], raw.shape[1:3])
+            out: Tensor = self.decoders[k, n](features[k], raw.shape[1:3])
             return out
         return self.bank.head(k, self.tasks[n], pooled(features[k]))
 
@@ -263,10 +263,10 @@ class GroupingNetwork(nn.Module):
         (k, n), (j, m) = pair, trained
         mine, theirs = self.tasks[n], source.tasks[m]
         if mine.dense:
-            self.decoders[f"{k}_{n}"].load_state_dict(source.decoders[f"{j}_{m}"].state_dict())
+            self.decoders[k, n].load_state_dict(source.decoders[j, m].state_dict())
             return
         for to, of in ((self.bank.weights, source.bank.weights), (self.bank.biases, source.bank.biases)):
-            to[str(k)].data[self.bank.rows(k, mine)].copy_(of[str(j)].detach()[source.bank.rows(j, theirs)])
+            to[k].data[self.bank.rows(k, mine)].copy_(of[j].detach()[source.bank.rows(j, theirs)])
 
     def grouping(self) -> Grouping:
         """The grouping that the gate holds now: each task with its likeliest branch."""
@@ -300,13 +300,12 @@ class GroupingNetwork(nn.Module):
         if bare:
             raise ValueError(f"every task needs a head, none left for {', '.join(bare)}")
         self.gate.alive.copy_(alive)
-        for key in list(self.decoders):
-            k, n = _pair(key)
+        for k, n in list(self.decoders):
             if not rows[n][k]:
-                del self.decoders[key]
-        for key in list(self.branches):
-            if not any(row[int(key)] for row in rows):
-                del self.branches[key]
+                del self.decoders[k, n]
+        for k in list(self.branches):
+            if not any(row[k] for row in rows):
+                del self.branches[k]
         return self.bank.keep(
             {k: [task for n, task in enumerate(self.tasks) if rows[n][k]] for k in range(self.spec.groups)}
         )
@@ -359,7 +358,7 @@ class GroupModel(nn.Module):
         model = cls(replace(source.spec.without_weights(), tasks=tasks))
         net = model.network
         net.stem.load_state_dict(source.stem.state_dict())
-        net.branches["0"].load_state_dict(source.branches[str(k)].state_dict())
+        net.branches[0].load_state_dict(source.branches[k].state_dict())
         for n, task in enumerate(tasks):
             net.copy_head((0, n), source, (k, source.tasks.index(task)))
         return model.to(source.gate.logits.device).train(source.training)
@@ -390,11 +389,6 @@ def _same_buffers(part: nn.Module) -> Iterator[None]:
 def pooled(features: Tensor) -> Tensor:
     """A feature map averaged over its pixels, `(B, F)`; a feature vector as it is."""
     return features.mean((2, 3)) if features.dim() == 4 else features
-
-
-def _pair(key: str) -> Pair:
-    k, n = key.split("_")
-    return int(k), int(n)
 
 
 def clone(network: GroupingNetwork) -> GroupingNetwork:

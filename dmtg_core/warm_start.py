@@ -62,11 +62,11 @@ class WarmStart:
             ValueError: As `check`.
         """
         self.check(network.spec)
-        for key in network.branches:
-            model = self._of(int(key))
+        for k in network.branches:
+            model = self._of(k)
             if model is None:
                 continue
-            for mine, trained in zip(_stages(network, key), _stages(model.network), strict=True):
+            for mine, trained in zip(_stages(network, k), _stages(model.network), strict=True):
                 mine.load_state_dict(trained.state_dict())
         for k, n in network.pairs:
             model = self._of(k)
@@ -147,7 +147,7 @@ class WarmStart:
         return total.hexdigest()[:16]
 
 
-def _stages(network: GroupingNetwork, branch: str = "0") -> list[nn.Module]:
+def _stages(network: GroupingNetwork, branch: int = 0) -> list[nn.Module]:
     """The whole encoder of a branch, wherever it is cut."""
     return [*network.stem, *cast("nn.Sequential", network.branches[branch])]
 

@@ -40,7 +40,8 @@ from pipelines.shards import ensure_shards
 from pipelines.storage import Location, locate
 from pipelines.tables import comparison
 from pipelines.tracking import connect, enabled, open_tracker, shown
-from pipelines.train import CONFIG, check_data, check_network, open_run, support_notes
+from pipelines.train import check_data, check_network, open_run, support_notes
+from pipelines.worker import CONFIG
 
 FOUND, PAGE = "compare.json", "compare.html"
 log = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from dmtg_core.checkpoint import OutdatedNetworkError
 from dmtg_core.training import NonFiniteLossError
 from pipelines.cluster import causes, user_error
 from pipelines.config import Config
@@ -45,6 +46,9 @@ def lasting_error(error: Exception, config: Config, run: str, workers: int) -> L
     if isinstance(error, NonFiniteLossError):
         problem, _, remedy = str(error).partition(": ")
         return LastingError(problem, where=f"{run} (the last good checkpoint stays)", remedy=remedy)
+    if isinstance(error, OutdatedNetworkError):
+        remedy = "delete the run folder, or give another run.name, and train it again"
+        return LastingError(str(error).partition(": ")[2], where=run, remedy=remedy)
     if out_of_memory(error):
         share = f"{config.train.batch_size} samples on {workers} worker{'s' * (workers > 1)}"
         return LastingError(

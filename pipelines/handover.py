@@ -23,9 +23,9 @@ from pipelines.registry import Registered, register
 from pipelines.sections import checked
 from pipelines.storage import Location, locate
 from pipelines.tracking import NOTE, REGISTERED, Tracker, enabled, open_tracker, tracking_uri
-from pipelines.worker import GROUPING, RESULT
+from pipelines.worker import CONFIG, GROUPING, RESULT
 
-CONFIG, REPORT = "config.yaml", "report.html"
+REPORT = "report.html"
 LABELS = "labels.json"  # statistics of the labels that a model was trained on
 log = logging.getLogger(__name__)
 

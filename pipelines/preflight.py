@@ -31,7 +31,7 @@ from pipelines.significance import Correlation, agreement, intraclass_correlatio
 from pipelines.standings import numbers
 from pipelines.storage import Location
 from pipelines.tracking import shown
-from pipelines.train import CONFIG
+from pipelines.worker import CONFIG
 
 WEAK, STRONG = 0.3, 0.6  # of an intraclass correlation
 log = logging.getLogger(__name__)

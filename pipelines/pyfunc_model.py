@@ -30,7 +30,8 @@ class GroupPredictor(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
         """Load the weights and the preparation."""
         folders = sorted(Path(context.artifacts["groups"]).iterdir())
-        self.models = [load_model(folder) for folder in folders]
+        described = json.loads(Path(context.artifacts["grouping"]).read_text(encoding="utf-8"))
+        self.models = [load_model(folder, branches=len(described["groups"])) for folder in folders]
         file = context.artifacts.get("preparation")
         self.preparation = load_preparation(json.loads(Path(file).read_text(encoding="utf-8"))) if file else None
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dmtg_core.checkpoint import load_model
+from dmtg_core.checkpoint import OutdatedNetworkError, load_model
 from dmtg_core.grouping import Grouping
 from dmtg_core.network import GroupModel
 from pipelines.aliases import set_challenger
@@ -29,7 +29,7 @@ from pipelines.sections import TrackSection
 from pipelines.storage import Location, locate
 from pipelines.tracking import connect
 from pipelines.versions import DETAILS, LONGEST_TAG, find, registered, tags_of, versions
-from pipelines.worker import GROUPING, MODELS
+from pipelines.worker import GROUPING, MODELS, branches_of, outdated
 
 os.environ.setdefault("MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK", "true")
 LOGGED = re.compile(r"models:/m-[0-9a-f]{32}")  # a model that MLflow has logged, registered or not
@@ -281,7 +281,24 @@ def load_registered(uri: str, section: TrackSection) -> tuple[dict[str, GroupMod
         folders = sorted((path / "artifacts").glob("*/group_*"))
         file = path / "artifacts" / "preparation.json"
         preparation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        return {group.name: load_model(group) for group in folders}, preparation
+        branches = _branches(client, path)
+        try:
+            return {group.name: load_model(group, branches=branches) for group in folders}, preparation
+        except OutdatedNetworkError as error:
+            raise outdated(error, uri) from error
+
+
+def _branches(client: Any, model: Path) -> int:
+    """K of the network that a registered model was cut out of: from its run, or at least as many as its groups."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
+
+    described = Model.load(str(model / "MLmodel"))
+    groups = len((described.metadata or {}).get("grouping", ()))
+    try:
+        return int(client.get_run(described.run_id).data.params["network.groups"])
+    except (MlflowException, KeyError):  # the run has been deleted
+        return groups
 
 
 def _groups_of_run(uri: str) -> dict[str, GroupModel]:
@@ -294,7 +311,12 @@ def _groups_of_run(uri: str) -> dict[str, GroupModel]:
         )
     with tempfile.TemporaryDirectory() as folder:
         _fetch_models(run, Path(folder))
-        return {path.name: load_model(path) for path in sorted(Path(folder).iterdir())}
+        try:
+            return {
+                path.name: load_model(path, branches=branches_of(run)) for path in sorted(Path(folder).iterdir())
+            }
+        except OutdatedNetworkError as error:
+            raise outdated(error, uri) from error
 
 
 def _fetch_models(run: Location, folder: Path) -> None:

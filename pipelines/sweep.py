@@ -38,10 +38,10 @@ from pipelines.standings import (
 )
 from pipelines.storage import Location, locate
 from pipelines.tracking import NullTracker, Tracker, connect, enabled, open_tracker, shown
-from pipelines.train import CONFIG, check_data, check_network, open_run, support_notes
+from pipelines.train import check_data, check_network, open_run, support_notes
 from pipelines.trials import STOPPED, Trial, best_config, sweep_name, trials
 from pipelines.warm_start import keep_models, open_models
-from pipelines.worker import GROUPING, RESULT, Job
+from pipelines.worker import CONFIG, GROUPING, RESULT, Job, check_models
 
 SWEEP, BEST, PAGE = "sweep.json", "best.yaml", "sweep.html"
 log = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ def sweep(config: Config, say: Callable[[str], None] = log.info) -> Swept:
     planned = trials(config)
     for trial in planned:
         trial.config.check_options()
+        check_models(trial.config, trial.run)
     left = [trial for trial in planned if status(trial) in (OPEN, BROKEN)]
     if left and enabled(config.track):
         connect(config.track)  # before shards are made, which can take hours

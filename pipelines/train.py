@@ -36,9 +36,9 @@ from pipelines.shards import ensure_shards
 from pipelines.storage import Location, locate
 from pipelines.tracking import connect, enabled, open_tracker, shown
 from pipelines.warm_start import explained, fairness_notes, keep_models, open_models
-from pipelines.worker import RESULT, SEARCHED, Job, read_jsonl, work
+from pipelines.worker import CONFIG, RESULT, SEARCHED, Job, check_models, read_jsonl, work
 
-CONFIG, REPORT, REGISTERED = handover.CONFIG, handover.REPORT, tracking.REGISTERED
+REPORT, REGISTERED = handover.REPORT, tracking.REGISTERED
 log = logging.getLogger(__name__)
 
 
@@ -74,6 +74,7 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
     """
     run = open_run(config)
     config.check_options()
+    check_models(config, run)
     if enabled(config.track) and not (run / RESULT).exists():
         connect(config.track)  # before shards are made, which can take hours
     models = open_models(config, run)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from dmtg_core import checkpoint
 from dmtg_core.cost import inference_cost
@@ -31,7 +32,7 @@ from pipelines.notices import for_result, on_board, teller
 from pipelines.storage import Location
 from pipelines.watch import Pulse, Watched
 
-GROUPING, RESULT, MODELS = "grouping.json", "result.json", "models"
+CONFIG, GROUPING, RESULT, MODELS = "config.yaml", "grouping.json", "result.json", "models"
 DETAILS = "details.json"  # what the run's page shows beside the result
 SEARCHED = "searched.json"  # a result whose groups are still to be trained on their own
 PROFILE = "profile"
@@ -94,7 +95,7 @@ def _explaining(job: Job, context: RayContext) -> Iterator[None]:
     """Errors that come from the configuration, as what they are."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, checkpoint.OutdatedNetworkError) as error:
         lasting = lasting_error(error, job.config, str(job.run), context.world_size)
         if lasting is None:
             raise
@@ -195,23 +196,51 @@ def write_model(place: Location, model: GroupModel) -> None:
             (place / file.name).write_bytes(file.read_bytes())
 
 
+def branches_of(run: Location) -> int:
+    """K of the network that a run was configured with; 1 where its folder does not say."""
+    file = run / CONFIG
+    values = yaml.safe_load(file.read_text()) if file.exists() else {}
+    return int(values.get("network", {}).get("groups", 1))
+
+
+def outdated(error: checkpoint.OutdatedNetworkError, where: str) -> UserError:
+    """What the user is told of a network that an earlier version trained wrongly."""
+    return UserError(
+        str(error).partition(": ")[2], where=where, remedy="train it again with dmtg train and another run.name"
+    )
+
+
 def read_model(place: Location) -> GroupModel:
     """What `write_model` wrote.
 
     Raises:
-        UserError: When a file is missing or damaged, or it is no group's model.
+        UserError: When a file is missing or damaged, it is no group's model, or it has to be trained again.
     """
+    branches = branches_of(place.parent.parent)
     with tempfile.TemporaryDirectory() as folder:
         for name in place.files(recursive=False):
             (Path(folder) / name).write_bytes((place / name).read_bytes())
         try:
-            return checkpoint.load_model(Path(folder))
+            return checkpoint.load_model(Path(folder), branches=branches)
+        except checkpoint.OutdatedNetworkError as error:
+            raise outdated(error, str(place)) from error
         except ValueError as error:
             raise UserError(
                 str(error).replace(folder, str(place)),
                 where=str(place),
                 remedy="give a folder models/group_<k> of a run that dmtg train has finished",
             ) from error
+
+
+def check_models(config: Config, run: Location) -> None:
+    """Stop at group models in a run folder that an earlier version trained wrongly.
+
+    Raises:
+        UserError: For the first of them.
+    """
+    if config.network.groups > checkpoint.RIGHT_UP_TO:
+        for name in (run / MODELS).folders():
+            read_model(run / MODELS / name)
 
 
 def write_result(run: Location, result: SearchResult, notes: Sequence[str] = (), file: str = RESULT) -> None:

@@ -55,7 +55,7 @@ def test_it_is_the_overlap_of_what_linear_tasks_read_whatever_the_sign() -> None
         for parameter in network.branches.parameters():  # the identity, far from where ReLU cuts
             parameter.copy_(torch.eye(2) if parameter.dim() == 2 else torch.full((2,), 1e3))
         for task, rows in zip(READERS, ([[1.0, 0.0]], [[-2.0, 0.0]], [[3.0, 0.0], [0.0, 3.0]]), strict=True):
-            network.bank.weights["0"][network.bank.rows(0, task)] = torch.tensor(rows)
+            network.bank.weights[0][network.bank.rows(0, task)] = torch.tensor(rows)
     overlap = reading_overlap(network, data(features, READERS, rows=1000))
     assert overlap[0, 1] == pytest.approx(1)
     assert overlap[0, 2] == overlap[1, 2] == pytest.approx(0.5**0.5, rel=0.05)  # it reads another one beside it

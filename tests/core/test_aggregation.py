@@ -46,8 +46,7 @@ def pair_losses(network: GroupingNetwork, batch: Batch, counts: Tensor | None = 
     """The loss of each pair `(P,)`, and the features that the heads read."""
     features = network.features(batch.inputs)
     rows, dense = network.bank({k: pooled(f) for k, f in features.items()}), {}
-    for key, decoder in network.decoders.items():
-        k, n = map(int, key.split("_"))
+    for (k, n), decoder in network.decoders.items():
         dense[k, n] = decoder(features[k], batch.inputs.shape[1:3])
     sums = PairLosses(network.tasks, network.pairs)(PairOutputs(rows, dense), batch.targets).sum(1)
     counts = label_counts(network.tasks, batch.targets) if counts is None else counts
@@ -155,10 +154,10 @@ def test_groups_with_a_common_stem_are_weighed_apart_and_add_up_in_the_stem(kind
     found, weights = aggregated(network, batch, name)
     expected = torch.empty(len(names))
     for k, branch in network.branches.items():
-        members = [p for p, b in enumerate(branch_of(network)) if b == int(k)]
+        members = [p for p, b in enumerate(branch_of(network)) if b == k]
         assert len(members) > 1
         matrix = jacobian(network, batch, list(branch.parameters()))[members]
-        torch.manual_seed(SEED * spec.groups + int(k))
+        torch.manual_seed(SEED * spec.groups + k)
         expected[members] = PUBLISHED[name](len(members)).weighting(matrix).float()
     torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-4)
     shared = {k: v for k, v in plain(network, batch, weights).items() if not is_head(k)}
@@ -238,9 +237,9 @@ def test_the_jacobian_is_reduced_in_blocks_that_hold_all_of_it(monkeypatch):
 
 def test_a_group_shares_its_branch_and_with_no_other_alive_the_stem():
     network = grouped(SPECS["two groups"], TWO_GROUPS)
-    assert shared_parameters(network) == {k: list(network.branches[str(k)].parameters()) for k in (0, 1)}
+    assert shared_parameters(network) == {k: list(network.branches[k].parameters()) for k in (0, 1)}
     network = grouped(SPECS["two groups"], NO_GROUPS)
-    assert shared_parameters(network) == {0: [*network.stem.parameters(), *network.branches["0"].parameters()]}
+    assert shared_parameters(network) == {0: [*network.stem.parameters(), *network.branches[0].parameters()]}
 
 
 def test_a_branch_with_nothing_to_learn_is_weighed_over_the_stem():
@@ -293,7 +292,7 @@ def test_a_step_hurts_no_task_where_the_sum_would(name):
     tasks = (Task("heavy", "binary", weight=2.0), Task("light", "binary"), Task("third", "binary"))
     network = grouped(NetworkSpec(FEATURES, tasks, mlp_spec().encoder, 1), [["heavy", "light", "third"]])
     with torch.no_grad():  # heads that agree on what they read, for labels that do not
-        network.bank.weights["0"][1] = network.bank.weights["0"][0]
+        network.bank.weights[0][1] = network.bank.weights[0][0]
     batch = samples.batch(FEATURES, tasks, 64)
     batch.targets["light"].copy_(1 - batch.targets["heavy"])
     shared = shared_parameters(network)[0]

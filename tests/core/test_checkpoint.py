@@ -130,8 +130,44 @@ def test_an_unknown_format_is_refused_with_both_numbers(tmp_path):
     files.save_network(tmp_path, GroupingNetwork(mlp_spec()))
     described = json.loads((tmp_path / "network.json").read_text())
     (tmp_path / "network.json").write_text(json.dumps({**described, "format": 99}))
-    with pytest.raises(ValueError, match="network format 99, this version reads 1"):
+    with pytest.raises(ValueError, match="network format 99, this version reads 1 and 2"):
         files.load_network(tmp_path)
+
+
+def written_before(folder) -> None:
+    """A saved network as the version before wrote it."""
+    described = json.loads((folder / "network.json").read_text())
+    (folder / "network.json").write_text(json.dumps(described | {"format": 1}))
+
+
+@pytest.mark.parametrize("groups", [1, 10, 11, 40])
+def test_networks_of_more_than_ten_branches_from_the_version_before_are_refused(tmp_path, groups):
+    network = GroupingNetwork(mlp_spec(groups=groups))
+    files.save_network(tmp_path, network)
+    files.load_network(tmp_path)
+    written_before(tmp_path)
+    if groups <= 10:
+        assert_same_tensors(files.load_network(tmp_path).state_dict(), network.state_dict())
+        return
+    words = f"trained this on {groups} branches, .* heads \\(smiling, colour, age, …\\) .* train it again"
+    with pytest.raises(files.OutdatedNetworkError, match=words):
+        files.load_network(tmp_path)
+
+
+def test_a_group_of_more_than_ten_branches_from_the_version_before_is_refused(tmp_path):
+    network = decided(GroupingNetwork(mlp_spec(groups=12)), list(range(10)))
+    files.save_model(tmp_path, network.specialise()["group_0"])
+    files.load_model(tmp_path, branches=12)
+    written_before(tmp_path)
+    files.load_model(tmp_path, branches=10)
+    with pytest.raises(files.OutdatedNetworkError, match="on 12 branches"):
+        files.load_model(tmp_path, branches=12)
+
+
+def test_dense_heads_of_the_version_before_were_right_with_any_number_of_branches(tmp_path):
+    files.save_network(tmp_path, GroupingNetwork(image_spec(samples.DENSE[:2], 11)))
+    written_before(tmp_path)
+    assert len(files.load_network(tmp_path).branches) == 11
 
 
 NAMES = (

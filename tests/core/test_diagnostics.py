@@ -83,7 +83,7 @@ def test_cosines_are_those_of_the_gradients_with_respect_to_the_shared_features(
         features = {k: f.detach().requires_grad_() for k, f in network.features(batch.inputs).items()}
         held = features[choice[n]]
         if task.dense:
-            output = network.decoders[f"{choice[n]}_{n}"](held, spec.input.shape[:2])
+            output = network.decoders[choice[n], n](held, spec.input.shape[:2])
         else:
             output = network.bank.head(choice[n], task, pooled(held))
         loss = sample_loss(task, output, batch.targets[task.name]).sum()
@@ -101,7 +101,7 @@ def test_two_tasks_of_opposite_labels_pull_apart_and_two_of_the_same_together():
     tasks = [Task(name, "regression") for name in ("x", "same", "opposite")]
     network = GroupingNetwork(mlp_spec(tasks, 1))
     with torch.no_grad():
-        network.bank.weights["0"][:] = network.bank.weights["0"][0]  # heads that read the features alike
+        network.bank.weights[0][:] = network.bank.weights[0][0]  # heads that read the features alike
     batch = samples.batch(network.spec.input, tasks, 8)
     x = torch.full_like(batch.targets["x"], 100.0)
     batch.targets.update(x=x, same=x.clone(), opposite=-x)
@@ -171,9 +171,9 @@ def test_tasks_that_hurt_each_other_are_named_at_the_end_by_the_mean_of_the_epoc
 def test_identical_branches_are_warned_of():
     spec = mlp_spec(groups=2)
     network = GroupingNetwork(spec)
-    network.branches["1"].load_state_dict(network.branches["0"].state_dict())
+    network.branches[1].load_state_dict(network.branches[0].state_dict())
     for store in (network.bank.weights, network.bank.biases):
-        store["1"].data.copy_(store["0"].data)
+        store[1].data.copy_(store[0].data)
     data = samples.data(spec.input, spec.tasks, 16)
     settings = TrainSettings(epochs=2, search_share=1.0, batch_size=16, learning_rate=1e-12)
     state = fit(network, data, settings, local())

@@ -32,8 +32,8 @@ def separate(bank: HeadBank, x: dict[int, torch.Tensor]) -> dict[tuple[int, str]
     for k, kept in bank.kept.items():
         row = 0
         for task in kept:
-            weight = bank.weights[str(k)][row : row + task.channels]
-            bias = bank.biases[str(k)][row : row + task.channels]
+            weight = bank.weights[k][row : row + task.channels]
+            bias = bank.biases[k][row : row + task.channels]
             out[k, task.name] = x[k] @ weight.T + bias
             row += task.channels
     return out

@@ -149,7 +149,7 @@ def test_pruning_takes_the_parameters_of_what_goes_away(mixed):
 def test_a_branch_that_nobody_chose_is_dropped(mixed):
     decided(mixed, [0] * len(mixed.tasks), by=20.0)
     mixed.prune(0.5)
-    assert list(mixed.branches) == ["0"]
+    assert list(mixed.branches) == [0]
     assert {k for k, _ in mixed.pairs} == {0}
     assert len(mixed.specialise()) == 1
     assert not any(name.startswith(("branches.1", "decoders.1", "bank.weights.1")) for name in mixed.state_dict())
@@ -167,7 +167,7 @@ def test_more_branches_than_tasks_are_legal():
     assert network.grouping() == Grouping.of([["smiling"], ["colour"]])
     assert len(network.pairs) == 10
     network.prune(2.0)
-    assert set(network.branches) == {"2", "4"}
+    assert set(network.branches) == {2, 4}
     inputs = samples.batch(network.spec.input, network.tasks).inputs
     assert network.eval()(inputs)["colour"].shape == (5, 3)
 
@@ -211,7 +211,7 @@ def test_keeping_a_grouping_gives_it_its_branches():
     grouping = Grouping.from_assignment(names, [0, 1, 1, 0, 0, 1, 0, 1, 0, 1])
     network.keep_grouping(grouping)
     assert network.grouping() == grouping
-    assert set(network.branches) == {"0", "1"}
+    assert set(network.branches) == {0, 1}
     assert len(network.pairs) == 10
 
 
@@ -355,7 +355,7 @@ def test_each_pair_learns_from_its_own_task_only():
     sample_loss(spec.tasks[1], outputs[2, 1], batch.targets["colour"]).sum().backward()
     touched = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert {name.split(".")[1] for name in touched if name.startswith("branches")} == {"2"}
-    rows = network.bank.weights["2"].grad.abs().sum(1) > 0
+    rows = network.bank.weights[2].grad.abs().sum(1) > 0
     assert rows.tolist() == [False, True, True, True, False]
 
 

@@ -32,8 +32,8 @@ def linear() -> tuple[GroupingNetwork, Batch]:
         for parameter in network.branches.parameters():  # the identity, far from where ReLU cuts
             parameter.copy_(torch.eye(2) if parameter.dim() == 2 else torch.full((2,), 10.0))
         for task, row in zip(VALUES, ([1.0, 0.0], [1.0, 0.0], [0.0, 1.0]), strict=True):
-            network.bank.weights["0"][network.bank.rows(0, task)] = torch.tensor([row])
-            network.bank.biases["0"][network.bank.rows(0, task)] = -10.0
+            network.bank.weights[0][network.bank.rows(0, task)] = torch.tensor([row])
+            network.bank.biases[0][network.bank.rows(0, task)] = -10.0
     x = torch.tensor([[0.5, 0.5], [-0.5, 0.5], [0.5, -0.5], [-0.5, -0.5]])
     targets = {"a": x[:, 0] + 1, "b": x[:, 0] - 1, "c": x[:, 1] + 2}
     return network, Batch(x, targets)

@@ -54,7 +54,7 @@ def started(spec: NetworkSpec, *models: GroupModel) -> GroupingNetwork:
 
 def stages(network: GroupingNetwork, k: int) -> list[dict[str, torch.Tensor]]:
     """The state of every stage of a branch's encoder."""
-    return [stage.state_dict() for stage in [*network.stem, *network.branches[str(k)]]]
+    return [stage.state_dict() for stage in [*network.stem, *network.branches[k]]]
 
 
 def inputs_of(spec: NetworkSpec) -> torch.Tensor:
@@ -152,7 +152,7 @@ def test_a_head_of_another_meaning_is_drawn_and_the_notes_say_so():
         bank, drawn = network.bank, fresh.bank
         for task in spec.tasks:
             rows = bank.rows(k, task)
-            kept = torch.equal(bank.weights[str(k)][rows], drawn.weights[str(k)][rows])
+            kept = torch.equal(bank.weights[k][rows], drawn.weights[k][rows])
             assert kept == (task != own)
     (note,) = WarmStart([model], ["m"]).notes(spec)
     assert note == f"every branch starts from m with its heads of smiling; new heads for colour, {last.name}"
@@ -229,7 +229,7 @@ def test_the_digest_changes_with_every_weight():
     spec = spec_of("convnet")
     first, again, other = model_of(spec), model_of(spec), model_of(spec)
     with torch.no_grad():
-        other.network.bank.biases["0"][-1] += 1e-6
+        other.network.bank.biases[0][-1] += 1e-6
     digests = [
         WarmStart(models).digest() for models in ([first], [again], [other], [first, other], [other, first])
     ]
