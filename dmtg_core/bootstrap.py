@@ -1,9 +1,10 @@
 """Whether one model is better than another on the same samples, by how much, and how sure that is.
 
-Every metric here is a function of sums over samples (`dmtg_core.metrics`), so a resample of them has the metrics
-of the resampled sums. Samples are resampled in blocks: with as many blocks as samples this is the bootstrap itself
-(Efron 1979), with fewer its intervals are the same up to the noise of a few hundred blocks, at a bounded size. The
-resamples are paired: both models are judged on the same ones, which takes out what samples are hard for both.
+A metric that is a function of sums over samples (`dmtg_core.metrics`) has for a resample its value at the
+resampled sums. AUROC and average precision (`dmtg_core.ranking`) are computed from the scores of each resample.
+Samples are resampled in blocks: with as many blocks as samples this is the bootstrap itself (Efron 1979), with
+fewer its intervals are the same up to the noise of a few hundred blocks, at a bounded size. The resamples are
+paired: both models are judged on the same ones, which takes out what samples are hard for both.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dmtg_core.metrics import Metrics, MetricSums, error_of
+from dmtg_core.metrics import METRICS_OF, Metrics, MetricSums, error_of
+from dmtg_core.ranking import AUROC, AVERAGE_PRECISION, EXACT, Scores, joined_bins
 from dmtg_core.tasks import Task
 
 BLOCKS = 256
+AT_ONCE = 2**22  # numbers that are worked on at once
 
 
 class BlockSums:
@@ -31,17 +35,19 @@ class BlockSums:
         tasks: What is measured.
         samples: How many will come.
         blocks: How many blocks, at most; never more than samples.
+        exact: See `MetricSums`.
 
     Raises:
         ValueError: For fewer than two samples.
     """
 
-    def __init__(self, tasks: Sequence[Task], samples: int, blocks: int = BLOCKS) -> None:
+    def __init__(self, tasks: Sequence[Task], samples: int, blocks: int = BLOCKS, exact: int = EXACT) -> None:
         if samples < 2:
             raise ValueError(f"a comparison needs at least 2 samples, got {samples}")
         self.tasks, self.samples = tuple(tasks), samples
         self.edges = [i * samples // min(blocks, samples) for i in range(min(blocks, samples) + 1)]
-        self.blocks = [MetricSums(tasks) for _ in self.edges[1:]]
+        self.exact = exact
+        self.blocks = [MetricSums(tasks, max(exact // (len(self.edges) - 1), 1)) for _ in self.edges[1:]]
         self.seen = 0
 
     def update(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
@@ -65,9 +71,102 @@ class BlockSums:
 
     def metrics(self) -> Metrics:
         """Task → metric → value over all samples."""
-        total = MetricSums(self.tasks)
+        total = MetricSums(self.tasks, self.exact)
         total.sums = {task.name: self.matrix(task).sum(0) for task in self.tasks}
+        total.scores = {
+            name: Scores.joined([block.scores[name].packed(coarse=False) for block in self.blocks], self.exact)
+            for name in total.scores
+        }
         return total.compute()
+
+    def resampled(self, task: Task, counts: Tensor) -> list[float]:
+        """The headline error of a task in resamples.
+
+        Args:
+            task: The task.
+            counts: How often each block is in each resample, float64 `(R, blocks)`.
+
+        Returns:
+            R errors, NaN where one is not defined.
+        """
+        if task.metric in (AUROC, AVERAGE_PRECISION):
+            values = self._ranked(task).resampled(task.metric, counts)
+        else:
+            matrix = self.matrix(task)
+            rows = (row for part in counts.split(max(AT_ONCE // matrix.shape[1], 1)) for row in part @ matrix)
+            values = [_from_sums(task, row) for row in rows]
+        return [error_of(task.metric, value) for value in values]
+
+    def _ranked(self, task: Task) -> _Ranked:
+        parts = [block.scores[task.name].bins() for block in self.blocks]
+        _, place = joined_bins(parts)
+        order = torch.from_numpy(place.argsort(kind="stable"))
+        block = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
+        positive, negative = (
+            torch.from_numpy(np.concatenate([getattr(part, name) for part in parts])).double()
+            for name in ("positive", "negative")
+        )
+        undefined = torch.tensor([float(held.scores[task.name].undefined) for held in self.blocks]).double()
+        return _Ranked(torch.from_numpy(place)[order], block[order], positive[order], negative[order], undefined)
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """Labels by ascending score and block: entry i lies in interval `place[i]` of the scores.
+
+    Args:
+        place, block: Number of the interval and of the block, int64 `(m,)`, by ascending interval.
+        positive, negative: Labels of either sort, float64 `(m,)`.
+        undefined: Scores of each block that are NaN, float64 `(blocks,)`.
+    """
+
+    place: Tensor
+    block: Tensor
+    positive: Tensor
+    negative: Tensor
+    undefined: Tensor
+
+    def resampled(self, metric: str, counts: Tensor) -> list[float]:
+        """A metric in resamples, see `BlockSums.resampled`; NaN with a class missing or a score that is NaN."""
+        values = (self._auroc if metric == AUROC else self._average_precision)(counts)
+        return values.masked_fill(counts @ self.undefined > 0, torch.nan).tolist()
+
+    def _by_block(self, values: Tensor, blocks: int) -> Tensor:
+        return torch.zeros(blocks, dtype=torch.float64).index_add_(0, self.block, values)
+
+    def _auroc(self, counts: Tensor) -> Tensor:
+        """A quadratic form: a resample has n_a · n_b copies of a pair of samples from blocks a and b."""
+        blocks = counts.shape[1]
+        won = torch.zeros(blocks, blocks, dtype=torch.float64)
+        below = torch.zeros(blocks, dtype=torch.float64)
+        last = int(self.place[-1]) + 1 if len(self.place) else 0
+        size = max(AT_ONCE // blocks, 1)
+        for start in range(0, last, size):
+            first, stop = torch.searchsorted(self.place, torch.tensor([start, min(start + size, last)])).tolist()
+            entries = slice(first, stop)
+            place, block = self.place[entries] - start, self.block[entries]
+            negative = torch.zeros(min(size, last - start), blocks, dtype=torch.float64)
+            negative.index_put_((place, block), self.negative[entries], accumulate=True)
+            up_to = below + negative.cumsum(0)
+            rows = (up_to - negative / 2)[place] * self.positive[entries].unsqueeze(1)  # a tie counts half
+            won.index_add_(0, block, rows)
+            below = up_to[-1]
+        pairs = (counts @ self._by_block(self.positive, blocks)) * (counts @ self._by_block(self.negative, blocks))
+        return ((counts @ won) * counts).sum(1) / pairs  # 0 / 0 is NaN
+
+    def _average_precision(self, counts: Tensor) -> Tensor:
+        """Sum over intervals of precision times the step of recall, from the highest interval down."""
+        place, block = self.place.flip(0), self.block.flip(0)
+        positive, negative = self.positive.flip(0), self.negative.flip(0)
+        ends = torch.cat([place[1:] != place[:-1], torch.ones(min(len(place), 1), dtype=torch.bool)])
+        found = []
+        for part in counts.split(max(AT_ONCE // max(len(place), 1), 1)):
+            often = part[:, block]  # (r, m)
+            right = (often * positive).cumsum(1)[:, ends]
+            wrong = (often * negative).cumsum(1)[:, ends]
+            step = right.diff(dim=1, prepend=right.new_zeros(len(right), 1))
+            found.append((step * (right / (right + wrong)).nan_to_num(0.0)).sum(1))
+        return torch.cat(found) / (counts @ self._by_block(self.positive, counts.shape[1]))  # 0 / 0 is NaN
 
 
 @dataclass(frozen=True)
@@ -128,11 +227,7 @@ def compare(
         many = torch.tensor(
             [
                 _relative(a, b)
-                for a, b in zip(
-                    _errors(task, counts @ champion.matrix(task)),
-                    _errors(task, counts @ challenger.matrix(task)),
-                    strict=True,
-                )
+                for a, b in zip(champion.resampled(task, counts), challenger.resampled(task, counts), strict=True)
             ],
             dtype=torch.float64,
         )
@@ -155,14 +250,9 @@ def _check(champion: BlockSums, challenger: BlockSums) -> None:
         raise ValueError("champion and challenger must be judged on the same tasks and samples")
 
 
-def _errors(task: Task, sums: Tensor) -> list[float]:
-    """The headline error of each row of sums."""
-    found = []
-    for row in sums:
-        one = MetricSums([task])
-        one.sums = {task.name: row}
-        found.append(error_of(task.metric, one.compute()[task.name][task.metric]))
-    return found
+def _from_sums(task: Task, row: Tensor) -> float:
+    """The headline metric of sums, as `MetricSums` holds them."""
+    return METRICS_OF[task.kind](task, row[2:])[task.metric]
 
 
 def _relative(before: float, after: float) -> float:

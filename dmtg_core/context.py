@@ -48,6 +48,17 @@ class TrainContext(Protocol):
         ...
 
 
+def gather(tensor: Tensor, context: TrainContext) -> list[Tensor]:
+    """The tensors of all workers, `(m,)` of any length, in the order of the ranks, on every worker."""
+    lengths = torch.zeros(context.world_size, dtype=torch.int64, device=tensor.device)
+    lengths[context.rank] = len(tensor)
+    sizes = context.sum(lengths).tolist()
+    # each worker fills its own place: a sum is all that a context has to offer
+    places = [torch.zeros(size, dtype=tensor.dtype, device=tensor.device) for size in sizes]
+    places[context.rank] = tensor
+    return list(context.sum(torch.cat(places)).split(sizes))
+
+
 def newest_whole(folders: Iterable[Path], passed_over: Callable[[str], None] | None = None) -> Path | None:
     """The first of some checkpoints that is what was written, None where there are none.
 

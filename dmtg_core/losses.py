@@ -35,7 +35,12 @@ def valid(task: Task, target: Tensor) -> Tensor:
 
 def label_counts(tasks: Sequence[Task], targets: Mapping[str, Tensor]) -> Tensor:
     """Number of labels of each task in a batch, float32 `(N,)`: pixels × channels for a dense regression."""
-    return torch.stack([_interior(t, valid(t, targets[t.name])).sum() for t in tasks]).float()
+    return torch.stack([label_count(task, targets[task.name]) for task in tasks]).float()
+
+
+def label_count(task: Task, target: Tensor) -> Tensor:
+    """Number of labels of one task in a batch, int64 `()`."""
+    return _interior(task, valid(task, target)).sum()
 
 
 def _interior(task: Task, mask: Tensor) -> Tensor:
@@ -91,18 +96,22 @@ def _moved(image: Tensor, row: Tensor, column: Tensor) -> Tensor:
 
 def dense_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
     """Sum over the annotated pixels of each sample, `(B,)`, of one dense output `(B, C, H, W)`."""
-    output = output.float()
+    output = _full(output)
     if task.loss == "l1_shift":
         return shifted_l1(output, target)
     return _by_label(task, output, target).flatten(1).sum(1)
+
+
+def _full(output: Tensor) -> Tensor:
+    """An output in float32, or in float64 where it is."""
+    return output if output.dtype == torch.float64 else output.float()
 
 
 def sample_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
     """Sum over the labels of each sample, `(B,)`, of one output as `GroupingNetwork.forward` gives it."""
     if task.dense:
         return dense_loss(task, output, target)
-    output = output.float()
-    return _by_label(task, output, target).reshape(len(target), -1).sum(1)
+    return _by_label(task, _full(output), target).reshape(len(target), -1).sum(1)
 
 
 def _by_label(task: Task, output: Tensor, target: Tensor) -> Tensor:

@@ -1,24 +1,27 @@
 """Metrics as sums and counts: added up on the device, summed over workers once, divided once.
 
-`MetricSums` never averages batch means, so batch sizes, workers and missing labels cannot change a figure.
+`MetricSums` never averages batch means, so batch sizes, workers and missing labels cannot change a figure. AUROC
+and average precision are no sums: their scores are gathered, see `dmtg_core.ranking`. All figures are computed in
+float64.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from dmtg_core.losses import label_counts, sample_loss, valid
+from dmtg_core.context import TrainContext, gather
+from dmtg_core.losses import label_count, sample_loss, valid
+from dmtg_core.ranking import EXACT, Scores
 from dmtg_core.tasks import ANGLES, Task
 
-Metrics = dict[str, dict[str, float]]  # task → metric → value
+log = logging.getLogger(__name__)
 
-# Equal bins of the logit between -16 and 16 (probabilities 1e-7 to 1 - 1e-7): scores in one bin count as tied.
-AUROC_BINS = 2048
-AUROC_RANGE = 16.0
+Metrics = dict[str, dict[str, float]]  # task → metric → value
 
 # Metrics that are errors already; every other is a score in [0, 1] whose error is 1 - score.
 ERRORS = ("loss", "rmse", "mae", "mean_angle")
@@ -30,50 +33,55 @@ WITHIN: Mapping[str, float] = {"within_11": 11.25, "within_22": 22.5, "within_30
 GAIN_FORMS = ("error", "score")
 
 
-def _confusion(task: Task, output: Tensor, target: Tensor) -> Tensor:
-    """Counts of (true class, predicted class), flattened `(C·C,)`; labels outside the mask are left out."""
-    known = valid(task, target)
-    cell = target.clamp(0, task.channels - 1) * task.channels + output.argmax(1)
-    counts = torch.zeros(task.channels**2, dtype=torch.float64, device=output.device)
-    return counts.index_add_(0, cell.flatten(), known.flatten().double())
+def _class_sums(task: Task, output: Tensor, target: Tensor) -> Tensor:
+    """Labels of each class that were predicted right, its labels, and its predictions, flattened `(3·C,)`.
+
+    Where the mask leaves a label out, its prediction is left out too.
+    """
+    known, guess = valid(task, target).double(), output.argmax(1)
+    truth = target.clamp(0, task.channels - 1)
+    counts = torch.zeros(3, task.channels, dtype=torch.float64, device=output.device)
+    for row, (of, what) in zip(
+        counts, ((truth, known * (guess == truth)), (truth, known), (guess, known)), strict=True
+    ):
+        row.index_add_(0, of.flatten(), what.flatten())
+    return counts.flatten()
 
 
 def _binary_sums(task: Task, output: Tensor, target: Tensor) -> Tensor:
+    """True positives, false negatives, false positives, true negatives."""
     known = valid(task, target).double()
     positive = (target > 0.5).double()
     guess = (output > 0).double()
-    cells = [
-        (known * a * b).sum() for a in (positive, 1 - positive) for b in (guess, 1 - guess)
-    ]  # true positives, false negatives, false positives, true negatives
-    step = (output.float() + AUROC_RANGE) / (2 * AUROC_RANGE) * AUROC_BINS
-    slot = step.nan_to_num(0.0).clamp(0, AUROC_BINS - 1).long()
-    histogram = torch.zeros(2 * AUROC_BINS, dtype=torch.float64, device=output.device)
-    histogram.index_add_(0, slot + AUROC_BINS * (1 - positive.long()), known)
-    return torch.cat([torch.stack(cells), histogram])
+    cells = [(known * a * b).sum() for a in (positive, 1 - positive) for b in (guess, 1 - guess)]
+    return torch.stack(cells)
 
 
 def _value_sums(task: Task, output: Tensor, target: Tensor) -> Tensor:
-    """Count, Σe², Σ|e|, Σy, Σy² in raw units, then what `_angle_sums` and `_positive_sums` give, if they apply."""
+    """Count, Σe², Σ|e|, Σd, Σd² in raw units, then what `_angle_sums` and `_positive_sums` give, if they apply.
+
+    d is the value's distance to the task's offset: a variance from squares of large values would lose its digits.
+    """
     axis = [1, -1] + [1] * (target.dim() - 2) if target.dim() > 1 else [-1]
     scale = target.new_tensor(task.scale).reshape(axis)
     offset = target.new_tensor(task.offset).reshape(axis)
     known = valid(task, target)
     filled = target.masked_fill(~known, 0.0)
-    truth = (filled * scale + offset).double() * known
-    error = ((output.float() - filled) * scale).double() * known
-    sums = [known.double().sum(), (error**2).sum(), error.abs().sum(), truth.sum(), (truth**2).sum()]
+    distance, error = filled * scale * known, (output - filled) * scale * known
+    sums = [known.double().sum(), (error**2).sum(), error.abs().sum(), distance.sum(), (distance**2).sum()]
     if task.metric in ANGLES:
-        sums += _angle_sums(output.float(), target, known)
+        sums += _angle_sums(output, target, known)
     if task.threshold is not None:
-        level = (target.new_tensor(task.threshold) - offset) / scale  # as `Task.encode`, so that it is met exactly
-        sums += _positive_sums(output.float() >= level, target >= level, known)
+        # in float32, as `Task.encode`, so that it is met exactly
+        level = (torch.tensor(task.threshold, device=target.device) - offset.float()) / scale.float()
+        sums += _positive_sums(output >= level, target >= level, known)
     return torch.stack(sums)
 
 
 def _angle_sums(output: Tensor, target: Tensor, known: Tensor) -> list[Tensor]:
     """Annotated pixels, the sum of their angles in degrees, and how many are within each limit of `WITHIN`."""
     cosine = torch.cosine_similarity(output, target.masked_fill(~known, 0.0), dim=1).clamp(-1, 1)
-    angle = torch.rad2deg(torch.acos(cosine)).double()
+    angle = torch.rad2deg(torch.acos(cosine))
     pixel = known.all(1).double()
     near = [((angle <= limit) * pixel).sum() for limit in WITHIN.values()]
     return [pixel.sum(), (angle * pixel).sum(), *near]
@@ -87,9 +95,9 @@ def _positive_sums(guess: Tensor, positive: Tensor, known: Tensor) -> list[Tenso
 
 SUMS: Mapping[str, Callable[[Task, Tensor, Tensor], Tensor]] = {
     "binary": _binary_sums,
-    "multiclass": _confusion,
+    "multiclass": _class_sums,
     "regression": _value_sums,
-    "dense_classification": _confusion,
+    "dense_classification": _class_sums,
     "dense_regression": _value_sums,
 }
 
@@ -103,20 +111,16 @@ def _f1(tp: float, fn: float, fp: float) -> float:
 
 
 def _binary_metrics(_task: Task, sums: Tensor) -> dict[str, float]:
-    tp, fn, fp, tn = sums[:4].tolist()
-    positive, negative = sums[4:].reshape(2, AUROC_BINS)
-    below = negative.cumsum(0) - negative / 2  # negatives under each positive, ties count half
+    tp, fn, fp, tn = sums.tolist()
     return {
         "accuracy": _ratio(tp + tn, tp + fn + fp + tn),
         "balanced_accuracy": (_ratio(tp, tp + fn) + _ratio(tn, tn + fp)) / 2,
         "f1": _f1(tp, fn, fp),
-        "auroc": _ratio(float(positive @ below), (tp + fn) * (fp + tn)),
     }
 
 
 def _class_metrics(task: Task, sums: Tensor) -> dict[str, float]:
-    table = sums.reshape(task.channels, task.channels)
-    right, true, guessed = table.diagonal(), table.sum(1), table.sum(0)
+    right, true, guessed = sums.reshape(3, task.channels)
     present = true > 0
     if not present.any():
         return {"accuracy": math.nan, "balanced_accuracy": math.nan} | ({"miou": math.nan} if task.dense else {})
@@ -160,12 +164,12 @@ METRICS_OF: Mapping[str, Callable[[Task, Tensor], dict[str, float]]] = {
 class MetricSums:
     """Sums of every task's metrics over the samples seen.
 
-    Metrics: "loss" for every task (mean over labels); binary: accuracy, balanced_accuracy, f1, auroc (from
-    `AUROC_BINS` bins of the logit); multiclass: accuracy, balanced_accuracy (mean recall over the classes
-    present); dense classification: those and miou (mean over the classes present); regression kinds: rmse, mae,
-    r2 in raw units. Three channels with one of `ANGLES` as headline metric have all of them: within_11, within_22
-    and within_30 (share of pixels at most 11.25°, 22.5°, 30° off) and mean_angle in degrees. A task with a
-    threshold has f1. A figure that is not defined (no label, one class only for auroc) is NaN.
+    Metrics: "loss" for every task (mean over labels); binary: accuracy, balanced_accuracy, f1, auroc and
+    average_precision (see `dmtg_core.ranking`); multiclass: accuracy, balanced_accuracy (mean recall over the
+    classes present); dense classification: those and miou (mean over the classes present); regression kinds: rmse,
+    mae, r2 in raw units. Three channels with one of `ANGLES` as headline metric have all of them: within_11,
+    within_22 and within_30 (share of pixels at most 11.25°, 22.5°, 30° off) and mean_angle in degrees. A task with
+    a threshold has f1. A figure that is not defined (no label, one class only for auroc) is NaN.
 
     f1 of a dense task (keypoints, edges) is 2·TP / (2·TP + FN + FP) over all annotated pixels of a split, where
     raw values from `Task.threshold` on are positive, in the target and in the output. Gao et al. 2024 print a
@@ -174,27 +178,46 @@ class MetricSums:
     nothing. Counted over a split and not averaged over images, it is defined as soon as one pixel is positive in
     target or output, and an image without a keypoint only adds its false positives; it is NaN where no pixel is.
     miou differs from their code too: the mean is over the classes present, not over all 18.
+
+    Args:
+        tasks: What is measured.
+        exact: Scores of each binary task for which auroc and average_precision are exact.
     """
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
+    def __init__(self, tasks: Sequence[Task], exact: int = EXACT) -> None:
         self.tasks = tuple(tasks)
+        self.exact = exact
         self.sums: dict[str, Tensor] = {}
+        self.scores = {task.name: Scores(exact) for task in tasks if task.kind == "binary"}
 
     def update(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
         """Add a batch: outputs as `GroupingNetwork.forward` gives them, encoded targets."""
-        counts = label_counts(self.tasks, targets).double()
-        for task, count in zip(self.tasks, counts, strict=True):
-            output, target = outputs[task.name], targets[task.name]
-            loss = sample_loss(task, output, target).sum().double()
-            sums = torch.cat([torch.stack([loss, count]), SUMS[task.kind](task, output, target)])
+        for task in self.tasks:
+            output, target = outputs[task.name].double(), targets[task.name]
+            target = target.double() if target.is_floating_point() else target
+            loss = sample_loss(task, output, target).sum()
+            head = torch.stack([loss, label_count(task, target).double()])
+            sums = torch.cat([head, SUMS[task.kind](task, output, target)])
             held = self.sums.get(task.name)
             self.sums[task.name] = sums if held is None else held + sums
+            if task.name in self.scores:
+                self.scores[task.name].add(outputs[task.name], targets[task.name])
 
-    def reduce(self, reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """Sum over workers with one call of `reduce_sum`. Every worker must have seen at least one sample."""
-        flat = reduce_sum(torch.cat([self.sums[task.name] for task in self.tasks]))
-        sizes = [len(self.sums[task.name]) for task in self.tasks]
-        self.sums = dict(zip((task.name for task in self.tasks), flat.split(sizes), strict=True))
+    def reduce(self, context: TrainContext) -> None:
+        """Sum over workers, with one message and two for each binary task.
+
+        Every worker must have seen at least one sample.
+        """
+        if context.world_size == 1:
+            return
+        counts = [self.scores[name].count for name in self.scores]
+        parts = [self.sums[task.name] for task in self.tasks]
+        flat = context.sum(torch.cat([*parts, parts[0].new_tensor(counts)]))
+        *parts, total = flat.split([*map(len, parts), len(counts)])
+        self.sums = dict(zip((task.name for task in self.tasks), parts, strict=True))
+        for (name, scores), count in zip(self.scores.items(), total.tolist(), strict=True):
+            packs = gather(scores.packed(coarse=count > self.exact).to(context.device), context)
+            self.scores[name] = Scores.joined(packs, self.exact)
 
     def compute(self) -> Metrics:
         """Task → metric → value."""
@@ -203,7 +226,17 @@ class MetricSums:
             sums = self.sums[task.name].cpu()
             loss, count = sums[:2].tolist()
             found[task.name] = {"loss": _ratio(loss, count)} | METRICS_OF[task.kind](task, sums[2:])
+            if task.name in self.scores:
+                found[task.name] |= _ranking_metrics(task, self.scores[task.name])
         return found
+
+
+def _ranking_metrics(task: Task, scores: Scores) -> dict[str, float]:
+    bounds = scores.bins().error_bounds()
+    if any(bounds.values()):
+        within = ", ".join(f"{name} to within {bound:.1g}" for name, bound in bounds.items())
+        log.info("task %s has %d scores, counted in bins: %s", task.name, scores.count, within)
+    return scores.metrics()
 
 
 def error_of(metric: str, value: float) -> float:

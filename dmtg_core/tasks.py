@@ -34,7 +34,7 @@ LOSSES: Mapping[str, tuple[str, ...]] = {
     "dense_regression": ("l1", "mse", "l1_shift"),
 }
 METRICS: Mapping[str, tuple[str, ...]] = {
-    "binary": ("accuracy", "balanced_accuracy", "f1", "auroc"),
+    "binary": ("accuracy", "balanced_accuracy", "f1", "auroc", "average_precision"),
     "multiclass": ("accuracy", "balanced_accuracy"),
     "regression": ("rmse", "mae", "r2"),
     "dense_classification": ("miou", "accuracy"),

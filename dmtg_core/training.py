@@ -124,7 +124,7 @@ def evaluate(
     sums = MetricSums(cast("Any", network).tasks)
     for batch in data.evaluate(split, batch_size):
         sums.update(network(batch.inputs), batch.targets)
-    sums.reduce(context.sum)
+    sums.reduce(context)
     network.train(was_training)
     return sums.compute()
 

@@ -38,6 +38,7 @@ from pipelines.ingest import Reader, open_data
 from pipelines.storage import Location
 
 CELLS = "cells"
+FORMAT = 2  # 1: AUROC from bins, and more than ten branches in a wrong order
 NAIVE, AFFINITIES, WIDE, DISTILLED_WIDE, GROUPING, PAIR, PROPOSAL, SEARCH = (
     "naive_mtl", "affinities", "wide", "wide_distilled", "grouping", "pair", "proposal", "search"
 )  # fmt: skip
@@ -103,10 +104,13 @@ def train_cells(job: CellJob, cells: Iterable[Cell], say: Callable[[str], None])
 
     wanted = list(dict.fromkeys(cells))
     files = {cell: job.run / CELLS / f"{cell.name}.json" for cell in wanted}
-    found = {cell: file.read_json() for cell, file in files.items() if file.exists()}
+    there = {cell: file.read_json() for cell, file in files.items() if file.exists()}
+    found = {cell: result for cell, result in there.items() if result.get("format") == FORMAT}
     left = [cell for cell in wanted if cell not in found]
     if not left:
         return found
+    if len(found) < len(there):
+        say(f"{len(there) - len(found)} results are of an earlier version, whose figures differ: trained again")
     say(f"{len(left)} of {len(wanted)} networks and searches to train")
     task = ray.remote(train_cell).options(
         num_cpus=job.config.ray.cpus_per_worker, num_gpus=job.config.ray.gpus_per_worker or None,
@@ -152,7 +156,7 @@ def train_cell(job: CellJob, cell: Cell) -> Result:
     except (RuntimeError, MemoryError) as error:
         raise lasting_error(error, config, str(job.run), 1) or error from error
     result["cost"] *= (cell.epochs or config.train.epochs) / config.train.epochs
-    result |= {"kind": cell.kind, "seed": cell.seed, "seconds": time.perf_counter() - started}
+    result |= {"format": FORMAT, "kind": cell.kind, "seed": cell.seed, "seconds": time.perf_counter() - started}
     (job.run / CELLS / f"{cell.name}.json").write_json(result)
     return result
 

@@ -6,7 +6,9 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,46 @@ class ProcessContext:
     def latest(self) -> Path | None:
         """Nothing was written."""
         return None
+
+
+class ThreadContext:
+    """A worker that is a thread: enough for code that only adds tensors up.
+
+    Args:
+        rank: Its number.
+        shared: A barrier for all workers, and a list in which each has a place.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int, shared: tuple[threading.Barrier, list[Any]]) -> None:
+        self.rank, self.world_size = rank, len(shared[1])
+        self.barrier, self.places = shared
+        self.messages = 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all workers."""
+        self.messages += 1
+        self.places[self.rank] = tensor
+        self.barrier.wait()
+        total = torch.stack(self.places).sum(0)
+        self.barrier.wait()
+        return total
+
+
+def in_threads(workers: int, work: Callable[[Any], Any]) -> list[Any]:
+    """What `work(context)` returns on each of so many workers, by rank."""
+    shared = threading.Barrier(workers), [None] * workers
+
+    def run(rank: int) -> Any:
+        try:
+            return work(ThreadContext(rank, shared))
+        except BaseException:
+            shared[0].abort()
+            raise
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(run, range(workers)))
 
 
 def in_group(workers: int, work: Callable[..., None], folder: Path, *options: Any) -> None:

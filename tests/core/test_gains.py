@@ -181,5 +181,16 @@ def test_errors_stay_and_scores_turn_around(metric, value, error):
 def test_every_metric_of_a_task_is_known_as_error_or_score():
     from dmtg_core.tasks import METRICS
 
-    scores = {"accuracy", "balanced_accuracy", "f1", "auroc", "r2", "miou", "within_11", "within_22", "within_30"}
+    scores = {
+        "accuracy",
+        "balanced_accuracy",
+        "f1",
+        "auroc",
+        "average_precision",
+        "r2",
+        "miou",
+        "within_11",
+        "within_22",
+        "within_30",
+    }
     assert {name for names in METRICS.values() for name in names} | {"loss"} == scores | set(ERRORS)

@@ -31,6 +31,7 @@ from dmtg_core.losses import label_counts, sample_loss
 from tests.core import samples
 from tests.core.host_syncs import HostSyncs
 from tests.core.interrupted import Interrupted, interrupt_at
+from tests.core.parallel import in_threads
 from tests.core.samples import MIXED, image_spec, mlp_spec
 from tests.core.test_checkpoint import looks_like_a_pickle
 from tests.core.test_metrics import IMAGE, measure
@@ -121,19 +122,20 @@ def test_validation_sees_no_sample_twice_and_depends_on_no_batch_size(workers, b
     network = GroupingNetwork(spec).eval()
     whole = samples.data(spec.input, spec.tasks, 19, missing=0.3)
     expected = evaluate(network, whole, "val", batch_size=19, context=local())
-    parts = []
-    for rank in range(workers):
-        data = samples.data(spec.input, spec.tasks, 19, missing=0.3, rank=rank, world_size=workers)
+
+    def measured(context) -> dict:
+        data = samples.data(
+            spec.input, spec.tasks, 19, missing=0.3, rank=context.rank, world_size=context.world_size
+        )
         sums = MetricSums(spec.tasks)
         with torch.no_grad():
             for batch in data.evaluate("val", batch_size):
                 sums.update(network(batch.inputs), batch.targets)
-        parts.append(sums)
-    others: list[torch.Tensor] = []
-    for sums in parts[1:]:
-        sums.reduce(lambda t: others.append(t) or t)
-    parts[0].reduce(lambda t: t + sum(others))
-    found = parts[0].compute()
+        sums.reduce(context)
+        return sums.compute()
+
+    found, *others = in_threads(workers, measured)
+    assert all(repr(other) == repr(found) for other in others)
     for name, metrics in expected.items():
         assert found[name] == pytest.approx(metrics, rel=1e-5, abs=1e-6, nan_ok=True)
 
