@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -56,7 +57,7 @@ def _reader(tasks: int) -> Reader:
 @cache
 def _stream(tasks: int) -> tuple[StreamData, itertools.count[int]]:
     """A stream whose first epoch is over, and the numbers of its next ones."""
-    options = DataSection(shards="")
+    options = DataSection(shards="x")
     data = StreamData(_reader(tasks), options, seed=0, rank=0, world_size=1, device=torch.device("cpu"))
     for _ in data.train(0, BATCH):
         pass
@@ -163,9 +164,7 @@ def _whole_epoch() -> float:
 def _peak_memory(samples: int) -> float:
     """Largest memory of a sharding job with all of its processes, in MiB; memory they share counts once."""
     command = _shard_command(samples)
-    (ROOT / f"shards{samples}" / "_manifest.json").unlink(missing_ok=True)
-    for note in (ROOT / f"shards{samples}" / "_parts").glob("*.json"):
-        note.unlink()
+    shutil.rmtree(ROOT / f"shards{samples}", ignore_errors=True)
     job = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peak = 0.0
     while job.poll() is None:

@@ -224,7 +224,7 @@ def _placed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _relative(place: str) -> bool:
-    return bool(place) and "://" not in place and not place.startswith(("/", "~"))
+    return bool(place.strip()) and "://" not in place and not place.startswith(("/", "~"))
 
 
 def recipe_config(name: str) -> Config:

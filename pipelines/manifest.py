@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -52,6 +53,10 @@ class Manifest:
     def rows(self, split: str) -> int:
         """Samples of a split."""
         return sum(shard.rows for shard in self.shards.get(split, ()))
+
+    def files(self) -> list[str]:
+        """The names of all shards."""
+        return [shard.file for shards in self.shards.values() for shard in shards]
 
     def digest(self) -> str:
         """Twelve hex digits that change when any shard does."""
@@ -137,6 +142,16 @@ def read_manifest(folder: Location) -> Manifest:
             remedy="make the shards again with dmtg shard",
         )
     return Manifest.from_dict(values)
+
+
+def listed_files(folder: Location) -> list[str] | None:
+    """The shards that a manifest of any schema version lists; None where there is no such manifest."""
+    try:
+        values = json.loads((folder / FILE).read_bytes())
+        splits = values["splits"].values() if values["schema_version"] else ()
+        return [str(shard["file"]) for split in splits for shard in split["shards"]]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # another program's file
+        return None
 
 
 def broken_shards(folder: Location, manifest: Manifest, *, checksums: bool) -> list[str]:

@@ -34,7 +34,7 @@ from pipelines.manifest import FILE, SPLITS, Manifest, Shard, check_shards, read
 from pipelines.prediction_columns import ID, arrays_of, columns_of, described, schema
 from pipelines.registry import load_groups
 from pipelines.sections import RaySection, TrackSection
-from pipelines.shards import PARTS
+from pipelines.shard_folder import PARTS
 from pipelines.sources import INPUT
 from pipelines.storage import Location, locate
 from pipelines.tracking import connect

@@ -126,6 +126,13 @@ class DataSection(Section):
     )
     cache_gib: float = Field(4.0, gt=0, description="decoded size up to which auto keeps samples in memory")
 
+    @field_validator("shards")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        if not value.strip():  # it would be the current folder
+            raise ValueError("expected a folder or an s3:// address")
+        return value
+
 
 class NetworkSection(Section):
     """The encoder, where it is cut, and the number of groups."""

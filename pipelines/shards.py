@@ -1,8 +1,10 @@
 """Raw samples to Parquet shards, as a Ray Data job: one task a shard, so that memory is bounded by a shard.
 
 A shard is a pure function of its plan. It is written whole with a small file beside it that says what it holds;
-a job that was killed keeps every shard that has one and makes the rest. The manifest comes last. Within a shard
-the samples of one row group are held at a time, and only the encoded bytes of those before.
+a job that was killed keeps every shard that has one and makes the rest. Shards of another plan have other names.
+The manifest comes last, and until then the data set before is whole; what only that one needs is then removed, as
+`pipelines.shard_folder` says. Within a shard the samples of one row group are held at a time, and only the encoded
+bytes of those before.
 """
 
 from __future__ import annotations
@@ -29,14 +31,21 @@ from pipelines import statistics
 from pipelines.cluster import session
 from pipelines.config import Config
 from pipelines.errors import UserError
-from pipelines.manifest import FILE, SPLITS, Manifest, Shard, read_manifest
+from pipelines.manifest import FILE, SPLITS, Manifest, Shard, check_shards, read_manifest
 from pipelines.sections import DataSection, SourceSection
+from pipelines.shard_folder import (
+    PARTS,
+    REFUSED,
+    check_apart,
+    read_records,
+    record_job,
+    remove_superseded,
+)
 from pipelines.sources import BadSampleError, Column, Description, Entry, Source, build_source
 from pipelines.sources.alike import encode_like
 from pipelines.storage import Location, locate
 
 QUARANTINE = "_quarantine.jsonl"
-PARTS = "_parts"
 PLAN = b"dmtg.plan"  # metadata of a shard
 SHARD_BYTES = 64 * 2**20  # decoded, of a shard whose number of rows is not given
 GROUP_BYTES = 16 * 2**20  # decoded, of a row group: what one reading task of training takes at a time
@@ -48,11 +57,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard to make: its file name, the samples that go into it, and a digest of both and the options."""
+    """One shard to make: its file name, the samples that go into it, and a digest of these and the options."""
 
     file: str
     entries: tuple[Entry, ...]
     digest: str
+
+    @property
+    def split(self) -> str:
+        """The split that all of its samples belong to."""
+        return self.entries[0].split
 
 
 @dataclass(frozen=True)
@@ -70,8 +84,8 @@ def shard(config: Config, progress: Callable[[str], None] = log.info) -> ShardRe
     Ray is started where it is not running, and only for shards that have to be made.
 
     Raises:
-        UserError: For a source or a place that cannot be used, and when more than `data.max_bad_fraction` of the
-            samples cannot.
+        UserError: For a source that cannot be used, for a folder that holds something else than shards, and when
+            more than `data.max_bad_fraction` of the samples cannot be used. A data set that was there stays.
     """
     if config.source is None or not config.source.given:
         raise UserError(
@@ -81,28 +95,28 @@ def shard(config: Config, progress: Callable[[str], None] = log.info) -> ShardRe
             wrong_use=True,
         )
     folder = locate(config.data.shards)
+    source = build_source(config.source.kind, config.source.root, config.source.options)
+    check_apart(folder, config.source)
+    records = read_records(folder)
+    record_job(folder, records.files)  # before anything else, so that the folder is known again after a kill
     folder.check_writable()
     progress(f"listing the samples of {config.source.root or config.source.kind}")
-    source = build_source(config.source.kind, config.source.root, config.source.options)
     entries = source.entries()
     description = _description(source, config.data.like)
     plans = make_plans(entries, description, config.source, config.data)
-    (folder / FILE).delete()  # until the end the folder is not a dataset
-    parts, todo = {}, []
-    for plan in plans:
-        part = finished_part(folder, plan)
-        if part is None:
-            todo.append(plan)
-        else:
-            parts[plan.file] = part
+    files = records.files | {plan.file for plan in plans}
+    record_job(folder, files)
+    parts = {plan.digest: part for plan in plans if (part := finished_part(folder, plan, records.notes))}
+    todo = [plan for plan in plans if plan.digest not in parts]
     progress(f"{len(entries)} samples, {len(plans)} shards: {len(parts)} are there, {len(todo)} to make")
     check_bad(parts.values(), len(entries), config.data.max_bad_fraction, folder)
     with session(config.ray) if todo else nullcontext():  # not before a source that is missing has been missed
         for done, part in enumerate(_run(source, description, todo, folder, config), start=1):
-            parts[part["shard"]["file"]] = part
+            parts[part["digest"]] = part
             progress(f"shard {done}/{len(todo)}: {part['shard']['file']}, {part['shard']['rows']} samples")
             check_bad(parts.values(), len(entries), config.data.max_bad_fraction, folder)
-    manifest = _finish(folder, description, [parts[plan.file] for plan in plans], config)
+    manifest = _publish(folder, description, plans, parts, config)
+    remove_superseded(folder, files, manifest.files())
     return ShardReport(manifest, len(todo), len(plans) - len(todo))
 
 
@@ -116,22 +130,24 @@ def check_bad(parts: Iterable[Mapping[str, Any]], samples: int, most: float, fol
     """Stop as soon as more samples are bad than the whole set may have, not when hours of work are done.
 
     Raises:
-        UserError: With up to three of the reasons; all are in the quarantine file.
+        UserError: With up to three of the reasons; all are in a file of this job, as `_quarantine.jsonl` belongs
+            to the data set before.
     """
     bad = [one for part in parts for one in part["quarantined"]]
     if len(bad) > most * samples:
-        _write_quarantine(folder, bad)
+        refused = folder / PARTS / REFUSED
+        _write_quarantine(refused, bad)
         reasons = "; ".join(f"{one['id']}: {one['reason']}" for one in bad[:3])
         raise UserError(
             f"{len(bad)} of {samples} samples cannot be used so far, more than data.max_bad_fraction={most:g} "
             f"allows. {reasons}",
-            where=str(folder / QUARANTINE),
+            where=str(refused),
             remedy="mend the samples, or raise data.max_bad_fraction; finished shards are kept",
         )
 
 
-def _write_quarantine(folder: Location, bad: Iterable[Mapping[str, str]]) -> None:
-    (folder / QUARANTINE).write_text("".join(json.dumps(one) + "\n" for one in bad))
+def _write_quarantine(file: Location, bad: Iterable[Mapping[str, str]]) -> None:
+    file.write_text("".join(json.dumps(one) + "\n" for one in bad))
 
 
 def row_bytes(description: Description) -> int:
@@ -178,20 +194,27 @@ def make_plans(
         mixed = sorted(members, key=lambda entry: hashlib.sha256(entry.id.encode()).digest())
         for start in range(0, len(mixed), size):
             chosen = tuple(mixed[start : start + size])
-            file = f"{split}-{start // size:05d}.parquet"
             text = options + json.dumps([asdict(entry) for entry in chosen], sort_keys=True, default=str)
-            plans.append(ShardPlan(file, chosen, hashlib.sha256(text.encode()).hexdigest()))
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            plans.append(ShardPlan(f"{split}-{start // size:05d}-{digest[:12]}.parquet", chosen, digest))
     return plans
 
 
-def finished_part(folder: Location, plan: ShardPlan) -> dict[str, Any] | None:
-    """What is known of a shard that is whole and made to the same plan; None where it has to be made."""
-    note = folder / PARTS / f"{plan.file}.json"
-    if not note.exists():
-        return None
-    part: dict[str, Any] = note.read_json()
-    same = part["digest"] == plan.digest and (folder / plan.file).size() == part["shard"]["bytes"]
-    return part if same and _plan_of(folder / plan.file) == plan.digest else None
+def finished_part(
+    folder: Location, plan: ShardPlan, notes: Mapping[str, Sequence[dict[str, Any]]]
+) -> dict[str, Any] | None:
+    """What is known of a shard that is whole and made to the same plan; None where it has to be made.
+
+    Args:
+        folder: Of the shards.
+        plan: What the shard is to hold; its file can have another name, as those of earlier versions do.
+        notes: By digest, as `Records` has them.
+    """
+    for part in notes.get(plan.digest, ()):
+        file = folder / part["shard"]["file"]
+        if file.size() == part["shard"]["bytes"] and _plan_of(file) == plan.digest:
+            return part
+    return None
 
 
 def _plan_of(file: Location) -> str:
@@ -220,7 +243,8 @@ def _run(
             return {"part": json.dumps({"error": error.to_dict()})}
 
     dataset = ray.data.from_items([{"plan": pickle.dumps(plan)} for plan in plans], override_num_blocks=len(plans))
-    for row in dataset.map(make, concurrency=math.ceil(config.ray.data_cpus)).iter_rows():
+    tasks = min(math.ceil(config.ray.data_cpus), len(plans))
+    for row in dataset.map(make, concurrency=tasks).iter_rows():
         part = json.loads(row["part"])
         if "error" in part:
             raise UserError(**part["error"])
@@ -332,13 +356,16 @@ def _arrow(name: str, column: Column, values: Sequence[np.ndarray | None]) -> pa
     return pa.array([None if v is None else v.astype(little, copy=False).tobytes() for v in values], pa.binary())
 
 
-def _finish(
-    folder: Location, description: Description, parts: Sequence[dict[str, Any]], config: Config
+def _publish(
+    folder: Location,
+    description: Description,
+    plans: Sequence[ShardPlan],
+    parts: Mapping[str, dict[str, Any]],
+    config: Config,
 ) -> Manifest:
-    """Quarantine file and manifest; files of an earlier plan go."""
-    quarantined = [bad for part in parts for bad in part["quarantined"]]
-    _write_quarantine(folder, quarantined)
-    by_split = {split: [p for p in parts if p["shard"]["file"].startswith(f"{split}-")] for split in SPLITS}
+    """Write the manifest, and with it put the new data set in the place of the one before."""
+    by_split = {split: [parts[plan.digest] for plan in plans if plan.split == split] for split in SPLITS}
+    quarantined = [bad for held in by_split.values() for part in held for bad in part["quarantined"]]
     manifest = Manifest(
         description=description,
         shards={split: [Shard(**p["shard"]) for p in held] for split, held in by_split.items()},
@@ -350,11 +377,9 @@ def _finish(
         quarantined=len(quarantined),
         group_rows=group_rows(description),
     )
-    wanted = {part["shard"]["file"] for part in parts}
-    for name in folder.files(recursive=False):
-        if name.endswith(".parquet") and name not in wanted:
-            (folder / name).delete()
+    check_shards(folder, manifest, checksums=False)  # another job can have removed what this one began with
     (folder / FILE).write_json(manifest.to_dict())
+    _write_quarantine(folder / QUARANTINE, quarantined)
     return manifest
 
 

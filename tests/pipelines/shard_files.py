@@ -67,7 +67,7 @@ def streamed(
     reader: Reader, shuffle_rows: float, *, seed: int = 1, rank: int = 0, world_size: int = 1
 ) -> StreamData:
     """A worker that mixes so many rows."""
-    data = DataSection(shards="", shuffle_mib=shuffle_rows * reader.row_bytes() / 2**20)
+    data = DataSection(shards="x", shuffle_mib=shuffle_rows * reader.row_bytes() / 2**20)
     return StreamData(reader, data, seed=seed, rank=rank, world_size=world_size, device=torch.device("cpu"))
 
 

@@ -65,7 +65,7 @@ def test_only_the_columns_of_the_chosen_tasks_are_read(reader: Reader) -> None:
 def streamed(
     reader: Reader, shuffle_mib: float = 128, seed: int = 1, rank: int = 0, world_size: int = 1
 ) -> StreamData:
-    data = DataSection(shards="", shuffle_mib=shuffle_mib)
+    data = DataSection(shards="x", shuffle_mib=shuffle_mib)
     return StreamData(reader, data, seed=seed, rank=rank, world_size=world_size, device=CPU)
 
 
@@ -168,7 +168,7 @@ def test_shard_that_is_gone_or_cut_off_is_named(reader: Reader) -> None:
 class TestWithRay:
     def test_cache_follows_size_and_setting(self, reader: Reader) -> None:
         def kept(**values: object) -> bool:
-            return keeps_in_memory(reader, DataSection(shards="", **values))
+            return keeps_in_memory(reader, DataSection(shards="x", **values))
 
         assert kept()
         assert not kept(cache_gib=1e-6)
@@ -178,14 +178,14 @@ class TestWithRay:
     def test_memory_that_is_asked_for_and_too_small_is_an_error(self, reader: Reader, monkeypatch) -> None:
         monkeypatch.setattr(Reader, "row_bytes", lambda _: 2**30)
         with pytest.raises(UserError, match="has room for") as found:
-            keeps_in_memory(reader, DataSection(shards="", cache="memory"))
+            keeps_in_memory(reader, DataSection(shards="x", cache="memory"))
         assert "object_store_mib" in found.value.remedy
-        assert not keeps_in_memory(reader, DataSection(shards=""))
+        assert not keeps_in_memory(reader, DataSection(shards="x"))
 
     @pytest.mark.parametrize("cache", ["memory", "device"])
     @pytest.mark.parametrize("world_size", [1, 3])
     def test_cached_samples_come_once_an_epoch(self, reader: Reader, cache: str, world_size: int) -> None:
-        held, data = load_splits(reader), DataSection(shards="", cache=cache)
+        held, data = load_splits(reader), DataSection(shards="x", cache=cache)
         workers = [
             open_data(reader, held, data, seed=1, rank=r, world_size=world_size, device=CPU)
             for r in range(world_size)
@@ -206,7 +206,7 @@ class TestWithRay:
 
         held = load_splits(reader)
         for cache in ("memory", "device"):
-            section = DataSection(shards="", cache=cache)
+            section = DataSection(shards="x", cache=cache)
             assert truth(streamed(reader)) == truth(
                 open_data(reader, held, section, seed=0, rank=0, world_size=1, device=CPU)
             )
@@ -220,4 +220,4 @@ class TestWithRay:
 
 def test_fewer_samples_than_workers_is_an_error(reader: Reader) -> None:
     with pytest.raises(UserError, match="19 samples for 20 workers"):
-        open_data(reader, None, DataSection(shards=""), seed=0, rank=0, world_size=20, device=CPU)
+        open_data(reader, None, DataSection(shards="x"), seed=0, rank=0, world_size=20, device=CPU)

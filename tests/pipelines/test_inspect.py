@@ -84,8 +84,8 @@ def write(
     assert config.source is not None
     plans = make_plans(source.entries(), description, config.source, config.data)
     folder = locate(config.data.shards)
-    parts = [write_shard(source, description, plan, folder, "lz4") for plan in plans]  # type: ignore[arg-type]
-    shards._finish(folder, description, parts, config)
+    parts = {plan.digest: write_shard(source, description, plan, folder, "lz4") for plan in plans}
+    shards._publish(folder, description, plans, parts, config)
     return config
 
 
@@ -237,13 +237,13 @@ def test_constant_target_and_damage_stand_on_top_and_the_rest_is_drawn(tmp_path:
     for sample in samples["train"]:
         sample["task.bright"] = None
     config = write(tmp_path, IMAGES, samples)
-    victim = tmp_path / "shards" / "train-00001.parquet"
+    (victim,) = (tmp_path / "shards").glob("train-00001-*.parquet")
     victim.write_bytes(victim.read_bytes()[:-40])
     found = inspect(config)
     page = Page(Path(found["page"]).read_text())
     assert len(found["problems"]) == 2
     top = page.text[: page.text.index("Missing labels")]
-    assert "train-00001.parquet has" in top
+    assert f"{victim.name} has" in top
     assert "task bright is constant in the training split: it has no label at all" in top
     assert page.row("red") == ["4", "33.3%", "33.3%"]  # counted when the shards were made
     assert sum("input of sample" in str(one["alt"]) for one in page.images) == 8
@@ -385,7 +385,7 @@ def test_page_lies_beside_the_shards_or_where_it_is_wished(
 def test_command_names_the_page_and_fails_on_a_problem(images: Path, tmp_path: Path) -> None:
     import yaml
 
-    config, _, _ = manifest_of(tmp_path, images)
+    config, folder, manifest = manifest_of(tmp_path, images)
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     words = ["inspect", "-c", str(path), "--out", str(tmp_path / "page.html"), "--json"]
@@ -394,14 +394,14 @@ def test_command_names_the_page_and_fails_on_a_problem(images: Path, tmp_path: P
     assert (result.exit_code, found["page"]) == (0, str(tmp_path / "page.html"))
     assert sum(found["statistics"]["train"]["colour"]["classes"]) == 58
     assert f"page: {tmp_path / 'page.html'}" in result.stderr
-    victim = tmp_path / "shards" / "train-00000.parquet"
+    victim = Path((folder / manifest.shards["train"][0].file).path)
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(bytes(data))
     result = CliRunner().invoke(app, words)
     found = json.loads(result.stdout.splitlines()[-1])
     assert (result.exit_code, found["status"]) == (1, "failed")
-    assert found["problems"] == ["train-00000.parquet does not have the checksum of the manifest"]
+    assert found["problems"] == [f"{victim.name} does not have the checksum of the manifest"]
     assert found["problems"][0] in Path(found["page"]).read_text()
 
 

@@ -122,7 +122,7 @@ def test_predictions_are_what_the_model_says(made: Made, predicted: Predicted) -
     assert (predicted.rows, predicted.files, predicted.kept) == (52, 6, 0)
     about = json.loads((made.root / "all" / PREDICTIONS).read_text())
     for split, counts in ROWS.items():
-        files = sorted((made.root / "all").glob(f"{split}-*.parquet"))
+        files = [made.root / "all" / shard.file for shard in made.manifest.shards[split]]
         frame = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
         ids = [f"{file.name}/{i}" for file, rows in zip(files, counts, strict=True) for i in range(rows)]
         assert list(frame["id"]) == ids

@@ -12,7 +12,7 @@ from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.ingest import Reader
 from pipelines.inspect import inspect
-from pipelines.manifest import Manifest, read_manifest
+from pipelines.manifest import Manifest, check_shards, read_manifest
 from pipelines.sections import DataSection
 from pipelines.shards import QUARANTINE, shard
 from pipelines.sources import build_source
@@ -21,6 +21,7 @@ from pipelines.stream import StreamData
 from pipelines.train import Trained, train
 from tests.pipelines.conftest import TASKS, make_config
 from tests.pipelines.s3_server import BUCKET, SECRET, faulty, settings
+from tests.pipelines.test_shard_folder import in_this_process, killed_at, old_names
 
 WRONG = "wrong-secret-77"
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session", "s3")]
@@ -83,7 +84,7 @@ def test_streamed_from_the_bucket_every_sample_comes_once(sharded: tuple[Config,
     config, manifest = sharded
     reader = Reader(locate(config.data.shards), manifest, manifest.description.tasks[:1])
     data = StreamData(
-        reader, DataSection(shards="", shuffle_mib=0.01), seed=0, rank=0, world_size=1, device=torch.device("cpu")
+        reader, DataSection(shards="x", shuffle_mib=0.01), seed=0, rank=0, world_size=1, device=torch.device("cpu")
     )
     for epoch in range(2):
         assert sum(len(batch.inputs) for batch in data.train(epoch, 16)) == manifest.rows("train")
@@ -135,7 +136,9 @@ def test_one_request_in_twenty_that_is_dropped_is_sent_again(
         config = on_s3(make_config(images, tmp_path), "flaky")
         manifest = shard(config).manifest
         reader = Reader(locate(config.data.shards), manifest, manifest.description.tasks)
-        data = StreamData(reader, DataSection(shards=""), seed=0, rank=0, world_size=1, device=torch.device("cpu"))
+        data = StreamData(
+            reader, DataSection(shards="x"), seed=0, rank=0, world_size=1, device=torch.device("cpu")
+        )
         read = sum(len(batch.inputs) for split in ("train", "val", "test") for batch in data.evaluate(split, 16))
     assert road.dropped >= 5
     assert manifest.quarantined == 0
@@ -154,7 +157,7 @@ def test_a_server_that_is_down_is_an_error_and_not_a_bad_sample(
             call()
         assert "AWS_ENDPOINT_URL" in found.value.remedy
     reader = Reader(place, manifest, manifest.description.tasks)
-    data = StreamData(reader, DataSection(shards=""), seed=0, rank=0, world_size=1, device=torch.device("cpu"))
+    data = StreamData(reader, DataSection(shards="x"), seed=0, rank=0, world_size=1, device=torch.device("cpu"))
     with pytest.raises(UserError, match="connect"):
         list(data.train(0, 16))
 
@@ -175,23 +178,80 @@ def test_a_sample_whose_file_is_gone_is_in_quarantine_and_in_no_shard(
     assert sum(manifest.rows(split) for split in manifest.shards) + manifest.quarantined == 96
 
 
+def contents(folder: Location) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in folder.files()}
+
+
+def test_a_bucket_or_folder_that_holds_something_else_is_refused(
+    images: Path, raw: Location, tmp_path: Path
+) -> None:
+    place = locate(f"s3://{BUCKET}/taken")
+    (place / "below" / "mine.parquet").write_bytes(b"mine")
+    for shards, message in (
+        (f"s3://{BUCKET}/raw", "the same place"),
+        (f"s3://{BUCKET}//raw/", "the same place"),
+        (f"s3://{BUCKET}/taken", "1 files or folders and no record of shards: below"),
+        (f"s3://{BUCKET}", "files or folders and no record of shards"),
+        (f"s3://{BUCKET}/taken/below/mine.parquet", "names a file"),
+    ):
+        config = on_s3(make_config(images, tmp_path), "unused", shards=shards)
+        with pytest.raises(UserError, match=message) as found:
+            shard(config)
+        assert found.value.wrong_use
+        assert contents(place) == {"below/mine.parquet": b"mine"}
+
+
+def test_a_data_set_in_the_bucket_stays_until_the_next_is_there(
+    images: Path, raw: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_this_process(monkeypatch)
+    config = on_s3(make_config(images, tmp_path), "again")
+    first, folder = shard(config).manifest, locate(config.data.shards)
+    names = old_names(folder, first.files(), published=True)
+    kept = shard(config)
+    assert (kept.made, kept.manifest.files()) == (0, names)
+    (folder / "notes.parquet").write_bytes(b"mine")
+    before = contents(folder)
+    upload(images, locate(f"s3://{BUCKET}/bad-raw"))
+    locate(f"s3://{BUCKET}/bad-raw/images/img005.png").delete()
+    source = config.source.model_copy(update={"root": f"s3://{BUCKET}/bad-raw"})
+    with pytest.raises(UserError, match="cannot be used") as found:
+        shard(on_s3(config, "again", rows_per_shard=25).model_copy(update={"source": source}))
+    after = contents(folder)
+    assert {name: after[name] for name in before} == before
+    assert b"img005" in after[found.value.where.removeprefix(f"{folder}/")]
+    other, ends, moment = on_s3(config, "again", rows_per_shard=30), False, 0
+    while not ends:  # ended before every change of the storage that is left
+        with monkeypatch.context() as patch:
+            ends = not killed_at(patch, moment, False, lambda: shard(other))
+        check_shards(folder, read_manifest(folder), checksums=True)
+        moment += 3
+    manifest = read_manifest(folder)
+    assert manifest.rows("train") == first.rows("train")
+    assert not set(manifest.files()) & set(names)
+    assert set(folder.files()) == {
+        "_manifest.json", "_quarantine.jsonl", "notes.parquet", *manifest.files(),
+        *(f"_parts/{name}.json" for name in manifest.files()),
+    }  # fmt: skip
+
+
 def test_a_shard_deleted_cut_off_or_swapped_in_the_bucket_is_found(
     images: Path, raw: Location, tmp_path: Path
 ) -> None:
     config = on_s3(make_config(images, tmp_path), "damaged")
-    shard(config)
+    held = shard(config).manifest.shards
     folder = locate(config.data.shards)
-    first, second, third = (folder / f"train-0000{i}.parquet" for i in range(3))
+    first, second, third = (folder / one.file for one in held["train"][:3])
     one, other = first.read_bytes(), second.read_bytes()
     first.write_bytes(other)
     second.write_bytes(one)
     third.write_bytes(third.read_bytes()[:100])
-    (folder / "val-00000.parquet").delete()
+    (folder / held["val"][0].file).delete()
     problems = "\n".join(inspect(config)["problems"])
-    for name in ("train-00000", "train-00001"):
-        assert f"{name}.parquet" in problems
-    assert "train-00002.parquet has 100 bytes" in problems
-    assert "val-00000.parquet is missing" in problems
+    for place in (first, second):
+        assert place.name in problems
+    assert f"{third.name} has 100 bytes" in problems
+    assert f"{held['val'][0].file} is missing" in problems
     again = shard(config)
     assert inspect(config)["problems"] == []
     assert again.made >= 2

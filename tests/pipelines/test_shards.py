@@ -40,8 +40,8 @@ class TestJob:
         first = shard(config)
         folder = locate(config.data.shards)
         before = {name: (folder / name).read_bytes() for name in folder.files() if name.endswith(".parquet")}
-        (folder / "train-00001.parquet").delete()
-        (folder / "val-00000.parquet").write_bytes(b"short")
+        (folder / first.manifest.shards["train"][1].file).delete()
+        (folder / first.manifest.shards["val"][0].file).write_bytes(b"short")
         second = shard(config)
         assert (first.made, second.made, second.kept) == (len(before), 2, len(before) - 2)
         assert {name: (folder / name).read_bytes() for name in before} == before
@@ -57,11 +57,13 @@ class TestJob:
         )
 
     def test_what_a_task_could_not_write_is_said_as_what_it_is(self, images: Path, tmp_path: Path) -> None:
-        in_the_way = tmp_path / "shards" / "train-00001.parquet" / "a folder"
-        in_the_way.mkdir(parents=True)
+        config = make_config(images, tmp_path)
+        in_the_way = tmp_path / "shards" / shard(config).manifest.shards["train"][1].file
+        in_the_way.unlink()
+        (in_the_way / "a folder").mkdir(parents=True)
         with pytest.raises(UserError, match="cannot write") as found:
-            shard(make_config(images, tmp_path))
-        assert found.value.where == str(in_the_way.parent)
+            shard(config)
+        assert found.value.where == str(in_the_way)
         assert "disk with room" in found.value.remedy
 
     def test_too_many_bad_samples_stop_it_without_a_manifest(self, tmp_path: Path) -> None:
@@ -72,7 +74,7 @@ class TestJob:
         with pytest.raises(UserError, match=r"\d of 96 samples cannot be used so far") as found:
             shard(config)
         assert "max_bad_fraction" in found.value.remedy
-        assert (locate(config.data.shards) / QUARANTINE).read_text().count("there is no such file") > 1
+        assert Path(found.value.where).read_text().count("there is no such file") > 1
         assert not (locate(config.data.shards) / FILE).exists()
 
 
@@ -83,7 +85,7 @@ def test_bytes_of_a_shard_are_the_same_every_time(images: Path, tmp_path: Path) 
     plan = make_plans(source.entries(), source.describe(), config.source, config.data)[0]
     notes = [write_shard(source, source.describe(), plan, locate(str(tmp_path / name)), "lz4") for name in "ab"]
     assert notes[0] == notes[1]
-    assert finished_part(locate(str(tmp_path / "a")), plan) == notes[0]
+    assert finished_part(locate(str(tmp_path / "a")), plan, {plan.digest: notes[:1]}) == notes[0]
 
 
 def test_row_groups_are_of_the_size_in_the_manifest(
@@ -91,7 +93,7 @@ def test_row_groups_are_of_the_size_in_the_manifest(
 ) -> None:
     monkeypatch.setattr(shards, "GROUP_BYTES", 1)  # the smallest groups there are: 16 rows
     _, folder, manifest = manifest_of(tmp_path, images, rows_per_shard=40)
-    first = pq.ParquetFile((folder / "train-00000.parquet").path).metadata
+    first = pq.ParquetFile((folder / manifest.shards["train"][0].file).path).metadata
     assert manifest.group_rows == 16
     assert [first.row_group(i).num_rows for i in range(first.num_row_groups)] == [16, 16, 8]
 
@@ -101,7 +103,7 @@ def test_rows_of_a_shard_follow_from_their_size() -> None:
         described = Description(InputSpec("features", (values,)), (), {"input": Column("float32", (values,))})
         source = SourceSection(kind="folder")
         entries = [Entry(f"{i}", "val" if i % 2 else "train") for i in range(20_000)]
-        return len(make_plans(entries, described, source, DataSection(shards=""))[0].entries)
+        return len(make_plans(entries, described, source, DataSection(shards="x"))[0].entries)
 
     assert rows(2**18) == 64  # 1 MiB each
     assert rows(2**14) == 1024
@@ -132,8 +134,8 @@ def manifest_of(tmp_path: Path, images: Path, **data: object):
     source = build_source("folder", str(images), config.source.options)
     plans = make_plans(source.entries(), source.describe(), config.source, config.data)
     folder = locate(config.data.shards)
-    parts = [write_shard(source, source.describe(), plan, folder, "lz4") for plan in plans]
-    return config, folder, shards._finish(folder, source.describe(), parts, config)
+    parts = {plan.digest: write_shard(source, source.describe(), plan, folder, "lz4") for plan in plans}
+    return config, folder, shards._publish(folder, source.describe(), plans, parts, config)
 
 
 def test_manifest_survives_the_round_trip(images: Path, tmp_path: Path) -> None:
@@ -144,19 +146,20 @@ def test_manifest_survives_the_round_trip(images: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: p.unlink(), "is missing"),
-        (lambda p: p.write_bytes(p.read_bytes()[:-1]), "bytes, the manifest says"),
-        (lambda p: p.write_bytes(p.read_bytes()[:-1] + b"x"), "does not have the checksum"),
-        (lambda p: p.write_bytes(p.with_name("train-00001.parquet").read_bytes()), "train-00000.parquet"),
+        (lambda p, _: p.unlink(), "is missing"),
+        (lambda p, _: p.write_bytes(p.read_bytes()[:-1]), "bytes, the manifest says"),
+        (lambda p, _: p.write_bytes(p.read_bytes()[:-1] + b"x"), "does not have the checksum"),
+        (lambda p, other: p.write_bytes(other.read_bytes()), "train-00000-"),
     ],
 )
 def test_damaged_shard_is_named_before_training(images: Path, tmp_path: Path, damage, message: str) -> None:
     _, folder, manifest = manifest_of(tmp_path, images)
     check_shards(folder, manifest, checksums=True)
-    damage(tmp_path / "shards" / "train-00000.parquet")
+    names = [shard.file for shard in manifest.shards["train"]]
+    damage(*(tmp_path / "shards" / name for name in names[:2]))
     with pytest.raises(UserError, match=message) as found:
         check_shards(folder, manifest, checksums=True)
-    assert "train-00000.parquet" in found.value.what
+    assert names[0] in found.value.what
 
 
 def test_folder_without_manifest_or_of_another_schema_is_no_dataset(images: Path, tmp_path: Path) -> None:
