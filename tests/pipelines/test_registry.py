@@ -170,6 +170,13 @@ def test_groups_and_versions_are_listed_in_the_order_of_their_numbers(section) -
     assert aliases(section, "long")["champion"] == {"": 11, ".group_0": 11, ".group_1": 11}
 
 
+def test_more_models_than_the_registry_has_on_a_page_are_listed(section) -> None:
+    client, names = connect(section), [f"paged.group_{k}" for k in range(101)]
+    for name in names:
+        client.create_registered_model(name)
+    assert [model.name for model in registered_models(client, "paged")] == names
+
+
 def test_twelve_groups_are_loaded_and_answer_in_the_order_of_their_numbers(root: Path, embedded) -> None:
     names = [f"t{n}" for n in range(12)]
     lines = [f"{i},{i},{','.join('01'[(i + n) % 2] for n in range(12))},train" for i in range(4)]
