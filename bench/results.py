@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dmtg_core.names import by_number
+
 FOLDER = Path(__file__).parents[1] / "docs" / "results"
 PAGE = FOLDER.with_suffix(".md")
 HEAD = """# Results
@@ -62,7 +64,8 @@ def rounded(value: Any) -> Any:
 
 def page() -> str:
     """The whole page."""
-    return HEAD + "\n".join(section(file) for file in sorted(FOLDER.glob("*.json")))
+    files = sorted(FOLDER.glob("*.json"), key=lambda file: by_number(file.stem))
+    return HEAD + "\n".join(section(file) for file in files)
 
 
 def section(file: Path) -> str:

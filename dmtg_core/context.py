@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dmtg_core.checkpoint import check_seal, seal
+from dmtg_core.names import by_number
 
 log = logging.getLogger(__name__)
 Save = Callable[[Path], None]
@@ -143,4 +144,5 @@ class LocalContext:
         return newest_whole(reversed(self._checkpoints()))
 
     def _checkpoints(self) -> list[Path]:
-        return sorted(self.folder.glob("checkpoint_*")) if self.folder is not None else []
+        found = self.folder.glob("checkpoint_*") if self.folder is not None else ()
+        return sorted(found, key=lambda place: by_number(place.name))

@@ -13,6 +13,7 @@ from torch import Tensor
 from dmtg_core.context import TrainContext
 from dmtg_core.data import Batch
 from dmtg_core.losses import sample_loss
+from dmtg_core.names import listed
 from dmtg_core.network import GroupingNetwork, pooled
 from dmtg_core.settings import TrainSettings
 
@@ -137,9 +138,8 @@ def _of_the_search(record: Mapping[str, Any], tasks: Sequence[str], settings: Tr
         )
     unsure = [name for name, row in zip(tasks, record["probabilities"], strict=True) if max(row) < UNDECIDED]
     if epoch == settings.search_epochs and unsure:
-        shown = ", ".join(unsure[:5]) + (f" and {len(unsure) - 5} more" if len(unsure) > 5 else "")
         found.append(
-            f"the search ended before it decided on {shown} (probability under {UNDECIDED:.0%}): raise "
+            f"the search ended before it decided on {listed(unsure)} (probability under {UNDECIDED:.0%}): raise "
             "gate.learning_rate, train.epochs or search.share"
         )
     return found

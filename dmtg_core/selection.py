@@ -75,7 +75,7 @@ def select(candidates: Sequence[Candidate], budget: int) -> Selection:
     Raises:
         ValueError: For more than `MOST_TASKS` tasks, or when no choice within the budget serves all of them.
     """
-    tasks = sorted({task for one in candidates for task in one.losses})
+    tasks = list(dict.fromkeys(task for one in candidates for task in one.losses))
     if not 1 <= len(tasks) <= MOST_TASKS:
         raise ValueError(f"the exact choice is for 1 to {MOST_TASKS} tasks, got {len(tasks)}")
     everything = (1 << len(tasks)) - 1

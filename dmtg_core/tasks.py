@@ -10,6 +10,7 @@ A missing label has one form everywhere in the core: NaN in a floating-point tar
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -17,8 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmtg_core.names import listed
+
 CLASS_KINDS = ("multiclass", "dense_classification")
 DENSE_KINDS = ("dense_classification", "dense_regression")
+
+LONGEST_NAME = 200  # characters; a tracked metric, which has stage, task and metric in its name, has at most 250
 
 INPUT_DTYPES = ("uint8", "uint16", "int16", "int32", "float16", "float32", "float64")
 
@@ -290,10 +295,13 @@ class InputSpec:
 
 
 def check_names(tasks: Sequence[Task]) -> None:
-    """Raise ValueError when there is no task, or two have one name."""
-    names = [task.name for task in tasks]
-    if not names:
+    """Raise ValueError when there is no task, two have one name, or a name is longer than `LONGEST_NAME`."""
+    counts = Counter(task.name for task in tasks)
+    if not counts:
         raise ValueError("at least one task is needed, got none")
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
-        raise ValueError(f"task names must be unique, got {', '.join(twice)} more than once")
+        raise ValueError(f"task names must be unique, got {listed(twice)} more than once")
+    long = [name for name in counts if len(name) > LONGEST_NAME]
+    if long:
+        raise ValueError(f"a task name has at most {LONGEST_NAME} characters, got {len(long[0])}: {long[0][:40]}…")

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dmtg_core.encoders import ENCODERS, EncoderSpec
+from dmtg_core.names import listed
 from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec
 from dmtg_core.tasks import Task
 
@@ -99,7 +100,7 @@ class WarmStart:
         """
         if len(self.models) > groups:
             raise ValueError(
-                f"{len(self.models)} models do not fit {groups} branches, a model each: {', '.join(self.names)}; "
+                f"{len(self.models)} models do not fit {groups} branches, a model each: {listed(self.names)}; "
                 f"set network.groups={len(self.models)} or more"
             )
         wanted = _described(encoder)
@@ -126,8 +127,8 @@ class WarmStart:
             taken = [task.name for task in spec.tasks if _head_for(task, model) is not None]
             drawn = [task.name for task in spec.tasks if task.name not in taken]
             where = "every branch" if self.single else f"branch {k}"
-            line = f"{where} starts from {name} with its heads of {', '.join(taken) or 'no task'}"
-            lines.append(line + (f"; new heads for {', '.join(drawn)}" if drawn else ""))
+            line = f"{where} starts from {name} with its heads of {listed(taken) or 'no task'}"
+            lines.append(line + (f"; new heads for {listed(drawn)}" if drawn else ""))
             found, wanted = model.spec.input, spec.input
             if (found.mean, found.std) != (wanted.mean, wanted.std):
                 lines.append(
@@ -185,18 +186,18 @@ def _check_input(name: str, trained: NetworkSpec, spec: NetworkSpec) -> None:
 
 
 def _check_tasks(name: str, trained: NetworkSpec, spec: NetworkSpec) -> None:
-    known = {task.name for task in trained.tasks}
+    known = [task.name for task in trained.tasks]
     common = [task for task in spec.tasks if task.name in known]
     if not common:
         raise ValueError(
-            f"{name} has none of the tasks: it was trained for {', '.join(sorted(known))}, the network is for "
-            f"{', '.join(task.name for task in spec.tasks)}"
+            f"{name} has none of the tasks: it was trained for {listed(known)}, the network is for "
+            f"{listed(task.name for task in spec.tasks)}"
         )
     found, wanted = (f"{s.decoder!r} of width {s.decoder_width}" for s in (trained, spec))
     dense = [task.name for task in common if task.dense]
     if dense and found != wanted:
         raise ValueError(
-            f"{name} has a decoder {found} for {', '.join(dense)}, the network {wanted}; "
+            f"{name} has a decoder {found} for {listed(dense)}, the network {wanted}; "
             "set network.decoder and network.decoder_width to those of the model"
         )
 

@@ -36,11 +36,13 @@ def models_list(uri: TrackUri = "", ray_config: RayFile = "", as_json: Json = Fa
     """The newest version of every registered model, and all versions that have an alias."""
 
     def body() -> dict[str, Any]:
+        from dmtg_core.names import listed
         from pipelines.versions import list_models
 
         found = _ask(uri, ray_config, list_models)
         columns = ("name", "version", "aliases", "tasks", "grouping", "created")
-        rows = [{key: ", ".join(m[key]) if key == "aliases" else m[key] for key in columns} for m in found]
+        shown = {"aliases": ", ".join, "tasks": lambda text: listed(text.split(", "))}
+        rows = [{key: shown[key](m[key]) if key in shown else m[key] for key in columns} for m in found]
         print_table("Registered models", rows, right=("version",))
         whole = [model["uri"] for model in found if "." not in model["name"]]
         step = Next("one of them", _same("show", uri, ray_config, whole[0])) if whole else TRY

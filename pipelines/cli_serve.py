@@ -54,18 +54,20 @@ def predict(
     """Predictions of a model for shards, as Parquet. Killed, it is run again and makes what is missing.
 
     Columns: id; for a binary task its probability; for a multiclass task the likeliest class, and <task>.<class>
-    with the probability of each; for a regression task its value; for a dense task the raw bytes of its pixels,
-    whose dtype and shape are in _predictions.json.
+    with the probability of each (of more than 1000 classes <task>.probability, that of the likeliest alone); for a
+    regression task its value; for a dense task the raw bytes of its pixels, whose dtype and shape are in
+    _predictions.json.
     """
 
     def body() -> dict[str, Any]:
+        from dmtg_core.names import listed
         from pipelines.predict import predict as work
 
         loaded = load(config, words, ray_config)
         done = work(loaded, model, out, split, say)
         rows = [
             {"task": name, "group": entry["group"], "kind": entry["kind"], "unit": entry["unit"],
-             "columns": ", ".join(entry["columns"])}
+             "columns": listed(entry["columns"])}
             for name, entry in done.tasks.items()
         ]  # fmt: skip
         print_table(f"Predictions of {model} on {split}", rows)

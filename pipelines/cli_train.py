@@ -143,6 +143,7 @@ def _train(config: Config) -> dict[str, Any]:
 
 
 def _summary(config: Config, done: Trained) -> None:
+    from dmtg_core.names import by_number
     from pipelines.mlflow_errors import without_credentials
     from pipelines.report import task_rows
     from pipelines.tracking import tracking_uri
@@ -156,7 +157,7 @@ def _summary(config: Config, done: Trained) -> None:
             "naive MTL": number(row["baseline"]),
             "error": "–" if row["gain"] is None else f"{-row['gain']:+.1f} %",
         }
-        for row in sorted(task_rows(done.result), key=lambda row: str(row["group"]))
+        for row in sorted(task_rows(done.result), key=lambda row: by_number(row["group"]))
     ]
     title = f"Grouping {done.result['grouping_name']} on {done.result['split']}"
     print_table(title, rows, right=("this grouping", "naive MTL", "error"))

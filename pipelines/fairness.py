@@ -8,10 +8,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
+from dmtg_core.names import listed
 from dmtg_core.network import GroupModel
 from dmtg_core.tasks import Task
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest, read_manifest
+from pipelines.sources.alike import shown
 from pipelines.storage import locate
 
 
@@ -75,7 +77,7 @@ def check_champion(
     missing = sorted({task.name for task in served} - {task.name for task in tasks})
     if missing:
         raise UserError(
-            f"the champion {uri} serves {', '.join(missing)}, which the challenger would not",
+            f"the champion {uri} serves {listed(missing)}, which the challenger would not",
             where="data.tasks",
             remedy="train on these tasks too, or give the models of other tasks another name",
         )
@@ -104,10 +106,12 @@ def same_tasks(some: Sequence[Task], others: Sequence[Task], where: str) -> None
     keys = ("kind", "channels", "labels", "metric", "valid_below", "threshold")
     known = {task.name: task for task in others}
     differing = [
-        f"{task.name} ({key}: {getattr(task, key)!r}, {getattr(known[task.name], key)!r})"
+        f"{task.name} ({key}: {shown(mine, theirs)}, {shown(theirs, mine)})"
         for task in some
+        if task.name in known
         for key in keys
-        if task.name in known and getattr(task, key) != getattr(known[task.name], key)
+        for mine, theirs in [(getattr(task, key), getattr(known[task.name], key))]
+        if mine != theirs
     ]
     if differing:
         raise UserError(

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from dmtg_core.names import listed
 from pipelines.errors import UserError
 from pipelines.preparation import cell_number
 from pipelines.sources.labels import FLAGS
-from pipelines.sources.rows import Row, split_name
+from pipelines.sources.rows import MOST_NAMES, Row, split_name
 from pipelines.sources.table import FINEST, MISSING
 
 HEAD_ROWS = 20_000
@@ -106,20 +107,19 @@ def chosen_targets(given: Sequence[str], columns: Sequence[str], where: str) -> 
     """
     names = [name.strip() for word in given for name in ([word] if word in columns else word.split(","))]
     unknown = [name for name in names if name not in columns]
-    listed = ", ".join(columns)
     problem = ""
     if not names:
         problem = "which columns are to be predicted?"
     elif unknown:
-        problem = f"no column {', '.join(unknown)}"
+        problem = f"no column {listed(unknown)}"
     elif len(names) != len(set(names)):
         problem = "a target is named twice"
     elif len(names) == 1:
         problem = "tasks can be grouped when there are two or more, got one target"
     if problem:
         raise UserError(
-            problem, where=where, remedy=f"name them with --targets first,second; the columns are {listed}",
-            wrong_use=True,
+            problem, where=where, wrong_use=True,
+            remedy=f"name them with --targets first,second; the columns are {listed(columns, MOST_NAMES)}",
         )  # fmt: skip
     return names
 
@@ -208,10 +208,10 @@ def split_use(columns: Mapping[str, Look]) -> Use | None:
             continue
         splits = {split_name(value) for value in look.counts}
         if splits >= {"train", "val"} and None not in splits:
-            counts = ", ".join(f"{value}: {count}" for value, count in look.counts.most_common())
+            counts = listed(f"{value}: {count}" for value, count in look.counts.most_common())
             return Use(look.name, "split", counts)
         if splits & {"train", "test"}:
-            return Use(look.name, "left out", f"a split needs train and val, it has {', '.join(look.counts)}")
+            return Use(look.name, "left out", f"a split needs train and val, it has {listed(look.counts)}")
     return None
 
 

@@ -16,6 +16,7 @@ from pipelines.storage import Location, locate
 from pipelines.train import support_notes
 
 PAGE = "inspect.html"
+MOST_CLASSES = 20  # of a task in the table; of more, the most frequent ones
 
 
 def inspect(config: Config, out: str = "") -> dict[str, Any]:
@@ -111,4 +112,7 @@ def _shares(classes: list[int] | None) -> str:
     if not classes:
         return ""
     total = sum(classes) or 1
-    return " ".join(f"{i}:{count / total:.1%}" for i, count in enumerate(classes) if count)
+    present = [i for i, count in enumerate(classes) if count]
+    most = present if len(present) <= MOST_CLASSES else sorted(present, key=lambda i: -classes[i])[:MOST_CLASSES]
+    rest = f" and {len(present) - len(most)} more" if len(most) < len(present) else ""
+    return " ".join(f"{i}:{classes[i] / total:.1%}" for i in most) + rest

@@ -5,7 +5,7 @@
 | all | `id`, as in the shards |
 | binary | `<task>`: probability of class 1 |
 | multiclass | `<task>`: name of the likeliest class, its id where classes have no names; |
-|  | `<task>.<class>`: probability of each |
+|  | `<task>.<class>`: probability of each; of more than `MOST_CLASSES` only `<task>.probability`, the highest |
 | regression | `<task>`: value in the task's unit; `<task>.<channel>` where there are several |
 | dense | `<task>`: the pixels' raw bytes, class ids or values; `_predictions.json` has their dtype and shape |
 """
@@ -21,6 +21,7 @@ import pyarrow as pa
 from dmtg_core.tasks import Task
 
 ID = "id"
+MOST_CLASSES = 1000  # that have a column each: Parquet is slow with more, and a file of them large
 
 
 def schema(tasks: Sequence[Task]) -> pa.Schema:
@@ -36,7 +37,9 @@ def columns_of(task: Task) -> dict[str, pa.DataType]:
     if task.dense:
         return {task.name: pa.binary()}
     if task.kind == "multiclass":
-        names = task.labels or range(task.channels)
+        names: Sequence[Any] = task.labels or range(task.channels)
+        if task.channels > MOST_CLASSES:
+            names = ("probability",)
         kind = pa.string() if task.labels else pa.int32()
         return {task.name: kind} | {f"{task.name}.{name}": pa.float32() for name in names}
     if task.channels > 1:
@@ -57,7 +60,8 @@ def arrays_of(task: Task, decoded: np.ndarray) -> list[pa.Array]:
     if task.kind == "multiclass":
         ids = decoded.argmax(1)
         names = pa.array([task.labels[i] for i in ids]) if task.labels else pa.array(ids, pa.int32())
-        return [names, *(pa.array(column, pa.float32()) for column in decoded.T)]
+        shares = decoded.max(1, keepdims=True) if task.channels > MOST_CLASSES else decoded
+        return [names, *(pa.array(column, pa.float32()) for column in shares.T)]
     columns = decoded.T if decoded.ndim > 1 else [decoded]
     return [pa.array(column, pa.float32()) for column in columns]
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -105,11 +106,16 @@ def _rows(how: Preparation, raw: Any) -> list[Mapping[str, Any]]:
 def _check_columns(names: Sequence[str], samples: Sequence[Any]) -> None:
     for number, sample in enumerate(samples):
         if not isinstance(sample, Mapping):
-            raise TypeError(f"row {number}: expected the columns {', '.join(names)}, got {type(sample).__name__}")
+            raise TypeError(f"row {number}: expected the columns {_few(names)}, got {type(sample).__name__}")
         missing = [name for name in names if name not in sample]
         if missing:
-            there = ", ".join(map(str, sample)) or "none"
-            raise ValueError(f"row {number}: no column {', '.join(missing)}; there are {there}")
+            raise ValueError(f"row {number}: no column {_few(missing)}; there are {_few(sample) or 'none'}")
+
+
+def _few(columns: Iterable[Any]) -> str:
+    from dmtg_core.names import listed  # brings torch, which preparing does without
+
+    return listed(map(str, columns), 20)
 
 
 def _single(value: Any) -> Any:
@@ -157,6 +163,11 @@ class TablePreparation:
             for feature in self._features
             if feature["type"] == "category"
         }
+        sizes = [
+            len(feature["values"]) + 1 if feature["type"] == "category" else 1 + feature["gaps"]
+            for feature in self._features
+        ]
+        self._starts = [0, *accumulate(sizes)]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -169,26 +180,26 @@ class TablePreparation:
         Raises:
             ValueError: For text in a column of numbers.
         """
-        found: list[float] = []
-        for feature in self._features:
+        found = np.zeros(self._starts[-1], np.float32)  # filled in place: a category can have very many values
+        for feature, start in zip(self._features, self._starts, strict=False):
             cell = cell_text(cells[feature["column"]])
             if cell in self._missing:
                 cell = ""
-            found += self._number(feature, cell) if feature["type"] == "number" else self._category(feature, cell)
-        return np.array(found, np.float32)
+            if feature["type"] == "category":
+                places = self._places[feature["column"]]
+                found[start + places.get(cell, len(places))] = 1
+                continue
+            found[start] = self._number(feature, cell)
+            if feature["gaps"]:
+                found[start + 1] = not cell
+        return found
 
     @staticmethod
-    def _number(feature: Mapping[str, Any], cell: str) -> list[float]:
-        number = cell_number(cell) if cell else feature["mean"]
+    def _number(feature: Mapping[str, Any], cell: str) -> float:
+        number = cell_number(cell) if cell else float(feature["mean"])
         if number is None:
             raise ValueError(f"{cell!r} in column {feature['column']} is not a finite number")
-        return [number, float(not cell)] if feature["gaps"] else [number]
-
-    def _category(self, feature: Mapping[str, Any], cell: str) -> list[float]:
-        places = self._places[feature["column"]]
-        found = [0.0] * (len(places) + 1)
-        found[places.get(cell, len(places))] = 1.0
-        return found
+        return number
 
     def example(self) -> dict[str, Any]:
         """Means and first values."""

@@ -15,6 +15,7 @@ import torch
 from mlflow.models import set_model
 
 from dmtg_core.checkpoint import load_model
+from dmtg_core.names import by_number
 from pipelines.preparation import load_preparation, prepare
 
 
@@ -29,7 +30,7 @@ class GroupPredictor(mlflow.pyfunc.PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Load the weights and the preparation."""
-        folders = sorted(Path(context.artifacts["groups"]).iterdir())
+        folders = sorted(Path(context.artifacts["groups"]).iterdir(), key=lambda place: by_number(place.name))
         described = json.loads(Path(context.artifacts["grouping"]).read_text(encoding="utf-8"))
         self.models = [load_model(folder, branches=len(described["groups"])) for folder in folders]
         file = context.artifacts.get("preparation")

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 
 from dmtg_core.checkpoint import OutdatedNetworkError, load_model
 from dmtg_core.grouping import Grouping
+from dmtg_core.names import by_number
 from dmtg_core.network import GroupModel
 from pipelines.aliases import set_challenger
 from pipelines.config import Config
@@ -117,7 +118,7 @@ def register(
 
 def _register(origin: _Origin, name: str, groups: Path, members: Sequence[Registered] = ()) -> Registered:
     """One model of the groups in a folder; with `members` it is their composite."""
-    models = {folder.name: load_model(folder) for folder in sorted(groups.iterdir())}
+    models = _loaded(groups.iterdir())
     facts = {**origin.facts, **_facts(origin.result, models, members)}
     tags = tags_of(facts)
     for held in versions(origin.client, name) if registered(origin.client, name) else ():
@@ -278,12 +279,11 @@ def load_registered(uri: str, section: TrackSection) -> tuple[dict[str, GroupMod
                 where="MLflow registry",
                 remedy="dmtg models list shows what there is",
             ) from error
-        folders = sorted((path / "artifacts").glob("*/group_*"))
         file = path / "artifacts" / "preparation.json"
         preparation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         branches = _branches(client, path)
         try:
-            return {group.name: load_model(group, branches=branches) for group in folders}, preparation
+            return _loaded((path / "artifacts").glob("*/group_*"), branches), preparation
         except OutdatedNetworkError as error:
             raise outdated(error, uri) from error
 
@@ -312,11 +312,15 @@ def _groups_of_run(uri: str) -> dict[str, GroupModel]:
     with tempfile.TemporaryDirectory() as folder:
         _fetch_models(run, Path(folder))
         try:
-            return {
-                path.name: load_model(path, branches=branches_of(run)) for path in sorted(Path(folder).iterdir())
-            }
+            return _loaded(Path(folder).iterdir(), branches_of(run))
         except OutdatedNetworkError as error:
             raise outdated(error, uri) from error
+
+
+def _loaded(folders: Iterable[Path], branches: int = 1) -> dict[str, GroupModel]:
+    """The models of groups, in the order of their numbers; `branches` as in `load_model`."""
+    places = sorted(folders, key=lambda place: by_number(place.name))
+    return {place.name: load_model(place, branches=branches) for place in places}
 
 
 def _fetch_models(run: Location, folder: Path) -> None:

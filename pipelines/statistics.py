@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dmtg_core.names import listed
 from dmtg_core.tasks import Task
 
 Sums = dict[str, Any]  # JSON-ready sums of a task
@@ -169,4 +170,4 @@ def thin_support(task: Task, sums: Mapping[str, Any], least: int) -> str:
         return ""
     names = task.labels or tuple(str(i) for i in range(len(sums["classes"])))
     few = [f"{name}: {count}" for name, count in zip(names, sums["classes"], strict=True) if count < least]
-    return f"classes with fewer than {least} labels ({', '.join(few)})" if few else ""
+    return f"classes with fewer than {least} labels ({listed(few)})" if few else ""

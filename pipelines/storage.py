@@ -142,17 +142,17 @@ class Location:
         )
 
     def files(self, *, recursive: bool = True) -> list[str]:
-        """Paths of the files below this folder, relative to it, sorted; empty where there is no folder."""
+        """Paths of the files below this folder, relative to it, `by_number`; empty where there is no folder."""
         selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
         found = self._infos(selector)
-        return sorted(
-            info.path[len(self.path.rstrip("/")) + 1 :] for info in found if info.type == pafs.FileType.File
-        )
+        files = [info.path[len(self.path.rstrip("/")) + 1 :] for info in found if info.type == pafs.FileType.File]
+        return _by_number(files)
 
     def folders(self) -> list[str]:
-        """Names of the folders directly below this one, sorted."""
+        """Names of the folders directly below this one, `by_number`: group_10 comes after group_9."""
         found = self._infos(pafs.FileSelector(self.path, allow_not_found=True))
-        return sorted(info.base_name for info in found if info.type == pafs.FileType.Directory)
+        folders = [info.base_name for info in found if info.type == pafs.FileType.Directory]
+        return _by_number(folders)
 
     def _infos(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
         try:
@@ -383,6 +383,12 @@ def pauses() -> Iterator[float]:
     while True:
         yield pause
         pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def _by_number(names: list[str]) -> list[str]:
+    from dmtg_core.names import by_number  # brings torch, which `dmtg --help` can do without
+
+    return sorted(names, key=by_number)
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dmtg_core.grouping import Grouping
+from dmtg_core.names import by_number
 from pipelines.errors import UserError
 from pipelines.sections import TrackSection
 from pipelines.tracking import connect
@@ -79,7 +80,7 @@ def registered_models(client: Any, name: str = "") -> list[Any]:
         found += [model for model in page if model.name.startswith(name)]
         token = page.token
         if not token:
-            return sorted(found, key=lambda model: str(model.name))
+            return sorted(found, key=lambda model: by_number(model.name))
 
 
 def find(client: Any, address: str) -> tuple[Any, dict[str, str]]:
@@ -109,7 +110,7 @@ def find(client: Any, address: str) -> tuple[Any, dict[str, str]]:
         return newest(client, name), aliases
     version = _version(client, name, number)
     if version is None:
-        numbers = [str(held.version) for held in versions(client, name)]
+        numbers = sorted((str(held.version) for held in versions(client, name)), key=by_number)
         raise _missing(f"{name} has no version {number!r}", number, numbers, "train a model first")
     return version, aliases
 
@@ -187,7 +188,7 @@ def _shown(version: Any, aliases: Mapping[str, str]) -> dict[str, Any]:
     return {
         "name": version.name,
         "version": int(version.version),
-        "aliases": sorted(a for a, v in aliases.items() if str(v) == str(version.version)),
+        "aliases": sorted((a for a, v in aliases.items() if str(v) == str(version.version)), key=by_number),
         "tasks": tasks,
         "grouping": version.tags.get(PREFIX + "grouping", ""),
         "created": datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).strftime(

@@ -50,7 +50,7 @@ def _models_at(place: Location) -> list[Location]:
             remedy="name run folders that dmtg train has finished, or folders models/group_<k> of them",
             wrong_use=True,
         )
-    return [place / MODELS / name for name in sorted(groups, key=lambda name: int(name.rsplit("_", 1)[1]))]
+    return [place / MODELS / name for name in groups]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from dmtg_core.metrics import error_of
+from dmtg_core.names import listed
 from dmtg_core.search import DISTILLED, WIDE
 from pipelines.beforehand import said_before
 from pipelines.config import Config
@@ -208,7 +209,7 @@ def certainty(result: Mapping[str, Any], shown: Sequence[Sequence[float]] | None
     low, high = min(highest.values()), max(highest.values())
     open_ones = [task for task, value in highest.items() if value < UNDECIDED]
     text = f"When the groups were fixed, the gate gave the tasks' branches {low:.0%} to {high:.0%}."
-    return text + (f" It was undecided (under {UNDECIDED:.0%}) on {', '.join(open_ones)}." if open_ones else "")
+    return text + (f" It was undecided (under {UNDECIDED:.0%}) on {listed(open_ones)}." if open_ones else "")
 
 
 def gained(result: Mapping[str, Any], intervals: Mapping[str, Any] | None) -> str:

@@ -20,6 +20,7 @@ from pipelines.statistics import Sums, class_name
 from pipelines.stream import all_units
 
 SEED = 22
+MOST_CLASSES = 24  # of a dense task in its legend: so many have colours of their own
 MOST_CHANNELS = 4  # of a dense task that are drawn
 FAR = 3.0  # standard deviations; what is farther from the mean takes the colour of the end
 Limits = Sequence[tuple[float, float]]  # of every channel, in raw units
@@ -134,9 +135,9 @@ class Sheet:
     def _legend(self, task: Task) -> Legend:
         if task.classes:
             seen = self._seen[task.name]
-            return Legend(
-                task.name, tuple((class_name(task, i), pictures.class_colour(k)) for k, i in enumerate(seen))
-            )
+            named = tuple((class_name(task, i), pictures.class_colour(k)) for k, i in enumerate(seen))
+            rest = len(named) - MOST_CLASSES
+            return Legend(task.name, named[:MOST_CLASSES], (f"and {rest} classes more",) if rest > 0 else ())
         if task.metric in ANGLES:
             return Legend(task.name, ends=("the three components from -1 to 1 as red, green and blue",))
         ends = [" to ".join(quantity(task, end) for end in pair) for pair in self._limits[task.name]]

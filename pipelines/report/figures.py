@@ -20,6 +20,7 @@ NEUTRAL = "#808080"  # what belongs to no group; seen on light and dark
 WIDTH = 5.2  # inches: at the width of a phone the text is small and yet read
 THICK = 9.0  # points: a line whose probability is 1
 FAINT = 0.02  # probabilities below it are not drawn
+MOST_PIXELS = 2**24
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -45,7 +46,9 @@ def number_of(group: str) -> int:
 def svg(figure: Figure, label: str) -> str:
     """A figure as an element of a page; `label` is what a screen reader says."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(
+        buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}, dpi=dots(figure, 100)
+    )
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     # black becomes the page's text colour, so that one drawing serves light and dark
@@ -55,6 +58,12 @@ def svg(figure: Figure, label: str) -> str:
     return drawn.replace('style="font', 'fill="currentColor" style="font').replace(
         "<text ", '<text fill="currentColor" '
     )
+
+
+def dots(figure: Figure, wanted: float) -> float:
+    """Dots an inch: fewer where the pixels of very many tasks would take gigabytes."""
+    width, height = figure.get_size_inches()
+    return float(min(wanted, math.sqrt(MOST_PIXELS / (width * height))))
 
 
 def branches(probabilities: Probabilities) -> list[str]:
@@ -116,9 +125,8 @@ def grouping_png(groups: Mapping[str, Sequence[str]]) -> bytes:
     buffer = io.BytesIO()
     tasks = [task for held in groups.values() for task in held]
     with mpl.rc_context(STYLE):
-        _gate_picture(tasks, certain(groups)).savefig(
-            buffer, format="png", dpi=130, bbox_inches="tight", facecolor="white"
-        )
+        figure = _gate_picture(tasks, certain(groups))
+        figure.savefig(buffer, format="png", dpi=dots(figure, 130), bbox_inches="tight", facecolor="white")
     return buffer.getvalue()
 
 
@@ -152,7 +160,8 @@ def gate(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
         columns = min(3, len(tasks))
         rows = -(-len(tasks) // columns)
         figure = Figure(figsize=(WIDTH * columns / 3 + 0.4, 1.2 * rows + 0.4), layout="constrained")
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        # each with axes of its own: the time that shared ones take grows with their square
+        grid = figure.subplots(rows, columns, squeeze=False)
         panels = [axes for line in grid for axes in line]
         for n, (axes, task) in enumerate(zip(panels, tasks, strict=False)):
             for k, name in enumerate(names):
@@ -161,6 +170,7 @@ def gate(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
                 axes.plot(epochs, shares, color=tint, linewidth=1.8, clip_on=False)
             axes.set_title(shortened(task, 20), fontsize=9)
             axes.set(ylim=(-0.03, 1.03), yticks=[0, 1], xticks=sorted({1, len(records)}))
+            axes.label_outer()
         for axes in panels[len(tasks) :]:
             axes.axis("off")
         figure.supxlabel("epoch", fontsize=10)

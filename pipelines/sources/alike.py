@@ -7,11 +7,15 @@ training split. Learnt anew every night they would differ every night.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+from dmtg_core.names import listed
 from dmtg_core.tasks import Task
 from pipelines.errors import UserError
 from pipelines.sources import INPUT, Description, Source
 from pipelines.sources.prepared import PreparedSource
+
+MOST_LABELS = 20  # in a message
 
 
 def encode_like(source: Source, earlier: Description, where: str) -> Description:
@@ -50,9 +54,18 @@ def _in_its_units(task: Task, earlier: Task | None, where: str) -> Task:
         mine, theirs = getattr(task, key), getattr(earlier, key)
         if mine != theirs:
             raise UserError(
-                f"task {task.name}: {key} {mine!r}, in the earlier shards {theirs!r}",
+                f"task {task.name}: {key} {shown(mine, theirs)}, in the earlier shards {shown(theirs, mine)}",
                 where=f"data.like={where}",
                 remedy="name its classes in source.options.tasks, or give the task another name",
                 wrong_use=True,
             )
     return replace(task, offset=earlier.offset, scale=earlier.scale)
+
+
+def shown(value: Any, other: Any) -> str:
+    """A field of a task that differs from the same one's elsewhere; of many labels those that the other lacks."""
+    if not isinstance(value, tuple) or len(value) <= MOST_LABELS:
+        return repr(value)
+    lacking = frozenset(value) - frozenset(other)
+    own = [label for label in value if label in lacking]
+    return f"{len(value)} names" + (f" with {listed(own)}" if own else "")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import ConfigDict, Field, model_validator
 
+from dmtg_core.names import by_number, listed
 from dmtg_core.tasks import Task, check_names
 from pipelines.errors import UserError
 from pipelines.preparation import cell_number
@@ -29,11 +30,11 @@ _NO = ("false", "no", "0", "0.0", "-1", "-1.0")
 class LabelTask(Section):
     """One column of a table as a task, or as one task a class.
 
-    `classes` fixes the names and their order (default: those in the file, sorted). `drop` lists values whose
-    rows are left out. `one_vs_rest` ("all" or a list of classes) makes one binary task a class, named
-    `<name>.<class>`, of a class column, whether `kind` says binary or multiclass. `positive` lists the values
-    that count as 1 for a binary task (default: true, yes, 1 against false, no, 0, -1; anything else is a bad
-    sample).
+    `classes` fixes the names and their order (default: those in the file, sorted, numbers by their size). `drop`
+    lists values whose rows are left out. `one_vs_rest` ("all" or a list of classes) makes one binary task a class,
+    named `<name>.<class>`, of a class column, whether `kind` says binary or multiclass. `positive` lists the
+    values that count as 1 for a binary task (default: true, yes, 1 against false, no, 0, -1; anything else is a
+    bad sample).
     """
 
     model_config = ConfigDict(coerce_numbers_to_str=True)  # YAML reads the class names of `[1, 2, 3]` as numbers
@@ -85,7 +86,8 @@ class Target:
         """How the value is stored."""
         if self.codes is None:
             return Column("float32")
-        return Column("uint8" if self.task.channels <= 256 else "uint16")
+        highest = self.task.channels - 1
+        return Column(next(name for name in ("uint8", "uint16", "int32") if highest <= np.iinfo(name).max))
 
     def value(self, row: Row) -> np.ndarray | None:
         """The stored value of a row's cell; None where it is empty.
@@ -161,7 +163,7 @@ def _targets_of(spec: LabelTask, rows: Sequence[Row], train: Sequence[Row], wher
     if spec.kind == "regression":
         offset, scale = _statistics([row.cells[spec.column] for row in train], spec.column, where)
         return [Target(spec.column, make(spec.task_name, "regression", offset=(offset,), scale=(scale,)))]
-    classes = spec.classes or tuple(sorted({row.cells[spec.column] for row in rows} - {""}))
+    classes = spec.classes or in_order({row.cells[spec.column] for row in rows} - {""})
     if spec.one_vs_rest is not None:
         return [
             Target(
@@ -187,9 +189,19 @@ def _chosen(spec: LabelTask, classes: Sequence[str]) -> Sequence[str]:
     unknown = [name for name in spec.one_vs_rest if name not in classes]
     if unknown:
         raise ValueError(
-            f"one_vs_rest of column {spec.column} names {', '.join(unknown)}, expected of {', '.join(classes)}"
+            f"one_vs_rest of column {spec.column} names {listed(unknown)}, expected of {listed(classes)}"
         )
     return spec.one_vs_rest
+
+
+def in_order(values: Iterable[str]) -> tuple[str, ...]:
+    """Cells of a column in their order: numbers by size, then words, by the numbers in them."""
+
+    def place(value: str) -> tuple[Any, ...]:
+        number = cell_number(value)
+        return number is None, number or 0.0, by_number(value)
+
+    return tuple(sorted(values, key=place))
 
 
 def safe_name(name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dmtg_core.names import listed
 from dmtg_core.tasks import InputSpec, Task
 from pipelines.errors import UserError
 from pipelines.preparation import Preparation, load_preparation
@@ -69,7 +70,7 @@ class PreparedSource(ABC):
         missing = [name for name in needed if name not in held]
         if missing:
             raise UserError(
-                f"no column {', '.join(missing)}, which the earlier shards were made from",
+                f"no column {listed(missing)}, which the earlier shards were made from",
                 where="data.like",
                 remedy="add it to the table and to source.options.features, or leave data.like out",
             )

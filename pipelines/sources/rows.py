@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dmtg_core.names import listed
 from pipelines.errors import UserError
 from pipelines.preparation import cell_text
 from pipelines.storage import Location
@@ -24,6 +25,7 @@ SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {**{name: name for name in SPLITS}, "valid": "val", "validation": "val", "dev": "val"}
 SPLIT_COLUMN = "split"  # read where it is there and no other is asked for
 Line = tuple[int, list[str]]  # its number and its cells
+MOST_NAMES = 20  # of columns in a message
 HEAD_BYTES = 32 * 2**20  # of a CSV file, that its head is looked for in
 
 
@@ -262,14 +264,14 @@ def _check_header(header: Sequence[str], columns: Sequence[str], location: Locat
         )
     if missing:
         raise UserError(
-            f"no column {', '.join(missing)}",
+            f"no column {listed(missing)}",
             where=str(location),
-            remedy=f"use the columns there are: {', '.join(header)}",
+            remedy=f"use the columns there are: {listed(header, MOST_NAMES)}",
         )
-    twice = sorted({name for name in header if header.count(name) > 1})
+    twice = sorted(name for name, count in Counter(header).items() if count > 1)
     if twice:
         raise UserError(
-            f"column {', '.join(twice)} is there more than once", where=str(location), remedy="rename one"
+            f"column {listed(twice)} is there more than once", where=str(location), remedy="rename one"
         )
 
 
@@ -298,9 +300,8 @@ def check_unique(ids: Sequence[str], where: str) -> None:
     """
     twice = [name for name, count in Counter(ids).items() if count > 1]
     if twice:
-        more = f" and {len(twice) - 5} more" if len(twice) > 5 else ""
         raise UserError(
-            f"{len(twice)} ids occur more than once: {', '.join(twice[:5])}{more}",
+            f"{len(twice)} ids occur more than once: {listed(twice)}",
             where=where,
             remedy="keep one row an id",
         )
@@ -325,9 +326,7 @@ def check_ids(ids: Sequence[str], rows: Sequence[Row], column: str, where: str) 
     """
     empty = [str(row.line) for row, name in zip(rows, ids, strict=True) if not name]
     if empty:
-        raise UserError(
-            f"no {column} id in line {', '.join(empty[:5])}", where=where, remedy=f"fill the column {column}"
-        )
+        raise UserError(f"no {column} id in line {listed(empty)}", where=where, remedy=f"fill the column {column}")
     check_unique(ids, where)
 
 

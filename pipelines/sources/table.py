@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from dmtg_core.names import listed
 from dmtg_core.tasks import InputSpec
 from pipelines.errors import UserError
 from pipelines.preparation import cell_number, load_preparation
@@ -24,7 +26,7 @@ from pipelines.sections import Section, checked
 from pipelines.sources import Entry
 from pipelines.sources.labels import LabelTask, Target, kept_rows, label_targets
 from pipelines.sources.prepared import PreparedSource, train_cells
-from pipelines.sources.rows import SPLIT_COLUMN, Row, check_ids, read_rows, split_of
+from pipelines.sources.rows import MOST_NAMES, SPLIT_COLUMN, Row, check_ids, read_rows, split_of
 from pipelines.storage import Location
 
 log = logging.getLogger(__name__)
@@ -160,7 +162,7 @@ class TableSource(PreparedSource):
             else:
                 constants.append(column)
         if constants:
-            log.warning("%s: left out, constant in training: %s", self._table, ", ".join(constants))
+            log.warning("%s: left out, constant in training: %s", self._table, listed(constants, MOST_NAMES))
         if not features:
             raise UserError("no feature is left", where=str(self._table), remedy="choose other features")
         _log_features(str(self._table), [feature for feature, _ in features])
@@ -228,17 +230,17 @@ def _problem(chosen: Sequence[str], taken: set[str | None], categorical: Sequenc
     """What is wrong with the columns of the input, in words; empty when nothing is."""
     if not chosen:
         return "no column is left for the input"
-    twice = sorted({name for name in chosen if chosen.count(name) > 1})
+    twice = sorted(name for name, count in Counter(chosen).items() if count > 1)
     if twice:
-        return f"features names {', '.join(twice)} more than once"
+        return f"features names {listed(twice)} more than once"
     both = [name for name in chosen if name in taken]
     if both:
-        return f"{', '.join(both)} cannot be a feature: it is a target, the id or the split"
+        return f"{listed(both)} cannot be a feature: it is a target, the id or the split"
     lost = [name for name in categorical if name not in chosen]
-    return f"categorical names {', '.join(lost)}, which is no feature" if lost else ""
+    return f"categorical names {listed(lost)}, which is no feature" if lost else ""
 
 
 def _log_features(where: str, features: Sequence[Mapping[str, Any]]) -> None:
     for kind, words in (("number", "numbers"), ("category", "categories")):
         names = [feature["column"] for feature in features if feature["type"] == kind]
-        log.info("%s: %d features are %s: %s", where, len(names), words, ", ".join(names))
+        log.info("%s: %d features are %s: %s", where, len(names), words, listed(names, MOST_NAMES))

@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from pydantic import Field
 
+from dmtg_core.names import listed
 from pipelines.errors import UserError
 from pipelines.sections import Section, checked
 from pipelines.sources import INPUT, BadSampleError, Column, Description, Entry
@@ -174,16 +175,16 @@ class TaskonomySource:
 
     def _points(self, splits: Mapping[str, str] | None) -> list[dict[str, str]]:
         """Layout, building, point and view of each rgb file of the buildings that are wanted."""
-        listed = self._listed(splits)
+        files = self._listed(splits)
         points = [
             {"layout": layout, "building": building, **match.groupdict()}
-            for layout, building, file in listed
+            for layout, building, file in files
             if (match := _RGB_FILE.fullmatch(file))
         ]
         if not points:
             raise UserError("no rgb files", where=str(self._root), remedy=f"expected there: {_EXPECTED}")
-        if len(points) < len(listed):
-            log.warning("%s: %d files are not named as rgb files are", self._root, len(listed) - len(points))
+        if len(points) < len(files):
+            log.warning("%s: %d files are not named as rgb files are", self._root, len(files) - len(points))
         return points
 
     def _listed(self, splits: Mapping[str, str] | None) -> list[tuple[str, str, str]]:
@@ -192,14 +193,14 @@ class TaskonomySource:
         wanted = [building for building in buildings if self._wanted(building, splits)]
         if buildings and not wanted:
             raise UserError(
-                f"none of the {len(buildings)} buildings is in a split: {', '.join(buildings[:5])}",
+                f"none of the {len(buildings)} buildings is in a split: {listed(buildings)}",
                 where=str(self._options.splits),
                 remedy="correct source.options.splits or source.root",
             )
         folders = [_folder(self._root, layout, "rgb", building) for building in wanted]
         with ThreadPoolExecutor(_LISTERS) as pool:
-            listed = list(pool.map(lambda folder: folder.files(recursive=False), folders))
-        return [(layout, building, file) for building, files in zip(wanted, listed, strict=True) for file in files]
+            found = list(pool.map(lambda folder: folder.files(recursive=False), folders))
+        return [(layout, building, file) for building, files in zip(wanted, found, strict=True) for file in files]
 
     def _buildings(self) -> tuple[str, list[str]]:
         """The layout and the buildings, from the names of folders alone. No building is called taskonomy."""
@@ -227,13 +228,13 @@ class TaskonomySource:
         unknown = [building for building in buildings if building not in splits]
         if unknown:
             raise UserError(
-                f"no split for building {', '.join(unknown[:5])}" + (" …" if len(unknown) > 5 else ""),
+                f"no split for building {listed(unknown)}",
                 where=str(self._options.splits),
                 remedy="add it to the file, take it out of the data, or set source.options.unlisted to leave_out",
             )
         absent = sorted({name for name, split in splits.items() if split} - set(buildings))
         if absent:
-            log.warning("%d buildings of the split file are not there: %s", len(absent), ", ".join(absent[:5]))
+            log.warning("%d buildings of the split file are not there: %s", len(absent), listed(absent))
         return splits
 
 

@@ -43,6 +43,17 @@ def test_numbers_go_on_where_another_context_stopped(tmp_path):
     assert [(f / "content").read_text() for f in sorted(tmp_path.iterdir())] == ["first", "second"]
 
 
+def test_numbers_that_outgrow_their_zeros_are_the_newest(tmp_path):
+    context = local(tmp_path, keep=3)
+    context.report({}, writer("before"))
+    (tmp_path / "checkpoint_000000").rename(tmp_path / "checkpoint_999998")
+    for n in range(3):
+        context.report({}, writer(str(n)))
+    names = {place.name for place in tmp_path.iterdir()}
+    assert names == {"checkpoint_999999", "checkpoint_1000000", "checkpoint_1000001"}
+    assert (local(tmp_path).latest() / "content").read_text() == "2"
+
+
 def test_a_write_that_fails_leaves_the_last_whole_checkpoint(tmp_path):
     context = local(tmp_path)
     context.report({}, writer("whole"))

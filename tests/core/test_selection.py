@@ -73,6 +73,12 @@ def test_nothing_is_better_than_what_is_chosen(candidates: list[Candidate], budg
     assert sum(candidates[at].cost for at in found.chosen) <= budget
 
 
+def test_tasks_stay_in_the_order_of_the_candidates() -> None:
+    tasks = [f"task_{n}" for n in range(8, 12)]
+    found = select([Candidate(dict.fromkeys(tasks[:3], 0.0), 1), Candidate({tasks[3]: 0.0}, 1)], 2)
+    assert list(found.serves) == tasks
+
+
 def test_at_most_k_groups_and_overlap() -> None:
     pair, triple = Candidate({"a": 1.0, "b": 3.0}), Candidate({"a": 2.0, "b": 2.0, "c": 1.0})
     assert select([pair, triple], 1).chosen == (1,)

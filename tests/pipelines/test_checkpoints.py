@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dmtg_core.checkpoint import seal
 from dmtg_core.training import NonFiniteLossError
 from pipelines import storage
 from pipelines.checkpoints import Checkpoints, Errand, Outbox
@@ -155,6 +156,19 @@ def test_only_the_newest_whole_checkpoints_stay(tmp_path: Path) -> None:
     newest = held(tmp_path, Told()).newest()
     assert newest is not None
     assert (newest / "network.safetensors").read_text() == names[2]
+
+
+def test_the_newest_is_that_of_the_highest_number_whatever_its_digits(tmp_path: Path) -> None:
+    for number, mark in ((99_999_998, "abc123"), (99_999_999, "9e9999"), (100_000_000, "1e5000")):
+        seal(folder_of(tmp_path / "run", f"checkpoint_{number:08d}_{mark}"))
+    store = held(tmp_path, Told())
+    newest = store.newest()
+    assert newest is not None
+    assert newest.name == "checkpoint_100000000_1e5000"
+    name = store.next_name()
+    assert name.startswith("checkpoint_100000001_")
+    store.add(folder_of(tmp_path / "scratch", name))
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {newest.name, name}
 
 
 def test_a_damaged_checkpoint_is_passed_over_told_and_not_counted(tmp_path: Path) -> None:

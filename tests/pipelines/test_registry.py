@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -17,8 +18,10 @@ import yaml
 from mlflow.exceptions import MlflowException
 
 from dmtg_core.encoders import EncoderSpec
+from dmtg_core.grouping import Grouping
 from pipelines.aliases import champion, champions, promote, rollback, set_challenger
 from pipelines.errors import UserError
+from pipelines.pyfunc_model import GroupPredictor
 from pipelines.registry import load_groups
 from pipelines.sections import TrackSection
 from pipelines.sources import Source, build_source
@@ -145,6 +148,52 @@ def test_the_shell_completes_what_is_registered(section, tmp_path: Path, begun: 
         check=False,
     )
     assert set(out.stdout.split()) == offered, out.stderr
+
+
+def test_groups_and_versions_are_listed_in_the_order_of_their_numbers(section) -> None:
+    for groups in ([[f"task_{n}"] for n in range(12)], *[TWO] * 10):
+        add_version(section, "long", groups)
+    groups = [f"long.group_{k}" for k in range(12)]
+    assert [model.name for model in registered_models(connect(section), "long")] == ["long", *groups]
+    found = {entry["name"]: entry["version"] for entry in list_models(section, "long")}
+    assert list(found) == ["long", *groups]
+    assert list(found.values()) == [11, 11, 11, *[1] * 10]
+    assert list(show_model(section, "long/1")["groups"]) == [f"group_{k}" for k in range(12)]
+    assert list(show_model(section, "long/1")["members"]) == groups
+    with pytest.raises(UserError) as caught:
+        show_model(section, "long/500")
+    assert caught.value.remedy == "use one of 2, 3, 4, 5, 6, 7, 8, 9, 10, 11"
+    set_challenger(section, "long", 1)
+    for version in (1, 9, 10, 11):
+        promote(section, "long", version)
+    assert champions(section, "long") == [1, 9, 10, 11]
+    assert aliases(section, "long")["champion"] == {"": 11, ".group_0": 11, ".group_1": 11}
+
+
+def test_more_models_than_the_registry_has_on_a_page_are_listed(section) -> None:
+    client, names = connect(section), [f"paged.group_{k}" for k in range(101)]
+    for name in names:
+        client.create_registered_model(name)
+    assert [model.name for model in registered_models(client, "paged")] == names
+
+
+def test_twelve_groups_are_loaded_and_answer_in_the_order_of_their_numbers(root: Path, embedded) -> None:
+    names = [f"t{n}" for n in range(12)]
+    lines = [f"{i},{i},{','.join('01'[(i + n) % 2] for n in range(12))},train" for i in range(4)]
+    (root / "twelve.csv").write_text("\n".join([f"id,age,{','.join(names)},split", *lines]) + "\n")
+    tasks = [{"column": name, "kind": "binary"} for name in names]
+    options = {"file": "twelve.csv", "id_column": "id", "features": ["age"], "tasks": tasks}
+    source = build_source("table", str(root), options)
+    encoder = EncoderSpec("mlp", options={"widths": [2]})
+    made = finish(source, encoder, root, embedded, name="twelve", groups=12)
+    (made.run / "grouping.json").write_text(Grouping.from_dict(made.result["grouping"]).to_json())
+    groups = load_groups(str(made.run), TrackSection(uri="none"))
+    assert list(groups) == [f"group_{k}" for k in range(12)]
+    assert [task.name for model in groups.values() for task in model.tasks] == names
+    predictor = GroupPredictor()
+    files = {"groups": str(made.run / "models"), "grouping": str(made.run / "grouping.json")}
+    predictor.load_context(SimpleNamespace(artifacts=files))
+    assert list(predictor.predict(None, made.example)) == names
 
 
 def test_rollbacks_go_back_through_all_champions_that_still_exist(section) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dmtg_core import Grouping
+from pipelines.cli_train import _summary
 from pipelines.config import load_config
 from pipelines.latency import ALL, NAIVE
 from pipelines.report import again, certainty, costs, facts, gained, gate_records, shown_gate, together, verdict
 from pipelines.report.figures import branches, curve, ordered
 from pipelines.storage import locate
+from pipelines.train import Trained
 
 
 def candidate(stage: str, score: float, final: float | None, branches: int = 2) -> dict[str, Any]:
@@ -55,6 +58,18 @@ def test_the_gate_that_is_drawn_is_that_of_the_result_or_the_best_there_is() -> 
         assert shown_gate(found | {"candidates": [*found["candidates"], anew]}) == drawn
     alone = result("start_0") | {"candidates": [candidate("start_0", 0.0, 0.0, branches=1)]}
     assert shown_gate(alone) == ""
+
+
+def test_the_terminal_has_the_groups_in_the_order_of_their_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = [f"t{n}" for n in (1, 0, *range(2, 24))]
+    found = result("start_0", gain=None) | {
+        "grouping": {f"group_{k}": tasks[2 * k : 2 * k + 2] for k in range(12)}, "grouping_name": "g12",
+        "metrics": {task: {"loss": 1.0} for task in tasks[::2] + tasks[1::2]}, "baseline": {}, "notes": [],
+        "headline": dict.fromkeys(tasks, "loss"), "candidates": [],
+    }  # fmt: skip
+    _summary(load_config("planted"), Trained(locate("run"), "", found, [], False))
+    rows = re.findall(r"(group_\d+) *\S (t\d+)", capsys.readouterr().err)
+    assert rows == [(name, task) for name, held in found["grouping"].items() for task in held]
 
 
 SURE = [[0.9, 0.1], [0.7, 0.3], [0.6, 0.4]]

@@ -28,6 +28,14 @@ def test_lists_sizes_and_deletes(tmp_path: Path) -> None:
     assert not root.exists()
 
 
+def test_listings_are_in_the_order_of_the_numbers_in_names(tmp_path: Path) -> None:
+    root = locate(str(tmp_path))
+    for n in (0, 1, 2, 9, 10, 11, 100):
+        (root / f"group_{n}" / f"part-{n}.parquet").write_bytes(b"")
+    assert root.folders() == [f"group_{n}" for n in (0, 1, 2, 9, 10, 11, 100)]
+    assert root.files() == [f"group_{n}/part-{n}.parquet" for n in (0, 1, 2, 9, 10, 11, 100)]
+
+
 def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     place = locate(str(tmp_path / "file" / "below"))

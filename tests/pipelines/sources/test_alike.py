@@ -75,7 +75,8 @@ def test_what_cannot_be_encoded_alike_is_refused(first: Source, tmp_path: Path) 
     assert "classes" in found.value.remedy
     lacking = replace(
         earlier,
-        preparation=earlier.preparation | {"features": [{"column": "height", "type": "number", "mean": 0.0}]},
+        preparation=earlier.preparation
+        | {"features": [{"column": "height", "type": "number", "mean": 0.0, "gaps": False}]},
     )
     fresh = table(tmp_path / "3", [60, 70, 80, 90], ["sea", "land"] * 2, [5, 6, 7, 8], list("nsns"))
     with pytest.raises(UserError, match="no column height"):
