@@ -32,6 +32,7 @@ from pipelines.storage import Location
 log = logging.getLogger(__name__)
 
 MISSING = ("nan", "NaN", "null", "NULL", "None")
+WIDE = 10_000  # features of a sample that are worth a warning
 FINEST = 1e-5  # deviation over mean below which float32 blurs the differences (it has 24 bits)
 
 
@@ -167,6 +168,9 @@ class TableSource(PreparedSource):
             raise UserError("no feature is left", where=str(self._table), remedy="choose other features")
         _log_features(str(self._table), [feature for feature, _ in features])
         mean, std = zip(*(pair for _, scales in features for pair in scales), strict=True)
+        if len(mean) > WIDE:
+            size = len(mean) * 4 // 1024
+            log.warning("%s: %d features, %d KiB a sample: set data.compression=lz4", self._table, len(mean), size)
         preparation = {
             "kind": "table",
             "features": [feature for feature, _ in features],

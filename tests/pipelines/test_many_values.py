@@ -91,8 +91,8 @@ def sharded(config: Config) -> Source:
     source = build_source(config.source.kind, config.source.root, config.source.options)
     description, folder = source.describe(), locate(config.data.shards)
     plans = make_plans(source.entries(), description, config.source, config.data)
-    parts = [write_shard(source, description, plan, folder, "lz4") for plan in plans]
-    shards._finish(folder, description, parts, config)
+    parts = {plan.digest: write_shard(source, description, plan, folder, "lz4") for plan in plans}
+    shards._publish(folder, description, plans, parts, config)
     return source
 
 
