@@ -232,11 +232,12 @@ class MetricSums:
 
 
 def _ranking_metrics(task: Task, scores: Scores) -> dict[str, float]:
-    bounds = scores.bins().error_bounds()
+    bins = scores.bins()
+    bounds = bins.error_bounds()
     if any(bounds.values()):
         within = ", ".join(f"{name} to within {bound:.1g}" for name, bound in bounds.items())
         log.info("task %s has %d scores, counted in bins: %s", task.name, scores.count, within)
-    return scores.metrics()
+    return scores.metrics(bins)
 
 
 def error_of(metric: str, value: float) -> float:

@@ -216,9 +216,13 @@ class Scores:
         parts = [*self._bins, Bins.of(scores, labels)]
         return joined_bins(parts)[0] if self._bins else parts[0]
 
-    def metrics(self) -> dict[str, float]:
-        """Metric → value; NaN where a score is NaN, or a class is missing."""
-        bins = self.bins()
+    def metrics(self, bins: Bins | None = None) -> dict[str, float]:
+        """Metric → value; NaN where a score is NaN, or a class is missing.
+
+        Args:
+            bins: What `bins` gave, where it is at hand already: to sort the scores is what takes time.
+        """
+        bins = self.bins() if bins is None else bins
         if self.undefined:
             return {AUROC: math.nan, AVERAGE_PRECISION: math.nan}
         return {AUROC: bins.auroc(), AVERAGE_PRECISION: bins.average_precision()}
