@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dmtg_core.names import listed
 from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec
 from dmtg_core.tasks import Task
 
@@ -76,10 +77,9 @@ def check_branches(written: int, branches: int, tasks: Sequence[Task], where: st
     """
     wrong = [task.name for task in tasks if not task.dense]
     if written == 1 and branches > RIGHT_UP_TO and wrong:
-        more = ", …" if len(wrong) > 3 else ""
         raise OutdatedNetworkError(
             f"{where}: an earlier version trained this on {branches} branches, and with over {RIGHT_UP_TO} it "
-            f"trained heads ({', '.join(wrong[:3])}{more}) on the features of other branches; the weights cannot "
+            f"trained heads ({listed(wrong, 3)}) on the features of other branches; the weights cannot "
             "be corrected: train it again"
         )
 

@@ -114,7 +114,7 @@ class Bins:
         while not large.all() and level < 62:
             level += 1
             first = _starts(rest.start >> level)
-            joined, count = rest._added(first), np.diff(first, append=len(rest))
+            joined, count = rest.added(first), np.diff(first, append=len(rest))
             small = (joined.positive <= most[0]) & (joined.negative <= most[1])
             done.append(rest._where(np.repeat(~small, count) & ~large))
             begin = joined.start >> level << level
@@ -131,7 +131,7 @@ class Bins:
     def _where(self, chosen: np.ndarray) -> Bins:
         return Bins(self.start[chosen], self.end[chosen], self.positive[chosen], self.negative[chosen])
 
-    def _added(self, first: np.ndarray) -> Bins:
+    def added(self, first: np.ndarray) -> Bins:
         """Neighbours added up; `first` are the places where a sum begins."""
         last = np.append(first, len(self))[1:] - 1
         return Bins(self.start[first], self.end[last], _sums(self.positive, first), _sums(self.negative, first))
@@ -153,7 +153,7 @@ def joined_bins(parts: Sequence[Bins]) -> tuple[Bins, np.ndarray]:
     place = np.empty(len(order), np.int64)
     place[order] = np.cumsum(new) - 1
     sorted_parts = Bins(start[order], reach, positive[order], negative[order])
-    return sorted_parts._added(np.flatnonzero(new)), place  # noqa: SLF001 - this module's own
+    return sorted_parts.added(np.flatnonzero(new)), place
 
 
 class Scores:

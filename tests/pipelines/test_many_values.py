@@ -205,7 +205,7 @@ def test_a_task_whose_metrics_could_not_be_tracked_is_refused(tmp_path: Path) ->
     long = "x" * (LONGEST_NAME + 1)
     (tmp_path / "t.csv").write_text(f"id,size,kind,split\na,1,{long},train\nb,2,y,train\nc,3,y,val\n")
     spec = {"column": "kind", "kind": "multiclass", "one_vs_rest": "all"}
-    options = config_of(tmp_path, [spec], ["size"]).source.options  # type: ignore[union-attr]
+    options = config_of(tmp_path, [spec], ["size"]).source.options
     with pytest.raises(UserError, match=f"a task name has at most {LONGEST_NAME} characters, got 206: kind.xxx"):
         build_source("table", str(tmp_path), options).describe()
 

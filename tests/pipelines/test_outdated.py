@@ -16,15 +16,22 @@ from dmtg_core.encoders import EncoderSpec
 from pipelines.cells import FORMAT, Cell, CellJob, train_cells
 from pipelines.errors import UserError
 from pipelines.faults import lasting_error
-from pipelines.registry import load_groups
+from pipelines.registry import _branches, load_groups
+from pipelines.sections import TrackSection
+from pipelines.sources import Source
 from pipelines.storage import locate
 from pipelines.tracking import connect
 from pipelines.worker import CONFIG, check_models, read_model
 from tests.core.samples import mlp_spec
-from tests.pipelines.test_registry import source  # noqa: F401 - a fixture
-from tests.pipelines.untrained import Finished, finish
+from tests.pipelines.untrained import Finished, finish, small_table
 
 REMEDY = "train it again with dmtg train and another run.name"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    (tmp_path / "table").mkdir()
+    return small_table(tmp_path / "table")
 
 
 def outdated(run: Path) -> None:
@@ -33,7 +40,7 @@ def outdated(run: Path) -> None:
         file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
 
 
-def finished(source, root: Path, branches: int) -> Finished:  # noqa: F811
+def finished(source, root: Path, branches: int) -> Finished:
     """A run of the version before whose configuration had so many branches, and whose tasks are in two groups."""
     store = {"uri": f"sqlite:///{root}/mlflow.db"}
     done = finish(source, EncoderSpec("mlp"), root, store, name=f"before{branches}", groups=2)
@@ -45,7 +52,7 @@ def finished(source, root: Path, branches: int) -> Finished:  # noqa: F811
 
 
 @pytest.mark.parametrize("branches", [10, 11])
-def test_a_run_and_its_registered_models(source, tmp_path, branches) -> None:  # noqa: F811
+def test_a_run_and_its_registered_models(source, tmp_path, branches) -> None:
     done = finished(source, tmp_path, branches)
     done.register()
     places = [str(done.run), f"models:/before{branches}/1", f"models:/before{branches}.group_1/1"]
@@ -62,7 +69,7 @@ def test_a_run_and_its_registered_models(source, tmp_path, branches) -> None:  #
         read_model(locate(str(done.run / "models" / "group_0")))
 
 
-def test_a_finished_run_is_not_shown_as_done(source, tmp_path) -> None:  # noqa: F811
+def test_a_finished_run_is_not_shown_as_done(source, tmp_path) -> None:
     done = finished(source, tmp_path, 12)
     config = done.config.model_copy(update={"network": done.config.network.model_copy(update={"groups": 12})})
     with pytest.raises(UserError, match="on 12 branches"):
@@ -88,7 +95,7 @@ def test_a_registered_model_of_more_than_ten_groups_says_so_where_it_is_served(t
         GroupPredictor().load_context(context)
 
 
-def test_training_that_goes_on_from_such_a_checkpoint_ends_with_what_to_do(source, tmp_path) -> None:  # noqa: F811
+def test_training_that_goes_on_from_such_a_checkpoint_ends_with_what_to_do(source, tmp_path) -> None:
     config = finish(source, EncoderSpec("mlp"), tmp_path, {"uri": f"sqlite:///{tmp_path}/m.db"}, name="x").config
     error = OutdatedNetworkError("/run/checkpoint: an earlier version trained this")
     found = lasting_error(error, config, "/run", 1)
@@ -103,7 +110,7 @@ def test_results_of_a_comparison_from_the_version_before_are_not_mixed_with_new_
 
     cell, said = Cell("naive_mtl", 1), []
     file = locate(str(tmp_path)) / "cells" / f"{cell.name}.json"
-    job = CellJob(None, None, None, locate(str(tmp_path)))  # type: ignore[arg-type]
+    job = CellJob(None, None, None, locate(str(tmp_path)))
     file.write_json({"format": FORMAT, "score": 1.0})
     assert train_cells(job, [cell], said.append)[cell]["score"] == 1.0
     file.write_json({"score": 1.0})
@@ -118,9 +125,12 @@ def test_results_of_a_comparison_from_the_version_before_are_not_mixed_with_new_
     assert said[0] == "1 results are of an earlier version, whose figures differ: trained again"
 
 
-def test_the_model_of_a_deleted_run_counts_its_groups(source, tmp_path) -> None:  # noqa: F811
+def test_the_run_of_a_model_is_asked_and_without_one_its_groups_are_counted(source, tmp_path) -> None:
     done = finished(source, tmp_path, 11)
     done.register()
-    mlflow.delete_run(done.run_id)
-    with pytest.raises(UserError, match="on 11 branches"):  # a deleted run can still be asked
-        load_groups(f"models:/{done.config.name}/1", done.config.track)
+    client = connect(done.config.track)
+    place = Path(mlflow.artifacts.download_artifacts("models:/before11/1", dst_path=str(tmp_path / "model")))
+    assert _branches(client, place) == 11
+    client.delete_run(done.run_id)
+    assert _branches(client, place) == 11  # it can still be asked
+    assert _branches(connect(TrackSection(uri=f"sqlite:///{tmp_path}/other.db")), place) == 2

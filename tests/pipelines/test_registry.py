@@ -29,7 +29,7 @@ from pipelines.tracking import connect
 from pipelines.versions import list_models, registered_models, show_model, tags_of
 from tests.pipelines.s3_server import BUCKET
 from tests.pipelines.test_cli import call
-from tests.pipelines.untrained import Finished, finish
+from tests.pipelines.untrained import Finished, finish, small_table
 
 WRITES = (
     "set_registered_model_tag", "set_registered_model_alias", "delete_registered_model_alias",
@@ -39,15 +39,7 @@ TASKS = ["sick", "cost", "days"]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    root = tmp_path_factory.mktemp("table")
-    (root / "t.csv").write_text(
-        "id,age,sick,cost,days,split\na,20,1,3,1,train\nb,40,0,5,2,train\nc,30,1,4,4,val\n"
-    )
-    kinds = {"sick": "binary", "cost": "regression", "days": "regression"}
-    tasks = [{"column": name, "kind": kind} for name, kind in kinds.items()]
-    return build_source(
-        "table", str(root), {"file": "t.csv", "id_column": "id", "features": ["age"], "tasks": tasks}
-    )
+    return small_table(tmp_path_factory.mktemp("table"))
 
 
 @pytest.fixture(scope="module")

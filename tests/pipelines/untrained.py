@@ -15,7 +15,7 @@ from pipelines.config import Config
 from pipelines.manifest import Manifest
 from pipelines.registry import Registered, register
 from pipelines.sections import checked
-from pipelines.sources import INPUT, Source
+from pipelines.sources import INPUT, Source, build_source
 from pipelines.storage import locate
 from pipelines.tracking import connect
 
@@ -38,6 +38,18 @@ class Finished:
         """As training does at its end."""
         run = locate(str(self.run))
         return register(self.config, run, self.run_id, self.manifest, self.example, self.result)
+
+
+def small_table(root: Path) -> Source:
+    """A table of three rows with tasks of two kinds."""
+    (root / "t.csv").write_text(
+        "id,age,sick,cost,days,split\na,20,1,3,1,train\nb,40,0,5,2,train\nc,30,1,4,4,val\n"
+    )
+    kinds = {"sick": "binary", "cost": "regression", "days": "regression"}
+    tasks = [{"column": name, "kind": kind} for name, kind in kinds.items()]
+    return build_source(
+        "table", str(root), {"file": "t.csv", "id_column": "id", "features": ["age"], "tasks": tasks}
+    )
 
 
 def finish(
