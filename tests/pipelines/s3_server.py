@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import select
 import socket
 import socketserver
@@ -22,11 +23,20 @@ SECRET = "only-for-tests-1b9f"  # noqa: S105 - of a server that lives as long as
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port below those that the kernel gives to connections, that nobody listens on.
+
+    A server may be started on it half an hour later: no connection of another process may have taken it by then.
+    """
+    first, last = (int(word) for word in Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    candidates = range(20000, first) if first > 20100 else range(last + 1, 65000)
+    for port in random.sample(candidates, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"none of 100 ports between {candidates.start} and {candidates.stop} is free")
 
 
 def settings(port: int) -> dict[str, str]:
@@ -67,9 +77,13 @@ def environment(port: int, folder: Path) -> dict[str, str]:
 
 def begin(port: int, folder: Path) -> None:
     """Start the server, with what it held before."""
-    with (folder / "start.log").open("w") as log:
+    path = folder / "start.log"
+    with path.open("w") as log:
         # it writes to the log for as long as it lives, so its output is not a pipe to wait for
-        subprocess.run([str(SCRIPT), "start"], env=environment(port, folder), stdout=log, stderr=log, check=True)
+        done = subprocess.run(
+            [str(SCRIPT), "start"], env=environment(port, folder), stdout=log, stderr=log, check=False
+        )
+    assert done.returncode == 0, path.read_text()
 
 
 def end(port: int, folder: Path) -> None:

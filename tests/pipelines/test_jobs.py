@@ -33,7 +33,7 @@ class Head:
 
     def __init__(self, folder: Path) -> None:
         self.port, self.dashboard = free_port(), free_port()
-        first = 20000 + self.port % 20000
+        first = 10000 + self.port % 8000  # apart from what `free_port` gives
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
