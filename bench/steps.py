@@ -23,9 +23,9 @@ from dmtg_core import (
     NetworkSpec,
     Task,
 )
-from dmtg_core.decoders import Doubling
 from dmtg_core.losses import label_counts, sample_loss
-from dmtg_core.network import pooled
+from dmtg_core.network.decoders import Doubling
+from dmtg_core.network.grouping_network import pooled
 from dmtg_core.settings import TrainSettings
 from dmtg_core.step import WeighedLoss, prepare_network, step_noise, train_step
 from dmtg_core.training import TrainState

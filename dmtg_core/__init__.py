@@ -12,13 +12,14 @@ from dmtg_core.affinity import cluster, reading_overlap
 from dmtg_core.aggregation import AGGREGATORS
 from dmtg_core.augment import AUGMENTATIONS, augment
 from dmtg_core.context import LocalContext, TrainContext
-from dmtg_core.cost import Cost, grouping_cost, inference_cost, training_flops, widened_to
 from dmtg_core.data import ArrayData, Arrays, Batch, Data
 from dmtg_core.distillation import Teachers
-from dmtg_core.encoders import ENCODERS, EncoderSpec
-from dmtg_core.grouping import GroupGate, Grouping
+from dmtg_core.grouping import Grouping
 from dmtg_core.metrics import Metrics, MetricSums, normalized_gain, total_error
-from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec
+from dmtg_core.network.cost import Cost, grouping_cost, inference_cost, training_flops, widened_to
+from dmtg_core.network.encoders import ENCODERS, EncoderSpec
+from dmtg_core.network.gate import GroupGate
+from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec
 from dmtg_core.pairwise import GradientAffinities, projected_affinity
 from dmtg_core.schedules import TemperatureSchedule
 from dmtg_core.search import SearchOptions, SearchResult, search

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dmtg_core.context import LocalContext, TrainContext
 from dmtg_core.data import Data
-from dmtg_core.network import GroupingNetwork, pooled
+from dmtg_core.network.grouping_network import GroupingNetwork, pooled
 
 SAMPLES = 1024  # that gradients are taken on; with more the figures hardly move
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmtg_core.encoders import seeded
-from dmtg_core.network import GroupingNetwork
+from dmtg_core.network.encoders import seeded
+from dmtg_core.network.grouping_network import GroupingNetwork
 
 # (Gramian of a group's gradients (N, N) on any device, seed) → weights (N,), float64 on the CPU
 Weigh = Callable[[Tensor, int], Tensor]

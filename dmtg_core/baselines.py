@@ -13,12 +13,12 @@ from itertools import islice
 from torch import Tensor
 
 from dmtg_core.context import LocalContext, TrainContext
-from dmtg_core.cost import inference_cost, naive_flops, training_flops
 from dmtg_core.data import Data
 from dmtg_core.distillation import learn_on, learner
 from dmtg_core.grouping import Grouping
 from dmtg_core.metrics import Metrics
-from dmtg_core.network import GroupingNetwork, NetworkSpec
+from dmtg_core.network.cost import inference_cost, naive_flops, training_flops
+from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
 from dmtg_core.pairwise import DIRECTIONS, GradientAffinities, projected_affinity
 from dmtg_core.settings import TrainSettings
 from dmtg_core.training import NO_HOOKS, Hooks, TrainState, advance, evaluate, generalisation_gap

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dmtg_core.names import listed
-from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec
+from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec
 from dmtg_core.tasks import Task
 
 FORMAT = 2

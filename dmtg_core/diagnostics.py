@@ -14,7 +14,7 @@ from dmtg_core.context import TrainContext
 from dmtg_core.data import Batch
 from dmtg_core.losses import sample_loss
 from dmtg_core.names import listed
-from dmtg_core.network import GroupingNetwork, pooled
+from dmtg_core.network.grouping_network import GroupingNetwork, pooled
 from dmtg_core.settings import TrainSettings
 
 NO_GRADIENT = 1e-6  # norm of θ's gradient, in units of the loss, under which the gate learns nothing

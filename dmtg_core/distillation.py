@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from dmtg_core.context import TrainContext
 from dmtg_core.data import Batch, Data
 from dmtg_core.losses import valid
-from dmtg_core.network import GroupingNetwork, clone
+from dmtg_core.network.grouping_network import GroupingNetwork, clone
 from dmtg_core.settings import TrainSettings
 from dmtg_core.step import autocast
 from dmtg_core.tasks import Task

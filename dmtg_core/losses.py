@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmtg_core.network import PairOutputs
+from dmtg_core.network.grouping_network import PairOutputs
 from dmtg_core.tasks import Task
 
 # (output, target) → error of each element; NaN targets have been replaced

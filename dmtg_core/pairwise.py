@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from dmtg_core.data import Batch
 from dmtg_core.losses import label_counts, sample_loss
-from dmtg_core.network import GroupingNetwork
+from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.tasks import Task
 
 DIRECTIONS = 32  # that Grad-TAG's parameters can move in

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from dmtg_core.checkpoint import write_json
 from dmtg_core.context import TrainContext
 from dmtg_core.data import Batch, Data
-from dmtg_core.network import GroupingNetwork, NetworkSpec
+from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
 from dmtg_core.settings import TrainSettings
 from dmtg_core.step import BACKWARD, COMMUNICATION, FORWARD, OPTIMIZER
 from dmtg_core.training import TrainState, advance

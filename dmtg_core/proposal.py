@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dmtg_core.affinity import cluster, reading_overlap
 from dmtg_core.context import TrainContext
-from dmtg_core.cost import wide_spec
 from dmtg_core.data import Data
-from dmtg_core.encoders import WIDTHS
 from dmtg_core.grouping import Grouping
-from dmtg_core.network import NetworkSpec
+from dmtg_core.network.cost import wide_spec
+from dmtg_core.network.encoders import WIDTHS
+from dmtg_core.network.grouping_network import NetworkSpec
 from dmtg_core.settings import TrainSettings
 from dmtg_core.training import NO_HOOKS, Hooks, TrainState, advance
 

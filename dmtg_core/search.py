@@ -25,13 +25,13 @@ from typing import Any
 from dmtg_core.affinity import cluster
 from dmtg_core.baselines import hard_network
 from dmtg_core.context import LocalContext, TrainContext
-from dmtg_core.cost import history_flops, inference_cost, naive_flops, wide_spec
 from dmtg_core.data import Data
 from dmtg_core.distillation import learn_on, learner
-from dmtg_core.encoders import WIDTHS
 from dmtg_core.grouping import Grouping
 from dmtg_core.metrics import Metrics
-from dmtg_core.network import GroupingNetwork, NetworkSpec
+from dmtg_core.network.cost import history_flops, inference_cost, naive_flops, wide_spec
+from dmtg_core.network.encoders import WIDTHS
+from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
 from dmtg_core.proposal import affinity_plan, compare_tasks
 from dmtg_core.search_state import SearchState
 from dmtg_core.settings import TrainSettings

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dmtg_core import checkpoint
-from dmtg_core.network import GroupingNetwork
+from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.settings import TrainSettings
 from dmtg_core.training import TrainState
 

@@ -16,7 +16,7 @@ from dmtg_core.aggregation import Weigh, aggregate_gradients, load_aggregator
 from dmtg_core.context import TrainContext
 from dmtg_core.data import Batch
 from dmtg_core.losses import PairLosses, label_counts
-from dmtg_core.network import GroupingNetwork
+from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.settings import OPTIMIZERS, TrainSettings
 
 # names under which a profile finds the parts of a step

@@ -22,7 +22,7 @@ from dmtg_core.context import LocalContext, TrainContext
 from dmtg_core.data import Batch, Data
 from dmtg_core.diagnostics import gate_figures, gradient_cosines, warnings
 from dmtg_core.metrics import Metrics, MetricSums
-from dmtg_core.network import GroupingNetwork, clone
+from dmtg_core.network.grouping_network import GroupingNetwork, clone
 from dmtg_core.settings import LR_SCHEDULES, TrainSettings
 from dmtg_core.step import StepFigures, WeighedLoss, build_optimizer, prepare_network, step_noise, train_step
 

@@ -16,9 +16,9 @@ from typing import cast
 import torch
 from torch import nn
 
-from dmtg_core.encoders import ENCODERS, EncoderSpec
 from dmtg_core.names import listed
-from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec
+from dmtg_core.network.encoders import ENCODERS, EncoderSpec
+from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec
 from dmtg_core.tasks import Task
 
 

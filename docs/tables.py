@@ -12,7 +12,7 @@ from typing import Any
 from typer import Context
 from typer.main import get_command
 
-from dmtg_core.encoders import ENCODERS
+from dmtg_core.network.encoders import ENCODERS
 from pipelines.cli import app
 from pipelines.config import Config, recipes
 from pipelines.sections import Section

@@ -21,11 +21,11 @@ from dmtg_core.baselines import (
     train_naive_with_affinities,
 )
 from dmtg_core.context import LocalContext
-from dmtg_core.cost import inference_cost, naive_flops, training_flops, wide_spec
 from dmtg_core.data import Data
 from dmtg_core.grouping import Grouping
 from dmtg_core.metrics import Metrics
-from dmtg_core.network import GroupingNetwork, NetworkSpec
+from dmtg_core.network.cost import inference_cost, naive_flops, training_flops, wide_spec
+from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
 from dmtg_core.proposal import affinity_plan, compare_tasks
 from dmtg_core.search import search
 from dmtg_core.settings import TrainSettings

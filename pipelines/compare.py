@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from dmtg_core.encoders import WIDTHS
 from dmtg_core.grouping import Grouping
+from dmtg_core.network.encoders import WIDTHS
 from dmtg_core.search import SearchOptions
 from dmtg_core.tasks import Task
 from pipelines.beforehand import folder_name, said_before

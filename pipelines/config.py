@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from dmtg_core.encoders import EncoderSpec
-from dmtg_core.network import NetworkSpec
+from dmtg_core.network.encoders import EncoderSpec
+from dmtg_core.network.grouping_network import NetworkSpec
 from dmtg_core.schedules import TemperatureSchedule
 from dmtg_core.search import SearchOptions
 from dmtg_core.settings import TrainSettings

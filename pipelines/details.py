@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dmtg_core.bootstrap import BlockSums, compare
 from dmtg_core.data import Arrays, Batch
 from dmtg_core.losses import sample_loss, valid
-from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec, clone
+from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec, clone
 from dmtg_core.search import SearchResult
 from dmtg_core.tasks import Task
 from pipelines import statistics

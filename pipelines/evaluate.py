@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from dmtg_core.metrics import Metrics, MetricSums
-from dmtg_core.network import GroupModel
+from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import Task
 from pipelines.config import Config
 from pipelines.errors import UserError

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from dmtg_core.names import listed
-from dmtg_core.network import GroupModel
+from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import Task
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest, read_manifest

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 
 from dmtg_core.context import LocalContext, Save
-from dmtg_core.cost import inference_cost
-from dmtg_core.network import GroupModel
+from dmtg_core.network.cost import inference_cost
+from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.training import TrainState, advance, evaluate, reporting, score_of
 from pipelines.checkpoints import Checkpoints
 from pipelines.cluster import user_error

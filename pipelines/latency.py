@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dmtg_core.cost import inference_cost
-from dmtg_core.network import GroupingNetwork, NetworkSpec
+from dmtg_core.network.cost import inference_cost
+from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
 from dmtg_core.tasks import InputSpec, Task
 
 SECONDS, FEWEST = 0.05, 3  # that a measurement lasts at least, and answers in it

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from dmtg_core.network import GroupModel
+from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import InputSpec, Task
 from pipelines.cluster import session
 from pipelines.config import Config

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from dmtg_core.encoders import WIDTHS
 from dmtg_core.grouping import Grouping
+from dmtg_core.network.encoders import WIDTHS
 from dmtg_core.tasks import Task
 from pipelines.beforehand import SIGNAL
 from pipelines.cells import NAIVE, PROPOSAL, WIDE, Cell, Result, train_cells

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dmtg_core.grouping import Grouping
-from dmtg_core.network import GroupModel
+from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import Task
 from dmtg_core.warm_start import WarmStart
 from pipelines import aliases, statistics

@@ -14,7 +14,7 @@ import yaml
 
 from dmtg_core.aggregation import load_aggregator
 from dmtg_core.data import epoch_steps
-from dmtg_core.network import GroupingNetwork
+from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.step import WeighedLoss
 from dmtg_core.tasks import Task
 from dmtg_core.warm_start import WarmStart

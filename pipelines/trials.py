@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dmtg_core.encoders import WIDTHS
+from dmtg_core.network.encoders import WIDTHS
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.sections import SweepSection, checked

@@ -15,10 +15,10 @@ import torch
 import yaml
 
 from dmtg_core import checkpoint
-from dmtg_core.cost import inference_cost
 from dmtg_core.data import Data
 from dmtg_core.metrics import Metrics, normalized_gain
-from dmtg_core.network import GroupModel, NetworkSpec
+from dmtg_core.network.cost import inference_cost
+from dmtg_core.network.grouping_network import GroupModel, NetworkSpec
 from dmtg_core.profile import profile_steps
 from dmtg_core.search import SearchResult, search
 from dmtg_core.tasks import Task

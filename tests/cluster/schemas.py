@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
 
-CRDS = Path(__file__).resolve().parents[3] / "shared" / "schemas" / "kuberay-1.7.0"
+from tests.paths import SHARED
+
+CRDS = SHARED / "schemas" / "kuberay-1.7.0"
 STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
 METADATA = {
     "type": "object",

@@ -24,10 +24,20 @@ from dmtg_core import (
     fit,
 )
 from dmtg_core.affinity import cluster, reading_overlap
-from tests.core.planted import planted_data
-from tests.core.samples import DENSE, FEATURES, IMAGE, ONE_OF_EACH, SAMPLEWISE, arrays, data, image_spec, mlp_spec
-from tests.core.test_encoders import LENGTH, SHAPES, VOCABULARY
-from tests.core.test_encoders import encoder as small
+from tests.dmtg_core.network.test_encoders import LENGTH, SHAPES, VOCABULARY
+from tests.dmtg_core.network.test_encoders import encoder as small
+from tests.dmtg_core.planted import planted_data
+from tests.dmtg_core.samples import (
+    DENSE,
+    FEATURES,
+    IMAGE,
+    ONE_OF_EACH,
+    SAMPLEWISE,
+    arrays,
+    data,
+    image_spec,
+    mlp_spec,
+)
 
 READERS = (Task("a", "regression"), Task("b", "regression"), Task("c", "regression", 2))
 

@@ -13,7 +13,7 @@ from sklearn import metrics as sk
 
 from dmtg_core import Grouping, MetricSums, Task
 from dmtg_core.bootstrap import BlockSums
-from tests.core.parallel import in_threads
+from tests.dmtg_core.parallel import in_threads
 
 FLAG = Task("t", "binary")
 CLOSE = 1e-9

@@ -13,9 +13,9 @@ from torchjd.autojac import mtl_backward
 from dmtg_core import Batch, Grouping, GroupingNetwork, NetworkSpec, Task, aggregation
 from dmtg_core.aggregation import AGGREGATORS, aggregate_gradients, load_aggregator, shared_parameters
 from dmtg_core.losses import PairLosses, label_counts
-from dmtg_core.network import PairOutputs, pooled
-from tests.core import parallel, samples
-from tests.core.samples import DENSE, FEATURES, SAMPLEWISE, image_spec, mlp_spec
+from dmtg_core.network.grouping_network import PairOutputs, pooled
+from tests.dmtg_core import parallel, samples
+from tests.dmtg_core.samples import DENSE, FEATURES, SAMPLEWISE, image_spec, mlp_spec
 
 SEED = 11
 NO_GROUPS = (("smiling", "colour", "age", "hat", "shape"),)

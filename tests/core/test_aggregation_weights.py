@@ -3,14 +3,13 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from dmtg_core.aggregation import AGGREGATORS, load_aggregator
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 CONFLICT = torch.tensor([[1.0, -0.9, 0.2], [-0.9, 4.0, -1.5], [0.2, -1.5, 2.0]], dtype=torch.float64)
 
 

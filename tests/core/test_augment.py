@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.dmtg_core.test_step import local
 
 from dmtg_core import AUGMENTATIONS, Batch, GroupingNetwork, Task, TrainSettings, TrainState, augment
 from dmtg_core.augment import augment_generator
 from dmtg_core.step import step_noise
 from dmtg_core.training import advance
-from tests.core import samples
-from tests.core.host_syncs import HostSyncs
-from tests.core.samples import DENSE, IMAGE, MIXED, image_spec, mlp_spec
-from tests.core.test_step import local
+from tests.dmtg_core import samples
+from tests.dmtg_core.host_syncs import HostSyncs
+from tests.dmtg_core.samples import DENSE, IMAGE, MIXED, image_spec, mlp_spec
 
 NAN = math.nan
 NORMALS = Task("normals", "dense_regression", 3, flip=(-1, 1, 1))

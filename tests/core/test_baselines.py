@@ -9,10 +9,10 @@ import torch
 
 from dmtg_core import ArrayData, Grouping, LocalContext, TrainSettings, evaluate, training_flops
 from dmtg_core.baselines import hard_network, together, train_hard, train_naive_with_affinities
-from dmtg_core.cost import naive_flops, wide_spec
+from dmtg_core.network.cost import naive_flops, wide_spec
 from dmtg_core.training import score_of
-from tests.core import samples
-from tests.core.samples import SAMPLEWISE, assert_same_tensors, mlp_spec, snapshot
+from tests.dmtg_core import samples
+from tests.dmtg_core.samples import SAMPLEWISE, assert_same_tensors, mlp_spec, snapshot
 
 SPEC = mlp_spec(SAMPLEWISE[:4])
 SETTINGS = TrainSettings(epochs=3, batch_size=16, learning_rate=1e-2)

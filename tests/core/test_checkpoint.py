@@ -12,8 +12,8 @@ from dmtg_core import GroupingNetwork, TrainSettings, TrainState
 from dmtg_core import checkpoint as files
 from dmtg_core.context import LocalContext
 from dmtg_core.step import WeighedLoss, step_noise, train_step
-from tests.core import samples
-from tests.core.samples import assert_same_tensors, decided, image_spec, mlp_spec
+from tests.dmtg_core import samples
+from tests.dmtg_core.samples import assert_same_tensors, decided, image_spec, mlp_spec
 
 SPECS = {"mlp": mlp_spec(stem=1), "convnet": image_spec()}
 

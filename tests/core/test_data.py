@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from dmtg_core import ArrayData, Arrays, Batch, Task
 from dmtg_core.data import Chunks, DeviceArrays, overlapped
-from tests.core import samples
-from tests.core.samples import IMAGE, MIXED
+from tests.dmtg_core import samples
+from tests.dmtg_core.samples import IMAGE, MIXED
 
 TASKS = (Task("t", "regression"),)
 CPU = torch.device("cpu")

@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
+from tests.dmtg_core.test_step import local
 
 from dmtg_core import GroupingNetwork, Task, TrainSettings, fit
 from dmtg_core.diagnostics import gate_figures, gradient_cosines, warnings
 from dmtg_core.losses import sample_loss
-from dmtg_core.network import pooled
-from tests.core import samples
-from tests.core.samples import decided, image_spec, mlp_spec
-from tests.core.test_step import local
+from dmtg_core.network.grouping_network import pooled
+from tests.dmtg_core import samples
+from tests.dmtg_core.samples import decided, image_spec, mlp_spec
 
 SETTINGS = TrainSettings(epochs=20, search_share=0.5)
 

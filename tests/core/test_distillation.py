@@ -19,13 +19,13 @@ from dmtg_core import (
     training,
 )
 from dmtg_core.baselines import hard_network, together, train_distilled, train_hard
-from dmtg_core.cost import wide_spec
 from dmtg_core.distillation import OVERFIT, WEIGHT, Teachers, learn_on, learner, mixed_target, share_of
 from dmtg_core.losses import PairLosses, label_counts, sample_loss, valid
+from dmtg_core.network.cost import wide_spec
 from dmtg_core.training import generalisation_gap, score_of
-from tests.core import samples
-from tests.core.planted import planted_data
-from tests.core.samples import assert_same_tensors
+from tests.dmtg_core import samples
+from tests.dmtg_core.planted import planted_data
+from tests.dmtg_core.samples import assert_same_tensors
 
 FLAG, COLOUR = Task("flag", "binary"), Task("colour", "multiclass", channels=3)
 PLACE, REGIONS = Task("place", "regression", channels=2), Task("regions", "dense_classification", channels=3)

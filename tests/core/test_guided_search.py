@@ -21,9 +21,9 @@ from dmtg_core import (
 from dmtg_core.baselines import hard_network, train_hard
 from dmtg_core.search import _restless, _Search
 from dmtg_core.training import score_of
-from tests.core import samples
-from tests.core.interrupted import Interrupted, without_times
-from tests.core.searches import SETTINGS, SPEC, assert_same_result, local
+from tests.dmtg_core import samples
+from tests.dmtg_core.interrupted import Interrupted, without_times
+from tests.dmtg_core.searches import SETTINGS, SPEC, assert_same_result, local
 
 # far apart or not, all go on
 GUIDED = SearchOptions(within=10.0, affinity_share=0.25, affinity_limit=0.25, distil_share=0.5)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tests.dmtg_core.test_step import fresh, local
 
 from dmtg_core import (
     GroupingNetwork,
@@ -15,10 +16,9 @@ from dmtg_core import (
     TrainState,
 )
 from dmtg_core.step import WeighedLoss, step_noise, train_step
-from tests.core import samples
-from tests.core.host_syncs import HostSyncs
-from tests.core.samples import SAMPLEWISE, image_spec, mlp_spec
-from tests.core.test_step import fresh, local
+from tests.dmtg_core import samples
+from tests.dmtg_core.host_syncs import HostSyncs
+from tests.dmtg_core.samples import SAMPLEWISE, image_spec, mlp_spec
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from dmtg_core import GroupingNetwork, Task
 from dmtg_core.losses import PairLosses, label_counts, sample_loss, shifted_l1
-from tests.core import samples
-from tests.core.samples import MIXED, image_spec, mlp_spec
-from tests.core.test_network import pair_outputs
+from tests.dmtg_core import samples
+from tests.dmtg_core.network.test_grouping_network import pair_outputs
+from tests.dmtg_core.samples import MIXED, image_spec, mlp_spec
 
 NAN = math.nan
 LN2 = math.log(2)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmtg_core import MetricSums, Task
-from tests.core import samples
-from tests.core.parallel import in_threads
-from tests.core.samples import IMAGE
+from tests.dmtg_core import samples
+from tests.dmtg_core.parallel import in_threads
+from tests.dmtg_core.samples import IMAGE
 
 NAN = math.nan
 

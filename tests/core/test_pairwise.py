@@ -18,8 +18,8 @@ from dmtg_core import (
 )
 from dmtg_core.data import Batch
 from dmtg_core.pairwise import _linear, shared_parameters
-from tests.core import samples
-from tests.core.samples import ONE_OF_EACH, SAMPLEWISE, assert_same_tensors, image_spec, mlp_spec, snapshot
+from tests.dmtg_core import samples
+from tests.dmtg_core.samples import ONE_OF_EACH, SAMPLEWISE, assert_same_tensors, image_spec, mlp_spec, snapshot
 
 VALUES = tuple(Task(name, "regression") for name in "abc")
 

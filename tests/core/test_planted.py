@@ -22,7 +22,7 @@ from dmtg_core import (
     training_flops,
 )
 from dmtg_core.planted import planted
-from tests.core.planted import planted_data
+from tests.dmtg_core.planted import planted_data
 
 ENCODER = EncoderSpec("mlp", options={"widths": [32, 4]})
 NARROW = EncoderSpec("mlp", options={"widths": [16, 4]})

@@ -4,13 +4,13 @@ import gzip
 import json
 
 import pytest
+from tests.dmtg_core.test_step import local
 
 from dmtg_core import ArrayData, TrainSettings
 from dmtg_core.checkpoint import read_json
 from dmtg_core.profile import OPERATORS, PARTS, SHARES, TRACE, profile_steps
-from tests.core import samples
-from tests.core.samples import mlp_spec
-from tests.core.test_step import local
+from tests.dmtg_core import samples
+from tests.dmtg_core.samples import mlp_spec
 
 
 def test_a_profile_has_a_trace_a_table_and_shares_that_add_up(tmp_path):

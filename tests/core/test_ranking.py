@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
+from tests.dmtg_core.test_against_sklearn import scored
 
 from dmtg_core import MetricSums, Task
 from dmtg_core.ranking import BINS, Bins, Scores, joined_bins, ordered
-from tests.core.parallel import in_threads
-from tests.core.test_against_sklearn import scored
+from tests.dmtg_core.parallel import in_threads
 
 
 @given(case=scored(), bins=st.sampled_from([1, 2, 7, 50, 1000]))

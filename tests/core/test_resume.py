@@ -3,15 +3,15 @@
 from dataclasses import replace
 
 import pytest
+from tests.dmtg_core.test_checkpoint import moments
+from tests.dmtg_core.test_step import local
+from tests.dmtg_core.test_training import SEARCHING
 
 from dmtg_core import GroupingNetwork, fit
 from dmtg_core.checkpoint import SEAL, check_seal, load_network, read_json, seal
-from tests.core import samples
-from tests.core.interrupted import Interrupted, interrupt_at, without_times
-from tests.core.samples import MIXED, assert_same_tensors, image_spec, mlp_spec
-from tests.core.test_checkpoint import moments
-from tests.core.test_step import local
-from tests.core.test_training import SEARCHING
+from tests.dmtg_core import samples
+from tests.dmtg_core.interrupted import Interrupted, interrupt_at, without_times
+from tests.dmtg_core.samples import MIXED, assert_same_tensors, image_spec, mlp_spec
 
 SETTINGS = replace(SEARCHING, epochs=3, search_share=0.6, augment=())
 

@@ -19,10 +19,10 @@ from dmtg_core import (
     search,
     training_flops,
 )
-from tests.core import samples
-from tests.core.interrupted import Interrupted, without_times
-from tests.core.samples import SAMPLEWISE, assert_same_tensors, mlp_spec
-from tests.core.searches import SETTINGS, SPEC, assert_same_result, local
+from tests.dmtg_core import samples
+from tests.dmtg_core.interrupted import Interrupted, without_times
+from tests.dmtg_core.samples import SAMPLEWISE, assert_same_tensors, mlp_spec
+from tests.dmtg_core.searches import SETTINGS, SPEC, assert_same_result, local
 
 DMTG = SearchOptions("dmtg", starts=2)
 STAGES = [("naive_mtl", n) for n in (1, 2, 3, 4)]

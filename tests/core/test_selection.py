@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.selection import MOST_TASKS, Candidate, best_partition, select
+from tests.paths import SHARED
 
-TABLES = Path(__file__).parents[3] / "shared" / "data" / "selection_tables"
+TABLES = SHARED / "data" / "selection_tables"
 SETTINGS = ("results", "results_large", "results_small_data", "results_alt")
 LARGE = {2: 0.3599, 4: 0.3173, 6: 0.3061, 10: 0.3017}  # half networks of budget → test loss, as printed
 

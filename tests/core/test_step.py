@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.dmtg_core.test_checkpoint import moments
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
@@ -19,10 +20,9 @@ from dmtg_core import (
 )
 from dmtg_core.losses import label_counts, sample_loss
 from dmtg_core.step import WeighedLoss, build_optimizer, prepare_network, step_noise, train_step
-from tests.core import samples
-from tests.core.samples import MIXED, SAMPLEWISE, assert_same_tensors, decided, image_spec, mlp_spec
-from tests.core.test_checkpoint import moments
-from tests.core.test_network import pair_outputs
+from tests.dmtg_core import samples
+from tests.dmtg_core.network.test_grouping_network import pair_outputs
+from tests.dmtg_core.samples import MIXED, SAMPLEWISE, assert_same_tensors, decided, image_spec, mlp_spec
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tests.dmtg_core.test_checkpoint import moments
+from tests.dmtg_core.test_step import OPTIMIZERS, fresh, local, run_step
 
 from dmtg_core import (
     ArrayData,
@@ -25,11 +27,9 @@ from dmtg_core import (
 from dmtg_core.checkpoint import load_network, read_json
 from dmtg_core.settings import LR_SCHEDULES
 from dmtg_core.training import score_of
-from tests.core import parallel, samples
-from tests.core.interrupted import without_times
-from tests.core.samples import MIXED, SAMPLEWISE, assert_same_tensors, image_spec, mlp_spec
-from tests.core.test_checkpoint import moments
-from tests.core.test_step import OPTIMIZERS, fresh, local, run_step
+from tests.dmtg_core import parallel, samples
+from tests.dmtg_core.interrupted import without_times
+from tests.dmtg_core.samples import MIXED, SAMPLEWISE, assert_same_tensors, image_spec, mlp_spec
 
 # --- refused steps
 

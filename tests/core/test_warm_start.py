@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.dmtg_core.test_search import assert_same_result
 
 from dmtg_core import (
     EncoderSpec,
@@ -20,10 +21,17 @@ from dmtg_core import (
 from dmtg_core.context import LocalContext
 from dmtg_core.step import WeighedLoss, step_noise, train_step
 from dmtg_core.training import TrainState
-from tests.core import samples
-from tests.core.interrupted import Interrupted
-from tests.core.samples import MIXED, ONE_OF_EACH, SAMPLEWISE, assert_same_tensors, decided, image_spec, mlp_spec
-from tests.core.test_search import assert_same_result
+from tests.dmtg_core import samples
+from tests.dmtg_core.interrupted import Interrupted
+from tests.dmtg_core.samples import (
+    MIXED,
+    ONE_OF_EACH,
+    SAMPLEWISE,
+    assert_same_tensors,
+    decided,
+    image_spec,
+    mlp_spec,
+)
 
 SMALL_XCEPTION = {"widths": [4, 6, 8, 10, 10], "features": 5}
 

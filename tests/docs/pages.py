@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 
 from tests.cluster.commands import in_line, parsed
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 # cluster/README.md has tests of its own, which also know the files that pods see
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHELL = ("", "bash", "sh")

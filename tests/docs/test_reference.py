@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from dmtg_core.encoders import ENCODERS
+from dmtg_core.network.encoders import ENCODERS
 from docs import tables
 from pipelines.cli import app
 from pipelines.config import Config

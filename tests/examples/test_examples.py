@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from dmtg_core import ENCODERS
+from tests.paths import ROOT
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def test_a_table_of_ones_own_is_grouped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

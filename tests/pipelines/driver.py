@@ -23,7 +23,6 @@ from pipelines.train import Trained
 
 CHECKPOINTS = 16  # of an undisturbed run: one in the middle of each of eight epochs, and one at its end
 OFTEN = {"checkpoint_every": 2}
-ROOT = Path(__file__).parents[2]
 Undisturbed = tuple[Config, Trained, list[str]]
 
 

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[3] / "shared" / "tools" / "s3_server.sh"
+from tests.paths import SHARED
+
+SCRIPT = SHARED / "tools" / "s3_server.sh"
 BUCKET = "dmtg-test"
 METHODS = (b"GET ", b"PUT ", b"POST ", b"HEAD ", b"DELETE ")
 SECRET = "only-for-tests-1b9f"  # noqa: S105 - of a server that lives as long as the tests

@@ -18,7 +18,7 @@ from pipelines.shards import table_of
 from pipelines.sources import INPUT, Column, Description
 from pipelines.storage import locate
 from pipelines.stream import StreamData
-from tests.core.parallel import ProcessContext, spec_for
+from tests.dmtg_core.parallel import ProcessContext, spec_for
 
 NUMBER = Task("number", "regression")
 

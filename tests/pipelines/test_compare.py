@@ -31,7 +31,7 @@ from pipelines.preflight import draw, judged, signal
 from pipelines.sections import checked
 from pipelines.sources import build_source
 from pipelines.tables import TOO_SHORT, verdicts
-from tests.core.planted import planted_data
+from tests.dmtg_core.planted import planted_data
 
 METHODS = ["single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag", "reading", "hoa",
            "exhaustive", "dmtg", "guided", "undistilled", "retrained"]  # fmt: skip

@@ -20,6 +20,7 @@ from pipelines.cli_train import _after as after_inspect
 from pipelines.config import load_config
 from pipelines.console import Next
 from tests.cluster.commands import parsed
+from tests.paths import ROOT
 
 RUNNER = CliRunner()
 
@@ -115,7 +116,7 @@ def test_shell_completion_offers_recipes_files_and_imports_little(tmp_path: Path
         "print([complete(text) for text in ('ro', 'paper/celeba40', 'rows/')]);"
         "print({'ray', 'torch', 'mlflow', 'pydantic_core', 'pyarrow'} & set(sys.modules))"
     )
-    here = Path(__file__).resolve().parents[2]
+    here = ROOT
     out = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(here)!r}); {code}"],
         capture_output=True, text=True, check=True, cwd=tmp_path,

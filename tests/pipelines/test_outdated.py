@@ -12,7 +12,7 @@ import yaml
 
 from dmtg_core import GroupingNetwork
 from dmtg_core.checkpoint import OutdatedNetworkError, save_network
-from dmtg_core.encoders import EncoderSpec
+from dmtg_core.network.encoders import EncoderSpec
 from pipelines.cells import FORMAT, Cell, CellJob, train_cells
 from pipelines.errors import UserError
 from pipelines.faults import lasting_error
@@ -22,7 +22,7 @@ from pipelines.sources import Source
 from pipelines.storage import locate
 from pipelines.tracking import connect
 from pipelines.worker import CONFIG, check_models, read_model
-from tests.core.samples import mlp_spec
+from tests.dmtg_core.samples import mlp_spec
 from tests.pipelines.untrained import Finished, finish, small_table
 
 REMEDY = "train it again with dmtg train and another run.name"

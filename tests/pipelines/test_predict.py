@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 from dmtg_core.checkpoint import save_model
 from dmtg_core.data import Arrays
-from dmtg_core.encoders import EncoderSpec
-from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec
+from dmtg_core.network.encoders import EncoderSpec
+from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec
 from dmtg_core.tasks import InputSpec, Task
 from pipelines.cli import app
 from pipelines.config import Config

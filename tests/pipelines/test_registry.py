@@ -17,8 +17,8 @@ import pytest
 import yaml
 from mlflow.exceptions import MlflowException
 
-from dmtg_core.encoders import EncoderSpec
 from dmtg_core.grouping import Grouping
+from dmtg_core.network.encoders import EncoderSpec
 from pipelines.aliases import champion, champions, promote, rollback, set_challenger
 from pipelines.errors import UserError
 from pipelines.pyfunc_model import GroupPredictor
@@ -27,6 +27,7 @@ from pipelines.sections import TrackSection
 from pipelines.sources import Source, build_source
 from pipelines.tracking import connect
 from pipelines.versions import list_models, registered_models, show_model, tags_of
+from tests.paths import ROOT
 from tests.pipelines.s3_server import BUCKET
 from tests.pipelines.test_cli import call
 from tests.pipelines.untrained import Finished, finish, small_table
@@ -127,7 +128,7 @@ def test_the_shell_completes_what_is_registered(section, tmp_path: Path, begun: 
     (tmp_path / "ray_config.yaml").write_text(f"tracking_uri: {section.uri}\n")
     words = begun.split()
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); sys.argv = ['dmtg'];"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['dmtg'];"
         "from pipelines.cli import main; main()"
     )
     asked = {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(words) - 1), "_DMTG_COMPLETE": "complete_bash"}

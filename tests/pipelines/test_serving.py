@@ -21,7 +21,7 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 
-from dmtg_core.encoders import EncoderSpec
+from dmtg_core.network.encoders import EncoderSpec
 from pipelines.aliases import promote
 from pipelines.registry import load_groups
 from pipelines.sources import INPUT, Source, build_source

@@ -20,7 +20,7 @@ from dmtg_core.context import LocalContext
 from pipelines.errors import UserError
 from pipelines.ingest import Reader
 from pipelines.stream import Deal, StreamData
-from tests.core import parallel, samples
+from tests.dmtg_core import parallel, samples
 from tests.pipelines.shard_files import streamed, train_streamed, write_arrays, write_numbers
 
 Numbered = Callable[..., Reader]

@@ -1,7 +1,6 @@
 import io
 import logging
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,9 @@ from pipelines.errors import UserError
 from pipelines.sources import INPUT, BadSampleError, Entry, build_source
 from pipelines.sources.folder import FolderSource
 from pipelines.storage import locate
+from tests.paths import SHARED
 
-CLOTHING = Path(__file__).resolve().parents[4] / "shared" / "data" / "clothing"
+CLOTHING = SHARED / "data" / "clothing"
 
 KIND = {"column": "kind", "kind": "multiclass"}
 FLAG = {"column": "flag", "kind": "binary"}

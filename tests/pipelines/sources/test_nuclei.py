@@ -1,5 +1,4 @@
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +8,9 @@ from pipelines.errors import UserError
 from pipelines.sources import INPUT, BadSampleError
 from pipelines.sources.nuclei import NucleiSource, boundary, distance
 from pipelines.storage import locate
+from tests.paths import SHARED
 
-NUCLEI = Path(__file__).resolve().parents[4] / "shared" / "data" / "nuclei"
+NUCLEI = SHARED / "data" / "nuclei"
 
 # two nuclei that touch, on a background
 TWO = np.zeros((8, 10), np.uint16)

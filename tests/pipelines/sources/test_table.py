@@ -1,7 +1,6 @@
 import importlib.util
 import logging
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +11,9 @@ from pipelines.errors import UserError
 from pipelines.sources import INPUT, BadSampleError, build_source
 from pipelines.sources.table import TableSource
 from pipelines.storage import locate
+from tests.paths import SHARED
 
-TOX21 = Path(__file__).resolve().parents[4] / "shared" / "data" / "tox21"
+TOX21 = SHARED / "data" / "tox21"
 
 SICK = {"column": "sick", "kind": "binary"}
 COST = {"column": "cost", "kind": "regression"}

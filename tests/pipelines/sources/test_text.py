@@ -1,7 +1,6 @@
 import json
 import logging
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +13,9 @@ from pipelines.sources import INPUT, BadSampleError, build_source
 from pipelines.sources.text import TextSource
 from pipelines.sources.tokens import train_tokenizer
 from pipelines.storage import locate
+from tests.paths import SHARED
 
-EMOTIONS = Path(__file__).resolve().parents[4] / "shared" / "data" / "goemotions"
+EMOTIONS = SHARED / "data" / "goemotions"
 FILES = {"train": "train.tsv", "val": "dev.tsv", "test": "test.tsv"}
 IDS = {"files": FILES, "columns": ["text", "labels", "id"], "labels_column": "labels", "id_column": "id"}
 MOOD = {"column": "mood", "kind": "multiclass"}

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from dmtg_core import EncoderSpec, GroupingNetwork, NetworkSpec
-from dmtg_core.decoders import DECODERS, DenseDecoder, Doubling, XceptionDecoder
-from tests.core import samples
-from tests.core.samples import decided, image_spec
+from dmtg_core.network.decoders import DECODERS, DenseDecoder, Doubling, XceptionDecoder
+from tests.dmtg_core import samples
+from tests.dmtg_core.samples import decided, image_spec
 
 every_decoder = pytest.mark.parametrize("name", DECODERS)
 

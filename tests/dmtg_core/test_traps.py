@@ -28,14 +28,14 @@ from dmtg_core import (
     total_error,
 )
 from dmtg_core.losses import label_counts, sample_loss
-from tests.core import samples
-from tests.core.host_syncs import HostSyncs
-from tests.core.interrupted import Interrupted, interrupt_at
-from tests.core.parallel import in_threads
-from tests.core.samples import MIXED, image_spec, mlp_spec
-from tests.core.test_checkpoint import looks_like_a_pickle
-from tests.core.test_metrics import IMAGE, measure
-from tests.core.test_step import run_step
+from tests.dmtg_core import samples
+from tests.dmtg_core.host_syncs import HostSyncs
+from tests.dmtg_core.interrupted import Interrupted, interrupt_at
+from tests.dmtg_core.parallel import in_threads
+from tests.dmtg_core.samples import MIXED, image_spec, mlp_spec
+from tests.dmtg_core.test_checkpoint import looks_like_a_pickle
+from tests.dmtg_core.test_metrics import IMAGE, measure
+from tests.dmtg_core.test_step import run_step
 
 
 def local(folder=None, **options) -> LocalContext:

@@ -3,10 +3,10 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
+
+from tests.paths import ROOT
 
 BLOCKED = ("ray", "mlflow", "pyarrow", "pydantic", "typer", "boto3")
-ROOT = Path(__file__).parents[2]
 
 SCRIPT = f"""
 import sys
@@ -30,7 +30,7 @@ import torch
 torch.set_num_threads(1)
 from dmtg_core import EncoderSpec, GroupingNetwork, LocalContext, NetworkSpec, TrainSettings, evaluate, fit
 from dmtg_core.checkpoint import load_model, save_model
-from tests.core.planted import planted_data
+from tests.dmtg_core.planted import planted_data
 
 spec, tasks, data, _ = planted_data(0, rows=400)
 network = GroupingNetwork(NetworkSpec(spec, tasks, EncoderSpec("mlp", options={{"widths": [8, 4]}}), groups=3))

@@ -10,10 +10,18 @@ import torch
 
 from dmtg_core import ENCODERS, EncoderSpec, Grouping, GroupingNetwork, InputSpec, NetworkSpec, Task
 from dmtg_core.losses import sample_loss
-from dmtg_core.network import PairOutputs, clone
-from tests.core import samples
-from tests.core.samples import MIXED, ONE_OF_EACH, SAMPLEWISE, assert_same_tensors, decided, image_spec, mlp_spec
-from tests.core.test_encoders import CUTS
+from dmtg_core.network.grouping_network import PairOutputs, clone
+from tests.dmtg_core import samples
+from tests.dmtg_core.network.test_encoders import CUTS
+from tests.dmtg_core.samples import (
+    MIXED,
+    ONE_OF_EACH,
+    SAMPLEWISE,
+    assert_same_tensors,
+    decided,
+    image_spec,
+    mlp_spec,
+)
 
 BRANCHES = [0, 2, 2, 0, 2]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dmtg_core import InputSpec, Task
 from dmtg_core.tasks import LOSSES, METRICS, check_names
-from tests.core.samples import MIXED, raw_labels
+from tests.dmtg_core.samples import MIXED, raw_labels
 
 
 @pytest.mark.parametrize(

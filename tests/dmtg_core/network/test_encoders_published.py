@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
 from dmtg_core import EncoderSpec, GroupGate, GroupingNetwork, InputSpec, NetworkSpec, Task
-from dmtg_core.decoders import XceptionDecoder
-from dmtg_core.encoders import Features, build_encoder
-from dmtg_core.network import clone
-from tests.core.samples import decided
+from dmtg_core.network.decoders import XceptionDecoder
+from dmtg_core.network.encoders import Features, build_encoder
+from dmtg_core.network.grouping_network import clone
+from tests.dmtg_core.samples import decided
 
 PIXELS = 256
 # GFLOP (two for each multiply-add) of stem and branch at 256×256 by the number of shared layers

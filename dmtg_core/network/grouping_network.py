@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dmtg_core.decoders import DECODERS
-from dmtg_core.encoders import EncoderSpec, build_encoder, seeded
-from dmtg_core.grouping import GroupGate, Grouping
-from dmtg_core.heads import HeadBank
-from dmtg_core.numbered import Numbered
+from dmtg_core.grouping import Grouping
+from dmtg_core.network.decoders import DECODERS
+from dmtg_core.network.encoders import EncoderSpec, build_encoder, seeded
+from dmtg_core.network.gate import GroupGate
+from dmtg_core.network.heads import HeadBank
+from dmtg_core.network.numbered import Numbered
 from dmtg_core.tasks import InputSpec, Task, check_names
 
 Pair = tuple[int, int]  # (branch, task)

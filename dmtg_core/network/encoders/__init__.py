@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dmtg_core.encoders.basic import convnet, mlp
-from dmtg_core.encoders.pretrained_text import transformers, with_config
-from dmtg_core.encoders.resnet import celeba_resnet, resnet
-from dmtg_core.encoders.text import embedding_bag, text_transformer
-from dmtg_core.encoders.vit import vit, vit_b_16
-from dmtg_core.encoders.xception import xception_taskonomy
+from dmtg_core.network.encoders.basic import convnet, mlp
+from dmtg_core.network.encoders.pretrained_text import transformers, with_config
+from dmtg_core.network.encoders.resnet import celeba_resnet, resnet
+from dmtg_core.network.encoders.text import embedding_bag, text_transformer
+from dmtg_core.network.encoders.vit import vit, vit_b_16
+from dmtg_core.network.encoders.xception import xception_taskonomy
 from dmtg_core.tasks import InputSpec
 
 # name → (stages of one encoder, kind of input it reads)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dmtg_core import ENCODERS, EncoderSpec, InputSpec
-from dmtg_core.encoders import Features, build_encoder, seeded
+from dmtg_core.network.encoders import Features, build_encoder, seeded
 
 LENGTH, VOCABULARY = 7, 20
 TINY_BERT = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dmtg_core import EncoderSpec, Grouping, GroupingNetwork, InputSpec, NetworkSpec, Task
-from dmtg_core.cost import (
+from dmtg_core.network.cost import (
     Cost,
     grouping_cost,
     history_flops,
@@ -15,7 +15,7 @@ from dmtg_core.cost import (
     training_flops,
     wide_spec,
 )
-from tests.core.samples import DENSE, SAMPLEWISE, decided, image_spec, mlp_spec, snapshot
+from tests.dmtg_core.samples import DENSE, SAMPLEWISE, decided, image_spec, mlp_spec, snapshot
 
 TASKS = (Task("a", "binary"), Task("b", "multiclass", 3), Task("c", "regression"))
 MLP = 2 * (6 * 8 + 8 * 4)  # operations of an encoder 6 → 8 → 4

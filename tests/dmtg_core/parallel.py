@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dmtg_core import GroupingNetwork, NetworkSpec, TemperatureSchedule, TrainSettings, fit
 from dmtg_core.checkpoint import save_network
-from tests.core import samples
+from tests.dmtg_core import samples
 
 SETTINGS = TrainSettings(
     epochs=4, search_share=0.5, batch_size=16, optimizer="sgd", learning_rate=0.05, gate_learning_rate=1.0,

@@ -23,9 +23,17 @@ from dmtg_core import (
     fit,
 )
 from dmtg_core.checkpoint import load_model, load_network, save_model, save_network
-from dmtg_core.encoders.text import read
-from tests.core.samples import SAMPLEWISE, assert_same_tensors, decided
-from tests.core.test_encoders import LENGTH, SHAPES, STAGES, TINY_BERT, VOCABULARY, encoder, inputs_for
+from dmtg_core.network.encoders.text import read
+from tests.dmtg_core.network.test_encoders import (
+    LENGTH,
+    SHAPES,
+    STAGES,
+    TINY_BERT,
+    VOCABULARY,
+    encoder,
+    inputs_for,
+)
+from tests.dmtg_core.samples import SAMPLEWISE, assert_same_tensors, decided
 
 TOKENS = SHAPES["tokens"]
 TEXT = ("embedding_bag", "text_transformer", "transformers")

@@ -1,8 +1,8 @@
 """What tests of a search share: a small problem, and what makes two results the same."""
 
 from dmtg_core import LocalContext, TemperatureSchedule, TrainSettings
-from tests.core import samples
-from tests.core.samples import assert_same_tensors, mlp_spec
+from tests.dmtg_core import samples
+from tests.dmtg_core.samples import assert_same_tensors, mlp_spec
 
 SETTINGS = TrainSettings(
     epochs=4, search_share=0.5, batch_size=16, learning_rate=2e-2, gate_learning_rate=0.3, prune_threshold=0.3,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from dmtg_core.numbered import Numbered
+from dmtg_core.network.numbered import Numbered
 from dmtg_core.tasks import Task
 
 

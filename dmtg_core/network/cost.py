@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dmtg_core.grouping import Grouping
-from dmtg_core.network import GroupingNetwork, GroupModel, NetworkSpec, clone
+from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec, clone
 from dmtg_core.tasks import InputSpec
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmtg_core.encoders.text import Mean, Tokens, read
+from dmtg_core.network.encoders.text import Mean, Tokens, read
 from dmtg_core.tasks import InputSpec
 
 # model type of the library → where its layers are; all of them give tokens `(B, L, F)` from tokens and a mask

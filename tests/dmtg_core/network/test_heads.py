@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmtg_core.heads import HeadBank
-from tests.core.samples import SAMPLEWISE
+from dmtg_core.network.heads import HeadBank
+from tests.dmtg_core.samples import SAMPLEWISE
 
 GROUPS, WIDTH, ROWS = 3, 5, 4
 

@@ -25,11 +25,11 @@ from dmtg_core.baselines import hard_network
 from dmtg_core.checkpoint import load_model, load_network, save_model, save_network
 from dmtg_core.grouping import Grouping
 from dmtg_core.losses import PairLosses
-from dmtg_core.numbered import Numbered
+from dmtg_core.network.numbered import Numbered
 from dmtg_core.training import TrainState
-from tests.core import samples
-from tests.core.samples import FEATURES, IMAGE, decided, learn_statistics
-from tests.core.searches import local
+from tests.dmtg_core import samples
+from tests.dmtg_core.samples import FEATURES, IMAGE, decided, learn_statistics
+from tests.dmtg_core.searches import local
 
 KINDS = (*samples.SAMPLEWISE, Task("long", "multiclass", 12))
 
