@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from dmtg_core.metrics import MetricSums
 from dmtg_core.tasks import Task
+from dmtg_core.training.metrics import MetricSums
 
 SCORES, BATCH = 10_000_000, 4096
 

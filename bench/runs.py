@@ -42,7 +42,7 @@ from dmtg_core import (
     normalized_gain,
     train_step,
 )
-from dmtg_core.step import WeighedLoss, step_noise
+from dmtg_core.training.step import WeighedLoss, step_noise
 from pipelines.sources.rooms_scene import render_scene
 from pipelines.sources.taskonomy_tasks import TASKS
 

@@ -23,12 +23,12 @@ from dmtg_core import (
     NetworkSpec,
     Task,
 )
-from dmtg_core.losses import label_counts, sample_loss
 from dmtg_core.network.decoders import Doubling
 from dmtg_core.network.grouping_network import pooled
-from dmtg_core.settings import TrainSettings
-from dmtg_core.step import WeighedLoss, prepare_network, step_noise, train_step
-from dmtg_core.training import TrainState
+from dmtg_core.training.loop import TrainState
+from dmtg_core.training.losses import label_counts, sample_loss
+from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.step import WeighedLoss, prepare_network, step_noise, train_step
 from pipelines.sources.taskonomy_tasks import TASKS
 
 FIVE = ("depth_zbuffer", "normal", "segment_semantic", "keypoints2d", "edge_texture")

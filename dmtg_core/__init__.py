@@ -8,27 +8,27 @@ Learn in one training run which tasks should share an encoder:
     models = state.network.specialise()
 """
 
-from dmtg_core.affinity import cluster, reading_overlap
-from dmtg_core.aggregation import AGGREGATORS
-from dmtg_core.augment import AUGMENTATIONS, augment
-from dmtg_core.context import LocalContext, TrainContext
-from dmtg_core.data import ArrayData, Arrays, Batch, Data
-from dmtg_core.distillation import Teachers
 from dmtg_core.grouping import Grouping
-from dmtg_core.metrics import Metrics, MetricSums, normalized_gain, total_error
 from dmtg_core.network.cost import Cost, grouping_cost, inference_cost, training_flops, widened_to
 from dmtg_core.network.encoders import ENCODERS, EncoderSpec
 from dmtg_core.network.gate import GroupGate
 from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec
-from dmtg_core.pairwise import GradientAffinities, projected_affinity
-from dmtg_core.schedules import TemperatureSchedule
-from dmtg_core.search import SearchOptions, SearchResult, search
-from dmtg_core.selection import Candidate, Selection, best_partition, select
-from dmtg_core.settings import TrainSettings
-from dmtg_core.step import train_step
+from dmtg_core.search.distillation import Teachers
+from dmtg_core.search.feature_overlap import cluster, reading_overlap
+from dmtg_core.search.gradient_affinity import GradientAffinities, projected_affinity
+from dmtg_core.search.search import SearchOptions, SearchResult, search
+from dmtg_core.search.selection import Candidate, Selection, best_partition, select
 from dmtg_core.tasks import InputSpec, Task
-from dmtg_core.training import NonFiniteLossError, TrainState, evaluate, fit
-from dmtg_core.warm_start import WarmStart
+from dmtg_core.training.aggregation import AGGREGATORS
+from dmtg_core.training.augment import AUGMENTATIONS, augment
+from dmtg_core.training.context import LocalContext, TrainContext
+from dmtg_core.training.data import ArrayData, Arrays, Batch, Data
+from dmtg_core.training.loop import NonFiniteLossError, TrainState, evaluate, fit
+from dmtg_core.training.metrics import Metrics, MetricSums, normalized_gain, total_error
+from dmtg_core.training.schedules import TemperatureSchedule
+from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.step import train_step
+from dmtg_core.training.warm_start import WarmStart
 
 __all__ = [
     "AGGREGATORS",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dmtg_core import ENCODERS, ArrayData, EncoderSpec, GroupingNetwork, NetworkSpec, TrainSettings, evaluate, fit
-from dmtg_core.planted import planted
+from dmtg_core.evaluation.planted import planted
 
 
 class Waves(nn.Module):

@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dmtg_core.affinity import cluster
-from dmtg_core.baselines import (
+from dmtg_core.grouping import Grouping
+from dmtg_core.network.cost import inference_cost, naive_flops, training_flops, wide_spec
+from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
+from dmtg_core.search.affinity_phase import affinity_plan, compare_tasks
+from dmtg_core.search.baselines import (
     Trained,
     hard_network,
     together,
@@ -20,16 +23,13 @@ from dmtg_core.baselines import (
     train_hard,
     train_naive_with_affinities,
 )
-from dmtg_core.context import LocalContext
-from dmtg_core.data import Data
-from dmtg_core.grouping import Grouping
-from dmtg_core.metrics import Metrics
-from dmtg_core.network.cost import inference_cost, naive_flops, training_flops, wide_spec
-from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
-from dmtg_core.proposal import affinity_plan, compare_tasks
-from dmtg_core.search import search
-from dmtg_core.settings import TrainSettings
-from dmtg_core.training import TrainState, score_of
+from dmtg_core.search.feature_overlap import cluster
+from dmtg_core.search.search import search
+from dmtg_core.training.context import LocalContext
+from dmtg_core.training.data import Data
+from dmtg_core.training.loop import TrainState, score_of
+from dmtg_core.training.metrics import Metrics
+from dmtg_core.training.settings import TrainSettings
 from pipelines.cluster import user_error
 from pipelines.config import Config
 from pipelines.errors import UserError

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dmtg_core.checkpoint import SEAL, check_seal, seal
-from dmtg_core.context import newest_whole
+from dmtg_core.training.checkpoint import SEAL, check_seal, seal
+from dmtg_core.training.context import newest_whole
 from pipelines.errors import UserError
 from pipelines.notices import DAMAGED, UNWRITTEN, Tell
 from pipelines.storage import Location, can_pass, pauses

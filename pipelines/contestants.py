@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dmtg_core.affinity import cluster
 from dmtg_core.grouping import Grouping
-from dmtg_core.selection import best_partition
+from dmtg_core.search.feature_overlap import cluster
+from dmtg_core.search.selection import best_partition
 from pipelines.cells import AFFINITIES, DISTILLED_WIDE, NAIVE, PAIR, SEARCH, WIDE, Cell, Result
 from pipelines.config import Config
 

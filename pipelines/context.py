@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dmtg_core.checkpoint import read_json
-from dmtg_core.context import Save
+from dmtg_core.training.checkpoint import read_json
+from dmtg_core.training.context import Save
 from pipelines.checkpoints import Checkpoints, Errand, Outbox
 from pipelines.faults import LastingError
 from pipelines.notices import RESIZED, RESUMED, UNWRITTEN, Tell

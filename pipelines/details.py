@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dmtg_core.bootstrap import BlockSums, compare
-from dmtg_core.data import Arrays, Batch
-from dmtg_core.losses import sample_loss, valid
+from dmtg_core.evaluation.bootstrap import BlockSums, compare
 from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec, clone
-from dmtg_core.search import SearchResult
+from dmtg_core.search.search import SearchResult
 from dmtg_core.tasks import Task
+from dmtg_core.training.data import Arrays, Batch
+from dmtg_core.training.losses import sample_loss, valid
 from pipelines import statistics
 from pipelines.ingest import Reader
 from pipelines.latency import costs

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from dmtg_core.metrics import Metrics, MetricSums
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import Task
+from dmtg_core.training.metrics import Metrics, MetricSums
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.ingest import Reader

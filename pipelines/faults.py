@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from dmtg_core.checkpoint import OutdatedNetworkError
-from dmtg_core.training import NonFiniteLossError
+from dmtg_core.training.checkpoint import OutdatedNetworkError
+from dmtg_core.training.loop import NonFiniteLossError
 from pipelines.cluster import causes, user_error
 from pipelines.config import Config
 from pipelines.errors import UserError

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from dmtg_core.context import LocalContext, Save
 from dmtg_core.network.cost import inference_cost
 from dmtg_core.network.grouping_network import GroupModel
-from dmtg_core.training import TrainState, advance, evaluate, reporting, score_of
+from dmtg_core.training.context import LocalContext, Save
+from dmtg_core.training.loop import TrainState, advance, evaluate, reporting, score_of
 from pipelines.checkpoints import Checkpoints
 from pipelines.cluster import user_error
 from pipelines.config import Config

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from dmtg_core.data import ArrayData, Arrays, Chunks, Data, DeviceArrays, Samples
 from dmtg_core.tasks import Task
+from dmtg_core.training.data import ArrayData, Arrays, Chunks, Data, DeviceArrays, Samples
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest
 from pipelines.sections import DataSection

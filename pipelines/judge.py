@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dmtg_core.bootstrap import BlockSums, Comparison, Gain, compare
+from dmtg_core.evaluation.bootstrap import BlockSums, Comparison, Gain, compare
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.evaluate import outputs_for

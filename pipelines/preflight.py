@@ -2,8 +2,8 @@
 
 A few random groupings are trained with a few seeds each. If networks of one grouping differ among seeds as much as
 networks of different groupings do, chance finds none that is better. Good groups can be rare among random ones:
-those of tasks that read the same in one wide branch (`dmtg_core.affinity`) are trained too. So is the wide encoder
-of equal cost: how far it is ahead says whether capacity counts, not grouping.
+those of tasks with a high feature overlap (`dmtg_core.search.feature_overlap`) are trained too. So is the wide
+encoder of equal cost: how far it is ahead says whether capacity counts, not grouping.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dmtg_core.profile import OPERATORS, SHARES, TRACE
+from dmtg_core.training.profile import OPERATORS, SHARES, TRACE
 from pipelines.cluster import session
 from pipelines.config import Config
 from pipelines.ingest import Reader, keeps_in_memory, load_splits
@@ -19,7 +19,7 @@ from pipelines.worker import PROFILE, Job
 
 @dataclass(frozen=True)
 class Profiled:
-    """What was measured, as `dmtg_core.profile.profile_steps` gives it, and where the files are."""
+    """What was measured, as `dmtg_core.training.profile.profile_steps` gives it, and where the files are."""
 
     found: dict[str, Any]
     folder: Location

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from mlflow.models import set_model
 
-from dmtg_core.checkpoint import load_model
 from dmtg_core.names import by_number
+from dmtg_core.training.checkpoint import load_model
 from pipelines.preparation import load_preparation, prepare
 
 

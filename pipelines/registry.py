@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from dmtg_core.checkpoint import OutdatedNetworkError, load_model
 from dmtg_core.grouping import Grouping
 from dmtg_core.names import by_number
 from dmtg_core.network.grouping_network import GroupModel
+from dmtg_core.training.checkpoint import OutdatedNetworkError, load_model
 from pipelines.aliases import set_challenger
 from pipelines.config import Config
 from pipelines.errors import UserError

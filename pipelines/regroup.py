@@ -16,7 +16,7 @@ from typing import Any
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import Task
-from dmtg_core.warm_start import WarmStart
+from dmtg_core.training.warm_start import WarmStart
 from pipelines import aliases, statistics
 from pipelines.cluster import session, user_error
 from pipelines.config import Config

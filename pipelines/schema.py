@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dmtg_core.aggregation import AGGREGATORS
 from dmtg_core.network.encoders import ENCODERS
+from dmtg_core.training.aggregation import AGGREGATORS
 from pipelines.config import Config
 from pipelines.sections import RaySection
 from pipelines.sources import SOURCES, options_model

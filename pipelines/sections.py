@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dmtg_core.aggregation import AGGREGATORS
 from dmtg_core.network.encoders import ENCODERS
+from dmtg_core.training.aggregation import AGGREGATORS
 from pipelines.errors import UserError
 
 S = TypeVar("S", bound=BaseModel)

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dmtg_core.metrics import Metrics, normalized_gain
 from dmtg_core.tasks import Task
-from dmtg_core.training import score_of
+from dmtg_core.training.loop import score_of
+from dmtg_core.training.metrics import Metrics, normalized_gain
 from pipelines.context import METRICS
 from pipelines.trials import FAILED, STOPPED, Trial
 from pipelines.worker import RESULT, read_jsonl

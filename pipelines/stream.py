@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dmtg_core.data import Arrays, Batch, Chunks, gather, overlapped
+from dmtg_core.training.data import Arrays, Batch, Chunks, gather, overlapped
 from pipelines.errors import UserError
 from pipelines.ingest import Reader
 from pipelines.sections import DataSection
@@ -145,7 +145,7 @@ class Stream:
 
 
 class StreamData:
-    """A worker's share of the global batches, read ahead; see `dmtg_core.data.Data`.
+    """A worker's share of the global batches, read ahead; see `dmtg_core.training.data.Data`.
 
     Every sample comes once an epoch. The global batches depend on the seed, the epoch, the configuration and the
     shards alone, not on the number of workers.

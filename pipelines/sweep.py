@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from dmtg_core.tasks import Task
-from dmtg_core.warm_start import WarmStart
+from dmtg_core.training.warm_start import WarmStart
 from pipelines.cluster import session, sweep_cpus, trials_at_once
 from pipelines.config import Config
 from pipelines.errors import UserError

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from dmtg_core.grouping import Grouping
-from dmtg_core.metrics import error_of, total_error
 from dmtg_core.tasks import Task
+from dmtg_core.training.metrics import error_of, total_error
 from pipelines.cells import DISTILLED_WIDE, NAIVE, WIDE, Result
 from pipelines.contestants import AFFINITY, GUIDED, LONG, LONGER, SELECTED, Contest
 from pipelines.significance import agreement, mean_of, together_share

@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from dmtg_core.aggregation import load_aggregator
-from dmtg_core.data import epoch_steps
 from dmtg_core.network.grouping_network import GroupingNetwork
-from dmtg_core.step import WeighedLoss
 from dmtg_core.tasks import Task
-from dmtg_core.warm_start import WarmStart
+from dmtg_core.training.aggregation import load_aggregator
+from dmtg_core.training.data import epoch_steps
+from dmtg_core.training.step import WeighedLoss
+from dmtg_core.training.warm_start import WarmStart
 from pipelines import handover, statistics, tracking
 from pipelines.cluster import session, user_error
 from pipelines.config import Config

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dmtg_core.warm_start import WarmStart
+from dmtg_core.training.warm_start import WarmStart
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.storage import Location, locate

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dmtg_core.data import Batch, Data
+from dmtg_core.training.data import Batch, Data
 from pipelines.errors import UserError
 from pipelines.notices import HUNG, Tell
 from pipelines.storage import Location
@@ -130,7 +130,7 @@ class Pulse:
 
 
 class Watched:
-    """Data whose every batch is progress; see `dmtg_core.data.Data`.
+    """Data whose every batch is progress; see `dmtg_core.training.data.Data`.
 
     Args:
         data: What is read.

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 import yaml
 
-from dmtg_core import checkpoint
-from dmtg_core.data import Data
-from dmtg_core.metrics import Metrics, normalized_gain
 from dmtg_core.network.cost import inference_cost
 from dmtg_core.network.grouping_network import GroupModel, NetworkSpec
-from dmtg_core.profile import profile_steps
-from dmtg_core.search import SearchResult, search
+from dmtg_core.search.search import SearchResult, search
 from dmtg_core.tasks import Task
-from dmtg_core.warm_start import WarmStart
+from dmtg_core.training import checkpoint
+from dmtg_core.training.data import Data
+from dmtg_core.training.metrics import Metrics, normalized_gain
+from dmtg_core.training.profile import profile_steps
+from dmtg_core.training.warm_start import WarmStart
 from pipelines.config import Config
 from pipelines.context import RayContext
 from pipelines.errors import UserError

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from dmtg_core.metrics import error_of
 from dmtg_core.names import listed
-from dmtg_core.search import DISTILLED, WIDE
+from dmtg_core.search.search import DISTILLED, WIDE
+from dmtg_core.training.metrics import error_of
 from pipelines.beforehand import said_before
 from pipelines.config import Config
 from pipelines.context import GATE, METRICS

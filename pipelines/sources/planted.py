@@ -1,4 +1,4 @@
-"""The planted problem (`dmtg_core.planted`) as a data set: made from its options, no file is read."""
+"""The planted problem (`dmtg_core.evaluation.planted`) as a data set: made from its options, no file is read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from dmtg_core.planted import planted
+from dmtg_core.evaluation.planted import planted
 from pipelines.errors import UserError
 from pipelines.sections import Section, checked
 from pipelines.sources import INPUT, Column, Description, Entry
@@ -17,7 +17,7 @@ from pipelines.storage import Location
 
 
 class PlantedOptions(Section):
-    """See `dmtg_core.planted.planted`."""
+    """See `dmtg_core.evaluation.planted.planted`."""
 
     tasks: int = Field(9, ge=1)
     groups: int = Field(3, ge=1)

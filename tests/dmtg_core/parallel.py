@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dmtg_core import GroupingNetwork, NetworkSpec, TemperatureSchedule, TrainSettings, fit
-from dmtg_core.checkpoint import save_network
+from dmtg_core.training.checkpoint import save_network
 from tests.dmtg_core import samples
 
 SETTINGS = TrainSettings(

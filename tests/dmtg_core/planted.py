@@ -1,7 +1,7 @@
 """The planted problem as training data."""
 
 from dmtg_core import ArrayData, Grouping, InputSpec, Task
-from dmtg_core.planted import planted
+from dmtg_core.evaluation.planted import planted
 
 
 def planted_data(seed: int, **options: int) -> tuple[InputSpec, tuple[Task, ...], ArrayData, Grouping]:

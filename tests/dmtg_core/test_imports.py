@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from dmtg_core import EncoderSpec, GroupingNetwork, LocalContext, NetworkSpec, TrainSettings, evaluate, fit
-from dmtg_core.checkpoint import load_model, save_model
+from dmtg_core.training.checkpoint import load_model, save_model
 from tests.dmtg_core.planted import planted_data
 
 spec, tasks, data, _ = planted_data(0, rows=400)

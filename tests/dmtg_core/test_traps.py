@@ -27,15 +27,15 @@ from dmtg_core import (
     normalized_gain,
     total_error,
 )
-from dmtg_core.losses import label_counts, sample_loss
+from dmtg_core.training.losses import label_counts, sample_loss
 from tests.dmtg_core import samples
 from tests.dmtg_core.host_syncs import HostSyncs
 from tests.dmtg_core.interrupted import Interrupted, interrupt_at
 from tests.dmtg_core.parallel import in_threads
 from tests.dmtg_core.samples import MIXED, image_spec, mlp_spec
-from tests.dmtg_core.test_checkpoint import looks_like_a_pickle
-from tests.dmtg_core.test_metrics import IMAGE, measure
-from tests.dmtg_core.test_step import run_step
+from tests.dmtg_core.training.test_checkpoint import looks_like_a_pickle
+from tests.dmtg_core.training.test_metrics import IMAGE, measure
+from tests.dmtg_core.training.test_step import run_step
 
 
 def local(folder=None, **options) -> LocalContext:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import torch
 
 from dmtg_core import Arrays, GroupingNetwork, InputSpec, Task, TrainSettings, fit
-from dmtg_core.checkpoint import save_network
+from dmtg_core.training.checkpoint import save_network
 from pipelines.ingest import Reader
 from pipelines.manifest import Manifest, Shard
 from pipelines.sections import DataSection

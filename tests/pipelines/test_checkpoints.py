@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmtg_core.checkpoint import seal
-from dmtg_core.training import NonFiniteLossError
+from dmtg_core.training.checkpoint import seal
+from dmtg_core.training.loop import NonFiniteLossError
 from pipelines import storage
 from pipelines.checkpoints import Checkpoints, Errand, Outbox
 from pipelines.errors import UserError
@@ -249,7 +249,7 @@ def test_what_is_refused_is_not_tried_again() -> None:
 HANGS = """
 import ctypes, sys, time
 import numpy as np, torch
-from dmtg_core.data import ArrayData, Arrays
+from dmtg_core.training.data import ArrayData, Arrays
 from dmtg_core.tasks import Task
 from pipelines.storage import locate
 from pipelines.watch import STACKS, Scratch, Watchdog, Watched

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from dmtg_core import NetworkSpec, TrainSettings
-from dmtg_core.metrics import normalized_gain
 from dmtg_core.network.cost import inference_cost, naive_flops
-from dmtg_core.search import SearchOptions, SearchResult, search
+from dmtg_core.search.search import SearchOptions, SearchResult, search
+from dmtg_core.training.metrics import normalized_gain
 from pipelines import details, latency
 from pipelines.details import Look, details_of, said
 from pipelines.ingest import Reader

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dmtg_core.checkpoint import load_model
+from dmtg_core.training.checkpoint import load_model
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.groups import DONE, GROUPS

@@ -13,8 +13,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from dmtg_core.data import ArrayData, Arrays, Chunks, DeviceArrays
 from dmtg_core.tasks import LONGEST_NAME, InputSpec, Task
+from dmtg_core.training.data import ArrayData, Arrays, Chunks, DeviceArrays
 from pipelines import shards, statistics
 from pipelines.config import Config
 from pipelines.errors import UserError

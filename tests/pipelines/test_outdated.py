@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from dmtg_core import GroupingNetwork
-from dmtg_core.checkpoint import OutdatedNetworkError, save_network
 from dmtg_core.network.encoders import EncoderSpec
+from dmtg_core.training.checkpoint import OutdatedNetworkError, save_network
 from pipelines.cells import FORMAT, Cell, CellJob, train_cells
 from pipelines.errors import UserError
 from pipelines.faults import lasting_error

@@ -18,11 +18,11 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from dmtg_core.checkpoint import save_model
-from dmtg_core.data import Arrays
 from dmtg_core.network.encoders import EncoderSpec
 from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec
 from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.training.checkpoint import save_model
+from dmtg_core.training.data import Arrays
 from pipelines.cli import app
 from pipelines.config import Config
 from pipelines.errors import UserError

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dmtg_core import ArrayData, GroupingNetwork, LocalContext
-from dmtg_core.step import WeighedLoss, step_noise, train_step
-from dmtg_core.training import TrainState
+from dmtg_core.training.loop import TrainState
+from dmtg_core.training.step import WeighedLoss, step_noise, train_step
 from pipelines.config import Config, load_config, recipes
 from pipelines.ingest import Reader
 from pipelines.manifest import Manifest

@@ -15,8 +15,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from dmtg_core import Batch, GroupingNetwork, fit
-from dmtg_core.checkpoint import load_network
-from dmtg_core.context import LocalContext
+from dmtg_core.training.checkpoint import load_network
+from dmtg_core.training.context import LocalContext
 from pipelines.errors import UserError
 from pipelines.ingest import Reader
 from pipelines.stream import Deal, StreamData

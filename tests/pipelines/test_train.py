@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from dmtg_core import MetricSums
-from dmtg_core.checkpoint import load_model
+from dmtg_core.training.checkpoint import load_model
 from pipelines.context import GATE, METRICS
 from pipelines.errors import UserError
 from pipelines.evaluate import evaluate

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dmtg_core import EncoderSpec, GroupingNetwork, GroupModel, InputSpec, NetworkSpec, Task
-from dmtg_core.checkpoint import save_model, save_network
+from dmtg_core.training.checkpoint import save_model, save_network
 from pipelines.config import Config
 from pipelines.context import METRICS
 from pipelines.errors import UserError

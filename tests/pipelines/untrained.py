@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dmtg_core.checkpoint import save_model
 from dmtg_core.network.encoders import EncoderSpec
 from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec
+from dmtg_core.training.checkpoint import save_model
 from pipelines.config import Config
 from pipelines.manifest import Manifest
 from pipelines.registry import Registered, register

@@ -22,8 +22,8 @@ from dmtg_core import (
     evaluate,
     fit,
 )
-from dmtg_core.checkpoint import load_model, load_network, save_model, save_network
 from dmtg_core.network.encoders.text import read
+from dmtg_core.training.checkpoint import load_model, load_network, save_model, save_network
 from tests.dmtg_core.network.test_encoders import (
     LENGTH,
     SHAPES,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dmtg_core import ENCODERS, EncoderSpec, Grouping, GroupingNetwork, InputSpec, NetworkSpec, Task
-from dmtg_core.losses import sample_loss
 from dmtg_core.network.grouping_network import PairOutputs, clone
+from dmtg_core.training.losses import sample_loss
 from tests.dmtg_core import samples
 from tests.dmtg_core.network.test_encoders import CUTS
 from tests.dmtg_core.samples import (

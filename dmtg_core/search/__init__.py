@@ -1,0 +1,1 @@
+"""The search for a grouping: candidates, affinities between tasks, selection of groups, and baselines."""

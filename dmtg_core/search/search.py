@@ -1,0 +1,437 @@
+"""The whole run: naive MTL to compare with, candidates for the grouping, and the best of them trained to its end.
+
+The method "dmtg" follows the paper: gates that start undecided. A single run can lock into an early accident, so
+several can be made; the one whose pruned network has the best validation score goes on.
+
+The method "guided" starts from evidence. One wide branch, trained for all tasks until the picture is at rest,
+shows which of them read the same of its input (`reading_overlap`), and one gate starts at the groups that follow
+from it. Beside it run undecided gates, because where tasks do not conflict sharing for longer is worth more than
+any grouping, and one wide encoder at the cost of all branches, because where capacity is all that counts no
+grouping beats it. Candidates that are far behind when the search ends stop there. Where the wide encoder is ahead
+at the end, the groups of the best gate are trained once from scratch: good groups can have grown unlucky weights.
+The best of all on validation data learns on from the others (see `distillation`): what each has learned is kept,
+at the inference cost of one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from dmtg_core.grouping import Grouping
+from dmtg_core.network.cost import history_flops, inference_cost, naive_flops, wide_spec
+from dmtg_core.network.encoders import WIDTHS
+from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
+from dmtg_core.search.affinity_phase import affinity_plan, compare_tasks
+from dmtg_core.search.baselines import hard_network
+from dmtg_core.search.distillation import learn_on, learner
+from dmtg_core.search.feature_overlap import cluster
+from dmtg_core.search.state import SearchState
+from dmtg_core.training.context import LocalContext, TrainContext
+from dmtg_core.training.data import Data
+from dmtg_core.training.loop import Hooks, TrainState, advance, evaluate, generalisation_gap
+from dmtg_core.training.metrics import Metrics
+from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.warm_start import WarmStart
+
+BASELINE, AFFINITY, GUIDED, WIDE = "naive_mtl", "affinity", "guided", "wide"
+RETRAINED, DISTILLED = "retrained", "distilled"
+METHODS = ("guided", "dmtg")
+LEARNED_FROM = 2.0  # times `within`: who is too far behind to be the result may still know what it does not
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Which candidates a search trains.
+
+    Args:
+        method: One of `METHODS`.
+        starts: Gates that start undecided, each with a seed of its own.
+        wide: Have one wide encoder, at the inference cost of all branches, among the candidates ("guided").
+        affinity_share, affinity_limit: Share of the epochs that the network trains in which tasks are compared, at
+            least and at most: it stops when the groups that follow no longer change ("guided").
+        probability: With which a task begins in its proposed group ("guided").
+        within: How much worse than the best a candidate's score may be when the search ends and yet be the result,
+            beside what the best one's validation score changed from epoch to epoch ("guided"); up to twice as much
+            it goes on to be learned from. With "dmtg" the best goes on alone.
+        retrain: Before the wide encoder is kept, train the groups of the best gate from scratch ("guided").
+        distil_share: For how many more epochs, as a share of all, the best candidate learns from the mean of all
+            that were trained to their end ("guided"); 0 for none. Where there is but one, nothing can be learned.
+
+    Raises:
+        ValueError: For an unknown method or a number out of range.
+    """
+
+    method: str = "guided"
+    starts: int = 1
+    wide: bool = True
+    affinity_share: float = 0.1
+    affinity_limit: float = 0.3
+    probability: float = 0.9
+    within: float = 0.03
+    retrain: bool = True
+    distil_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}, expected one of {', '.join(METHODS)}")
+        fewest = 0 if self.method == "guided" else 1
+        if self.starts < fewest:
+            raise ValueError(f"starts must be at least {fewest}, got {self.starts}, with method {self.method!r}")
+        for name in ("affinity_share", "affinity_limit"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+        if not 0 < self.probability < 1:
+            raise ValueError(f"probability must be in (0, 1), got {self.probability}")
+        if self.within < 0:
+            raise ValueError(f"within must not be negative, got {self.within}")
+        if self.distil_share < 0:
+            raise ValueError(f"distil_share must not be negative, got {self.distil_share}")
+
+    def affinity_epochs(self, settings: TrainSettings) -> tuple[int, int]:
+        """The fewest and the most epochs of the network that tasks are compared in."""
+        shares = (self.affinity_share, max(self.affinity_share, self.affinity_limit))
+        least, most = (max(round(share * settings.epochs), 1) for share in shares)
+        return least, most
+
+    def candidates(self, spec: NetworkSpec) -> list[str]:
+        """Their names, in the order in which they are trained. One branch has nothing to be guided to."""
+        starts = [f"start_{i}" for i in range(self.starts)]
+        if self.method == "dmtg" or spec.groups == 1:
+            return starts or ["start_0"]
+        return [GUIDED, *starts, *([WIDE] if self.wide and spec.encoder.name in WIDTHS else [])]
+
+    def distilled(self, settings: TrainSettings) -> TrainSettings:
+        """How the best candidate learns on: from the first learning rate again, and every epoch may be best."""
+        epochs = max(round(self.distil_share * settings.epochs), 1)
+        return replace(settings, epochs=epochs, search_share=1.0)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Args:
+        network: The hard network with the weights of its best epoch, in evaluation mode.
+        naive: The network of naive MTL, likewise; None when it was not asked for.
+        grouping: Its grouping; one group where the wide encoder was best.
+        chosen: The candidate that it is.
+        distilled: What learning on from all candidates did: `teachers`, the best `score` and the `metrics` before
+            it, the best score after it (`final`), whether that was `kept`, and its share of `cost`; empty where
+            there was nothing to learn.
+        metrics: Split → task → metric → value.
+        baseline: The same of naive MTL; empty when it was not asked for.
+        candidates: For each: `stage`, `grouping`, `score` (the lowest mean logarithm of the validation losses in
+            its search), `final` (the same at its best epoch; None where it stopped with the search),
+            `probabilities` of the gate `(N, K)` when the search ended. For groups that were trained from scratch
+            these are those of the gate that they are from, whose name is `gate`.
+        affinity: `reading_overlap` of the tasks `(N, N)`; empty where it was not measured.
+        affinity_cost: Operations of the training that it was measured after, in units of one naive-MTL run.
+        cost: The same of all training but that of the baseline.
+    """
+
+    network: GroupingNetwork
+    naive: GroupingNetwork | None
+    grouping: Grouping
+    chosen: str
+    distilled: dict[str, Any]
+    metrics: dict[str, Metrics]
+    baseline: dict[str, Metrics]
+    candidates: list[dict[str, Any]]
+    affinity: list[list[float]]
+    affinity_cost: float
+    cost: float
+
+
+def search(
+    spec: NetworkSpec,
+    data: Data,
+    settings: TrainSettings,
+    options: SearchOptions | None = None,
+    *,
+    baseline: bool = True,
+    splits: Sequence[str] = ("val", "test"),
+    context: TrainContext | None = None,
+    warm_start: WarmStart | None = None,
+) -> SearchResult:
+    """Find a grouping and train its networks; goes on from the context's latest checkpoint.
+
+    Args:
+        spec: The grouping network. Start i has seed `spec.seed + i`.
+        options: The candidates; by default those of `SearchOptions()`.
+        baseline: Train naive MTL (one branch, all epochs) first, to compare with.
+        splits: What naive MTL and the result are evaluated on. Choices use "val" alone.
+        warm_start: What every gated candidate begins with. Naive MTL begins with it too when it is a single model;
+            no one of several models could stand for all of them, so it then begins afresh.
+
+    Raises:
+        NonFiniteLossError: When the loss stops being finite.
+        ValueError: For a warm start that does not fit, or a checkpoint that is damaged.
+    """
+    return _Search(
+        spec, data, settings, options or SearchOptions(), baseline, splits, context or LocalContext(), warm_start
+    ).run()
+
+
+def _restless(scores: Sequence[float]) -> float:
+    """How much a validation score changes between epochs, on average, in the second half of a search."""
+    late = scores[len(scores) // 2 :]
+    changes = [abs(a - b) for a, b in pairwise(late) if math.isfinite(a - b)]
+    return sum(changes) / len(changes) if changes else 0.0
+
+
+def _described(result: dict[str, Any]) -> dict[str, Any]:
+    """What `SearchResult` says of a candidate."""
+    keys = ("stage", "grouping", "score", "final", "probabilities")
+    return {key: result.get(key) for key in keys} | ({"gate": result["gate"]} if "gate" in result else {})
+
+
+class _Search:
+    def __init__(
+        self,
+        spec: NetworkSpec,
+        data: Data,
+        settings: TrainSettings,
+        options: SearchOptions,
+        baseline: bool,
+        splits: Sequence[str],
+        context: TrainContext,
+        warm_start: WarmStart | None,
+    ) -> None:
+        self.spec, self.data, self.settings, self.options = spec, data, settings, options
+        self.splits, self.context, self.warm_start = splits, context, warm_start
+        self.candidates = options.candidates(spec)
+        self.stages = [BASELINE] if baseline else []
+        self.stages += [AFFINITY] if GUIDED in self.candidates else []
+        # through JSON, as the checkpoint has it: tuples become lists
+        described = {
+            "network": spec.to_dict(), "settings": asdict(settings), "options": asdict(options),
+            "stages": self.stages + self.candidates,
+        }  # fmt: skip
+        plan = json.loads(json.dumps(described))
+        if warm_start is not None:
+            warm_start.check(spec)
+            plan["warm_start"] = warm_start.digest()
+        latest = context.latest()
+        self.state = SearchState(plan)
+        if latest is not None:
+            self.state = SearchState.load(latest, plan, settings, context.device)
+
+    def run(self) -> SearchResult:
+        if BASELINE in self.stages and not self._done(BASELINE):
+            self._baseline()
+        if AFFINITY in self.stages and not self._done(AFFINITY):
+            self._affinity()
+        for name in self.candidates:
+            if not self._done(name):
+                self._search(name)
+        for name in self._going_on():
+            if "final" not in self._result(name):
+                self._finish(name)
+        unlucky = self._unlucky()
+        if unlucky:
+            self._retrain(unlucky)
+        if self._teachers() and not self._done(DISTILLED):
+            self._distil()
+        return self._conclude()
+
+    def _done(self, name: str) -> bool:
+        return any(result["stage"] == name for result in self.state.results)
+
+    def _result(self, name: str) -> dict[str, Any]:
+        return next(result for result in self.state.results if result["stage"] == name)
+
+    def _baseline(self) -> None:
+        shared = self.warm_start if self.warm_start is not None and self.warm_start.single else None
+        state = self._current(replace(self.spec, groups=1, sampling="fixed"), shared)
+        self._advance(BASELINE, state, self.settings, self.settings.epochs)
+        state.take_best()
+        self.state.trained[BASELINE] = state.network
+        self._end(BASELINE, state, metrics=self._evaluate(state.network))
+
+    def _affinity(self) -> None:
+        """Compare tasks, see `affinity_plan`."""
+        least, most = self.options.affinity_epochs(self.settings)
+        spec, settings = affinity_plan(self.spec, self.settings, most)
+        state = self._current(spec, None, settings)
+        groups = min(self.spec.groups, len(self.spec.tasks))
+        overlap = compare_tasks(
+            state, self.data, settings, self.context, groups=groups, least=least,
+            hooks=self._reports(AFFINITY),
+        )  # fmt: skip
+        self._end(AFFINITY, state, affinity=overlap.tolist(), proposed=cluster(overlap, groups))
+
+    def _search(self, name: str) -> None:
+        settings = self._settings(name)
+        state = self._current(*self._candidate(name), settings)
+        if name == GUIDED and state.step == 0:
+            least = max(self.options.probability, 1 / self.spec.groups)
+            state.network.gate.start_from(self._result(AFFINITY)["proposed"], least)
+        self._advance(name, state, settings, settings.search_epochs)
+        self.state.held[name] = state
+        scores = [record["val_score"] for record in state.history]
+        self._end(
+            name, state, score=min(scores), restless=_restless(scores),
+            probabilities=state.network.gate.probabilities().tolist(),
+        )  # fmt: skip
+        going = self._going_on() if self._done(self.candidates[-1]) else self.candidates
+        self.state.held = {kept: held for kept, held in self.state.held.items() if kept in going}
+
+    def _candidate(self, name: str) -> tuple[NetworkSpec, WarmStart | None]:
+        if name != WIDE:
+            number = int(name.removeprefix("start_")) if name != GUIDED else 0
+            return replace(self.spec, seed=self.spec.seed + number), self.warm_start
+        return wide_spec(self.spec), None
+
+    def _settings(self, name: str) -> TrainSettings:
+        number = int(name.removeprefix("start_")) if name.startswith("start_") else 0
+        return replace(self.settings, seed=self.settings.seed + number)
+
+    def _going_on(self, behind: float = LEARNED_FROM) -> list[str]:
+        """The candidates that are trained to the end, by what they were when the search ended.
+
+        Args:
+            behind: How many times `within` they may be.
+        """
+        scores = {name: self._result(name)["score"] for name in self.candidates}
+        best = min(scores, key=scores.__getitem__)
+        if self.options.method == "dmtg":
+            return [best]
+        # a score that jumps from epoch to epoch says little about who is ahead
+        most = scores[best] + behind * self.options.within + self._result(best)["restless"]
+        return [name for name, score in scores.items() if score <= most]
+
+    def _finish(self, name: str) -> None:
+        if self.state.current is None:
+            self.state.current = self.state.held.pop(name)
+        state = self.state.current
+        self._advance(name, state, self._settings(name), self.settings.epochs)
+        state.take_best()
+        state.network.keep(state.network.gate.survivors(2.0))
+        self.state.trained[name] = state.network
+        result = self._result(name)
+        result["final"], result["gap"] = state.best_score, generalisation_gap(state.history[-1])
+        result["cost"] += history_flops(state.network.spec, state.history[result["epochs"] :])
+        self.state.current = None
+
+    def _best(self) -> str:
+        """The best on validation at its end, of the candidates that were near when the search ended."""
+        near = self._going_on(1) + ([RETRAINED] if self._done(RETRAINED) else [])
+        finals = {name: self._result(name)["final"] for name in near}
+        return min(finals, key=finals.__getitem__)
+
+    def _unlucky(self) -> str:
+        """The gate whose groups are trained from scratch before the wide encoder is kept; empty for none."""
+        if not self.options.retrain or self._done(RETRAINED) or self._best() != WIDE:
+            return ""
+        gates = [self._result(name) for name in self.candidates if name != WIDE]
+        best = min(gates, key=lambda gate: (gate.get("final") is None, gate.get("final"), gate["score"]))
+        return str(best["stage"]) if len(best["grouping"]) > 1 else ""
+
+    def _retrain(self, name: str) -> None:
+        gate, settings = self._result(name), replace(self.settings, search_share=1.0)
+        if self.state.current is None:
+            grouping = Grouping.from_dict(gate["grouping"], [task.name for task in self.spec.tasks])
+            network = hard_network(self.spec, grouping).to(self.context.device)
+            self.state.current = TrainState.fresh(network, settings)
+        state = self.state.current
+        self._advance(RETRAINED, state, settings, settings.epochs)
+        state.take_best()
+        self.state.trained[RETRAINED] = state.network
+        self._end(
+            RETRAINED, state, score=state.best_score, final=state.best_score, gate=name,
+            probabilities=gate["probabilities"], gap=generalisation_gap(state.history[-1]),
+        )  # fmt: skip
+
+    def _teachers(self) -> list[str]:
+        """Those that the best candidate learns from; none where it would be itself alone."""
+        names = [name for name in self.state.trained if name not in (BASELINE, DISTILLED)]
+        if RETRAINED in names:  # the others were looked at when their search ended
+            most = self._result(self._best())["final"] + LEARNED_FROM * self.options.within
+            names = [name for name in names if name != RETRAINED or self._result(name)["final"] <= most]
+        return names if len(names) > 1 and self.options.distil_share else []
+
+    def _distil(self) -> None:
+        best, settings = self._best(), self.options.distilled(self.settings)
+        teachers = [self.state.trained[name].to(self.context.device) for name in self._teachers()]
+        if self.state.current is None:
+            self.state.current = learner(self.state.trained[best], self._result(best)["final"], settings)
+        state = self.state.current
+        gap, hooks = self._result(best)["gap"], self._reports(DISTILLED)
+        learn_on(state, teachers, self.data, settings, self.context, gap=gap, hooks=hooks)
+        self.state.trained[DISTILLED] = state.network
+        self._end(DISTILLED, state, final=state.best_score, teachers=self._teachers())
+        looked = settings.epochs * sum(inference_cost(teacher).flops for teacher in teachers)
+        self._result(DISTILLED)["cost"] += looked
+
+    def _conclude(self) -> SearchResult:
+        chosen, after = self._best(), self._result(DISTILLED) if self._done(DISTILLED) else None
+        network = self.state.trained[DISTILLED if after else chosen].eval()
+        by_name = {result["stage"]: result for result in self.state.results}
+        naive = self.state.trained.get(BASELINE)
+        if naive is not None:
+            naive.eval()
+        once = naive_flops(self.spec) * self.settings.epochs
+        spent = sum(result["cost"] for result in self.state.results if result["stage"] != BASELINE)
+        distilled: dict[str, Any] = {}
+        if after is not None:
+            before = by_name[chosen]["final"]
+            distilled = {"teachers": after["teachers"], "score": before, "final": after["final"]}
+            distilled["kept"] = after["final"] < before
+            distilled["metrics"] = self._evaluate(self.state.trained[chosen])
+            distilled["cost"] = after["cost"] / once
+        return SearchResult(
+            network=network,
+            naive=naive,
+            grouping=network.grouping(),
+            chosen=chosen,
+            distilled=distilled,
+            metrics=self._evaluate(network),
+            baseline=by_name.get(BASELINE, {}).get("metrics", {}),
+            candidates=[_described(by_name[name]) for name in [*self.candidates, RETRAINED] if name in by_name],
+            affinity=by_name.get(AFFINITY, {}).get("affinity", []),
+            affinity_cost=by_name.get(AFFINITY, {}).get("cost", 0) / once,
+            cost=spent / once,
+        )
+
+    def _evaluate(self, network: GroupingNetwork) -> dict[str, Metrics]:
+        return {split: evaluate(network, self.data, split, context=self.context) for split in self.splits}
+
+    def _current(
+        self, spec: NetworkSpec, warm_start: WarmStart | None, settings: TrainSettings | None = None
+    ) -> TrainState:
+        """The stage's state: taken up from the checkpoint, or fresh."""
+        if self.state.current is None:
+            network = GroupingNetwork(spec)
+            if warm_start is not None:
+                warm_start.give(network)
+            network.to(self.context.device)
+            self.state.current = TrainState.fresh(network, settings or self.settings)
+        return self.state.current
+
+    def _advance(self, stage: str, state: TrainState, settings: TrainSettings, until: int) -> None:
+        advance(state, self.data, settings, self.context, until=until, hooks=self._reports(stage))
+
+    def _reports(self, stage: str) -> Hooks:
+        """What is done after each epoch, and where a checkpoint within one is due."""
+        return Hooks(
+            on_epoch=lambda state: self.context.report({"stage": stage, **state.history[-1]}, self.state.save),
+            on_step=lambda _: self.context.report(None, self.state.save),
+        )
+
+    def _end(self, name: str, state: TrainState, **found: Any) -> None:
+        self.state.results.append(
+            {
+                "stage": name,
+                "epochs": state.epoch,
+                "score": state.history[-1]["val_score"],
+                "grouping": state.network.grouping().to_dict(),
+                "cost": history_flops(state.network.spec, state.history),
+                **found,
+            }
+        )
+        self.state.current = None

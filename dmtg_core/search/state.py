@@ -1,0 +1,71 @@
+"""What a search keeps on disk, so that one that was killed goes on where it stood."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmtg_core.network.grouping_network import GroupingNetwork
+from dmtg_core.training import checkpoint
+from dmtg_core.training.loop import TrainState
+from dmtg_core.training.settings import TrainSettings
+
+
+@dataclass
+class SearchState:
+    """Where a search stands: what a checkpoint holds.
+
+    `results` has an entry for each finished stage, in order. `held` are candidates whose search has ended and that
+    may go on, `trained` the networks of those that came to their end, naive MTL's too. `plan` is what the search
+    was asked for; a checkpoint of another plan is refused.
+    """
+
+    plan: dict[str, Any]
+    results: list[dict[str, Any]] = field(default_factory=list)
+    current: TrainState | None = None
+    held: dict[str, TrainState] = field(default_factory=dict)
+    trained: dict[str, GroupingNetwork] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write everything into `folder`."""
+        if self.current is not None:
+            self.current.save(folder / "current")
+        for name, state in self.held.items():
+            state.save(folder / "held" / name)
+        for name, network in self.trained.items():
+            checkpoint.save_network(folder / "trained" / name, network)
+        checkpoint.write_json(
+            folder / "search.json",
+            {
+                "plan": self.plan,
+                "results": self.results,
+                "current": self.current is not None,
+                "held": list(self.held),
+                "trained": list(self.trained),
+            },
+        )
+
+    @classmethod
+    def load(
+        cls, folder: Path, plan: dict[str, Any], settings: TrainSettings, device: torch.device
+    ) -> SearchState:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: When a file is missing or damaged, or the checkpoint is of another plan.
+        """
+        keys = ("plan", "results", "current", "held", "trained")
+        described = checkpoint.read_json(folder / "search.json", *keys)
+        if described["plan"] != plan:
+            other = described["plan"]
+            changed = sorted(key for key in {*plan, *other} if plan.get(key) != other.get(key))
+            raise ValueError(f"{folder}: checkpoint of another search, differing in {', '.join(changed)}")
+        current = TrainState.load(folder / "current", settings, device) if described["current"] else None
+        held = {name: TrainState.load(folder / "held" / name, settings, device) for name in described["held"]}
+        trained = {
+            name: checkpoint.load_network(folder / "trained" / name, device) for name in described["trained"]
+        }
+        return cls(plan, described["results"], current, held, trained)

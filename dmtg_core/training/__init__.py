@@ -1,0 +1,1 @@
+"""Training: settings, data, losses, metrics, the step, the loop, and checkpoints."""

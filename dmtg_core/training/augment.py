@@ -1,0 +1,84 @@
+"""Random changes of a training batch, made on the device that trains, where input and labels change together.
+
+Evaluation never goes through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dmtg_core.tasks import Task
+from dmtg_core.training.data import Batch
+
+Augmentation = Callable[[Batch, Sequence[Task], torch.Generator], Batch]
+
+
+def flip(batch: Batch, tasks: Sequence[Task], generator: torch.Generator) -> Batch:
+    """Mirror each sample left to right with probability 1/2, as the Taskonomy reader of Gao et al. 2024 can.
+
+    Dense targets are mirrored with the image and multiplied by `Task.flip`; others stay as they are.
+
+    Args:
+        batch: Stored images `(B, H, W, C)` and encoded targets; it is not changed.
+        tasks: The tasks of the targets.
+        generator: Of the B draws, on the CPU, so that they are equal on any device.
+
+    Raises:
+        ValueError: When the input is not an image.
+    """
+    if batch.inputs.dim() != 4:
+        raise ValueError(
+            f"augmentation flip needs images (B, H, W, C), got input of shape {tuple(batch.inputs.shape)}: "
+            "train without it"
+        )
+    chosen = torch.rand(len(batch.inputs), generator=generator) < 0.5
+    chosen = chosen.to(batch.inputs.device, non_blocking=True)
+    targets = dict(batch.targets)
+    for task in tasks:
+        if task.dense:
+            target = targets[task.name]
+            targets[task.name] = _choose(chosen, _mirrored(task, target), target)
+    return Batch(_choose(chosen, batch.inputs.flip(2), batch.inputs), targets)
+
+
+def _mirrored(task: Task, target: Tensor) -> Tensor:
+    """`(B, H, W)` ids or `(B, C, H, W)` values of the mirrored images; what is missing stays so."""
+    mirrored = target.flip(-1)
+    for channel, factor in enumerate(task.flip):
+        mirrored[:, channel] *= factor  # a number and not a tensor of factors: those would have to be copied over
+    return mirrored
+
+
+def _choose(chosen: Tensor, changed: Tensor, kept: Tensor) -> Tensor:
+    return torch.where(chosen.reshape(-1, *[1] * (kept.dim() - 1)), changed, kept)
+
+
+AUGMENTATIONS: Mapping[str, Augmentation] = {"flip": flip}
+
+
+def augment_generator(seed: int, step: int, rank: int) -> torch.Generator:
+    """The randomness of a worker's step, as a function of its arguments.
+
+    Each step has 4099 seeds: `training.step_noise` takes the first half, for the gate, and this the second.
+    """
+    return torch.Generator().manual_seed(((seed * 1_000_003 + step) * 4099 + 2050 + rank) % 2**63)
+
+
+def augment(batch: Batch, tasks: Sequence[Task], names: Sequence[str], generator: torch.Generator) -> Batch:
+    """The batch after each of the named augmentations in turn, without the host waiting for the device.
+
+    Args:
+        batch: Stored input `(B, …)` and encoded targets; it is not changed.
+        tasks: The tasks of the targets.
+        names: Keys of `AUGMENTATIONS`; none gives the batch itself.
+        generator: Of all that is drawn.
+
+    Raises:
+        ValueError: When an augmentation does not fit the input.
+    """
+    for name in names:
+        batch = AUGMENTATIONS[name](batch, tasks, generator)
+    return batch

@@ -1,0 +1,418 @@
+"""Training: one evaluation, and a run over epochs that can be put down and taken up again.
+
+All that happens is a function of the seed, the epoch and the step: data order, gate noise, temperature and
+learning rate have no hidden state, so a resumed run repeats what an undisturbed one does.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dmtg_core.network.grouping_network import GroupingNetwork, clone
+from dmtg_core.training import checkpoint
+from dmtg_core.training.augment import augment, augment_generator
+from dmtg_core.training.context import LocalContext, TrainContext
+from dmtg_core.training.data import Batch, Data
+from dmtg_core.training.diagnostics import gate_figures, gradient_cosines, warnings
+from dmtg_core.training.metrics import Metrics, MetricSums
+from dmtg_core.training.settings import LR_SCHEDULES, TrainSettings
+from dmtg_core.training.step import (
+    StepFigures,
+    WeighedLoss,
+    build_optimizer,
+    prepare_network,
+    step_noise,
+    train_step,
+)
+
+CHECK_EVERY = 100  # steps between two looks at whether one was refused
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or a gradient became NaN or infinite. The step was refused; the weights are those before it."""
+
+
+@dataclass
+class TrainState:
+    """A network in training: all that a checkpoint holds.
+
+    `history` has one record an epoch; `best` is the network as it was after the best epoch (the lowest score),
+    heads that have gone since included; `take_best` puts it in the place of the network. `partial` holds what an
+    epoch that is under way has come to; it is empty between epochs.
+    """
+
+    network: GroupingNetwork
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_score: float = math.inf
+    best: GroupingNetwork | None = None
+    partial: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def fresh(cls, network: GroupingNetwork, settings: TrainSettings) -> TrainState:
+        """At the beginning of a run."""
+        return cls(network, build_optimizer(network, settings))
+
+    def save(self, folder: Path) -> None:
+        """Write everything into `folder`."""
+        checkpoint.save_network(folder, self.network)
+        checkpoint.save_optimizer(folder / "optimizer.safetensors", self.optimizer, self.network)
+        if self.best is not None:
+            checkpoint.save_network(folder / "best", self.best)
+        score = self.best_score if math.isfinite(self.best_score) else None
+        loop = {"epoch": self.epoch, "step": self.step, "best_score": score, "history": self.history}
+        checkpoint.write_json(folder / "loop.json", loop | {"partial": self.partial})
+
+    @classmethod
+    def load(cls, folder: Path, settings: TrainSettings, device: torch.device) -> TrainState:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: When a file is missing or damaged.
+        """
+        network = checkpoint.load_network(folder, device)
+        state = cls.fresh(network, settings)
+        checkpoint.load_optimizer(folder / "optimizer.safetensors", state.optimizer, network)
+        loop = checkpoint.read_json(folder / "loop.json", "epoch", "step", "history", "best_score", "partial")
+        state.epoch, state.step, state.history = loop["epoch"], loop["step"], loop["history"]
+        state.partial = loop["partial"]
+        state.best_score = math.inf if loop["best_score"] is None else loop["best_score"]
+        if loop["best_score"] is not None:
+            state.best = checkpoint.load_network(folder / "best", device)
+        return state
+
+    def take_best(self) -> None:
+        """Put the weights of the best epoch into the network."""
+        if self.best is not None:
+            self.network = self.best
+
+    def consider(self, score: float) -> None:
+        """Remember the weights as they are when `score` is the lowest so far."""
+        if score < self.best_score:
+            self.best_score = score
+            self.best = clone(self.network)
+
+    def keep(self, alive: Tensor, settings: TrainSettings) -> None:
+        """Prune network and optimiser together; the moments of what stays are kept."""
+        before = {name: self.optimizer.state.get(p, {}) for name, p in self.network.named_parameters()}
+        old_names = {p: name for name, p in self.network.named_parameters()}
+        followed = self.network.keep(alive)
+        self.optimizer = build_optimizer(self.network, settings)
+        for name, parameter in self.network.named_parameters():
+            old, rows = followed.get(parameter, (parameter, None))
+            held = before.get(old_names.get(old, name), {})
+            for key, value in held.items():
+                moved = value[rows].clone() if rows is not None and value.dim() else value
+                self.optimizer.state[parameter][key] = moved
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module, data: Data, split: str, *, batch_size: int = 256, context: TrainContext | None = None
+) -> Metrics:
+    """Metrics of the hard network on a split, over all workers: task → metric → value.
+
+    Args:
+        network: A `GroupingNetwork` or `GroupModel`.
+    """
+    context = context or LocalContext()
+    was_training = network.training
+    network.eval()
+    sums = MetricSums(cast("Any", network).tasks)
+    for batch in data.evaluate(split, batch_size):
+        sums.update(network(batch.inputs), batch.targets)
+    sums.reduce(context)
+    network.train(was_training)
+    return sums.compute()
+
+
+def score_of(metrics: Metrics) -> float:
+    """One number for a validation: the mean logarithm of the tasks' losses, lower is better.
+
+    It is the geometric mean of the losses, so that a task measured in large units weighs no more than another.
+    """
+    return _mean_log([found["loss"] for found in metrics.values()])
+
+
+def generalisation_gap(record: Mapping[str, Any]) -> float:
+    """By how much validation losses exceed training losses in an epoch: the mean logarithm of their ratios.
+
+    Args:
+        record: The epoch's, of `TrainState.history`.
+    """
+    return score_of(record["val"]) - _mean_log(list(record["train_loss"].values()))
+
+
+def _mean_log(losses: Sequence[float]) -> float:
+    if not all(math.isfinite(loss) for loss in losses):
+        return math.inf
+    return sum(math.log(max(loss, 1e-12)) for loss in losses) / len(losses)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What is done beside the training.
+
+    Args:
+        on_epoch: Called after each epoch with the state to save.
+        on_step: Likewise within an epoch, every `TrainSettings.checkpoint_every` steps; None makes no checkpoint
+            there.
+        enough: Asked before each epoch whether to end.
+        prepare: Done to a training batch before it is augmented.
+    """
+
+    on_epoch: Callable[[TrainState], None] = lambda _state: None
+    on_step: Callable[[TrainState], None] | None = None
+    enough: Callable[[TrainState], bool] = lambda _state: False
+    prepare: Callable[[Batch], Batch] = lambda batch: batch
+
+
+NO_HOOKS = Hooks()
+
+
+def reporting(context: TrainContext) -> Hooks:
+    """Figures and checkpoints of a state that is trained on its own go to its context."""
+    return Hooks(
+        on_epoch=lambda state: context.report(state.history[-1], state.save),
+        on_step=lambda state: context.report(None, state.save),
+    )
+
+
+def advance(
+    state: TrainState,
+    data: Data,
+    settings: TrainSettings,
+    context: TrainContext,
+    *,
+    until: int,
+    hooks: Hooks = NO_HOOKS,
+) -> TrainState:
+    """Train until epoch number `until` is reached, from wherever it is.
+
+    Before each epoch heads that fell under the threshold go, and with the end of the search all but each task's
+    likeliest; after each epoch the hard network is validated.
+
+    Raises:
+        NonFiniteLossError: When a step had to be refused.
+        ValueError: As `prepare_network` and `WeighedLoss`.
+    """
+    state.network.to(context.device)
+    module: nn.Module | None = None
+    while state.epoch < until and not hooks.enough(state):
+        if _prune(state, settings) or module is None:
+            prepare_network(state.network, settings, context)
+            loss = WeighedLoss(state.network, settings.entropy_weight, settings.precision, settings.aggregator)
+            module = context.prepare(loss)
+        record = _train_epoch(state, module, data, settings, context, hooks)
+        state.partial = {}
+        _average_statistics(state.network, context)
+        metrics = evaluate(state.network, data, "val", batch_size=settings.batch_size, context=context)
+        state.epoch += 1
+        score = score_of(metrics)
+        # while tasks have several heads the network is not yet what it will be, unless it is never made hard
+        hard = len(state.network.pairs) == len(state.network.tasks)
+        if hard or settings.search_epochs == settings.epochs:
+            state.consider(score)
+        record |= {
+            "epoch": state.epoch,
+            "phase": "search" if state.epoch <= settings.search_epochs else "finetune",
+            "val_score": score,
+            "val": metrics,
+            "probabilities": state.network.gate.probabilities().tolist(),
+            "heads": len(state.network.pairs),
+        }
+        state.history.append(record)
+        record["warnings"] = warnings(state.history, [task.name for task in state.network.tasks], settings)
+        hooks.on_epoch(state)
+    return state
+
+
+def _prune(state: TrainState, settings: TrainSettings) -> bool:
+    """Remove the heads that have to go before the next epoch; whether any did."""
+    hard = state.epoch >= settings.search_epochs
+    survivors = state.network.gate.survivors(2.0 if hard else settings.prune_threshold)
+    # an epoch that is under way goes on with the heads that it began with
+    if state.epoch == 0 or state.partial or bool((survivors == state.network.gate.alive).all()):
+        return False
+    state.keep(survivors, settings)
+    return True
+
+
+def _train_epoch(
+    state: TrainState,
+    module: nn.Module,
+    data: Data,
+    settings: TrainSettings,
+    context: TrainContext,
+    hooks: Hooks,
+) -> dict[str, Any]:
+    factor = LR_SCHEDULES[settings.lr_schedule](state.epoch, settings, [_total(r) for r in state.history])
+    for group in state.optimizer.param_groups:
+        group["lr"] = max(group["base_lr"] * factor, min(settings.lr_min, group["base_lr"]))
+    steps = data.steps(settings.batch_size)
+    first, last = state.epoch * steps, (state.epoch + 1) * steps
+    searched = settings.search_epochs * steps
+    sums = _Sums.of(state, context)
+    temperature = settings.temperature(state.step / searched)
+    module.train()
+    batch: Batch | None = None
+    for stored in sums.timed(data.train(state.epoch, settings.batch_size, state.step - first)):
+        generator = augment_generator(settings.seed, state.step, context.rank)
+        batch = augment(hooks.prepare(stored), state.network.tasks, settings.augment, generator)
+        temperature = settings.temperature(state.step / searched)
+        noise = step_noise(state.network, settings, state.step, context.rank, len(batch.inputs))
+        noise = noise.to(context.device, non_blocking=True)
+        figures = train_step(
+            module, state.optimizer, batch, noise, temperature, settings, context, step=state.step
+        )
+        sums.add(figures, len(batch.inputs))
+        state.step += 1
+        due = bool(settings.checkpoint_every) and state.step % settings.checkpoint_every == 0
+        if (due or state.step % CHECK_EVERY == 0) and float(sums.figures.refused):
+            break
+        if due and hooks.on_step is not None and state.step < last:
+            _average_statistics(state.network, context)  # or only one worker's would be in the checkpoint
+            state.partial = sums.share(context)
+            hooks.on_step(state)
+    assert batch is not None, "an epoch under way has a step left"
+    total = sums.total(context)  # the epoch's one look at the device
+    losses = (total.by_task / steps).tolist()
+    if float(total.refused):
+        raise _non_finite(state, losses, round(float(total.refused)))
+    seconds = sums.seconds()
+    by_pair = (total.by_pair / steps).tolist()
+    return {
+        "train_loss": dict(zip((t.name for t in state.network.tasks), losses, strict=True)),
+        "gate": gate_figures(state.network, by_pair, float(total.gate_gradient) / steps),
+        "cosines": gradient_cosines(state.network, batch, context),
+        "temperature": temperature,
+        "learning_rate": state.optimizer.param_groups[0]["lr"],
+        "seconds": seconds,
+        "samples_per_second": sums.samples * context.world_size / seconds,
+        "data_share": sums.waited / seconds,
+    }
+
+
+def _total(record: Mapping[str, Any]) -> float:
+    """The training loss of an epoch."""
+    return float(sum(record["train_loss"].values()))
+
+
+@dataclass
+class _Sums:
+    """What an epoch has come to so far, on this worker; with one that was interrupted, before that as well."""
+
+    figures: StepFigures
+    samples: float = 0.0
+    waited: float = 0.0
+    before: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def of(cls, state: TrainState, context: TrainContext) -> _Sums:
+        """Nothing, or what the checkpoint holds."""
+        tasks, pairs = len(state.network.tasks), len(state.network.pairs)
+        held = state.partial or {"by_task": [0.0] * tasks, "by_pair": [0.0] * pairs, "gate_gradient": 0.0}
+        values = {
+            key: torch.tensor(held[key], device=context.device) for key in ("by_task", "by_pair", "gate_gradient")
+        }
+        if context.rank:  # the figures of all workers will be summed
+            values = {key: torch.zeros_like(value) for key, value in values.items()}
+        figures = StepFigures(**values, refused=torch.zeros((), device=context.device))
+        if not state.partial:
+            return cls(figures)
+        return cls(figures, held["samples"] / context.world_size, held["waited"], held["seconds"])
+
+    def add(self, figures: StepFigures, samples: int) -> None:
+        """A step."""
+        self.figures += figures
+        self.samples += samples
+
+    def total(self, context: TrainContext) -> StepFigures:
+        """The figures of all workers, in one message. A worker goes on with what it would be given back."""
+        held = self.figures
+        parts = (held.by_task, held.by_pair, held.gate_gradient.reshape(1), held.refused.reshape(1))
+        flat = context.sum(torch.cat(parts)).split([len(part) for part in parts])
+        total = StepFigures(flat[0], flat[1], flat[2].squeeze(0), flat[3].squeeze(0))
+        self.figures = (
+            total if context.rank == 0 else StepFigures(*(torch.zeros_like(part) for part in vars(total).values()))
+        )
+        return total
+
+    def seconds(self) -> float:
+        """How long the epoch has taken."""
+        return self.before + time.perf_counter() - self.started
+
+    def share(self, context: TrainContext) -> dict[str, Any]:
+        """What a checkpoint holds of an epoch that is under way."""
+        total = self.total(context)
+        values = {key: getattr(total, key).tolist() for key in ("by_task", "by_pair", "gate_gradient")}
+        samples = self.samples * context.world_size
+        return values | {"samples": samples, "waited": self.waited, "seconds": self.seconds()}
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; what they are waited for is added up."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+
+def _non_finite(state: TrainState, losses: list[float], refused: int) -> NonFiniteLossError:
+    names = [task.name for task, loss in zip(state.network.tasks, losses, strict=True) if not math.isfinite(loss)]
+    culprits = ", ".join(names) if names else "a gradient, while all losses were finite"
+    return NonFiniteLossError(
+        f"the loss became NaN or infinite in epoch {state.epoch + 1} ({culprits}); {refused} steps were refused "
+        "and the weights are those of the last good step: lower train.learning_rate, or set train.clip_norm=1"
+    )
+
+
+def _average_statistics(network: nn.Module, context: TrainContext) -> None:
+    """Give all workers the mean of their running statistics, in one message."""
+    if context.world_size == 1:
+        return
+    buffers = [b for b in network.buffers() if b.is_floating_point()]
+    if not buffers:
+        return
+    flat = context.sum(torch.cat([b.flatten() for b in buffers])) / context.world_size
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.reshape(buffer.shape))
+
+
+def fit(
+    network: GroupingNetwork, data: Data, settings: TrainSettings, context: TrainContext | None = None
+) -> TrainState:
+    """Train one network from its first epoch to its last: search, prune, fine-tune, best epoch kept.
+
+    Goes on from the context's latest checkpoint when there is one. The network is trained in place unless a
+    checkpoint replaces it: use the one of the returned state.
+
+    Raises:
+        NonFiniteLossError: When the loss stops being finite.
+    """
+    context = context or LocalContext()
+    latest = context.latest()
+    network.to(context.device)
+    state = TrainState.load(latest, settings, context.device) if latest else TrainState.fresh(network, settings)
+    advance(state, data, settings, context, until=settings.epochs, hooks=reporting(context))
+    _finish(state)
+    return state
+
+
+def _finish(state: TrainState) -> None:
+    state.take_best()
+    state.network.keep(state.network.gate.survivors(2.0))
+    state.network.eval()

@@ -1,0 +1,288 @@
+"""Metrics as sums and counts: added up on the device, summed over workers once, divided once.
+
+`MetricSums` never averages batch means, so batch sizes, workers and missing labels cannot change a figure. AUROC
+and average precision are no sums: their scores are gathered, see `dmtg_core.training.ranking`. All figures are
+computed in float64.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dmtg_core.tasks import ANGLES, Task
+from dmtg_core.training.context import TrainContext, gather
+from dmtg_core.training.losses import label_count, sample_loss, valid
+from dmtg_core.training.ranking import EXACT, Scores
+
+log = logging.getLogger(__name__)
+
+Metrics = dict[str, dict[str, float]]  # task → metric → value
+
+# Metrics that are errors already; every other is a score in [0, 1] whose error is 1 - score.
+ERRORS = ("loss", "rmse", "mae", "mean_angle")
+
+# Share of the pixels whose direction is at most so many degrees off.
+WITHIN: Mapping[str, float] = {"within_11": 11.25, "within_22": 22.5, "within_30": 30.0}
+
+# What a change of a score is divided by: the error (1 - score) of the reference, or its score.
+GAIN_FORMS = ("error", "score")
+
+
+def _class_sums(task: Task, output: Tensor, target: Tensor) -> Tensor:
+    """Labels of each class that were predicted right, its labels, and its predictions, flattened `(3·C,)`.
+
+    Where the mask leaves a label out, its prediction is left out too.
+    """
+    known, guess = valid(task, target).double(), output.argmax(1)
+    truth = target.clamp(0, task.channels - 1)
+    counts = torch.zeros(3, task.channels, dtype=torch.float64, device=output.device)
+    for row, (of, what) in zip(
+        counts, ((truth, known * (guess == truth)), (truth, known), (guess, known)), strict=True
+    ):
+        row.index_add_(0, of.flatten(), what.flatten())
+    return counts.flatten()
+
+
+def _binary_sums(task: Task, output: Tensor, target: Tensor) -> Tensor:
+    """True positives, false negatives, false positives, true negatives."""
+    known = valid(task, target).double()
+    positive = (target > 0.5).double()
+    guess = (output > 0).double()
+    cells = [(known * a * b).sum() for a in (positive, 1 - positive) for b in (guess, 1 - guess)]
+    return torch.stack(cells)
+
+
+def _value_sums(task: Task, output: Tensor, target: Tensor) -> Tensor:
+    """Count, Σe², Σ|e|, Σd, Σd² in raw units, then what `_angle_sums` and `_positive_sums` give, if they apply.
+
+    d is the value's distance to the task's offset: a variance from squares of large values would lose its digits.
+    """
+    axis = [1, -1] + [1] * (target.dim() - 2) if target.dim() > 1 else [-1]
+    scale = target.new_tensor(task.scale).reshape(axis)
+    offset = target.new_tensor(task.offset).reshape(axis)
+    known = valid(task, target)
+    filled = target.masked_fill(~known, 0.0)
+    distance, error = filled * scale * known, (output - filled) * scale * known
+    sums = [known.double().sum(), (error**2).sum(), error.abs().sum(), distance.sum(), (distance**2).sum()]
+    if task.metric in ANGLES:
+        sums += _angle_sums(output, target, known)
+    if task.threshold is not None:
+        # in float32, as `Task.encode`, so that it is met exactly
+        level = (torch.tensor(task.threshold, device=target.device) - offset.float()) / scale.float()
+        sums += _positive_sums(output >= level, target >= level, known)
+    return torch.stack(sums)
+
+
+def _angle_sums(output: Tensor, target: Tensor, known: Tensor) -> list[Tensor]:
+    """Annotated pixels, the sum of their angles in degrees, and how many are within each limit of `WITHIN`."""
+    cosine = torch.cosine_similarity(output, target.masked_fill(~known, 0.0), dim=1).clamp(-1, 1)
+    angle = torch.rad2deg(torch.acos(cosine))
+    pixel = known.all(1).double()
+    near = [((angle <= limit) * pixel).sum() for limit in WITHIN.values()]
+    return [pixel.sum(), (angle * pixel).sum(), *near]
+
+
+def _positive_sums(guess: Tensor, positive: Tensor, known: Tensor) -> list[Tensor]:
+    """True positives, false negatives and false positives among the annotated values."""
+    cells = (guess & positive, ~guess & positive, guess & ~positive)
+    return [(cell & known).sum().double() for cell in cells]
+
+
+SUMS: Mapping[str, Callable[[Task, Tensor, Tensor], Tensor]] = {
+    "binary": _binary_sums,
+    "multiclass": _class_sums,
+    "regression": _value_sums,
+    "dense_classification": _class_sums,
+    "dense_regression": _value_sums,
+}
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan
+
+
+def _f1(tp: float, fn: float, fp: float) -> float:
+    return _ratio(2 * tp, 2 * tp + fn + fp)
+
+
+def _binary_metrics(_task: Task, sums: Tensor) -> dict[str, float]:
+    tp, fn, fp, tn = sums.tolist()
+    return {
+        "accuracy": _ratio(tp + tn, tp + fn + fp + tn),
+        "balanced_accuracy": (_ratio(tp, tp + fn) + _ratio(tn, tn + fp)) / 2,
+        "f1": _f1(tp, fn, fp),
+    }
+
+
+def _class_metrics(task: Task, sums: Tensor) -> dict[str, float]:
+    right, true, guessed = sums.reshape(3, task.channels)
+    present = true > 0
+    if not present.any():
+        return {"accuracy": math.nan, "balanced_accuracy": math.nan} | ({"miou": math.nan} if task.dense else {})
+    found = {
+        "accuracy": float(right.sum() / true.sum()),
+        "balanced_accuracy": float((right / true)[present].mean()),
+    }
+    if task.dense:
+        found["miou"] = float((right / (true + guessed - right))[present].mean())
+    return found
+
+
+def _value_metrics(task: Task, sums: Tensor) -> dict[str, float]:
+    count, squared, absolute, total, total_squared = sums[:5].tolist()
+    spread = total_squared - _ratio(total**2, count)
+    if spread <= 1e-12 * total_squared:  # nothing but rounding: a constant has no spread to explain
+        spread = 0.0
+    found = {
+        "rmse": math.sqrt(_ratio(squared, count)) if count else math.nan,
+        "mae": _ratio(absolute, count),
+        "r2": 1 - _ratio(squared, spread),
+    }
+    if task.metric in ANGLES:
+        pixels, angle, *near = sums[5 : 7 + len(WITHIN)].tolist()
+        found |= {name: _ratio(inside, pixels) for name, inside in zip(WITHIN, near, strict=True)}
+        found["mean_angle"] = _ratio(angle, pixels)
+    if task.threshold is not None:
+        found["f1"] = _f1(*sums[-3:].tolist())
+    return found
+
+
+METRICS_OF: Mapping[str, Callable[[Task, Tensor], dict[str, float]]] = {
+    "binary": _binary_metrics,
+    "multiclass": _class_metrics,
+    "regression": _value_metrics,
+    "dense_classification": _class_metrics,
+    "dense_regression": _value_metrics,
+}
+
+
+class MetricSums:
+    """Sums of every task's metrics over the samples seen.
+
+    Metrics: "loss" for every task (mean over labels); binary: accuracy, balanced_accuracy, f1, auroc and
+    average_precision (see `ranking`); multiclass: accuracy, balanced_accuracy (mean recall over the
+    classes present); dense classification: those and miou (mean over the classes present); regression kinds: rmse,
+    mae, r2 in raw units. Three channels with one of `ANGLES` as headline metric have all of them: within_11,
+    within_22 and within_30 (share of pixels at most 11.25°, 22.5°, 30° off) and mean_angle in degrees. A task with
+    a threshold has f1. A figure that is not defined (no label, one class only for auroc) is NaN.
+
+    f1 of a dense task (keypoints, edges) is 2·TP / (2·TP + FN + FP) over all annotated pixels of a split, where
+    raw values from `Task.threshold` on are positive, in the target and in the output. Gao et al. 2024 print a
+    keypoint F1 and an edge F1 without the threshold, and their published code holds losses, accuracy and IoU
+    only, so that their rule is not known; and their figures seem to come from constant targets, where F1 tells
+    nothing. Counted over a split and not averaged over images, it is defined as soon as one pixel is positive in
+    target or output, and an image without a keypoint only adds its false positives; it is NaN where no pixel is.
+    miou differs from their code too: the mean is over the classes present, not over all 18.
+
+    Args:
+        tasks: What is measured.
+        exact: Scores of each binary task for which auroc and average_precision are exact.
+    """
+
+    def __init__(self, tasks: Sequence[Task], exact: int = EXACT) -> None:
+        self.tasks = tuple(tasks)
+        self.exact = exact
+        self.sums: dict[str, Tensor] = {}
+        self.scores = {task.name: Scores(exact) for task in tasks if task.kind == "binary"}
+
+    def update(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
+        """Add a batch: outputs as `GroupingNetwork.forward` gives them, encoded targets."""
+        for task in self.tasks:
+            output, target = outputs[task.name].double(), targets[task.name]
+            target = target.double() if target.is_floating_point() else target
+            loss = sample_loss(task, output, target).sum()
+            head = torch.stack([loss, label_count(task, target).double()])
+            sums = torch.cat([head, SUMS[task.kind](task, output, target)])
+            held = self.sums.get(task.name)
+            self.sums[task.name] = sums if held is None else held + sums
+            if task.name in self.scores:
+                self.scores[task.name].add(outputs[task.name], targets[task.name])
+
+    def reduce(self, context: TrainContext) -> None:
+        """Sum over workers, with one message and two for each binary task.
+
+        Every worker must have seen at least one sample.
+        """
+        if context.world_size == 1:
+            return
+        counts = [self.scores[name].count for name in self.scores]
+        parts = [self.sums[task.name] for task in self.tasks]
+        flat = context.sum(torch.cat([*parts, parts[0].new_tensor(counts)]))
+        *parts, total = flat.split([*map(len, parts), len(counts)])
+        self.sums = dict(zip((task.name for task in self.tasks), parts, strict=True))
+        for (name, scores), count in zip(self.scores.items(), total.tolist(), strict=True):
+            packs = gather(scores.packed(coarse=count > self.exact).to(context.device), context)
+            self.scores[name] = Scores.joined(packs, self.exact)
+
+    def compute(self) -> Metrics:
+        """Task → metric → value."""
+        found: Metrics = {}
+        for task in self.tasks:
+            sums = self.sums[task.name].cpu()
+            loss, count = sums[:2].tolist()
+            found[task.name] = {"loss": _ratio(loss, count)} | METRICS_OF[task.kind](task, sums[2:])
+            if task.name in self.scores:
+                found[task.name] |= _ranking_metrics(task, self.scores[task.name])
+        return found
+
+
+def _ranking_metrics(task: Task, scores: Scores) -> dict[str, float]:
+    bins = scores.bins()
+    bounds = bins.error_bounds()
+    if any(bounds.values()):
+        within = ", ".join(f"{name} to within {bound:.1g}" for name, bound in bounds.items())
+        log.info("task %s has %d scores, counted in bins: %s", task.name, scores.count, within)
+    return scores.metrics(bins)
+
+
+def error_of(metric: str, value: float) -> float:
+    """The error that belongs to a metric: the metric itself, or 1 - score."""
+    return value if metric in ERRORS else 1 - value
+
+
+def normalized_gain(
+    tasks: Sequence[Task], metrics: Metrics, reference: Metrics, *, metric: str = "", form: str = "error"
+) -> float:
+    """Mean relative improvement over a reference, in per cent.
+
+    The form "error" is `100 · mean_n((err_ref[n] - err[n]) / err_ref[n])`, where the error of a score is
+    1 - score: the formula of Gao et al. 2024, their code for CelebA, and their table of losses against
+    single-task.
+    The form "score" divides the change of a score by the reference's score, `(s[n] - s_ref[n]) / s_ref[n]`, and
+    is the same for errors: it is what their Taskonomy table of evaluation metrics against naive MTL prints.
+
+    Args:
+        metric: One metric for all tasks ("loss"); by default each task's headline metric.
+        form: One of `GAIN_FORMS`.
+
+    Returns:
+        NaN when what a task is divided by is not positive or not defined.
+
+    Raises:
+        KeyError: When a task is missing in either: values are paired by name, never by order.
+        ValueError: For an unknown form.
+    """
+    if form not in GAIN_FORMS:
+        raise ValueError(f"unknown form of the gain {form!r}, expected one of {', '.join(GAIN_FORMS)}")
+    gains = []
+    for task in tasks:
+        name = metric or task.metric
+        base, value = reference[task.name][name], metrics[task.name][name]
+        gained = error_of(name, base) - error_of(name, value)
+        divisor = error_of(name, base) if form == "error" else base
+        gains.append(gained / divisor if divisor > 0 else math.nan)
+    return 100 * sum(gains) / len(gains)
+
+
+def total_error(tasks: Sequence[Task], metrics: Metrics) -> float:
+    """`100 · Σ_n (1 - accuracy_n)`, as the CelebA tables print it, each accuracy over all samples of the split.
+
+    Raises:
+        KeyError: When a task or its accuracy is missing.
+    """
+    return 100 * sum(1 - metrics[task.name]["accuracy"] for task in tasks)

@@ -1,0 +1,150 @@
+"""How to train: the numbers and options of a run, checked when they are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dmtg_core.training.aggregation import AGGREGATORS
+from dmtg_core.training.augment import AUGMENTATIONS
+from dmtg_core.training.schedules import TemperatureSchedule
+
+OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+PLATEAU_DROP = 0.1  # relative fall of the training loss that counts as progress, as the published code has it
+
+
+def _plateau(losses: Sequence[float], patience: int) -> float:
+    """Halved whenever the loss has made no progress for more than `patience` epochs."""
+    factor, best, waited = 1.0, math.inf, 0
+    for loss in losses:
+        waited += 1
+        if loss < best * (1 - PLATEAU_DROP):
+            best, waited = loss, 0
+        if waited > patience:
+            factor, waited = factor / 2, 0
+    return factor
+
+
+# (epoch, settings, training losses of the epochs before) → factor of the learning rate. As functions of what a
+# checkpoint holds they go on after a restart as if nothing had happened. The paper has "halving" on CelebA and
+# "plateau" on Taskonomy.
+LR_SCHEDULES: Mapping[str, Callable[[int, TrainSettings, Sequence[float]], float]] = {
+    "constant": lambda _epoch, _settings, _losses: 1.0,
+    "cosine": lambda epoch, settings, _losses: 0.5 * (1 + math.cos(math.pi * epoch / settings.epochs)),
+    "halving": lambda epoch, settings, _losses: 0.5 ** (epoch // settings.lr_every),
+    "plateau": lambda _epoch, settings, losses: _plateau(losses, settings.lr_patience),
+}
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train.
+
+    Args:
+        epochs: Passes over the training data, search and fine-tuning together.
+        search_share: Share of the epochs in which the gate learns; then every task keeps its likeliest head and
+            the rest fine-tunes the hard groups. 1 keeps learning to the end, as the published code does.
+        batch_size: Samples of a global batch, over all workers.
+        optimizer: A key of `OPTIMIZERS`.
+        learning_rate: Of stem, branches and heads, whatever the number of workers.
+        gate_learning_rate: Of θ; None takes `learning_rate`.
+        weight_decay: Of everything but θ.
+        lr_schedule: A key of `LR_SCHEDULES`.
+        lr_every: Epochs between two halvings ("halving").
+        lr_patience: Epochs without progress before one ("plateau").
+        lr_min: The learning rate falls no further.
+        clip_norm: Largest norm of the gradient; 0 for no limit.
+        temperature: τ over the search.
+        entropy_weight: Factor of the gate's mean entropy in the loss; positive pushes to a decision.
+        prune_threshold: A head whose probability falls under it goes at the next epoch; 0 prunes at the end of
+            the search only.
+        aggregator: "sum", or a key of `AGGREGATORS` by which the gradients of a group's tasks are combined once
+            every task has a single head. Its weights are read by the host.
+        accumulate: Parts that a batch is computed in, one after the other, to save memory. The gradient is that of
+            the whole batch; batch normalisation sees the parts.
+        recompute: Compute activations again in the backward pass instead of keeping them: less memory, more time.
+        compile: Compile the network with `torch.compile`; None does on a GPU. The first steps wait for it.
+        cuda_graphs: Replay the compiled parts as CUDA graphs: the host no longer launches each kernel, which is
+            what bounds a step of small batches, for more memory. Not with `accumulate` or `recompute`; without a
+            GPU it changes nothing.
+        sync_batchnorm: Normalise over the batches of all workers, which have to be on GPUs.
+        precision: "fp32", or "bf16" for autocast of the encoders with gate and losses in float32.
+        augment: Keys of `AUGMENTATIONS`: what is done to training batches, never to those of an evaluation.
+        checkpoint_every: Steps between two checkpoints within an epoch; 0 for none but at its end.
+        seed: Of data order, gate noise and anything else that is drawn.
+
+    Raises:
+        ValueError: For an unknown option or a number out of range.
+    """
+
+    epochs: int = 20
+    search_share: float = 0.5
+    batch_size: int = 64
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    gate_learning_rate: float | None = None
+    weight_decay: float = 0.0
+    lr_schedule: str = "cosine"
+    lr_every: int = 15
+    lr_patience: int = 3
+    lr_min: float = 0.0
+    clip_norm: float = 0.0
+    temperature: TemperatureSchedule = field(default_factory=TemperatureSchedule)
+    entropy_weight: float = 0.0
+    prune_threshold: float = 0.02
+    aggregator: str = "sum"
+    accumulate: int = 1
+    recompute: bool = False
+    compile: bool | None = None
+    cuda_graphs: bool = False
+    sync_batchnorm: bool = False
+    precision: str = "fp32"
+    augment: tuple[str, ...] = ()
+    checkpoint_every: int = 0
+    seed: int = 22
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "augment", tuple(self.augment))
+        for name, value, allowed in (
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("lr_schedule", self.lr_schedule, LR_SCHEDULES),
+            ("precision", self.precision, PRECISIONS),
+            ("aggregator", self.aggregator, ("sum", *AGGREGATORS)),
+            *(("augment", name, AUGMENTATIONS) for name in self.augment),
+        ):
+            if value not in allowed:
+                raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")
+        for name in ("epochs", "batch_size", "lr_every", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("clip_norm", "lr_min", "lr_patience", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        self._check_together()
+        if not 0 < self.search_share <= 1:
+            raise ValueError(f"search_share must be in (0, 1], got {self.search_share}")
+        if not 0 <= self.prune_threshold < 1:
+            raise ValueError(f"prune_threshold must be in [0, 1), got {self.prune_threshold}")
+
+    def _check_together(self) -> None:
+        """Raise for options that exclude each other."""
+        if self.aggregator != "sum" and self.accumulate > 1:
+            raise ValueError("an aggregator needs the gradients of a whole batch: set accumulate to 1")
+        if self.cuda_graphs and (self.accumulate > 1 or self.recompute or self.compile is False):
+            raise ValueError(
+                "cuda_graphs needs compile, and goes with neither accumulate nor recompute: leave those three at "
+                "their defaults, or set cuda_graphs to false"
+            )
+
+    @property
+    def search_epochs(self) -> int:
+        """Epochs in which the gate learns, at least one."""
+        return max(round(self.epochs * self.search_share), 1)

@@ -1,0 +1,326 @@
+"""One training step: the gated loss, its noise, the optimiser, and an update that can be refused on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from dmtg_core.network.grouping_network import GroupingNetwork
+from dmtg_core.training.aggregation import Weigh, aggregate_gradients, load_aggregator
+from dmtg_core.training.context import TrainContext
+from dmtg_core.training.data import Batch
+from dmtg_core.training.losses import PairLosses, label_counts
+from dmtg_core.training.settings import OPTIMIZERS, TrainSettings
+
+# names under which a profile finds the parts of a step
+FORWARD, BACKWARD, OPTIMIZER, COMMUNICATION = "forward", "backward", "optimizer", "communication"
+COMPILE_LIMIT = 64  # compiled forms of one piece of code: stem, branches and decoders share some, by their shapes
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What a step came to on this worker, on the device; the figures of all workers are their sum.
+
+    Args:
+        by_task: Gated loss of each task, `(N,)`.
+        by_pair: Loss of each live (branch, task) before gate and weights, `(P,)`.
+        gate_gradient: Norm of θ's gradient, `()`; it is that of all workers, divided by their number.
+        refused: 1 where the step was refused because loss or gradient were not finite, else 0; as that before.
+    """
+
+    by_task: Tensor
+    by_pair: Tensor
+    gate_gradient: Tensor
+    refused: Tensor
+
+    def __add__(self, other: StepFigures) -> StepFigures:
+        return StepFigures(
+            self.by_task + other.by_task,
+            self.by_pair + other.by_pair,
+            self.gate_gradient + other.gate_gradient,
+            self.refused + other.refused,
+        )
+
+
+class WeighedLoss(nn.Module):
+    """The loss of a step: `Σ_n w_n Σ_k g[n, k] · L_n(head_{k,n}(branch_k(stem(x))))` (Gao et al. 2024, section 3).
+
+    With `NetworkSpec.task_weighting` "uncertainty" a task's part L becomes `exp(-s_n) · L + s_n / 2` with a
+    learned s_n, the logarithm of a variance (Kendall et al. 2018, equation 10, with one form for all losses).
+
+    This is the module that data-parallel training wraps. Make it anew after pruning.
+
+    Args:
+        network: What to train.
+        entropy_weight, precision, aggregator: See `TrainSettings`.
+
+    Raises:
+        ValueError: For an aggregator whose library is missing, or beside learned task weights.
+    """
+
+    task_of: Tensor
+    branch_of: Tensor
+    task_weights: Tensor
+
+    def __init__(
+        self,
+        network: GroupingNetwork,
+        entropy_weight: float = 0.0,
+        precision: str = "fp32",
+        aggregator: str = "sum",
+    ) -> None:
+        super().__init__()
+        if aggregator != "sum" and network.log_variance is not None:
+            raise ValueError("task_weighting 'uncertainty' and an aggregator both weigh the tasks: choose one")
+        hard = len(network.pairs) == len(network.tasks)
+        self.weigh = load_aggregator(aggregator) if aggregator != "sum" and hard else None
+        self.network = network
+        self.entropy_weight = entropy_weight
+        self.precision = precision
+        pairs = network.pairs
+        self.pair_losses = PairLosses(network.tasks, pairs)
+        self.register_buffer("branch_of", torch.tensor([k for k, _ in pairs]), persistent=False)
+        self.register_buffer("task_of", torch.tensor([n for _, n in pairs]), persistent=False)
+        self.register_buffer(
+            "task_weights", torch.tensor([float(t.weight) for t in network.tasks]), persistent=False
+        )
+
+    def forward(
+        self, batch: Batch, temperature: float, noise: Tensor, counts: Tensor, share: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of a batch, or of one of the equal parts that it is computed in.
+
+        Args:
+            batch: Input and targets.
+            temperature, noise: See `GroupGate.forward`.
+            counts: Labels of each task to divide by, `(N,)`.
+            share: What part of the terms without data (entropy, uncertainty) to add.
+
+        Returns:
+            The loss to differentiate; detached, each task's gated loss `(N,)` and each pair's loss `(P,)`.
+        """
+        with autocast(self.precision, batch.inputs.device):
+            outputs = self.network.forward_pairs(batch.inputs)
+        losses = self.pair_losses(outputs, batch.targets) / counts[self.task_of].unsqueeze(1)  # (P, B)
+        gate = self.network.gate(temperature, noise)[..., self.task_of, self.branch_of]  # (P,) or (B, P)
+        weighed = (losses * (gate.T if gate.dim() == 2 else gate.unsqueeze(1))).sum(1)  # (P,)
+        by_task = torch.zeros_like(self.task_weights).index_add(0, self.task_of, weighed)  # (N,)
+        objective = by_task
+        if (log_variance := self.network.log_variance) is not None:
+            objective = torch.exp(-log_variance) * by_task + share * log_variance / 2
+        loss = objective @ self.task_weights
+        if self.entropy_weight:
+            loss = loss + share * self.entropy_weight * self.network.gate.entropy().mean()
+        return loss, by_task.detach(), losses.detach().sum(1)
+
+    def apart(self, batch: Batch, counts: Tensor) -> list[Tensor]:
+        """A scalar for each pair, where every task has a single head and so a gate of 1; not weighed by task."""
+        with autocast(self.precision, batch.inputs.device):
+            outputs = self.network.forward_pairs(batch.inputs)
+        rows = self.pair_losses.apart(outputs, batch.targets)
+        return [row.sum() / counts[n] for row, (_, n) in zip(rows, self.network.pairs, strict=True)]
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """What the encoders are computed in, see `TrainSettings.precision`."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def build_optimizer(network: GroupingNetwork, settings: TrainSettings) -> torch.optim.Optimizer:
+    """The optimiser of a network: θ has its own learning rate, and like learned variances no weight decay.
+
+    Fused optimisers are the ones that can refuse a step on the device, without the host looking at a number.
+    """
+    apart = {"gate.logits", "log_variance"}
+    weights = [p for name, p in network.named_parameters() if name not in apart]
+    gate_lr = settings.learning_rate if settings.gate_learning_rate is None else settings.gate_learning_rate
+    groups = [
+        {"params": weights, "lr": settings.learning_rate, "base_lr": settings.learning_rate},
+        {"params": [network.gate.logits], "lr": gate_lr, "base_lr": gate_lr, "weight_decay": 0.0},
+    ]
+    if network.log_variance is not None:
+        groups.append({**groups[0], "params": [network.log_variance], "weight_decay": 0.0})
+    options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "fused": True}
+    if settings.optimizer == "sgd":
+        options["momentum"] = 0.9
+    optimizer = OPTIMIZERS[settings.optimizer](groups, **options)
+    if settings.optimizer == "sgd":
+        for parameter in network.parameters():
+            # left to a first step that is refused, it would start from memory that nobody wrote
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    cast("Any", optimizer).grad_scale = None
+    return optimizer
+
+
+def step_noise(network: GroupingNetwork, settings: TrainSettings, step: int, rank: int, samples: int) -> Tensor:
+    """Gate noise as a function of seed and step: equal on all workers, and on any device.
+
+    Noise for every sample depends on the worker as well.
+    """
+    per_sample = network.gate.sampling == "gumbel_per_sample"
+    seed = (settings.seed * 1_000_003 + step) * 4099 + (rank + 1 if per_sample else 0)
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    return network.gate.noise(generator, samples if per_sample else 0)
+
+
+@contextmanager
+def part(name: str, device: torch.device) -> Iterator[None]:
+    """A part of a step under its name in a profile; only there the device is waited for, to tell parts apart."""
+    with record_function(name):
+        yield
+        if device.type == "cuda" and cast("Any", torch.autograd)._profiler_enabled():  # noqa: SLF001 - no public way to ask
+            torch.cuda.synchronize(device)
+
+
+def train_step(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    noise: Tensor,
+    temperature: float,
+    settings: TrainSettings,
+    context: TrainContext,
+    *,
+    step: int = 0,
+) -> StepFigures:
+    """One update, without the host ever waiting for the device (but for an aggregator).
+
+    Args:
+        module: A `WeighedLoss`, as `context.prepare` gave it back.
+        step: Its number in the run, which an aggregator that draws numbers depends on.
+    """
+    loss_module, device = cast("WeighedLoss", getattr(module, "module", module)), batch.inputs.device
+    statistics = _by_kind(loss_module.network.buffers())  # a forward pass moves those of its normalisation layers
+    before = [_flat(buffers) for buffers in statistics]
+    with part(COMMUNICATION, device):
+        counts = context.sum(label_counts(loss_module.network.tasks, batch.targets)).clamp_min(1)
+    optimizer.zero_grad()
+    if loss_module.weigh is not None:
+        seed = settings.seed * 1_000_003 + step
+        loss, by_task, by_pair = _aggregated(loss_module, loss_module.weigh, batch, counts, seed, context)
+    else:
+        # data-parallel training averages gradients over workers, and what is wanted is their sum
+        loss, by_task, by_pair = _gradients(
+            module, batch, noise, temperature, counts / context.world_size, settings.accumulate
+        )
+    with part(OPTIMIZER, device):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in loss_module.parameters() if p.grad is not None])
+        theta = loss_module.network.gate.logits.grad
+        gate_gradient = norm.new_zeros(()) if theta is None else theta.norm()
+        if settings.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(list(loss_module.parameters()), settings.clip_norm, norm)
+    with part(COMMUNICATION, device):
+        refused = context.sum((~torch.isfinite(loss + norm)).float()).clamp_max(1)
+    with part(OPTIMIZER, device):
+        cast("Any", optimizer).found_inf = refused
+        optimizer.step()
+        for buffers, old in zip(statistics, before, strict=True):
+            _refill(buffers, torch.where(refused.bool(), old, _flat(buffers)))
+    share = 1 / context.world_size
+    return StepFigures(by_task * share, by_pair * share, gate_gradient * share, refused * share)
+
+
+def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors of one type together: hundreds of small ones are handled as one, which a GPU is much faster at."""
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor)
+    return list(kinds.values())
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    """All their numbers in one tensor."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _refill(tensors: list[Tensor], flat: Tensor) -> None:
+    """The reverse of `_flat`."""
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
+
+
+def _gradients(
+    module: nn.Module, batch: Batch, noise: Tensor, temperature: float, counts: Tensor, parts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leave the gradients of a batch, computed in some parts, with the parameters; its loss and figures."""
+    loss_module, device = cast("WeighedLoss", getattr(module, "module", module)), batch.inputs.device
+    split = list(_split(batch, noise, parts))
+    total: tuple[Tensor, ...] = ()
+    for number, (piece, piece_noise) in enumerate(split):
+        # called without its wrapping, the module leaves its gradients for the last part to take to other workers
+        called = module if number == len(split) - 1 else loss_module
+        with part(FORWARD, device):
+            loss, *figures = called(piece, temperature, piece_noise, counts, 1 / len(split))
+        with part(BACKWARD, device):
+            loss.backward()
+        found = (loss.detach(), *figures)
+        total = tuple(a + b for a, b in zip(total, found, strict=True)) if total else found
+    loss, by_task, by_pair = total
+    return loss, by_task, by_pair
+
+
+def _aggregated(
+    module: WeighedLoss, weigh: Weigh, batch: Batch, counts: Tensor, seed: int, context: TrainContext
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_gradients`, with the gradients of a group's tasks combined by an aggregator."""
+    device = batch.inputs.device
+    with part(FORWARD, device):
+        losses = module.apart(batch, counts)
+    weights = module.task_weights[module.task_of]
+    with part(BACKWARD, device):
+        weighed = [loss * weight for loss, weight in zip(losses, weights, strict=True)]
+        aggregate_gradients(module.network, weighed, weigh, seed=seed, reduce=context.sum)
+    with part(COMMUNICATION, device):
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        if context.world_size > 1:
+            flat = context.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(total.view_as(gradient))
+    by_pair = torch.stack(losses).detach() * context.world_size
+    by_task = torch.zeros_like(module.task_weights).index_copy(0, module.task_of, by_pair)
+    return by_pair @ weights, by_task, by_pair
+
+
+def _split(batch: Batch, noise: Tensor, parts: int) -> Iterator[tuple[Batch, Tensor]]:
+    """The batch in at most `parts` pieces, with the noise of each."""
+    rows = len(batch.inputs)
+    size = math.ceil(rows / parts)
+    for start in range(0, rows, size):
+        piece = slice(start, start + size)
+        targets = {name: target[piece] for name, target in batch.targets.items()}
+        yield Batch(batch.inputs[piece], targets), noise[piece] if noise.dim() == 3 else noise
+
+
+def prepare_network(network: GroupingNetwork, settings: TrainSettings, context: TrainContext) -> None:
+    """Make a network compute the way the settings say; its weights and results stay what they are.
+
+    Raises:
+        ValueError: For batch normalisation over workers that are not on GPUs.
+    """
+    network.recompute = settings.recompute
+    if settings.sync_batchnorm and context.world_size > 1:
+        if context.device.type != "cuda":
+            raise ValueError("sync_batchnorm needs workers on GPUs: set train.sync_batchnorm=false")
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if settings.compile if settings.compile is not None else context.device.type == "cuda":
+        _compile(network, "reduce-overhead" if settings.cuda_graphs else "default")
+
+
+def _compile(network: GroupingNetwork, mode: str) -> None:
+    """Compile stem, branches and decoders each on its own.
+
+    Branches then share one compiled form, and pruning, which removes some of them, compiles nothing anew.
+    """
+    import torch.compiler.config
+
+    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, COMPILE_LIMIT)
+    for part in (network.stem, *network.branches.values(), *network.decoders.values()):
+        if any(True for _ in part.parameters()) and part._compiled_call_impl is None:  # noqa: SLF001 - no public way to ask
+            part.compile(mode=mode)

@@ -1,0 +1,180 @@
+"""What an epoch shows about its gate and groups, and what it warns of."""
+
+import math
+
+import pytest
+import torch
+
+from dmtg_core import GroupingNetwork, Task, TrainSettings, fit
+from dmtg_core.network.grouping_network import pooled
+from dmtg_core.training.diagnostics import gate_figures, gradient_cosines, warnings
+from dmtg_core.training.losses import sample_loss
+from tests.dmtg_core import samples
+from tests.dmtg_core.samples import decided, image_spec, mlp_spec
+from tests.dmtg_core.training.test_step import local
+
+SETTINGS = TrainSettings(epochs=20, search_share=0.5)
+
+
+def record(**over) -> dict:
+    """An epoch of two tasks on two branches in which nothing is wrong."""
+    plain = {
+        "epoch": 5,
+        "phase": "search",
+        "train_loss": {"a": 1.0, "b": 1.0},
+        "gate": {"entropy": 0.8, "confidence": 0.7, "gradient_norm": 0.1, "loss_spread": {"a": 0.1, "b": 0.1}},
+        "probabilities": [[0.7, 0.3], [0.4, 0.6]],
+        "cosines": [[1.0, None], [None, 1.0]],
+    }
+    return plain | over
+
+
+def gate(**over) -> dict:
+    return record()["gate"] | over
+
+
+# --- the gate
+
+
+def test_the_gate_s_figures_follow_their_definitions():
+    network = decided(GroupingNetwork(mlp_spec(groups=3)), [0] * 10, by=math.log(2))  # π = (1/2, 1/4, 1/4)
+    losses = [float(k + 1) for k, _ in network.pairs]
+    found = gate_figures(network, losses, 0.25)
+    assert found["entropy"] == pytest.approx(1.5 * math.log(2) / math.log(3))
+    assert found["confidence"] == pytest.approx(0.5)
+    assert found["gradient_norm"] == 0.25
+    assert found["loss_spread"] == pytest.approx({task.name: 2 / 2 for task in network.tasks})
+
+
+def test_a_single_branch_has_no_entropy_and_no_spread():
+    network = GroupingNetwork(mlp_spec(groups=1))
+    found = gate_figures(network, [1.0] * 10, 0.0)
+    assert (found["entropy"], found["confidence"]) == (0.0, 1.0)
+    assert set(found["loss_spread"].values()) == {0.0}
+
+
+def test_training_records_figures_of_every_epoch():
+    spec = mlp_spec(groups=2)
+    data = samples.data(spec.input, spec.tasks, missing=0.2)
+    state = fit(GroupingNetwork(spec), data, TrainSettings(epochs=4, batch_size=16), local())
+    searched, tuned = state.history[0]["gate"], state.history[-1]["gate"]
+    assert searched["gradient_norm"] > 0
+    assert tuned["gradient_norm"] == pytest.approx(0, abs=1e-7)
+    assert min(searched["loss_spread"].values()) > 0
+    assert set(tuned["loss_spread"].values()) == {0.0}
+    assert [record["warnings"] for record in state.history].count([]) >= 2
+
+
+# --- gradients of tasks that share a group
+
+
+@pytest.mark.parametrize("spec", [mlp_spec(groups=2), image_spec(groups=2)], ids=["mlp", "convnet"])
+def test_cosines_are_those_of_the_gradients_with_respect_to_the_shared_features(spec):
+    choice = [n % 2 for n in range(len(spec.tasks))]
+    network = decided(GroupingNetwork(spec), choice)
+    batch = samples.batch(spec.input, spec.tasks, missing=0.2)
+    before = samples.snapshot(network.train())
+    found = gradient_cosines(network, batch, local())
+    samples.assert_same_tensors(samples.snapshot(network), before)
+    assert network.training
+    network.eval()
+    rows = []
+    for n, task in enumerate(spec.tasks):
+        features = {k: f.detach().requires_grad_() for k, f in network.features(batch.inputs).items()}
+        held = features[choice[n]]
+        if task.dense:
+            output = network.decoders[choice[n], n](held, spec.input.shape[:2])
+        else:
+            output = network.bank.head(choice[n], task, pooled(held))
+        loss = sample_loss(task, output, batch.targets[task.name]).sum()
+        rows.append(torch.autograd.grad(loss, held)[0].flatten())
+    for a in range(len(spec.tasks)):
+        for b in range(len(spec.tasks)):
+            if choice[a] != choice[b]:
+                assert found[a][b] is None
+            else:
+                expected = torch.nn.functional.cosine_similarity(rows[a], rows[b], 0).item()
+                assert found[a][b] == pytest.approx(expected, abs=1e-4)
+
+
+def test_two_tasks_of_opposite_labels_pull_apart_and_two_of_the_same_together():
+    tasks = [Task(name, "regression") for name in ("x", "same", "opposite")]
+    network = GroupingNetwork(mlp_spec(tasks, 1))
+    with torch.no_grad():
+        network.bank.weights[0][:] = network.bank.weights[0][0]  # heads that read the features alike
+    batch = samples.batch(network.spec.input, tasks, 8)
+    x = torch.full_like(batch.targets["x"], 100.0)
+    batch.targets.update(x=x, same=x.clone(), opposite=-x)
+    found = gradient_cosines(network, batch, local())
+    assert found[0][1] == pytest.approx(1, abs=1e-5)
+    assert found[0][2] == pytest.approx(-1, abs=1e-2)
+
+
+# --- warnings
+
+
+def test_nothing_is_said_where_nothing_is_wrong():
+    assert warnings([record()], ["a", "b"], SETTINGS) == []
+    assert (
+        warnings([record(probabilities=[[1.0], [1.0]], gate=gate(gradient_norm=0.0))], ["a", "b"], SETTINGS) == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        ({"gate": gate(gradient_norm=1e-7)}, "the gate gets no gradient"),
+        ({"epoch": 2, "gate": gate(entropy=0.01)}, "decided after 2 of 10 epochs"),
+        ({"epoch": 10, "probabilities": [[0.7, 0.3, 0], [0.4, 0.3, 0.3]]}, "before it decided on b (probability"),
+    ],
+)
+def test_a_search_that_goes_wrong_is_warned_of(over, said):
+    (found,) = warnings([record(**over)], ["a", "b"], SETTINGS)
+    assert said in found
+
+
+@pytest.mark.parametrize(
+    "over",
+    [
+        {"epoch": 8, "gate": gate(entropy=0.01)},
+        {"gate": gate(gradient_norm=0.0), "probabilities": [[1.0, 0.0], [0.0, 1.0]]},
+        {"epoch": 12, "phase": "finetune", "gate": gate(gradient_norm=0.0, entropy=0.0)},
+    ],
+)
+def test_a_gate_that_has_done_its_work_is_not_warned_of(over):
+    assert warnings([record(**over)], ["a", "b"], SETTINGS) == []
+
+
+def test_groups_that_were_there_from_the_start_are_no_decision():
+    hard = {"probabilities": [[1.0, 0.0], [0.0, 1.0]], "gate": gate(entropy=0.0)}
+    assert warnings([record(epoch=1, **hard)], ["a", "b"], SETTINGS) == []
+    assert warnings([record(epoch=1, **hard), record(epoch=2, **hard)], ["a", "b"], SETTINGS) == []
+    # one that had a choice has decided
+    assert warnings([record(epoch=1), record(epoch=2, **hard)], ["a", "b"], SETTINGS)
+
+
+def test_tasks_that_hurt_each_other_are_named_at_the_end_by_the_mean_of_the_epochs():
+    def tuned(epoch, cosine):
+        return record(epoch=epoch, phase="finetune", cosines=[[1.0, cosine], [cosine, 1.0]])
+
+    history = [
+        record(cosines=[[1.0, -1.0], [-1.0, 1.0]]),
+        *(tuned(e, -0.3) for e in range(11, 20)),
+        tuned(20, -0.1),
+    ]
+    (found,) = warnings(history, ["a", "b"], SETTINGS)
+    assert "a and b share a group and hurt each other (mean gradient cosine -0.28)" in found
+    assert warnings(history[:-1], ["a", "b"], SETTINGS) == []
+    assert warnings([tuned(20, -0.1)], ["a", "b"], SETTINGS) == []
+
+
+def test_identical_branches_are_warned_of():
+    spec = mlp_spec(groups=2)
+    network = GroupingNetwork(spec)
+    network.branches[1].load_state_dict(network.branches[0].state_dict())
+    for store in (network.bank.weights, network.bank.biases):
+        store[1].data.copy_(store[0].data)
+    data = samples.data(spec.input, spec.tasks, 16)
+    settings = TrainSettings(epochs=2, search_share=1.0, batch_size=16, learning_rate=1e-12)
+    state = fit(network, data, settings, local())
+    assert "the gate gets no gradient" in state.history[0]["warnings"][0]

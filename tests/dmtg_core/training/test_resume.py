@@ -1,0 +1,172 @@
+"""A run that was put down, at an epoch or within one, or whose newest checkpoint is damaged, ends as it should."""
+
+from dataclasses import replace
+
+import pytest
+
+from dmtg_core import GroupingNetwork, fit
+from dmtg_core.training.checkpoint import SEAL, check_seal, load_network, read_json, seal
+from tests.dmtg_core import samples
+from tests.dmtg_core.interrupted import Interrupted, interrupt_at, without_times
+from tests.dmtg_core.samples import MIXED, assert_same_tensors, image_spec, mlp_spec
+from tests.dmtg_core.training.test_checkpoint import moments
+from tests.dmtg_core.training.test_loop import SEARCHING
+from tests.dmtg_core.training.test_step import local
+
+SETTINGS = replace(SEARCHING, epochs=3, search_share=0.6, augment=())
+
+
+def stopping_after(context, writes: int):
+    """A context that kills the run once it has written so many checkpoints."""
+    plain, count = context.report, iter(range(1, writes + 1))
+
+    def report(record, save):
+        plain(record, save)
+        if next(count) == writes:
+            raise Interrupted
+
+    context.report = report
+    return context
+
+
+def assert_ends_alike(found, expected):
+    assert_same_tensors(samples.snapshot(found.network), samples.snapshot(expected.network))
+    assert_same_tensors(moments(found), moments(expected))
+    assert without_times(found.history) == without_times(expected.history)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("spec", [mlp_spec(stem=1), image_spec(MIXED[:6])], ids=["mlp", "convnet"])
+def test_a_run_killed_at_any_epoch_ends_like_one_that_was_not(tmp_path, spec, optimizer):
+    settings = replace(SEARCHING, epochs=5, search_share=0.6, optimizer=optimizer, lr_schedule="cosine")
+    data = samples.data(spec.input, spec.tasks, 32, missing=0.2)
+    expected = fit(GroupingNetwork(spec), data, settings, local())
+    assert len({record["heads"] for record in expected.history}) >= 2
+    for epoch in range(1, settings.epochs + 1):
+        folder = tmp_path / str(epoch)
+        with pytest.raises(Interrupted):
+            fit(GroupingNetwork(spec), data, settings, local(folder, on_record=interrupt_at(epoch)))
+        other = GroupingNetwork(replace(spec, seed=99))  # its weights must not matter once there is a checkpoint
+        resumed = fit(other if epoch > 1 else GroupingNetwork(spec), data, settings, local(folder))
+        assert_same_tensors(samples.snapshot(resumed.network), samples.snapshot(expected.network))
+        assert without_times(resumed.history) == without_times(expected.history)
+        assert_same_tensors(moments(resumed), moments(expected))
+
+
+def test_a_run_killed_at_every_epoch_in_turn_ends_like_one_that_was_not(tmp_path):
+    spec, settings = mlp_spec(), replace(SEARCHING, epochs=5)
+    data = samples.data(spec.input, spec.tasks)
+    expected = fit(GroupingNetwork(spec), data, settings, local())
+
+    for _ in range(settings.epochs):
+        with pytest.raises(Interrupted):
+            fit(GroupingNetwork(spec), data, settings, stopping_after(local(tmp_path), 1))
+    resumed = fit(GroupingNetwork(spec), data, settings, local(tmp_path))
+    assert_same_tensors(samples.snapshot(resumed.network), samples.snapshot(expected.network))
+    assert without_times(resumed.history) == without_times(expected.history)
+
+
+def test_a_finished_run_is_taken_up_without_training(tmp_path):
+    spec, settings = mlp_spec(), replace(SEARCHING, epochs=3)
+    data = samples.data(spec.input, spec.tasks)
+    first = fit(GroupingNetwork(spec), data, settings, local(tmp_path))
+    again = fit(GroupingNetwork(spec), data, settings, local(tmp_path, on_record=lambda _: pytest.fail("trained")))
+    assert_same_tensors(samples.snapshot(again.network), samples.snapshot(first.network))
+
+
+def test_a_checkpoint_holds_the_network_of_its_epoch(tmp_path):
+    spec, settings = mlp_spec(), replace(SEARCHING, epochs=2)
+    fit(GroupingNetwork(spec), samples.data(spec.input, spec.tasks), settings, local(tmp_path))
+    network = load_network(local(tmp_path).latest())
+    record = read_json(local(tmp_path).latest() / "loop.json")["history"][-1]
+    assert network.gate.probabilities().tolist() == record["probabilities"]
+    assert len(network.pairs) == record["heads"]
+
+
+@pytest.mark.parametrize("spec", [mlp_spec(stem=1), image_spec(MIXED[:6])], ids=["mlp", "convnet"])
+def test_a_run_killed_at_any_step_ends_like_one_that_was_not(tmp_path, spec):
+    data = samples.data(spec.input, spec.tasks, 32, missing=0.2)
+    every_step = replace(SETTINGS, checkpoint_every=1)
+    expected = fit(GroupingNetwork(spec), data, SETTINGS, local())
+    steps = data.steps(SETTINGS.batch_size)
+    assert steps > 1
+    for writes in range(1, SETTINGS.epochs * steps):
+        folder = tmp_path / str(writes)
+        with pytest.raises(Interrupted):
+            fit(GroupingNetwork(spec), data, every_step, stopping_after(local(folder), writes))
+        other = GroupingNetwork(replace(spec, seed=99))
+        assert_ends_alike(fit(other, data, every_step, local(folder)), expected)
+
+
+@pytest.mark.parametrize("aggregator", ["pcgrad", "upgrad"])
+def test_a_run_with_an_aggregator_ends_alike_too_and_unlike_one_with_the_sum(tmp_path, aggregator):
+    spec = mlp_spec(groups=2, stem=1)
+    data = samples.data(spec.input, spec.tasks, 32, missing=0.2)
+    settings = replace(SETTINGS, search_share=0.3, checkpoint_every=1, aggregator=aggregator)
+    expected = fit(GroupingNetwork(spec), data, settings, local())
+    with pytest.raises(Interrupted):
+        fit(GroupingNetwork(spec), data, settings, stopping_after(local(tmp_path), 4))
+    assert_ends_alike(fit(GroupingNetwork(spec), data, settings, local(tmp_path)), expected)
+    summed = fit(GroupingNetwork(spec), data, replace(settings, aggregator="sum"), local())
+    assert summed.history[0]["train_loss"] == expected.history[0]["train_loss"]
+    assert summed.history[-1]["train_loss"] != expected.history[-1]["train_loss"]
+
+
+@pytest.mark.parametrize(("every", "within"), [(0, 0), (1, 6), (2, 3), (4, 2), (100, 0)])
+def test_checkpoints_within_an_epoch_are_as_many_as_asked_for(tmp_path, every, within):
+    spec = mlp_spec()
+    data = samples.data(spec.input, spec.tasks, 48)
+    settings = replace(SETTINGS, checkpoint_every=every, batch_size=16)
+    assert data.steps(16) == 3
+    context, written = local(tmp_path), []
+    plain = context.report
+    context.report = lambda record, save: (written.append(record), plain(record, save))
+    fit(GroupingNetwork(spec), data, settings, context)
+    # an epoch's last step has the checkpoint of the epoch itself
+    assert written.count(None) == within
+    assert len(written) == within + settings.epochs
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog):
+    spec = mlp_spec()
+    data = samples.data(spec.input, spec.tasks)
+    settings = replace(SETTINGS, checkpoint_every=1)
+    expected = fit(GroupingNetwork(spec), data, settings, local())
+    with pytest.raises(Interrupted):
+        fit(GroupingNetwork(spec), data, settings, stopping_after(local(tmp_path), 4))
+    before, newest = sorted(tmp_path.iterdir())
+    weights = newest / "network.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1  # a changed weight: only a checksum can tell
+    weights.write_bytes(bytes(damaged))
+    assert local(tmp_path).latest() == before
+    assert "network.safetensors" in caplog.text
+    assert_ends_alike(fit(GroupingNetwork(spec), data, settings, local(tmp_path)), expected)
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_start_anew_in_silence(tmp_path):
+    context = local(tmp_path)
+    for name in ("first", "second"):
+        context.report({}, lambda folder, name=name: (folder / "content").write_text(name))
+    for folder in tmp_path.iterdir():
+        (folder / "content").unlink()
+    with pytest.raises(ValueError, match="no checkpoint is whole: .*content"):
+        context.latest()
+
+
+@pytest.mark.parametrize("damage", ["change", "lose", "unseal"])
+def test_a_seal_tells_damage_by_the_name_of_the_file(tmp_path, damage):
+    (tmp_path / "inner").mkdir()
+    file = tmp_path / "inner" / "a"
+    file.write_text("a")
+    (tmp_path / "b").write_text("b")
+    seal(tmp_path)
+    check_seal(tmp_path)
+    if damage == "change":
+        file.write_text("x")
+    elif damage == "lose":
+        file.unlink()
+    else:
+        (tmp_path / SEAL).unlink()
+    with pytest.raises(ValueError, match=SEAL if damage == "unseal" else "inner/a"):
+        check_seal(tmp_path)
