@@ -16,8 +16,8 @@ from dmtg_core import (
     evaluate,
     search,
 )
-from dmtg_core.training.context import LocalContext
 from dmtg_core.training import warm_start
+from dmtg_core.training.context import LocalContext
 from dmtg_core.training.loop import TrainState
 from dmtg_core.training.step import WeighedLoss, step_noise, train_step
 from tests.dmtg_core import samples
