@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bench import taskonomy_files
+from pipelines.config.sections import DataSection
 from pipelines.ingest import Reader
 from pipelines.manifest import read_manifest
-from pipelines.sections import DataSection
 from pipelines.sources import INPUT, build_source
 from pipelines.storage import locate
 from pipelines.stream import StreamData

@@ -14,8 +14,9 @@ from typer.main import get_command
 
 from dmtg_core.network.encoders import ENCODERS
 from pipelines.cli import app
-from pipelines.config import Config, recipes
-from pipelines.sections import Section
+from pipelines.config.loading import Config
+from pipelines.config.validation import Section
+from pipelines.recipes import recipes
 from pipelines.sources import SOURCES, options_model
 from pipelines.sources.labels import LabelTask
 

@@ -11,8 +11,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from pipelines.config.sections import TrackSection
 from pipelines.errors import UserError
-from pipelines.sections import TrackSection
 from pipelines.tracking import connect
 from pipelines.versions import CHALLENGER, CHAMPION, entry, facts_of, find, registered, registered_models, versions
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.storage import locate
 
 SIGNAL = "signal.json"

@@ -31,7 +31,7 @@ from dmtg_core.training.loop import TrainState, score_of
 from dmtg_core.training.metrics import Metrics
 from dmtg_core.training.settings import TrainSettings
 from pipelines.cluster import user_error
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.errors import UserError
 from pipelines.faults import gave_up, lasting_error
 from pipelines.ingest import Reader, open_data

@@ -24,7 +24,7 @@ def config_show(
     def body() -> dict[str, Any]:
         import yaml
 
-        from pipelines.sections import checked
+        from pipelines.config.validation import checked
         from pipelines.sources import options_model
         from pipelines.tracking import shown
 

@@ -54,7 +54,7 @@ def doctor(
 
 def _subject(config: str, words: list[str] | None, ray_config: str) -> Subject:
     """What there is to look at: of a configuration all that it names, else what `ray_config.yaml` says."""
-    from pipelines.config import load_ray, load_track
+    from pipelines.config.loading import load_ray, load_track
     from pipelines.doctor import Subject
     from pipelines.errors import UserError
     from pipelines.storage import locate

@@ -12,7 +12,7 @@ from pipelines.completion import complete_address, complete_name
 from pipelines.console import Next, number, print_table, run, say
 
 if TYPE_CHECKING:
-    from pipelines.sections import TrackSection
+    from pipelines.config.sections import TrackSection
 
 T = TypeVar("T")
 
@@ -166,7 +166,7 @@ def models_rollback(
 
 
 def _section(uri: str, ray_config: str) -> TrackSection:
-    from pipelines.config import load_track
+    from pipelines.config.loading import load_track
 
     return load_track(uri, ray_config)
 

@@ -10,8 +10,8 @@ import typer
 from pipelines.completion import complete_config, complete_model
 
 if TYPE_CHECKING:
-    from pipelines.config import Config
-    from pipelines.sections import TrackSection
+    from pipelines.config.loading import Config
+    from pipelines.config.sections import TrackSection
 
 ConfigFile = Annotated[
     str,
@@ -36,7 +36,7 @@ Model = Annotated[
 
 def load(config: str, words: Sequence[str] | None, ray_config: str = "") -> Config:
     """The configuration that a command is given."""
-    from pipelines.config import load_config
+    from pipelines.config.loading import load_config
 
     return load_config(config, words or [], ray_config)
 
@@ -72,7 +72,7 @@ def _showable(word: str) -> str:
 
 def models(command: str, track: TrackSection, *more: str) -> tuple[str, ...]:
     """A `dmtg models` command for the registry of a configuration."""
-    from pipelines.config import load_track
+    from pipelines.config.loading import load_track
     from pipelines.mlflow_errors import without_credentials
 
     elsewhere = track.uri and track.uri != load_track().uri and without_credentials(track.uri) == track.uri

@@ -10,7 +10,7 @@ from pipelines.cli_options import ConfigFile, Debug, Json, Model, RayFile, Words
 from pipelines.console import KEPT, Next, number, print_table, run, say
 
 if TYPE_CHECKING:
-    from pipelines.config import Config
+    from pipelines.config.loading import Config
 
 
 def evaluate(

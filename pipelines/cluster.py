@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from pipelines.config.sections import RaySection
 from pipelines.errors import UserError
-from pipelines.sections import RaySection
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.validation import checked
 from pipelines.guess import Use
-from pipelines.sections import checked
 from pipelines.sources import options_model
 
 WIDTH = 110

@@ -19,7 +19,9 @@ from dmtg_core.tasks import Task
 from pipelines.beforehand import folder_name, said_before
 from pipelines.cells import NAIVE, Cell, CellJob, Result, train_cells
 from pipelines.cluster import session
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.sections import SearchSection
+from pipelines.config.validation import checked
 from pipelines.contestants import (
     EXHAUSTIVE_TASKS,
     FIRST,
@@ -35,7 +37,6 @@ from pipelines.contestants import (
 from pipelines.errors import UserError
 from pipelines.ingest import Reader, keeps_in_memory, load_splits
 from pipelines.manifest import Manifest
-from pipelines.sections import SearchSection, checked
 from pipelines.shards import ensure_shards
 from pipelines.storage import Location, locate
 from pipelines.tables import comparison

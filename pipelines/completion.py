@@ -6,13 +6,9 @@ import logging
 import os
 from pathlib import Path
 
-RECIPES = Path(__file__).parent / "recipes"
+from pipelines.recipes import recipes
+
 SERVER_S = "3"  # how long a person who has pressed Tab waits for the tracking server
-
-
-def recipes() -> list[str]:
-    """Names of the recipes that ship; one in a folder is called `<folder>/<name>`."""
-    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
 
 
 def complete_config(incomplete: str) -> list[str]:
@@ -48,7 +44,7 @@ def _addresses() -> list[str]:
     os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": SERVER_S, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     logging.disable()
     try:
-        from pipelines.config import load_track
+        from pipelines.config.loading import load_track
         from pipelines.tracking import tracking_uri
         from pipelines.versions import list_models
 

@@ -17,7 +17,7 @@ from dmtg_core.grouping import Grouping
 from dmtg_core.search.feature_overlap import cluster
 from dmtg_core.search.selection import best_partition
 from pipelines.cells import AFFINITIES, DISTILLED_WIDE, NAIVE, PAIR, SEARCH, WIDE, Cell, Result
-from pipelines.config import Config
+from pipelines.config.loading import Config
 
 EXHAUSTIVE_TASKS = 6  # six tasks have 122 partitions into three groups, eight have 1,094
 Found = Mapping[Cell, Result]

@@ -26,8 +26,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from pipelines.config.sections import RaySection, TrackSection
 from pipelines.errors import UserError
-from pipelines.sections import RaySection, TrackSection
 from pipelines.storage import Location, locate
 
 OK, WARN, FAIL = "ok", "warn", "fail"

@@ -9,7 +9,7 @@ import torch
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import Task
 from dmtg_core.training.metrics import Metrics, MetricSums
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.errors import UserError
 from pipelines.ingest import Reader
 from pipelines.manifest import check_shards, read_manifest

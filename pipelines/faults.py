@@ -9,7 +9,7 @@ import torch
 from dmtg_core.training.checkpoint import OutdatedNetworkError
 from dmtg_core.training.loop import NonFiniteLossError
 from pipelines.cluster import causes, user_error
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.errors import UserError
 
 LESS_MEMORY = (

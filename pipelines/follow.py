@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.cluster import short_of_room
+from pipelines.config.sections import RaySection
 from pipelines.context import GATE, METRICS
 from pipelines.errors import UserError
 from pipelines.notices import (
@@ -26,7 +27,6 @@ from pipelines.notices import (
     teller,
 )
 from pipelines.progress import Display, NoDisplay
-from pipelines.sections import RaySection
 from pipelines.storage import Location
 from pipelines.tracking import Tracker
 from pipelines.worker import read_jsonl

@@ -18,7 +18,7 @@ from dmtg_core.training.context import LocalContext, Save
 from dmtg_core.training.loop import TrainState, advance, evaluate, reporting, score_of
 from pipelines.checkpoints import Checkpoints
 from pipelines.cluster import user_error
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.context import CHECKPOINTS
 from pipelines.errors import UserError
 from pipelines.faults import gave_up, lasting_error

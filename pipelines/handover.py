@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest, read_manifest
 from pipelines.mlflow_errors import late, patiently, reached, without_credentials
 from pipelines.registry import Registered, register
-from pipelines.sections import checked
 from pipelines.storage import Location, locate
 from pipelines.tracking import NOTE, REGISTERED, Tracker, enabled, open_tracker, tracking_uri
 from pipelines.worker import CONFIG, GROUPING, RESULT

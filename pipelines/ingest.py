@@ -19,9 +19,9 @@ import torch
 
 from dmtg_core.tasks import Task
 from dmtg_core.training.data import ArrayData, Arrays, Chunks, Data, DeviceArrays, Samples
+from pipelines.config.sections import DataSection
 from pipelines.errors import UserError
 from pipelines.manifest import Manifest
-from pipelines.sections import DataSection
 from pipelines.sources import INPUT, Column
 from pipelines.storage import Location
 

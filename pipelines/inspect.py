@@ -8,7 +8,7 @@ from typing import Any
 
 from dmtg_core.tasks import Task
 from pipelines import statistics
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.ingest import Reader
 from pipelines.manifest import SPLITS, Manifest, broken_shards, read_manifest
 from pipelines.report.dataset import dataset_page

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from dmtg_core.evaluation.bootstrap import BlockSums, Comparison, Gain, compare
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.sections import RegroupSection
 from pipelines.errors import UserError
 from pipelines.evaluate import outputs_for
 from pipelines.ingest import Reader
 from pipelines.manifest import read_manifest
-from pipelines.sections import RegroupSection
 from pipelines.storage import Location, locate
 from pipelines.stream import StreamData
 from pipelines.worker import MODELS, read_model

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from pipelines.commented import Draft, Written, text_of
-from pipelines.config import recipe_config
+from pipelines.config.loading import recipe_config
 from pipelines.errors import UserError
 from pipelines.guess import (
     HEAD_ROWS,

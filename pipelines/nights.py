@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.errors import UserError
 from pipelines.manifest import FILE
 from pipelines.storage import Location, locate

@@ -27,13 +27,13 @@ import torch
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import InputSpec, Task
 from pipelines.cluster import session
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.sections import RaySection, TrackSection
 from pipelines.errors import UserError
 from pipelines.ingest import Reader
 from pipelines.manifest import FILE, SPLITS, Manifest, Shard, check_shards, read_manifest
 from pipelines.prediction_columns import ID, arrays_of, columns_of, described, schema
 from pipelines.registry import load_groups
-from pipelines.sections import RaySection, TrackSection
 from pipelines.shard_folder import PARTS
 from pipelines.sources import INPUT
 from pipelines.storage import Location, locate

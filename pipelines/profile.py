@@ -8,7 +8,7 @@ from typing import Any
 
 from dmtg_core.training.profile import OPERATORS, SHARES, TRACE
 from pipelines.cluster import session
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.ingest import Reader, keeps_in_memory, load_splits
 from pipelines.notices import start_board
 from pipelines.shards import ensure_shards

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from dmtg_core.network.grouping_network import NetworkSpec
 from dmtg_core.search.search import AFFINITY, BASELINE, DISTILLED, GUIDED, RETRAINED, WIDE
-from pipelines.config import Config
+from pipelines.config.loading import Config
 
 Record = Mapping[str, Any]
 SPEED_S = 600.0  # over which the speed is averaged that the end is estimated from

@@ -19,7 +19,7 @@ from dmtg_core.tasks import Task
 from dmtg_core.training.warm_start import WarmStart
 from pipelines import aliases, statistics
 from pipelines.cluster import session, user_error
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.errors import UserError
 from pipelines.fairness import check_champion, check_evaluation, seen_by
 from pipelines.handover import LABELS

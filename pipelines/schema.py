@@ -6,8 +6,8 @@ from typing import Any
 
 from dmtg_core.network.encoders import ENCODERS
 from dmtg_core.training.aggregation import AGGREGATORS
-from pipelines.config import Config
-from pipelines.sections import RaySection
+from pipelines.config.loading import Config
+from pipelines.config.sections import RaySection
 from pipelines.sources import SOURCES, options_model
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.config.sections import SourceSection
 from pipelines.errors import UserError
 from pipelines.manifest import listed_files
-from pipelines.sections import SourceSection
 from pipelines.storage import Location, locate
 
 PARTS = "_parts"

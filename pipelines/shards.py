@@ -29,10 +29,10 @@ import pyarrow.parquet as pq
 from dmtg_core.tasks import Task
 from pipelines import statistics
 from pipelines.cluster import session
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.sections import DataSection, SourceSection
 from pipelines.errors import UserError
 from pipelines.manifest import FILE, SPLITS, Manifest, Shard, check_shards, read_manifest
-from pipelines.sections import DataSection, SourceSection
 from pipelines.shard_folder import (
     PARTS,
     REFUSED,

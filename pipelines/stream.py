@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from dmtg_core.training.data import Arrays, Batch, Chunks, gather, overlapped
+from pipelines.config.sections import DataSection
 from pipelines.errors import UserError
 from pipelines.ingest import Reader
-from pipelines.sections import DataSection
 from pipelines.shards import row_bytes
 
 log = logging.getLogger(__name__)

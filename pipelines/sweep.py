@@ -18,7 +18,7 @@ import yaml
 from dmtg_core.tasks import Task
 from dmtg_core.training.warm_start import WarmStart
 from pipelines.cluster import session, sweep_cpus, trials_at_once
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.errors import UserError
 from pipelines.ingest import Reader, keeps_in_memory, load_splits
 from pipelines.manifest import Manifest

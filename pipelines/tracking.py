@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipelines.checkpoints import Errand, Outbox
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.sections import TrackSection
 from pipelines.context import METRICS
 from pipelines.manifest import Manifest
 from pipelines.mlflow_errors import reached, without_credentials
-from pipelines.sections import TrackSection
 from pipelines.storage import Location
 from pipelines.worker import read_jsonl
 

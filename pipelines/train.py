@@ -20,7 +20,8 @@ from dmtg_core.training.step import WeighedLoss
 from dmtg_core.training.warm_start import WarmStart
 from pipelines import handover, statistics, tracking
 from pipelines.cluster import session, user_error
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.faults import gave_up
 from pipelines.follow import following
@@ -31,7 +32,6 @@ from pipelines.manifest import Manifest, check_shards, check_targets
 from pipelines.notices import EVENTS, for_result
 from pipelines.progress import Plan, display
 from pipelines.registry import Registered
-from pipelines.sections import checked
 from pipelines.shards import ensure_shards
 from pipelines.storage import Location, locate
 from pipelines.tracking import connect, enabled, open_tracker, shown

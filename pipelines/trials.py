@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from dmtg_core.network.encoders import WIDTHS
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.sections import SweepSection
+from pipelines.config.validation import checked
 from pipelines.errors import UserError
-from pipelines.sections import SweepSection, checked
 from pipelines.storage import Location, locate
 from pipelines.tracking import shown
 

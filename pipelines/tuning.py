@@ -23,12 +23,12 @@ from ray.tune.result import DONE
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from pipelines.cluster import user_error
+from pipelines.config.sections import RaySection, SweepSection
 from pipelines.context import METRICS
 from pipelines.controller import end_workers
 from pipelines.faults import explained, gave_up
 from pipelines.follow import following
 from pipelines.notices import EVENTS, for_result
-from pipelines.sections import RaySection, SweepSection
 from pipelines.tracking import NullTracker
 from pipelines.train import train_job
 from pipelines.trials import FAILED, STOPPED, Trial

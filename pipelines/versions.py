@@ -14,8 +14,8 @@ from typing import Any
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.names import by_number
+from pipelines.config.sections import TrackSection
 from pipelines.errors import UserError
-from pipelines.sections import TrackSection
 from pipelines.tracking import connect
 
 # in a log, a bar for every download would hide what is said

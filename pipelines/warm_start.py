@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dmtg_core.training.warm_start import WarmStart
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.errors import UserError
 from pipelines.storage import Location, locate
 from pipelines.worker import MODELS, RESULT, warm_start, write_model

@@ -23,7 +23,7 @@ from dmtg_core.training.data import Data
 from dmtg_core.training.metrics import Metrics, normalized_gain
 from dmtg_core.training.profile import profile_steps
 from dmtg_core.training.warm_start import WarmStart
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.context import RayContext
 from pipelines.errors import UserError
 from pipelines.faults import LastingError, lasting_error

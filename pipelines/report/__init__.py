@@ -12,7 +12,8 @@ from dmtg_core.names import listed
 from dmtg_core.search.search import DISTILLED, WIDE
 from dmtg_core.training.metrics import error_of
 from pipelines.beforehand import said_before
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.validation import checked
 from pipelines.context import GATE, METRICS
 from pipelines.errors import UserError
 from pipelines.latency import ALL, NAIVE
@@ -20,7 +21,6 @@ from pipelines.report import figures, pictures
 from pipelines.report.moving import moving_gate
 from pipelines.report.render import render
 from pipelines.report.sweep import cost, percent
-from pipelines.sections import checked
 from pipelines.storage import Location
 from pipelines.worker import DETAILS, RESULT, read_jsonl
 

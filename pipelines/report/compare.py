@@ -11,7 +11,7 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.report.figures import COLOURS, NEUTRAL, STYLE, WIDTH, heatmap, label_rows, svg
 from pipelines.report.render import render
 from pipelines.report.sweep import cost

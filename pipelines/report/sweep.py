@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.report.figures import COLOURS, NEUTRAL, STYLE, WIDTH, svg
 from pipelines.report.render import render
 from pipelines.standings import KNEE

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from dmtg_core.tasks import InputSpec, Task
+from pipelines.config.validation import Section
 from pipelines.errors import UserError
-from pipelines.sections import Section
 from pipelines.storage import locate
 
 INPUT = "input"  # the column of what the network reads

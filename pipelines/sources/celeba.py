@@ -24,8 +24,8 @@ import numpy as np
 from pydantic import Field
 
 from dmtg_core.tasks import InputSpec, Task
+from pipelines.config.validation import Section, checked
 from pipelines.errors import UserError
-from pipelines.sections import Section, checked
 from pipelines.sources import INPUT, BadSampleError, Column, Description, Entry
 from pipelines.sources.images import read_image, resize_rgb, rgb
 from pipelines.sources.rows import SPLITS, check_root, check_unique

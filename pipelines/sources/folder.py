@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from pydantic import Field
 
-from pipelines.sections import Section, checked
+from pipelines.config.validation import Section, checked
 from pipelines.sources import INPUT, Column, Description, Entry
 from pipelines.sources.images import image_input, read_image, rgb
 from pipelines.sources.labels import LabelTask, Target, kept_rows, label_targets

@@ -15,9 +15,9 @@ from pydantic import ConfigDict, Field, model_validator
 
 from dmtg_core.names import by_number, listed
 from dmtg_core.tasks import Task, check_names
+from pipelines.config.validation import Section
 from pipelines.errors import UserError
 from pipelines.preparation import cell_number
-from pipelines.sections import Section
 from pipelines.sources import BadSampleError, Column
 from pipelines.sources.rows import Row
 

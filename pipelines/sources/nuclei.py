@@ -30,8 +30,8 @@ from pydantic import Field
 from scipy import ndimage
 
 from dmtg_core.tasks import Task
+from pipelines.config.validation import Section, checked
 from pipelines.errors import UserError
-from pipelines.sections import Section, checked
 from pipelines.sources import INPUT, BadSampleError, Column, Description, Entry
 from pipelines.sources.images import (
     image_input,

@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import Field
 
 from dmtg_core.evaluation.planted import planted
+from pipelines.config.validation import Section, checked
 from pipelines.errors import UserError
-from pipelines.sections import Section, checked
 from pipelines.sources import INPUT, Column, Description, Entry
 from pipelines.storage import Location
 

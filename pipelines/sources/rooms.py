@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from pipelines.config.validation import Section, checked
 from pipelines.errors import UserError
-from pipelines.sections import Section, checked
 from pipelines.sources import Description, Entry
 from pipelines.sources.rooms_scene import render_scene
 from pipelines.sources.taskonomy import TASKS, TaskName, TaskonomySource, domains

@@ -20,9 +20,9 @@ from pydantic import Field, model_validator
 
 from dmtg_core.names import listed
 from dmtg_core.tasks import InputSpec
+from pipelines.config.validation import Section, checked
 from pipelines.errors import UserError
 from pipelines.preparation import cell_number, load_preparation
-from pipelines.sections import Section, checked
 from pipelines.sources import Entry
 from pipelines.sources.labels import LabelTask, Target, kept_rows, label_targets
 from pipelines.sources.prepared import PreparedSource, train_cells

@@ -27,8 +27,8 @@ import numpy as np
 from pydantic import Field
 
 from dmtg_core.names import listed
+from pipelines.config.validation import Section, checked
 from pipelines.errors import UserError
-from pipelines.sections import Section, checked
 from pipelines.sources import INPUT, BadSampleError, Column, Description, Entry
 from pipelines.sources.images import (
     decode_image,

@@ -22,8 +22,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from dmtg_core.tasks import InputSpec, Task, check_names
+from pipelines.config.validation import Section, checked
 from pipelines.errors import UserError
-from pipelines.sections import Section, checked
 from pipelines.sources import BadSampleError, Column, Entry
 from pipelines.sources.labels import LabelTask, kept_rows, label_targets, safe_name
 from pipelines.sources.prepared import PreparedSource, RowTarget, train_cells

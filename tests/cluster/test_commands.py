@@ -9,7 +9,7 @@ from subprocess import list2cmdline
 
 import pytest
 
-from pipelines.config import Config, load_config
+from pipelines.config.loading import Config, load_config
 from pipelines.errors import UserError
 from tests.cluster.commands import CLUSTER, Command, commands, in_line, mapped, parsed
 from tests.cluster.manifests import config_files

@@ -18,7 +18,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from dmtg_core import GroupingNetwork, InputSpec
-from pipelines.config import load_config
+from pipelines.config.loading import load_config
 from pipelines.sources.taskonomy_tasks import TASKS
 from tests.cluster.manifests import ROOT
 

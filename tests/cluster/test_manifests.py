@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipelines.cluster import short_of_room
-from pipelines.sections import RaySection
+from pipelines.config.sections import RaySection
 from tests.cluster.manifests import KUBERAY, MOUNTED, ROOT, Object, config_files, inside, objects, pods
 from tests.cluster.schemas import closed, problems
 

@@ -10,8 +10,8 @@ import pytest
 from dmtg_core import ENCODERS
 from dmtg_core.tasks import LOSSES, METRICS
 from docs.tables import each_command
-from pipelines.config import load_config, recipes
-from pipelines.sections import checked
+from pipelines.config.loading import load_config, recipes
+from pipelines.config.validation import checked
 from pipelines.sources import SOURCES
 from pipelines.sources.table import TableOptions
 from tests.docs.pages import (

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from dmtg_core.network.encoders import ENCODERS
 from docs import tables
 from pipelines.cli import app
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.sources import SOURCES, options_model
 from pipelines.sources.labels import LabelTask
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.config import Config
-from pipelines.sections import checked
+from pipelines.config.loading import Config
+from pipelines.config.validation import checked
 from tests.pipelines import mlflow_server as mlflow_servers
 from tests.pipelines.s3_server import free_port, serving, settings
 
@@ -108,7 +108,7 @@ def mlflow_server(s3: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def ray_session(s3_port: int):
     """One local Ray cluster for all tests in this process; starting one takes longer than most of them."""
     from pipelines.cluster import session
-    from pipelines.sections import RaySection
+    from pipelines.config.sections import RaySection
 
     with session(RaySection(object_store_mib=128)):
         yield

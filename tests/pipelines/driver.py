@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.notices import Event
 from pipelines.train import Trained
 

@@ -11,9 +11,9 @@ import torch
 
 from dmtg_core import Arrays, GroupingNetwork, InputSpec, Task, TrainSettings, fit
 from dmtg_core.training.checkpoint import save_network
+from pipelines.config.sections import DataSection
 from pipelines.ingest import Reader
 from pipelines.manifest import Manifest, Shard
-from pipelines.sections import DataSection
 from pipelines.shards import table_of
 from pipelines.sources import INPUT, Column, Description
 from pipelines.storage import locate

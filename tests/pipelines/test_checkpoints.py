@@ -17,10 +17,11 @@ from dmtg_core.training.checkpoint import seal
 from dmtg_core.training.loop import NonFiniteLossError
 from pipelines import storage
 from pipelines.checkpoints import Checkpoints, Errand, Outbox
+from pipelines.config.sections import RaySection
+from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.faults import LastingError, lasting_error
 from pipelines.notices import DAMAGED, UNWRITTEN
-from pipelines.sections import RaySection, checked
 from pipelines.storage import can_pass, locate
 from pipelines.watch import STACKS, Scratch
 from tests.pipelines.conftest import make_config

@@ -15,7 +15,8 @@ from dmtg_core import Grouping
 from pipelines.beforehand import said_before
 from pipelines.cells import AFFINITIES, GROUPING, NAIVE, Cell
 from pipelines.compare import Compared, compare, methods_of
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.validation import checked
 from pipelines.contestants import (
     AFFINITY,
     FIRST,
@@ -28,7 +29,6 @@ from pipelines.contestants import (
 )
 from pipelines.errors import UserError
 from pipelines.preflight import draw, judged, signal
-from pipelines.sections import checked
 from pipelines.sources import build_source
 from pipelines.tables import TOO_SHORT, verdicts
 from tests.dmtg_core.planted import planted_data

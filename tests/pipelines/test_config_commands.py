@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 
 from dmtg_core import GroupingNetwork
 from pipelines.cli import app
-from pipelines.config import RECIPES, load_config, recipes
+from pipelines.config.loading import load_config
+from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.guess import Look, feature, id_use, looks, split_use, target
-from pipelines.sections import checked
+from pipelines.recipes import RECIPES, recipes
 from pipelines.sources import SOURCES, build_source, options_model
 from pipelines.sources.rows import read_head
 from pipelines.storage import locate

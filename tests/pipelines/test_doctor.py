@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from pipelines import doctor
 from pipelines.cli import app
+from pipelines.config.sections import RaySection, TrackSection
 from pipelines.doctor import FAIL, OK, WARN, Finding
-from pipelines.sections import RaySection, TrackSection
 from tests.pipelines.s3_server import BUCKET, free_port
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dmtg_core.training.checkpoint import load_model
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.errors import UserError
 from pipelines.groups import DONE, GROUPS
 from pipelines.profile import profile

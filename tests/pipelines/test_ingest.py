@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pipelines import shards
+from pipelines.config.sections import DataSection
 from pipelines.errors import UserError
 from pipelines.ingest import Reader, _column, keeps_in_memory, load_splits, open_data
-from pipelines.sections import DataSection
 from pipelines.sources import Column
 from pipelines.stream import StreamData, all_units, stretch
 from tests.pipelines.test_shards import manifest_of

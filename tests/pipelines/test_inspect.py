@@ -18,7 +18,7 @@ from dmtg_core import InputSpec, Task
 from pipelines import inspect as inspecting
 from pipelines import shards
 from pipelines.cli import app
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.ingest import Reader
 from pipelines.inspect import inspect
 from pipelines.manifest import FILE, read_manifest

@@ -17,11 +17,12 @@ from typing import Any
 import psutil
 import pytest
 
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.sections import RaySection
+from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.manifest import read_manifest
 from pipelines.notices import HUNG, LOST, RESIZED, RESUMED, on_board, start_board
-from pipelines.sections import RaySection, checked
 from pipelines.storage import locate
 from pipelines.train import check_workers, run_workers, train
 from pipelines.worker import Job

@@ -15,11 +15,11 @@ import yaml
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.validation import checked
 from pipelines.inspect import inspect
 from pipelines.predict import PREDICTIONS, predict
 from pipelines.registry import load_groups
-from pipelines.sections import checked
 from pipelines.train import Trained, train
 from pipelines.versions import list_models, show_model
 

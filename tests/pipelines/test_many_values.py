@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from dmtg_core.tasks import LONGEST_NAME, InputSpec, Task
 from dmtg_core.training.data import ArrayData, Arrays, Chunks, DeviceArrays
 from pipelines import shards, statistics
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.fairness import same_tasks
 from pipelines.ingest import Reader
@@ -25,7 +26,6 @@ from pipelines.manifest import read_manifest
 from pipelines.prediction_columns import MOST_CLASSES, arrays_of, columns_of, schema
 from pipelines.preparation import load_preparation
 from pipelines.report.figures import MOST_PIXELS, dots
-from pipelines.sections import checked
 from pipelines.shards import make_plans, write_shard
 from pipelines.sources import Column, Source, build_source
 from pipelines.sources.labels import Target, in_order

@@ -17,7 +17,7 @@ from pipelines.cli import TOUR, app
 from pipelines.cli_options import same
 from pipelines.cli_serve import _after
 from pipelines.cli_train import _after as after_inspect
-from pipelines.config import load_config
+from pipelines.config.loading import load_config
 from pipelines.console import Next
 from tests.cluster.commands import parsed
 from tests.paths import ROOT

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.details import details_of
 from pipelines.report import page, regroup, shown_gate
 from pipelines.report.compare import write_page as write_comparison

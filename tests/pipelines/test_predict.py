@@ -24,12 +24,12 @@ from dmtg_core.tasks import InputSpec, Task
 from dmtg_core.training.checkpoint import save_model
 from dmtg_core.training.data import Arrays
 from pipelines.cli import app
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.evaluate import evaluate
 from pipelines.manifest import FILE, Manifest
 from pipelines.predict import PLAN, PREDICTIONS, Predicted, predict
-from pipelines.sections import checked
 from pipelines.storage import locate
 from tests.pipelines.s3_server import BUCKET
 from tests.pipelines.shard_files import write_arrays

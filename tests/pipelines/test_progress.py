@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from dmtg_core import InputSpec, Task
-from pipelines.config import Config
+from pipelines.config.loading import Config
 from pipelines.progress import LiveDisplay, Plan, figures
 from tests.pipelines.conftest import make_config
 

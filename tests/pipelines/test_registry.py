@@ -20,10 +20,10 @@ from mlflow.exceptions import MlflowException
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.encoders import EncoderSpec
 from pipelines.aliases import champion, champions, promote, rollback, set_challenger
+from pipelines.config.sections import TrackSection
 from pipelines.errors import UserError
 from pipelines.pyfunc_model import GroupPredictor
 from pipelines.registry import load_groups
-from pipelines.sections import TrackSection
 from pipelines.sources import Source, build_source
 from pipelines.tracking import connect
 from pipelines.versions import list_models, registered_models, show_model, tags_of

@@ -19,14 +19,15 @@ import pytest
 import yaml
 
 from pipelines import aliases
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.sections import RegroupSection
+from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.judge import verdict_of
 from pipelines.lease import Lease
 from pipelines.nights import checked_night, newest
 from pipelines.registry import load_groups
 from pipelines.regroup import LEASE, regroup
-from pipelines.sections import RegroupSection, checked
 from pipelines.shards import shard
 from pipelines.storage import locate
 from pipelines.versions import list_models

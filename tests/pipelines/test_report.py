@@ -10,7 +10,7 @@ import pytest
 
 from dmtg_core import Grouping
 from pipelines.cli_train import _summary
-from pipelines.config import load_config
+from pipelines.config.loading import load_config
 from pipelines.latency import ALL, NAIVE
 from pipelines.report import again, certainty, costs, facts, gained, gate_records, shown_gate, together, verdict
 from pipelines.report.figures import branches, curve, ordered

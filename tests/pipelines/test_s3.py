@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from pipelines import storage
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.sections import DataSection
 from pipelines.errors import UserError
 from pipelines.ingest import Reader
 from pipelines.inspect import inspect
 from pipelines.manifest import Manifest, check_shards, read_manifest
-from pipelines.sections import DataSection
 from pipelines.shards import QUARANTINE, shard
 from pipelines.sources import build_source
 from pipelines.storage import Location, locate

@@ -22,11 +22,12 @@ import yaml
 
 from dmtg_core import InputSpec
 from pipelines import shards
-from pipelines.config import Config, load_config
+from pipelines.config.loading import Config, load_config
+from pipelines.config.sections import DataSection, SourceSection
+from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.ingest import load_splits
 from pipelines.manifest import FILE, Manifest, Shard, check_shards, read_manifest
-from pipelines.sections import DataSection, SourceSection, checked
 from pipelines.shard_folder import SHARD
 from pipelines.shards import QUARANTINE, make_plans, shard, write_shard
 from pipelines.sources import Column, Description, Entry

@@ -7,9 +7,9 @@ import pytest
 
 from dmtg_core import InputSpec, Task
 from pipelines import shards
+from pipelines.config.sections import DataSection, SourceSection
 from pipelines.errors import UserError
 from pipelines.manifest import FILE, check_shards, check_targets, read_manifest
-from pipelines.sections import DataSection, SourceSection
 from pipelines.shards import QUARANTINE, finished_part, make_plans, shard, table_of, write_shard
 from pipelines.sources import Column, Description, Entry, build_source
 from pipelines.storage import locate

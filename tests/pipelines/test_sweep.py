@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from pipelines.config import Config, load_config
+from pipelines.config.loading import Config, load_config
 from pipelines.errors import UserError
 from pipelines.storage import locate
 from pipelines.sweep import Swept, sweep

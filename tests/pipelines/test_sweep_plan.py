@@ -14,10 +14,10 @@ import yaml
 
 from dmtg_core import Task
 from pipelines.cluster import sweep_cpus, trials_at_once
-from pipelines.config import Config, load_config
+from pipelines.config.loading import Config, load_config
+from pipelines.config.sections import RaySection
 from pipelines.errors import UserError
 from pipelines.report.sweep import verdict, write_page
-from pipelines.sections import RaySection
 from pipelines.standings import best_setting, by_setting, knee_of, notes_of, pareto_front, rows_of, status
 from pipelines.storage import locate
 from pipelines.trials import Trial, best_config, settings, sweep_name, trials

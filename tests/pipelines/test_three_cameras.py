@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from bench.three_cameras import CAMERAS, SIZE, write
-from pipelines.config import load_config
+from pipelines.config.loading import load_config
 
 
 @pytest.fixture

@@ -19,13 +19,14 @@ from typer.testing import CliRunner
 from dmtg_core.tasks import InputSpec, Task
 from pipelines import storage, tracking
 from pipelines.cli import app
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.sections import TrackSection
+from pipelines.config.validation import checked
 from pipelines.context import METRICS
 from pipelines.errors import UserError
 from pipelines.handover import register_run
 from pipelines.manifest import Manifest
 from pipelines.mlflow_errors import reached, without_credentials
-from pipelines.sections import TrackSection, checked
 from pipelines.sources import Description
 from pipelines.storage import Location, locate
 from pipelines.tracking import MlflowTracker, connect, open_tracker, shown

@@ -9,10 +9,10 @@ import pytest
 
 from dmtg_core import EncoderSpec, GroupingNetwork, GroupModel, InputSpec, NetworkSpec, Task
 from dmtg_core.training.checkpoint import save_model, save_network
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.validation import checked
 from pipelines.context import METRICS
 from pipelines.errors import UserError
-from pipelines.sections import checked
 from pipelines.storage import Location, locate
 from pipelines.train import Trained, train
 from pipelines.warm_start import START, fairness_notes, keep_models, open_models

@@ -11,10 +11,10 @@ import numpy as np
 from dmtg_core.network.encoders import EncoderSpec
 from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec
 from dmtg_core.training.checkpoint import save_model
-from pipelines.config import Config
+from pipelines.config.loading import Config
+from pipelines.config.validation import checked
 from pipelines.manifest import Manifest
 from pipelines.registry import Registered, register
-from pipelines.sections import checked
 from pipelines.sources import INPUT, Source, build_source
 from pipelines.storage import locate
 from pipelines.tracking import connect

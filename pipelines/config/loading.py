@@ -19,9 +19,7 @@ from dmtg_core.search.search import SearchOptions
 from dmtg_core.tasks import InputSpec, Task
 from dmtg_core.training.schedules import TemperatureSchedule
 from dmtg_core.training.settings import TrainSettings
-from pipelines.completion import RECIPES, recipes
-from pipelines.errors import UserError
-from pipelines.sections import (
+from pipelines.config.sections import (
     CompareSection,
     DataSection,
     GateSection,
@@ -30,14 +28,15 @@ from pipelines.sections import (
     RegroupSection,
     RunSection,
     SearchSection,
-    Section,
     SignalSection,
     SourceSection,
     SweepSection,
     TrackSection,
     TrainSection,
-    checked,
 )
+from pipelines.config.validation import Section, checked
+from pipelines.errors import UserError
+from pipelines.recipes import RECIPES, recipes
 
 
 @contextmanager

@@ -2,84 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from dmtg_core.network.encoders import ENCODERS
 from dmtg_core.training.aggregation import AGGREGATORS
-from pipelines.errors import UserError
-
-S = TypeVar("S", bound=BaseModel)
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are refused, values cannot be changed afterwards."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def checked(model: type[S], values: Mapping[str, Any], where: str = "") -> S:
-    """`values` as a `model`, or one error that names every key that is wrong.
-
-    Args:
-        where: Prefix of the keys in the message, as the user would write it (`source.options`).
-
-    Raises:
-        UserError: With the nearest valid keys for an unknown one.
-    """
-    try:
-        return model.model_validate(dict(values))
-    except ValidationError as error:
-        problems = [_problem(model, dict(found), where) for found in error.errors()]
-        raise UserError(
-            "; ".join(problem for problem, _ in problems),
-            where=where or "configuration",
-            remedy="; ".join(dict.fromkeys(remedy for _, remedy in problems)),
-            wrong_use=True,
-        ) from error
-
-
-def _problem(model: type[BaseModel], found: dict[str, Any], where: str) -> tuple[str, str]:
-    path = [str(part) for part in found["loc"]]
-    name = ".".join([where, *path] if where else path)
-    if found["type"] == "missing":
-        return f"{name} is missing", f"write it: {_meaning(model, path)}"
-    if found["input"] is None and found["type"].startswith(("model", "dict")):
-        return f"there is nothing in {name}", f"give {name} a key, or take its line out"
-    if found["type"] != "extra_forbidden":
-        return f"{name}: {found['msg']}, got {_clip(repr(found['input']))}", "correct the value"
-    valid = list(_keys_at(model, path[:-1]))
-    nearest = difflib.get_close_matches(path[-1], valid, n=3) or valid
-    return f"unknown key {name}", f"did you mean {', '.join(nearest)}?"
-
-
-def _clip(text: str, most: int = 100) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _meaning(model: type[BaseModel], path: list[str]) -> str:
-    """What a key is for, in words."""
-    field = _section_at(model, path[:-1]).model_fields.get(path[-1])
-    return (field.description if field is not None else None) or path[-1]
-
-
-def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """The keys of the section that `path` leads to from `model`."""
-    return list(_section_at(model, path).model_fields)
-
-
-def _section_at(model: type[BaseModel], path: list[str]) -> type[BaseModel]:
-    for part in path:
-        field = model.model_fields.get(part)
-        inner = [] if field is None else [field.annotation, *get_args(field.annotation)]
-        sections = [t for t in inner if isinstance(t, type) and issubclass(t, BaseModel)]
-        if not sections:
-            break
-        model = sections[0]
-    return model
+from pipelines.config.validation import Section
 
 
 class SourceSection(Section):

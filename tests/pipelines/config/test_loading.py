@@ -5,8 +5,9 @@ import pytest
 import yaml
 
 from dmtg_core import GroupingNetwork, InputSpec, Task, TrainSettings
-from pipelines.config import Config, load_config, recipes
+from pipelines.config.loading import Config, load_config
 from pipelines.errors import UserError
+from pipelines.recipes import recipes
 from pipelines.sources import build_source
 
 

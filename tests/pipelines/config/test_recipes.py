@@ -10,9 +10,10 @@ import torch
 from dmtg_core import ArrayData, GroupingNetwork, LocalContext
 from dmtg_core.training.loop import TrainState
 from dmtg_core.training.step import WeighedLoss, step_noise, train_step
-from pipelines.config import Config, load_config, recipes
+from pipelines.config.loading import Config, load_config
 from pipelines.ingest import Reader
 from pipelines.manifest import Manifest
+from pipelines.recipes import recipes
 from pipelines.shards import table_of
 from pipelines.sources import Description, Source, build_source
 from pipelines.storage import locate

@@ -1,0 +1,1 @@
+"""Strict configuration: its sections, and how YAML and overrides become one."""

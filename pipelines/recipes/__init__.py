@@ -1,0 +1,12 @@
+"""Configurations that ship, one YAML file each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+RECIPES = Path(__file__).parent
+
+
+def recipes() -> list[str]:
+    """Names of the recipes; one in a folder is called `<folder>/<name>`."""
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
