@@ -26,11 +26,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from bench import taskonomy_files
 from pipelines.config.sections import DataSection
-from pipelines.ingest import Reader
-from pipelines.manifest import read_manifest
-from pipelines.sources import INPUT, build_source
+from pipelines.data.manifest import read_manifest
+from pipelines.data.reader import Reader
+from pipelines.data.sources import build_source
+from pipelines.data.sources.base import INPUT
+from pipelines.data.stream import StreamData
 from pipelines.storage import locate
-from pipelines.stream import StreamData
 
 ROOT = Path("work/bench")
 SAMPLES, FEW, BATCH = 4000, 1000, 24

@@ -43,8 +43,8 @@ from dmtg_core import (
     train_step,
 )
 from dmtg_core.training.step import WeighedLoss, step_noise
-from pipelines.sources.rooms_scene import render_scene
-from pipelines.sources.taskonomy_tasks import TASKS
+from pipelines.data.sources.rooms.scene import render_scene
+from pipelines.data.sources.taskonomy.tasks import TASKS
 
 ROOT = Path("work/bench")
 SIZE, TRAIN, VAL = 64, 192, 64

@@ -29,7 +29,7 @@ from dmtg_core.training.loop import TrainState
 from dmtg_core.training.losses import label_counts, sample_loss
 from dmtg_core.training.settings import TrainSettings
 from dmtg_core.training.step import WeighedLoss, prepare_network, step_noise, train_step
-from pipelines.sources.taskonomy_tasks import TASKS
+from pipelines.data.sources.taskonomy.tasks import TASKS
 
 FIVE = ("depth_zbuffer", "normal", "segment_semantic", "keypoints2d", "edge_texture")
 GROUPS_OF_FIVE = (0, 0, 1, 2, 2)  # a grouping to prune to: which one does not change the cost

@@ -16,9 +16,9 @@ from dmtg_core.network.encoders import ENCODERS
 from pipelines.cli import app
 from pipelines.config.loading import Config
 from pipelines.config.validation import Section
+from pipelines.data.sources import SOURCES, options_model
+from pipelines.data.sources.labels import LabelTask
 from pipelines.recipes import recipes
-from pipelines.sources import SOURCES, options_model
-from pipelines.sources.labels import LabelTask
 
 TYPES = {
     "string": "text",

@@ -32,9 +32,10 @@ from dmtg_core.training.metrics import Metrics
 from dmtg_core.training.settings import TrainSettings
 from pipelines.cluster import user_error
 from pipelines.config.loading import Config
+from pipelines.data.ingest import open_data
+from pipelines.data.reader import Reader
 from pipelines.errors import UserError
 from pipelines.faults import gave_up, lasting_error
-from pipelines.ingest import Reader, open_data
 from pipelines.storage import Location
 
 CELLS = "cells"

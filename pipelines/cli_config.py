@@ -25,7 +25,7 @@ def config_show(
         import yaml
 
         from pipelines.config.validation import checked
-        from pipelines.sources import options_model
+        from pipelines.data.sources import options_model
         from pipelines.tracking import shown
 
         loaded = load(config, words, ray_config)

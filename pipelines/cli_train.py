@@ -30,7 +30,7 @@ def shard(
     """Raw data (source) to Parquet shards (data.shards). Killed, it is run again and makes what is missing."""
 
     def body() -> dict[str, Any]:
-        from pipelines.shards import shard as make
+        from pipelines.data.shards import shard as make
 
         loaded = load(config, words, ray_config)
         done = make(loaded, say)

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
+from pipelines.data.sources import options_model
 from pipelines.guess import Use
-from pipelines.sources import options_model
 
 WIDTH = 110
 Written = dict[str, Any]

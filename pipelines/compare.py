@@ -34,10 +34,11 @@ from pipelines.contestants import (
     last_cells,
     second_cells,
 )
+from pipelines.data.ingest import keeps_in_memory, load_splits
+from pipelines.data.manifest import Manifest
+from pipelines.data.reader import Reader
+from pipelines.data.shards import ensure_shards
 from pipelines.errors import UserError
-from pipelines.ingest import Reader, keeps_in_memory, load_splits
-from pipelines.manifest import Manifest
-from pipelines.shards import ensure_shards
 from pipelines.storage import Location, locate
 from pipelines.tables import comparison
 from pipelines.tracking import connect, enabled, open_tracker, shown

@@ -19,12 +19,12 @@ from dmtg_core.search.search import SearchResult
 from dmtg_core.tasks import Task
 from dmtg_core.training.data import Arrays, Batch
 from dmtg_core.training.losses import sample_loss, valid
-from pipelines import statistics
-from pipelines.ingest import Reader
+from pipelines.data import statistics
+from pipelines.data.manifest import SPLITS
+from pipelines.data.reader import Reader
+from pipelines.data.stream import Unit, all_units
 from pipelines.latency import costs
-from pipelines.manifest import SPLITS
 from pipelines.report.contact_sheet import Sample, Sheet, ids_of, in_words
-from pipelines.stream import Unit, all_units
 
 EXAMINED = 2**30  # bytes of samples that are looked at one by one; of larger splits a part that is drawn
 RESAMPLES, CONFIDENCE = 1000, 0.95

@@ -10,12 +10,12 @@ from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import Task
 from dmtg_core.training.metrics import Metrics, MetricSums
 from pipelines.config.loading import Config
+from pipelines.data.manifest import check_shards, read_manifest
+from pipelines.data.reader import Reader
+from pipelines.data.stream import StreamData
 from pipelines.errors import UserError
-from pipelines.ingest import Reader
-from pipelines.manifest import check_shards, read_manifest
 from pipelines.registry import load_groups
 from pipelines.storage import locate
-from pipelines.stream import StreamData
 
 
 def evaluate(config: Config, model: str, split: str = "test") -> Metrics:

@@ -11,9 +11,9 @@ import yaml
 from dmtg_core.names import listed
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import Task
+from pipelines.data.manifest import Manifest, read_manifest
+from pipelines.data.sources.encoding import shown
 from pipelines.errors import UserError
-from pipelines.manifest import Manifest, read_manifest
-from pipelines.sources.alike import shown
 from pipelines.storage import locate
 
 

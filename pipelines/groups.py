@@ -20,9 +20,9 @@ from pipelines.checkpoints import Checkpoints
 from pipelines.cluster import user_error
 from pipelines.config.loading import Config
 from pipelines.context import CHECKPOINTS
+from pipelines.data.ingest import open_data
 from pipelines.errors import UserError
 from pipelines.faults import gave_up, lasting_error
-from pipelines.ingest import open_data
 from pipelines.notices import UNWRITTEN, Tell, teller
 from pipelines.storage import Location
 from pipelines.worker import DETAILS, MODELS, RESULT, SEARCHED, Job, gains, read_model, write_model

@@ -11,11 +11,11 @@ from functools import cached_property
 from typing import Any
 
 from dmtg_core.names import listed
+from pipelines.data.preprocessing import cell_number
+from pipelines.data.sources.labels import FLAGS
+from pipelines.data.sources.rows import MOST_NAMES, Row, split_name
+from pipelines.data.sources.table import FINEST, MISSING
 from pipelines.errors import UserError
-from pipelines.preparation import cell_number
-from pipelines.sources.labels import FLAGS
-from pipelines.sources.rows import MOST_NAMES, Row, split_name
-from pipelines.sources.table import FINEST, MISSING
 
 HEAD_ROWS = 20_000
 MOST_VALUES = 100  # of a category, and of a target that is a class

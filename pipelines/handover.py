@@ -17,8 +17,8 @@ import yaml
 
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
+from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.errors import UserError
-from pipelines.manifest import Manifest, read_manifest
 from pipelines.mlflow_errors import late, patiently, reached, without_credentials
 from pipelines.registry import Registered, register
 from pipelines.storage import Location, locate

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from dmtg_core.tasks import Task
-from pipelines import statistics
 from pipelines.config.loading import Config
-from pipelines.ingest import Reader
-from pipelines.manifest import SPLITS, Manifest, broken_shards, read_manifest
+from pipelines.data import statistics
+from pipelines.data.manifest import SPLITS, Manifest, broken_shards, read_manifest
+from pipelines.data.reader import Reader
 from pipelines.report.dataset import dataset_page
 from pipelines.storage import Location, locate
 from pipelines.train import support_notes

@@ -12,12 +12,12 @@ import torch
 from dmtg_core.evaluation.bootstrap import BlockSums, Comparison, Gain, compare
 from pipelines.config.loading import Config
 from pipelines.config.sections import RegroupSection
+from pipelines.data.manifest import read_manifest
+from pipelines.data.reader import Reader
+from pipelines.data.stream import StreamData
 from pipelines.errors import UserError
 from pipelines.evaluate import outputs_for
-from pipelines.ingest import Reader
-from pipelines.manifest import read_manifest
 from pipelines.storage import Location, locate
-from pipelines.stream import StreamData
 from pipelines.worker import MODELS, read_model
 
 

@@ -9,6 +9,10 @@ from pathlib import PurePosixPath
 
 from pipelines.commented import Draft, Written, text_of
 from pipelines.config.loading import recipe_config
+from pipelines.data.sources import SOURCES, options_model
+from pipelines.data.sources.folder import EXTENSIONS
+from pipelines.data.sources.rows import SPLIT_COLUMN, read_head
+from pipelines.data.sources.table import MISSING
 from pipelines.errors import UserError
 from pipelines.guess import (
     HEAD_ROWS,
@@ -21,10 +25,6 @@ from pipelines.guess import (
     split_use,
     target,
 )
-from pipelines.sources import SOURCES, options_model
-from pipelines.sources.folder import EXTENSIONS
-from pipelines.sources.rows import SPLIT_COLUMN, read_head
-from pipelines.sources.table import MISSING
 from pipelines.storage import Location, locate
 
 RECIPE_OF = {

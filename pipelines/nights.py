@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.config.loading import Config
+from pipelines.data.manifest import FILE
 from pipelines.errors import UserError
-from pipelines.manifest import FILE
 from pipelines.storage import Location, locate
 
 DATED = re.compile(r"(?:[A-Za-z_]+=)?(\d{4}-\d{2}-\d{2})")  # 2026-11-25, or a partition date=2026-11-25

@@ -29,13 +29,13 @@ from dmtg_core.tasks import InputSpec, Task
 from pipelines.cluster import session
 from pipelines.config.loading import Config
 from pipelines.config.sections import RaySection, TrackSection
+from pipelines.data.manifest import FILE, SPLITS, Manifest, Shard, check_shards, read_manifest
+from pipelines.data.reader import Reader
+from pipelines.data.shard_folder import PARTS
+from pipelines.data.sources.base import INPUT
 from pipelines.errors import UserError
-from pipelines.ingest import Reader
-from pipelines.manifest import FILE, SPLITS, Manifest, Shard, check_shards, read_manifest
 from pipelines.prediction_columns import ID, arrays_of, columns_of, described, schema
 from pipelines.registry import load_groups
-from pipelines.shard_folder import PARTS
-from pipelines.sources import INPUT
 from pipelines.storage import Location, locate
 from pipelines.tracking import connect
 from pipelines.versions import find

@@ -26,7 +26,7 @@ from pipelines.cells import NAIVE, PROPOSAL, WIDE, Cell, Result, train_cells
 from pipelines.compare import cell_job, cells_session, check_cells, open_folder
 from pipelines.config.loading import Config
 from pipelines.contestants import random_groupings
-from pipelines.shards import ensure_shards
+from pipelines.data.shards import ensure_shards
 from pipelines.significance import Correlation, agreement, intraclass_correlation, mean_of
 from pipelines.standings import numbers
 from pipelines.storage import Location

@@ -9,9 +9,10 @@ from typing import Any
 from dmtg_core.training.profile import OPERATORS, SHARES, TRACE
 from pipelines.cluster import session
 from pipelines.config.loading import Config
-from pipelines.ingest import Reader, keeps_in_memory, load_splits
+from pipelines.data.ingest import keeps_in_memory, load_splits
+from pipelines.data.reader import Reader
+from pipelines.data.shards import ensure_shards
 from pipelines.notices import start_board
-from pipelines.shards import ensure_shards
 from pipelines.storage import Location, locate
 from pipelines.train import check_all, run_workers
 from pipelines.worker import PROFILE, Job

@@ -16,7 +16,7 @@ from mlflow.models import set_model
 
 from dmtg_core.names import by_number
 from dmtg_core.training.checkpoint import load_model
-from pipelines.preparation import load_preparation, prepare
+from pipelines.data.preprocessing import load_preparation, prepare
 
 
 class GroupPredictor(mlflow.pyfunc.PythonModel):
@@ -42,8 +42,8 @@ class GroupPredictor(mlflow.pyfunc.PythonModel):
 
         Args:
             context: Not read.
-            model_input: What `pipelines.preparation.prepare` takes (a DataFrame, a list of strings); without a
-                preparation `(B, H, W, C)` as stored in the shards.
+            model_input: What `pipelines.data.preprocessing.prepare` takes (a DataFrame, a list of strings);
+                without a preparation `(B, H, W, C)` as stored in the shards.
             params: Not read.
 
         Returns:

@@ -24,9 +24,9 @@ from dmtg_core.training.checkpoint import OutdatedNetworkError, load_model
 from pipelines.aliases import set_challenger
 from pipelines.config.loading import Config
 from pipelines.config.sections import TrackSection
+from pipelines.data.manifest import Manifest
+from pipelines.data.preprocessing import Preparation, load_preparation
 from pipelines.errors import UserError
-from pipelines.manifest import Manifest
-from pipelines.preparation import Preparation, load_preparation
 from pipelines.storage import Location, locate
 from pipelines.tracking import connect
 from pipelines.versions import DETAILS, LONGEST_TAG, find, registered, tags_of, versions

@@ -17,19 +17,20 @@ from dmtg_core.grouping import Grouping
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import Task
 from dmtg_core.training.warm_start import WarmStart
-from pipelines import aliases, statistics
+from pipelines import aliases
 from pipelines.cluster import session, user_error
 from pipelines.config.loading import Config
+from pipelines.data import statistics
+from pipelines.data.manifest import Manifest, read_manifest
+from pipelines.data.shards import ensure_shards
 from pipelines.errors import UserError
 from pipelines.fairness import check_champion, check_evaluation, seen_by
 from pipelines.handover import LABELS
 from pipelines.judge import judge, verdict_of
 from pipelines.lease import Lease
-from pipelines.manifest import Manifest, read_manifest
 from pipelines.nights import checked_night, newest
 from pipelines.registry import load_registered
 from pipelines.report.regroup import write_night
-from pipelines.shards import ensure_shards
 from pipelines.storage import Location, locate
 from pipelines.tracking import connect, enabled
 from pipelines.train import Trained, train

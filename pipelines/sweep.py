@@ -19,10 +19,11 @@ from dmtg_core.tasks import Task
 from dmtg_core.training.warm_start import WarmStart
 from pipelines.cluster import session, sweep_cpus, trials_at_once
 from pipelines.config.loading import Config
+from pipelines.data.ingest import keeps_in_memory, load_splits
+from pipelines.data.manifest import Manifest
+from pipelines.data.reader import Reader
+from pipelines.data.shards import ensure_shards
 from pipelines.errors import UserError
-from pipelines.ingest import Reader, keeps_in_memory, load_splits
-from pipelines.manifest import Manifest
-from pipelines.shards import ensure_shards
 from pipelines.standings import (
     BROKEN,
     DONE,

@@ -20,7 +20,7 @@ from pipelines.checkpoints import Errand, Outbox
 from pipelines.config.loading import Config
 from pipelines.config.sections import TrackSection
 from pipelines.context import METRICS
-from pipelines.manifest import Manifest
+from pipelines.data.manifest import Manifest
 from pipelines.mlflow_errors import reached, without_credentials
 from pipelines.storage import Location
 from pipelines.worker import read_jsonl

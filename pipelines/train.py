@@ -18,21 +18,23 @@ from dmtg_core.training.aggregation import load_aggregator
 from dmtg_core.training.data import epoch_steps
 from dmtg_core.training.step import WeighedLoss
 from dmtg_core.training.warm_start import WarmStart
-from pipelines import handover, statistics, tracking
+from pipelines import handover, tracking
 from pipelines.cluster import session, user_error
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
+from pipelines.data import statistics
+from pipelines.data.ingest import keeps_in_memory, load_splits
+from pipelines.data.manifest import Manifest, check_shards, check_targets
+from pipelines.data.reader import Reader
+from pipelines.data.shards import ensure_shards
 from pipelines.errors import UserError
 from pipelines.faults import gave_up
 from pipelines.follow import following
 from pipelines.groups import train_groups
 from pipelines.handover import hand_over, opened
-from pipelines.ingest import Reader, keeps_in_memory, load_splits
-from pipelines.manifest import Manifest, check_shards, check_targets
 from pipelines.notices import EVENTS, for_result
 from pipelines.progress import Plan, display
 from pipelines.registry import Registered
-from pipelines.shards import ensure_shards
 from pipelines.storage import Location, locate
 from pipelines.tracking import connect, enabled, open_tracker, shown
 from pipelines.warm_start import explained, fairness_notes, keep_models, open_models

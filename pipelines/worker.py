@@ -25,9 +25,10 @@ from dmtg_core.training.profile import profile_steps
 from dmtg_core.training.warm_start import WarmStart
 from pipelines.config.loading import Config
 from pipelines.context import RayContext
+from pipelines.data.ingest import open_data
+from pipelines.data.reader import Reader
 from pipelines.errors import UserError
 from pipelines.faults import LastingError, lasting_error
-from pipelines.ingest import Reader, open_data
 from pipelines.notices import for_result, on_board, teller
 from pipelines.storage import Location
 from pipelines.watch import Pulse, Watched

@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from dmtg_core.tasks import ANGLES, InputSpec, Task
-from pipelines import statistics
-from pipelines.ingest import Reader
+from pipelines.data import statistics
+from pipelines.data.reader import Reader
+from pipelines.data.statistics import Sums, class_name
+from pipelines.data.stream import all_units
 from pipelines.report import pictures
 from pipelines.report.pictures import Picture
-from pipelines.statistics import Sums, class_name
-from pipelines.stream import all_units
 
 SEED = 22
 MOST_CLASSES = 24  # of a dense task in its legend: so many have colours of their own

@@ -8,14 +8,14 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from dmtg_core.tasks import Task
-from pipelines import statistics
-from pipelines.ingest import Reader
-from pipelines.manifest import SPLITS, Manifest
+from pipelines.data import statistics
+from pipelines.data.manifest import SPLITS, Manifest
+from pipelines.data.reader import Reader
+from pipelines.data.shards import QUARANTINE
+from pipelines.data.statistics import class_name
 from pipelines.report import pictures
 from pipelines.report.contact_sheet import Sheet, figure, pick
 from pipelines.report.render import render
-from pipelines.shards import QUARANTINE
-from pipelines.statistics import class_name
 from pipelines.storage import Location
 from pipelines.worker import read_jsonl
 

@@ -13,7 +13,8 @@ import yaml
 from typer.main import get_command
 
 from pipelines.cli import app
-from tests.cluster.manifests import ROOT, inside, objects
+from tests.cluster.manifests import inside, objects
+from tests.paths import ROOT
 
 CLUSTER = ROOT / "cluster"
 PIPELINE = CLUSTER / "kubeflow" / "pipeline.yaml"

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.cluster.commands import PIPELINE
-from tests.cluster.manifests import ROOT
+from tests.paths import ROOT
 from tests.pipelines.conftest import config_values, write_images
 
 # kfp wants an older protobuf than the lock has, so it lives in an environment of its own

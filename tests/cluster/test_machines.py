@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dmtg_core import GroupingNetwork, InputSpec
 from pipelines.config.loading import load_config
-from pipelines.sources.taskonomy_tasks import TASKS
-from tests.cluster.manifests import ROOT
+from pipelines.data.sources.taskonomy.tasks import TASKS
+from tests.paths import ROOT
 
 CLUSTER = ROOT / "cluster"
 DOCKERFILE = (CLUSTER / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")

@@ -13,8 +13,9 @@ import yaml
 
 from pipelines.cluster import short_of_room
 from pipelines.config.sections import RaySection
-from tests.cluster.manifests import KUBERAY, MOUNTED, ROOT, Object, config_files, inside, objects, pods
+from tests.cluster.manifests import KUBERAY, MOUNTED, Object, config_files, inside, objects, pods
 from tests.cluster.schemas import closed, problems
+from tests.paths import ROOT
 
 OBJECTS = objects()
 RAY = [one for one in OBJECTS if one.value["apiVersion"] == "ray.io/v1"]

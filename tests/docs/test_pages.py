@@ -12,12 +12,11 @@ from dmtg_core.tasks import LOSSES, METRICS
 from docs.tables import each_command
 from pipelines.config.loading import load_config, recipes
 from pipelines.config.validation import checked
-from pipelines.sources import SOURCES
-from pipelines.sources.table import TableOptions
+from pipelines.data.sources import SOURCES
+from pipelines.data.sources.table import TableOptions
 from tests.docs.pages import (
     BLOCKS,
     PAGES,
-    ROOT,
     SHELL,
     blocks,
     called,
@@ -28,6 +27,7 @@ from tests.docs.pages import (
     name_of,
     write_configurations,
 )
+from tests.paths import ROOT
 
 COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
 DOCS = ROOT / "docs"

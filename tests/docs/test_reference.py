@@ -17,8 +17,8 @@ from dmtg_core.network.encoders import ENCODERS
 from docs import tables
 from pipelines.cli import app
 from pipelines.config.loading import Config
-from pipelines.sources import SOURCES, options_model
-from pipelines.sources.labels import LabelTask
+from pipelines.data.sources import SOURCES, options_model
+from pipelines.data.sources.labels import LabelTask
 
 COMMANDS, CONFIGURATION = tables.commands(), tables.configuration()
 

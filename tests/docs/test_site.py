@@ -16,7 +16,8 @@ import pytest
 from markdown.extensions.toc import slugify
 
 import dmtg_core
-from tests.docs.pages import ROOT, name_of
+from tests.docs.pages import name_of
+from tests.paths import ROOT
 
 # what is loaded with a page, as (tag, attribute); a link that is followed is none of it
 LOADED = {

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from bench import three_cameras
-from tests.pipelines.sources import taskonomy_files
+from tests.pipelines.data.sources import taskonomy_files
 
 CELEBA_NAMES = [
     "5_o_Clock_Shadow", "Arched_Eyebrows", "Attractive", "Bags_Under_Eyes", "Bald", "Bangs", "Big_Lips",

@@ -12,12 +12,12 @@ import torch
 from dmtg_core import Arrays, GroupingNetwork, InputSpec, Task, TrainSettings, fit
 from dmtg_core.training.checkpoint import save_network
 from pipelines.config.sections import DataSection
-from pipelines.ingest import Reader
-from pipelines.manifest import Manifest, Shard
-from pipelines.shards import table_of
-from pipelines.sources import INPUT, Column, Description
+from pipelines.data.manifest import Manifest, Shard
+from pipelines.data.reader import Reader
+from pipelines.data.shards import table_of
+from pipelines.data.sources.base import INPUT, Column, Description
+from pipelines.data.stream import StreamData
 from pipelines.storage import locate
-from pipelines.stream import StreamData
 from tests.dmtg_core.parallel import ProcessContext, spec_for
 
 NUMBER = Task("number", "regression")

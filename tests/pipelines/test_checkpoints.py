@@ -24,8 +24,9 @@ from pipelines.faults import LastingError, lasting_error
 from pipelines.notices import DAMAGED, UNWRITTEN
 from pipelines.storage import can_pass, locate
 from pipelines.watch import STACKS, Scratch
+from tests.paths import ROOT
 from tests.pipelines.conftest import make_config
-from tests.pipelines.driver import ROOT, in_own_mounts
+from tests.pipelines.driver import in_own_mounts
 
 
 class Told(list[tuple[str, str]]):

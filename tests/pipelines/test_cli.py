@@ -86,7 +86,7 @@ def test_without_shards_and_source_it_says_how_to_get_them(tmp_path: Path) -> No
 
 def test_unknown_source_kind_option_and_missing_root_are_named(config: str, tmp_path: Path, images: Path) -> None:
     pytest.importorskip("ray")
-    from pipelines.sources import build_source
+    from pipelines.data.sources import build_source
 
     with pytest.raises(UserError, match="unknown source kind 'foldr'"):
         build_source("foldr", str(images), {})

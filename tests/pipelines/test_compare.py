@@ -27,9 +27,9 @@ from pipelines.contestants import (
     pair_affinity,
     second_cells,
 )
+from pipelines.data.sources import build_source
 from pipelines.errors import UserError
 from pipelines.preflight import draw, judged, signal
-from pipelines.sources import build_source
 from pipelines.tables import TOO_SHORT, verdicts
 from tests.dmtg_core.planted import planted_data
 

@@ -21,11 +21,11 @@ from dmtg_core import GroupingNetwork
 from pipelines.cli import app
 from pipelines.config.loading import load_config
 from pipelines.config.validation import checked
+from pipelines.data.sources import SOURCES, build_source, options_model
+from pipelines.data.sources.rows import read_head
 from pipelines.errors import UserError
 from pipelines.guess import Look, feature, id_use, looks, split_use, target
 from pipelines.recipes import RECIPES, recipes
-from pipelines.sources import SOURCES, build_source, options_model
-from pipelines.sources.rows import read_head
 from pipelines.storage import locate
 
 RUNNER = CliRunner()
@@ -347,7 +347,7 @@ class TestHead:
             assert (len(rows), more) == (50, False)
         # of a file that is cut off, also in the middle of a letter, no row is halved
         for size in range(60, 70):
-            monkeypatch.setattr("pipelines.sources.rows.HEAD_BYTES", size)
+            monkeypatch.setattr("pipelines.data.sources.rows.HEAD_BYTES", size)
             rows, more = read_head(locate(str(tmp_path / "x.csv")), 20)
             assert more
             assert all(row.cells["b"] == f"ä, {row.cells['a']}" for row in rows)

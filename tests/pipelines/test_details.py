@@ -20,13 +20,13 @@ from dmtg_core.network.cost import inference_cost, naive_flops
 from dmtg_core.search.search import SearchOptions, SearchResult, search
 from dmtg_core.training.metrics import normalized_gain
 from pipelines import details, latency
+from pipelines.data.manifest import read_manifest
+from pipelines.data.reader import Reader
+from pipelines.data.stream import StreamData
 from pipelines.details import Look, details_of, said
-from pipelines.ingest import Reader
 from pipelines.latency import ALL, NAIVE, SINGLE
-from pipelines.manifest import read_manifest
 from pipelines.report.contact_sheet import ids_of
 from pipelines.storage import locate
-from pipelines.stream import StreamData
 from tests.pipelines.test_inspect import IMAGES, TASKS, image_samples, write
 
 VAL = 12

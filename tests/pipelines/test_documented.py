@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from tests.docs.pages import ROOT, blocks, commands, write_configurations
+from tests.docs.pages import blocks, commands, write_configurations
+from tests.paths import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.soak]
 TUTORIAL = ROOT / "docs" / "tutorial.md"

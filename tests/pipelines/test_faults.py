@@ -21,17 +21,9 @@ from pipelines.storage import locate
 from pipelines.train import train
 from pipelines.versions import list_models
 from pipelines.worker import read_jsonl
+from tests.paths import ROOT
 from tests.pipelines.conftest import make_config
-from tests.pipelines.driver import (
-    CHECKPOINTS,
-    OFTEN,
-    ROOT,
-    Driver,
-    Undisturbed,
-    disturbed,
-    in_own_mounts,
-    same,
-)
+from tests.pipelines.driver import CHECKPOINTS, OFTEN, Driver, Undisturbed, disturbed, in_own_mounts, same
 from tests.pipelines.s3_server import BUCKET, begin, end, free_port, serving, settings
 
 pytestmark = pytest.mark.ray

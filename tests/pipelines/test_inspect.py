@@ -16,19 +16,19 @@ from typer.testing import CliRunner
 
 from dmtg_core import InputSpec, Task
 from pipelines import inspect as inspecting
-from pipelines import shards
 from pipelines.cli import app
 from pipelines.config.loading import Config
-from pipelines.ingest import Reader
+from pipelines.data import shards
+from pipelines.data.manifest import FILE, read_manifest
+from pipelines.data.reader import Reader
+from pipelines.data.shards import make_plans, write_shard
+from pipelines.data.sources.base import BadSampleError, Column, Description, Entry
 from pipelines.inspect import inspect
-from pipelines.manifest import FILE, read_manifest
 from pipelines.report import contact_sheet, pictures
 from pipelines.report.dataset import frequent_reasons
-from pipelines.shards import make_plans, write_shard
-from pipelines.sources import BadSampleError, Column, Description, Entry
 from pipelines.storage import locate
 from tests.pipelines.conftest import make_config
-from tests.pipelines.test_shards import manifest_of
+from tests.pipelines.data.test_shards import manifest_of
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 SIDE = 4
@@ -316,8 +316,8 @@ def test_tokens_are_ids_where_there_is_no_tokenizer(tmp_path: Path) -> None:
 
 def test_tokens_are_text_where_the_manifest_has_their_tokenizer(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
-    from pipelines.preparation import load_preparation
-    from pipelines.sources.tokens import train_tokenizer
+    from pipelines.data.preprocessing import load_preparation
+    from pipelines.data.sources.tokens import train_tokenizer
 
     text = 'Thanks & "kind" <b>words</b>'
     trained = train_tokenizer([text, "kind words"], 300, 64, lowercase=False)

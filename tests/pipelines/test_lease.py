@@ -15,7 +15,7 @@ from pipelines import lease
 from pipelines.errors import UserError
 from pipelines.lease import Lease
 from pipelines.storage import locate
-from tests.pipelines.driver import ROOT
+from tests.paths import ROOT
 from tests.pipelines.s3_server import BUCKET
 
 HOLDER = """

@@ -20,22 +20,14 @@ import pytest
 from pipelines.config.loading import Config
 from pipelines.config.sections import RaySection
 from pipelines.config.validation import checked
+from pipelines.data.manifest import read_manifest
 from pipelines.errors import UserError
-from pipelines.manifest import read_manifest
 from pipelines.notices import HUNG, LOST, RESIZED, RESUMED, on_board, start_board
 from pipelines.storage import locate
 from pipelines.train import check_workers, run_workers, train
 from pipelines.worker import Job
-from tests.pipelines.driver import (
-    CHECKPOINTS,
-    OFTEN,
-    ROOT,
-    Undisturbed,
-    disturbed,
-    kill,
-    same,
-    workers,
-)
+from tests.paths import ROOT
+from tests.pipelines.driver import CHECKPOINTS, OFTEN, Undisturbed, disturbed, kill, same, workers
 
 pytestmark = pytest.mark.ray
 

@@ -15,10 +15,10 @@ from dmtg_core.network.encoders import EncoderSpec
 from dmtg_core.training.checkpoint import OutdatedNetworkError, save_network
 from pipelines.cells import FORMAT, Cell, CellJob, train_cells
 from pipelines.config.sections import TrackSection
+from pipelines.data.sources.base import Source
 from pipelines.errors import UserError
 from pipelines.faults import lasting_error
 from pipelines.registry import _branches, load_groups
-from pipelines.sources import Source
 from pipelines.storage import locate
 from pipelines.tracking import connect
 from pipelines.worker import CONFIG, check_models, read_model

@@ -26,9 +26,9 @@ from dmtg_core.training.data import Arrays
 from pipelines.cli import app
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
+from pipelines.data.manifest import FILE, Manifest
 from pipelines.errors import UserError
 from pipelines.evaluate import evaluate
-from pipelines.manifest import FILE, Manifest
 from pipelines.predict import PLAN, PREDICTIONS, Predicted, predict
 from pipelines.storage import locate
 from tests.pipelines.s3_server import BUCKET

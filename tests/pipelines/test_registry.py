@@ -21,10 +21,11 @@ from dmtg_core.grouping import Grouping
 from dmtg_core.network.encoders import EncoderSpec
 from pipelines.aliases import champion, champions, promote, rollback, set_challenger
 from pipelines.config.sections import TrackSection
+from pipelines.data.sources import build_source
+from pipelines.data.sources.base import Source
 from pipelines.errors import UserError
 from pipelines.pyfunc_model import GroupPredictor
 from pipelines.registry import load_groups
-from pipelines.sources import Source, build_source
 from pipelines.tracking import connect
 from pipelines.versions import list_models, registered_models, show_model, tags_of
 from tests.paths import ROOT

@@ -22,13 +22,13 @@ from pipelines import aliases
 from pipelines.config.loading import Config
 from pipelines.config.sections import RegroupSection
 from pipelines.config.validation import checked
+from pipelines.data.shards import shard
 from pipelines.errors import UserError
 from pipelines.judge import verdict_of
 from pipelines.lease import Lease
 from pipelines.nights import checked_night, newest
 from pipelines.registry import load_groups
 from pipelines.regroup import LEASE, regroup
-from pipelines.shards import shard
 from pipelines.storage import locate
 from pipelines.versions import list_models
 from tests.pipelines.driver import Driver, kill

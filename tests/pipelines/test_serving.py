@@ -23,8 +23,9 @@ from mlflow.exceptions import MlflowException
 
 from dmtg_core.network.encoders import EncoderSpec
 from pipelines.aliases import promote
+from pipelines.data.sources import build_source
+from pipelines.data.sources.base import INPUT, Source
 from pipelines.registry import load_groups
-from pipelines.sources import INPUT, Source, build_source
 from tests.pipelines.conftest import TASKS, write_images
 from tests.pipelines.mlflow_server import address, end, start
 from tests.pipelines.s3_server import free_port
@@ -214,7 +215,7 @@ def test_loading_needs_neither_ray_nor_pickles(served, store) -> None:
         assert set(answered) == tasks
         for task in tasks:
             np.testing.assert_allclose(answered[task], expected[task], rtol=1e-6, atol=1e-7)
-    assert modules == ["pipelines", "pipelines.preparation", "ray"]
+    assert modules == ["pipelines", "pipelines.data.preprocessing", "ray"]
 
 
 @contextlib.contextmanager

@@ -23,11 +23,11 @@ from pipelines.config.loading import Config
 from pipelines.config.sections import TrackSection
 from pipelines.config.validation import checked
 from pipelines.context import METRICS
+from pipelines.data.manifest import Manifest
+from pipelines.data.sources.base import Description
 from pipelines.errors import UserError
 from pipelines.handover import register_run
-from pipelines.manifest import Manifest
 from pipelines.mlflow_errors import reached, without_credentials
-from pipelines.sources import Description
 from pipelines.storage import Location, locate
 from pipelines.tracking import MlflowTracker, connect, open_tracker, shown
 from pipelines.train import Trained, train

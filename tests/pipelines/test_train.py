@@ -15,10 +15,10 @@ import yaml
 from dmtg_core import MetricSums
 from dmtg_core.training.checkpoint import load_model
 from pipelines.context import GATE, METRICS
+from pipelines.data.manifest import read_manifest
 from pipelines.errors import UserError
 from pipelines.evaluate import evaluate
 from pipelines.handover import stored_example
-from pipelines.manifest import read_manifest
 from pipelines.registry import load_groups
 from pipelines.report import page, task_rows, verdict
 from pipelines.storage import locate

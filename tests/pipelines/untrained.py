@@ -13,9 +13,10 @@ from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, Netw
 from dmtg_core.training.checkpoint import save_model
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
-from pipelines.manifest import Manifest
+from pipelines.data.manifest import Manifest
+from pipelines.data.sources import build_source
+from pipelines.data.sources.base import INPUT, Source
 from pipelines.registry import Registered, register
-from pipelines.sources import INPUT, Source, build_source
 from pipelines.storage import locate
 from pipelines.tracking import connect
 

@@ -6,9 +6,9 @@ import yaml
 
 from dmtg_core import GroupingNetwork, InputSpec, Task, TrainSettings
 from pipelines.config.loading import Config, load_config
+from pipelines.data.sources import build_source
 from pipelines.errors import UserError
 from pipelines.recipes import recipes
-from pipelines.sources import build_source
 
 
 @pytest.fixture

@@ -11,11 +11,12 @@ from dmtg_core import ArrayData, GroupingNetwork, LocalContext
 from dmtg_core.training.loop import TrainState
 from dmtg_core.training.step import WeighedLoss, step_noise, train_step
 from pipelines.config.loading import Config, load_config
-from pipelines.ingest import Reader
-from pipelines.manifest import Manifest
+from pipelines.data.manifest import Manifest
+from pipelines.data.reader import Reader
+from pipelines.data.shards import table_of
+from pipelines.data.sources import build_source
+from pipelines.data.sources.base import Description, Source
 from pipelines.recipes import recipes
-from pipelines.shards import table_of
-from pipelines.sources import Description, Source, build_source
 from pipelines.storage import locate
 from tests.pipelines import raw_data
 

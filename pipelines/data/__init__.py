@@ -1,0 +1,1 @@
+"""Data: raw sources to shards, statistics of shards, and shards to batches."""

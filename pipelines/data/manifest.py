@@ -1,0 +1,206 @@
+"""`_manifest.json`: what a shard folder holds. It is written last, so a folder without it is not a dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from dmtg_core.tasks import InputSpec, Task
+from pipelines.data import statistics
+from pipelines.data.sources.base import Column, Description
+from pipelines.errors import UserError
+from pipelines.storage import Location
+
+FILE = "_manifest.json"
+SCHEMA_VERSION = 2
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a shard folder holds.
+
+    Args:
+        description: Columns, tasks and input.
+        shards: Split → its shards, in reading order.
+        sums: Split → task → sums of `pipelines.data.statistics`.
+        source: Kind, root and options of the raw data.
+        quarantined: Samples left out, listed in `_quarantine.jsonl`.
+        group_rows: Samples of every row group of a shard but its last.
+    """
+
+    description: Description
+    shards: Mapping[str, Sequence[Shard]]
+    sums: Mapping[str, Mapping[str, statistics.Sums]]
+    source: Mapping[str, Any] = field(default_factory=dict)
+    quarantined: int = 0
+    group_rows: int = 1
+
+    def rows(self, split: str) -> int:
+        """Samples of a split."""
+        return sum(shard.rows for shard in self.shards.get(split, ()))
+
+    def files(self) -> list[str]:
+        """The names of all shards."""
+        return [shard.file for shards in self.shards.values() for shard in shards]
+
+    def digest(self) -> str:
+        """Twelve hex digits that change when any shard does."""
+        every = "".join(shard.sha256 for split in SPLITS for shard in self.shards.get(split, ()))
+        return hashlib.sha256(every.encode()).hexdigest()[:12]
+
+    def tasks(self, names: Sequence[str] | None, where: str) -> tuple[Task, ...]:
+        """The tasks called `names` in that order, or all.
+
+        Raises:
+            UserError: For a task that the shards do not have.
+        """
+        held = {task.name: task for task in self.description.tasks}
+        unknown = [name for name in names or () if name not in held]
+        if unknown:
+            raise UserError(
+                f"the shards have no task {', '.join(unknown)}",
+                where=where,
+                remedy=f"set data.tasks to some of {', '.join(held)}",
+            )
+        return self.description.tasks if names is None else tuple(held[name] for name in names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` reads it back."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "input": self.description.input.to_dict(),
+            "tasks": [task.to_dict() for task in self.description.tasks],
+            "columns": {
+                name: {"dtype": column.dtype, "shape": list(column.shape)}
+                for name, column in self.description.columns.items()
+            },
+            "preparation": dict(self.description.preparation),
+            "splits": {
+                split: {
+                    "rows": self.rows(split),
+                    "shards": [vars(shard) for shard in shards],
+                    "statistics": self.sums[split],
+                }
+                for split, shards in self.shards.items()
+            },
+            "rows": sum(self.rows(split) for split in self.shards),
+            "quarantined": self.quarantined,
+            "group_rows": self.group_rows,
+            "digest": self.digest(),
+            "source": dict(self.source),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
+        """The inverse of `to_dict`."""
+        columns = {name: Column(c["dtype"], tuple(c["shape"])) for name, c in values["columns"].items()}
+        tasks = tuple(Task.from_dict(task) for task in values["tasks"])
+        return cls(
+            description=Description(InputSpec(**values["input"]), tasks, columns, values["preparation"]),
+            shards={split: [Shard(**s) for s in v["shards"]] for split, v in values["splits"].items()},
+            sums={split: v["statistics"] for split, v in values["splits"].items()},
+            source=values["source"],
+            quarantined=values["quarantined"],
+            group_rows=values["group_rows"],
+        )
+
+
+def read_manifest(folder: Location) -> Manifest:
+    """The manifest of a shard folder.
+
+    Raises:
+        UserError: When there is none, or it is of another schema version.
+    """
+    file = folder / FILE
+    if not file.exists():
+        folder.check_bucket()
+        raise UserError(
+            "no dataset here: the folder has no manifest",
+            where=str(file),
+            remedy="run dmtg shard, or let data.shards name a folder that it has finished",
+        )
+    values = file.read_json()
+    if values.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(
+            f"the manifest has schema {values.get('schema_version')!r}, this version reads {SCHEMA_VERSION}",
+            where=str(file),
+            remedy="make the shards again with dmtg shard",
+        )
+    return Manifest.from_dict(values)
+
+
+def listed_files(folder: Location) -> list[str] | None:
+    """The shards that a manifest of any schema version lists; None where there is no such manifest."""
+    try:
+        values = json.loads((folder / FILE).read_bytes())
+        splits = values["splits"].values() if values["schema_version"] else ()
+        return [str(shard["file"]) for split in splits for shard in split["shards"]]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # another program's file
+        return None
+
+
+def broken_shards(folder: Location, manifest: Manifest, *, checksums: bool) -> list[str]:
+    """What is wrong with the files, a line each: missing, of another size or, if asked, checksum."""
+    shards = [shard for split in manifest.shards.values() for shard in split]
+    with ThreadPoolExecutor(8) as pool:  # reading and hashing both release the interpreter
+        found = pool.map(lambda shard: _broken(folder, shard, checksums), shards)
+        return [problem for problem in found if problem]
+
+
+def _broken(folder: Location, shard: Shard, checksum: bool) -> str:
+    file = folder / shard.file
+    size = file.size()
+    if size is None:
+        return f"{shard.file} is missing"
+    if size != shard.bytes:
+        return f"{shard.file} has {size} bytes, the manifest says {shard.bytes}"
+    if checksum and hashlib.sha256(file.read_bytes()).hexdigest() != shard.sha256:
+        return f"{shard.file} does not have the checksum of the manifest"
+    return ""
+
+
+def check_shards(folder: Location, manifest: Manifest, *, checksums: bool) -> None:
+    """Stop before anything expensive when a shard is not what was written.
+
+    Raises:
+        UserError: Naming up to five of the files.
+    """
+    broken = broken_shards(folder, manifest, checksums=checksums)
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise UserError(
+            "; ".join(broken[:5]) + more,
+            where=str(folder),
+            remedy="delete these files and run dmtg shard again: it makes only what is missing",
+        )
+
+
+def check_targets(manifest: Manifest, tasks: Sequence[Task], where: str) -> None:
+    """Stop when a target is constant: training on it looks perfect and means nothing.
+
+    Raises:
+        UserError: Naming every such task and what its only value is.
+    """
+    reasons = {task.name: statistics.constant(manifest.sums["train"][task.name]) for task in tasks}
+    bad = {name: reason for name, reason in reasons.items() if reason}
+    if bad:
+        raise UserError(
+            "; ".join(f"task {name} is constant in the training split: {reason}" for name, reason in bad.items()),
+            where=where,
+            remedy="leave it out of data.tasks, or look with dmtg inspect at how its labels were read",
+        )

@@ -1,0 +1,387 @@
+"""Raw samples to Parquet shards, as a Ray Data job: one task a shard, so that memory is bounded by a shard.
+
+A shard is a pure function of its plan. It is written whole with a small file beside it that says what it holds;
+a job that was killed keeps every shard that has one and makes the rest. Shards of another plan have other names.
+The manifest comes last, and until then the data set before stays whole; then what only that one needs is removed
+(`pipelines.data.shard_folder`). Within a shard, one row group of samples is held in memory at a time, and the
+encoded bytes of those before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import math
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dmtg_core.tasks import Task
+from pipelines.cluster import session
+from pipelines.config.loading import Config
+from pipelines.config.sections import DataSection, SourceSection
+from pipelines.data import statistics
+from pipelines.data.manifest import FILE, SPLITS, Manifest, Shard, check_shards, read_manifest
+from pipelines.data.shard_folder import (
+    PARTS,
+    REFUSED,
+    check_apart,
+    read_records,
+    record_job,
+    remove_superseded,
+)
+from pipelines.data.sources import build_source
+from pipelines.data.sources.base import BadSampleError, Column, Description, Entry, Source
+from pipelines.data.sources.encoding import encode_like
+from pipelines.errors import UserError
+from pipelines.storage import Location, locate
+
+QUARANTINE = "_quarantine.jsonl"
+PLAN = b"dmtg.plan"  # metadata of a shard
+SHARD_BYTES = 64 * 2**20  # decoded, of a shard whose number of rows is not given
+GROUP_BYTES = 16 * 2**20  # decoded, of a row group: what one reading task of training takes at a time
+READERS = 4  # samples that a task opens at once: over a network the waits overlap
+Row = tuple[str, Mapping[str, "np.ndarray | None"]]  # id and columns
+Sample = tuple[Entry, "dict[str, np.ndarray | None] | str"]  # columns, or why there are none
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard to make: its file name, the samples that go into it, and a digest of these and the options."""
+
+    file: str
+    entries: tuple[Entry, ...]
+    digest: str
+
+    @property
+    def split(self) -> str:
+        """The split that all of its samples belong to."""
+        return self.entries[0].split
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What `shard` did."""
+
+    manifest: Manifest
+    made: int
+    kept: int
+
+
+def shard(config: Config, progress: Callable[[str], None] = log.info) -> ShardReport:
+    """Make the shards of `config.source` in `config.data.shards`; those already whole are kept.
+
+    Ray is started where it is not running, and only for shards that have to be made.
+
+    Raises:
+        UserError: For a source that cannot be used, for a folder that holds something else than shards, and when
+            more than `data.max_bad_fraction` of the samples cannot be used. A data set that was there stays.
+    """
+    if config.source is None or not config.source.given:
+        raise UserError(
+            "there is no raw data to make shards from",
+            where="source.root",
+            remedy="set source.kind and source.root, or data.shards to finished shards",
+            wrong_use=True,
+        )
+    folder = locate(config.data.shards)
+    source = build_source(config.source.kind, config.source.root, config.source.options)
+    check_apart(folder, config.source)
+    records = read_records(folder)
+    record_job(folder, records.files)  # before anything else, so that the folder is known again after a kill
+    folder.check_writable()
+    progress(f"listing the samples of {config.source.root or config.source.kind}")
+    entries = source.entries()
+    description = _description(source, config.data.like)
+    plans = make_plans(entries, description, config.source, config.data)
+    files = records.files | {plan.file for plan in plans}
+    record_job(folder, files)
+    parts = {plan.digest: part for plan in plans if (part := finished_part(folder, plan, records.notes))}
+    todo = [plan for plan in plans if plan.digest not in parts]
+    progress(f"{len(entries)} samples, {len(plans)} shards: {len(parts)} are there, {len(todo)} to make")
+    check_bad(parts.values(), len(entries), config.data.max_bad_fraction, folder)
+    with session(config.ray) if todo else nullcontext():  # not before a source that is missing has been missed
+        for done, part in enumerate(_run(source, description, todo, folder, config), start=1):
+            parts[part["digest"]] = part
+            progress(f"shard {done}/{len(todo)}: {part['shard']['file']}, {part['shard']['rows']} samples")
+            check_bad(parts.values(), len(entries), config.data.max_bad_fraction, folder)
+    manifest = _publish(folder, description, plans, parts, config)
+    remove_superseded(folder, files, manifest.files())
+    return ShardReport(manifest, len(todo), len(plans) - len(todo))
+
+
+def _description(source: Source, like: str) -> Description:
+    if not like:
+        return source.describe()
+    return encode_like(source, read_manifest(locate(like)).description, like)
+
+
+def check_bad(parts: Iterable[Mapping[str, Any]], samples: int, most: float, folder: Location) -> None:
+    """Stop as soon as more samples are bad than the whole set may have, not when hours of work are done.
+
+    Raises:
+        UserError: With up to three of the reasons; all are in a file of this job, as `_quarantine.jsonl` belongs
+            to the data set before.
+    """
+    bad = [one for part in parts for one in part["quarantined"]]
+    if len(bad) > most * samples:
+        refused = folder / PARTS / REFUSED
+        _write_quarantine(refused, bad)
+        reasons = "; ".join(f"{one['id']}: {one['reason']}" for one in bad[:3])
+        raise UserError(
+            f"{len(bad)} of {samples} samples cannot be used so far, more than data.max_bad_fraction={most:g} "
+            f"allows. {reasons}",
+            where=str(refused),
+            remedy="mend the samples, or raise data.max_bad_fraction; finished shards are kept",
+        )
+
+
+def _write_quarantine(file: Location, bad: Iterable[Mapping[str, str]]) -> None:
+    file.write_text("".join(json.dumps(one) + "\n" for one in bad))
+
+
+def group_rows(description: Description) -> int:
+    """Samples of a row group."""
+    return max(GROUP_BYTES // description.row_bytes, 16)
+
+
+def make_plans(
+    entries: Sequence[Entry], description: Description, source: SourceSection, data: DataSection
+) -> list[ShardPlan]:
+    """Cut the samples of each split, mixed by the hash of their ids, into shards.
+
+    Raises:
+        UserError: When there are no samples, none for training, or two with one id.
+    """
+    twice = sorted(name for name, count in Counter(entry.id for entry in entries).items() if count > 1)
+    if twice:
+        raise UserError(
+            f"{len(twice)} ids occur more than once: {', '.join(twice[:5])}",
+            where=source.root,
+            remedy="give every sample an id of its own",
+        )
+    by_split: dict[str, list[Entry]] = {split: [] for split in SPLITS}
+    for entry in entries:
+        by_split[entry.split].append(entry)
+    if not by_split["train"] or not by_split["val"]:
+        raise UserError(
+            f"splits hold {', '.join(f'{k}: {len(v)}' for k, v in by_split.items())} samples",
+            where=source.root,
+            remedy="training needs samples for train and val; check the split column or file",
+        )
+    described = [description.input.to_dict(), [task.to_dict() for task in description.tasks]]
+    described.append(dict(description.preparation))
+    options = json.dumps([described, source.kind, source.options, data.compression], sort_keys=True, default=str)
+    size = data.rows_per_shard or min(max(SHARD_BYTES // description.row_bytes, 64), 8192)
+    plans = []
+    for split, members in by_split.items():
+        # neighbours on disk are alike; a hash mixes them the same way on every machine
+        mixed = sorted(members, key=lambda entry: hashlib.sha256(entry.id.encode()).digest())
+        for start in range(0, len(mixed), size):
+            chosen = tuple(mixed[start : start + size])
+            text = options + json.dumps([asdict(entry) for entry in chosen], sort_keys=True, default=str)
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            plans.append(ShardPlan(f"{split}-{start // size:05d}-{digest[:12]}.parquet", chosen, digest))
+    return plans
+
+
+def finished_part(
+    folder: Location, plan: ShardPlan, notes: Mapping[str, Sequence[dict[str, Any]]]
+) -> dict[str, Any] | None:
+    """What is known of a shard that is whole and made to the same plan; None where it has to be made.
+
+    Args:
+        folder: Of the shards.
+        plan: What the shard is to hold; its file can have another name, as those of earlier versions do.
+        notes: By digest, as `Records` has them.
+    """
+    for part in notes.get(plan.digest, ()):
+        file = folder / part["shard"]["file"]
+        if file.size() == part["shard"]["bytes"] and _plan_of(file) == plan.digest:
+            return part
+    return None
+
+
+def _plan_of(file: Location) -> str:
+    """The digest of the plan that a shard was made to, from its own footer: files can change places."""
+    try:
+        with file.filesystem.open_input_file(file.path) as opened:
+            held = pq.ParquetFile(opened).schema_arrow.metadata or {}
+    except (OSError, pa.ArrowInvalid):
+        return ""
+    return held.get(PLAN, b"").decode()
+
+
+def _run(
+    source: Source, description: Description, plans: Sequence[ShardPlan], folder: Location, config: Config
+) -> Iterator[dict[str, Any]]:
+    """Write the shards as Ray Data tasks; what each of them holds, as they finish."""
+    if not plans:
+        return
+    import ray
+
+    def make(row: dict[str, Any]) -> dict[str, Any]:
+        plan = pickle.loads(row["plan"])  # noqa: S301 - written a few lines below by this very job
+        try:
+            return {"part": json.dumps(write_shard(source, description, plan, folder, config.data.compression))}
+        except UserError as error:  # Ray Data would pass on its text alone
+            return {"part": json.dumps({"error": error.to_dict()})}
+
+    dataset = ray.data.from_items([{"plan": pickle.dumps(plan)} for plan in plans], override_num_blocks=len(plans))
+    tasks = min(math.ceil(config.ray.data_cpus), len(plans))
+    for row in dataset.map(make, concurrency=tasks).iter_rows():
+        part = json.loads(row["part"])
+        if "error" in part:
+            raise UserError(**part["error"])
+        yield part
+
+
+def write_shard(
+    source: Source, description: Description, plan: ShardPlan, folder: Location, compression: str
+) -> dict[str, Any]:
+    """Read the samples of a plan and write its shard, then the note beside it.
+
+    Returns:
+        The note: the plan's digest, the `Shard`, sums a task, and what had to be quarantined.
+    """
+    quarantined: list[dict[str, str]] = []
+    sums: dict[str, list[statistics.Sums]] = {task.name: [] for task in description.tasks}
+    sink, rows = io.BytesIO(), 0
+    # dictionaries and page statistics cost time and say nothing about pixels
+    with pq.ParquetWriter(
+        sink,
+        schema(description).with_metadata({PLAN: plan.digest}),
+        compression=compression,
+        use_dictionary=False,
+        write_statistics=False,
+    ) as writer:
+        for group in _groups(_samples(source, plan.entries), group_rows(description), quarantined):
+            writer.write_table(table_of(description, group), row_group_size=len(group))
+            rows += len(group)
+            for task in description.tasks:
+                sums[task.name].append(_sums(task, group))
+    data = sink.getvalue()
+    (folder / plan.file).write_bytes(data)
+    written = Shard(plan.file, rows, len(data), hashlib.sha256(data).hexdigest())
+    part = {
+        "digest": plan.digest,
+        "shard": asdict(written),
+        # a shard whose samples are all bad has sums of nothing
+        "sums": {t.name: statistics.merge(sums[t.name] or [_sums(t, [])]) for t in description.tasks},
+        "quarantined": quarantined,
+    }
+    (folder / PARTS / f"{plan.file}.json").write_json(part)
+    return part
+
+
+def _samples(source: Source, entries: Sequence[Entry]) -> Iterator[Sample]:
+    """The samples in order, a few of them opened at once."""
+
+    def read(entry: Entry) -> Sample:
+        try:
+            return entry, source.read(entry)
+        except BadSampleError as error:
+            return entry, str(error)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(entries), READERS):
+            yield from pool.map(read, entries[start : start + READERS])
+
+
+def _groups(samples: Iterable[Sample], size: int, quarantined: list[dict[str, str]]) -> Iterator[list[Row]]:
+    """Rows in lists of `size`; samples without columns are added to `quarantined`."""
+    group: list[Row] = []
+    for entry, found in samples:
+        if isinstance(found, str):
+            quarantined.append({"id": entry.id, "split": entry.split, "reason": found})
+            continue
+        group.append((entry.id, found))
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _sums(task: Task, rows: Sequence[Row]) -> statistics.Sums:
+    labels = [row[f"task.{task.name}"] for _, row in rows]
+    return statistics.label_sums(task, labels, [row.get(f"mask.{task.name}") for _, row in rows])
+
+
+def schema(description: Description) -> pa.Schema:
+    """Columns of a shard: a tensor is one binary value, a number a column of its own type."""
+    fields = [pa.field("id", pa.string())]
+    for name, column in description.columns.items():
+        plain = column.shape == ()
+        fields.append(pa.field(name, pa.from_numpy_dtype(np.dtype(column.dtype)) if plain else pa.binary()))
+    return pa.schema(fields)
+
+
+def table_of(description: Description, rows: Sequence[Row]) -> pa.Table:
+    """The rows as a table of `schema`.
+
+    Raises:
+        ValueError: When a value is not of the dtype and shape that the description says.
+    """
+    arrays = [pa.array([row_id for row_id, _ in rows], pa.string())]
+    arrays += [_arrow(name, c, [row.get(name) for _, row in rows]) for name, c in description.columns.items()]
+    return pa.table(arrays, schema=schema(description))
+
+
+def _arrow(name: str, column: Column, values: Sequence[np.ndarray | None]) -> pa.Array:
+    for value in values:
+        if value is not None and (str(value.dtype) != column.dtype or value.shape != column.shape):
+            raise ValueError(
+                f"column {name}: expected {column.dtype} {column.shape}, got {value.dtype} {value.shape}"
+            )
+    if column.shape == ():
+        kind = pa.from_numpy_dtype(np.dtype(column.dtype))
+        return pa.array([None if v is None else v.item() for v in values], kind)
+    little = np.dtype(column.dtype).newbyteorder("<")
+    return pa.array([None if v is None else v.astype(little, copy=False).tobytes() for v in values], pa.binary())
+
+
+def _publish(
+    folder: Location,
+    description: Description,
+    plans: Sequence[ShardPlan],
+    parts: Mapping[str, dict[str, Any]],
+    config: Config,
+) -> Manifest:
+    """Write the manifest, and with it put the new data set in the place of the one before."""
+    by_split = {split: [parts[plan.digest] for plan in plans if plan.split == split] for split in SPLITS}
+    quarantined = [bad for held in by_split.values() for part in held for bad in part["quarantined"]]
+    manifest = Manifest(
+        description=description,
+        shards={split: [Shard(**p["shard"]) for p in held] for split, held in by_split.items()},
+        sums={
+            split: {t.name: statistics.merge([p["sums"][t.name] for p in held]) for t in description.tasks}
+            for split, held in by_split.items()
+        },
+        source=config.source.model_dump() if config.source else {},
+        quarantined=len(quarantined),
+        group_rows=group_rows(description),
+    )
+    check_shards(folder, manifest, checksums=False)  # another job can have removed what this one began with
+    (folder / FILE).write_json(manifest.to_dict())
+    _write_quarantine(folder / QUARANTINE, quarantined)
+    return manifest
+
+
+def ensure_shards(config: Config, progress: Callable[[str], None] = log.info) -> Manifest:
+    """The manifest of `data.shards`; shards that do not exist yet are made when `source` is given."""
+    folder = locate(config.data.shards)
+    if (folder / FILE).exists() or config.source is None or not config.source.given:
+        return read_manifest(folder)
+    return shard(config, progress).manifest

@@ -1,0 +1,240 @@
+"""CelebA: aligned photographs of faces with 40 attributes, each present or not.
+
+```
+root/img_align_celeba/000001.jpg     178×218; or root/Img/img_align_celeba/…
+root/list_attr_celeba.txt            count, names, then `000001.jpg -1 1 …`; or root/Anno/…
+root/list_eval_partition.txt         `000001.jpg 0`: 0 train, 1 validation, 2 test; or root/Eval/…
+```
+
+The data set's licence is non-commercial and forbids passing it on: none of it is part of this project. Get it
+from its authors (mmlab.ie.cuhk.edu.hk/projects/CelebA.html) and keep to their terms.
+
+As in the paper, the whole aligned image is resized to a square, with its values in [0, 1] and no augmentation.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Container, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from dmtg_core.tasks import InputSpec, Task
+from pipelines.config.validation import Section, checked
+from pipelines.data.sources.base import INPUT, BadSampleError, Column, Description, Entry
+from pipelines.data.sources.images import read_image, resize_rgb, rgb
+from pipelines.data.sources.rows import SPLITS, check_root, check_unique
+from pipelines.errors import UserError
+from pipelines.storage import Location
+
+log = logging.getLogger(__name__)
+
+ALIGNED = (178, 218)  # width and height of every aligned image
+_PARTITIONS = {str(number): split for number, split in enumerate(SPLITS)}
+_FLAGS = {"-1": "0", "1": "1"}
+_IMAGES = ("img_align_celeba", "Img/img_align_celeba")
+_ATTRIBUTES = ("list_attr_celeba.txt", "Anno/list_attr_celeba.txt")
+_PARTITION = ("list_eval_partition.txt", "Eval/list_eval_partition.txt")
+_LAYOUT = "img_align_celeba/<image>.jpg, list_attr_celeba.txt and list_eval_partition.txt"
+
+
+class CelebaOptions(Section):
+    """`attributes` are the ones to read, by their names in the file; images are stored `size` × `size`."""
+
+    attributes: Literal["all"] | tuple[str, ...] = Field("all", min_length=1)
+    size: int = Field(64, ge=8, le=4096)
+
+
+class CelebaSource:
+    """Reads CelebA as its authors give it out. See `CelebaOptions` for the options.
+
+    Raises:
+        UserError: For a wrong option and a root that does not exist.
+    """
+
+    def __init__(self, root: Location, options: Mapping[str, Any]) -> None:
+        self._options = checked(CelebaOptions, options, "source.options")
+        self._root = root
+        check_root(root, _LAYOUT)
+        if len(set(self._asked)) < len(self._asked):
+            raise UserError(
+                f"an attribute is named twice: {', '.join(self._asked)}",
+                where="source.options.attributes",
+                remedy="name each attribute once",
+                wrong_use=True,
+            )
+
+    def describe(self) -> Description:
+        """The image and one flag an attribute. Reads the file of attributes, for their names.
+
+        Raises:
+            UserError: For an attribute that is not in the file.
+        """
+        size = self._options.size
+        columns = {INPUT: Column("uint8", (size, size, 3))}
+        columns |= {f"task.{name}": Column("uint8") for name in self._names}
+        image = InputSpec("image", (size, size, 3), "uint8", (0.0,), (255.0,))
+        return Description(image, tuple(Task(name, "binary") for name in self._names), columns)
+
+    def entries(self) -> list[Entry]:
+        """One sample a row of the file of attributes, in its order; no image is opened.
+
+        Raises:
+            UserError: For a file that is missing, a row that is not of its form, an image that is listed twice
+                or has no split.
+        """
+        table = _first_there(self._root, _ATTRIBUTES)
+        header, rows = _attribute_rows(table)
+        splits = self._splits([image for image, _ in rows], table)
+        self._count_unlisted(splits)
+        chosen = [header.index(name) for name in self._names]
+        return [
+            Entry(image, splits[image], {"flags": "".join([flags[i] for i in chosen])}) for image, flags in rows
+        ]
+
+    def read(self, entry: Entry) -> dict[str, np.ndarray | None]:
+        """The image and the flags of one row.
+
+        Raises:
+            BadSampleError: For an image that is missing, damaged or of another size than the aligned ones.
+        """
+        location = self._images / entry.id
+        image = rgb(read_image(location), str(location))
+        if image.size != ALIGNED:
+            raise BadSampleError(
+                f"{location} is {image.width}×{image.height}, an aligned image {ALIGNED[0]}×{ALIGNED[1]}"
+            )
+        flags = zip(self._names, entry.fields["flags"], strict=True)
+        return {
+            INPUT: resize_rgb(image, self._options.size),
+            **{f"task.{name}": np.asarray(int(flag), np.uint8) for name, flag in flags},
+        }
+
+    @property
+    def _asked(self) -> tuple[str, ...]:
+        return () if self._options.attributes == "all" else self._options.attributes
+
+    # both are cached, because they travel with a pickled reader and spare each worker a look at the storage
+    @cached_property
+    def _images(self) -> Location:
+        return _first_there(self._root, _IMAGES)
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        """The attributes to read."""
+        table = _first_there(self._root, _ATTRIBUTES)
+        header = _header(_lines(table), table)
+        unknown = [name for name in self._asked if name not in header]
+        if unknown:
+            nearest = difflib.get_close_matches(unknown[0], header, n=3, cutoff=0.4) or header
+            raise UserError(
+                f"no attribute {', '.join(unknown)} in {table}",
+                where="source.options.attributes",
+                remedy=f"did you mean {', '.join(nearest)}?",
+                wrong_use=True,
+            )
+        return self._asked or tuple(header)
+
+    def _splits(self, images: Sequence[str], table: Location) -> dict[str, str]:
+        """The split of every image that the partition lists, which are at least `images`."""
+        check_unique(images, str(table))
+        partition = _first_there(self._root, _PARTITION)
+        splits = _read_partition(partition)
+        without = [image for image in images if image not in splits]
+        if without:
+            raise UserError(
+                f"{len(without)} images of {table.name} have no split: {', '.join(without[:5])}",
+                where=str(partition),
+                remedy="restore the two files of one download",
+            )
+        if len(splits) > len(images):
+            log.warning("%s lists %d images without attributes: left out", partition, len(splits) - len(images))
+        return splits
+
+    def _count_unlisted(self, listed: Container[str]) -> None:
+        unlisted = sum(name not in listed for name in self._images.files(recursive=False))
+        if unlisted:
+            log.warning("%s: %d files are in no list: left out", self._images, unlisted)
+
+
+def _first_there(root: Location, places: Sequence[str]) -> Location:
+    """The first of some places that exists.
+
+    Raises:
+        UserError: With all of them.
+    """
+    for place in places:
+        if (root / place).exists():
+            return root / place
+    raise UserError(
+        f"no {places[0]}",
+        where=str(root),
+        remedy=f"put it to {' or '.join(str(root / place) for place in places)}",
+    )
+
+
+def _lines(location: Location) -> list[str]:
+    try:
+        return location.read_text().splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"not a text file: {error}", where=str(location), remedy="restore the file") from error
+
+
+def _read_partition(partition: Location) -> dict[str, str]:
+    """The split of each image."""
+    rows = [(line, text.split()) for line, text in enumerate(_lines(partition), start=1) if text.strip()]
+    for line, cells in rows:
+        if len(cells) != 2 or cells[1] not in _PARTITIONS:
+            raise UserError(
+                f"line {line} is {' '.join(cells)!r}, expected an image and 0, 1 or 2",
+                where=str(partition),
+                remedy="correct the line, or restore the file",
+            )
+    check_unique([cells[0] for _, cells in rows], str(partition))
+    return {image: _PARTITIONS[number] for _, (image, number) in rows}
+
+
+def _header(lines: Sequence[str], table: Location) -> list[str]:
+    """The names of the attributes."""
+    if len(lines) < 3 or not lines[0].strip().isdecimal():
+        raise UserError(
+            "not a file of attributes: it needs a line with the count of images, one with the names, and rows",
+            where=str(table),
+            remedy="restore list_attr_celeba.txt as its authors give it out",
+        )
+    names = lines[1].split()
+    check_unique(names, f"{table}, line 2")
+    return names
+
+
+def _attribute_rows(table: Location) -> tuple[list[str], list[tuple[str, str]]]:
+    """The names of the attributes; and of every image its name and a 0 or 1 for each of them."""
+    lines = _lines(table)
+    header = _header(lines, table)
+    rows = [_row(line, text, header, table) for line, text in enumerate(lines[2:], start=3) if text.strip()]
+    if len(rows) != int(lines[0]):
+        raise UserError(
+            f"line 1 says {int(lines[0])} images, the file has {len(rows)} rows",
+            where=str(table),
+            remedy="restore the file, or correct its first line",
+        )
+    return header, rows
+
+
+def _row(line: int, text: str, header: Sequence[str], table: Location) -> tuple[str, str]:
+    image, *cells = text.split()
+    flags = "".join([_FLAGS.get(cell, "?") for cell in cells])
+    if len(flags) == len(header) and "?" not in flags:
+        return image, flags
+    found = f"{len(cells)} cells after the image"
+    if len(cells) == len(header):
+        found = f"{cells[flags.index('?')]!r} for {header[flags.index('?')]}"
+    raise UserError(
+        f"line {line} has {found}, expected {len(header)} cells of -1 or 1",
+        where=str(table),
+        remedy="correct the line, or restore the file",
+    )

@@ -1,0 +1,138 @@
+"""A folder of images and a CSV file of their labels.
+
+```
+root/labels.csv        image,label,kids,split
+root/images/<image>.jpg
+```
+
+A task reads one column. An empty cell is a missing label. Rows that a task's `drop` names are left out of the
+data set; nothing else is: a row whose image or label cannot be used is a bad sample with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+from pydantic import Field
+
+from pipelines.config.validation import Section, checked
+from pipelines.data.sources.base import INPUT, Column, Description, Entry
+from pipelines.data.sources.images import image_input, read_image, rgb
+from pipelines.data.sources.labels import LabelTask, Target, kept_rows, label_targets
+from pipelines.data.sources.rows import SPLIT_COLUMN, Row, check_ids, check_root, read_table, split_of
+from pipelines.storage import Location
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_GREY = (127, 127, 127)
+
+
+class FolderOptions(Section):
+    """Where images and labels are below the root, and what is predicted.
+
+    `suffix` is added to an id without an extension. Images are stored `size` × `size`: `resize` is "pad" (the
+    whole image, aspect kept, on mid-grey, which is near zero after normalisation), "crop" (the central square)
+    or "stretch" (the whole image, aspect lost). Without a split column the split is by hash of the id.
+    """
+
+    labels: str = "labels.csv"
+    images: str = "images"
+    image_column: str = "image"
+    suffix: str = ".jpg"
+    size: int = Field(64, ge=1)
+    resize: Literal["stretch", "crop", "pad"] = "pad"
+    split_column: str | None = SPLIT_COLUMN
+    tasks: tuple[LabelTask, ...] = Field(min_length=1)
+
+
+class FolderSource:
+    """Reads an image folder with a CSV of labels. See `FolderOptions` for the options.
+
+    Raises:
+        UserError: For a wrong option, and for a root or a folder of images that does not exist.
+    """
+
+    def __init__(self, root: Location, options: Mapping[str, Any]) -> None:
+        self._options = checked(FolderOptions, options, "source.options")
+        self._root = root
+        layout = f"{self._options.labels} and the folder {self._options.images}/"
+        check_root(root, layout)
+        check_root(root / self._options.images, "the images")
+
+    def describe(self) -> Description:
+        """The image and one number a task. Reads the CSV file, for its classes and statistics."""
+        size = self._options.size
+        columns = {INPUT: Column("uint8", (size, size, 3))}
+        columns |= {f"task.{target.task.name}": target.stored for target in self._targets}
+        return Description(image_input(size), tuple(target.task for target in self._targets), columns)
+
+    def entries(self) -> list[Entry]:
+        """One sample a row that is not dropped, in the order of the file.
+
+        Raises:
+            UserError: For a missing column, an id that is empty or occurs twice, an unknown split.
+        """
+        return [self._entry(row) for row in self._rows]
+
+    def read(self, entry: Entry) -> dict[str, np.ndarray | None]:
+        """The image and the labels of one row.
+
+        Raises:
+            BadSampleError: For an image that is missing or damaged, and for a label that does not fit its task.
+        """
+        values = {f"task.{t.task.name}": t.value(entry.fields["row"]) for t in self._targets}
+        location = self._root / self._options.images / entry.fields["file"]
+        image = rgb(read_image(location), str(location))
+        return {INPUT: _square(image, self._options.size, self._options.resize), **values}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a worker gets the rows that it reads with their entries
+        return {name: value for name, value in vars(self).items() if name != "_rows"}
+
+    @property
+    def _table(self) -> Location:
+        return self._root / self._options.labels
+
+    @cached_property
+    def _rows(self) -> list[Row]:
+        options = self._options
+        needed = [options.image_column, *(task.column for task in options.tasks)]
+        if options.split_column not in (None, SPLIT_COLUMN):
+            needed.append(str(options.split_column))  # asked for by name, so it must be there
+        rows = read_table(self._table, list(dict.fromkeys(needed)))
+        ids = [row.cells[options.image_column] for row in rows]
+        check_ids(ids, rows, options.image_column, str(self._table))
+        return kept_rows(rows, options.tasks, str(self._table))
+
+    def _entry(self, row: Row) -> Entry:
+        name = row.cells[self._options.image_column]
+        has_extension = PurePosixPath(name).suffix.lower() in EXTENSIONS
+        cells = {task.column: row.cells[task.column] for task in self._options.tasks}
+        file = name if has_extension else name + self._options.suffix
+        return Entry(name, self._split(row), {"file": file, "row": Row(row.line, cells)})
+
+    def _split(self, row: Row) -> str:
+        options = self._options
+        return split_of(row, options.split_column, row.cells[options.image_column], str(self._table))
+
+    @cached_property
+    def _targets(self) -> tuple[Target, ...]:
+        # cached, because it travels with a pickled reader and spares each worker the table
+        splits = [self._split(row) for row in self._rows]
+        return label_targets(self._options.tasks, self._rows, splits, str(self._table))
+
+
+def _square(image: Image.Image, size: int, how: str) -> np.ndarray:
+    """An RGB image as uint8 (size, size, 3)."""
+    box, smooth = (size, size), Image.Resampling.BILINEAR
+    if how == "pad":
+        image = ImageOps.pad(image, box, smooth, color=_GREY)
+    elif how == "crop":
+        image = ImageOps.fit(image, box, smooth)
+    else:
+        image = image.resize(box, smooth)
+    return np.asarray(image)

@@ -1,0 +1,157 @@
+"""What the readers of pictures share: exact decoding and resizing."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dmtg_core.tasks import InputSpec
+from pipelines.data.sources.base import BadSampleError
+from pipelines.storage import Location
+
+# mean and standard deviation of ImageNet's photographs, a channel, in the 0..255 units that are stored
+_IMAGE_MEAN = (123.675, 116.28, 103.53)
+_IMAGE_STD = (58.395, 57.12, 57.375)
+
+# what Pillow raises for a damaged file differs by format and by where the damage is
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def image_input(size: int) -> InputSpec:
+    """The input of a network that reads RGB images of `size` × `size`."""
+    return InputSpec("image", (size, size, 3), "uint8", _IMAGE_MEAN, _IMAGE_STD)
+
+
+def read_image(location: Location) -> Image.Image:
+    """A picture with all of its pixels decoded.
+
+    Raises:
+        BadSampleError: When the file is missing or cannot be decoded to its end. A storage that fails is no
+            fault of the sample, so other errors pass through.
+    """
+    try:
+        data = location.read_bytes()
+    except (FileNotFoundError, PermissionError) as error:
+        raise BadSampleError(f"cannot open the file {location}: {_reason(error)}") from error
+    return decode_image(data, str(location))
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """`read_image` of bytes that are there already; `name` is for the message."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()  # `open` reads the header alone: a file that is cut off shows here
+        ImageOps.exif_transpose(image, in_place=True)  # a camera writes how it was held beside the pixels
+    except UnidentifiedImageError as error:
+        raise BadSampleError(f"not an image: {name}") from error
+    except _DAMAGE as error:
+        raise BadSampleError(f"damaged image {name}: {error}") from error
+    return image
+
+
+def _reason(error: OSError) -> str:
+    return "there is no such file" if isinstance(error, FileNotFoundError) else "not allowed"
+
+
+def rgb(image: Image.Image, name: str) -> Image.Image:
+    """The picture as 8-bit RGB; transparent parts are laid over white.
+
+    Raises:
+        BadSampleError: For pixels of more than 8 bits, which a conversion would clip to white.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise BadSampleError(f"{_bits(image)} file, expected an 8-bit image: {name}")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image.convert("RGB")
+
+
+def sixteen_bit(image: Image.Image, name: str) -> np.ndarray:
+    """The values of a 16-bit single-channel picture, unchanged: uint16 (H, W).
+
+    Raises:
+        BadSampleError: For any other depth or number of channels.
+    """
+    if image.mode != "I;16":
+        raise BadSampleError(f"{_bits(image)} file, expected 16-bit with one channel: {name}")
+    return np.asarray(image).astype(np.uint16)
+
+
+def _bits(image: Image.Image) -> str:
+    depth = "16-bit" if image.mode.startswith("I;16") else "32-bit" if image.mode in ("I", "F") else "8-bit"
+    return f"{depth} {image.mode}" if len(image.getbands()) > 1 else depth
+
+
+def resize_ids(values: np.ndarray, size: int) -> np.ndarray:
+    """Nearest neighbour at pixel centres: no value arises that was not there.
+
+    Args:
+        values: (H, W) or (H, W, C).
+        size: Height and width of the result.
+
+    Returns:
+        (size, size) or (size, size, C) in the dtype of `values`.
+    """
+    rows, columns = (
+        np.minimum((np.arange(size) + 0.5) * n / size, n - 1).astype(np.intp) for n in values.shape[:2]
+    )
+    return np.ascontiguousarray(values[rows[:, None], columns])
+
+
+def resize_numbers(values: np.ndarray, size: int) -> np.ndarray:
+    """Area averaging to fewer pixels, bilinear to more, in floating point.
+
+    Args:
+        values: (H, W) or (H, W, C) of any dtype; 16-bit values keep their 16 bits.
+        size: Height and width of the result.
+
+    Returns:
+        float32 (size, size) or (size, size, C).
+    """
+    if values.ndim == 3:
+        return np.stack([resize_numbers(values[..., c], size) for c in range(values.shape[2])], axis=2)
+    # Pillow averages 8-bit and 32-bit float pictures; its 16-bit mode it would clip
+    picture = Image.fromarray(values.astype(np.float32))
+    return np.asarray(picture.resize((size, size), _smooth(picture, size)))
+
+
+def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """1 where `resize_numbers` takes only marked pixels: nothing of an unmarked one is left.
+
+    Args:
+        mask: Bool (H, W).
+        size: Height and width of the result.
+
+    Returns:
+        uint8 (size, size).
+    """
+    return (resize_numbers(mask, size) > 0.9999).astype(np.uint8)
+
+
+def resize_rgb(image: Image.Image, size: int) -> np.ndarray:
+    """An RGB picture as uint8 (size, size, 3): area averaging to fewer pixels, bilinear to more."""
+    return np.asarray(image.resize((size, size), _smooth(image, size)))
+
+
+def _smooth(image: Image.Image, size: int) -> Image.Resampling:
+    return Image.Resampling.BOX if size < min(image.size) else Image.Resampling.BILINEAR
+
+
+def to_integers(values: np.ndarray, dtype: type[np.unsignedinteger]) -> np.ndarray:
+    """Round to the nearest integer and stop at the ends of the type instead of wrapping round."""
+    limits = np.iinfo(dtype)
+    return np.rint(values).clip(limits.min, limits.max).astype(dtype)

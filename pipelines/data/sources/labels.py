@@ -1,0 +1,221 @@
+"""Columns of labels as tasks, with the way from a cell to its stored value: one for all tables."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import ConfigDict, Field, model_validator
+
+from dmtg_core.names import by_number, listed
+from dmtg_core.tasks import Task, check_names
+from pipelines.config.validation import Section
+from pipelines.data.preprocessing import cell_number
+from pipelines.data.sources.base import BadSampleError, Column
+from pipelines.data.sources.rows import Row
+from pipelines.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_YES = ("true", "yes", "1", "1.0")
+_NO = ("false", "no", "0", "0.0", "-1", "-1.0")
+
+
+class LabelTask(Section):
+    """One column of a table as a task, or as one task a class.
+
+    `classes` fixes the names and their order (default: those in the file, sorted, numbers by their size). `drop`
+    lists values whose rows are left out. `one_vs_rest` ("all" or a list of classes) makes one binary task a class,
+    named `<name>.<class>`, of a class column, whether `kind` says binary or multiclass. `positive` lists the
+    values that count as 1 for a binary task (default: true, yes, 1 against false, no, 0, -1; anything else is a
+    bad sample).
+    """
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # YAML reads the class names of `[1, 2, 3]` as numbers
+
+    column: str
+    kind: Literal["binary", "multiclass", "regression"]
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$")
+    classes: tuple[str, ...] | None = Field(None, min_length=1)
+    drop: tuple[str, ...] = ()
+    one_vs_rest: Literal["all"] | tuple[str, ...] | None = None
+    positive: tuple[str, ...] | None = Field(None, min_length=1)
+    metric: str = ""
+    loss: str = ""
+
+    @model_validator(mode="after")
+    def _check_use(self) -> Self:
+        """An option that the kind has no use for would be ignored in silence."""
+        of_classes = self.kind == "multiclass" or self.one_vs_rest is not None
+        for option, used in (
+            ("one_vs_rest", self.kind != "regression"),
+            ("classes", of_classes and self.kind != "regression"),
+            ("positive", self.kind == "binary" and self.one_vs_rest is None),
+        ):
+            if getattr(self, option) is not None and not used:
+                raise ValueError(f"{option} has no meaning for this {self.kind} task of column {self.column}")
+        return self
+
+    @property
+    def task_name(self) -> str:
+        """`name`, or the column with what a metric name cannot hold replaced."""
+        return self.name or safe_name(self.column)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A task with the way from a cell to its stored value.
+
+    `codes` maps cell to value; a cell that is not in it has the value `otherwise`, or is wrong where that is
+    None. A regression task has no codes.
+    """
+
+    column: str
+    task: Task
+    codes: Mapping[str, int] | None = None
+    otherwise: int | None = None
+
+    @property
+    def stored(self) -> Column:
+        """How the value is stored."""
+        if self.codes is None:
+            return Column("float32")
+        highest = self.task.channels - 1
+        return Column(next(name for name in ("uint8", "uint16", "int32") if highest <= np.iinfo(name).max))
+
+    def value(self, row: Row) -> np.ndarray | None:
+        """The stored value of a row's cell; None where it is empty.
+
+        Raises:
+            BadSampleError: For a cell that is no label of the task.
+        """
+        cell = row.cells[self.column]
+        if not cell:
+            return None
+        number = cell_number(cell) if self.codes is None else self.codes.get(cell, self.otherwise)
+        if number is None:
+            raise BadSampleError(f"{self._complaint(cell)} in column {self.column}, {row.place}")
+        return np.asarray(number, self.stored.dtype)
+
+    def _complaint(self, cell: str) -> str:
+        if self.codes is None:
+            return f"{cell!r} is not a finite number"
+        if self.codes == FLAGS:
+            return f"{cell!r} is neither yes ({', '.join(_YES)}) nor no ({', '.join(_NO)})"
+        return f"a label outside its classes: {cell!r}"
+
+
+FLAGS: Mapping[str, int] = {
+    form: value
+    for words, value in ((_YES, 1), (_NO, 0))
+    for word in words
+    for form in (word, word.capitalize(), word.upper())
+}
+
+
+def kept_rows(rows: Sequence[Row], specs: Sequence[LabelTask], where: str) -> list[Row]:
+    """The rows that no task drops; how many are left out goes to the log.
+
+    Raises:
+        UserError: When none is left.
+    """
+    kept = [row for row in rows if not any(row.cells[spec.column] in spec.drop for spec in specs)]
+    if not kept:
+        raise UserError("every row is left out by `drop`", where=where, remedy="drop fewer values")
+    if len(kept) < len(rows):
+        log.info("%s: %d of %d rows left out by `drop`", where, len(rows) - len(kept), len(rows))
+    return kept
+
+
+def label_targets(
+    specs: Sequence[LabelTask], rows: Sequence[Row], splits: Sequence[str], where: str
+) -> tuple[Target, ...]:
+    """The tasks of all label columns, with classes from the rows and statistics from those of training.
+
+    Args:
+        specs: The columns.
+        rows: The rows that are kept.
+        splits: The split of each.
+        where: The table, for a message.
+
+    Raises:
+        UserError: For a task that cannot be made, and for two of one name.
+    """
+    train = [row for row, split in zip(rows, splits, strict=True) if split == "train"]
+    try:
+        targets = [target for spec in specs for target in _targets_of(spec, rows, train, where)]
+        check_names([target.task for target in targets])
+    except ValueError as error:
+        raise UserError(
+            str(error), where="source.options.tasks", remedy="correct the task", wrong_use=True
+        ) from error
+    return tuple(targets)
+
+
+def _targets_of(spec: LabelTask, rows: Sequence[Row], train: Sequence[Row], where: str) -> list[Target]:
+    make = partial(Task, metric=spec.metric, loss=spec.loss)
+    if spec.kind == "regression":
+        offset, scale = _statistics([row.cells[spec.column] for row in train], spec.column, where)
+        return [Target(spec.column, make(spec.task_name, "regression", offset=(offset,), scale=(scale,)))]
+    classes = spec.classes or in_order({row.cells[spec.column] for row in rows} - {""})
+    if spec.one_vs_rest is not None:
+        return [
+            Target(
+                spec.column,
+                make(f"{spec.task_name}.{safe_name(one)}", "binary", labels=("rest", one)),
+                {name: int(name == one) for name in classes},
+            )
+            for one in _chosen(spec, classes)
+        ]
+    if spec.kind == "multiclass":
+        task = make(spec.task_name, "multiclass", len(classes), labels=classes)
+        return [Target(spec.column, task, {name: i for i, name in enumerate(classes)})]
+    task = make(spec.task_name, "binary")
+    if spec.positive is None:
+        return [Target(spec.column, task, FLAGS)]
+    return [Target(spec.column, task, dict.fromkeys(spec.positive, 1), otherwise=0)]
+
+
+def _chosen(spec: LabelTask, classes: Sequence[str]) -> Sequence[str]:
+    """The classes of `one_vs_rest`."""
+    if spec.one_vs_rest is None or spec.one_vs_rest == "all":
+        return classes
+    unknown = [name for name in spec.one_vs_rest if name not in classes]
+    if unknown:
+        raise ValueError(
+            f"one_vs_rest of column {spec.column} names {listed(unknown)}, expected of {listed(classes)}"
+        )
+    return spec.one_vs_rest
+
+
+def in_order(values: Iterable[str]) -> tuple[str, ...]:
+    """Cells of a column in their order: numbers by size, then words, by the numbers in them."""
+
+    def place(value: str) -> tuple[Any, ...]:
+        number = cell_number(value)
+        return number is None, number or 0.0, by_number(value)
+
+    return tuple(sorted(values, key=place))
+
+
+def safe_name(name: str) -> str:
+    """A name that a column and a metric may have."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+
+
+def _statistics(cells: Sequence[str], column: str, where: str) -> tuple[float, float]:
+    """Mean and standard deviation of the cells that are numbers (1 where they are all the same)."""
+    numbers = [number for cell in cells if (number := cell_number(cell)) is not None]
+    if not numbers:
+        raise UserError(
+            f"no number in the train rows of column {column}", where=where, remedy="choose another column"
+        )
+    mean = math.fsum(numbers) / len(numbers)
+    deviation = math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / len(numbers))
+    return mean, deviation or 1.0

@@ -1,0 +1,1 @@
+"""Rendered rooms in the layout of Taskonomy."""

@@ -1,0 +1,348 @@
+"""What the readers of tables share: rows of a CSV or Parquet file, ids, and splits."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dmtg_core.names import listed
+from pipelines.data.preprocessing import cell_text
+from pipelines.errors import UserError
+from pipelines.storage import Location
+
+SPLITS = ("train", "val", "test")
+_SPLIT_NAMES = {**{name: name for name in SPLITS}, "valid": "val", "validation": "val", "dev": "val"}
+SPLIT_COLUMN = "split"  # read where it is there and no other is asked for
+Line = tuple[int, list[str]]  # its number and its cells
+MOST_NAMES = 20  # of columns in a message
+HEAD_BYTES = 32 * 2**20  # of a CSV file, that its head is looked for in
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: the line it ends on, and its cells by column, stripped of surrounding space.
+
+    `unit` says what `line` counts: a Parquet file has rows and no lines.
+    """
+
+    line: int
+    cells: dict[str, str]
+    unit: str = "line"
+
+    @property
+    def place(self) -> str:
+        """Where the row is, for a message."""
+        return f"{self.unit} {self.line}"
+
+
+def check_root(root: Location, layout: str) -> None:
+    """Stop where there is no folder.
+
+    Args:
+        root: The folder.
+        layout: What it should hold, for the message.
+
+    Raises:
+        UserError: With the layout that is expected.
+    """
+    if not root.is_dir():
+        root.check_bucket()
+        raise UserError(
+            "the folder of the data set does not exist",
+            where=str(root),
+            remedy=f"correct source.root; expected there: {layout}",
+        )
+
+
+def read_rows(
+    location: Location,
+    columns: Sequence[str],
+    *,
+    missing: Sequence[str] = (),
+    header: Sequence[str] | None = None,
+    quotes: bool = True,
+) -> list[Row]:
+    """The rows of a CSV, TSV or Parquet file, or of all Parquet files of a folder.
+
+    Args:
+        location: The file, or the folder of Parquet files that have the same columns.
+        columns: Columns that must be there.
+        missing: Words that stand for an empty cell.
+        header: Names of the columns of a CSV or TSV file that has no line of names.
+        quotes: Whether quotes in a CSV or TSV file hold a cell together.
+
+    Raises:
+        UserError: When there is no file, or it cannot be read, is empty or lacks a column.
+    """
+    if location.is_dir():
+        rows: list[Row] = []
+        for file in _parquet_files(location):
+            rows += _read_parquet(location / file, list(rows[0].cells) if rows else columns, file)
+    elif location.name.lower().endswith((".parquet", ".pq")):
+        rows = _read_parquet(location, columns)
+    else:
+        rows = read_table(location, columns, header=header, quotes=quotes)
+    words = frozenset(missing)
+    for row in rows:
+        row.cells.update((name, "") for name, cell in row.cells.items() if cell in words)
+    return rows
+
+
+def read_head(location: Location, most: int) -> tuple[list[Row], bool]:
+    """The first rows of a CSV, TSV or Parquet file, or of the first Parquet file of a folder; whether it has more.
+
+    Args:
+        location: The file or folder.
+        most: Rows to read.
+
+    Raises:
+        UserError: As `read_rows`.
+    """
+    if location.is_dir():
+        files = _parquet_files(location)
+        rows, more = read_head(location / files[0], most)
+        return rows, more or len(files) > 1
+    if location.name.lower().endswith((".parquet", ".pq")):
+        return _parquet_head(location, most)
+    try:
+        with location.filesystem.open_input_stream(location.path) as file:
+            data = file.read(HEAD_BYTES)
+    except FileNotFoundError as error:
+        raise _absent(location) from error
+    except OSError as error:
+        raise location.unreachable(error) from error
+    cut = len(data) == HEAD_BYTES
+    with _as_csv(location):
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=not cut)
+        lines = list(islice(_parsed(text, location, quotes=True, cut=cut), most + 2))
+    more = cut or len(lines) == most + 2
+    return _rows(lines[: most + 1], None, (), location), more
+
+
+def _parquet_head(location: Location, most: int) -> tuple[list[Row], bool]:
+    with _opened_parquet(location) as file:
+        found = pq.ParquetFile(file)
+        batch = next(found.iter_batches(batch_size=most), None)
+        if batch is None:
+            raise UserError("the table has no rows", where=str(location), remedy="take it out or fill it")
+        return _table_rows(pa.Table.from_batches([batch]), ""), found.metadata.num_rows > most
+
+
+def _parquet_files(folder: Location) -> list[str]:
+    files = [name for name in folder.files() if name.lower().endswith((".parquet", ".pq"))]
+    if not files:
+        raise UserError(
+            "no Parquet file in the folder",
+            where=str(folder),
+            remedy="correct source.root, or name the table with source.options.file",
+        )
+    return files
+
+
+def _read_parquet(location: Location, columns: Sequence[str], name: str = "") -> list[Row]:
+    with _opened_parquet(location) as file:
+        table = pq.read_table(file)
+    if not table.num_rows:
+        raise UserError("the table has no rows", where=str(location), remedy="take it out or fill it")
+    _check_header(table.column_names, columns, location)
+    return _table_rows(table, name)
+
+
+@contextmanager
+def _opened_parquet(location: Location) -> Iterator[Any]:
+    try:
+        with location.filesystem.open_input_file(location.path) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise _absent(location) from error
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"not a Parquet file: {error}", where=str(location), remedy="write the file again"
+        ) from error
+
+
+def _table_rows(table: pa.Table, name: str) -> list[Row]:
+    texts = [[cell_text(cell) for cell in column.to_pylist()] for column in table.columns]
+    unit = f"{name}, row" if name else "row"
+    return [
+        Row(i, dict(zip(table.column_names, cells, strict=True)), unit)
+        for i, cells in enumerate(zip(*texts, strict=True), 1)
+    ]
+
+
+def _absent(location: Location) -> UserError:
+    return UserError("the table does not exist", where=str(location), remedy="correct its path")
+
+
+def read_table(
+    location: Location, columns: Sequence[str], *, header: Sequence[str] | None = None, quotes: bool = True
+) -> list[Row]:
+    r"""A CSV file, or a file of tab-separated values where its name ends with `.tsv`.
+
+    Lines may end with `\n`, `\r\n` or `\r` alone.
+
+    Args:
+        location: The file.
+        columns: Columns that must be there.
+        header: Names of the columns; by default the first line has them.
+        quotes: Whether quotes hold a cell together.
+
+    Raises:
+        UserError: When the file is missing, empty, not CSV in UTF-8, or lacks a column.
+    """
+    try:
+        data = location.read_bytes()
+    except FileNotFoundError as error:
+        raise _absent(location) from error
+    with _as_csv(location):
+        lines = list(_parsed(data.decode("utf-8-sig"), location, quotes=quotes))
+    return _rows(lines, header, columns, location)
+
+
+@contextmanager
+def _as_csv(location: Location) -> Iterator[None]:
+    try:
+        yield
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f"not a CSV file in UTF-8: {error}", where=str(location),
+            remedy="save it as UTF-8, for example: iconv -f WINDOWS-1252 -t UTF-8 old.csv > new.csv",
+        ) from error  # fmt: skip
+
+
+def _parsed(text: str, location: Location, *, quotes: bool, cut: bool = False) -> Iterator[Line]:
+    """The lines that hold anything, with their numbers; of a text that was cut off all but the last one."""
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        strict=not cut,
+        delimiter="\t" if location.name.lower().endswith(".tsv") else ",",
+        quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+    )
+    lines = ((reader.line_num, cells) for cells in reader if cells)
+    if not cut:
+        yield from lines
+        return
+    yield from (line for line, _ in pairwise(lines))
+
+
+def _rows(
+    lines: Sequence[Line],
+    header: Sequence[str] | None,
+    columns: Sequence[str],
+    location: Location,
+) -> list[Row]:
+    if header is None:
+        first, lines = lines[:1], lines[1:]
+        header = [name.strip() for _, cells in first for name in cells]
+    if not lines:
+        raise UserError(
+            "the table has no rows", where=str(location), remedy="give a line of column names and rows below it"
+        )
+    _check_header(header, columns, location)
+    return [_row(header, line, cells, location) for line, cells in lines]
+
+
+def _check_header(header: Sequence[str], columns: Sequence[str], location: Location) -> None:
+    missing = [name for name in columns if name not in header]
+    other = _other_separator(header, location)
+    if other:
+        raise UserError(
+            f"the cells are separated by {other}, so that the whole line of names is one column",
+            where=str(location),
+            remedy="save it with commas, or with tabs under a name that ends with .tsv",
+        )
+    if missing:
+        raise UserError(
+            f"no column {listed(missing)}",
+            where=str(location),
+            remedy=f"use the columns there are: {listed(header, MOST_NAMES)}",
+        )
+    twice = sorted(name for name, count in Counter(header).items() if count > 1)
+    if twice:
+        raise UserError(
+            f"column {listed(twice)} is there more than once", where=str(location), remedy="rename one"
+        )
+
+
+def _other_separator(header: Sequence[str], location: Location) -> str:
+    """What separates the cells of a file that is read with another separator; empty where nothing seems to."""
+    if len(header) > 1 or location.name.lower().endswith((".parquet", ".pq")):
+        return ""
+    return next((shown for mark, shown in ((";", "semicolons"), ("\t", "tabs")) if mark in header[0]), "")
+
+
+def _row(header: Sequence[str], line: int, cells: list[str], location: Location) -> Row:
+    if len(cells) != len(header):
+        raise UserError(
+            f"line {line} has {len(cells)} cells, expected {len(header)}",
+            where=str(location),
+            remedy="correct the line; a cell with a comma needs quotes",
+        )
+    return Row(line, dict(zip(header, (cell.strip() for cell in cells), strict=True)))
+
+
+def check_unique(ids: Sequence[str], where: str) -> None:
+    """Stop where an id occurs twice.
+
+    Raises:
+        UserError: With up to five of the ids.
+    """
+    twice = [name for name, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"{len(twice)} ids occur more than once: {listed(twice)}",
+            where=where,
+            remedy="keep one row an id",
+        )
+
+
+def split_name(value: str) -> str | None:
+    """The split that a usual spelling stands for ("valid", "dev", …), None for any other word."""
+    return _SPLIT_NAMES.get(value.lower())
+
+
+def hash_split(sample_id: str) -> str:
+    """70 % train, 15 % val, 15 % test, by the hash of the id alone: adding samples moves none of the others."""
+    u = int(hashlib.sha256(sample_id.encode()).hexdigest()[:8], 16) / 2**32
+    return "train" if u < 0.70 else "val" if u < 0.85 else "test"
+
+
+def check_ids(ids: Sequence[str], rows: Sequence[Row], column: str, where: str) -> None:
+    """Stop where an id is empty or occurs twice.
+
+    Raises:
+        UserError: With up to five of the lines, or of the ids.
+    """
+    empty = [str(row.line) for row, name in zip(rows, ids, strict=True) if not name]
+    if empty:
+        raise UserError(f"no {column} id in line {listed(empty)}", where=where, remedy=f"fill the column {column}")
+    check_unique(ids, where)
+
+
+def split_of(row: Row, column: str | None, row_id: str, where: str) -> str:
+    """The split that a row's cell names; by hash of the id where there is no such column.
+
+    Raises:
+        UserError: For a word that names no split.
+    """
+    if column is None or column not in row.cells:
+        return hash_split(row_id)
+    split = split_name(row.cells[column])
+    if split is None:
+        raise UserError(
+            f"unknown split {row.cells[column]!r} in column {column}, {row.place}",
+            where=where,
+            remedy="use train, val (valid, validation, dev) or test",
+        )
+    return split

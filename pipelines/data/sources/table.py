@@ -1,0 +1,250 @@
+"""A table with several targets, as a CSV file, a Parquet file or a folder of Parquet files.
+
+Columns that are neither target, id nor split are features: numbers, and categories as one feature a value. One
+column can hold molecules instead, written as SMILES. An empty cell (in Parquet also null and NaN) is missing, in a
+label as in a feature. The rows are held in memory while the shards are made.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dmtg_core.names import listed
+from dmtg_core.tasks import InputSpec
+from pipelines.config.validation import Section, checked
+from pipelines.data.preprocessing import cell_number, load_preparation
+from pipelines.data.sources.base import Entry
+from pipelines.data.sources.labels import LabelTask, Target, kept_rows, label_targets
+from pipelines.data.sources.preprocessed import PreparedSource, train_cells
+from pipelines.data.sources.rows import MOST_NAMES, SPLIT_COLUMN, Row, check_ids, read_rows, split_of
+from pipelines.errors import UserError
+from pipelines.storage import Location
+
+log = logging.getLogger(__name__)
+
+MISSING = ("nan", "NaN", "null", "NULL", "None")
+WIDE = 10_000  # features of a sample that are worth a warning
+FINEST = 1e-5  # deviation over mean below which float32 blurs the differences (it has 24 bits)
+
+
+class TableOptions(Section):
+    """Where the table is, what is predicted, and from what.
+
+    `file` is below the root; empty where the root is the table itself. Without `id_column` the number of a row is
+    its id; without a split column the split is by hash of the id. `features` are "all" columns that are left, or a
+    list. Without `categorical` a feature is a category when less than half of its training cells are numbers; with
+    it, the features it does not name are numbers. `missing` are words for an empty cell. A category of more than
+    `max_values` values is refused.
+
+    `smiles` names a column of molecules, which is then the only input. `molecule_features`: "ngrams" (counts of
+    1 to `longest` neighbouring characters, hashed to `bits` features) or "morgan" (rdkit's fingerprint of `radius`
+    and `bits`).
+    """
+
+    file: str = ""
+    id_column: str | None = None
+    split_column: str | None = SPLIT_COLUMN
+    tasks: tuple[LabelTask, ...] = Field(min_length=1)
+    features: Literal["all"] | tuple[str, ...] = "all"
+    categorical: tuple[str, ...] | None = None
+    missing: tuple[str, ...] = MISSING
+    max_values: int = Field(100, ge=2)
+    smiles: str | None = None
+    molecule_features: Literal["ngrams", "morgan"] = "ngrams"
+    bits: int = Field(2048, ge=16)
+    longest: int = Field(4, ge=1)
+    radius: int = Field(2, ge=0)
+
+    @model_validator(mode="after")
+    def _check_use(self) -> Self:
+        """An option that has no use would be ignored in silence."""
+        unused = {"molecule_features", "bits", "longest", "radius"}
+        if self.smiles is not None:
+            unused = {"features", "categorical", "max_values"}
+            unused |= {"radius"} if self.molecule_features == "ngrams" else {"longest"}
+        for option in sorted(unused & self.model_fields_set):
+            raise ValueError(f"{option} has no meaning {'with' if self.smiles else 'without'} these molecules")
+        return self
+
+
+class TableSource(PreparedSource):
+    """Reads a table. See `TableOptions` for the options.
+
+    Raises:
+        UserError: For a wrong option, a table that does not exist, and a library that is not installed.
+    """
+
+    def __init__(self, root: Location, options: Mapping[str, Any]) -> None:
+        self._options = checked(TableOptions, options, "source.options")
+        self._table = root / self._options.file if self._options.file else root
+        if not self._table.exists():
+            raise UserError(
+                "the table does not exist",
+                where=str(self._table),
+                remedy="correct source.root and source.options.file: CSV, Parquet or a folder of Parquet",
+            )
+        if self._options.molecule_features == "morgan" and importlib.util.find_spec("rdkit") is None:
+            raise UserError(
+                "fingerprints need rdkit, which is not installed",
+                where="source.options.molecule_features",
+                remedy="pip install 'dmtg[molecules]', or use ngrams",
+            )
+
+    @cached_property
+    def _entries(self) -> list[Entry]:
+        options, where = self._options, str(self._table)
+        rows = read_rows(self._table, self._named_columns(), missing=options.missing)
+        ids = [str(number) for number in range(1, len(rows) + 1)]
+        if options.id_column is not None:
+            ids = [row.cells[options.id_column] for row in rows]
+            check_ids(ids, rows, options.id_column, where)
+        needed = [*(task.column for task in options.tasks), *self._feature_columns(rows[0])]
+        kept = {id(row) for row in kept_rows(rows, options.tasks, where)}
+        return [
+            Entry(
+                name,
+                split_of(row, options.split_column, name, where),
+                {"row": Row(row.line, {column: row.cells[column] for column in needed}, row.unit)},
+            )
+            for name, row in zip(ids, rows, strict=True)
+            if id(row) in kept
+        ]
+
+    def _named_columns(self) -> list[str]:
+        """The columns that the options name, which must be there."""
+        options = self._options
+        listed = () if options.features == "all" else options.features
+        split = None if options.split_column == SPLIT_COLUMN else options.split_column
+        single = [name for name in (options.id_column, split, options.smiles) if name is not None]
+        every = [*single, *(task.column for task in options.tasks), *listed, *(options.categorical or ())]
+        return list(dict.fromkeys(every))
+
+    def _feature_columns(self, row: Row) -> list[str]:
+        """The columns of the input, in the order of the file or of the list."""
+        options = self._options
+        taken = {task.column for task in options.tasks} | {options.id_column, options.split_column}
+        if options.smiles is not None:
+            chosen = [options.smiles]
+        elif options.features == "all":
+            chosen = [name for name in row.cells if name not in taken]
+        else:
+            chosen = list(options.features)
+        problem = _problem(chosen, taken, options.categorical or ())
+        if problem:
+            raise UserError(
+                problem, where="source.options", remedy="correct the columns of the input", wrong_use=True
+            )
+        return chosen
+
+    @cached_property
+    def _targets(self) -> tuple[Target, ...]:
+        rows = [entry.fields["row"] for entry in self._entries]
+        return label_targets(self._options.tasks, rows, [e.split for e in self._entries], str(self._table))
+
+    @cached_property
+    def _input(self) -> tuple[InputSpec, Mapping[str, Any]]:
+        if self._options.smiles is not None:
+            return self._molecules(self._options.smiles)
+        columns = [column for column in self._entries[0].fields["row"].cells if column not in self._target_columns]
+        features, constants = [], []
+        for column in columns:
+            cells = train_cells(self._entries, column)
+            if len(set(cells)) > 1:
+                features.append(self._feature(column, cells))
+            else:
+                constants.append(column)
+        if constants:
+            log.warning("%s: left out, constant in training: %s", self._table, listed(constants, MOST_NAMES))
+        if not features:
+            raise UserError("no feature is left", where=str(self._table), remedy="choose other features")
+        _log_features(str(self._table), [feature for feature, _ in features])
+        mean, std = zip(*(pair for _, scales in features for pair in scales), strict=True)
+        if len(mean) > WIDE:
+            size = len(mean) * 4 // 1024
+            log.warning("%s: %d features, %d KiB a sample: set data.compression=lz4", self._table, len(mean), size)
+        preparation = {
+            "kind": "table",
+            "features": [feature for feature, _ in features],
+            "missing": list(self._options.missing),
+        }
+        return InputSpec("features", (len(mean),), "float32", mean, std), preparation
+
+    @property
+    def _target_columns(self) -> set[str]:
+        return {task.column for task in self._options.tasks}
+
+    def _feature(self, column: str, cells: Sequence[str]) -> tuple[dict[str, Any], list[tuple[float, float]]]:
+        """One feature of the preparation, and mean and standard deviation of each of its stored values."""
+        numbers = [number for cell in cells if (number := cell_number(cell)) is not None]
+        listed = self._options.categorical
+        filled = sum(bool(cell) for cell in cells)
+        if column in listed if listed is not None else 2 * len(numbers) < filled:
+            return self._category(column, cells)
+        if not numbers:
+            raise UserError(
+                f"no number in the train rows of column {column}",
+                where=str(self._table),
+                remedy="leave it out of features, or name it in categorical",
+            )
+        mean = math.fsum(numbers) / len(numbers)
+        deviation = math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / len(numbers))
+        if 0 < deviation < FINEST * abs(mean):
+            raise UserError(
+                f"column {column} differs by {deviation:g} around {mean:g}: as float32 these would be the same",
+                where=str(self._table),
+                remedy="subtract an offset in the table, or leave it out of features",
+            )
+        gaps = filled < len(cells)
+        feature = {"column": column, "type": "number", "mean": mean, "gaps": gaps}
+        return feature, [(mean, deviation or 1.0)] + [(0.0, 1.0)] * gaps
+
+    def _category(self, column: str, cells: Sequence[str]) -> tuple[dict[str, Any], list[tuple[float, float]]]:
+        values = sorted(set(cells))
+        if len(values) > self._options.max_values:
+            raise UserError(
+                f"column {column} has {len(values)} different values, more than max_values="
+                f"{self._options.max_values}, of which {', '.join(map(repr, values[:3]))}",
+                where=str(self._table),
+                remedy="leave it out of features, or raise source.options.max_values",
+            )
+        return {"column": column, "type": "category", "values": values}, [(0.0, 1.0)] * (len(values) + 1)
+
+    def _molecules(self, column: str) -> tuple[InputSpec, Mapping[str, Any]]:
+        options = self._options
+        preparation: dict[str, Any] = {"kind": "smiles", "column": column, "bits": options.bits}
+        preparation |= {"features": options.molecule_features}
+        if options.molecule_features == "morgan":
+            preparation |= {"radius": options.radius, "library": f"rdkit {version('rdkit')}"}
+        else:
+            preparation |= {"longest": options.longest}
+        how = load_preparation(preparation)
+        return InputSpec("features", (options.bits,), str(how.row(how.example()).dtype)), preparation
+
+
+def _problem(chosen: Sequence[str], taken: set[str | None], categorical: Sequence[str]) -> str:
+    """What is wrong with the columns of the input, in words; empty when nothing is."""
+    if not chosen:
+        return "no column is left for the input"
+    twice = sorted(name for name, count in Counter(chosen).items() if count > 1)
+    if twice:
+        return f"features names {listed(twice)} more than once"
+    both = [name for name in chosen if name in taken]
+    if both:
+        return f"{listed(both)} cannot be a feature: it is a target, the id or the split"
+    lost = [name for name in categorical if name not in chosen]
+    return f"categorical names {listed(lost)}, which is no feature" if lost else ""
+
+
+def _log_features(where: str, features: Sequence[Mapping[str, Any]]) -> None:
+    for kind, words in (("number", "numbers"), ("category", "categories")):
+        names = [feature["column"] for feature in features if feature["type"] == kind]
+        log.info("%s: %d features are %s: %s", where, len(names), words, listed(names, MOST_NAMES))

@@ -1,0 +1,1 @@
+"""Taskonomy: its files, tasks and official splits."""

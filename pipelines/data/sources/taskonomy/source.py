@@ -1,0 +1,258 @@
+"""Taskonomy: rooms seen from many points, with a label for every pixel.
+
+```
+root/<task>/<building>/point_<p>_view_<v>_domain_<domain>.png                 or
+root/<task>/taskonomy/<building>/point_<p>_view_<v>_domain_<domain>.png       or
+root/<building>_<task>/point_<p>_view_<v>_domain_<domain>.png
+```
+
+(`.npy` for `class_object` and `class_scene`.) The second is what the Omnidata tool downloads.
+
+The data set's licence is non-commercial and forbids passing it on: none of it is part of this project. Get it
+from its authors (taskonomy.stanford.edu) and keep to their terms.
+
+Depth, keypoints and edges are 16-bit files whose values go far above 255: they stay 16-bit from the file to the
+shard. What each task holds, and where its constants are from, is in `taskonomy_tasks`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, get_args
+
+import numpy as np
+from pydantic import Field
+
+from dmtg_core.names import listed
+from pipelines.config.validation import Section, checked
+from pipelines.data.sources.base import INPUT, BadSampleError, Column, Description, Entry
+from pipelines.data.sources.images import (
+    decode_image,
+    image_input,
+    read_image,
+    resize_mask,
+    resize_rgb,
+    rgb,
+    sixteen_bit,
+)
+from pipelines.data.sources.rows import check_root, hash_split
+from pipelines.data.sources.taskonomy.splits import read_splits, split_buildings
+from pipelines.data.sources.taskonomy.tasks import (
+    CLASSES,
+    MESH,
+    TASKS,
+    AnyTaskName,
+    TaskName,
+    column,
+    domains,
+    read_label,
+    suffix,
+)
+from pipelines.errors import UserError
+from pipelines.storage import Location, locate
+
+__all__ = ["CLASSES", "TASKS", "TaskName", "TaskonomyOptions", "TaskonomySource", "domains"]
+
+log = logging.getLogger(__name__)
+
+LAYOUTS: Mapping[str, str] = {
+    "task": "{task}/{building}",
+    "component": "{task}/taskonomy/{building}",
+    "building": "{building}_{task}",
+}
+_RGB_FILE = re.compile(r"point_(?P<point>\d+)_view_(?P<view>\d+)_domain_rgb\.png")
+_EXPECTED = "<task>/<building>/point_<p>_view_<v>_domain_<domain>.png or <building>_<task>/point_….png"
+_LISTERS = 16  # buildings listed at once: over a network the waits overlap
+
+
+class TaskonomyOptions(Section):
+    """Images and labels are stored `size` × `size`.
+
+    `tasks` are the five of the published experiments where nothing else is said. `splits` is the address of a
+    CSV file, either `building,split` or Taskonomy's own `id,train,val,test`; without it whole buildings are
+    split by the hash of their names. A building that the file does not name stops the job (`unlisted: refuse`)
+    or is left out (`unlisted: leave_out`: a small split of a large download). A sample without one of its label
+    files is a bad one (`missing: quarantine`) or has that label masked out (`missing: mask`). With `depth_mask`
+    the labels drawn from the mesh are annotated only where `depth_zbuffer` is valid, as in the published losses;
+    it needs the depth files.
+    """
+
+    tasks: tuple[AnyTaskName, ...] = Field(get_args(TaskName), min_length=1)
+    size: int = Field(256, ge=8, le=4096)
+    splits: str | None = None
+    unlisted: Literal["refuse", "leave_out"] = "refuse"
+    missing: Literal["quarantine", "mask"] = "quarantine"
+    depth_mask: bool = False
+
+
+class TaskonomySource:
+    """Reads Taskonomy in any of its layouts. See `TaskonomyOptions` for the options.
+
+    Raises:
+        UserError: For a wrong option.
+    """
+
+    def __init__(self, root: Location, options: Mapping[str, Any]) -> None:
+        self._options = checked(TaskonomyOptions, options, "source.options")
+        self._root = root
+        names = self._options.tasks
+        if len(set(names)) < len(names):
+            raise UserError(
+                f"a task is named twice: {', '.join(names)}",
+                where="source.options.tasks",
+                remedy="name each task once",
+                wrong_use=True,
+            )
+        self._masked = [name for name in names if self._options.depth_mask and name in MESH]
+
+    def describe(self) -> Description:
+        """The columns; no file is opened."""
+        size, names = self._options.size, self._options.tasks
+        columns = {INPUT: Column("uint8", (size, size, 3))}
+        columns |= {f"task.{name}": column(name, size) for name in names}
+        columns |= {f"mask.{name}": Column("uint8", (size, size)) for name in self._masked}
+        return Description(image_input(size), tuple(TASKS[name] for name in names), columns)
+
+    def entries(self) -> list[Entry]:
+        """One sample an rgb file, by building and file name. Only folders of rgb are listed.
+
+        Raises:
+            UserError: For a root that does not exist or holds no rgb files, and for a building that the split
+                file does not name.
+        """
+        check_root(self._root, _EXPECTED)
+        splits = None if self._options.splits is None else read_splits(locate(self._options.splits))
+        points = self._points(splits)
+        splits = self._splits(sorted({fields["building"] for fields in points}), splits)
+        found = []
+        for fields in points:
+            name = f"{fields['building']}/point_{fields['point']}_view_{fields['view']}"
+            found.append(Entry(name, splits[fields["building"]] if splits else hash_split(name), fields))
+        return found
+
+    def read(self, entry: Entry) -> dict[str, np.ndarray | None]:
+        """The image and the labels of one point of view.
+
+        Raises:
+            BadSampleError: For a file that is missing, damaged, of the wrong size or depth, or that holds a
+                class id there is no class for.
+        """
+        location = _file(self._root, entry.fields, "rgb", "rgb")
+        image = rgb(read_image(location), str(location))
+        if image.width != image.height:
+            raise BadSampleError(f"expected a square image, got {image.width}×{image.height}: {location}")
+        columns: dict[str, np.ndarray | None] = {INPUT: resize_rgb(image, self._options.size)}
+        for name in self._options.tasks:
+            columns[f"task.{name}"] = self._label(entry, name, image.size)
+        if self._masked:
+            there = self._there(entry)
+            for name in self._masked:
+                columns[f"mask.{name}"] = there
+                if there is None:  # without the depth nobody knows which pixels are annotated
+                    columns[f"task.{name}"] = None
+        return columns
+
+    def _label(self, entry: Entry, task: str, frame: tuple[int, int]) -> np.ndarray | None:
+        location, data = self._bytes(entry, task)
+        return None if data is None else read_label(task, data, str(location), frame, self._options.size)
+
+    def _there(self, entry: Entry) -> np.ndarray | None:
+        """Where the depth is valid, uint8 (size, size)."""
+        location, data = self._bytes(entry, "depth_zbuffer")
+        if data is None:
+            return None
+        depth = sixteen_bit(decode_image(data, str(location)), str(location))
+        return resize_mask(depth < TASKS["depth_zbuffer"].valid_below, self._options.size)
+
+    def _bytes(self, entry: Entry, task: str) -> tuple[Location, bytes | None]:
+        location, data = _first_there(_file(self._root, entry.fields, task, d) for d in domains(task))
+        if data is None and self._options.missing == "quarantine":
+            raise BadSampleError(f"no label file {location}")
+        return location, data
+
+    def _points(self, splits: Mapping[str, str] | None) -> list[dict[str, str]]:
+        """Layout, building, point and view of each rgb file of the buildings that are wanted."""
+        files = self._listed(splits)
+        points = [
+            {"layout": layout, "building": building, **match.groupdict()}
+            for layout, building, file in files
+            if (match := _RGB_FILE.fullmatch(file))
+        ]
+        if not points:
+            raise UserError("no rgb files", where=str(self._root), remedy=f"expected there: {_EXPECTED}")
+        if len(points) < len(files):
+            log.warning("%s: %d files are not named as rgb files are", self._root, len(files) - len(points))
+        return points
+
+    def _listed(self, splits: Mapping[str, str] | None) -> list[tuple[str, str, str]]:
+        """Layout, building and name of each file in the rgb folders of the buildings that are wanted."""
+        layout, buildings = self._buildings()
+        wanted = [building for building in buildings if self._wanted(building, splits)]
+        if buildings and not wanted:
+            raise UserError(
+                f"none of the {len(buildings)} buildings is in a split: {listed(buildings)}",
+                where=str(self._options.splits),
+                remedy="correct source.options.splits or source.root",
+            )
+        folders = [_folder(self._root, layout, "rgb", building) for building in wanted]
+        with ThreadPoolExecutor(_LISTERS) as pool:
+            found = list(pool.map(lambda folder: folder.files(recursive=False), folders))
+        return [(layout, building, file) for building, files in zip(wanted, found, strict=True) for file in files]
+
+    def _buildings(self) -> tuple[str, list[str]]:
+        """The layout and the buildings, from the names of folders alone. No building is called taskonomy."""
+        folders = self._root.folders()
+        if "rgb" not in folders:
+            return "building", [name.removesuffix("_rgb") for name in folders if name.endswith("_rgb")]
+        below = (self._root / "rgb").folders()
+        if "taskonomy" in below:
+            return "component", (self._root / "rgb" / "taskonomy").folders()
+        return "task", below
+
+    def _wanted(self, building: str, splits: Mapping[str, str] | None) -> bool:
+        """Whether to list a building. One that the split file does not name is listed to be refused."""
+        if splits is None:
+            return True
+        return splits[building] != "" if building in splits else self._options.unlisted == "refuse"
+
+    def _splits(self, buildings: Sequence[str], splits: dict[str, str] | None) -> dict[str, str]:
+        """The split of each building; empty where samples are split instead."""
+        if splits is None:
+            if len(buildings) < 3:
+                log.warning("%d buildings are too few: split by sample, not by building", len(buildings))
+                return {}
+            return split_buildings(buildings)
+        unknown = [building for building in buildings if building not in splits]
+        if unknown:
+            raise UserError(
+                f"no split for building {listed(unknown)}",
+                where=str(self._options.splits),
+                remedy="add it to the file, take it out of the data, or set source.options.unlisted to leave_out",
+            )
+        absent = sorted({name for name, split in splits.items() if split} - set(buildings))
+        if absent:
+            log.warning("%d buildings of the split file are not there: %s", len(absent), listed(absent))
+        return splits
+
+
+def _folder(root: Location, layout: str, task: str, building: str) -> Location:
+    return root / LAYOUTS[layout].format(task=task, building=building)
+
+
+def _file(root: Location, fields: Mapping[str, str], task: str, domain: str) -> Location:
+    folder = _folder(root, fields["layout"], task, fields["building"])
+    return folder / f"point_{fields['point']}_view_{fields['view']}_domain_{domain}{suffix(task)}"
+
+
+def _first_there(locations: Iterable[Location]) -> tuple[Location, bytes | None]:
+    """The first file that exists with its bytes, or the first one tried without."""
+    tried = []
+    for location in locations:
+        try:
+            return location, location.read_bytes()
+        except FileNotFoundError:
+            tried.append(location)
+    return tried[0], None

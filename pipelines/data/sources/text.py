@@ -1,0 +1,240 @@
+"""Texts with several labels each: one file a split, or one file with a split column.
+
+```
+root/train.tsv, root/dev.tsv, root/test.tsv     text <tab> label ids, separated by commas <tab> id
+root/labels.txt                                 one name a line, the first is label 0: one binary task each
+```
+
+Instead of label ids, label columns can be given as tasks, as in a table. A tokenizer is trained on the texts of
+the training split, or read from a file. The rows are held in memory while the shards are made.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from dmtg_core.tasks import InputSpec, Task, check_names
+from pipelines.config.validation import Section, checked
+from pipelines.data.sources.base import BadSampleError, Column, Entry
+from pipelines.data.sources.labels import LabelTask, kept_rows, label_targets, safe_name
+from pipelines.data.sources.preprocessed import PreparedSource, RowTarget, train_cells
+from pipelines.data.sources.rows import SPLIT_COLUMN, Row, check_ids, check_root, check_unique, read_rows, split_of
+from pipelines.data.sources.tokens import load_tokenizer, train_tokenizer
+from pipelines.errors import UserError
+from pipelines.storage import Location, locate
+
+log = logging.getLogger(__name__)
+
+
+class TextOptions(Section):
+    """Where the texts are, what is predicted, and how a text becomes tokens.
+
+    Either `files` names a file for each split, or `file` one for all, with the splits in `split_column` or by
+    hash of the id. Names that end with `.tsv` are read with tabs and without quotes, others as CSV or Parquet.
+    `columns` names the columns where the first line does not. Without `id_column` the file and the number of a
+    row are its id.
+
+    Labels are columns (`tasks`), or ids in `labels_column`, one binary task each, with their names in
+    `labels_file` and all of one `metric`. An empty cell is a missing label.
+
+    `tokenizer`: "bpe" (pairs of bytes), trained up to `vocabulary` tokens, of lower-cased text where `lowercase`
+    says so; or the path of a tokenizer.json, below the root or absolute. A text is cut at `length`.
+    """
+
+    files: dict[Literal["train", "val", "test"], str] | None = None
+    file: str = ""
+    columns: tuple[str, ...] | None = Field(None, min_length=1)
+    text_column: str = "text"
+    id_column: str | None = None
+    split_column: str | None = SPLIT_COLUMN
+    tasks: tuple[LabelTask, ...] = ()
+    labels_column: str | None = None
+    labels_file: str = "labels.txt"
+    metric: str = ""
+    tokenizer: str = Field("bpe", pattern=r"^(bpe|.+\.json)$")
+    vocabulary: int = Field(8000, ge=300)
+    lowercase: bool = True
+    length: int = Field(48, ge=1)
+
+    @model_validator(mode="after")
+    def _check_use(self) -> Self:
+        """One way each to say where the texts are, and where the labels are; no option that is ignored."""
+        if (self.files is None) == (not self.file):
+            raise ValueError("give either files (one a split) or file")
+        if (self.labels_column is None) == (not self.tasks):
+            raise ValueError("give either labels_column or tasks")
+        unused = {"split_column"} if self.files else set()
+        unused |= set() if self.labels_column else {"labels_file", "metric"}
+        unused |= {"vocabulary", "lowercase"} if self.tokenizer.endswith(".json") else set()
+        for option in sorted(unused & self.model_fields_set):
+            raise ValueError(f"{option} has no meaning beside the other options")
+        return self
+
+
+@dataclass(frozen=True)
+class LabelId:
+    """The binary task of one label id, 1 where the ids of a row name it."""
+
+    task: Task
+    column: str
+    number: int
+    count: int
+
+    @property
+    def stored(self) -> Column:
+        """A flag."""
+        return Column("uint8")
+
+    def value(self, row: Row) -> np.ndarray | None:
+        """Whether the row has the label; None where it has no cell of ids.
+
+        Raises:
+            BadSampleError: For what is not a label id.
+        """
+        cell = row.cells[self.column]
+        if not cell:
+            return None
+        ids = [part.strip() for part in cell.split(",")]
+        for part in ids:
+            if not (part.isascii() and part.isdigit() and int(part) < self.count):
+                raise BadSampleError(
+                    f"{part!r} is not a label id from 0 to {self.count - 1} in column {self.column}, {row.place}"
+                )
+        return np.asarray(self.number in map(int, ids), np.uint8)
+
+
+class TextSource(PreparedSource):
+    """Reads texts. See `TextOptions` for the options.
+
+    Raises:
+        UserError: For a wrong option, and for a root that does not exist.
+    """
+
+    def __init__(self, root: Location, options: Mapping[str, Any]) -> None:
+        self._options = checked(TextOptions, options, "source.options")
+        self._root = root
+        files = list((self._options.files or {}).values()) or [self._options.file]
+        check_root(root, ", ".join(files))
+
+    @cached_property
+    def _entries(self) -> list[Entry]:
+        options = self._options
+        if options.files is None:
+            entries = self._entries_of(options.file, None)
+        else:
+            entries = [e for split, file in options.files.items() for e in self._entries_of(file, split)]
+        check_unique([entry.id for entry in entries], str(self._root))
+        _warn_repeated(entries, options.text_column, str(self._root))
+        return entries
+
+    def _entries_of(self, file: str, split: str | None) -> list[Entry]:
+        """The samples of one file; `split` is the one that the whole file belongs to."""
+        options, location = self._options, self._root / file
+        labels = [options.labels_column] if options.labels_column else [task.column for task in options.tasks]
+        needed = list(dict.fromkeys([options.text_column, *labels]))
+        named = None if split or options.split_column == SPLIT_COLUMN else options.split_column
+        rows = read_rows(
+            location,
+            [*needed, *(name for name in (options.id_column, named) if name and name not in needed)],
+            header=options.columns,
+            quotes=not file.lower().endswith(".tsv"),
+        )
+        ids = [f"{file}:{number}" for number in range(1, len(rows) + 1)]
+        if options.id_column is not None:
+            ids = [row.cells[options.id_column] for row in rows]
+            check_ids(ids, rows, options.id_column, str(location))
+        kept = {id(row) for row in kept_rows(rows, options.tasks, str(location))}
+        return [
+            Entry(
+                name,
+                split or split_of(row, options.split_column, name, str(location)),
+                {"row": Row(row.line, {column: row.cells[column] for column in needed}, f"{file}, {row.unit}")},
+            )
+            for name, row in zip(ids, rows, strict=True)
+            if id(row) in kept
+        ]
+
+    @cached_property
+    def _targets(self) -> Sequence[RowTarget]:
+        options = self._options
+        if options.labels_column is None:
+            rows = [entry.fields["row"] for entry in self._entries]
+            return label_targets(options.tasks, rows, [e.split for e in self._entries], str(self._root))
+        names = self._label_names()
+        try:
+            tasks = [Task(safe_name(name), "binary", metric=options.metric) for name in names]
+            check_names(tasks)
+        except ValueError as error:
+            raise UserError(
+                str(error), where=str(self._root / options.labels_file), remedy="correct the labels or the metric"
+            ) from error
+        return [LabelId(task, options.labels_column, i, len(names)) for i, task in enumerate(tasks)]
+
+    def _label_names(self) -> list[str]:
+        location = self._root / self._options.labels_file
+        try:
+            names = location.read_text().splitlines()
+        except FileNotFoundError as error:
+            raise UserError(
+                "the file of label names does not exist",
+                where=str(location),
+                remedy="set source.options.labels_file: one name a line, the first is label 0",
+            ) from error
+        empty = [str(number) for number, name in enumerate(names, start=1) if not name.strip()]
+        if empty or not names:
+            raise UserError(
+                f"no label name in line {', '.join(empty[:5]) or '1'}",
+                where=str(location),
+                remedy="give one name a line, the first is label 0",
+            )
+        return [name.strip() for name in names]
+
+    @cached_property
+    def _input(self) -> tuple[InputSpec, Mapping[str, Any]]:
+        options = self._options
+        texts = train_cells(self._entries, options.text_column)
+        if options.tokenizer.endswith(".json"):
+            absolute = options.tokenizer.startswith("/") or "://" in options.tokenizer
+            file = locate(options.tokenizer) if absolute else self._root / options.tokenizer
+            tokenizer = load_tokenizer(file, options.length)
+        else:
+            tokenizer = train_tokenizer(texts, options.vocabulary, options.length, lowercase=options.lowercase)
+        # the highest id counts: a tokenizer from a file may leave some out
+        vocabulary = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        dtype = "uint16" if vocabulary <= 65536 else "int32"
+        self._log_tokens(texts, tokenizer, vocabulary)
+        preparation = {
+            "kind": "text",
+            "column": options.text_column,
+            "dtype": dtype,
+            "tokenizer": json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":")),
+        }
+        return InputSpec("tokens", (options.length,), dtype, vocabulary=vocabulary), preparation
+
+    def _log_tokens(self, texts: Sequence[str], tokenizer: Any, vocabulary: int) -> None:
+        """Say how many training texts are cut: a person can only mend what is said."""
+        cut = sum(bool(found.overflowing) for found in tokenizer.encode_batch(texts))
+        log.info(
+            "%s: %d tokens in the vocabulary; %d of %d training texts are longer than length=%d and are cut",
+            self._root, vocabulary, cut, len(texts), self._options.length,
+        )  # fmt: skip
+
+
+def _warn_repeated(entries: Sequence[Entry], column: str, where: str) -> None:
+    """Say how many training texts are in another split too: what was learnt by heart is not generalised."""
+    train = train_cells(entries, column)
+    others = {entry.fields["row"].cells[column] for entry in entries if entry.split != "train"}
+    repeated = sum(text in others for text in train)
+    if repeated:
+        log.warning(
+            "%s: %d of %d training texts are in val or test too, word for word; they are kept",
+            where, repeated, len(train),
+        )  # fmt: skip

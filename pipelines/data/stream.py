@@ -1,0 +1,317 @@
+"""A data set too large for memory, read from its shards in every epoch.
+
+The unit of reading is a row group, a few MiB, of samples that sharding has mixed. An epoch is a new order of all
+row groups, cut into as many streams as row groups fit into `data.shuffle_mib`. Each stream mixes a window of row
+groups at a time, and every global batch takes a part of each stream. So the batches are the same for any number of
+workers: they share out the samples of a batch in the order of the streams, and a worker reads the streams that its
+share lies in. Threads of the worker read the next windows, also over the end of an epoch, while batches are made
+from these. They read straight from storage: raw tensors need no decoding that would be worth moving to other
+processes, and a copy through Ray's object store costs more than the reading (`make bench ROWS=ingest` measures
+both).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dmtg_core.training.data import Arrays, Batch, Chunks, gather, overlapped
+from pipelines.config.sections import DataSection
+from pipelines.data.reader import Reader
+from pipelines.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows `start` to `stop` of a row group."""
+
+    file: str
+    group: int
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        """How many rows they are."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Window:
+    """Units that are mixed with each other, and the samples of them that are wanted, in order."""
+
+    units: tuple[Unit, ...]
+    order: np.ndarray
+
+
+@dataclass(frozen=True)
+class Deal:
+    """How the samples of a batch come from the streams and go to the workers, both in order.
+
+    Where streams and workers meet is rounded alike, so that with a multiple of the workers as streams nobody reads
+    a stream of another.
+
+    Args:
+        streams: Number of them, at most as many as a batch has samples.
+        rank, world_size: The worker, and how many there are.
+    """
+
+    streams: int
+    rank: int
+    world_size: int
+
+    def ends(self, sizes: np.ndarray) -> np.ndarray:
+        """Samples of all streams before each one, and of all, `(streams + 1,)`, over batches of `sizes`."""
+        values, counts = np.unique(sizes, return_counts=True)
+        ends: np.ndarray = counts @ (values[:, None] * np.arange(self.streams + 1) // self.streams)
+        return ends
+
+    def portions(self, size: int) -> np.ndarray:
+        """Samples of each stream in a batch: those before this worker's, its own, those after, `(streams, 3)`."""
+        ends = size * np.arange(self.streams + 1) // self.streams
+        share = _share(size, self.rank, self.world_size)
+        cuts = [ends[:-1], *(np.clip(at, ends[:-1], ends[1:]) for at in (share.start, share.stop)), ends[1:]]
+        return np.diff(cuts, axis=0).T
+
+    def own(self, sizes: np.ndarray) -> list[int]:
+        """The streams that this worker needs for batches of `sizes`."""
+        return [int(i) for i in np.flatnonzero(sum(self.portions(size)[:, 1] for size in np.unique(sizes)))]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way through a split.
+
+    Args:
+        split: Name of the split.
+        mixed: Whether in a new order every epoch.
+        first: The row of the order that it begins with.
+        sizes: Samples of its batches.
+        deal: Where they come from and whose they are.
+    """
+
+    split: str
+    mixed: bool
+    first: int
+    sizes: np.ndarray
+    deal: Deal
+
+
+class Stream:
+    """The samples of one stream in their order, read ahead.
+
+    Args:
+        plan: Its windows, without end.
+        read: Starts to read a unit.
+        ahead: Samples that are being read while those before them are used.
+    """
+
+    def __init__(self, plan: Iterator[Window], read: Callable[[Unit], Future[Arrays]], ahead: int) -> None:
+        self.plan, self.read, self.ahead = plan, read, ahead
+        self.coming: deque[tuple[Window, list[Future[Arrays]]]] = deque()
+        self.held: list[tuple[Chunks, np.ndarray]] = []
+        self._read_on()
+
+    def take(self, before: int, count: int, after: int) -> list[tuple[Arrays, np.ndarray]]:
+        """The next samples without those of other workers before and after: arrays, and which of their rows."""
+        self._next(before)
+        taken = self._next(count)
+        self._next(after)
+        return [part for chunks, rows in taken for part in chunks.locate(rows)]
+
+    def _next(self, count: int) -> list[tuple[Chunks, np.ndarray]]:
+        while sum(len(rows) for _, rows in self.held) < count:
+            window, units = self.coming.popleft()
+            self._read_on()
+            self.held.append((Chunks([unit.result() for unit in units]), window.order))
+        taken, self.held = _cut(self.held, count)
+        return taken
+
+    def _read_on(self) -> None:
+        while sum(len(window.order) for window, _ in self.coming) < self.ahead:
+            window = next(self.plan)
+            self.coming.append((window, [self.read(unit) for unit in window.units]))
+
+
+class StreamData:
+    """A worker's share of the global batches, read ahead; see `dmtg_core.training.data.Data`.
+
+    Every sample comes once an epoch. The global batches depend on the seed, the epoch, the configuration and the
+    shards alone, not on the number of workers.
+    """
+
+    def __init__(
+        self, reader: Reader, data: DataSection, *, seed: int, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self.reader = reader
+        self.window_rows = max(int(data.shuffle_mib * 2**20 / reader.row_bytes()), 1)
+        group_mib = reader.manifest.group_rows * reader.manifest.description.row_bytes / 2**20
+        self.streams = max(int(data.shuffle_mib / group_mib), 1)
+        self.seed, self.rank, self.world_size, self.device = seed, rank, world_size, device
+        self.pool = ThreadPoolExecutor(data.read_threads, thread_name_prefix="shards")
+        self.units = {split: all_units(reader, split) for split in reader.manifest.shards}
+        # split and batch size → the next epoch of what was being read when one ended
+        self.ahead: dict[tuple[str, int], tuple[int, list[Stream]]] = {}
+        if rank == 0 and self.streams < world_size <= len(self.units["train"]):
+            log.warning(
+                "%d workers share %d streams, so that samples are read more than once: with data.shuffle_mib=%d "
+                "each reads its own",
+                world_size, self.streams, math.ceil(world_size * group_mib),
+            )  # fmt: skip
+
+    def steps(self, batch_size: int) -> int:
+        """Global batches of an epoch: as many as can be full, whatever the number of workers.
+
+        What is left over is spread over them. A smaller batch could be too small for some number of workers.
+
+        Raises:
+            UserError: When a batch is smaller than the number of workers.
+        """
+        if batch_size < self.world_size:
+            raise UserError(
+                f"a batch of {batch_size} cannot be shared by {self.world_size} workers",
+                where="train.batch_size",
+                remedy="raise it, or lower ray.workers",
+            )
+        return max(self.reader.manifest.rows("train") // batch_size, 1)
+
+    def train(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
+        """See `Data.train`."""
+        steps = self.steps(batch_size)
+        sizes = np.diff(np.arange(steps + 1) * self.reader.manifest.rows("train") // steps)
+        streams = min(self.streams, len(self.units["train"]), int(sizes.min()))
+        way = Way("train", True, 0, sizes, Deal(streams, self.rank, self.world_size))
+        return overlapped(self._batches(way, (way.split, batch_size), epoch, start), self.device)
+
+    def evaluate(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """See `Data.evaluate`."""
+        rows = _share(self.reader.manifest.rows(split), self.rank, self.world_size)
+        count = rows.stop - rows.start
+        sizes = np.array([min(batch_size, count - first) for first in range(0, count, batch_size)], int)
+        way, key = Way(split, False, rows.start, sizes, Deal(1, 0, 1)), (split, 0)
+        epoch = self.ahead[key][0] if key in self.ahead else 0  # every pass is alike; go on where one ended
+        return overlapped(self._batches(way, key, epoch, 0), self.device)
+
+    def _batches(self, way: Way, key: tuple[str, int], epoch: int, start: int) -> Iterator[Batch]:
+        """This worker's part of the batches of one epoch, from number `start` on."""
+        if not len(way.sizes):
+            return
+        own = way.deal.own(way.sizes)
+        streams = self._streams(way, key, epoch, start, own)
+        portions = {size: way.deal.portions(size)[own].tolist() for size in np.unique(way.sizes).tolist()}
+        for size in way.sizes[start:].tolist():
+            taken = zip(streams, portions[size], strict=True)
+            # not kept in a variable: it would hold windows that are used up while the batch is trained on
+            yield gather([p for stream, cut in taken for p in stream.take(*cut)], self.reader.tasks, self.device)
+        self.ahead[key] = (epoch + 1, streams)
+
+    def _streams(self, way: Way, key: tuple[str, int], epoch: int, start: int, own: Sequence[int]) -> list[Stream]:
+        """The streams numbered `own` from batch `start` of an epoch on, and on through the epochs after it."""
+        following = self.ahead.pop(key, None)
+        if following is not None and following[0] == epoch and not start:
+            return following[1]
+        ends, skipped = way.first + way.deal.ends(way.sizes), np.diff(way.deal.ends(way.sizes[:start]))
+        window = max(self.window_rows // way.deal.streams, 1)
+        # however few streams a worker has, it reads as much ahead, but not more than an epoch
+        ahead = max(self.window_rows // len(own) - window // 2, 1)
+        return [
+            Stream(
+                _after(self._plan(way, epoch, i, slice(ends[i], ends[i + 1]), window), skipped[i]),
+                lambda unit: self.pool.submit(self._unit, unit),
+                min(ahead, int(ends[i + 1] - ends[i])),
+            )
+            for i in own
+        ]
+
+    def _unit(self, unit: Unit) -> Arrays:
+        arrays = self.reader.read(unit.file, unit.group)
+        part = slice(unit.start, unit.stop)
+        return Arrays(
+            arrays.inputs[part],
+            {name: values[part] for name, values in arrays.labels.items()},
+            {name: values[part] for name, values in arrays.present.items()},
+        )
+
+    def _plan(self, way: Way, epoch: int, stream: int, rows: slice, window: int) -> Iterator[Window]:
+        """The windows of a stream in one epoch after the other, without end."""
+        units = self.units[way.split]
+        for now in itertools.count(epoch):
+            order = np.arange(len(units))
+            if way.mixed:
+                order = np.random.default_rng([self.seed, now]).permutation(order)
+            for number, members in enumerate(_grouped(stretch([units[i] for i in order], rows), window)):
+                wanted = np.arange(sum(unit.rows for unit in members))
+                if way.mixed:
+                    # a generator of its own, so that a window does not depend on those before it; numbered from 1,
+                    # as zeros at the end of a seed change nothing
+                    wanted = np.random.default_rng([self.seed, now, stream, number + 1]).permutation(wanted)
+                yield Window(members, wanted)
+
+
+def all_units(reader: Reader, split: str) -> list[Unit]:
+    """Every row group of a split, in order."""
+    size = reader.manifest.group_rows
+    return [
+        Unit(shard.file, start // size, 0, min(size, shard.rows - start))
+        for shard in reader.manifest.shards[split]
+        for start in range(0, shard.rows, size)
+    ]
+
+
+def stretch(units: Sequence[Unit], rows: slice) -> list[Unit]:
+    """Some of the rows of all units together, which may begin and end inside a unit."""
+    found, first = [], 0
+    for unit in units:
+        start, stop = max(rows.start - first, 0), min(rows.stop - first, unit.rows)
+        if start < stop:
+            found.append(Unit(unit.file, unit.group, unit.start + start, unit.start + stop))
+        first += unit.rows
+    return found
+
+
+def _share(rows: int, rank: int, world_size: int) -> slice:
+    return slice(rows * rank // world_size, rows * (rank + 1) // world_size)
+
+
+def _grouped(units: Sequence[Unit], rows: int) -> Iterator[tuple[Unit, ...]]:
+    """Neighbours together, in windows of about equal size that hold `rows` rows or somewhat fewer."""
+    sizes = np.array([unit.rows for unit in units])
+    total = int(sizes.sum())
+    middles = 2 * np.cumsum(sizes) - sizes  # twice where the middle of each lies, to stay with whole numbers
+    numbers = middles * math.ceil(total / rows) // (2 * total)
+    for _, members in itertools.groupby(zip(numbers, units, strict=True), key=lambda pair: int(pair[0])):
+        yield tuple(unit for _, unit in members)
+
+
+def _after(plan: Iterator[Window], skip: int) -> Iterator[Window]:
+    """The plan without its first `skip` samples; windows that are skipped whole are not read."""
+    for window in plan:
+        if skip < len(window.order):
+            yield Window(window.units, window.order[skip:])
+            yield from plan
+            return
+        skip -= len(window.order)
+
+
+def _cut(
+    held: Sequence[tuple[Chunks, np.ndarray]], size: int
+) -> tuple[list[tuple[Chunks, np.ndarray]], list[tuple[Chunks, np.ndarray]]]:
+    """The first `size` samples of what is held, and the rest."""
+    taken, rest = [], []
+    for chunks, rows in held:
+        if size:
+            taken.append((chunks, rows[:size]))
+        if size < len(rows):
+            rest.append((chunks, rows[size:]))
+        size = max(size - len(rows), 0)
+    return taken, rest
