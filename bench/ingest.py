@@ -43,7 +43,7 @@ def _shard_command(samples: int) -> list[str]:
     config = ROOT / "config.yaml"
     config.write_text("name: bench\nsource: {kind: taskonomy}\ndata: {shards: x}\n")
     words = [f"source.root={ROOT / f'raw{samples}'}", f"data.shards={ROOT / f'shards{samples}'}"]
-    return [sys.executable, "-m", "pipelines.cli", "shard", "-c", str(config), *words]
+    return [sys.executable, "-m", "pipelines.cli.app", "shard", "-c", str(config), *words]
 
 
 @cache

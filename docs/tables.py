@@ -13,7 +13,7 @@ from typer import Context
 from typer.main import get_command
 
 from dmtg_core.network.encoders import ENCODERS
-from pipelines.cli import app
+from pipelines.cli.app import app
 from pipelines.config.loading import Config
 from pipelines.config.validation import Section
 from pipelines.data.sources import SOURCES, options_model

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from pipelines.report.figures import colour, number_of
 
-TEMPLATES = Path(__file__).parent
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def tint(group: str) -> str:
@@ -32,7 +32,7 @@ def render(
     Args:
         template: Name of its file, an extension of `base.html`.
         filters: What the template formats values with, beside `tint`.
-        styles: Names of the style sheets, files of this package.
+        styles: Names of the style sheets among the templates.
         figures: SVG drawn by `figures.svg`, whose labels are escaped; an empty one is left out.
         values: Everything else that the template names; escaped where it is shown.
     """

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from typer.main import get_command
 
-from pipelines.cli import app
+from pipelines.cli.app import app
 from tests.cluster.manifests import inside, objects
 from tests.paths import ROOT
 

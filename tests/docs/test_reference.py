@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from dmtg_core.network.encoders import ENCODERS
 from docs import tables
-from pipelines.cli import app
+from pipelines.cli.app import app
 from pipelines.config.loading import Config
 from pipelines.data.sources import SOURCES, options_model
 from pipelines.data.sources.labels import LabelTask

@@ -18,7 +18,7 @@ from tests.pipelines import mlflow_server as mlflow_servers
 from tests.pipelines.s3_server import free_port, serving, settings
 
 if TYPE_CHECKING:
-    from pipelines.train import Trained
+    from pipelines.training.driver import Trained
 
 
 def write_images(root: Path, rows: int = 96) -> Path:
@@ -119,7 +119,7 @@ def run(
     images: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None
 ) -> tuple[Config, Trained, list[str]]:
     """A finished run on two workers, its configuration, and what it said."""
-    from pipelines.train import train
+    from pipelines.training.driver import train
 
     said: list[str] = []
     config = make_config(images, tmp_path_factory.mktemp("run"), data={"min_support": 8})

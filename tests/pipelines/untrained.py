@@ -16,9 +16,9 @@ from pipelines.config.validation import checked
 from pipelines.data.manifest import Manifest
 from pipelines.data.sources import build_source
 from pipelines.data.sources.base import INPUT, Source
-from pipelines.registry import Registered, register
+from pipelines.registry.models import Registered, register
+from pipelines.registry.tracking import connect
 from pipelines.storage import locate
-from pipelines.tracking import connect
 
 EXPERIMENT = "untrained"
 

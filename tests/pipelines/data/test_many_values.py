@@ -28,10 +28,10 @@ from pipelines.data.sources.labels import Target, in_order
 from pipelines.data.sources.rows import Row
 from pipelines.data.stream import all_units
 from pipelines.errors import UserError
-from pipelines.fairness import same_tasks
-from pipelines.inspect import inspect
-from pipelines.prediction_columns import MOST_CLASSES, arrays_of, columns_of, schema
+from pipelines.nightly.leakage import same_tasks
 from pipelines.report.figures import MOST_PIXELS, dots
+from pipelines.report.inspect import inspect
+from pipelines.serving.columns import MOST_CLASSES, arrays_of, columns_of, schema
 from pipelines.storage import locate
 from tests.pipelines.shard_files import write_arrays
 

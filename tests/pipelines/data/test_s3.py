@@ -16,9 +16,9 @@ from pipelines.data.shards import QUARANTINE, shard
 from pipelines.data.sources import build_source
 from pipelines.data.stream import StreamData
 from pipelines.errors import UserError
-from pipelines.inspect import inspect
+from pipelines.report.inspect import inspect
 from pipelines.storage import Location, locate
-from pipelines.train import Trained, train
+from pipelines.training.driver import Trained, train
 from tests.pipelines.conftest import TASKS, make_config
 from tests.pipelines.data.test_shard_folder import in_this_process, killed_at, old_names
 from tests.pipelines.s3_server import BUCKET, SECRET, faulty, settings

@@ -1,0 +1,1 @@
+"""The `dmtg` command: one module a group of commands, and what they print."""

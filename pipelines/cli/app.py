@@ -1,0 +1,93 @@
+"""The `dmtg` command: its commands in the order of a tour, each with examples.
+
+A command parses, calls one function of a room, prints, and names the command after it. Ray, MLflow and torch are
+imported only where one runs, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import typer
+
+from pipelines.cli.config import config_app
+from pipelines.cli.doctor import doctor
+from pipelines.cli.experiments import compare, signal, sweep
+from pipelines.cli.models import models_app
+from pipelines.cli.serve import evaluate, predict, regroup
+from pipelines.cli.train import demo, inspect, report, shard, train
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Learn which prediction tasks should share an encoder, and train one model per group.\n\n"
+    "On your own table: dmtg config new mydata.csv --targets first,second,third and every command names the next.",
+    epilog="-c takes a YAML file or the name of a recipe that ships; section.key=value words change it. "
+    "dmtg COMMAND --help has examples.",
+)
+
+FIRST, FIND, MODELS = "First steps", "Find a grouping", "Models that serve"
+NIGHT, LOOK = "Every night", "Look inside"
+# panel → what is in it, with examples
+TOUR: Mapping[str, Mapping[Callable[..., Any] | typer.Typer, tuple[str, ...]]] = {
+    FIRST: {
+        demo: ("dmtg demo", "dmtg demo train.seed=1"),
+        doctor: ("dmtg doctor", "dmtg doctor -c mydata.yaml --write"),
+        config_app: (
+            "dmtg config new mydata.csv --targets churn,spend,segment",
+            "dmtg config show -c clothing",
+            "dmtg config schema > dmtg.schema.json",
+        ),
+    },
+    FIND: {
+        shard: ("dmtg shard -c mydata.yaml", "dmtg shard -c clothing source.root=/data/clothing-dataset"),
+        inspect: ("dmtg inspect -c mydata.yaml", "dmtg inspect -c mydata.yaml --out page.html"),
+        signal: ("dmtg signal -c mydata.yaml",),
+        train: (
+            "dmtg train -c mydata.yaml",
+            "dmtg train -c mydata.yaml train.epochs=40 network.groups=4",
+            "dmtg train -c mydata.yaml --profile",
+        ),
+        compare: ("dmtg compare -c mydata.yaml", "dmtg compare -c mydata.yaml 'compare.seeds=[1, 2, 3, 4, 5]'"),
+        sweep: ("dmtg sweep -c mydata.yaml 'sweep.groups=[2, 3, 4]' 'sweep.seeds=[1, 2]'",),
+    },
+    MODELS: {
+        models_app: (
+            "dmtg models list",
+            "dmtg models diff mydata",
+            "dmtg models promote mydata",
+            "dmtg models rollback mydata",
+        ),
+        evaluate: ("dmtg evaluate models:/mydata/1 -c mydata.yaml",),
+        predict: ("dmtg predict models:/mydata@champion -c mydata.yaml --out predictions --split all",),
+    },
+    NIGHT: {
+        regroup: (
+            "dmtg regroup -c mydata.yaml regroup.shards=s3://bucket/nights/mydata",
+            "dmtg regroup -c mydata.yaml --night 2026-11-25 --dry-run",
+        ),
+    },
+    LOOK: {report: ("dmtg report work/mydata/runs/mydata-0a1b2c3d",)},
+}
+
+
+def _examples(lines: tuple[str, ...]) -> str:
+    return "\n\n".join(("Examples:", *lines))
+
+
+for panel, commands in TOUR.items():
+    for command, lines in commands.items():
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, rich_help_panel=panel, epilog=_examples(lines))
+        else:
+            app.command(rich_help_panel=panel, epilog=_examples(lines))(command)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""`dmtg compare` and `dmtg signal`: methods beside each other, over seeds."""

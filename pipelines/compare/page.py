@@ -1,0 +1,120 @@
+"""`compare.html`: what a comparison found, as one page without a network, and its figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipelines.config.loading import Config
+from pipelines.registry.tracking import shown
+from pipelines.report.figures import COLOURS, NEUTRAL, STYLE, WIDTH, heatmap, label_rows, svg
+from pipelines.report.render import render
+from pipelines.storage import Location
+from pipelines.sweep.page import cost
+
+NAIVE, SINGLE = "naive_mtl", "single_task"  # methods, as the comparison calls them
+
+
+def write_page(target: Location, found: Mapping[str, Any], config: Config) -> None:
+    """Make the page of a comparison.
+
+    Args:
+        target: The file.
+        found: The content of `compare.json`.
+        config: The configuration.
+    """
+    drawn = {
+        "gains": gains(found["rows"], found["reference"]),
+        "tasks": by_task(found["rows"], found["tasks"], found["reference"]),
+        "together": together(found["tasks"], found["together"]),
+    }
+    target.write_text(
+        render(
+            "compare.html",
+            filters={"cost": cost, "interval": interval, "two": two},
+            found=found,
+            config=yaml.safe_dump(shown(config), sort_keys=False),
+            figures=drawn,
+        )
+    )
+
+
+def interval(mean: Mapping[str, Any], unit: str = "") -> str:
+    """A mean with half of its interval."""
+    if not math.isfinite(mean["value"]):
+        return "–"
+    if not math.isfinite(mean["low"]):
+        return f"{mean['value']:+.1f}{unit}"
+    return f"{mean['value']:+.1f} ± {(mean['high'] - mean['low']) / 2:.1f}{unit}"
+
+
+def two(value: float | None) -> str:
+    """Two digits, or a dash."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.2f}"
+
+
+def gains(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
+    """Gain over naive MTL of every method with its interval, the best on top."""
+    known = [row for row in rows if math.isfinite(row["gain"]["value"]) and row["method"] != NAIVE]
+    ranked = sorted(known, key=lambda row: -row["gain"]["value"])
+    words = "; ".join(f"{row['method']} {interval(row['gain'], ' %')}" for row in ranked)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH - 1, 0.32 * len(ranked) + 0.6))
+        axes = figure.subplots()
+        for place, row in enumerate(ranked):
+            own = row["method"] == reference
+            axes.barh(place, row["gain"]["value"], color=COLOURS[0] if own else NEUTRAL, height=0.7)
+            across(axes, row["gain"], place)
+        label_rows(axes, [row["method"] for row in ranked])
+        axes.axvline(0, linewidth=0.8, color="black")
+        axes.set_xlabel("gain over naive MTL, % of error")
+        return svg(figure, f"Gain over naive MTL of every method, with intervals over seeds. {words}")
+
+
+def by_task(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], reference: str) -> str:
+    """Error of each task: the search beside naive MTL and single-task networks, in parts of naive MTL's.
+
+    Empty where naive MTL was not among the methods.
+    """
+    found = {row["method"]: row["errors"] for row in rows}
+    tints = {reference: COLOURS[0], NAIVE: NEUTRAL, SINGLE: COLOURS[1]}
+    shown = [name for name in tints if name in found]
+    if NAIVE not in shown or len(shown) < 2:
+        return ""
+    thick = 1 / (len(shown) + 0.6)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH - 1, (0.22 * len(shown) + 0.12) * len(tasks) + 0.8))
+        axes = figure.subplots()
+        for n, task in enumerate(tasks):
+            base = found[NAIVE][task]["value"] or math.nan
+            for i, name in enumerate(shown):
+                error = {end: 100 * found[name][task][end] / base for end in ("value", "low", "high")}
+                place = n + (i - (len(shown) - 1) / 2) * thick
+                label = "" if n else name
+                axes.barh(place, error["value"], color=tints[name], height=0.9 * thick, label=label)
+                across(axes, error, place)
+        label_rows(axes, tasks)
+        axes.set_xlabel("error, % of naive MTL's mean (left is better)")
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9, borderaxespad=0)
+        return svg(figure, f"Error of each task with intervals over seeds, of {', '.join(shown)}; see the table")
+
+
+def across(axes: Axes, mean: Mapping[str, Any], place: float) -> None:
+    """An interval as a line across its bar, where there is one."""
+    if math.isfinite(mean["low"]) and math.isfinite(mean["high"]):
+        axes.plot([mean["low"], mean["high"]], [place] * 2, color="black", linewidth=1.2, marker="|", markersize=5)
+
+
+def together(tasks: Sequence[str], share: Sequence[Sequence[float]]) -> str:
+    """Share of the seeds in which two tasks are in one group, in an order that brings groups together."""
+    order = sorted(range(len(tasks)), key=lambda n: [-value for value in share[n]])
+    values = [[share[a][b] for b in order] for a in order]
+    return heatmap(
+        values, [tasks[n] for n in order], "How often two tasks are in one group, over seeds", vmin=0, vmax=1
+    )

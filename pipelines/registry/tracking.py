@@ -1,0 +1,320 @@
+"""MLflow runs, and a tracker that does nothing where tracking is off.
+
+The run folder is the truth and MLflow its copy. A server that is away costs a training run nothing: figures are
+delivered in a thread, now or later, and MLflow is asked what it has before anything is sent again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipelines.config.loading import Config
+from pipelines.config.sections import TrackSection
+from pipelines.data.manifest import Manifest
+from pipelines.registry.errors import reached, without_credentials
+from pipelines.storage import Location
+from pipelines.training.ray.checkpoints import Errand, Outbox
+from pipelines.training.ray.context import METRICS
+from pipelines.training.worker import read_jsonl
+
+NOTE, REGISTERED = "tracking.json", "models.json"
+GROUPING_TAG, PARENT_TAG = "dmtg.grouping", "mlflow.parentRunId"
+FAREWELL_S = 10.0  # how long a run that was interrupted waits for MLflow to hear of it
+log = logging.getLogger(__name__)
+
+# A server that does not answer is found out in seconds, not after MLflow's default of many retries.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
+
+class Tracker(Protocol):
+    """Where a run's figures go."""
+
+    run_id: str
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """The figures of one epoch of one stage. It does not wait for anything."""
+        ...
+
+    def deliver(self) -> None:
+        """Wait until all figures of the run have been taken."""
+        ...
+
+    def finish(self, result: Mapping[str, Any], files: Mapping[str, str]) -> None:
+        """Final figures, and small text files (name → text) as artifacts."""
+        ...
+
+    def fail(self) -> None:
+        """The run stopped before its end; it may be taken up again."""
+        ...
+
+
+class NullTracker:
+    """Tracking is off."""
+
+    run_id = ""
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def deliver(self) -> None:
+        """Nothing."""
+
+    def finish(self, result: Mapping[str, Any], files: Mapping[str, str]) -> None:
+        """Nothing."""
+
+    def fail(self) -> None:
+        """Nothing."""
+
+
+class MlflowTracker:
+    """One MLflow run, taken up again where the run folder knows it and MLflow still has it.
+
+    Args:
+        config: What is described in MLflow.
+        run: The run folder; figures that it holds and MLflow does not are delivered.
+        manifest: The data, for the run's lineage.
+        parent: The MLflow run that this one is a part of.
+
+    Raises:
+        UserError: When the server does not answer.
+    """
+
+    def __init__(self, config: Config, run: Location, manifest: Manifest, parent: str = "") -> None:
+        self.uri, self.run = tracking_uri(config.track), run
+        self.client = connect(config.track)
+        self.records: dict[tuple[str, int], Mapping[str, Any]] = {}  # by stage and epoch
+        self.there: dict[str, set[int]] = {}  # stage → epochs that MLflow has, once it was asked
+        self.sending = threading.Lock()
+        with reached(self.uri):
+            self.run_id: str = self._taken_up() or self._created(config, manifest, parent)
+        self.outbox = Outbox(lambda _, message: log.warning(message))
+        self._hold(read_jsonl(run / METRICS))
+        self._send_later()
+
+    def _taken_up(self) -> str:
+        """The MLflow run that the folder knows; empty where there is none any more."""
+        from mlflow.exceptions import MlflowException
+
+        note = self.run / NOTE
+        if not note.exists():
+            return ""
+        run_id: str = note.read_json()["run_id"]
+        try:
+            info = self.client.get_run(run_id).info
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return ""
+        if info.lifecycle_stage != "active":  # somebody has deleted it
+            return ""
+        if info.status == "FAILED":
+            self.client.update_run(run_id, status="RUNNING")
+        return run_id
+
+    def _created(self, config: Config, manifest: Manifest, parent: str) -> str:
+        import mlflow
+
+        experiment = mlflow.set_experiment(config.track.experiment)
+        tags = {PARENT_TAG: parent} if parent else {}
+        run_id: str = self.client.create_run(
+            experiment.experiment_id, run_name=self.run.name, tags=tags
+        ).info.run_id
+        self._describe(run_id, config, manifest)
+        (self.run / REGISTERED).delete()  # models of a run that MLflow has no more
+        note = {"run_id": run_id, "uri": without_credentials(self.uri), "data_digest": manifest.digest()}
+        (self.run / NOTE).write_json(note)
+        return run_id
+
+    def _describe(self, run_id: str, config: Config, manifest: Manifest) -> None:
+        import mlflow.data
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+        values = shown(config)
+        flat = _flatten({section: value for section, value in values.items() if section != "ray"})
+        self.client.log_batch(run_id, params=[Param(k, str(v)[:5000]) for k, v in flat.items()])
+        self.client.set_tag(run_id, "dmtg.data_digest", manifest.digest())
+        with warnings.catch_warnings():  # a local path is a path to several of MLflow's kinds; any will do
+            warnings.simplefilter("ignore", UserWarning)
+            source = mlflow.data.dataset_source_registry.resolve_dataset_source(config.data.shards)
+        entity = Dataset(
+            config.name,
+            manifest.digest(),
+            source_type=source._get_source_type(),  # noqa: SLF001 - the public way is bound to the active run
+            source=source.to_json(),
+        )
+        self.client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """One batch of metrics, `<stage>/<task>/<metric>`, delivered in a thread, with all that still waits."""
+        self._hold([record])
+        self._send_later()
+
+    def _hold(self, records: Iterable[Mapping[str, Any]]) -> None:
+        for record in records:
+            self.records.setdefault((record["stage"], record["epoch"]), record)
+
+    def _send_later(self) -> None:
+        self.outbox.put("MLflow's copy of the figures", Errand(self._send))
+
+    def deliver(self) -> None:
+        """Send all figures of the run folder that MLflow does not have.
+
+        Raises:
+            UserError: When the server does not answer; see `mlflow_errors.patiently`.
+        """
+        self._hold(read_jsonl(self.run / METRICS))
+        self._send()
+
+    def _send(self) -> None:
+        with self.sending, reached(self.uri):
+            try:
+                for (stage, epoch), record in list(self.records.items()):
+                    if stage not in self.there:
+                        history = self.client.get_metric_history(self.run_id, f"{stage}/val_score")
+                        self.there[stage] = {metric.step for metric in history}
+                    if epoch not in self.there[stage]:
+                        self.client.log_batch(self.run_id, metrics=_metrics(record))
+                        self.there[stage].add(epoch)
+            except BaseException:
+                self.there.clear()  # what was sent last may have arrived or not
+                raise
+
+    def finish(self, result: Mapping[str, Any], files: Mapping[str, str]) -> None:
+        """Test figures and artifacts, and the run is marked finished; nothing of it is done twice.
+
+        Args:
+            result: As in `result.json`; what it does not have is left out.
+            files: Name → text of the artifacts.
+
+        Raises:
+            UserError: When the server does not answer; see `mlflow_errors.patiently`.
+        """
+        self.deliver()
+        with reached(self.uri):
+            held = self.client.get_run(self.run_id)
+            if held.info.status != "FINISHED" or GROUPING_TAG not in held.data.tags:
+                self.client.log_batch(self.run_id, metrics=_final(result, held.data.metrics))
+                for name, text in files.items():
+                    self.client.log_text(self.run_id, text, name)
+                self.client.set_tag(self.run_id, GROUPING_TAG, result.get("grouping_name", ""))
+                self.client.set_terminated(self.run_id)
+        self.outbox.close()
+
+    def fail(self) -> None:
+        """The run is marked failed, unless MLflow does not answer right now."""
+
+        def write() -> None:
+            with contextlib.suppress(Exception):  # the error that ended the run is the one to show
+                self.client.set_terminated(self.run_id, status="FAILED")
+
+        self.outbox.put("the end of the run", Errand(write))
+        self.outbox.flush(0 if self.outbox.failing else FAREWELL_S)
+        self.outbox.close()
+
+
+def _metrics(record: Mapping[str, Any]) -> list[Any]:
+    """The figures of an epoch. The last one is always there: where MLflow has it, it has them all."""
+    from mlflow.entities import Metric
+
+    values: dict[str, float | None] = {}
+    for task, found in record["val"].items():
+        values |= {f"{record['stage']}/{task}/{name}": value for name, value in found.items()}
+        values[f"{record['stage']}/{task}/train_loss"] = record["train_loss"][task]
+    defined = {key: value for key, value in values.items() if value is not None}
+    score = record["val_score"]
+    defined[f"{record['stage']}/val_score"] = float("nan") if score is None else score
+    stamp = int(record["time"] * 1000)
+    return [Metric(key, value, stamp, record["epoch"]) for key, value in defined.items()]
+
+
+def _final(result: Mapping[str, Any], held: Mapping[str, float]) -> list[Any]:
+    """The figures of a result that MLflow does not hold yet."""
+    from mlflow.entities import Metric
+
+    values = {
+        f"{result['split']}/{task}/{name}": value
+        for task, found in result.get("metrics", {}).items()
+        for name, value in found.items()
+    }
+    values["normalized_gain"] = result.get("normalized_gain")
+    stamp = int(time.time() * 1000)
+    return [Metric(k, v, stamp, 0) for k, v in values.items() if v is not None and k not in held]
+
+
+def tracking_uri(section: TrackSection) -> str:
+    """The tracking address: the configured one, MLFLOW_TRACKING_URI, or an SQLite file in the current folder."""
+    return section.uri or os.environ.get("MLFLOW_TRACKING_URI", "") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def enabled(section: TrackSection) -> bool:
+    """Whether there is tracking at all."""
+    return section.uri != "none"
+
+
+def shown(config: Config) -> dict[str, Any]:
+    """The configuration as it may be written and shown: without credentials, and without where verdicts are sent.
+
+    The address of a webhook often is the secret.
+    """
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [clean(inner) for inner in value]
+        return without_credentials(value) if isinstance(value, str) else value
+
+    cleaned: dict[str, Any] = clean(config.model_dump(mode="json", exclude={"regroup": {"webhook"}}))
+    return cleaned
+
+
+def connect(section: TrackSection) -> Any:
+    """An MLflow client that has been answered once. The registry is where the section says, for all of MLflow.
+
+    Raises:
+        UserError: When the server does not answer.
+    """
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    uri = tracking_uri(section)
+    given = os.environ.get("MLFLOW_REGISTRY_URI", "")
+    registry = section.registry_uri or given
+    with reached(uri):
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(registry)
+        os.environ["MLFLOW_REGISTRY_URI"] = given  # MLflow writes there too, and the next section may have none
+        client = mlflow.MlflowClient(uri, registry or uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def open_tracker(config: Config, run: Location, manifest: Manifest, parent: str = "") -> Tracker:
+    """The tracker of a run, which can be a part of the MLflow run `parent`.
+
+    Raises:
+        UserError: When the server does not answer.
+    """
+    return MlflowTracker(config, run, manifest, parent) if enabled(config.track) else NullTracker()
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            _flatten(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping) and value
+            else {f"{prefix}{key}": value}
+        )
+    return flat

@@ -1,0 +1,118 @@
+"""`dmtg inspect`: what the shards hold, and whether training on them makes sense."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from dmtg_core.tasks import Task
+from pipelines.config.loading import Config
+from pipelines.data import statistics
+from pipelines.data.manifest import SPLITS, Manifest, broken_shards, read_manifest
+from pipelines.data.reader import Reader
+from pipelines.report.dataset import dataset_page
+from pipelines.storage import Location, locate
+from pipelines.training.driver import support_notes
+
+PAGE = "inspect.html"
+MOST_CLASSES = 20  # of a task in the table; of more, the most frequent ones
+
+
+def inspect(config: Config, out: str = "") -> dict[str, Any]:
+    """Statistics a task and split, problems that stop training, notes that do not, and a page that shows them all.
+
+    Args:
+        config: Names the shards and tasks.
+        out: File or folder of the page; by default `_inspect.html` beside the manifest, or, where the shards are
+            remote or may not be written to, `<name>-inspect.html` in `run.root`.
+
+    Raises:
+        UserError: When there is no dataset, or the page cannot be written.
+    """
+    folder = locate(config.data.shards)
+    manifest = read_manifest(folder)
+    tasks = manifest.tasks(config.data.tasks, str(folder))
+    broken = broken_shards(folder, manifest, checksums=True)
+    problems = broken + _constant(manifest, tasks)
+    notes = support_notes(manifest, tasks, config.data.min_support) + _drifts(manifest, tasks)
+    drawn = dataset_page(
+        config.name,
+        Reader(folder, manifest, tasks),
+        problems=problems,
+        notes=notes,
+        unreadable={problem.partition(" ")[0] for problem in broken},
+    )
+    page = _place(config, folder, out)
+    page.write_text(drawn)
+    return {
+        "rows": sum(manifest.rows(split) for split in SPLITS),
+        "quarantined": manifest.quarantined,
+        "digest": manifest.digest(),
+        "problems": problems,
+        "notes": notes,
+        "table": _table(manifest, [task.name for task in tasks]),
+        "statistics": {
+            split: {task.name: statistics.summary(manifest.sums[split][task.name]) for task in tasks}
+            for split in SPLITS
+            if manifest.rows(split)
+        },
+        "page": str(page),
+    }
+
+
+def _place(config: Config, folder: Location, out: str) -> Location:
+    if out:
+        chosen = locate(out)
+        return chosen / PAGE if chosen.is_dir() else chosen
+    if folder.local is not None and os.access(folder.local, os.W_OK):
+        return folder / f"_{PAGE}"
+    return locate(config.run.root) / f"{config.name}-{PAGE}"
+
+
+def _constant(manifest: Manifest, tasks: Sequence[Task]) -> list[str]:
+    reasons = {task.name: statistics.constant(manifest.sums["train"][task.name]) for task in tasks}
+    return [f"task {name} is constant in the training split: {why}" for name, why in reasons.items() if why]
+
+
+def _drifts(manifest: Manifest, tasks: Sequence[Task]) -> list[str]:
+    notes = []
+    for task in tasks:
+        for split in SPLITS[1:]:
+            if manifest.rows(split):
+                sums = [manifest.sums[which][task.name] for which in ("train", split)]
+                apart = statistics.drift(task, *sums)
+                notes += [f"task {task.name} differs in {split}: {apart}"] if apart else []
+    return notes
+
+
+def _table(manifest: Manifest, names: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    kinds = {task.name: task.kind for task in manifest.description.tasks}
+    for name in names:
+        for split in SPLITS:
+            if not manifest.rows(split):
+                continue
+            found = statistics.summary(manifest.sums[split][name])
+            rows.append(
+                {
+                    "task": name,
+                    "kind": kinds[name],
+                    "split": split,
+                    "rows": found["rows"],
+                    "missing": f"{found['missing_rate']:.1%}",
+                    **{key: f"{found[key]:.4g}" if key in found else "" for key in ("mean", "std", "min", "max")},
+                    "classes": _shares(found.get("classes")),
+                }
+            )
+    return rows
+
+
+def _shares(classes: list[int] | None) -> str:
+    if not classes:
+        return ""
+    total = sum(classes) or 1
+    present = [i for i, count in enumerate(classes) if count]
+    most = present if len(present) <= MOST_CLASSES else sorted(present, key=lambda i: -classes[i])[:MOST_CLASSES]
+    rest = f" and {len(present) - len(most)} more" if len(most) < len(present) else ""
+    return " ".join(f"{i}:{classes[i] / total:.1%}" for i in most) + rest

@@ -1,0 +1,1 @@
+"""`dmtg config`: a configuration for a file, and the schema of a configuration."""

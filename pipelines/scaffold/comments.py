@@ -1,0 +1,185 @@
+"""The text of a configuration file with a comment on each choice, and each further option as a comment."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipelines.config.loading import Config
+from pipelines.config.validation import checked
+from pipelines.data.sources import options_model
+from pipelines.scaffold.inference import Use
+
+WIDTH = 110
+Written = dict[str, Any]
+WHY = {
+    "name": "of runs and registered models",
+    "source.options.tasks": "kind: binary, multiclass or regression; metric: what the comparison is made with",
+    "network.groups": "K: the most groups there can be",
+    "network.stem": "stages of the encoder that all groups share",
+    "gate.learning_rate": "more than that of the network: the gate has few steps to decide in",
+    "train.epochs": "search and training of the groups together",
+    "data.shards": "made by dmtg shard",
+    "run.root": "holds a folder for each run",
+}
+
+
+@dataclass
+class Draft:
+    """A configuration on its way to a file.
+
+    Args:
+        kind: The reader.
+        about: What stands at the top of the file.
+        values: Section → what is written for it.
+        why: Key, as in `network.groups`, → why it is so.
+        uses: What each column is used as.
+        below: The configuration that the file is laid over, with its name; else that of all defaults.
+    """
+
+    kind: str
+    about: str
+    values: dict[str, Any]
+    why: dict[str, str] = field(default_factory=dict)
+    uses: Sequence[Use] = ()
+    below: tuple[str, Config] | None = None
+
+
+def text_of(draft: Draft) -> str:
+    """The file. A line that begins with `#key:` is an option at its default; without the mark it counts."""
+    page = _Page(WHY | draft.why)
+    page.note(
+        f"{draft.about}. Everything can be changed here. A line like #key: value is a further option and what it "
+        "is when left out: to change it take the # off. Where Ray and MLflow run is in ray_config.yaml."
+    )
+    page.note(
+        "For completion in an editor: dmtg config schema > dmtg.schema.json, and then as the first line here:"
+    )
+    page.note("(# yaml-language-server: $schema=dmtg.schema.json)")
+    page.key("", "name", draft.values["name"])
+    defaults = _below(draft)
+    if draft.below is not None:
+        page.key("", "base", draft.below[0])
+    written = [key for key in Config.model_fields if isinstance(draft.values.get(key), dict)]
+    for section in written:
+        page.lines.append("")
+        page.section(section, draft.values[section], getattr(defaults, section), draft)
+    page.lines.append("")
+    page.note("Sections that are all at their defaults; to change one take the # off its name as well.")
+    for section in Config.model_fields:
+        if section not in (*written, "name", "ray"):
+            page.lines.append("")
+            page.section(section, None, getattr(defaults, section), draft)
+    return "\n".join(page.lines) + "\n"
+
+
+def _below(draft: Draft) -> Config:
+    """What counts where the file says nothing."""
+    if draft.below is not None:
+        return draft.below[1]
+    return checked(Config, {"name": draft.values["name"], **_sections(draft)})
+
+
+def _sections(draft: Draft) -> dict[str, Any]:
+    return {key: value for key, value in draft.values.items() if isinstance(value, dict)}
+
+
+class _Page:
+    """The lines of the file."""
+
+    def __init__(self, why: Mapping[str, str]) -> None:
+        self.lines: list[str] = []
+        self.why = why
+
+    def note(self, text: str, indent: str = "") -> None:
+        """A comment over as many lines as it needs."""
+        self.lines += [f"{indent}# {line}" for line in textwrap.wrap(text, WIDTH - len(indent) - 2)]
+
+    def key(self, path: str, key: str, value: Any, indent: str = "") -> None:
+        """Something that is written, with why it is so."""
+        why = self.why.get(f"{path}{key}", "")
+        line = f"{indent}{_pair(key, value)}"
+        if len(line) + len(why) + 4 <= WIDTH and "\n" not in line:
+            self.lines.append(f"{line}  # {why}" if why else line)
+            return
+        if why:
+            self.note(why, indent)
+        self.lines += line.replace("\n", f"\n{indent}").split("\n")
+
+    def option(self, key: str, value: Any, description: str, indent: str) -> None:
+        """Something that is left at its default."""
+        line = f"{indent}#{_pair(key, value, 10_000)}"
+        if description and len(line) + len(description) + 4 <= WIDTH:
+            self.lines.append(f"{line}  # {description}")
+            return
+        if description:
+            self.note(description, indent)
+        self.lines.append(line)
+
+    def section(self, name: str, written: Written | None, default: Any, draft: Draft) -> None:
+        """A section: what is written, then its other options as comments; all of it where nothing is written."""
+        model = type(default)
+        self.note(_first_line(model))
+        self.lines.append(f"{'#' if written is None else ''}{name}:")
+        for key, value in (written or {}).items():
+            if name == "source" and key == "options":
+                self._reader(draft, value, default)
+            else:
+                self.key(f"{name}.", key, value, "  ")
+        for key, info in model.model_fields.items():
+            if key in (written or {}) or (name == "source" and key in ("kind", "options")):
+                continue
+            value = default.model_dump(mode="json")[key]
+            self.option(key, value, info.description or _first_line(type(getattr(default, key))), "  ")
+        if name == "source" and "options" not in (written or {}):
+            self._reader(draft, None, default)
+
+    def _reader(self, draft: Draft, written: Written | None, default: Any) -> None:
+        """The options of the reader, with what it says of them."""
+        model = options_model(draft.kind)
+        resolved = checked(model, default.options, "source.options").model_dump(mode="json")
+        self.lines.append("  #options:" if written is None else "  options:")
+        for key, value in (written or {}).items():
+            if key != "tasks":
+                self.key("source.options.", key, value, "    ")
+                continue
+            self.note(self.why["source.options.tasks"], "    ")
+            self.lines.append("    tasks:")
+            for task, use in zip(value, draft.uses, strict=False):
+                line = f"      - {_flow(task)}"
+                fits = len(line) + len(use.why) + 4 <= WIDTH
+                self.lines += [f"{line}  # {use.why}"] if fits else [f"      # {use.why}", line]
+        for paragraph in (model.__doc__ or "").split("\n\n"):
+            self.note(" ".join(paragraph.replace("`", "").split()), "    ")
+        for key, value in resolved.items():
+            if key not in (written or {}) and _fits(model, {**default.options, key: value}):
+                self.option(key, value, "", "    ")
+
+
+def _pair(key: str, value: Any, width: int = WIDTH - 10) -> str:
+    """A key and its value on one line, or on several below each other where they are long."""
+    return f"{_flow(key)}: {_flow(value, width)}".replace("\n", "\n  ")
+
+
+def _flow(value: Any, width: int = 10_000) -> str:
+    shown = yaml.safe_dump(value, default_flow_style=True, width=width, allow_unicode=True, sort_keys=False)
+    return shown.removesuffix("...\n").rstrip()
+
+
+def _fits(model: type[BaseModel], options: Written) -> bool:
+    """Whether these options go together: some have no meaning beside others, and a reader refuses them."""
+    try:
+        model.model_validate(options)
+    except ValidationError:
+        return False
+    return True
+
+
+def _first_line(model: type[BaseModel]) -> str:
+    text = (model.__doc__ or "").strip().split("\n\n")[0] if issubclass(model, BaseModel) else ""
+    return " ".join(text.split())

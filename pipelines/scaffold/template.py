@@ -1,0 +1,279 @@
+"""`dmtg config new`: a commented file to start from, with what the data seem to be and every option there is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from pipelines.config.loading import recipe_config
+from pipelines.data.sources import SOURCES, options_model
+from pipelines.data.sources.folder import EXTENSIONS
+from pipelines.data.sources.rows import SPLIT_COLUMN, read_head
+from pipelines.data.sources.table import MISSING
+from pipelines.errors import UserError
+from pipelines.scaffold.comments import Draft, Written, text_of
+from pipelines.scaffold.inference import (
+    HEAD_ROWS,
+    Look,
+    Use,
+    chosen_targets,
+    feature,
+    id_use,
+    looks,
+    split_use,
+    target,
+)
+from pipelines.storage import Location, locate
+
+RECIPE_OF = {
+    "celeba": "paper/celeba9_k2", "nuclei": "nuclei", "planted": "planted", "rooms": "rooms",
+    "taskonomy": "paper/taskonomy5_k3", "text": "goemotions",
+}  # fmt: skip
+TABLES = (".csv", ".tsv", ".parquet", ".pq")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A configuration file before it is written: its name, its text, and what each column is used as."""
+
+    name: str
+    text: str
+    uses: Sequence[Use]
+
+
+def new_config(kind: str, data: str, targets: Sequence[str], name: str) -> Made:
+    """A configuration file for data.
+
+    Args:
+        kind: A reader of `SOURCES`; empty to go by what the data are.
+        data: A table, or a folder; can be empty where a recipe is laid below.
+        targets: The columns that are to be predicted, for a table, an image folder or a table of texts.
+        name: Of runs and models; empty to take that of the data.
+
+    Raises:
+        UserError: For data that are not there or cannot be read, and for targets that cannot be used.
+    """
+    place = locate(data) if data else None
+    if place is not None and not place.exists():
+        place.check_bucket()
+        raise UserError("there is nothing here", where=str(place), remedy="correct the path", wrong_use=True)
+    kind = kind or _kind_of(place)
+    options_model(kind)  # refuses an unknown one
+    if place is None and kind in ("table", "folder"):
+        raise UserError(
+            f"a {kind} has to be looked at",
+            where="command line",
+            remedy=f"write dmtg config new {'mydata.csv' if kind == 'table' else 'FOLDER'} --targets first,second",
+            wrong_use=True,
+        )
+    name = name or _name_of(data or kind)
+    if kind == "table":
+        assert place is not None
+        draft = _table(data, place, targets)
+    elif kind == "folder":
+        assert place is not None
+        draft = _folder(data, place, targets)
+    elif kind == "text" and place is not None and not place.is_dir():
+        draft = _text(data, place, targets)
+    else:
+        draft = _on_recipe(kind, data, targets)
+    draft.values = {"name": name, **draft.values}
+    draft.values["data"] = {"shards": f"work/{name}/shards"} | draft.values.get("data", {})
+    draft.values["run"] = {"root": f"work/{name}/runs"}
+    return Made(name, text_of(draft), draft.uses)
+
+
+def _kind_of(place: Location | None) -> str:
+    if place is None:
+        raise UserError(
+            "a configuration for what?",
+            where="command line",
+            remedy=f"name a table or a folder of images, or --source, one of {', '.join(SOURCES)}",
+            wrong_use=True,
+        )
+    if not place.is_dir():
+        return "table"
+    return "table" if any(name.lower().endswith((".parquet", ".pq")) for name in _files(place)) else "folder"
+
+
+def _name_of(data: str) -> str:
+    stem = PurePosixPath(data.rstrip("/")).name
+    for ending in TABLES:
+        stem = stem.removesuffix(ending)
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_") or "mine"
+
+
+def _files(folder: Location) -> list[str]:
+    return folder.files(recursive=False)
+
+
+def _table(data: str, place: Location, given: Sequence[str]) -> Draft:
+    rows, more = read_head(place, HEAD_ROWS)
+    columns = looks(rows)
+    tasks, rest = _tasks(columns, given, place, more)
+    rows_by = [use for use in (split_use(rest), id_use(rest)) if use is not None]
+    inputs = [feature(look) for name, look in rest.items() if name not in [use.column for use in rows_by]]
+    used = [use.column for use in inputs if use.use in ("number", "category")]
+    if not used:
+        raise UserError(
+            "no column is left to predict from", where=str(place),
+            remedy="; ".join(f"{use.column}: {use.why}" for use in (*inputs, *rows_by)) or "name fewer targets",
+        )  # fmt: skip
+    options, why = _of_rows(rows_by)
+    options["tasks"] = [dict(use.options) for use in tasks]
+    if len(used) < len(inputs) or (options.get("split_column", "") is None and SPLIT_COLUMN in rest):
+        options["features"] = used
+        out = [f"{use.column} ({use.why})" for use in inputs if use.use == "left out"]
+        why["features"] = f"left out: {'; '.join(out)}" if out else "all but the split"
+    options["categorical"] = [use.column for use in inputs if use.use == "category"]
+    why["categorical"] = "these are categories, one feature a value; the other features are numbers"
+    extra = [gap for look in columns.values() for gap in look.gaps if gap not in MISSING]
+    if extra:
+        options["missing"] = [*MISSING, *dict.fromkeys(extra)]
+        why["missing"] = f"words for an empty cell; {', '.join(dict.fromkeys(extra))} among numbers"
+    about = f"{len(tasks)} tasks and {len(used)} columns to predict them from, in {data}"
+    values = {
+        "source": {"kind": "table", "root": data, "options": options},
+        **_training("mlp", 0, {"widths": [64, 32]}, len(tasks), len(rows), 3e-3),
+    }
+    return Draft("table", _seen(about, len(rows), more), values, _named(why), [*tasks, *rows_by, *inputs])
+
+
+def _text(data: str, place: Location, given: Sequence[str]) -> Draft:
+    rows, more = read_head(place, HEAD_ROWS)
+    columns = looks(rows)
+    tasks, rest = _tasks(columns, given, place, more)
+    if not rest:
+        raise UserError("no column is left for the texts", where=str(place), remedy="name fewer targets")
+    text = max(rest.values(), key=lambda look: sum(map(len, look.cells)))
+    rest.pop(text.name)
+    rows_by = [use for use in (split_use(rest), id_use(rest)) if use is not None]
+    options, why = _of_rows(rows_by)
+    root, _, file = data.rpartition("/")
+    options = {"file": file, "text_column": text.name, **options}
+    why["text_column"] = "the column with the longest texts"
+    options["tasks"] = [dict(use.options) for use in tasks]
+    values = {
+        "source": {"kind": "text", "root": root or ("/" if data.startswith("/") else "."), "options": options},
+        **_training("embedding_bag", 0, {"embedding": 64, "widths": [128, 64]}, len(tasks), len(rows), 5e-3),
+    }
+    about = f"{len(tasks)} tasks on the texts of {data}"
+    uses = [*tasks, *rows_by, Use(text.name, "text", why["text_column"])]
+    return Draft("text", _seen(about, len(rows), more), values, _named(why), uses)
+
+
+def _folder(data: str, place: Location, given: Sequence[str]) -> Draft:
+    labels = _labels_file(place)
+    rows, more = read_head(place / labels, HEAD_ROWS)
+    columns = looks(rows)
+    tasks, rest = _tasks(columns, given, place / labels, more)
+    images, image_column, suffix = _images(place, rest)
+    rest.pop(image_column)
+    split = split_use(rest)
+    options, why = _of_rows([split] if split else [])
+    options = {"labels": labels, "images": images, "image_column": image_column, "suffix": suffix, **options}
+    why["suffix"] = "added to a name without an ending"
+    options["size"] = 64
+    why["size"] = "images are stored 64 × 64: larger ones show more and train longer"
+    options["tasks"] = [dict(use.options) for use in tasks]
+    values = {
+        "source": {"kind": "folder", "root": data, "options": options},
+        **_training("convnet", 1, {"widths": [16, 32, 64, 96]}, len(tasks), len(rows), 2e-3),
+    }
+    about = f"{len(tasks)} tasks on the images of {data}"
+    uses = [*tasks, *([split] if split else []), Use(image_column, "id", f"names the images in {images}/")]
+    return Draft("folder", _seen(about, len(rows), more), values, _named(why), uses)
+
+
+def _labels_file(place: Location) -> str:
+    tables = [name for name in _files(place) if name.lower().endswith((".csv", ".tsv"))]
+    if "labels.csv" in tables:
+        return "labels.csv"
+    if len(tables) == 1:
+        return tables[0]
+    raise UserError(
+        f"{len(tables)} tables in the folder, and none is called labels.csv" if tables else "no table of labels",
+        where=str(place),
+        remedy="put labels.csv there: a line for each image, with its name and its labels",
+    )
+
+
+def _images(place: Location, columns: Mapping[str, Look]) -> tuple[str, str, str]:
+    """The folder of images, the column that names them, and the ending that its cells lack."""
+    for folder in sorted(place.folders(), key=lambda name: name != "images"):
+        there = set(_files(place / folder))
+        for look in columns.values():
+            cells = [cell for cell in look.cells if cell][:100]
+            for suffix in ("", *EXTENSIONS):
+                if cells and 2 * sum(f"{cell}{suffix}" in there for cell in cells) > len(cells):
+                    return folder, look.name, suffix or PurePosixPath(cells[0]).suffix
+    raise UserError(
+        "no column names images that are there",
+        where=str(place),
+        remedy="put the images into the folder images/, and their names into the column image of the table",
+    )
+
+
+def _on_recipe(kind: str, data: str, targets: Sequence[str]) -> Draft:
+    if targets:
+        raise UserError(
+            f"--targets has no meaning for {kind}: its reader knows its tasks",
+            where="command line",
+            remedy="leave it out, and choose with data.tasks",
+            wrong_use=True,
+        )
+    recipe = RECIPE_OF[kind]
+    below = recipe_config(recipe)
+    assert below.source is not None
+    values = {"source": {"root": data or below.source.root}}
+    why = {
+        "source.root": "where the raw data are"
+        if below.source.given or data
+        else "give the folder of the raw data"
+    }
+    about = f"A copy of the recipe {recipe} with places of its own; what is not written here is as there"
+    return Draft(kind, about, values, why, below=(recipe, below))
+
+
+def _tasks(
+    columns: Mapping[str, Look], given: Sequence[str], place: Location, more: bool
+) -> tuple[list[Use], dict[str, Look]]:
+    """The targets, and the columns that are none."""
+    names = chosen_targets(given, list(columns), str(place))
+    tasks = [target(columns[name], str(place), more) for name in names]
+    return tasks, {name: look for name, look in columns.items() if name not in names}
+
+
+def _of_rows(uses: Sequence[Use]) -> tuple[Written, dict[str, str]]:
+    """What is written for the id and the split, and why."""
+    options: Written = {}
+    why = {}
+    for use in uses:
+        if use.use == "id":
+            options["id_column"], why["id_column"] = use.column, use.why
+        else:
+            options["split_column"] = use.column if use.use == "split" else None
+            why["split_column"] = use.why
+    return options, why
+
+
+def _training(encoder: str, stem: int, options: Written, tasks: int, rows: int, rate: float) -> dict[str, Written]:
+    """Settings that suit the size of the data: enough steps for the gate to decide in, and few minutes."""
+    batch = 32 if rows < 1_000 else 64 if rows < 10_000 else 128
+    epochs = 30 if rows < 5_000 else 20 if rows < HEAD_ROWS else 10
+    groups = min(max((tasks + 1) // 2, 2), 4)
+    return {
+        "network": {"encoder": encoder, "stem": stem, "groups": groups, "options": options},
+        "gate": {"learning_rate": 0.02},
+        "train": {"epochs": epochs, "batch_size": batch, "learning_rate": rate},
+    }
+
+
+def _named(why: Mapping[str, str]) -> dict[str, str]:
+    return {f"source.options.{key}": text for key, text in why.items()}
+
+
+def _seen(about: str, rows: int, more: bool) -> str:
+    return f"{about}. {'The first' if more else 'All'} {rows:,} rows were looked at"

@@ -1,0 +1,63 @@
+"""`dmtg evaluate`: registered models, or a finished run, on the shards of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from dmtg_core.network.grouping_network import GroupModel
+from dmtg_core.tasks import Task
+from dmtg_core.training.metrics import Metrics, MetricSums
+from pipelines.config.loading import Config
+from pipelines.data.manifest import check_shards, read_manifest
+from pipelines.data.reader import Reader
+from pipelines.data.stream import StreamData
+from pipelines.errors import UserError
+from pipelines.registry.models import load_groups
+from pipelines.storage import locate
+
+
+def evaluate(config: Config, model: str, split: str = "test") -> Metrics:
+    """Metrics of a model on a split: task → metric → value.
+
+    Args:
+        model: `models:/…` address or a run folder.
+
+    Raises:
+        UserError: When model and shards do not fit, or the split holds nothing.
+    """
+    folder = locate(config.data.shards)
+    manifest = read_manifest(folder)
+    check_shards(folder, manifest, checksums=config.data.verify_checksums)
+    groups = load_groups(model, config.track)
+    wanted = [task.name for group in groups.values() for task in group.tasks]
+    tasks = manifest.tasks(wanted, str(folder))
+    if not manifest.rows(split):
+        raise UserError(
+            f"the shards have no samples in split {split!r}", where=str(folder), remedy="use another split"
+        )
+    reader = Reader(folder, manifest, tasks)
+    data = StreamData(reader, config.data, seed=0, rank=0, world_size=1, device=torch.device("cpu"))
+    sums = MetricSums(tasks)
+    with torch.inference_mode():
+        for batch in data.evaluate(split, config.train.batch_size):
+            sums.update(outputs_for(tasks, groups.values(), batch.inputs), batch.targets)
+    return sums.compute()
+
+
+def outputs_for(
+    tasks: Sequence[Task], groups: Iterable[GroupModel], inputs: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What group models say to stored input, for some tasks in the network units of these.
+
+    A model has the units of the shards that it was trained on.
+    """
+    wanted = {task.name: task for task in tasks}
+    return {
+        task.name: task.in_units_of(wanted[task.name], outputs[task.name])
+        for group in groups
+        for outputs in [group(inputs)]
+        for task in group.tasks
+        if task.name in wanted
+    }

@@ -1,0 +1,379 @@
+"""`dmtg predict`: what a model says to every sample of a split, as one Parquet file for each shard.
+
+A Ray Data job: actors load the model once, which comes to them from the driver, as workers may not reach the
+registry. A file is a pure function of model and shard, written whole, with a note beside it; a job that was killed
+keeps every file that has one and makes the rest. `_predictions.json` comes last and says what the columns mean, as
+`pipelines.serving.columns` does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from dmtg_core.network.grouping_network import GroupModel
+from dmtg_core.tasks import InputSpec, Task
+from pipelines.cluster import session
+from pipelines.config.loading import Config
+from pipelines.config.sections import RaySection, TrackSection
+from pipelines.data.manifest import FILE, SPLITS, Manifest, Shard, check_shards, read_manifest
+from pipelines.data.reader import Reader
+from pipelines.data.shard_folder import PARTS
+from pipelines.data.sources.base import INPUT
+from pipelines.errors import UserError
+from pipelines.registry.models import load_groups
+from pipelines.registry.tracking import connect
+from pipelines.registry.versions import find
+from pipelines.serving.columns import ID, arrays_of, columns_of, described, schema
+from pipelines.storage import Location, locate
+
+PREDICTIONS, PLAN = "_predictions.json", "_plan.json"
+FORMAT = 1
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What `predict` left in `out`: rows, files, how many of these were there before, and what they hold."""
+
+    rows: int
+    files: int
+    kept: int
+    out: Location
+    tasks: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model to predict with.
+
+    Args:
+        groups: Group → model.
+        address: The version that a changing address meant at the start, or the run folder.
+        digest: Changes with weights, tasks and groups.
+    """
+
+    groups: Mapping[str, GroupModel]
+    address: str
+    digest: str
+
+    @property
+    def tasks(self) -> dict[str, tuple[Task, str]]:
+        """Task name → task, and the group that serves it."""
+        return {task.name: (task, name) for name, model in self.groups.items() for task in model.tasks}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything an actor needs beside the model.
+
+    Args:
+        reader: Of the input alone; its manifest lists no shards.
+        out: Where files go.
+        plan: Digest of model and data.
+        batch_size: Samples that are computed at once.
+        checksums: Compare every shard with its checksum.
+        gpu: Whether a GPU was reserved.
+    """
+
+    reader: Reader
+    out: Location
+    plan: str
+    batch_size: int
+    checksums: bool
+    gpu: bool
+
+
+def predict(
+    config: Config, model: str, out: str, split: str = "test", say: Callable[[str], None] = log.info
+) -> Predicted:
+    """Predict every sample of a split; files that are whole are kept.
+
+    Args:
+        config: Names the shards; how many workers, and on what, is in its `ray` section.
+        model: `models:/…` address or a run folder.
+        out: Folder for the files, local or s3://.
+        split: train, val, test or all.
+
+    Raises:
+        UserError: When model and shards do not fit, or the folder holds something else.
+    """
+    folder, place = locate(config.data.shards), locate(out)
+    manifest = read_manifest(folder)
+    chosen = _chosen(manifest, split, folder)
+    check_shards(folder, chosen, checksums=False)
+    served = open_model(model, config.track)
+    check_fits(served, manifest.description.input, folder)
+    place.check_writable()
+    about = {
+        "format": FORMAT,
+        "model": {"given": model, "address": served.address, "digest": served.digest},
+        "data": {"shards": str(folder), "digest": manifest.digest(), "split": split},
+    }
+    plan = _claim(place, about)
+    shards = [shard for held in chosen.shards.values() for shard in held if shard.rows]
+    parts = {shard.file: part for shard in shards if (part := _finished(place, shard, plan))}
+    todo = [shard for shard in shards if shard.file not in parts]
+    kept = len(parts)
+    say(f"{sum(s.rows for s in shards)} samples in {len(shards)} shards: {kept} are predicted, {len(todo)} to do")
+    if todo:
+        reader = Reader(folder, replace(manifest, shards={}, sums={}, source={}), ())
+        job = Job(
+            reader, place, plan, config.train.batch_size, config.data.verify_checksums,
+            config.ray.gpus_per_worker > 0,
+        )  # fmt: skip
+        with session(config.ray), closing(_run(job, served, todo, config.ray)) as made:
+            for done, part in enumerate(made, start=1):
+                parts[part["file"]] = part
+                say(f"shard {done}/{len(todo)}: {part['file']}, {part['rows']} samples")
+    files = [{k: v for k, v in parts[shard.file].items() if k != "plan"} for shard in shards]
+    rows = sum(part["rows"] for part in files)
+    tasks = described(served.tasks, manifest.description.input.shape)
+    (place / PREDICTIONS).write_json(about | {"tasks": tasks, "rows": rows, "files": files})
+    return Predicted(rows, len(files), kept, place, tasks)
+
+
+def _chosen(manifest: Manifest, split: str, folder: Location) -> Manifest:
+    """The manifest with the shards of the chosen splits alone."""
+    if split not in (*SPLITS, "all"):
+        raise UserError(
+            f"there is no split {split!r}",
+            where="--split",
+            remedy=f"use {', '.join(SPLITS)} or all",
+            wrong_use=True,
+        )
+    names = [name for name in SPLITS if split in (name, "all") and manifest.rows(name)]
+    if not names:
+        raise UserError(
+            f"the shards have no samples in split {split!r}", where=str(folder), remedy="use another split"
+        )
+    return replace(manifest, shards={name: manifest.shards[name] for name in names})
+
+
+def open_model(model: str, track: TrackSection) -> Served:
+    """A model with the address of the very version, for an alias may point to another one tomorrow.
+
+    Raises:
+        UserError: When there is nothing to load.
+    """
+    address = model
+    if model.startswith("models:/") and not model.startswith("models:/m-"):
+        found, _ = find(connect(track), model)
+        address = f"models:/{found.name}/{found.version}"
+    groups = load_groups(address, track)
+    return Served(groups, address, _digest(groups))
+
+
+def _digest(groups: Mapping[str, GroupModel]) -> str:
+    every = hashlib.sha256()
+    for name, model in sorted(groups.items()):
+        every.update(json.dumps([name, model.spec.to_dict()], sort_keys=True).encode())
+        for key, value in model.state_dict().items():
+            every.update(key.encode() + value.contiguous().numpy().tobytes())
+    return every.hexdigest()[:12]
+
+
+def check_fits(served: Served, stored: InputSpec, folder: Location) -> None:
+    """Stop where the model reads something else than the shards hold, or two columns would have one name.
+
+    Raises:
+        UserError: Naming both inputs, or the columns.
+    """
+    for name, model in served.groups.items():
+        wanted = model.spec.input
+        if any(getattr(wanted, key) != getattr(stored, key) for key in ("kind", "shape", "dtype", "vocabulary")):
+            raise UserError(
+                f"{name} of the model reads {_input(wanted)}, the shards hold {_input(stored)}",
+                where=str(folder),
+                remedy="make shards with the options that the model was trained with, or use another model",
+            )
+    counted = Counter([ID, *(name for task, _ in served.tasks.values() for name in columns_of(task))])
+    twice = [name for name, count in counted.items() if count > 1]
+    if twice:
+        raise UserError(
+            f"two columns of predictions would be called {', '.join(twice)}",
+            where=served.address,
+            remedy="predict with the models of single groups, or train with other names of tasks",
+        )
+
+
+def _input(spec: InputSpec) -> str:
+    return f"{spec.kind} of {spec.dtype} {spec.shape}" + (f", ids to {spec.vocabulary}" if spec.vocabulary else "")
+
+
+def _claim(place: Location, about: Mapping[str, Any]) -> str:
+    """Write down what the folder is for, before anything else goes there; the digest of that.
+
+    Raises:
+        UserError: When it holds something else.
+    """
+    mine = _identity(about)
+    file = place / PLAN
+    if file.exists():
+        held = file.read_json()
+        if _identity(held) != mine:
+            raise UserError(
+                f"this folder holds predictions of {_told(held)}, not of {_told(about)}",
+                where=str(place),
+                remedy="give another --out, or delete the folder",
+                wrong_use=True,
+            )
+        return mine
+    others = [name for name in place.files(recursive=False) if name == FILE or name.endswith(".parquet")]
+    if others:
+        raise UserError(
+            f"this folder holds something else than predictions: {', '.join(others[:3])}",
+            where=str(place),
+            remedy="give another --out",
+            wrong_use=True,
+        )
+    file.write_json(about)
+    return mine
+
+
+def _told(about: Mapping[str, Any]) -> str:
+    model, data = about["model"], about["data"]
+    return f"{model['address']} ({model['digest']}) on {data['split']} of {data['shards']} ({data['digest']})"
+
+
+def _identity(about: Mapping[str, Any]) -> str:
+    data = about["data"]
+    parts = [about["format"], about["model"]["digest"], data["digest"], data["split"]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def _finished(place: Location, shard: Shard, plan: str) -> dict[str, Any] | None:
+    """What is known of a file that is whole and of this plan; None where it has to be made."""
+    note = place / PARTS / f"{shard.file}.json"
+    if not note.exists():
+        return None
+    part: dict[str, Any] = note.read_json()
+    same = part["plan"] == plan and (place / shard.file).size() == part["bytes"]
+    return part if same else None
+
+
+def _run(job: Job, served: Served, shards: Sequence[Shard], section: RaySection) -> Generator[dict[str, Any]]:
+    """Predict shards in an actor pool; the note of each, as they finish."""
+    import ray
+
+    models = ray.put(dict(served.groups))
+    dataset = ray.data.from_items([{"shard": json.dumps(vars(shard))} for shard in shards],
+                                  override_num_blocks=len(shards))  # fmt: skip
+    fewest, most = (min(count, len(shards)) for count in (section.fewest, section.most))
+    parts = dataset.map_batches(
+        Predictor,
+        batch_size=1,
+        fn_constructor_args=(job, [models]),
+        concurrency=(fewest, most),
+        num_cpus=section.cpus_per_worker,
+        num_gpus=section.gpus_per_worker or None,
+    )
+    for row in parts.iter_rows():
+        part = json.loads(row["part"])
+        if "error" in part:
+            raise UserError(**part["error"])
+        yield part
+
+
+class Predictor:
+    """An actor of Ray Data: the model, loaded once.
+
+    Args:
+        job: What to do.
+        models: A list with the reference of the group models.
+    """
+
+    def __init__(self, job: Job, models: Sequence[Any]) -> None:
+        import ray
+
+        self.job = job
+        device = "cuda" if job.gpu and torch.cuda.is_available() else "cpu"
+        groups: dict[str, GroupModel] = ray.get(models[0])
+        self.models = {name: model.to(device).eval() for name, model in groups.items()}
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, list[str]]:
+        """Predict shards, given as JSON; their notes as JSON."""
+        return {"part": [json.dumps(self._predict(Shard(**json.loads(text)))) for text in batch["shard"]]}
+
+    def _predict(self, shard: Shard) -> dict[str, Any]:
+        try:
+            return predict_shard(self.job, self.models, shard)
+        except UserError as error:  # Ray Data would pass on its text alone
+            return {"error": error.to_dict()}
+
+
+def predict_shard(job: Job, models: Mapping[str, GroupModel], shard: Shard) -> dict[str, Any]:
+    """Write the predictions of a shard, then the note beside them; a row group is held at a time.
+
+    Raises:
+        UserError: When the shard is not what the manifest says.
+    """
+    source = pq.ParquetFile(pa.BufferReader(_whole(job, shard)))
+    tasks = [task for model in models.values() for task in model.tasks]
+    with tempfile.TemporaryDirectory(prefix="dmtg-") as scratch:
+        local, rows = Path(scratch) / shard.file, 0
+        with pq.ParquetWriter(local, schema(tasks), compression="zstd") as writer:
+            for group in range(source.num_row_groups):
+                table = predicted(job, models, source.read_row_group(group, columns=[ID, INPUT]))
+                writer.write_table(table)
+                rows += len(table)
+        if rows != shard.rows:
+            raise _not_as_written(job, shard, f"{rows} rows, the manifest says {shard.rows}")
+        (job.out / shard.file).write_file(local)
+        digest = hashlib.sha256()
+        with local.open("rb") as file:
+            while piece := file.read(2**20):
+                digest.update(piece)
+        part = {"plan": job.plan, "file": shard.file, "rows": rows, "bytes": local.stat().st_size,
+                "sha256": digest.hexdigest()}  # fmt: skip
+    (job.out / PARTS / f"{shard.file}.json").write_json(part)
+    return part
+
+
+def _whole(job: Job, shard: Shard) -> bytes:
+    """The bytes of a shard, which are those of the manifest."""
+    try:
+        data = (job.reader.folder / shard.file).read_bytes()
+    except FileNotFoundError as error:
+        raise _not_as_written(job, shard, "no bytes at all: it is missing") from error
+    if job.checksums and hashlib.sha256(data).hexdigest() != shard.sha256:
+        raise _not_as_written(job, shard, "another checksum than the manifest says")
+    return data
+
+
+def _not_as_written(job: Job, shard: Shard, found: str) -> UserError:
+    return UserError(
+        f"the shard has {found}",
+        where=str(job.reader.folder / shard.file),
+        remedy="delete it and run dmtg shard again: it makes only what is missing",
+    )
+
+
+def predicted(job: Job, models: Mapping[str, GroupModel], table: pa.Table) -> pa.Table:
+    """The predictions for a table of ids and stored inputs."""
+    inputs = job.reader.arrays(table).inputs
+    tasks = [task for model in models.values() for task in model.tasks]
+    pieces = []
+    for start in range(0, len(table), job.batch_size):
+        raw = torch.from_numpy(np.array(inputs[start : start + job.batch_size]))  # a view of the file is read-only
+        found: dict[str, np.ndarray] = {}
+        for model in models.values():
+            device = next(model.parameters()).device
+            found |= {name: value.cpu().numpy() for name, value in model.predict(raw.to(device)).items()}
+        ids = table[ID][start : start + job.batch_size].combine_chunks()
+        arrays = [ids, *(array for task in tasks for array in arrays_of(task, found[task.name]))]
+        pieces.append(pa.table(arrays, schema=schema(tasks)))
+    return pa.concat_tables(pieces)

@@ -1,0 +1,1 @@
+"""`dmtg sweep`: many settings of one configuration on Ray Tune."""

@@ -1,0 +1,194 @@
+"""`sweep.html`: what a sweep found, as one page without a network, and its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from pipelines.config.loading import Config
+from pipelines.registry.tracking import shown
+from pipelines.report.figures import COLOURS, NEUTRAL, STYLE, WIDTH, svg
+from pipelines.report.render import render
+from pipelines.storage import Location
+from pipelines.sweep.results import KNEE
+
+Row = Mapping[str, Any]
+FRONT, OTHER, NAIVE = COLOURS[0], COLOURS[1], NEUTRAL
+# from worse to better, between two colours of the palette that are told apart by all
+GAIN = LinearSegmentedColormap.from_list("gain", [COLOURS[1], "#b5b5b5", COLOURS[0]])
+
+
+def write_page(target: Location, found: Mapping[str, Any], config: Config) -> None:
+    """Make the page of a sweep.
+
+    Args:
+        target: The file.
+        found: The content of `sweep.json`.
+        config: The sweep's configuration.
+    """
+    known = judged(found["settings"])
+    drawn = {"pareto": pareto(known, found["pareto"], found["knee"]), "parallel": parallel(known)} if known else {}
+    page = render(
+        "sweep.html",
+        filters={"cost": cost, "percent": percent, "number": number},
+        found=found,
+        verdict=verdict(found),
+        marks={row["label"]: ", ".join(marks_of(row["label"], found)) for row in found["settings"]},
+        knee_rule=KNEE,
+        config=yaml.safe_dump(shown(config), sort_keys=False),
+        figures=drawn,
+    )
+    target.write_text(page)
+
+
+def marks_of(label: str, found: Mapping[str, Any]) -> list[str]:
+    """What a setting is: the best one, one of the front, its knee."""
+    marks = ["best"] if found["best"] and label == found["best"]["label"] else []
+    marks += ["front"] if not marks and label in [row["label"] for row in found["pareto"]] else []
+    return marks + (["knee"] if label == found["knee"] else [])
+
+
+def judged(settings: Sequence[Row]) -> list[Row]:
+    """The settings, naive MTL among them, that have a cost and a gain."""
+    return [row for row in settings if row["flops"] is not None and row["gain_validation"] is not None]
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """The result in one sentence, no stronger than its seeds allow."""
+    best = found["best"]
+    if best is None:
+        return "No setting could be judged."
+    seeds = f"{best['finished']} seed{'s' * (best['finished'] > 1)}"
+    gained = best["gain_validation"]
+    if gained is None:
+        return f"Best setting: {best['label']} (mean of {seeds}); its gain over naive MTL is not defined."
+    direction = "lower" if gained >= 0 else "higher"
+    return (
+        f"Best setting: {best['label']}. Its mean error on validation is {abs(gained):.1f} % {direction} than "
+        f"naive MTL's (mean of {seeds}), at {cost(best['flops'])} operations a sample."
+    )
+
+
+def cost(value: float | None) -> str:
+    """A count with three digits and a unit."""
+    if value is None:
+        return "–"
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def percent(value: float | None) -> str:
+    """A gain with its sign."""
+    return "–" if value is None else f"{value:+.1f} %"
+
+
+def number(value: float | None) -> str:
+    """A score with four digits."""
+    return "–" if value is None else f"{value:.4f}"
+
+
+def pareto(settings: Sequence[Row], front: Sequence[Row], knee: str | None) -> str:
+    """Validation gain against operations of a sample; the settings that none beats in both are joined."""
+    words = "; ".join(f"{row['label']} {percent(row['gain_validation'])} at {cost(row['flops'])}" for row in front)
+    best = {row["label"] for row in front}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axhline(0, color=NAIVE, linewidth=0.8, linestyle=":")
+        steps = [(row["flops"] / 1e6, row["gain_validation"]) for row in front]
+        axes.plot(*zip(*steps, strict=True), color=FRONT, linewidth=1.4, drawstyle="steps-post", zorder=2)
+        for row in settings:
+            colour, marker = (FRONT, "o") if row["label"] in best else (OTHER, "s")
+            colour, marker = (NAIVE, "D") if row["naive"] else (colour, marker)
+            axes.scatter(
+                [row["flops"] / 1e6], [row["gain_validation"]], color=colour, marker=marker, s=34, zorder=3
+            )
+            if row["label"] == knee:
+                axes.plot(row["flops"] / 1e6, row["gain_validation"], marker="o", markersize=15, color="black",
+                          fillstyle="none", clip_on=False)  # fmt: skip
+        _numbers(axes, front)
+        axes.set(xlabel="million operations a sample", ylabel="gain over naive MTL on validation, %")
+        axes.margins(x=0.12, y=0.15)
+        return svg(
+            figure, f"Gain over naive MTL against operations of a sample. The front, cheapest first: {words}"
+        )
+
+
+def _numbers(axes: Axes, front: Sequence[Row]) -> None:
+    """The places of the settings in the table of the front, at their points."""
+    for i, row in enumerate(front, 1):
+        place = (row["flops"] / 1e6, row["gain_validation"])
+        axes.annotate(str(i), place, (-8, 8), textcoords="offset points", ha="right", va="bottom", fontsize=9)
+
+
+def parallel(settings: Sequence[Row]) -> str:
+    """A line for each setting through its values, its cost and its gain; the colour is the gain."""
+    rows = [row for row in settings if not row["naive"]] or list(settings)
+    axes_of = [(key, *_categories(rows, key)) for key in rows[0]["setting"]]
+    axes_of += [
+        ("operations", *_scale(rows, "flops", cost)),
+        ("gain, %", *_scale(rows, "gain_validation", percent)),
+    ]
+    gains = axes_of[-1][1]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(max(WIDTH, 1.3 * len(axes_of) + 0.4), 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        for i in sorted(range(len(rows)), key=lambda i: gains[i]):
+            shift = 0.12 * ((i + 0.5) / len(rows) - 0.5)  # lines of one value lie beside each other
+            heights = [at[i] + (shift if n < len(axes_of) - 2 else 0) for n, (_, at, _) in enumerate(axes_of)]
+            axes.plot(range(len(axes_of)), heights, color=GAIN(gains[i]), linewidth=1.8, alpha=0.9)
+        for n, (_, _, marks) in enumerate(axes_of):
+            axes.axvline(n, color="black", linewidth=0.8)
+            for height, text in marks.items():
+                _mark(axes, n, height, text, beside=n >= len(axes_of) - 2)
+        axes.set(ylim=(-0.08, 1.08), xlim=(-0.3, len(axes_of) - 0.5), yticks=[])
+        axes.set_xticks(range(len(axes_of)), [name.rpartition(".")[2].replace("_", " ") for name, _, _ in axes_of])
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.tick_params(length=0)
+        words = "; ".join(f"{row['label']} {percent(row['gain_validation'])}" for row in rows)
+        return svg(figure, f"Settings as lines through their values, coloured by validation gain: {words}")
+
+
+def _mark(axes: Axes, n: int, height: float, text: str, *, beside: bool) -> None:
+    """A value at an axis: at the end of the lines, or above those that go through it."""
+    shift, hold = ((5, 0), ("left", "center")) if beside else ((0, 13), ("center", "bottom"))
+    axes.annotate(text, (n, height), shift, textcoords="offset points", ha=hold[0], va=hold[1], fontsize=9)
+
+
+Heights = tuple[list[float], dict[float, str]]  # of each row, and what to write where
+
+
+def _categories(rows: Sequence[Row], key: str) -> Heights:
+    """Values of a setting's key at equal distances, numbers in their order."""
+    values = [row["setting"][key] for row in rows]
+    if not isinstance(values[0], Mapping):
+        values.sort()
+    texts = [_word(row["setting"][key]) for row in rows]
+    kinds = list(dict.fromkeys(_word(value) for value in values))
+    at = {text: (i + 0.5) / len(kinds) for i, text in enumerate(kinds)}
+    return [at[text] for text in texts], {height: text for text, height in at.items()}
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return f"{value:g}"
+    if value["family"] == "constant":
+        return f"constant {value['start']:g}"
+    return f"{value['family']} {value['start']:g}–{value['end']:g}"
+
+
+def _scale(rows: Sequence[Row], key: str, text: Callable[[float], str]) -> Heights:
+    """Numbers between the least and the greatest."""
+    values = [row[key] for row in rows]
+    least, span = min(values), max(values) - min(values)
+    if not span:
+        return [0.5] * len(values), {0.5: text(least)}
+    return [(value - least) / span for value in values], {0.0: text(least), 1.0: text(max(values))}

@@ -1,0 +1,202 @@
+"""Each group trained further on its own after the search, all at once where the cluster has room."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from dmtg_core.network.cost import inference_cost
+from dmtg_core.network.grouping_network import GroupModel
+from dmtg_core.training.context import LocalContext, Save
+from dmtg_core.training.loop import TrainState, advance, evaluate, reporting, score_of
+from pipelines.cluster import user_error
+from pipelines.config.loading import Config
+from pipelines.data.ingest import open_data
+from pipelines.errors import UserError
+from pipelines.storage import Location
+from pipelines.training.ray.checkpoints import Checkpoints
+from pipelines.training.ray.context import CHECKPOINTS
+from pipelines.training.ray.events import UNWRITTEN, Tell, teller
+from pipelines.training.ray.failures import gave_up, lasting_error
+from pipelines.training.worker import DETAILS, MODELS, RESULT, SEARCHED, Job, gains, read_model, write_model
+
+GROUPS, MODEL, DONE = "groups", "model", "done.json"
+
+
+def train_groups(job: Job, say: Callable[[str], None]) -> None:
+    """Train every group of a search for `search.group_epochs` epochs more and write the run's result.
+
+    A group is a Ray task with the resources of one worker: they run at the same time as far as there is room. What
+    an earlier call has finished is not trained again.
+
+    Raises:
+        UserError: When a group could not be trained.
+    """
+    import ray
+
+    config, searched = job.config, (job.run / SEARCHED).read_json()
+    names = {name: members for name, members in searched["grouping"].items() if not _done(job.run, name).exists()}
+    say(f"training {len(names)} groups on their own, {config.search.group_epochs} epochs each")
+    task = _remote(train_group, config)
+    waiting = {task.remote(job, name, members, score_before(searched, members)): name
+               for name, members in names.items()}  # fmt: skip
+    while waiting:
+        (ready, *_), _ = ray.wait(list(waiting))
+        before, after = _got(ready, job)
+        say(f"{waiting.pop(ready):>10} trained on its own: validation score {before:.4f} → {after:.4f}")
+    _finish(job, searched)
+
+
+def _remote(work: Callable[..., Any], config: Config) -> Any:
+    """Work as a Ray task with the resources of one worker."""
+    import ray
+
+    return ray.remote(work).options(
+        num_cpus=config.ray.cpus_per_worker, num_gpus=config.ray.gpus_per_worker or None,
+        max_retries=config.ray.max_failures, retry_exceptions=False,
+        scheduling_strategy="DEFAULT",  # a trial of a sweep would put them where it has room for itself alone
+    )  # fmt: skip
+
+
+def _got(reference: Any, job: Job) -> Any:
+    """What a task gave.
+
+    Raises:
+        UserError: When it gave nothing.
+    """
+    import ray
+
+    try:
+        return ray.get(reference)
+    except Exception as error:
+        raise user_error(error) or gave_up(error, str(job.run)) from error
+
+
+def score_before(searched: Mapping[str, Any], members: Sequence[str]) -> float:
+    """The validation score of a group as it came out of the search."""
+    return score_of({name: searched["validation"][name] for name in members})
+
+
+def train_group(job: Job, name: str, members: Sequence[str], before: float) -> tuple[float, float]:
+    """Train one group, in a process of its own; goes on from its last checkpoint.
+
+    The best epoch is kept, and the model that came out of the search where none was better on validation data.
+
+    Returns:
+        Validation score before and after.
+    """
+    reader = replace(job.reader, tasks=tuple(task for task in job.reader.tasks if task.name in members))
+    settings = group_settings(job.config)
+    with tempfile.TemporaryDirectory(prefix="dmtg-") as scratch:
+        context = GroupContext(job.run / GROUPS / name, Path(scratch), teller(job.board))
+        data = open_data(
+            reader, job.held, job.config.data, seed=settings.seed, rank=0, world_size=1, device=context.device
+        )
+        try:
+            state = _state(job, name, context, before)
+            advance(state, data, settings, context, until=settings.epochs, hooks=reporting(context))
+        except (RuntimeError, MemoryError) as error:
+            raise lasting_error(error, job.config, str(job.run), 1) or error from error
+        state.take_best()
+        metrics = {
+            split: evaluate(state.network, data, split) for split in ("val", "test") if reader.manifest.rows(split)
+        }
+    model = GroupModel(state.network.spec)
+    model.network.load_state_dict(state.network.state_dict())
+    write_model(job.run / GROUPS / name / MODEL, model)
+    _done(job.run, name).write_json({"before": before, "after": state.best_score, "metrics": metrics})
+    return before, state.best_score
+
+
+def group_settings(config: Config) -> Any:
+    """How a group is trained: all epochs are alike, for there is no gate left to learn."""
+    rate = config.search.group_learning_rate or config.train.learning_rate / 10
+    return replace(
+        config.settings(), epochs=config.search.group_epochs, search_share=1.0, learning_rate=rate,
+        lr_min=min(config.train.lr_min, rate),
+    )  # fmt: skip
+
+
+def _state(job: Job, name: str, context: GroupContext, before: float) -> TrainState:
+    settings, latest = group_settings(job.config), context.latest()
+    if latest is not None:
+        return TrainState.load(latest, settings, context.device)
+    model = read_model(job.run / MODELS / name)
+    state = TrainState.fresh(model.network.to(context.device), settings)
+    state.consider(before)
+    return state
+
+
+class GroupContext(LocalContext):
+    """One process, checkpoints in the run folder; one that cannot be written is told and not waited for."""
+
+    def __init__(self, folder: Location, scratch: Path, tell: Tell) -> None:
+        super().__init__(device="cuda" if torch.cuda.is_available() else "cpu")
+        self.scratch, self.tell = scratch, tell
+        self.checkpoints = Checkpoints(folder / CHECKPOINTS, scratch, tell)
+
+    def report(self, record: Mapping[str, Any] | None, save: Save) -> None:  # noqa: ARG002 - `TrainContext`'s
+        """Write a checkpoint."""
+        local = self.scratch / self.checkpoints.next_name()
+        try:
+            local.mkdir()
+            save(local)
+            self.checkpoints.add(local)
+        except (OSError, SafetensorError, UserError) as error:
+            self.tell(UNWRITTEN, f"{local.name} of a group is lost, training goes on ({error})")
+        finally:
+            shutil.rmtree(local, ignore_errors=True)
+
+    def latest(self) -> Path | None:
+        """See `TrainContext.latest`."""
+        return self.checkpoints.newest()
+
+
+def _done(run: Location, name: str) -> Location:
+    return run / GROUPS / name / DONE
+
+
+def _finish(job: Job, searched: Mapping[str, Any]) -> None:
+    """The models of the groups in the place of those of the search, then the result."""
+    result = dict(searched)
+    metrics, validation, scores = dict(searched["metrics"]), dict(searched["validation"]), {}
+    for name in searched["grouping"]:
+        done = _done(job.run, name).read_json()
+        metrics |= done["metrics"][searched["split"]]
+        validation |= done["metrics"]["val"]
+        scores[name] = {"before": done["before"], "after": done["after"]}
+        for file in (job.run / GROUPS / name / MODEL).files():
+            (job.run / MODELS / name / file).write_bytes((job.run / GROUPS / name / MODEL / file).read_bytes())
+    tasks = job.reader.tasks
+    found = gains(tasks, metrics, searched["baseline"]) if searched["baseline"] else {}
+    epochs = job.config.search.group_epochs
+    notes = [*searched["notes"], f"groups trained {epochs} epochs on their own, which naive MTL did not get"]
+    models = {name: read_model(job.run / MODELS / name) for name in searched["grouping"]}
+    result |= {
+        "inference": asdict(inference_cost(models)),
+        "metrics": metrics, "validation": validation, "groups": scores, "gains": found,
+        "normalized_gain": found.get("error"), "notes": notes if found else searched["notes"],
+    }  # fmt: skip
+    if job.details:
+        _got(_remote(look_again, job.config).remote(job, searched["split"]), job)
+    (job.run / RESULT).write_json(result)
+
+
+def look_again(job: Job, split: str) -> None:
+    """The samples of the run's page, as the groups answer now; naive MTL is not at hand, so no intervals."""
+    from pipelines.training.diagnostics import Look, Together
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = {name: read_model(job.run / MODELS / name) for name in (job.run / MODELS).folders()}
+    config, network = job.config, Together(models).to(device).eval()
+    look = Look(network, None, job.reader, split, config.train.batch_size, config.train.seed)
+    held = (job.run / DETAILS).read_json() if (job.run / DETAILS).exists() else {}
+    samples = look.samples(config.run.samples) if config.run.samples else None
+    (job.run / DETAILS).write_json(held | {"intervals": None, "samples": samples})

@@ -1,0 +1,54 @@
+"""`dmtg train --profile`: where the time of a training step goes, measured on the workers that would train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dmtg_core.training.profile import OPERATORS, SHARES, TRACE
+from pipelines.cluster import session
+from pipelines.config.loading import Config
+from pipelines.data.ingest import keeps_in_memory, load_splits
+from pipelines.data.reader import Reader
+from pipelines.data.shards import ensure_shards
+from pipelines.storage import Location, locate
+from pipelines.training.driver import check_all, run_workers
+from pipelines.training.ray.events import start_board
+from pipelines.training.worker import PROFILE, Job
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """What was measured, as `dmtg_core.training.profile.profile_steps` gives it, and where the files are."""
+
+    found: dict[str, Any]
+    folder: Location
+
+    @property
+    def operators(self) -> Location:
+        """The slowest operators, as text."""
+        return self.folder / OPERATORS
+
+    @property
+    def trace(self) -> Location:
+        """The trace, for Perfetto or chrome://tracing."""
+        return self.folder / TRACE
+
+
+def profile(config: Config, say: Callable[[str], None]) -> Profiled:
+    """Train a fresh network for a few steps, as `train` would, and leave the run itself as it is.
+
+    Raises:
+        UserError: As `train`.
+    """
+    run = locate(config.run.root) / config.run_name()
+    run.check_writable()
+    config.check_options()
+    with session(config.ray):
+        manifest = ensure_shards(config, say)
+        folder = locate(config.data.shards)
+        reader = Reader(folder, manifest, check_all(config, manifest, folder))
+        held = load_splits(reader) if keeps_in_memory(reader, config.data) else None
+        run_workers(Job(config, reader, held, run, board=start_board(), profile=True), say)
+    return Profiled((run / PROFILE / SHARES).read_json(), run / PROFILE)

@@ -1,0 +1,162 @@
+"""A finished run handed to MLflow: its report, then its figures, its models, and its end.
+
+That is the end of `dmtg train`, of the same words again, and `dmtg models register`; what MLflow has taken before
+is not sent again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pipelines.config.loading import Config
+from pipelines.config.validation import checked
+from pipelines.data.manifest import Manifest, read_manifest
+from pipelines.errors import UserError
+from pipelines.registry.errors import late, patiently, reached, without_credentials
+from pipelines.registry.models import Registered, register
+from pipelines.registry.tracking import NOTE, REGISTERED, Tracker, enabled, open_tracker, tracking_uri
+from pipelines.storage import Location, locate
+from pipelines.training.worker import CONFIG, GROUPING, RESULT
+
+REPORT = "report.html"
+LABELS = "labels.json"  # statistics of the labels that a model was trained on
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """A run that MLflow has: its folder, its MLflow run, its registered models, and the server."""
+
+    run: Location
+    run_id: str
+    models: list[Registered]
+    uri: str
+
+
+def hand_over(
+    config: Config, run: Location, tracker: Tracker, manifest: Manifest, say: Callable[[str], None] = log.info
+) -> list[Registered]:
+    """Write the report of a finished run, hand the run to MLflow, and give its registered models.
+
+    Raises:
+        UserError: When MLflow does not take it; by then all is in the run folder.
+    """
+    from pipelines.report.run import write_report
+
+    if not (run / REPORT).exists():
+        write_report(run)
+    result = (run / RESULT).read_json()
+    registers = config.track.register_models and enabled(config.track)
+    if registers and not (run / REGISTERED).exists():
+        say("registering the grouping and its group models")
+
+    def all_of_it() -> list[Registered]:
+        tracker.deliver()
+        models = _registered(config, run, tracker.run_id, manifest, result) if registers else []
+        files = {name: (run / name).read_text() for name in (REPORT, GROUPING, CONFIG)}
+        tracker.finish(result, files | {LABELS: json.dumps(manifest.sums["train"])})
+        return models
+
+    return patiently(all_of_it, run, say)
+
+
+def _registered(
+    config: Config, run: Location, run_id: str, manifest: Manifest, result: dict[str, Any]
+) -> list[Registered]:
+    """The registered models of a run; they are registered where they are not."""
+    if (run / REGISTERED).exists():
+        return [Registered(**entry) for entry in (run / REGISTERED).read_json()]
+    example = stored_example(locate(config.data.shards), manifest)
+    with reached(tracking_uri(config.track)):
+        models = register(config, run, run_id, manifest, example, result)
+    (run / REGISTERED).write_json([vars(model) for model in models])
+    return models
+
+
+def opened(config: Config, run: Location, manifest: Manifest) -> Tracker:
+    """The tracker of a run that is finished.
+
+    Raises:
+        UserError: That it is, and that the server does not answer.
+    """
+    try:
+        return open_tracker(config, run, manifest)
+    except UserError as error:
+        raise late(error, run) from error
+
+
+def register_run(run_dir: str, uri: str = "", say: Callable[[str], None] = log.info) -> HandedOver:
+    """Hand a finished run to MLflow: its figures, its models and its end, as far as they are not there.
+
+    Args:
+        run_dir: The run folder; its `config.yaml` and `tracking.json` say where to.
+        uri: Another tracking server, or the same with credentials.
+
+    Raises:
+        UserError: When there is no finished run, its shards are gone, or the server does not take it.
+    """
+    run = locate(run_dir).patient()
+    missing = [name for name in (CONFIG, RESULT) if not (run / name).exists()]
+    if missing:
+        raise UserError(
+            f"no finished run: there is no {' and no '.join(missing)}",
+            where=str(run),
+            remedy="give the folder of a run that dmtg train has finished, or run dmtg train again with its words",
+        )
+    held = checked(Config, yaml.safe_load((run / CONFIG).read_text()))
+    track = held.track.model_copy(update={"uri": uri or _address(held, run), "register_models": True})
+    config = held.model_copy(update={"track": track})
+    if not enabled(track):
+        raise UserError("the run was not tracked", where=f"{run / CONFIG}: track.uri=none", remedy="give --uri")
+    manifest = _data_of(config, run)
+    tracker = opened(config, run, manifest)
+    models = hand_over(config, run, tracker, manifest, say)
+    return HandedOver(run, tracker.run_id, models, without_credentials(tracking_uri(track)))
+
+
+def _data_of(config: Config, run: Location) -> Manifest:
+    """The manifest of the shards that a run was trained on, which say what a model's input looks like.
+
+    Raises:
+        UserError: When they are not there any more, or there are others in their place.
+    """
+    shards, note = locate(config.data.shards), run / NOTE
+    remedy = "put the shards of the run back"
+    if "://" not in config.data.shards and not config.data.shards.startswith(("/", "~")):
+        remedy += ", or work in the folder where dmtg train did: data.shards is relative"
+    try:
+        manifest = read_manifest(shards)
+    except UserError as error:
+        raise UserError(error.what, where=error.where, remedy=remedy) from error
+    digest = note.read_json().get("data_digest") if note.exists() else None
+    if digest not in (None, manifest.digest()):
+        raise UserError("these are not the shards that the run was trained on", where=str(shards), remedy=remedy)
+    return manifest
+
+
+def _address(config: Config, run: Location) -> str:
+    """The tracking server that a run was tracked by; with the credentials where they are at hand."""
+    given, note = tracking_uri(config.track), run / NOTE
+    if not enabled(config.track) or not note.exists():
+        return given
+    known: str = note.read_json()["uri"]
+    return given if without_credentials(given) == known else known
+
+
+def stored_example(folder: Location, manifest: Manifest, rows: int = 2) -> np.ndarray:
+    """The first stored inputs of the training split."""
+    import pyarrow.parquet as pq
+
+    first = next(shard for shard in manifest.shards["train"] if shard.rows >= rows)
+    with (folder / first.file).filesystem.open_input_file((folder / first.file).path) as file:
+        table = pq.ParquetFile(file).read_row_group(0, columns=["input"]).slice(0, rows)
+    spec = manifest.description.input
+    values = [np.frombuffer(value.as_py(), np.dtype(spec.dtype).newbyteorder("<")) for value in table["input"]]
+    return np.stack(values).reshape(len(values), *spec.shape).astype(spec.dtype)

@@ -1,0 +1,1 @@
+"""Training on Ray Train: the only modules that import `ray.train`."""

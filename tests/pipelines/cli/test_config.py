@@ -1,0 +1,359 @@
+"""`dmtg config …`: schema, show and new. Nothing here starts Ray."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from dmtg_core import GroupingNetwork
+from pipelines.cli.app import app
+from pipelines.config.loading import load_config
+from pipelines.config.validation import checked
+from pipelines.data.sources import SOURCES, build_source, options_model
+from pipelines.data.sources.rows import read_head
+from pipelines.errors import UserError
+from pipelines.recipes import RECIPES, recipes
+from pipelines.scaffold.inference import Look, feature, id_use, looks, split_use, target
+from pipelines.storage import locate
+
+RUNNER = CliRunner()
+SIX = ["churn", "upsell", "segment", "risk", "spend", "score"]
+
+
+def call(*words: str) -> tuple[int, str, str]:
+    found = RUNNER.invoke(app, list(words))
+    return found.exit_code, found.stdout, found.stderr
+
+
+def table(path: Path, columns: Mapping[str, Any]) -> str:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    return str(path)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> str:
+    """Six targets of three kinds, some of their cells empty, on numbers, categories and what is neither."""
+    rng, rows = np.random.default_rng(0), 400
+    age, income = rng.normal(size=rows).round(3), rng.normal(size=rows).round(3)
+
+    def with_gaps(values: Any, word: str = "") -> list[str]:
+        return [word if hole else str(value) for value, hole in zip(values, rng.random(rows) < 0.1, strict=True)]
+
+    return table(
+        tmp_path / "my data.csv",
+        {
+            "customer_id": [f"c{i:04d}" for i in range(rows)],
+            "age": age,
+            "income": with_gaps(income, "N/A"),
+            "city": rng.choice(["Bern", "Basel", "Zug"], rows),
+            "signup": np.arange(rows) + 1_700_000_000,
+            "constant": ["x"] * rows,
+            "note": [f"note {i % 399}" for i in range(rows)],
+            "churn": with_gaps((age > 0).astype(int)),
+            "upsell": np.where(income > 0.5, "sold", "not"),
+            "segment": with_gaps(np.array(["low", "mid", "high"])[np.digitize(age, [-0.5, 0.5])]),
+            "risk": np.digitize(income, [-1, 0, 1]) + 1,
+            "spend": with_gaps((30 * age).round(2)),
+            "score": np.arange(rows),
+        },
+    )
+
+
+def uncommented(text: str) -> str:
+    return re.sub(r"^(\s*)#(?=\S)", r"\1", text, flags=re.MULTILINE)
+
+
+class TestSchema:
+    schema = json.loads(call("config", "schema")[1])
+
+    def errors(self, values: Any) -> list[str]:
+        return [error.message for error in jsonschema.Draft202012Validator(self.schema).iter_errors(values)]
+
+    def test_it_is_a_schema_that_all_recipes_fit(self) -> None:
+        jsonschema.Draft202012Validator.check_schema(self.schema)
+        for name in recipes():
+            assert not self.errors(yaml.safe_load((RECIPES / f"{name}.yaml").read_text())), name
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "train.epoch=3", "train.epochs=0", "gate.sampling=gumble", "source.kind=tabel",
+            "source.options.fiel=x.csv", "network.encoder=mpl", "train.aggregator=downgrad",
+            "ray.workers=[1, 2, 3]",
+        ],
+    )  # fmt: skip
+    def test_what_commands_refuse_it_refuses(self, words: str, tmp_path: Path) -> None:
+        values: dict[str, Any] = {
+            "name": "x", "data": {"shards": "s"}, "source": {"kind": "table", "options": {"file": "x.csv"}},
+        }  # fmt: skip
+        assert not self.errors(values)
+        key, _, value = words.partition("=")
+        *path, last = key.split(".")
+        section = values
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = yaml.safe_load(value)
+        assert self.errors(values)
+
+    def test_with_a_base_nothing_else_is_needed(self) -> None:
+        assert self.errors({"data": {"shards": "s"}})
+        assert self.errors({"name": "x", "data": {}})
+        assert not self.errors({"base": "rooms", "data": {"cache": "stream"}, "source": {"root": "r"}})
+
+    def test_every_key_says_what_it_is_for(self) -> None:
+        readers = {options_model(kind).__name__ for kind in SOURCES} | {"LabelTask"}  # described as a whole
+        for name, section in self.schema["$defs"].items():
+            assert section.get("description"), name
+            for key, value in section["properties"].items() if name not in readers else ():
+                assert value.get("description") or "$ref" in value, f"{name}.{key}"
+
+    def test_ray_config_has_one_of_its_own(self) -> None:
+        schema = json.loads(call("config", "schema", "--ray")[1])
+        values = yaml.safe_load(Path("ray_config.yaml").read_text())
+        jsonschema.validate(values, schema)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(values | {"worker": 2}, schema)
+
+
+class TestShow:
+    def test_it_is_the_configuration_that_commands_see(self, tmp_path: Path) -> None:
+        code, shown, _ = call("config", "show", "-c", "tox21", "train.epochs=3", "track.uri=none")
+        assert code == 0
+        (tmp_path / "shown.yaml").write_text(shown)
+        assert load_config(str(tmp_path / "shown.yaml")) == load_config(
+            "tox21", ["train.epochs=3", "track.uri=none"]
+        )
+
+    def test_secrets_stay_hidden(self) -> None:
+        code, shown, said = call(
+            "config", "show", "-c", "rooms", "track.uri=https://me:hush@mlflow.example",
+            "regroup.webhook=https://hooks.example/T123/hush",
+        )  # fmt: skip
+        assert code == 0
+        assert "https://mlflow.example" in shown
+        assert "hush" not in shown + said
+
+    def test_options_of_the_reader_are_checked(self) -> None:
+        code, _, said = call("config", "show", "-c", "tox21", "source.options.smile=x")
+        assert code == 2
+        assert "unknown key source.options.smile" in said
+        code, _, said = call("config", "show", "-c", "tox21", "source.kind=tabel")
+        assert code == 2
+        assert "did you mean table?" in said
+
+
+class TestNew:
+    def test_a_table_of_six_targets(self, mixed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        code, _, said = call("config", "new", mixed, "--targets", ",".join(SIX), "-o", "mine.yaml")
+        assert code == 0, said
+        config = load_config("mine.yaml")
+        assert config.name == "my_data"
+        assert config.source is not None
+        options = config.source.options
+        assert {task["column"]: task["kind"] for task in options["tasks"]} == {
+            "churn": "binary", "upsell": "binary", "segment": "multiclass", "risk": "multiclass",
+            "spend": "regression", "score": "regression",
+        }  # fmt: skip
+        assert options["id_column"] == "customer_id"
+        assert options["features"] == ["age", "income", "city"]
+        assert options["categorical"] == ["city"]
+        assert "N/A" in options["missing"]
+        assert call("config", "show", "-c", "mine.yaml")[0] == 0
+
+        # every row can be read, and the network fits
+        source = build_source("table", config.source.root, options)
+        description, rows = source.describe(), [source.read(entry) for entry in source.entries()]
+        assert len(rows) == 400
+        assert any(row["task.churn"] is None for row in rows)
+        GroupingNetwork(config.network_spec(description.input, description.tasks))
+
+    def test_each_comment_is_an_option_at_its_default(self, mixed: str, tmp_path: Path) -> None:
+        file, all_on = tmp_path / "mine.yaml", tmp_path / "all.yaml"
+        assert call("config", "new", mixed, "--targets", ",".join(SIX), "-o", str(file))[0] == 0
+        all_on.write_text(uncommented(file.read_text()))
+        assert self.same(str(file), str(all_on))
+        for key in ("epochs", "prune_threshold", "webhook", "max_values"):
+            assert f"{key}:" in file.read_text()
+
+    def same(self, first: str, second: str) -> bool:
+        one, other = load_config(first), load_config(second)
+        assert one.source is not None
+        assert other.source is not None
+        model = options_model(one.source.kind)
+        alike = checked(model, one.source.options) == checked(model, other.source.options)
+        return alike and one.model_dump(exclude={"source"}) == other.model_dump(exclude={"source"})
+
+    @pytest.mark.parametrize("kind", [kind for kind in SOURCES if kind not in ("table", "folder")])
+    def test_other_sources_are_laid_over_a_recipe(self, kind: str, tmp_path: Path) -> None:
+        file, all_on = tmp_path / "mine.yaml", tmp_path / "all.yaml"
+        (tmp_path / "raw").mkdir()
+        code, _, said = call("config", "new", str(tmp_path / "raw"), "--source", kind, "-o", str(file))
+        assert code == 0, said
+        config = load_config(str(file))
+        assert config.source is not None
+        assert (config.source.kind, config.source.root) == (kind, str(tmp_path / "raw"))
+        all_on.write_text(uncommented(file.read_text()))
+        assert self.same(str(file), str(all_on))
+
+    def test_an_image_folder(self, images: Path, tmp_path: Path) -> None:
+        file = tmp_path / "mine.yaml"
+        assert call("config", "new", str(images), "--targets", "colour,bright,level", "-o", str(file))[0] == 0
+        config = load_config(str(file))
+        assert config.source is not None
+        source = build_source("folder", config.source.root, config.source.options)
+        assert {task.name: task.kind for task in source.describe().tasks} == {
+            "colour": "multiclass", "bright": "binary", "level": "regression",
+        }  # fmt: skip
+        assert source.read(source.entries()[0])["input"] is not None
+
+    def test_a_table_of_texts(self, tmp_path: Path) -> None:
+        pytest.importorskip("tokenizers")
+        data = table(
+            tmp_path / "texts.csv",
+            {
+                "short": ["a", "b"] * 50, "body": [f"a text, number {i} of some" for i in range(100)],
+                "good": [0, 1] * 50, "topic": ["x", "y", "z", "w"] * 25,
+            },
+        )  # fmt: skip
+        file = tmp_path / "mine.yaml"
+        assert call("config", "new", data, "--source", "text", "--targets", "good,topic", "-o", str(file))[0] == 0
+        config = load_config(str(file))
+        assert config.source is not None
+        assert config.source.options["text_column"] == "body"
+        assert len(build_source("text", config.source.root, config.source.options).entries()) == 100
+
+    def test_it_writes_over_nothing_unless_told(self, mixed: str, tmp_path: Path) -> None:
+        words = ("config", "new", mixed, "--targets", "churn,spend", "-o", str(tmp_path / "mine.yaml"))
+        (tmp_path / "mine.yaml").write_text("mine")
+        code, _, said = call(*words)
+        assert code == 2
+        assert "--force" in said
+        assert (tmp_path / "mine.yaml").read_text() == "mine"
+        assert call(*words, "--force")[0] == 0
+        assert load_config(str(tmp_path / "mine.yaml")).name == "my_data"
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["--targets", "churn,spent"], "no column spent"),
+            (["--targets", "churn"], "two or more"),
+            (["--targets", "churn,churn"], "named twice"),
+            (["--targets", "churn,constant"], "target constant is 'x'"),
+            (["--targets", "churn,note"], "not all numbers"),
+            ([], "customer_id, age, income"),
+            (["--source", "tabel", "--targets", "churn,spend"], "did you mean table?"),
+            (["--source", "rooms", "--targets", "churn,spend"], "no meaning for rooms"),
+        ],
+    )
+    def test_what_cannot_be_used_is_named(self, mixed: str, tmp_path: Path, words: list[str], said: str) -> None:
+        code, _, shown = call("config", "new", mixed, *words, "-o", str(tmp_path / "mine.yaml"))
+        assert code in (1, 2)
+        assert said in shown
+        assert "remedy: " in shown
+        assert not (tmp_path / "mine.yaml").exists()
+
+
+def look(*cells: object) -> Look:
+    return Look("x", [str(cell) for cell in cells])
+
+
+class TestGuesses:
+    @pytest.mark.parametrize(
+        ("cells", "options"),
+        [
+            ([0, 1] * 9, {"kind": "binary", "metric": "auroc"}),
+            (["True", "False", ""] * 9, {"kind": "binary", "metric": "auroc"}),
+            (["spam", "ham", "ham"] * 9, {"kind": "binary", "metric": "auroc", "positive": ["spam"]}),
+            ([1, 2, 2] * 9, {"kind": "binary", "metric": "auroc", "positive": ["1"]}),
+            ([1, 2, 3] * 20, {"kind": "multiclass", "metric": "balanced_accuracy"}),
+            ([1, 2, 3], {"kind": "regression"}),
+            ([0.5, 1.5, 2.5] * 20, {"kind": "regression"}),
+            (list(range(200)), {"kind": "regression"}),
+            ([*range(200), "NA"], {"kind": "regression"}),
+            (["a", "b", "c"] * 9, {"kind": "multiclass", "metric": "balanced_accuracy"}),
+        ],
+    )
+    def test_kind_of_a_target(self, cells: list[object], options: dict[str, object]) -> None:
+        assert target(look(*cells), "here", more=False).options == {"column": "x", **options}
+
+    @pytest.mark.parametrize(
+        ("cells", "use"),
+        [
+            ([1.5, 2, 3], "number"),
+            ([1.5, 2, 3, "?"], "number"),
+            (["a", "b", "a"], "category"),
+            ([1, 1, 1], "left out"),
+            (["", "", ""], "left out"),
+            ([f"t{i}" for i in range(101)], "left out"),
+            ([1, 2, 3, "about 4"], "left out"),
+            ([1.7e9 + i for i in range(9)], "left out"),
+        ],
+    )
+    def test_use_of_a_column(self, cells: list[object], use: str) -> None:
+        assert feature(look(*cells)).use == use
+
+    def test_the_split_needs_train_and_val(self) -> None:
+        def of(*cells: str) -> str | None:
+            found = split_use({"Subset": Look("Subset", cells)})
+            return found and found.use
+
+        assert of("train", "dev", "test") == "split"
+        assert of("train", "test") == "left out"
+        assert of("a", "b") is None
+
+    def test_the_id_has_a_value_of_its_own_in_every_row(self) -> None:
+        columns = {
+            "a_id": ["1", "1"],
+            "weight": ["1", "2"],
+            "name": ["x", "y"],
+            "paid": ["4", "5"],
+            "userId": ["6", "7"],
+        }
+        found = id_use({name: Look(name, cells) for name, cells in columns.items()})
+        assert found is not None
+        assert found.column == "userId"
+
+
+class TestHead:
+    def test_first_rows_of_any_table(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        columns = {"a": list(range(50)), "b": [f"ä, {i}" for i in range(50)]}
+        (tmp_path / "parts").mkdir()
+        pq.write_table(pa.table(columns), tmp_path / "parts" / "x.parquet")
+        for place in (
+            table(tmp_path / "x.csv", columns),
+            str(tmp_path / "parts"),
+            str(tmp_path / "parts/x.parquet"),
+        ):
+            rows, more = read_head(locate(place), 20)
+            assert more
+            assert [row.cells for row in rows] == [{"a": str(i), "b": f"ä, {i}"} for i in range(20)]
+            rows, more = read_head(locate(place), 50)
+            assert (len(rows), more) == (50, False)
+        # of a file that is cut off, also in the middle of a letter, no row is halved
+        for size in range(60, 70):
+            monkeypatch.setattr("pipelines.data.sources.rows.HEAD_BYTES", size)
+            rows, more = read_head(locate(str(tmp_path / "x.csv")), 20)
+            assert more
+            assert all(row.cells["b"] == f"ä, {row.cells['a']}" for row in rows)
+            assert len(rows) >= 3
+
+    def test_another_separator_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "x.csv").write_text("a;b\n1;2\n")
+        with pytest.raises(UserError, match="separated by semicolons"):
+            looks(read_head(locate(str(tmp_path / "x.csv")), 9)[0])

@@ -1,0 +1,374 @@
+"""`dmtg compare` and `dmtg signal` on the planted problem: cells, and what follows from them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmtg_core import Grouping
+from pipelines.compare.cells import AFFINITIES, GROUPING, NAIVE, Cell
+from pipelines.compare.driver import Compared, compare, methods_of
+from pipelines.compare.methods import (
+    AFFINITY,
+    FIRST,
+    SELECTED,
+    Contest,
+    entries,
+    first_cells,
+    pair_affinity,
+    second_cells,
+)
+from pipelines.compare.results import TOO_SHORT, verdicts
+from pipelines.compare.signal import draw, judged, signal
+from pipelines.config.loading import Config
+from pipelines.config.validation import checked
+from pipelines.data.sources import build_source
+from pipelines.errors import UserError
+from pipelines.runs.identity import said_before
+from tests.dmtg_core.planted import planted_data
+
+METHODS = ["single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag", "reading", "hoa",
+           "exhaustive", "dmtg", "guided", "undistilled", "retrained"]  # fmt: skip
+LONG = ["wide_long", "random_long", "affinity_long", "retrained_long"]
+
+
+def config_of(work: Path, **sections: Any) -> Config:
+    """Four planted tasks in two groups, a few short epochs."""
+    values: dict[str, Any] = {
+        "name": "planted",
+        "source": {"kind": "planted", "options": {"tasks": 4, "groups": 2, "features": 8, "rows": 400}},
+        "data": {"shards": str(work / "shards")},
+        "network": {"encoder": "mlp", "groups": 2, "options": {"widths": [8, 4]}},
+        "train": {"epochs": 3, "batch_size": 50, "learning_rate": 0.01},
+        "compare": {
+            "methods": METHODS,
+            "seeds": [1, 2],
+            "random_draws": 2,
+            "variants": {"narrow": {"wide": False, "share": 0.4}},
+            "groupings": {"truth": [["task_0", "task_2"], ["task_1", "task_3"]]},
+        },
+        "signal": {"partitions": 3, "seeds": [1, 2]},
+        "track": {"uri": f"sqlite:///{work / 'mlflow.db'}"},
+        "run": {"root": str(work / "runs")},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return checked(Config, values)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[Config, Compared, list[str]]:
+    """A finished comparison of all methods, its configuration, and what it said."""
+    said: list[str] = []
+    config = config_of(tmp_path_factory.mktemp("compare"))
+    return config, compare(config, said.append), said
+
+
+def test_every_method_has_a_row_with_gain_costs_and_errors(compared: tuple[Config, Compared, list[str]]) -> None:
+    _, done, _ = compared
+    rows = {row["method"]: row for row in done.found["rows"]}
+    assert list(rows) == ["naive_mtl", *METHODS, "narrow", "truth", *LONG]
+    assert rows["naive_mtl"]["gain"]["value"] == 0
+    assert rows["naive_mtl"]["cost"] == 1
+    for row in rows.values():
+        assert math.isfinite(row["gain"]["value"])
+        assert set(row["errors"]) == {"task_0", "task_1", "task_2", "task_3"}
+        assert row["flops"] > 0
+        assert row["total_error"]["value"] == pytest.approx(100 * sum(e["value"] for e in row["errors"].values()))
+    assert rows["single_task"]["cost"] > 3
+    assert rows["hoa"]["cost"] > rows["exhaustive"]["cost"] / 2 > rows["cs"]["cost"] > rows["random"]["cost"]
+    assert rows["guided"]["behind"]["value"] == 0
+    assert rows["wide"]["flops"] == rows["wide_distilled"]["flops"] <= rows["random"]["flops"]
+    assert 4 * rows["wide"]["cost"] < rows["wide_distilled"]["cost"] <= 5 * rows["wide"]["cost"]
+    assert rows["retrained"]["cost"] > rows["guided"]["cost"] >= rows["undistilled"]["cost"]
+    assert rows["undistilled"]["stability"] == rows["guided"]["stability"]
+
+
+def test_what_runs_at_an_equal_budget_costs_what_the_search_does(
+    compared: tuple[Config, Compared, list[str]],
+) -> None:
+    config, done, _ = compared
+    for seed in map(str, config.compare.seeds):
+        own = done.found["per_seed"]["guided"][seed]["cost"][0]
+        for method in LONG:
+            spent = done.found["per_seed"][method][seed]["cost"][0]
+            before = own if method == "retrained_long" else 0.0  # finding the groups is not counted at the budget
+            short = {"affinity_long": "random"}.get(method, method.removesuffix("_long"))  # affinities have a cost
+            epoch = done.found["per_seed"][short][seed]["cost"][0] - before
+            epoch /= config.train.epochs
+            assert abs(spent - own) <= epoch
+
+
+def test_the_best_affinity_at_an_equal_budget_is_the_best_on_validation_data(
+    compared: tuple[Config, Compared, list[str]],
+) -> None:
+    config, done, _ = compared
+    for seed in config.compare.seeds:
+        scores = {}
+        for name in SELECTED:
+            (groups,) = done.found["per_seed"][name][str(seed)]["groupings"]
+            cell = Cell.of(Grouping.of(groups, ("task_0", "task_1", "task_2", "task_3")), seed)
+            scores[json.dumps(groups)] = (done.folder / "cells" / f"{cell.name}.json").read_json()["score"]
+        (taken,) = done.found["per_seed"]["affinity_long"][str(seed)]["groupings"]
+        assert json.dumps(taken) == min(scores, key=scores.__getitem__)
+
+
+def test_exhaustive_takes_the_partition_with_the_best_validation_score(
+    compared: tuple[Config, Compared, list[str]],
+) -> None:
+    config, done, _ = compared
+    contest = Contest(config, ("task_0", "task_1", "task_2", "task_3"))
+    assert len(contest.partitions()) == 8
+    for seed in config.compare.seeds:
+        files = [done.folder / "cells" / f"{Cell.of(one, seed).name}.json" for one in contest.partitions()]
+        scores = {
+            str(Grouping.from_dict(f.read_json()["grouping"], contest.tasks)): f.read_json()["score"]
+            for f in files
+        }
+        (taken,) = done.found["per_seed"]["exhaustive"][str(seed)]["groupings"]
+        assert str(Grouping.of(taken, contest.tasks)) == min(scores, key=scores.__getitem__)
+
+
+def test_the_same_words_train_nothing_again_and_say_the_same(
+    compared: tuple[Config, Compared, list[str]],
+) -> None:
+    config, done, _ = compared
+    said: list[str] = []
+    again = compare(config, said.append)
+    assert not [line for line in said if "to train" in line]
+    assert json.dumps(again.found) == json.dumps(json.loads((done.folder / "compare.json").read_text()))
+    assert again.run_id == done.run_id
+
+
+def test_a_cell_that_was_lost_is_trained_again_to_the_same_result(
+    compared: tuple[Config, Compared, list[str]],
+) -> None:
+    config, done, _ = compared
+    lost = done.folder / "cells" / "guided_seed1.json"
+    before = lost.read_json()
+    lost.delete()
+    said: list[str] = []
+    compare(config, said.append)
+    (line,) = [line for line in said if "to train" in line]
+    assert line.startswith("1 of ")
+    after = lost.read_json()
+    assert before.pop("seconds") > 0
+    assert after.pop("seconds") > 0
+    assert after == before
+
+
+def test_the_page_needs_no_network_and_holds_table_and_verdicts(
+    compared: tuple[Config, Compared, list[str]],
+) -> None:
+    _, done, _ = compared
+    page = done.page.read_text()
+    assert not re.search(r'<(script|link|img|iframe)|href="(?!#)http', page)
+    for text in ("guided", "gradtag", "Which tasks go together", *done.found["verdicts"]):
+        assert text in page.replace("&#39;", "'")
+    assert page.count("<svg") == 3  # gains, tasks, which tasks go together
+
+
+def test_mlflow_has_the_gain_and_the_files(compared: tuple[Config, Compared, list[str]]) -> None:
+    import mlflow
+
+    config, done, _ = compared
+    client = mlflow.MlflowClient(config.track.uri)
+    run = client.get_run(done.run_id)
+    assert run.info.status == "FINISHED"
+    names = {file.path for file in client.list_artifacts(done.run_id)}
+    assert {"compare.html", "compare.json", "config.yaml"} <= names
+    for row in done.found["rows"]:
+        assert run.data.metrics[f"test/{row['method']}/gain"] == pytest.approx(row["gain"]["value"])
+
+
+def test_a_further_seed_trains_its_own_cells_alone(compared: tuple[Config, Compared, list[str]]) -> None:
+    config, _, _ = compared
+    section = config.compare.model_copy(update={"methods": ("wide", "random"), "seeds": (1, 3)})
+    said: list[str] = []
+    found = compare(config.model_copy(update={"compare": section}), said.append).found
+    trained = [line.split()[1] for line in said if "validation score" in line]
+    assert trained
+    assert all("_seed3" in name for name in trained)
+    assert [row["method"] for row in found["rows"]] == ["naive_mtl", "wide", "random", "narrow", "truth"]
+
+
+def test_cells_are_shared_between_methods_that_come_to_the_same_grouping() -> None:
+    one = Grouping.of([["a", "b"], ["c"]])
+    assert Cell.of(one, 1) == Cell.of(Grouping.of([["c"], ["b", "a"]], ["a", "b", "c"]), 1)
+    names = {Cell.of(one, 1).name, Cell.of(one, 2).name, Cell.of(one, 1, 7).name, Cell(NAIVE, 1).name}
+    assert len(names) == 4
+    assert Cell.of(one, 1).kind == GROUPING
+
+
+def test_affinities_are_collected_for_selectors_alone_and_change_nothing_in_the_run(
+    compared: tuple[Config, Compared, list[str]],
+) -> None:
+    config, done, _ = compared
+    contest = Contest(config, ("task_0", "task_1", "task_2", "task_3"))
+    asked = {method for method in FIRST if {c.kind for c in first_cells(contest, method, 1)} == {AFFINITIES}}
+    assert asked == {*SELECTED, AFFINITY}
+    naive, looked = (
+        (done.folder / "cells" / f"{Cell(kind, 1).name}.json").read_json() for kind in (NAIVE, AFFINITIES)
+    )
+    assert set(looked["affinities"]) == set(SELECTED)
+    assert looked["metrics"] == naive["metrics"]
+
+
+def test_a_variant_of_one_name_with_other_changes_is_another_cell(tmp_path: Path) -> None:
+    names = set()
+    for starts in (2, 3):
+        contest = Contest(config_of(tmp_path, compare={"variants": {"mine": {"starts": starts}}}), ("a", "b"))
+        names |= {cell.name for cell in first_cells(contest, "mine", 1)}
+    assert len(names) == 2
+
+
+def test_plain_dmtg_has_an_undecided_gate_also_beside_a_search_that_has_none(tmp_path: Path) -> None:
+    for starts, expected in ((0, 1), (1, 1), (3, 3)):
+        (cell,) = first_cells(Contest(config_of(tmp_path, search={"starts": starts}), ("a", "b")), "dmtg", 1)
+        assert dict(cell.options) == {"method": "dmtg", "starts": expected}
+
+
+def test_what_options_exclude_is_said_before_anything_is_read(tmp_path: Path) -> None:
+    config = config_of(tmp_path, search={"method": "dmtg", "starts": 0})
+    for command in (compare, signal):
+        with pytest.raises(UserError, match="starts must be at least 1, got 0"):
+            command(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_draws_differ_by_seed_and_are_balanced(tmp_path: Path) -> None:
+    contest = Contest(config_of(tmp_path, compare={"random_draws": 5}), tuple("abcdefg"))
+    first, other = contest.draws(1), contest.draws(2)
+    assert first == contest.draws(1) != other
+    assert {tuple(sorted(len(group) for group in one.groups)) for one in (*first, *other)} == {(3, 4)}
+
+
+def test_hoa_relates_what_a_task_loses_in_a_pair_to_what_it_loses_alone(tmp_path: Path) -> None:
+    contest = Contest(config_of(tmp_path), ("a", "b"))
+    losses: Mapping[tuple[str, ...], Mapping[str, float]] = {("a",): {"a": 2.0}, ("b",): {"b": 4.0},
+                                                             ("a", "b"): {"a": 1.0, "b": 5.0}}  # fmt: skip
+    found = {
+        cell: {"metrics": {"val": {t: {"loss": v} for t, v in losses[cell.groups[0]].items()}}, "cost": 1.0}
+        for cell in first_cells(contest, "hoa", 1)
+    }
+    affinity = pair_affinity(contest, 1, found)
+    assert affinity.tolist() == [[-1.0, -1.25], [-0.5, -1.0]]
+    (cell,) = second_cells(contest, "hoa", 1, found)
+    assert sorted(cell.groups) == [("a", "b")]  # -1.75 together, -2 apart
+    found[cell] = {"cost": 2.0, "grouping": {}, "metrics": {}}
+    (entry,) = entries(contest, "hoa", 1, found)
+    assert entry["cost"] == 2.0 + 3.0
+
+
+@pytest.mark.parametrize(
+    ("sections", "problem"),
+    [
+        ({"network": {"encoder": "resnet18", "options": {}}}, "resnet18 has fixed widths"),
+        ({"compare": {"methods": ["exhaustive"]}}, "7 tasks have too many partitions"),
+        ({"compare": {"variants": {"mine": {"method": "dmtg", "starts": 0}}}}, "starts must be at least 1, got 0"),
+        ({"compare": {"variants": {"tag": {}}}}, "there is more than one tag"),
+        ({"compare": {"variants": {"mine": {"strats": 2}}}}, "unknown key compare.variants.mine.strats"),
+        ({"compare": {"variants": {"mine": {"group_epochs": 2}}}}, "does not depend on group_epochs"),
+        ({"compare": {"groupings": {"mine": [["task_0"]]}}}, "groups must cover the tasks"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, sections: dict[str, Any], problem: str) -> None:
+    tasks = planted_data(0, tasks=7, groups=2)[1]
+    compared = {"methods": ["wide"], **sections.get("compare", {})}
+    with pytest.raises(UserError, match=problem):
+        methods_of(config_of(tmp_path, **{**sections, "compare": compared}), tasks)
+
+
+def test_one_group_or_one_task_has_nothing_to_compare(tmp_path: Path, ray_session: None) -> None:
+    for changes in (
+        {"network": {"groups": 1}},
+        {"data": {"tasks": ["task_0"], "shards": str(tmp_path / "shards")}},
+    ):
+        with pytest.raises(UserError, match="nothing to group"):
+            compare(config_of(tmp_path, **changes), lambda _: None)
+
+
+def test_a_signal_is_found_beforehand_and_goes_on(tmp_path: Path, ray_session: None) -> None:
+    config, said = config_of(tmp_path, train={"epochs": 4}), []
+    first = signal(config, said.append)
+    assert first.found["epochs"] == 2
+    assert len(first.found["partitions"]) == 3
+    assert set(first.found["by_task"]) == {"task_0", "task_1", "task_2", "task_3"}
+    assert "rouping" in first.found["verdict"]
+    again: list[str] = []
+    second = signal(config, again.append)
+    assert not [line for line in again if "to train" in line]
+    assert second.found["verdict"] == first.found["verdict"]
+    assert said_before(config) == first.found["verdict"]
+    assert said_before(config_of(tmp_path, train={"epochs": 5})) == ""
+
+
+def result(score: float) -> dict[str, Any]:
+    return {"score": score, "grouping": {"group_0": ["a"]}, "metrics": {"val": {"a": {"loss": math.exp(score)}}}}
+
+
+@pytest.mark.parametrize(
+    ("grouped", "said"),
+    [
+        ([[-1.0, -1.01], [-0.5, -0.51], [0.0, 0.01]], "Grouping matters here"),
+        ([[-1.0, -0.5], [-0.5, -1.0], [-0.9, -0.6]], "Grouping hardly matters here"),
+    ],
+)
+def test_the_verdict_follows_from_what_varies(grouped: list[list[float]], said: str) -> None:
+    tasks = planted_data(0, tasks=1, groups=1)[1]
+    named = [type(tasks[0])("a", "binary")]
+    rows = [[result(score) for score in row] for row in grouped]
+    found = judged(named, rows, [result(0.0), result(0.01)], rows[0], [result(-1.5), result(-1.51)])
+    assert said in found["verdict"]
+    assert "one wide encoder of the same cost is 77.9 % of loss better than naive MTL" in found["verdict"]
+    assert found["correlation"]["value"] == found["by_task"]["a"]["value"]
+
+
+def test_draws_of_a_pre_flight_are_different_partitions() -> None:
+    assert len(draw(["a", "b", "c"], 2, 10)) == 3  # there are no more
+    assert len({one.name for one in draw([str(n) for n in range(9)], 3, 6)}) == 6
+
+
+def row(method: str, gain: float, low: float, high: float, count: int = 5) -> dict[str, Any]:
+    mean = {"value": gain, "low": low, "high": high, "count": count}
+    return {
+        "method": method,
+        "gain": mean,
+        "behind": {**mean, "value": 9 - gain, "low": 9 - high, "high": 9 - low},
+    }
+
+
+def test_verdicts_are_no_stronger_than_their_intervals() -> None:
+    rows = [row("guided", 9, 8, 10), row("random", 1, 0, 2), row("wide", 8.5, 7, 10), row("tag", 12, 11, 13)]
+    one, other = Grouping.of([["a", "b"], ["c", "d"]]), Grouping.of([["a", "c"], ["b", "d"]])
+    said = verdicts(rows, "guided", {"guided": [one, one, one]})
+    assert "gains +9.0 % over naive MTL (95 % interval +8.0 to +10.0, 5 seeds)." in said[0]
+    assert said[1].startswith("It is better than random groups")
+    assert said[2].startswith("It is not told apart from one wide encoder")
+    assert said[3].startswith("It is WORSE than the best affinity baseline (tag)")
+    assert "stable (mean adjusted Rand index 1.00)" in said[-1]
+    assert "not stable" in verdicts(rows, "guided", {"guided": [one, other]})[-1]
+    assert TOO_SHORT not in verdicts([*rows, row("wide_long", 9.5, 8, 11)], "guided", {"guided": [one]})
+    assert verdicts([*rows, row("wide_long", 12, 11, 13)], "guided", {"guided": [one]})[-2] == TOO_SHORT
+    whole = Grouping.of([["a", "b", "c", "d"]])
+    assert verdicts(rows, "guided", {"guided": [whole]})[-1].startswith("No grouping was kept")
+
+
+def test_the_planted_source_is_the_planted_problem() -> None:
+    source = build_source("planted", "", {"tasks": 3, "groups": 3, "features": 6, "rows": 100, "seed": 4})
+    spec, tasks, data, _ = planted_data(4, tasks=3, groups=3, features=6, rows=100)
+    described = source.describe()
+    assert (described.input, described.tasks) == (spec, tasks)
+    listed = source.entries()
+    assert [sum(entry.split == split for entry in listed) for split in ("train", "val", "test")] == [50, 25, 25]
+    found = source.read(listed[60])
+    assert (found["input"] == data.splits["val"].inputs[10]).all()
+    assert found["task.task_1"] == data.splits["val"].labels["task_1"][10]
+    with pytest.raises(UserError, match="9 groups need at least 9 tasks"):
+        build_source("planted", "", {"groups": 9, "tasks": 3}).describe()

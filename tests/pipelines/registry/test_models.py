@@ -1,0 +1,464 @@
+"""The model registry: versions and what they say, aliases that survive any end of a process, the same commands on
+every kind of store."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlflow
+import pytest
+import yaml
+from mlflow.exceptions import MlflowException
+
+from dmtg_core.grouping import Grouping
+from dmtg_core.network.encoders import EncoderSpec
+from pipelines.config.sections import TrackSection
+from pipelines.data.sources import build_source
+from pipelines.data.sources.base import Source
+from pipelines.errors import UserError
+from pipelines.registry.aliases import champion, champions, promote, rollback, set_challenger
+from pipelines.registry.models import load_groups
+from pipelines.registry.pyfunc_model import GroupPredictor
+from pipelines.registry.tracking import connect
+from pipelines.registry.versions import list_models, registered_models, show_model, tags_of
+from tests.paths import ROOT
+from tests.pipelines.cli.test_app import call
+from tests.pipelines.s3_server import BUCKET
+from tests.pipelines.untrained import Finished, finish, small_table
+
+WRITES = (
+    "set_registered_model_tag", "set_registered_model_alias", "delete_registered_model_alias",
+)  # fmt: skip
+TASKS = ["sick", "cost", "days"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return small_table(tmp_path_factory.mktemp("table"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds run folders, and the SQLite file that tests share under names of their own: making one is slow."""
+    return tmp_path_factory.mktemp("registry")
+
+
+@pytest.fixture(scope="module")
+def embedded(root: Path) -> dict[str, str]:
+    return {"uri": f"sqlite:///{root / 'mlflow.db'}"}
+
+
+@pytest.fixture(scope="module")
+def section(embedded: dict[str, str]) -> TrackSection:
+    return TrackSection(**embedded)
+
+
+def add_version(section: TrackSection, name: str, groups: list[list[str]]) -> int:
+    """A version of a composite and of its group models as `register` makes them, without models behind them."""
+    client = connect(section)
+    served = {f"group_{i}": tasks for i, tasks in enumerate(groups)}
+    held = {model.name for model in registered_models(client)}
+    facts = dict.fromkeys(("composite", "grouping", "data_digest", "config_digest", "code_version", "run"), "x")
+    facts |= {"split": "test", "metrics": {}, "baseline": {}, "headline": {}, "tasks": "many"}
+    members: dict[str, int] = {}
+    for model in (*(f"{name}.{group}" for group in served), name):
+        if model not in held:
+            client.create_registered_model(model)
+        own = {"kind": "composite" if model == name else "group", "members": dict(members), "groups": served}
+        made = client.create_model_version(model, "file:///nowhere", tags=tags_of(facts | own))
+        members[model] = int(made.version)
+    return members[name]
+
+
+def aliases(section: TrackSection, name: str) -> dict[str, dict[str, int]]:
+    """Alias → model → version, of a composite and its group models."""
+    found: dict[str, dict[str, int]] = {}
+    for model in registered_models(connect(section), name):
+        for alias, version in model.aliases.items():
+            found.setdefault(alias, {})[model.name.removeprefix(name)] = int(version)
+    return found
+
+
+TWO, THREE = [["sick", "cost"], ["days"]], [["sick"], ["cost"], ["days"]]
+
+
+def test_the_champion_of_the_groups_follows_that_of_the_composite(section) -> None:
+    assert champion(section, "a") is None
+    assert add_version(section, "a", THREE) == 1
+    assert champion(section, "a") is None
+    set_challenger(section, "a", 1)
+    groups = {"group_0": ["sick"], "group_1": ["cost"], "group_2": ["days"]}
+    outcome = {"name": "a", "version": 1, "before": None, "grouping": "x", "groups": groups}
+    assert promote(section, "a") == outcome
+    all_of_1 = {"": 1, ".group_0": 1, ".group_1": 1, ".group_2": 1}
+    assert aliases(section, "a") == {"champion": all_of_1, "challenger": all_of_1}
+    add_version(section, "a", TWO)
+    set_challenger(section, "a", 2)
+    all_of_2 = {"": 2, ".group_0": 2, ".group_1": 2}
+    assert aliases(section, "a") == {"champion": all_of_1, "challenger": all_of_2}
+    assert promote(section, "a") == promote(section, "a")
+    assert aliases(section, "a") == {"champion": all_of_2, "challenger": all_of_2}
+    assert champion(section, "a") == show_model(section, "a/2") == show_model(section, "models:/a@champion")
+    assert rollback(section, "a") == outcome | {"before": 2}
+    assert aliases(section, "a") == {"champion": all_of_1, "challenger": all_of_2}
+    with pytest.raises(UserError, match="no champion before this one"):
+        rollback(section, "a")
+
+
+@pytest.mark.parametrize(
+    ("begun", "offered"),
+    [
+        ("dmtg models promote tabb", {"tabbed"}),
+        ("dmtg predict models:/tabbed", {
+            "models:/tabbed/1", "models:/tabbed.group_0/1", "models:/tabbed.group_1/1",
+            "models:/tabbed@challenger", "models:/tabbed.group_0@challenger", "models:/tabbed.group_1@challenger",
+        }),
+    ],
+)  # fmt: skip
+def test_the_shell_completes_what_is_registered(section, tmp_path: Path, begun: str, offered: set[str]) -> None:
+    if not any(model.name == "tabbed" for model in registered_models(connect(section), "tabbed")):
+        add_version(section, "tabbed", TWO)
+        set_challenger(section, "tabbed", 1)
+    (tmp_path / "ray_config.yaml").write_text(f"tracking_uri: {section.uri}\n")
+    words = begun.split()
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['dmtg'];"
+        "from pipelines.cli.app import main; main()"
+    )
+    asked = {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(words) - 1), "_DMTG_COMPLETE": "complete_bash"}
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | asked,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert set(out.stdout.split()) == offered, out.stderr
+
+
+def test_groups_and_versions_are_listed_in_the_order_of_their_numbers(section) -> None:
+    for groups in ([[f"task_{n}"] for n in range(12)], *[TWO] * 10):
+        add_version(section, "long", groups)
+    groups = [f"long.group_{k}" for k in range(12)]
+    assert [model.name for model in registered_models(connect(section), "long")] == ["long", *groups]
+    found = {entry["name"]: entry["version"] for entry in list_models(section, "long")}
+    assert list(found) == ["long", *groups]
+    assert list(found.values()) == [11, 11, 11, *[1] * 10]
+    assert list(show_model(section, "long/1")["groups"]) == [f"group_{k}" for k in range(12)]
+    assert list(show_model(section, "long/1")["members"]) == groups
+    with pytest.raises(UserError) as caught:
+        show_model(section, "long/500")
+    assert caught.value.remedy == "use one of 2, 3, 4, 5, 6, 7, 8, 9, 10, 11"
+    set_challenger(section, "long", 1)
+    for version in (1, 9, 10, 11):
+        promote(section, "long", version)
+    assert champions(section, "long") == [1, 9, 10, 11]
+    assert aliases(section, "long")["champion"] == {"": 11, ".group_0": 11, ".group_1": 11}
+
+
+def test_more_models_than_the_registry_has_on_a_page_are_listed(section) -> None:
+    client, names = connect(section), [f"paged.group_{k}" for k in range(101)]
+    for name in names:
+        client.create_registered_model(name)
+    assert [model.name for model in registered_models(client, "paged")] == names
+
+
+def test_twelve_groups_are_loaded_and_answer_in_the_order_of_their_numbers(root: Path, embedded) -> None:
+    names = [f"t{n}" for n in range(12)]
+    lines = [f"{i},{i},{','.join('01'[(i + n) % 2] for n in range(12))},train" for i in range(4)]
+    (root / "twelve.csv").write_text("\n".join([f"id,age,{','.join(names)},split", *lines]) + "\n")
+    tasks = [{"column": name, "kind": "binary"} for name in names]
+    options = {"file": "twelve.csv", "id_column": "id", "features": ["age"], "tasks": tasks}
+    source = build_source("table", str(root), options)
+    encoder = EncoderSpec("mlp", options={"widths": [2]})
+    made = finish(source, encoder, root, embedded, name="twelve", groups=12)
+    (made.run / "grouping.json").write_text(Grouping.from_dict(made.result["grouping"]).to_json())
+    groups = load_groups(str(made.run), TrackSection(uri="none"))
+    assert list(groups) == [f"group_{k}" for k in range(12)]
+    assert [task.name for model in groups.values() for task in model.tasks] == names
+    predictor = GroupPredictor()
+    files = {"groups": str(made.run / "models"), "grouping": str(made.run / "grouping.json")}
+    predictor.load_context(SimpleNamespace(artifacts=files))
+    assert list(predictor.predict(None, made.example)) == names
+
+
+def test_rollbacks_go_back_through_all_champions_that_still_exist(section) -> None:
+    for _ in range(4):
+        add_version(section, "b", TWO)
+    for version in (1, 2, 1, 3, 4):
+        promote(section, "b", version)
+    assert champions(section, "b") == [1, 2, 1, 3, 4]
+    connect(section).delete_model_version("b", "3")
+    assert [rollback(section, "b")["version"] for _ in range(3)] == [1, 2, 1]
+    with pytest.raises(UserError, match="no champion before this one"):
+        rollback(section, "b")
+    promote(section, "b", 2)
+    assert champions(section, "b") == [1, 2]
+
+
+class KilledError(BaseException):
+    """The process ends here."""
+
+
+@pytest.fixture
+def killer() -> Iterator[Any]:
+    """`killer(n)`: the process ends when it has written n times to the registry; `killer(None)`: it lives on."""
+    left: list[int | None] = [None]
+
+    def counted(write: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if left[0] is not None:
+                if left[0] == 0:
+                    raise KilledError
+                left[0] -= 1
+            return write(*args, **kwargs)
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in WRITES:
+            patch.setattr(mlflow.MlflowClient, name, counted(getattr(mlflow.MlflowClient, name)))
+        yield lambda writes: left.__setitem__(0, writes)
+
+
+def ends_after(killer: Any, writes: int, body: Any) -> bool:
+    """Whether the process ended before `body` did."""
+    killer(writes)
+    try:
+        body()
+    except KilledError:
+        return True
+    finally:
+        killer(None)
+    return False
+
+
+def test_a_promotion_that_is_killed_at_any_point_is_completed_by_the_same_words(section, killer) -> None:
+    def served(version: int) -> dict[str, int]:
+        return {"": version, ".group_0": version, ".group_1": version} | ({".group_2": 1} if version == 1 else {})
+
+    points, moved = 0, []
+    while True:
+        name = f"kill{points}"
+        add_version(section, name, THREE)
+        add_version(section, name, TWO)
+        promote(section, name, 1)
+        killed = ends_after(killer, points, lambda: promote(section, name, 2))  # noqa: B023 - called at once
+        serving = champion(section, name)["version"]
+        moved.append(serving)
+        assert champions(section, name) == ([1] if serving == 1 else [1, 2])
+        if not killed:
+            break
+        if serving == 1 and points:  # another one may be promoted instead
+            assert promote(section, name, 1)["version"] == 1
+            assert aliases(section, name)["champion"] == served(1)
+        assert promote(section, name, 2)["before"] == 1
+        assert aliases(section, name)["champion"] == served(2)
+        assert rollback(section, name)["version"] == 1
+        assert aliases(section, name)["champion"] == served(1)
+        assert champions(section, name) == [1]
+        points += 1
+    assert moved == [1, 1, 2, 2, 2, 2]  # list, alias, two groups, and the third one's alias
+
+
+def test_a_rollback_that_is_killed_at_any_point_loses_no_champion(section, killer) -> None:
+    points, moved = 0, []
+    while True:
+        name = f"back{points}"
+        for groups in (TWO, THREE):
+            add_version(section, name, groups)
+        for version in (1, 2, 1, 2):
+            promote(section, name, version)
+        killed = ends_after(killer, points, lambda: rollback(section, name))  # noqa: B023 - called at once
+        serving = champion(section, name)["version"]
+        moved.append(serving)
+        assert champions(section, name) == ([1, 2, 1, 2] if serving == 2 else [1, 2, 1])
+        if not killed:
+            break
+        promote(section, name, serving)
+        third = {".group_2": 1} if serving == 2 else {}
+        assert (
+            aliases(section, name)["champion"] == {"": serving, ".group_0": serving, ".group_1": serving} | third
+        )
+        left = [rollback(section, name)["version"] for _ in champions(section, name)[1:]]
+        assert left == ([1, 2, 1] if serving == 2 else [2, 1])
+        points += 1
+    assert moved == [2, 2, 1, 1, 1, 1]
+
+
+@pytest.fixture(params=["embedded", "server", "apart"])
+def store(request: pytest.FixtureRequest, embedded: dict[str, str]) -> dict[str, str]:
+    """Where the commands work: an SQLite file; a server with its files on S3; runs in the SQLite file, their files
+    on S3, and the registry on the server."""
+    if request.param == "embedded":
+        return embedded
+    server = request.getfixturevalue("mlflow_server")
+    return {"uri": server} if request.param == "server" else apart(embedded["uri"], server)
+
+
+def apart(uri: str, registry: str) -> dict[str, str]:
+    return {"uri": uri, "registry_uri": registry, "experiment": "apart"}
+
+
+def made(source: Source, root: Path, store: dict[str, str], name: str, groups: int) -> Finished:
+    files = f"s3://{BUCKET}/apart" if "registry_uri" in store and store["uri"].startswith("sqlite") else ""
+    return finish(source, EncoderSpec("mlp"), root, store, name=name, groups=groups, files=files)
+
+
+def test_a_registry_that_cannot_reach_the_files_says_so(source, root, mlflow_server) -> None:
+    other = mlflow_server.replace("127.0.0.1", "localhost")  # for MLflow a server of its own
+    run = made(source, root, apart(mlflow_server, other), "unreached", 1)
+    with pytest.raises(UserError, match="cannot reach files that pass through the tracking server"):
+        run.register()
+    assert not list_models(TrackSection(uri=mlflow_server), "unreached")
+
+
+def test_the_commands_say_and_do_the_same_on_every_store(source, store, root, tmp_path) -> None:
+    name = "ills" if "registry_uri" not in store else "ails"
+    first, second = (made(source, root, store, name, groups) for groups in (2, 3))
+    second.result["metrics"]["cost"] |= {f"quantile_{i}": i / 7 for i in range(500)}  # too long for a tag
+    file = tmp_path / "ray.yaml"
+    file.write_text(yaml.safe_dump({"tracking_uri": store["uri"], "registry_uri": store.get("registry_uri", "")}))
+
+    def models(*words: str) -> dict[str, Any]:
+        code, found, said = call("models", *words, "--ray-config", str(file))
+        assert code == 0, said
+        return found
+
+    assert [model.uri for model in first.register()] == [
+        f"models:/{name}/1", f"models:/{name}.group_0/1", f"models:/{name}.group_1/1",
+    ]  # fmt: skip
+    assert models("promote", name)["before"] is None
+    second.register()
+    listed = {model["uri"]: model for model in models("list")["entries"] if model["name"].startswith(name)}
+    assert {uri: model["aliases"] for uri, model in listed.items()} == {
+        f"models:/{name}/2": ["challenger"], f"models:/{name}/1": ["champion"],
+        f"models:/{name}.group_0/2": ["challenger"], f"models:/{name}.group_0/1": ["champion"],
+        f"models:/{name}.group_1/2": ["challenger"], f"models:/{name}.group_1/1": ["champion"],
+        f"models:/{name}.group_2/1": ["challenger"],
+    }  # fmt: skip
+    assert listed[f"models:/{name}/1"]["tasks"] == "sick, days, cost"
+    assert listed[f"models:/{name}.group_0/1"]["tasks"] == "sick, days"
+
+    shown = models("show", f"{name}@challenger")
+    assert shown["groups"] == {"group_0": ["sick"], "group_1": ["cost"], "group_2": ["days"]}
+    assert shown["members"] == {f"{name}.group_0": 2, f"{name}.group_1": 2, f"{name}.group_2": 1}
+    assert shown["metrics"] == second.result["metrics"]
+    assert shown["grouping"] == second.result["grouping_name"]
+    assert (shown["run"], shown["run_id"], shown["split"]) == (str(second.run), second.run_id, "test")
+    assert shown["data_digest"] == second.manifest.digest()
+    assert shown["config_digest"] == second.config.digest()
+
+    compared = models("diff", name)
+    assert (compared["before"]["version"], compared["after"]["version"]) == (1, 2)
+    assert compared["adjusted_rand_index"] == 0
+    assert compared["moved"] == ["days"]
+    assert compared["notes"] == []
+    by_row = {(row["task"], row["metric"]): (row["before"], row["after"]) for row in compared["metrics"]}
+    assert by_row["sick", "loss"] == (1.0, 1.0)
+    assert by_row["cost", "quantile_7"] == (None, 1.0)
+
+    assert models("promote", name)["before"] == 1
+    assert models("diff", f"{name}/1", f"{name}@champion")["adjusted_rand_index"] == 0
+    assert list(load_groups(f"models:/{name}@champion", second.config.track)) == ["group_0", "group_1", "group_2"]
+    back = models("rollback", name)
+    assert (back["version"], back["before"], back["models"]) == (1, 2, [f"models:/{name}/1"])
+    assert list(load_groups(f"models:/{name}@champion", first.config.track)) == ["group_0", "group_1"]
+    assert call("models", "rollback", name, "--ray-config", str(file))[0] == 1
+    tracking = connect(TrackSection(uri=store["uri"]))
+    assert tracking.get_run(first.run_id).info.status == "FINISHED"
+    assert len(tracking.search_model_versions(f"run_id='{first.run_id}'")) == (0 if "registry_uri" in store else 3)
+
+
+@pytest.fixture(scope="module")
+def registered(source: Source, embedded: dict[str, str], root: Path) -> Finished:
+    """A registered run of three groups."""
+    done = made(source, root, embedded, "patients", 3)
+    done.register()
+    return done
+
+
+def test_names_that_are_nearly_right_are_answered_with_the_right_ones(registered) -> None:
+    section = registered.config.track
+    for address, what, nearest in (
+        ("patient", "no registered model 'patient'", "patients"),
+        ("models:/patients/7", "patients has no version '7'", "use one of 1"),
+        ("patients/one", "patients has no version 'one'", "use one of 1"),
+        ("patients@challanger", "patients has no alias 'challanger'", "use one of challenger"),
+        ("patients@champion", "patients has no alias 'champion'", "use one of challenger"),
+    ):
+        with pytest.raises(UserError, match=what) as error:
+            show_model(section, address)
+        assert nearest in error.value.remedy
+    with pytest.raises(UserError, match="no registered model"):
+        load_groups("models:/patient", section)
+    code, found, _ = call("models", "promote", "patients.group_1", "--version", "1", "--uri", section.uri)
+    assert code == 2
+    assert "give the composite patients" in found["error"]["remedy"]
+    code, found, _ = call("models", "diff", "patients.group_1/1", "patients/1", "--uri", section.uri)
+    assert (code, found["error"]["what"]) == (2, "models:/patients.group_1/1 is not the composite of a grouping")
+
+
+def test_models_of_other_tasks_are_compared_on_those_that_both_have(section) -> None:
+    add_version(section, "wide", THREE)
+    add_version(section, "wide", [["cost", "sick"], ["height"]])
+    add_version(section, "other", [["height"]])
+    code, found, said = call("models", "diff", "wide/1", "wide/2", "--uri", section.uri)
+    assert code == 0
+    assert (found["tasks"], found["only_before"], found["only_after"]) == (["sick", "cost"], ["days"], ["height"])
+    assert found["notes"] == ["the two answer different tasks; only those that both have are compared"]
+    assert found["notes"][0] in said
+    code, found, _ = call("models", "diff", "wide/1", "other/1", "--uri", section.uri)
+    assert (code, found["error"]["what"]) == (2, "models:/wide/1 and models:/other/1 have no task in common")
+
+
+def test_a_version_carries_its_grouping_and_says_which_group_serves_each_task(registered) -> None:
+    connect(registered.config.track)
+    folder = Path(mlflow.artifacts.download_artifacts("models:/patients/1"))
+    held = json.loads((folder / "artifacts" / "grouping.json").read_text())
+    assert (held["name"], held["groups"]) == (registered.result["grouping_name"], registered.result["grouping"])
+    assert (
+        mlflow.models.get_model_info("models:/patients/1").metadata["groups_served"]
+        == registered.result["grouping"]
+    )
+    assert not list(folder.rglob("*.pkl"))
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_registration_that_is_killed_between_two_models_is_completed(
+    source, embedded, root, monkeypatch, after
+) -> None:
+    name = f"cut{after}"
+    run = made(source, root, embedded, name, 2)
+    create, left = mlflow.MlflowClient._create_model_version, [after]
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        if left[0] == 0:
+            raise MlflowException("gone")
+        left[0] -= 1
+        return create(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "_create_model_version", killed)
+        with pytest.raises(MlflowException, match="gone"):
+            run.register()
+    client = connect(run.config.track)
+    names = [f"{name}.group_0", f"{name}.group_1", name]
+    for held in names[:after]:  # and versions that have lost a tag
+        client.delete_model_version_tag(held, "1", "dmtg.metrics")
+    models = run.register()
+    assert models == run.register()
+    assert [model.uri for model in models] == [f"models:/{model}/1" for model in (name, *names[:2])]
+    for held in names:
+        (version,) = client.search_model_versions(f"name='{held}'")
+        assert json.loads(version.tags["dmtg.metrics"])
+    listed = list_models(run.config.track, name)
+    assert {m["name"]: m["aliases"] for m in listed} == {held: ["challenger"] for held in names}

@@ -1,0 +1,377 @@
+"""MLflow servers that are away: during training, at its end, at registration, while a driver was killed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from dmtg_core.tasks import InputSpec, Task
+from pipelines import storage
+from pipelines.cli.app import app
+from pipelines.config.loading import Config
+from pipelines.config.sections import TrackSection
+from pipelines.config.validation import checked
+from pipelines.data.manifest import Manifest
+from pipelines.data.sources.base import Description
+from pipelines.errors import UserError
+from pipelines.registry import tracking
+from pipelines.registry.errors import reached, without_credentials
+from pipelines.registry.tracking import MlflowTracker, connect, open_tracker, shown
+from pipelines.storage import Location, locate
+from pipelines.training.driver import Trained, train
+from pipelines.training.publish import register_run
+from pipelines.training.ray.context import METRICS
+from pipelines.training.worker import read_jsonl
+from tests.pipelines.conftest import make_config
+from tests.pipelines.door import Door, door_to
+from tests.pipelines.mlflow_server import address, serving
+from tests.pipelines.s3_server import free_port
+
+SECRET = "swordfish"  # noqa: S105 - the server of the tests asks for none
+EPOCHS = {"naive_mtl": [1, 2, 3, 4], "start_0": [1, 2, 3, 4]}
+
+
+@dataclass
+class Server:
+    """An MLflow server behind a door, and a client that does not go through it."""
+
+    door: Door
+    client: mlflow.MlflowClient
+
+    @property
+    def uri(self) -> str:
+        """Through the door, with credentials."""
+        return f"http://someone:{SECRET}@127.0.0.1:{self.door.port}"
+
+    def epochs(self, run_id: str, stage: str) -> list[int]:
+        """The epochs of a stage that the server has."""
+        return [metric.step for metric in self.client.get_metric_history(run_id, f"{stage}/val_score")]
+
+    def holds_all_once(self, run_id: str, run: Location) -> bool:
+        """Whether every figure of the run folder is there, and none twice."""
+        for record in read_jsonl(run / METRICS):
+            stage = record["stage"]
+            for name, value in [("val_score", record["val_score"]), *_figures(record)]:
+                history = self.client.get_metric_history(run_id, f"{stage}/{name}")
+                found = [metric.value for metric in history if metric.step == record["epoch"]]
+                if found != ([] if value is None else [pytest.approx(value)]):
+                    return False
+        return {stage: sorted(self.epochs(run_id, stage)) for stage in EPOCHS} == EPOCHS
+
+
+def _figures(record: dict[str, Any]) -> list[tuple[str, float]]:
+    return [(f"{task}/{name}", value) for task, found in record["val"].items() for name, value in found.items()]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    port = free_port()
+    with serving(port, tmp_path_factory.mktemp("server")), door_to(port) as door:
+        yield Server(door, mlflow.MlflowClient(address(port)))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is away is not asked three times for every request; what MLflow sets is set back."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "")
+
+
+@dataclass
+class Delivered:
+    """A run whose server was away in its middle, at its end, and at registration."""
+
+    config: Config
+    done: Trained
+    said: list[str]
+    error: UserError  # of the first call
+    logged: str
+
+
+@pytest.fixture(scope="module")
+def delivered(
+    images: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None, server: Server
+) -> Iterator[Delivered]:
+    config = make_config(images, tmp_path_factory.mktemp("run"), track={"uri": server.uri, "experiment": "door"})
+    run = locate(config.run.root) / config.run_name()
+    said: list[str] = []
+
+    def on(line: str, *steps: tuple[str, Callable[[], object]]) -> None:
+        said.append(line)
+        for words, act in steps:
+            if words in " ".join(line.split()):
+                act()
+
+    def until(condition: Callable[[], object]) -> None:
+        while not condition():
+            time.sleep(0.02)
+
+    def delivered_again() -> bool:
+        return any("could be written again" in message for message in messages.held)
+
+    logger, messages = logging.getLogger("pipelines"), Messages()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        monkeypatch.setattr(storage, "PATIENCE_S", 1.0)
+        logger.addHandler(messages)
+        try:
+            with pytest.raises(UserError) as caught:
+                train(config, lambda line: on(
+                    line,
+                    ("naive_mtl epoch 2", server.door.shut),
+                    ("naive_mtl epoch 3", lambda: until(lambda: server.door.refused)),
+                    ("start_0 epoch 1", server.door.open),
+                    ("start_0 epoch 3", lambda: until(delivered_again)),
+                    ("start_0 epoch 3", server.door.shut),
+                ))  # fmt: skip
+            assert (run / "result.json").exists()
+            assert (run / "report.html").exists()
+            assert (run / "models").folders()
+            server.door.open()
+            monkeypatch.setattr(storage, "PATIENCE_S", 600.0)
+            done = train(config, lambda line: on(
+                line, ("registering the grouping", server.door.shut), ("trying for", server.door.open)
+            ))  # fmt: skip
+        finally:
+            logger.removeHandler(messages)
+            server.door.open()
+        yield Delivered(config, done, said, caught.value, "\n".join(messages.held))
+
+
+class Messages(logging.Handler):
+    """What was logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.held.append(record.getMessage())
+
+
+@pytest.mark.ray
+class TestAway:
+    def test_training_goes_on_and_every_figure_arrives_once(self, delivered: Delivered, server: Server) -> None:
+        assert "MLflow's copy of the figures cannot be written, training goes on without it" in delivered.logged
+        assert "could be written again" in delivered.logged
+        assert sum("epoch" in line and "score" in line for line in delivered.said) == 8
+        assert server.holds_all_once(delivered.done.run_id, delivered.done.run)
+
+    def test_at_the_end_it_says_that_training_is_done_and_what_registers_later(self, delivered: Delivered) -> None:
+        run = delivered.done.run
+        assert f"training is done, its result and models are in {run}" in delivered.error.what
+        assert f"dmtg models register {run}" in delivered.error.remedy
+        assert not delivered.error.wrong_use
+
+    def test_the_same_words_do_the_rest_and_wait(self, delivered: Delivered, server: Server) -> None:
+        assert delivered.done.resumed
+        assert sum("trying for" in line for line in delivered.said) == 2
+        stored = server.client.get_run(delivered.done.run_id)
+        assert stored.info.status == "FINISHED"
+        assert stored.data.metrics["normalized_gain"] == pytest.approx(delivered.done.result["normalized_gain"])
+        assert {"report.html", "grouping.json", "config.yaml"} <= {
+            file.path for file in server.client.list_artifacts(delivered.done.run_id)
+        }
+        names = {model.name for model in delivered.done.models}
+        assert names == {"patches", *(f"patches.{group}" for group in delivered.done.result["grouping"])}
+        for name in names:
+            assert (
+                len(server.client.search_model_versions(f"name='{name}' and run_id='{stored.info.run_id}'")) == 1
+            )
+
+    def test_no_credentials_are_shown_or_kept(self, delivered: Delivered, server: Server) -> None:
+        shown_by = [*delivered.said, str(delivered.error), delivered.logged]
+        for file in delivered.done.run.files():
+            assert SECRET.encode() not in (delivered.done.run / file).read_bytes(), file
+        stored = server.client.get_run(delivered.done.run_id)
+        assert stored.data.params["track.uri"] == f"http://127.0.0.1:{server.door.port}"
+        assert not [text for text in [*shown_by, str(stored.to_dictionary())] if SECRET in text]
+
+    def test_a_run_folder_registers_later(
+        self, delivered: Delivered, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tmp_path / "copy"  # of a run that MLflow has never heard of
+        shutil.copytree(str(delivered.done.run), folder)
+        for name in (tracking.NOTE, tracking.REGISTERED):
+            (folder / name).unlink()
+        monkeypatch.setattr(storage, "PATIENCE_S", 0.0)
+        server.door.shut()
+        with pytest.raises(UserError, match="training is done") as caught:
+            register_run(str(folder))
+        server.door.open()
+        assert "dmtg models register" in caught.value.remedy
+        first = register_run(str(folder))
+        assert first.run_id != delivered.done.run_id
+        assert server.holds_all_once(first.run_id, locate(str(folder)))
+        assert server.client.get_run(first.run_id).info.status == "FINISHED"
+        assert len(first.models) == len(delivered.done.models)
+
+        again = CliRunner().invoke(app, ["models", "register", str(folder), "--uri", server.uri, "--json"])
+        assert again.exit_code == 0, again.stderr
+        assert SECRET not in again.output
+        found = json.loads(again.stdout.splitlines()[-1])
+        assert (found["run_id"], found["models"]) == (first.run_id, [model.uri for model in first.models])
+        (folder / tracking.REGISTERED).unlink()  # as after a kill between the registry and this note
+        assert register_run(str(folder)).models == first.models
+        assert server.holds_all_once(first.run_id, locate(str(folder)))
+
+    def test_registering_says_what_is_missing(self, delivered: Delivered, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"no finished run: there is no config.yaml and no result.json"):
+            register_run(str(tmp_path))
+        folder = tmp_path / "copy"
+        shutil.copytree(str(delivered.done.run), folder)
+        values = yaml.safe_load((folder / "config.yaml").read_text())
+        values["data"]["shards"] = "gone"
+        (folder / "config.yaml").write_text(yaml.safe_dump(values))
+        with pytest.raises(UserError, match="no dataset here") as caught:
+            register_run(str(folder))
+        assert "data.shards is relative" in caught.value.remedy
+        note = json.loads((folder / tracking.NOTE).read_text())
+        (folder / tracking.NOTE).write_text(json.dumps(note | {"data_digest": "another"}))
+        values["data"]["shards"] = delivered.config.data.shards
+        (folder / "config.yaml").write_text(yaml.safe_dump(values))
+        with pytest.raises(UserError, match="not the shards that the run was trained on"):
+            register_run(str(folder))
+
+
+def test_an_interruption_does_not_wait_for_a_request_that_hangs(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = _tracker(tmp_path, server.uri)
+    server.door.silence()
+    tracker.record(_record("start_0", 1))
+    while not server.door.waiting:
+        time.sleep(0.02)
+    monkeypatch.setattr(tracking, "FAREWELL_S", 0.1)
+    tracker.fail()
+    assert len(server.door.waiting) == 1  # the request hangs as before
+    server.door.shut()
+    server.door.open()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An SQLite file, without a server before it."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+
+
+class TestStore:
+    def test_what_a_killed_driver_left_is_delivered_by_the_next_one(self, store: str, tmp_path: Path) -> None:
+        killed = _tracker(tmp_path, store)
+        killed.record(_record("start_0", 1))
+        assert killed.outbox.flush(600)
+        records = [_record("start_0", epoch) for epoch in (1, 2, 3)] + [_record("start_0", 4, score=None)]
+        (tmp_path / METRICS).write_text("".join(json.dumps(record) + "\n" for record in records))
+        tracker = _tracker(tmp_path, store)
+        assert tracker.run_id == killed.run_id
+        assert tracker.outbox.flush(600)
+        tracker.record(_record("start_0", 3) | {"time": 77.0})  # an epoch that was done again
+        tracker.finish({"split": "test", "metrics": {"task": {"accuracy": 0.5}}, "grouping_name": "all"}, {})
+        for _ in range(2):
+            history = tracker.client.get_metric_history(tracker.run_id, "start_0/val_score")
+            assert [(m.step, m.timestamp) for m in history] == [
+                (1, 1000), (2, 2000), (3, 3000), (4, 4000)
+            ]  # fmt: skip
+            history = tracker.client.get_metric_history(tracker.run_id, "start_0/task/accuracy")
+            assert [m.step for m in history] == [1, 2, 3, 4]
+            assert len(tracker.client.get_metric_history(tracker.run_id, "test/task/accuracy")) == 1
+            tracker.finish({"split": "test", "metrics": {"task": {"accuracy": 0.5}}, "grouping_name": "all"}, {})
+        assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
+
+    def test_a_run_that_mlflow_has_no_more_is_made_anew(self, store: str, tmp_path: Path) -> None:
+        tracker = _tracker(tmp_path, store)
+        (tmp_path / METRICS).write_text(json.dumps(_record("start_0", 1)) + "\n")
+        (tmp_path / tracking.REGISTERED).write_text("[]")
+        tracker.client.delete_run(tracker.run_id)
+        anew = _tracker(tmp_path, store)
+        assert anew.run_id != tracker.run_id
+        assert not (tmp_path / tracking.REGISTERED).exists()
+        anew.deliver()
+        assert [m.step for m in anew.client.get_metric_history(anew.run_id, "start_0/val_score")] == [1]
+
+    def test_a_run_can_be_a_part_of_another(self, store: str, tmp_path: Path) -> None:
+        whole = _tracker(tmp_path / "whole", store)
+        part = _tracker(tmp_path / "part", store, whole.run_id)
+        assert part.client.get_run(part.run_id).data.tags["mlflow.parentRunId"] == whole.run_id
+
+    def test_the_registry_can_be_elsewhere(self, store: str, tmp_path: Path) -> None:
+        registry = f"sqlite:///{tmp_path / 'registry.db'}"
+        connect(TrackSection(uri=store, registry_uri=registry)).create_registered_model("there")
+        assert mlflow.get_registry_uri() == registry
+        assert [m.name for m in mlflow.MlflowClient(registry).search_registered_models()] == ["there"]
+        assert connect(TrackSection(uri=store)).search_registered_models() == []
+        assert mlflow.get_registry_uri() == store
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("http://me:secret@host:5000/a", "http://host:5000/a"),
+        ("asked https://me:s@cret@host/x, see http://b:c@d", "asked https://host/x, see http://d"),
+        ("postgresql://host/db?user=me&password=secret", "postgresql://host/db?user=me&password=…"),
+        ("sqlite:////tmp/a@b/mlflow.db", "sqlite:////tmp/a@b/mlflow.db"),
+        ("models:/patches@champion", "models:/patches@champion"),
+    ],
+)  # fmt: skip
+def test_addresses_lose_their_credentials(raw: str, clean: str) -> None:
+    assert without_credentials(raw) == clean
+
+
+def test_what_is_refused_is_not_tried_again() -> None:
+    from mlflow.exceptions import MlflowException, RestException
+    from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, PERMISSION_DENIED
+
+    away = [
+        MlflowException("API request to http://host failed with exception"),
+        RestException({"error_code": "TEMPORARILY_UNAVAILABLE", "message": "later"}),
+        ConnectionRefusedError(111, "Connection refused"),
+    ]
+    refused = [
+        MlflowException("bad name", INVALID_PARAMETER_VALUE),
+        MlflowException("not you", PERMISSION_DENIED),
+        MlflowException("an error on this side"),
+        PermissionError(13, "Permission denied"),
+    ]
+    for error in away + refused:
+        with pytest.raises(UserError) as caught, reached("http://host"):
+            raise error
+        assert storage.can_pass(caught.value) == (error in away)
+        assert ("does not answer" if error in away else "refuses") in caught.value.what
+    with pytest.raises(KeyError), reached("http://host"):
+        raise KeyError("a mistake of ours")
+
+
+def _config(uri: str) -> Config:
+    return checked(Config, {"name": "made", "data": {"shards": "shards"}, "track": {"uri": uri}})
+
+
+def _tracker(folder: Path, uri: str, parent: str = "") -> MlflowTracker:
+    task = Task("task", "binary")
+    manifest = Manifest(Description(InputSpec("features", (2,)), (task,), {}), {}, {})
+    tracker = open_tracker(_config(uri), locate(str(folder)), manifest, parent)
+    assert isinstance(tracker, MlflowTracker)
+    return tracker
+
+
+def _record(stage: str, epoch: int, score: float | None = 0.5) -> dict[str, Any]:
+    """The figures of an epoch that ended `epoch` seconds after the beginning of time."""
+    return {"stage": stage, "epoch": epoch, "val_score": score, "val": {"task": {"accuracy": 0.25, "auroc": None}},
+            "train_loss": {"task": 1.0}, "time": float(epoch)}  # fmt: skip
+
+
+def test_a_configuration_is_shown_without_credentials() -> None:
+    config = _config(f"http://me:{SECRET}@host:5000")
+    assert shown(config)["track"]["uri"] == "http://host:5000"
+    assert config.track.uri.endswith(f"{SECRET}@host:5000")

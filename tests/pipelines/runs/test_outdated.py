@@ -1,0 +1,136 @@
+"""Networks of more than ten branches that an earlier version trained wrongly are refused wherever they are met."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlflow
+import pytest
+import yaml
+
+from dmtg_core import GroupingNetwork
+from dmtg_core.network.encoders import EncoderSpec
+from dmtg_core.training.checkpoint import OutdatedNetworkError, save_network
+from pipelines.compare.cells import FORMAT, Cell, CellJob, train_cells
+from pipelines.config.sections import TrackSection
+from pipelines.data.sources.base import Source
+from pipelines.errors import UserError
+from pipelines.registry.models import _branches, load_groups
+from pipelines.registry.tracking import connect
+from pipelines.storage import locate
+from pipelines.training.ray.failures import lasting_error
+from pipelines.training.worker import CONFIG, check_models, read_model
+from tests.dmtg_core.samples import mlp_spec
+from tests.pipelines.untrained import Finished, finish, small_table
+
+REMEDY = "train it again with dmtg train and another run.name"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    (tmp_path / "table").mkdir()
+    return small_table(tmp_path / "table")
+
+
+def outdated(run: Path) -> None:
+    """Rewrite the networks of a folder in the form of the version before."""
+    for file in run.rglob("network.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
+
+
+def finished(source, root: Path, branches: int) -> Finished:
+    """A run of the version before whose configuration had so many branches, and whose tasks are in two groups."""
+    store = {"uri": f"sqlite:///{root}/mlflow.db"}
+    done = finish(source, EncoderSpec("mlp"), root, store, name=f"before{branches}", groups=2)
+    outdated(done.run)
+    (done.run / CONFIG).write_text(yaml.safe_dump({"network": {"groups": branches}}))
+    (done.run / "grouping.json").write_text("{}")
+    connect(done.config.track).log_param(done.run_id, "network.groups", branches)
+    return done
+
+
+@pytest.mark.parametrize("branches", [10, 11])
+def test_a_run_and_its_registered_models(source, tmp_path, branches) -> None:
+    done = finished(source, tmp_path, branches)
+    done.register()
+    places = [str(done.run), f"models:/before{branches}/1", f"models:/before{branches}.group_1/1"]
+    if branches == 10:
+        assert [list(load_groups(place, done.config.track)) for place in places] == [
+            ["group_0", "group_1"], ["group_0", "group_1"], ["group_1"],
+        ]  # fmt: skip
+        return
+    for place in places:
+        with pytest.raises(UserError, match="on 11 branches, .* train it again") as error:
+            load_groups(place, done.config.track)
+        assert (error.value.where, error.value.remedy) == (place, REMEDY)
+    with pytest.raises(UserError, match="on 11 branches"):
+        read_model(locate(str(done.run / "models" / "group_0")))
+
+
+def test_a_finished_run_is_not_shown_as_done(source, tmp_path) -> None:
+    done = finished(source, tmp_path, 12)
+    config = done.config.model_copy(update={"network": done.config.network.model_copy(update={"groups": 12})})
+    with pytest.raises(UserError, match="on 12 branches"):
+        check_models(config, locate(str(done.run)))
+    check_models(done.config, locate(str(tmp_path / "no run")))
+
+
+def test_a_registered_model_of_more_than_ten_groups_says_so_where_it_is_served(tmp_path) -> None:
+    from pipelines.registry.pyfunc_model import GroupPredictor
+
+    network = GroupingNetwork(mlp_spec(groups=11, initial="diagonal", initial_scale=5.0))
+    groups = network.specialise()
+    for name, model in groups.items():
+        save_network(tmp_path / "groups" / name, model.network)
+    grouping = {"groups": {f"group_{n}": [f"task {n}"] for n in range(11)}}
+    (tmp_path / "grouping.json").write_text(json.dumps(grouping))
+    context = SimpleNamespace(
+        artifacts={"groups": str(tmp_path / "groups"), "grouping": str(tmp_path / "grouping.json")}
+    )
+    GroupPredictor().load_context(context)
+    outdated(tmp_path)
+    with pytest.raises(OutdatedNetworkError, match="on 11 branches"):
+        GroupPredictor().load_context(context)
+
+
+def test_training_that_goes_on_from_such_a_checkpoint_ends_with_what_to_do(source, tmp_path) -> None:
+    config = finish(source, EncoderSpec("mlp"), tmp_path, {"uri": f"sqlite:///{tmp_path}/m.db"}, name="x").config
+    error = OutdatedNetworkError("/run/checkpoint: an earlier version trained this")
+    found = lasting_error(error, config, "/run", 1)
+    assert found is not None
+    assert (found.what, found.where) == ("an earlier version trained this", "/run")
+    assert "another run.name" in found.remedy
+
+
+def test_results_of_a_comparison_from_the_version_before_are_not_mixed_with_new_ones(tmp_path) -> None:
+    class TrainedAgainError(Exception):
+        """The cell is not read."""
+
+    cell, said = Cell("naive_mtl", 1), []
+    file = locate(str(tmp_path)) / "cells" / f"{cell.name}.json"
+    job = CellJob(None, None, None, locate(str(tmp_path)))
+    file.write_json({"format": FORMAT, "score": 1.0})
+    assert train_cells(job, [cell], said.append)[cell]["score"] == 1.0
+    file.write_json({"score": 1.0})
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "to train" in line:
+            raise TrainedAgainError
+
+    with pytest.raises(TrainedAgainError):
+        train_cells(job, [cell], say)
+    assert said[0] == "1 results are of an earlier version, whose figures differ: trained again"
+
+
+def test_the_run_of_a_model_is_asked_and_without_one_its_groups_are_counted(source, tmp_path) -> None:
+    done = finished(source, tmp_path, 11)
+    done.register()
+    client = connect(done.config.track)
+    place = Path(mlflow.artifacts.download_artifacts("models:/before11/1", dst_path=str(tmp_path / "model")))
+    assert _branches(client, place) == 11
+    client.delete_run(done.run_id)
+    assert _branches(client, place) == 11  # it can still be asked
+    assert _branches(connect(TrackSection(uri=f"sqlite:///{tmp_path}/other.db")), place) == 2

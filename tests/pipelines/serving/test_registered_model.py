@@ -1,0 +1,263 @@
+"""Registered models take what a user has, images, texts or rows of a table, and answer as on stored input: loaded,
+where there is no Ray, and over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mlflow.exceptions import MlflowException
+
+from dmtg_core.network.encoders import EncoderSpec
+from pipelines.data.sources import build_source
+from pipelines.data.sources.base import INPUT, Source
+from pipelines.registry.aliases import promote
+from pipelines.registry.models import load_groups
+from tests.pipelines.conftest import TASKS, write_images
+from tests.pipelines.mlflow_server import address, end, start
+from tests.pipelines.s3_server import free_port
+from tests.pipelines.untrained import finish
+
+TABLE = {
+    "file": "t.csv",
+    "id_column": "id",
+    "features": ["age", "work"],
+    "tasks": [{"column": "sick", "kind": "binary"}, {"column": "cost", "kind": "regression"}],
+}
+PICTURES = {"suffix": ".png", "size": 16, "tasks": TASKS}
+KINDS: dict[str, tuple[str, dict[str, Any], EncoderSpec]] = {
+    "rows": ("table", TABLE, EncoderSpec("mlp")),
+    "texts": (
+        "text",
+        {"file": "t.csv", "id_column": "id", "tasks": TABLE["tasks"], "text_column": "note", "length": 8},
+        EncoderSpec("embedding_bag"),
+    ),
+    "pictures": ("folder", PICTURES, EncoderSpec("convnet", options={"widths": [8, 16]})),
+}
+RAW = ("rows", "texts")  # kinds with a preparation
+FRAME = pd.DataFrame(
+    {
+        "id": list("abcd"),
+        "age": [20.5, 40, None, 30],
+        "work": ["sea", "land", None, "air"],
+        "note": ["a day at sea", "[PAD] or not", "“no”, she said", "zzz"],
+        "sick": [1, 0, 1, 0],
+        "cost": [3.0, 5.5, 4.0, 1.0],
+        "split": ["train", "train", "train", "val"],
+    }
+)
+
+
+@dataclass
+class Served:
+    """The source of a kind, its loaded composite and group models, and where the composite is."""
+
+    source: Source
+    composite: Any
+    singles: list[Any]
+    uri: str
+
+
+def save_and_register(kind: str, root: Path, store: dict[str, str]) -> Served:
+    """A network that has learnt nothing, registered as training would: images in two groups, the rest in one."""
+    source_kind, options, encoder = KINDS[kind]
+    source = build_source(source_kind, str(root), options)
+    run = finish(source, encoder, root, store, name=kind, groups=2 if kind == "pictures" else 1)
+    composite, *singles = run.register()
+    promote(run.config.track, kind)
+    loaded = load_groups(f"models:/{kind}@champion", run.config.track)
+    assert {name: model.tasks for name, model in loaded.items()} == {n: m.tasks for n, m in run.models.items()}
+    models = [mlflow.pyfunc.load_model(model.uri) for model in singles]
+    return Served(source, mlflow.pyfunc.load_model(composite.uri), models, composite.uri)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Where the models of this file are registered."""
+    return {"uri": f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"}
+
+
+@pytest.fixture(scope="module")
+def served(store: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
+    """What is registered, for each kind."""
+    root = tmp_path_factory.mktemp("served")
+    write_images(root, rows=12)
+    FRAME.to_csv(root / "t.csv", index=False)
+    return {kind: save_and_register(kind, root, store) for kind in KINDS}
+
+
+def stored(source: Source) -> np.ndarray:
+    """The first four stored inputs."""
+    return np.stack([source.read(entry)[INPUT] for entry in list(source.entries())[:4]])
+
+
+def answers(source: Source, model: Any) -> dict[str, np.ndarray]:
+    """What the networks say to the stored input."""
+    found: dict[str, np.ndarray] = {}
+    for network in model.unwrap_python_model().models:
+        predicted = network.predict(torch.from_numpy(stored(source)))
+        found |= {task: value.numpy() for task, value in predicted.items()}
+    return found
+
+
+def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
+    return set(found) == set(expected) and all(np.array_equal(found[task], expected[task]) for task in expected)
+
+
+@pytest.mark.parametrize("kind", RAW)
+def test_a_frame_gives_what_the_stored_input_gives(served, kind) -> None:
+    source, composite, (single,) = served[kind].source, served[kind].composite, served[kind].singles
+    column = {"rows": ["age", "work"], "texts": ["note"]}[kind]
+    expected = answers(source, composite)
+    assert len({value.tobytes() for value in expected["cost"]}) == 4
+    for model in (composite, single):
+        assert same(model.predict(FRAME[column]), expected)
+        assert same(model.predict(FRAME[column].to_dict("records")), expected)
+
+
+def test_the_composite_answers_what_its_groups_answer(served) -> None:
+    pictures = served["pictures"]
+    images = stored(pictures.source)
+    expected = answers(pictures.source, pictures.composite)
+    assert set(expected) == {"colour", "bright", "level"}
+    assert same(pictures.composite.predict(images), expected)
+    found: dict[str, np.ndarray] = {}
+    for group, model in zip((["colour", "level"], ["bright"]), pictures.singles, strict=True):
+        assert list(model.predict(images)) == group
+        assert model.metadata.signature.outputs.input_names() == group
+        found |= model.predict(images)
+    assert same(found, expected)
+
+
+def test_plain_strings_do_where_there_is_one_column(served) -> None:
+    source, composite = served["texts"].source, served["texts"].composite
+    expected = answers(source, composite)
+    texts = list(FRAME["note"])
+    for raw in (texts, np.array(texts), np.array(texts, object)):
+        assert same(composite.predict(raw), expected)
+    assert composite.predict(texts[0])["sick"].shape == (1,)
+
+
+def test_rows_may_have_other_columns_and_whole_numbers(served) -> None:
+    source, composite = served["rows"].source, served["rows"].composite
+    whole = FRAME.assign(age=[20, 40, 30, 30])[["split", "work", "age"]]
+    found = composite.predict(whole)
+    expected = answers(source, composite)
+    assert found["cost"][3] == expected["cost"][3]
+    assert found["cost"][0] != expected["cost"][0]
+
+
+def test_errors_name_column_and_row(served) -> None:
+    rows, texts = (served[kind].composite for kind in RAW)
+    with pytest.raises(MlflowException, match=r"missing inputs \['work'\]"):
+        rows.predict(FRAME[["age"]])
+    with pytest.raises(ValueError, match="row 1: 'old' in column age is not a finite number"):
+        rows.predict(FRAME[:2].assign(age=["20", "old"]))
+    with pytest.raises(ValueError, match="row 0: no column note; there are comment"):
+        texts.predict(pd.DataFrame({"comment": ["a"]}))
+    with pytest.raises(ValueError, match="row 1: expected a text in column note, got ''"):
+        texts.predict(["a", ""])
+    with pytest.raises(ValueError, match="row 0: expected a text in column note, got None"):
+        texts.predict(pd.DataFrame({"note": [None]}))
+
+
+def test_signature_requirements_and_preparation_travel_with_the_model(served) -> None:
+    for kind, columns in (("rows", ["age", "work"]), ("texts", [0])):
+        source, uri = served[kind].source, served[kind].uri
+        signature = served[kind].composite.metadata.signature
+        assert signature.inputs.input_names() == columns
+        assert signature.outputs.input_names() == ["sick", "cost"]
+        folder = Path(mlflow.artifacts.download_artifacts(uri))
+        held = json.loads((folder / "artifacts" / "preparation.json").read_text())
+        assert held == json.loads(json.dumps(source.describe().preparation))
+        assert ("tokenizers==" in (folder / "requirements.txt").read_text()) == (kind == "texts")
+
+
+WITHOUT_RAY = """
+import json, sys
+sys.modules |= dict.fromkeys(("ray", "typer", "boto3", "pydantic_settings"))  # None: not to be imported
+import mlflow, numpy as np
+for name, images in json.load(sys.stdin).items():
+    found = mlflow.pyfunc.load_model(name).predict(np.array(images, "uint8"))
+    print(json.dumps({task: values.tolist() for task, values in found.items()}))
+print(json.dumps(sorted(name for name in sys.modules if name.partition(".")[0] in ("pipelines", "ray"))))
+"""
+
+
+def test_loading_needs_neither_ray_nor_pickles(served, store) -> None:
+    pictures = served["pictures"]
+    images = stored(pictures.source)
+    environment = {
+        **os.environ, "MLFLOW_TRACKING_URI": store["uri"], "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    }  # fmt: skip
+    asked = dict.fromkeys(("models:/pictures@champion", "models:/pictures.group_1@champion"), images.tolist())
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY], input=json.dumps(asked), env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *found, modules = (json.loads(line) for line in done.stdout.splitlines())
+    expected = answers(pictures.source, pictures.composite)
+    for answered, tasks in zip(found, (set(expected), {"bright"}), strict=True):
+        assert set(answered) == tasks
+        for task in tasks:
+            np.testing.assert_allclose(answered[task], expected[task], rtol=1e-6, atol=1e-7)
+    assert modules == ["pipelines", "pipelines.data.preprocessing", "ray"]
+
+
+@contextlib.contextmanager
+def http(uri: str, store: dict[str, str], folder: Path) -> Iterator[str]:
+    """`mlflow models serve` for a registered model: where to send requests, once it answers."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", uri, "--env-manager", "local",
+               "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]  # fmt: skip
+    environment = {
+        **os.environ,
+        "MLFLOW_TRACKING_URI": store["uri"],
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # it looks for uvicorn there
+    }
+    server = start(command, environment, folder / f"{port}.log", f"{address(port)}/ping")
+    try:
+        yield f"{address(port)}/invocations"
+    finally:
+        end(server)
+
+
+def ask(url: str, body: dict[str, Any]) -> dict[str, np.ndarray]:
+    heads = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), heads)  # noqa: S310 - a server of our own
+    with urllib.request.urlopen(request) as answer:  # noqa: S310
+        found = json.load(answer)["predictions"]
+    return {task: np.array(values) for task, values in found.items()}
+
+
+def test_mlflow_serves_images_and_rows_over_http(served, store, tmp_path) -> None:
+    pictures, rows = served["pictures"], served["rows"]
+    with http("models:/pictures@champion", store, tmp_path) as url:
+        found = ask(url, {"inputs": stored(pictures.source).tolist()})
+    expected = answers(pictures.source, pictures.composite)
+    assert set(found) == set(expected)
+    for task, values in expected.items():
+        np.testing.assert_allclose(found[task], values, rtol=1e-6, atol=1e-7)
+    with http("models:/rows/1", store, tmp_path) as url:
+        cells = FRAME[["age", "work"]].astype(object).where(FRAME[["age", "work"]].notna(), None)
+        found = ask(url, {"dataframe_split": cells.to_dict("split")})
+        again = ask(url, {"dataframe_records": cells.to_dict("records")})
+    for task, values in answers(rows.source, rows.composite).items():
+        np.testing.assert_allclose(found[task], values, rtol=1e-6, atol=1e-7)
+        np.testing.assert_array_equal(again[task], found[task])

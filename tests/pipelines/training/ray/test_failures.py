@@ -1,0 +1,244 @@
+"""The command, its disk and its storage are lost: the run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+
+from pipelines import storage
+from pipelines.errors import UserError
+from pipelines.registry.versions import list_models
+from pipelines.storage import locate
+from pipelines.training.driver import train
+from pipelines.training.ray.events import DAMAGED, LOST, RESUMED, UNWRITTEN
+from pipelines.training.worker import read_jsonl
+from tests.paths import ROOT
+from tests.pipelines.conftest import make_config
+from tests.pipelines.driver import CHECKPOINTS, OFTEN, Driver, Undisturbed, disturbed, in_own_mounts, same
+from tests.pipelines.s3_server import BUCKET, begin, end, free_port, serving, settings
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("sent", "code", "damaged"),
+    [
+        (signal.SIGTERM, 143, True),
+        (signal.SIGTERM, 143, False),
+        (signal.SIGINT, 130, False),
+        (signal.SIGKILL, -9, True),
+    ],
+)
+def test_a_command_that_is_ended_goes_on_with_the_same_words(
+    run: Undisturbed, tmp_path: Path, sent: signal.Signals, code: int, damaged: bool
+) -> None:
+    track = {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+    driver = disturbed(run, tmp_path, train=OFTEN, track=track)
+    process = driver.start()
+    driver.wait_for(lambda: driver.newest() >= 5)
+    family = driver.family()
+    if sent == signal.SIGKILL:
+        driver.lose()
+    process.send_signal(sent)
+    assert process.wait() == code, driver.log
+    psutil.wait_procs(family)  # Ray's processes end with it
+    tracked = mlflow.MlflowClient(track["uri"])
+    run_id = json.loads((driver.folder / "tracking.json").read_text())["run_id"]
+    if sent != signal.SIGKILL:
+        what = "terminated" if sent == signal.SIGTERM else "interrupted"
+        assert f"dmtg train stopped\nwhat: {what}\nwhere: {driver.folder}\nremedy: the same command" in driver.log
+        assert driver.outcome()["status"] == "failed"
+        assert tracked.get_run(run_id).info.status == "FAILED"
+    expected = []
+    if damaged:
+        newest = driver.checkpoints()[-1]
+        weights = next(newest.rglob("network.safetensors"))
+        expected = [f"{newest.name} is passed over: missing or damaged: {weights.relative_to(newest)}"]
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+
+    found = driver.finish()
+    same(found, run[1].result)
+    assert len(driver.epochs()) == len(set(driver.epochs())) == 8
+    assert driver.newest() <= CHECKPOINTS + 1 + damaged
+    passed = [told["message"] for told in driver.events(DAMAGED)]
+    assert passed == expected
+    assert set(passed) <= set(found["notes"])
+    assert all(f"note: {message}" in driver.log for message in passed)
+    assert tracked.get_run(run_id).info.status == "FINISHED"
+    assert {model["version"] for model in list_models(run[0].track.model_copy(update=track))} == {1}
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.soak
+def test_a_result_that_cannot_be_written_is_written_later_without_training_again(
+    images: Path, tmp_path: Path
+) -> None:
+    config = make_config(
+        images, tmp_path, train={"epochs": 2}, search={"baseline": False}, track={"uri": "none"},
+        run={"name": "disturbed"},
+    )  # fmt: skip
+    driver = Driver(tmp_path, {})
+    driver.folder.mkdir(parents=True)
+    (driver.folder / "models").write_text("in the way of a folder")
+    with pytest.raises(UserError, match="training is done, its result") as found:
+        train(config)
+    assert "models" in found.value.where
+    assert "without training again" in found.value.remedy
+    newest = driver.newest()
+    assert newest == 2
+    (driver.folder / "models").unlink()
+    done = train(config)
+    assert driver.newest() == newest
+    assert driver.epochs() == [("start_0", 1), ("start_0", 2)]
+    assert set(done.result["metrics"]) == {"colour", "bright", "level"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[tuple[str, ...], Path, Path]]:
+    """A disk of a few MiB in a namespace: words to be there, and the disk as seen from here and from there."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=6m none '{disk}' && echo ready && exec sleep infinity"
+    with subprocess.Popen([*in_own_mounts(), "sh", "-c", mount], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"ready\n"
+        words = (
+            "nsenter",
+            f"--target={holder.pid}",
+            "--user",
+            "--mount",
+            "--preserve-credentials",
+            f"--wd={ROOT}",
+        )
+        yield words, Path(f"/proc/{holder.pid}/root{disk}"), disk
+        holder.kill()
+
+
+def fill(disk: Path) -> Path:
+    """A file that takes all the room there is."""
+    filler = disk / "filler"
+    with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+@pytest.mark.soak
+def test_a_disk_that_is_full_costs_checkpoints_and_no_training(
+    run: Undisturbed, tmp_path: Path, small_disk: tuple[tuple[str, ...], Path, Path]
+) -> None:
+    words, here, there = small_disk
+    driver = disturbed(run, tmp_path, train=OFTEN, run={"root": str(there / "runs"), "name": "disturbed"})
+    driver.before, driver.place = words, here
+    driver.start()
+    driver.wait_for(lambda: driver.newest() >= 4)
+    filler = fill(here)
+    driver.wait_for(lambda: "cannot be written" in driver.log)
+    filler.unlink()
+    assert driver.process is not None
+    assert driver.process.wait() == 0, driver.log
+    same(driver.outcome(), run[1].result)
+    assert driver.epochs()[-1] == ("start_0", 4)
+    assert len(driver.epochs()) == 8
+    assert driver.newest() == CHECKPOINTS  # the numbers of those that were lost are not used again
+    assert len(list((driver.folder / "checkpoints").iterdir())) == 2
+    assert driver.events(RESUMED, LOST) == []
+    first, last = (told["message"] for told in driver.events(UNWRITTEN))
+    assert "No space left on device" in first
+    assert "again" in last
+
+
+@pytest.mark.soak
+def test_no_room_for_temporary_files_costs_checkpoints_and_no_training(
+    run: Undisturbed, tmp_path: Path, small_disk: tuple[tuple[str, ...], Path, Path]
+) -> None:
+    words, here, there = small_disk
+    driver = disturbed(run, tmp_path, train=OFTEN)
+    driver.before = words
+    driver.start(TMPDIR=str(there), RAY_TMPDIR="/tmp")  # noqa: S108 - Ray's own files are not what is tested
+    driver.wait_for(lambda: driver.newest() >= 4)
+    filler = fill(here)
+    driver.wait_for(lambda: "is lost, training goes on" in driver.log)
+    filler.unlink()
+    assert driver.process is not None
+    assert driver.process.wait() == 0, driver.log
+    same(driver.outcome(), run[1].result)
+    assert driver.newest() == CHECKPOINTS
+    assert driver.events(RESUMED, LOST) == []
+    assert list(here.glob("dmtg-*")) == []
+
+
+@pytest.mark.soak
+def test_storage_that_is_away_for_half_a_minute_is_waited_for(
+    run: Undisturbed, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    port, data = free_port(), tmp_path_factory.mktemp("s3-away")  # one of its own, which can be stopped
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in settings(port).items():
+            patch.setenv(key, value)
+        storage._s3.cache_clear()
+        with serving(port, data):
+            root = f"s3://{BUCKET}/away"
+            driver = disturbed(run, tmp_path, train=OFTEN, run={"root": root, "name": "disturbed"})
+            driver.start(**settings(port))
+            driver.wait_for(lambda: driver.log.count(" score ") >= 3)
+            end(port, data)
+            time.sleep(30)  # as long as it is to be away
+            begin(port, data)
+            assert driver.process is not None
+            assert driver.process.wait() == 0, driver.log
+            same(driver.outcome(), run[1].result)
+            assert "cannot be written" in driver.log
+            assert "could be written again" in driver.log
+            folder = locate(f"{root}/disturbed")
+            told = read_jsonl(folder / "events.jsonl")
+            assert {event["kind"] for event in told} == {UNWRITTEN}
+            newest = sorted((folder / "checkpoints").folders())
+            assert [name[:19] for name in newest][-1] == f"checkpoint_{CHECKPOINTS:08d}"
+            assert len(newest) == 2
+            assert len(read_jsonl(folder / "metrics.jsonl")) == 8
+            with pytest.raises(UserError, match="NO_SUCH_BUCKET|no bucket"):  # at once, however patient
+                locate("s3://no-such-bucket/x").patient(10_000).write_text("x")
+    storage._s3.cache_clear()
+
+
+@pytest.mark.soak
+def test_a_job_that_is_stopped_ends_in_order(run: Undisturbed, tmp_path: Path) -> None:
+    from ray.cluster_utils import Cluster
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    ports = {"dashboard_port": free_port(), "dashboard_agent_listen_port": free_port()}
+    head = {"num_cpus": 4, "object_store_memory": 128 * 2**20, "include_dashboard": True, **ports}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        track = {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+        driver = disturbed(run, tmp_path, train=OFTEN, track=track)
+        client = JobSubmissionClient(f"http://{made.head_node.address_info['webui_url']}")
+        job = ""
+        while not job:
+            with contextlib.suppress(RuntimeError):  # its agent is still starting
+                job = client.submit_job(entrypoint=f"cd {ROOT} && exec {' '.join(driver.command())}")
+        while driver.newest() < 5:
+            assert client.get_job_status(job) in (JobStatus.PENDING, JobStatus.RUNNING), client.get_job_logs(job)
+            time.sleep(0.2)
+        client.stop_job(job)
+        while client.get_job_status(job) != JobStatus.STOPPED:
+            time.sleep(0.2)
+        assert "what: terminated" in client.get_job_logs(job)
+        run_id = json.loads((driver.folder / "tracking.json").read_text())["run_id"]
+        assert mlflow.MlflowClient(track["uri"]).get_run(run_id).info.status == "FAILED"
+    finally:
+        made.shutdown()
+    same(driver.finish(), run[1].result)

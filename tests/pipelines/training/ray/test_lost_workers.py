@@ -1,0 +1,286 @@
+"""Workers and their machines are lost: the run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pipelines.config.loading import Config
+from pipelines.config.sections import RaySection
+from pipelines.config.validation import checked
+from pipelines.data.manifest import read_manifest
+from pipelines.errors import UserError
+from pipelines.storage import locate
+from pipelines.training.driver import check_workers, run_workers, train
+from pipelines.training.ray.events import HUNG, LOST, RESIZED, RESUMED, on_board, start_board
+from pipelines.training.worker import Job
+from tests.paths import ROOT
+from tests.pipelines.driver import CHECKPOINTS, OFTEN, Undisturbed, disturbed, kill, same, workers
+
+pytestmark = pytest.mark.ray
+
+
+def test_numbers_of_workers_that_would_cut_other_epochs_are_refused(run: Undisturbed) -> None:
+    manifest = read_manifest(locate(run[0].data.shards))
+
+    def asked(workers: object) -> Config:
+        return run[0].model_copy(update={"ray": checked(RaySection, {"workers": workers})})
+
+    for fits in (1, 2, 8, [1, 5]):
+        check_workers(asked(fits), manifest)
+    for wrong, match in (
+        ([1, 8], "has 4 batches for 1 workers and 3 for 8"),
+        (17, "batch of 16 cannot be shared by 17"),
+        ([2, 20], "has 19 samples for 20 workers|batch of 16"),
+    ):
+        with pytest.raises(UserError, match=match):
+            check_workers(asked(wrong), manifest)
+
+
+def test_a_worker_killed_in_the_middle_of_an_epoch_is_replaced(
+    run: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", None)
+    driver = disturbed(run, tmp_path, train=OFTEN)
+    victims: list[int] = []
+
+    def murder() -> None:
+        while driver.newest() < 5:  # in the third epoch
+            if done.wait(0.02):
+                return
+        victim = workers(psutil.Process().children(recursive=True))[-1]
+        victims.append(victim.pid)
+        kill([victim])
+
+    done, said = threading.Event(), []
+    murderer = threading.Thread(target=murder)
+    murderer.start()
+    try:
+        config = type(run[0]).model_validate(driver.values)
+        found = train(config, said.append)
+    finally:
+        done.set()
+        murderer.join()
+    assert victims
+    same(found.result, run[1].result)
+    assert len(driver.epochs()) == len(set(driver.epochs())) == 8
+    assert driver.newest() <= CHECKPOINTS + 1
+    told = driver.events(LOST)
+    assert len(told) == 1
+    assert "its process was lost" in told[0]["message"]
+    assert f"note: {told[0]['message']}" in said
+    assert told[0]["message"] in found.result["notes"]
+    assert len(driver.events(RESUMED)) == 1
+
+
+@pytest.mark.soak
+def test_a_worker_that_is_stopped_is_replaced(run: Undisturbed, tmp_path: Path) -> None:
+    driver = disturbed(run, tmp_path, train=OFTEN, ray={"timeout_s": 20})
+    driver.start()
+    driver.wait_for(lambda: driver.newest() >= 5)
+    victim = workers(driver.family())[-1]
+    victim.send_signal(signal.SIGSTOP)
+    driver.wait_for(lambda: driver.events(RESUMED))
+    assert driver.process is not None
+    assert driver.process.wait() == 0, driver.log
+    same(driver.outcome(), run[1].result)
+    assert driver.newest() <= CHECKPOINTS + 1
+    assert ["longer than ray.timeout_s" in told["message"] for told in driver.events(LOST)] == [True]
+    assert not victim.is_running()
+
+
+def losses_told(
+    run: Undisturbed, folder: Path, work: Callable[[dict[str, Any]], None], **ray: object
+) -> list[str]:
+    """What a job of two workers tells of those that were lost."""
+    config = run[0].model_copy(update={"ray": checked(RaySection, {"workers": 2, **ray})})
+    board = start_board()
+    run_workers(Job(config, None, None, locate(str(folder / "run")), board=board), lambda line: None, work)
+    return [told["message"] for told in on_board(board) if told["kind"] == LOST]
+
+
+def test_a_worker_that_is_stopped_between_steps_is_replaced(run: Undisturbed, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+
+    def work(values: dict[str, Any]) -> None:
+        import ray.train
+
+        for _ in range(2):  # the second report waits until the first one was fetched: the start is over
+            ray.train.report({})
+        if ray.train.get_context().get_world_rank() == 0 and not again.exists():
+            again.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+            threading.Event().wait()  # this thread can be on its way for a moment, and must not join the others
+        ray.train.report({})  # no collective of PyTorch, whose own limit would end the wait
+
+    lost = losses_told(run, tmp_path, work, timeout_s=8)
+    assert lost == ["workers were lost (worker 1: it waited for the others longer than ray.timeout_s)"]
+
+
+def test_a_worker_killed_while_it_is_given_its_work_is_replaced(run: Undisturbed, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+
+    class Work:
+        def __init__(self) -> None:
+            self.driver = os.getpid()
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            with contextlib.suppress(FileExistsError):  # it is not the first one
+                again.touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.__dict__ = state
+
+        def __call__(self, values: dict[str, Any]) -> None:
+            import ray.train
+
+            assert os.getpid() != self.driver
+            ray.train.report({})
+
+    with pytest.raises(
+        UserError,
+        match=r"(?s)allows no more tries: while they started: its process was lost.*run the same words again",
+    ):
+        losses_told(run, tmp_path, Work(), max_failures=0)
+    again.unlink()
+    lost = losses_told(run, tmp_path, Work(), max_failures=1)  # in the room of those that were lost
+    assert len(lost) == 1
+    assert lost[0].startswith("workers were lost (while they started: its process was lost")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("after_s", [0, 1, 3])
+def test_a_worker_killed_while_it_starts_is_replaced(run: Undisturbed, tmp_path: Path, after_s: float) -> None:
+    driver = disturbed(run, tmp_path, train=OFTEN)
+    driver.start()
+    driver.wait_for(lambda: workers(driver.family()))
+    time.sleep(after_s)  # its process comes up, joins the process group, is given its work, begins
+    kill(workers(driver.family())[-1:])
+    assert driver.process is not None
+    assert driver.process.wait() == 0, driver.log
+    same(driver.outcome(), run[1].result)
+
+
+@pytest.mark.soak
+def test_workers_that_hang_are_replaced_and_where_they_stood_is_kept(run: Undisturbed, tmp_path: Path) -> None:
+    stream = {"cache": "stream", "shards": str(tmp_path / "shards")}
+    shutil.copytree(run[0].data.shards, stream["shards"])
+    undisturbed = disturbed(run, tmp_path, data=stream, run={"root": str(tmp_path / "undisturbed"), "name": "s"})
+    expected = train(type(run[0]).model_validate(undisturbed.values)).result
+    driver = disturbed(run, tmp_path, data=stream, train=OFTEN, ray={"hung_after_s": 60})
+    driver.start()
+    driver.wait_for(lambda: driver.newest() >= 5)
+    (shard,) = (tmp_path / "shards").glob("train-00001-*.parquet")
+    shard.rename(tmp_path / "whole")
+    os.mkfifo(shard)  # to open it is to wait for ever
+    driver.wait_for(lambda: driver.events(LOST))
+    (tmp_path / "whole").rename(shard)
+    assert driver.process is not None
+    assert driver.process.wait() == 0, driver.log
+    same(driver.outcome(), expected)
+    assert driver.newest() <= CHECKPOINTS + 1
+    told = driver.events(HUNG)
+    assert told
+    for found in told:
+        assert found["message"] in driver.outcome()["notes"]
+    stacks = "".join(file.read_text() for file in driver.folder.glob("hung_*.txt"))
+    assert "in read" in stacks
+    assert "ingest.py" in stacks
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A Ray cluster of one machine that has room for a worker of two CPUs and a data task."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "object_store_memory": 128 * 2**20})
+    yield made
+    made.shutdown()
+
+
+VIT = {"encoder": "vit", "options": {"patch": 8, "width": 24, "layers": 2, "heads": 2}}  # without batch statistics
+
+
+@pytest.mark.soak
+def test_a_machine_that_is_lost_leaves_the_run_with_one_worker_less(
+    run: Undisturbed, tmp_path: Path, cluster: Any
+) -> None:
+    config = run[0].model_validate(
+        disturbed(run, tmp_path, network=VIT, run={"root": str(tmp_path / "undisturbed"), "name": "vit"}).values
+    )
+    undisturbed = train(config).result
+    second = cluster.add_node(num_cpus=2, object_store_memory=128 * 2**20)
+    place = {"address": cluster.address, "workers": [1, 2], "cpus_per_worker": 2, "resize_every_s": 5}
+    driver = disturbed(run, tmp_path, network=VIT, train=OFTEN, ray=place)
+    driver.start()
+    driver.wait_for(lambda: driver.newest() >= 5)
+    raylet = psutil.Process(second.all_processes["raylet"][0].process.pid)
+    assert len(workers(raylet.children(recursive=True))) == 1
+    kill([raylet, *raylet.children(recursive=True)])
+    assert driver.process is not None
+    assert driver.process.wait() == 0, driver.log
+    same(driver.outcome(), undisturbed)
+    assert driver.newest() <= CHECKPOINTS + 1
+    assert len(driver.events(LOST)) >= 1
+    assert ["with 1 worker (it was written by 2)" in told["message"] for told in driver.events(RESIZED)] == [True]
+
+
+@pytest.mark.soak
+def test_a_machine_that_comes_is_given_a_worker(run: Undisturbed, tmp_path: Path, cluster: Any) -> None:
+    place = {"address": cluster.address, "workers": [1, 2], "cpus_per_worker": 2, "resize_every_s": 5}
+    driver = disturbed(run, tmp_path, network=VIT, train={"epochs": 100, **OFTEN}, ray=place)
+    driver.start()
+    driver.wait_for(lambda: driver.newest() >= 2)
+    cluster.add_node(num_cpus=2, object_store_memory=128 * 2**20)
+    driver.wait_for(lambda: driver.events(RESIZED))
+    assert "with 2 workers (it was written by 1)" in driver.events(RESIZED)[0]["message"]
+    resumed = driver.newest()
+    driver.wait_for(lambda: driver.newest() > resumed)
+    assert driver.events(LOST) == []
+    driver.lose()
+
+
+SHORT = """
+import ray
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from pipelines.training.ray.failures import gave_up
+
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+
+@ray.remote
+class Worker:
+    def train(self):
+        held = bytes(200 * 2**20)
+        while held:
+            pass
+
+try:
+    ray.get(Worker.remote().train.remote())
+except ray.exceptions.RayError as error:
+    print(gave_up(WorkerGroupError("lost", {1: WorkerHealthCheckFailedError("it failed", error)}), "runs/x"))
+"""
+
+
+@pytest.mark.soak
+def test_a_worker_that_is_killed_for_memory_has_a_message_that_says_what_to_lower() -> None:
+    # Ray finds its machine short of memory whatever the machine has
+    little = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+    found = subprocess.run(
+        [sys.executable, "-c", SHORT], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **little},
+        check=True,
+    )  # fmt: skip
+    assert "worker 1: Ray ended it because its machine was running out of memory" in found.stdout
+    assert "where: runs/x\nremedy: if it was memory" in found.stdout
+    assert "train.batch_size" in found.stdout

@@ -1,0 +1,88 @@
+"""What a terminal shows of a run: how far it is of how much, whatever stops on the way."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dmtg_core import InputSpec, Task
+from pipelines.config.loading import Config
+from pipelines.training.progress import LiveDisplay, Plan, figures
+from tests.pipelines.conftest import make_config
+
+INPUT = InputSpec("image", (16, 16, 3), "uint8")
+TASKS = tuple(Task(name, "binary") for name in "abc")
+SEARCH = {"method": "guided", "affinity_share": 0.2, "affinity_limit": 0.5}
+
+
+def config_of(tmp_path: Path, **search: Any) -> Config:
+    return make_config(tmp_path, tmp_path, search=SEARCH | search, train={"epochs": 10})
+
+
+def plan_of(config: Config) -> Plan:
+    return Plan.of(config, config.network_spec(INPUT, TASKS))
+
+
+def records(*stages: tuple[str, int]) -> list[dict[str, Any]]:
+    """Stages with their epochs, in order; a stage that comes again goes on."""
+    seen: dict[str, int] = {}
+    found = []
+    for stage, epochs in stages:
+        for _ in range(epochs):
+            seen[stage] = seen.get(stage, 0) + 1
+            found.append({"stage": stage, "epoch": seen[stage]})
+    return found
+
+
+SEARCHED = (("naive_mtl", 10), ("affinity", 3), ("guided", 5), ("start_0", 5), ("wide", 5))
+
+
+def test_before_anything_is_known_all_epochs_that_there_can_be_count(tmp_path: Path) -> None:
+    plan = plan_of(config_of(tmp_path))
+    assert plan.total([]) == 10 + 5 + 3 * 10 + 10 + 10
+    assert plan_of(config_of(tmp_path, baseline=False, distil_share=0)).total([]) == 5 + 3 * 10 + 10
+    for never in ({"retrain": False}, {"wide": False, "starts": 2}):
+        assert plan_of(config_of(tmp_path, **never)).total([]) == 10 + 5 + 3 * 10 + 10
+    assert plan_of(config_of(tmp_path, method="dmtg", starts=3)).total([]) == 10 + 3 * 5 + 5
+
+
+def test_what_ends_early_or_stops_is_counted_no_more(tmp_path: Path) -> None:
+    plan = plan_of(config_of(tmp_path))
+    assert plan.total(records(*SEARCHED[:2])) == 10 + 5 + 3 * 10 + 10 + 10
+    assert plan.total(records(*SEARCHED)) == 10 + 3 + 3 * 10 + 10 + 10
+    gone_on = records(*SEARCHED, ("wide", 5))  # the two before it stopped with the search
+    assert plan.total(gone_on) == 10 + 3 + 3 * 5 + 5 + 10 + 10
+    for last in ([("distilled", 10)], [("retrained", 10), ("distilled", 10)]):
+        ended = records(*SEARCHED, ("guided", 5), ("wide", 5), *last)
+        assert plan.total(ended) == len(ended)
+    anew = records(*SEARCHED, ("guided", 5), ("wide", 5), ("retrained", 4))
+    assert plan.total(anew) == len(anew) + 6 + 10
+    assert plan.epochs_of(anew[-1]) == 10
+
+
+def test_the_bar_is_where_the_run_is_and_steps_of_an_ended_epoch_are_not_counted_twice(tmp_path: Path) -> None:
+    plan, out = plan_of(config_of(tmp_path)), io.StringIO()
+    shown = LiveDisplay(plan, Console(file=out, force_terminal=True, width=120))
+    done = [r | {"train_loss": {"a": 0.5}, "samples_per_second": 80.0} for r in records(("naive_mtl", 2))]
+    shown.show(done[:1], [], (8, 10))
+    shown.show(done[:1], [], (4, 10))
+    (task,) = shown.bar.tasks
+    assert (task.completed, task.total) == (1.4, 65)
+    shown.show(done, [], (9, 10))
+    assert task.completed == 2
+    with shown.bar:
+        pass
+    assert "epoch 3 of 65" in out.getvalue()
+    assert "naive_mtl 2 of 10: loss 0.5, 80 samples/s" in out.getvalue()
+
+
+def test_the_figures_tell_entropy_and_groups_where_there_is_a_gate(tmp_path: Path) -> None:
+    plan = plan_of(config_of(tmp_path))
+    record = {"stage": "guided", "epoch": 2, "train_loss": {"a": 1.0, "b": 3.0}, "gate": {"entropy": 0.7},
+              "samples_per_second": 12.0}  # fmt: skip
+    gate = [{"stage": "guided", "epoch": 2, "probabilities": [[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]]}]
+    said = figures(plan, record, gate)
+    assert said == "guided 2 of 10: loss 2, gate entropy 0.70, 2 groups so far, 12 samples/s"
