@@ -18,15 +18,23 @@ FOLDER = Path(__file__).parents[1] / "docs" / "results"
 PAGE = FOLDER.with_suffix(".md")
 HEAD = """# Results
 
-Each table is one `dmtg compare`, with choices made on validation data and one reading of the test split. Gain: by
-how many per cent the tasks' errors (1 - AUROC, 1 - accuracy, RMSE: the recipe's headline metrics) and their losses
-are lower than those of naive MTL, one encoder for all tasks, with the same seed; ± is half of a 95 % interval over
-seeds. "Behind" is the paired difference to the guided search, in points of gain of the errors: positive where the
-search is better. Training is counted in runs of naive MTL, with all that a method needs to come to its groups;
-`_long` is the same method trained for as many epochs as the guided search costs in all, `affinity_long` the groups
-of the affinity that is best on validation data. "Agreement" is the mean adjusted Rand index of a method's
-groupings over seeds (0 by chance). At inference no row but single-task costs more than all K groups; naive MTL,
-and groupings of fewer groups, cost less.
+Each section is one run of `dmtg compare`. All choices use validation data. The test split is read once, for the
+figures below.
+
+- **Gain**: the mean relative reduction over tasks, in per cent, against naive MTL with the same seed. Naive MTL is
+  one encoder for all tasks. Positive is better. "Errors" are those of the recipe's headline metrics: 1 - AUROC,
+  1 - accuracy, RMSE. "Losses" are the losses of the tasks.
+- **±**: half of a 95 % confidence interval over seeds.
+- **Behind guided**: the paired difference of the guided search to the method, in points of gain of the errors.
+  Positive means that the guided search is better. A difference is significant if its 95 % interval excludes 0.
+- **Training**: the training cost in runs of naive MTL. It includes all that a method needs to find its groups.
+- **Agreement**: the mean adjusted Rand index between the groupings of a method with different seeds. It is 0 by
+  chance.
+- **`_long`**: the same method, trained for as many epochs as the guided search costs in total. `affinity_long`
+  trains the groups of the affinity that is best on validation data.
+
+At inference, only the single-task networks cost more than all K groups. Naive MTL and groupings with fewer groups
+cost less. The [glossary](reference/glossary.md) explains the methods.
 
 """
 
@@ -77,17 +85,17 @@ def section(file: Path) -> str:
     chosen = [name for row in found["per_seed"].get("guided", {}).values() for name in row.get("chosen", [])]
     if chosen:
         counts = ", ".join(f"{name} {chosen.count(name)}" for name in sorted(set(chosen)))
-        lines.append(f"- Candidate kept by validation, seeds: {counts}.")
+        lines.append(f"- Candidate with the best validation score, number of seeds: {counts}.")
     if "truth" in found["agreement"]:
         # `retrained` trains the groups that the search's best gate ended with, whichever candidate was kept
         named = {"guided": "guided", "retrained": "the groups of its best gate", "dmtg": "dmtg"}
         agreement = {
             name: found["agreement"][row]["truth"] for row, name in named.items() if row in found["agreement"]
         }
-        told = ", ".join(f"{value:.3f} ({name})" for name, value in agreement.items())
-        lines.append(f"- Agreement with the true groups: {told}.")
+        listed = ", ".join(f"{value:.3f} ({name})" for name, value in agreement.items())
+        lines.append(f"- Agreement with the true groups: {listed}.")
     if found.get("signal"):
-        lines.append(f"- `dmtg signal` beforehand: {found['signal']}")
+        lines.append(f"- Grouping signal (`dmtg signal`): {found['signal']}")
     lines += ["", "| method | gain, errors % | gain, losses % | behind guided | training | agreement |",
               "|---|---|---|---|---|---|"]  # fmt: skip
     for row in sorted(found["rows"], key=lambda row: -row["gain"]["value"]):
