@@ -1,9 +1,10 @@
-"""Train with an encoder of your own: a function that gives stages, and one line in `ENCODERS`.
+"""Train with your own encoder.
 
     python examples/own_encoder.py
 
-The problem is planted, so the true groups are known and can be compared with. Features pass through sines of
-learned frequencies first, since the labels are waves.
+An encoder is a function that returns a list of stages. One line in `ENCODERS` registers it. The problem is
+planted: the true groups are known, and the script compares the result with them. The labels are waves. The first
+stage of the encoder therefore computes sines of the features with learned frequencies.
 """
 
 from collections.abc import Sequence
@@ -17,27 +18,27 @@ from dmtg_core.evaluation.planted import planted
 
 
 class Waves(nn.Module):
-    """Features beside sines of weighted sums of them: `(B, F)` to `(B, F + W)`."""
+    """Concatenate the features with sines of weighted sums of the features: `(B, F)` to `(B, F + W)`."""
 
     def __init__(self, features: int, waves: int) -> None:
         super().__init__()
         self.phase = nn.Linear(features, waves)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The features and their waves."""
+        """Return the features and their waves."""
         return torch.cat([x, torch.sin(self.phase(x))], dim=1)
 
 
 def wavy_mlp(spec, *, waves: int = 16, widths: Sequence[int] = (16, 4)) -> list[nn.Module]:
-    """The waves are one stage, which a stem can share; then a stage for each width."""
+    """Return one stage for the waves, which a stem can share, and one stage for each width."""
     sizes = [spec.shape[0] + waves, *widths]
     layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(sizes)]
     return [Waves(spec.shape[0], waves), *layers]
 
 
 def main(rows: int = 4000, epochs: int = 40) -> None:
-    """Both encoders on the same problem."""
-    torch.set_num_threads(1)  # tensors this small only wait for each other's threads
+    """Train both encoders on the same problem and print their accuracy."""
+    torch.set_num_threads(1)  # more threads slow down operations on tensors this small
     ENCODERS["wavy_mlp"] = (wavy_mlp, "features")
     spec, tasks, splits, truth = planted(0, rows=rows)
     data = ArrayData(splits, tasks)

@@ -1,9 +1,10 @@
-"""Load a registered model and predict from raw rows: MLflow and the base install, no Ray and no shards.
+"""Load a registered model and predict from raw rows.
 
     python examples/registered_model.py models:/machines@champion rows.csv
 
-Columns of the file that the model does not read are left alone. `MLFLOW_TRACKING_URI` says where the registry is;
-by default it is `mlflow.db` in the current folder, where `dmtg train` made it.
+The script needs MLflow and the base install. It needs neither Ray nor shards. It ignores columns of the file that
+the model does not read. `MLFLOW_TRACKING_URI` sets the registry. The default is `mlflow.db` in the current folder,
+which `dmtg train` creates.
 """
 
 import os
@@ -14,7 +15,7 @@ import pandas as pd
 
 
 def main(model: str, file: str) -> None:
-    """Print each prediction beside the row it is of."""
+    """Print the predictions, one line for each row."""
     mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
     groups = mlflow.models.get_model_info(model).metadata["groups_served"]
     print(f"{model}: {' | '.join(', '.join(tasks) for tasks in groups.values())}")

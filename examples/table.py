@@ -1,9 +1,11 @@
-"""Group the targets of a table in plain PyTorch: no Ray, no MLflow, no files but the table's own.
+"""Group the targets of a table in plain PyTorch.
 
     python examples/table.py [TABLE.csv TARGET TARGET …]
 
-Without arguments it makes a table whose groups are known: targets 0, 2 and 4 read two of the features, the others
-two others. Targets with two values are flags, all others numbers; columns that are not targets are features.
+The script uses neither Ray nor MLflow. It reads only the table and writes no files. Without arguments it generates
+a table with known groups: targets 0, 2 and 4 depend on two of the features, and the other targets depend on two
+other features. Targets with two values are binary. All other targets are numbers. Columns that are not targets are
+features.
 """
 
 import csv
@@ -28,7 +30,7 @@ from dmtg_core import (
 
 
 def made_up(rows: int = 2000) -> dict[str, np.ndarray]:
-    """Six features and six targets."""
+    """Generate six features and six targets."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(rows, 6))
     table = {f"feature_{i}": x[:, i] for i in range(6)}
@@ -40,22 +42,25 @@ def made_up(rows: int = 2000) -> dict[str, np.ndarray]:
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-    """The columns of a CSV file of numbers; an empty cell is NaN."""
+    """Read the columns of a CSV file of numbers. An empty cell becomes NaN."""
     with Path(path).open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
 
 
 def task_of(name: str, values: np.ndarray) -> Task:
-    """A flag where there are two values, else a number in units of its deviation."""
+    """Return a binary task for a target with the values 0 and 1, otherwise a regression task.
+
+    A regression target is scaled by its mean and its standard deviation.
+    """
     if set(np.unique(values[~np.isnan(values)])) == {0.0, 1.0}:
         return Task(name, "binary", metric="auroc")
     return Task(name, "regression", offset=(float(np.nanmean(values)),), scale=(float(np.nanstd(values)),))
 
 
 def main(words: list[str], epochs: int = 30) -> None:
-    """Read, split, search, say what was found."""
-    torch.set_num_threads(1)  # tensors this small only wait for each other's threads
+    """Read and split the table, search for a grouping, and print the result."""
+    torch.set_num_threads(1)  # more threads slow down operations on tensors this small
     table = read(words[0]) if words else made_up()
     targets = words[1:] or [name for name in table if name.startswith("target_")]
     tasks = [task_of(name, table[name]) for name in targets]
