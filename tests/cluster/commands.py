@@ -23,7 +23,7 @@ ENDS = ("&&", "||", "|", ";", ">", ">>", ">&")
 
 @dataclass(frozen=True)
 class Command:
-    """Words of one command after `dmtg`, and the file that holds it."""
+    """Words of one command after `dmtg`, and the file, or the overlay of manifests, that holds it."""
 
     file: str
     words: tuple[str, ...]
@@ -34,7 +34,9 @@ class Command:
 
 def commands() -> list[Command]:
     """All of them."""
-    found = [Command(f"kuberay/{one.file}", words) for one in objects() for words in _in_object(one.value)]
+    found = [
+        Command(f"kuberay/overlays/{one.overlay}", words) for one in objects() for words in _in_object(one.value)
+    ]
     found += [Command("kubeflow/pipeline.yaml", words) for words in pipeline_commands()]
     for name in ("README.md", "ray-up.yaml", "systemd/dmtg-regroup.service", "systemd/crontab"):
         text = (CLUSTER / name).read_text(encoding="utf-8")

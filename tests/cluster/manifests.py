@@ -1,24 +1,25 @@
-"""The Kubernetes objects in cluster/kuberay, and what they hold."""
+"""The Kubernetes objects that the overlays in cluster/kuberay render to, and what they hold."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from tests.cluster.kustomize import Build
 from tests.paths import ROOT
 
 KUBERAY = ROOT / "cluster" / "kuberay"
+OVERLAYS = sorted((KUBERAY / "overlays").iterdir())
 MOUNTED = "/etc/dmtg"
 
 
 @dataclass(frozen=True)
 class Object:
-    """One object of a manifest."""
+    """One object of an overlay."""
 
-    file: str
+    overlay: str
     value: dict[str, Any]
 
     @property
@@ -27,21 +28,16 @@ class Object:
 
     @property
     def name(self) -> str:
-        metadata = self.value["metadata"]
-        return str(metadata.get("name") or metadata["generateName"])
+        return str(self.value["metadata"]["name"])
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.kind}:{self.name}"
+        return f"{self.overlay}:{self.kind}:{self.name}"
 
 
-def objects() -> list[Object]:
-    """All objects; kustomization.yaml is none."""
-    return [
-        Object(file.name, value)
-        for file in sorted(KUBERAY.glob("*.yaml"))
-        for value in yaml.safe_load_all(file.read_text(encoding="utf-8"))
-        if value["kind"] != "Kustomization"
-    ]
+@functools.cache
+def objects() -> tuple[Object, ...]:
+    """All objects of all overlays."""
+    return tuple(Object(folder.name, value) for folder in OVERLAYS for value in Build(folder).objects)
 
 
 def inside(value: Any) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ import yaml
 
 from pipelines.cluster import short_of_room
 from pipelines.config.sections import RaySection
-from tests.cluster.manifests import KUBERAY, MOUNTED, Object, config_files, inside, objects, pods
+from tests.cluster.manifests import MOUNTED, Object, config_files, inside, objects, pods
 from tests.cluster.schemas import closed, problems
 from tests.paths import ROOT
 
@@ -31,8 +31,8 @@ def cluster(one: Object) -> dict[str, Any]:
     return found
 
 
-def copied(name: str, kind: str) -> dict[str, Any]:
-    (found,) = [one.value for one in OBJECTS if one.file == name and one.kind == kind]
+def copied(overlay: str, kind: str) -> dict[str, Any]:
+    (found,) = [one.value for one in OBJECTS if one.overlay == overlay and one.kind == kind]
     return copy.deepcopy(found)
 
 
@@ -42,45 +42,59 @@ def test_the_api_would_take_it(one: Object) -> None:
 
 
 def test_every_kind_that_was_promised_is_there() -> None:
-    kinds = {(one.kind, one.file) for one in OBJECTS}
+    kinds = {(one.kind, one.overlay) for one in OBJECTS}
     assert kinds >= {
-        ("RayCluster", "raycluster.yaml"), ("RayJob", "rayjob-train.yaml"), ("RayJob", "rayjob-sweep.yaml"),
-        ("RayCronJob", "raycronjob-regroup.yaml"), ("CronJob", "cronjob-regroup.yaml"),
-        ("NetworkPolicy", "networkpolicy.yaml"), ("Deployment", "mlflow.yaml"), ("ConfigMap", "config.yaml"),
-    }  # fmt: skip
-    listed = yaml.safe_load((KUBERAY / "kustomization.yaml").read_text(encoding="utf-8"))["resources"]
-    assert set(listed) == {one.file for one in OBJECTS} - {one.file for one in JOBS}
+        (kind, "cluster") for kind in ("RayCluster", "CronJob", "NetworkPolicy", "Deployment", "ConfigMap")
+    }
+    # an overlay of a job starts that job and touches nothing else
+    assert [str(one) for one in OBJECTS if one.overlay != "cluster"] == [
+        "nightly:RayCronJob:dmtg-regroup",
+        "sweep:RayJob:dmtg-sweep",
+        "train:RayJob:dmtg-train",
+    ]
+
+
+@pytest.mark.parametrize("one", JOBS, ids=str)
+def test_the_cluster_of_a_job_has_the_pods_of_the_standing_one(one: Object) -> None:
+    standing, own = copied("cluster", "RayCluster")["spec"], copy.deepcopy(cluster(one))
+    (gpu,) = [group for group in standing["workerGroupSpecs"] if group["groupName"] == "gpu"]
+    (workers,) = own.pop("workerGroupSpecs")
+    assert workers["template"] == gpu["template"]
+    assert workers["minReplicas"] == 1
+    assert own == {key: value for key, value in standing.items() if key != "workerGroupSpecs"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "file", "spoil", "named"),
+    ("kind", "overlay", "spoil", "named"),
     [
-        ("RayCluster", "raycluster.yaml", lambda s: s["workerGroupSpecs"][1].update(maxReplica=3), "maxReplica"),
-        ("RayCluster", "raycluster.yaml", lambda s: s["workerGroupSpecs"][0].pop("groupName"), "groupName"),
-        ("RayCluster", "raycluster.yaml", lambda s: s.update(enableInTreeAutoscaling="yes"), "yes"),
-        ("RayCluster", "raycluster.yaml", lambda s: s["autoscalerOptions"].update(version="v3"), "v3"),
-        ("RayCluster", "raycluster.yaml", lambda s: s["authOptions"].update(mode="tokens"), "tokens"),
-        ("RayCluster", "raycluster.yaml",
+        ("RayCluster", "cluster", lambda s: s["workerGroupSpecs"][1].update(maxReplica=3), "maxReplica"),
+        ("RayCluster", "cluster", lambda s: s["workerGroupSpecs"][0].pop("groupName"), "groupName"),
+        ("RayCluster", "cluster", lambda s: s.update(enableInTreeAutoscaling="yes"), "yes"),
+        ("RayCluster", "cluster", lambda s: s["autoscalerOptions"].update(version="v3"), "v3"),
+        ("RayCluster", "cluster", lambda s: s["authOptions"].update(mode="tokens"), "tokens"),
+        ("RayCluster", "cluster",
          lambda s: s["headGroupSpec"]["template"]["spec"]["containers"][0].update(imagePullPolice="Always"),
          "imagePullPolice"),
-        ("RayCluster", "raycluster.yaml",
+        ("RayCluster", "cluster",
          lambda s: s["headGroupSpec"]["template"]["spec"]["containers"][0]["resources"]["limits"].update(cpu=[4]),
          "cpu"),
-        ("RayJob", "rayjob-train.yaml", lambda s: s.update(ttlSecondAfterFinished=3), "ttlSecondAfterFinished"),
-        ("RayJob", "rayjob-train.yaml", lambda s: s.update(backoffLimit="3"), "backoffLimit"),
-        ("RayJob", "rayjob-train.yaml", lambda s: s["rayClusterSpec"].pop("headGroupSpec"), "headGroupSpec"),
-        ("RayCronJob", "raycronjob-regroup.yaml", lambda s: s.update(concurrencyPolicy="Forbid"),
+        ("RayJob", "train", lambda s: s.update(ttlSecondAfterFinished=3), "ttlSecondAfterFinished"),
+        ("RayJob", "train", lambda s: s.update(backoffLimit="3"), "backoffLimit"),
+        ("RayJob", "train", lambda s: s["rayClusterSpec"].pop("headGroupSpec"), "headGroupSpec"),
+        ("RayCronJob", "nightly", lambda s: s.update(concurrencyPolicy="Forbid"),
          "concurrencyPolicy"),
-        ("RayCronJob", "raycronjob-regroup.yaml", lambda s: s.pop("schedule"), "schedule"),
-        ("CronJob", "cronjob-regroup.yaml", lambda s: s.update(concurencyPolicy="Forbid"), "concurencyPolicy"),
-        ("CronJob", "cronjob-regroup.yaml", lambda s: s["jobTemplate"]["spec"].pop("template"), "template"),
-        ("CronJob", "cronjob-regroup.yaml",
+        ("RayCronJob", "nightly", lambda s: s.pop("schedule"), "schedule"),
+        ("CronJob", "cluster", lambda s: s.update(concurencyPolicy="Forbid"), "concurencyPolicy"),
+        ("CronJob", "cluster", lambda s: s["jobTemplate"]["spec"].pop("template"), "template"),
+        ("CronJob", "cluster",
          lambda s: s["jobTemplate"]["spec"]["template"]["spec"].update(restartPolcy="Never"), "restartPolcy"),
-        ("Deployment", "mlflow.yaml", lambda s: s.update(replicas="1"), "replicas"),
+        ("Deployment", "cluster", lambda s: s.update(replicas="1"), "replicas"),
     ],
 )  # fmt: skip
-def test_a_typo_a_missing_field_and_a_wrong_type_are_caught(kind: str, file: str, spoil: Any, named: str) -> None:
-    value = copied(file, kind)
+def test_a_typo_a_missing_field_and_a_wrong_type_are_caught(
+    kind: str, overlay: str, spoil: Any, named: str
+) -> None:
+    value = copied(overlay, kind)
     assert problems(value) == []
     spoil(value["spec"])
     found = problems(value)
@@ -89,7 +103,7 @@ def test_a_typo_a_missing_field_and_a_wrong_type_are_caught(kind: str, file: str
 
 
 def test_a_wrong_field_of_the_metadata_is_caught() -> None:
-    value = copied("raycluster.yaml", "RayCluster")
+    value = copied("cluster", "RayCluster")
     value["metadata"]["label"] = {}
     value["metadta"] = {}
     assert [any(word in text for text in problems(value)) for word in ("label", "metadta")] == [True, True]
@@ -156,7 +170,7 @@ def test_the_smallest_cluster_of_a_job_has_room_for_its_fewest_workers(one: Obje
 
 
 def test_two_nights_never_run_at_once_where_the_scheduler_can_hold_that() -> None:
-    spec = copied("cronjob-regroup.yaml", "CronJob")["spec"]
+    spec = copied("cluster", "CronJob")["spec"]
     assert spec["concurrencyPolicy"] == "Forbid"
     assert spec["jobTemplate"]["spec"]["activeDeadlineSeconds"] < 24 * 3600
     (regroup,) = [one for one in OBJECTS if one.kind == "RayCronJob"]
@@ -217,13 +231,13 @@ def test_pods_find_what_they_name() -> None:
 
 def test_mlflow_answers_to_the_name_that_runs_use_and_to_no_other() -> None:
     uri = yaml.safe_load(config_files()["ray_config.yaml"])["tracking_uri"]
-    (container,) = pods(copied("mlflow.yaml", "Deployment"))[0]["spec"]["containers"]
+    (container,) = pods(copied("cluster", "Deployment"))[0]["spec"]["containers"]
     environment = {one["name"]: one["value"] for one in container["env"]}
     allowed = environment["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
     assert uri.removeprefix("http://") in allowed
     assert not [host for host in allowed if "*" in host]
-    service = copied("mlflow.yaml", "Service")["spec"]
-    labels = pods(copied("mlflow.yaml", "Deployment"))[0]["metadata"]["labels"]
+    service = copied("cluster", "Service")["spec"]
+    labels = pods(copied("cluster", "Deployment"))[0]["metadata"]["labels"]
     assert service["selector"].items() <= labels.items()
     assert {port["targetPort"] for port in service["ports"]} == {port["name"] for port in container["ports"]}
 
