@@ -59,7 +59,7 @@ def compare(
 def _compare(config: Config) -> dict[str, Any]:
     from pipelines.compare.driver import compare as work
     from pipelines.compare.page import interval, two
-    from pipelines.sweep.page import cost
+    from pipelines.report.formatting import cost
 
     done = work(config, say)
     found = done.found
@@ -108,8 +108,9 @@ def sweep(
 
 
 def _sweep(config: Config) -> dict[str, Any]:
+    from pipelines.report.formatting import cost, percent
     from pipelines.sweep.driver import sweep as work
-    from pipelines.sweep.page import cost, marks_of, percent, verdict
+    from pipelines.sweep.page import marks_of, verdict
     from pipelines.sweep.results import KNEE
 
     done = work(config, say)

@@ -35,15 +35,15 @@ from pipelines.config.loading import Config
 from pipelines.config.sections import SearchSection
 from pipelines.config.validation import checked
 from pipelines.data.ingest import keeps_in_memory, load_splits
-from pipelines.data.manifest import Manifest
+from pipelines.data.manifest import Manifest, support_notes
 from pipelines.data.reader import Reader
 from pipelines.data.shards import ensure_shards
 from pipelines.errors import UserError
 from pipelines.registry.tracking import connect, enabled, open_tracker, shown
-from pipelines.runs.identity import folder_name, said_before
+from pipelines.runs.files import CONFIG
+from pipelines.runs.identity import folder_name, open_run, said_before
 from pipelines.storage import Location, locate
-from pipelines.training.driver import check_data, check_network, open_run, support_notes
-from pipelines.training.worker import CONFIG
+from pipelines.training.driver import check_data, check_network
 
 FOUND, PAGE = "compare.json", "compare.html"
 log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from pipelines.config.loading import Config
 from pipelines.registry.tracking import shown
 from pipelines.report.figures import COLOURS, NEUTRAL, STYLE, WIDTH, heatmap, label_rows, svg
+from pipelines.report.formatting import cost
 from pipelines.report.render import render
 from pipelines.storage import Location
-from pipelines.sweep.page import cost
 
 NAIVE, SINGLE = "naive_mtl", "single_task"  # methods, as the comparison calls them
 

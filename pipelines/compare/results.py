@@ -13,8 +13,7 @@ from dmtg_core.training.metrics import error_of, total_error
 from pipelines.compare.cells import DISTILLED_WIDE, NAIVE, WIDE, Result
 from pipelines.compare.methods import AFFINITY, GUIDED, LONG, LONGER, SELECTED, Contest
 from pipelines.compare.significance import agreement, mean_of, together_share
-from pipelines.sweep.results import gain as gain_of
-from pipelines.sweep.results import numbers
+from pipelines.runs.results import finite_or_none, gain_of, numbers
 
 Results = Mapping[str, Mapping[int, Sequence[Result]]]
 RANDOM = "random"
@@ -97,7 +96,7 @@ def _row(
         "behind": asdict(mean_of([gains[reference][seed]["error"] - own[seed]["error"] for seed in seeds])),
         "behind_loss": asdict(mean_of([gains[reference][seed]["loss"] - own[seed]["loss"] for seed in seeds])),
         "total_error": None,
-        "stability": _defined(
+        "stability": finite_or_none(
             agreement([Grouping.from_dict(results[seed][0]["grouping"], contest.tasks) for seed in seeds])
         ),
         **{key: sum(r[key] for r in everything) / len(everything) for key in ("cost", "flops", "parameters")},
@@ -125,10 +124,6 @@ def _between(ours: Sequence[Grouping], theirs: Sequence[Grouping]) -> float:
     """Mean adjusted Rand index of the groupings of two methods."""
     found = [a.adjusted_rand_index(b) for a in ours for b in theirs]
     return sum(found) / len(found)
-
-
-def _defined(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def confidence(contest: Contest, guided: Mapping[int, Sequence[Result]]) -> dict[str, Any]:

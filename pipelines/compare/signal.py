@@ -28,10 +28,10 @@ from pipelines.compare.significance import Correlation, agreement, intraclass_co
 from pipelines.config.loading import Config
 from pipelines.data.shards import ensure_shards
 from pipelines.registry.tracking import shown
+from pipelines.runs.files import CONFIG
 from pipelines.runs.identity import SIGNAL
+from pipelines.runs.results import numbers
 from pipelines.storage import Location
-from pipelines.sweep.results import numbers
-from pipelines.training.worker import CONFIG
 
 WEAK, STRONG = 0.3, 0.6  # of an intraclass correlation
 log = logging.getLogger(__name__)

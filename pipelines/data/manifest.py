@@ -204,3 +204,16 @@ def check_targets(manifest: Manifest, tasks: Sequence[Task], where: str) -> None
             where=where,
             remedy="leave it out of data.tasks, or look with dmtg inspect at how its labels were read",
         )
+
+
+def support_notes(manifest: Manifest, tasks: Sequence[Task], least: int) -> list[str]:
+    """A line for each task whose figures rest on few labels, and how many."""
+    notes = []
+    for task in tasks:
+        for split in ("train", "val", "test"):
+            sums = manifest.sums.get(split, {}).get(task.name)
+            thin = statistics.thin_support(task, sums, least) if sums and sums["rows"] else ""
+            if thin:
+                notes.append(f"task {task.name} has too little support in {split} to judge it: {thin}")
+                break
+    return notes

@@ -32,10 +32,10 @@ from pipelines.nightly.webhook import check_address, send
 from pipelines.registry import aliases
 from pipelines.registry.models import load_registered
 from pipelines.registry.tracking import connect, enabled
+from pipelines.runs.files import LABELS
+from pipelines.runs.models import write_model
 from pipelines.storage import Location, locate
 from pipelines.training.driver import Trained, train
-from pipelines.training.publish import LABELS
-from pipelines.training.worker import write_model
 
 NIGHT, COMPARISON, VERDICT, REPORT, SENT = (
     "night.json", "comparison.json", "verdict.json", "regroup.html", "webhook.json",

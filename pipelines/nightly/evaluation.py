@@ -16,9 +16,10 @@ from pipelines.data.manifest import read_manifest
 from pipelines.data.reader import Reader
 from pipelines.data.stream import StreamData
 from pipelines.errors import UserError
+from pipelines.runs.files import MODELS
+from pipelines.runs.models import read_model
 from pipelines.serving.evaluate import outputs_for
 from pipelines.storage import Location, locate
-from pipelines.training.worker import MODELS, read_model
 
 
 def judge(config: Config, evaluation: str, digest: str, night: Location) -> dict[str, Any]:

@@ -29,8 +29,9 @@ from pipelines.errors import UserError
 from pipelines.registry.aliases import set_challenger
 from pipelines.registry.tracking import connect
 from pipelines.registry.versions import DETAILS, LONGEST_TAG, find, registered, tags_of, versions
+from pipelines.runs.files import GROUPING, MODELS
+from pipelines.runs.models import branches_of, outdated
 from pipelines.storage import Location, locate
-from pipelines.training.worker import GROUPING, MODELS, branches_of, outdated
 
 os.environ.setdefault("MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK", "true")
 LOGGED = re.compile(r"models:/m-[0-9a-f]{32}")  # a model that MLflow has logged, registered or not

@@ -20,12 +20,10 @@ from pipelines.config.loading import Config
 from pipelines.config.sections import TrackSection
 from pipelines.data.manifest import Manifest
 from pipelines.registry.errors import reached, without_credentials
+from pipelines.runs.files import METRICS, REGISTERED, TRACKING, read_jsonl
+from pipelines.runs.writer import Errand, Outbox
 from pipelines.storage import Location
-from pipelines.training.ray.checkpoints import Errand, Outbox
-from pipelines.training.ray.context import METRICS
-from pipelines.training.worker import read_jsonl
 
-NOTE, REGISTERED = "tracking.json", "models.json"
 GROUPING_TAG, PARENT_TAG = "dmtg.grouping", "mlflow.parentRunId"
 FAREWELL_S = 10.0  # how long a run that was interrupted waits for MLflow to hear of it
 log = logging.getLogger(__name__)
@@ -105,7 +103,7 @@ class MlflowTracker:
         """The MLflow run that the folder knows; empty where there is none any more."""
         from mlflow.exceptions import MlflowException
 
-        note = self.run / NOTE
+        note = self.run / TRACKING
         if not note.exists():
             return ""
         run_id: str = note.read_json()["run_id"]
@@ -132,7 +130,7 @@ class MlflowTracker:
         self._describe(run_id, config, manifest)
         (self.run / REGISTERED).delete()  # models of a run that MLflow has no more
         note = {"run_id": run_id, "uri": without_credentials(self.uri), "data_digest": manifest.digest()}
-        (self.run / NOTE).write_json(note)
+        (self.run / TRACKING).write_json(note)
         return run_id
 
     def _describe(self, run_id: str, config: Config, manifest: Manifest) -> None:

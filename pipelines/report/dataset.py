@@ -16,8 +16,8 @@ from pipelines.data.statistics import class_name
 from pipelines.report import pictures
 from pipelines.report.contact_sheet import Sheet, figure, pick
 from pipelines.report.render import render
+from pipelines.runs.files import read_jsonl
 from pipelines.storage import Location
-from pipelines.training.worker import read_jsonl
 
 SAMPLES = 12
 ENDS = 20  # of many classes, so many of the most and of the least frequent are shown

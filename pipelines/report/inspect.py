@@ -9,11 +9,10 @@ from typing import Any
 from dmtg_core.tasks import Task
 from pipelines.config.loading import Config
 from pipelines.data import statistics
-from pipelines.data.manifest import SPLITS, Manifest, broken_shards, read_manifest
+from pipelines.data.manifest import SPLITS, Manifest, broken_shards, read_manifest, support_notes
 from pipelines.data.reader import Reader
 from pipelines.report.dataset import dataset_page
 from pipelines.storage import Location, locate
-from pipelines.training.driver import support_notes
 
 PAGE = "inspect.html"
 MOST_CLASSES = 20  # of a task in the table; of more, the most frequent ones

@@ -15,14 +15,13 @@ from pipelines.config.loading import Config
 from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.report import figures, pictures
+from pipelines.report.formatting import cost, percent
 from pipelines.report.gate_animation import moving_gate
 from pipelines.report.render import render
+from pipelines.runs.files import DETAILS, GATE, METRICS, RESULT, read_jsonl
 from pipelines.runs.identity import said_before
-from pipelines.runs.latency import ALL, NAIVE
+from pipelines.runs.results import ALL, NAIVE
 from pipelines.storage import Location
-from pipelines.sweep.page import cost, percent
-from pipelines.training.ray.context import GATE, METRICS
-from pipelines.training.worker import DETAILS, RESULT, read_jsonl
 
 # of runs that were finished before these were written
 OLDER: Mapping[str, Any] = {

@@ -1,9 +1,14 @@
-"""What `dmtg signal` said of a configuration before anything else was trained."""
+"""Which folder belongs to a configuration: of a run, of a comparison, of a grouping signal."""
 
 from __future__ import annotations
 
+import yaml
+
 from pipelines.config.loading import Config
-from pipelines.storage import locate
+from pipelines.config.validation import checked
+from pipelines.errors import UserError
+from pipelines.runs.files import CONFIG
+from pipelines.storage import Location, locate
 
 SIGNAL = "signal.json"
 
@@ -17,3 +22,24 @@ def said_before(config: Config) -> str:
     """The verdict of `dmtg signal` with the same configuration; empty where it was not asked."""
     file = locate(config.run.root) / folder_name(config, "signal") / SIGNAL
     return str(file.read_json()["verdict"]) if file.exists() else ""
+
+
+def open_run(config: Config) -> Location:
+    """The run folder of a configuration: it can be written to, and is that of no other configuration.
+
+    Raises:
+        UserError: When it cannot, or is.
+    """
+    run = locate(config.run.root) / config.run_name()
+    run.check_writable()
+    run = run.patient()
+    if (run / CONFIG).exists() and checked(
+        Config, yaml.safe_load((run / CONFIG).read_text())
+    ).digest() != config.digest():
+        raise UserError(
+            "this run folder belongs to another configuration",
+            where=str(run / CONFIG),
+            remedy="give another run.name, or leave it out: the name then follows from the configuration",
+            wrong_use=True,
+        )
+    return run

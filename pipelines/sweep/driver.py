@@ -20,11 +20,14 @@ from dmtg_core.training.warm_start import WarmStart
 from pipelines.cluster import session, sweep_cpus, trials_at_once
 from pipelines.config.loading import Config
 from pipelines.data.ingest import keeps_in_memory, load_splits
-from pipelines.data.manifest import Manifest
+from pipelines.data.manifest import Manifest, support_notes
 from pipelines.data.reader import Reader
 from pipelines.data.shards import ensure_shards
 from pipelines.errors import UserError
 from pipelines.registry.tracking import NullTracker, Tracker, connect, enabled, open_tracker, shown
+from pipelines.runs.files import CONFIG, GROUPING, RESULT
+from pipelines.runs.identity import open_run
+from pipelines.runs.models import check_models
 from pipelines.storage import Location, locate
 from pipelines.sweep.results import (
     BROKEN,
@@ -40,9 +43,9 @@ from pipelines.sweep.results import (
     status,
 )
 from pipelines.sweep.trials import STOPPED, Trial, best_config, sweep_name, trials
-from pipelines.training.driver import check_data, check_network, open_run, support_notes
+from pipelines.training.driver import check_data, check_network
 from pipelines.training.warm_start import keep_models, open_models
-from pipelines.training.worker import CONFIG, GROUPING, RESULT, Job, check_models
+from pipelines.training.worker import Job
 
 SWEEP, BEST, PAGE = "sweep.json", "best.yaml", "sweep.html"
 log = logging.getLogger(__name__)

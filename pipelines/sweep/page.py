@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from pipelines.config.loading import Config
 from pipelines.registry.tracking import shown
 from pipelines.report.figures import COLOURS, NEUTRAL, STYLE, WIDTH, svg
+from pipelines.report.formatting import cost, number, percent
 from pipelines.report.render import render
 from pipelines.storage import Location
 from pipelines.sweep.results import KNEE
@@ -73,26 +74,6 @@ def verdict(found: Mapping[str, Any]) -> str:
         f"Best setting: {best['label']}. Its mean error on validation is {abs(gained):.1f} % {direction} than "
         f"naive MTL's (mean of {seeds}), at {cost(best['flops'])} operations a sample."
     )
-
-
-def cost(value: float | None) -> str:
-    """A count with three digits and a unit."""
-    if value is None:
-        return "–"
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g}"
-
-
-def percent(value: float | None) -> str:
-    """A gain with its sign."""
-    return "–" if value is None else f"{value:+.1f} %"
-
-
-def number(value: float | None) -> str:
-    """A score with four digits."""
-    return "–" if value is None else f"{value:.4f}"
 
 
 def pareto(settings: Sequence[Row], front: Sequence[Row], knee: str | None) -> str:

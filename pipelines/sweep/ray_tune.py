@@ -25,14 +25,14 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from pipelines.cluster import user_error
 from pipelines.config.sections import RaySection, SweepSection
 from pipelines.registry.tracking import NullTracker
+from pipelines.runs.events import for_result
+from pipelines.runs.files import EVENTS, METRICS, RESULT, read_jsonl
 from pipelines.sweep.trials import FAILED, STOPPED, Trial
 from pipelines.training.driver import train_job
 from pipelines.training.monitor import following
-from pipelines.training.ray.context import METRICS
 from pipelines.training.ray.controller import end_workers
-from pipelines.training.ray.events import EVENTS, for_result
 from pipelines.training.ray.failures import explained, gave_up
-from pipelines.training.worker import RESULT, Job, read_jsonl
+from pipelines.training.worker import Job
 
 NAME, EPOCH, SCORE, RECORD, REASON = "trial", "epoch", "val_score", "record", "reason"
 WORST = 1e9  # of a score that is not defined

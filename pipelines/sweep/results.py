@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dmtg_core.tasks import Task
 from dmtg_core.training.loop import score_of
-from dmtg_core.training.metrics import Metrics, normalized_gain
+from pipelines.runs.files import METRICS, RESULT, read_jsonl
+from pipelines.runs.results import finite_or_none, gain_of, numbers
 from pipelines.sweep.trials import FAILED, STOPPED, Trial
-from pipelines.training.ray.context import METRICS
-from pipelines.training.worker import RESULT, read_jsonl
 
 Row = dict[str, Any]
 DONE, ENDED_EARLY, BROKEN, OPEN = "finished", "stopped", "failed", "unfinished"
@@ -49,7 +47,7 @@ def rows_of(trials: Sequence[Trial], tasks: Sequence[Task]) -> list[Row]:
         if base is None or row["status"] != DONE:
             continue
         for key, part in (("gain_validation", "validation"), ("gain", "metrics")):
-            row[key] = gain(tasks, row[part], base[part])
+            row[key] = gain_of(tasks, row[part], base[part])
         if row["val_score"] is not None and base["val_score"] is not None:
             row["score_to_naive"] = row["val_score"] - base["val_score"]
     return rows
@@ -80,26 +78,7 @@ def _row(trial: Trial) -> Row:
 
 
 def _score(metrics: Mapping[str, Any]) -> float | None:
-    return _defined(score_of(numbers(metrics)))
-
-
-def gain(
-    tasks: Sequence[Task], metrics: Mapping[str, Any], reference: Mapping[str, Any], *, metric: str = ""
-) -> float | None:
-    """The normalized gain in per cent, of headline metrics or of one metric; None where it is not defined."""
-    return _defined(normalized_gain(tasks, numbers(metrics), numbers(reference), metric=metric))
-
-
-def numbers(metrics: Mapping[str, Any]) -> Metrics:
-    """Metrics as they were before they were written: what is not defined is NaN."""
-    return {
-        task: {name: math.nan if value is None else value for name, value in found.items()}
-        for task, found in metrics.items()
-    }
-
-
-def _defined(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return finite_or_none(score_of(numbers(metrics)))
 
 
 def by_setting(rows: Sequence[Row]) -> list[Row]:

@@ -24,7 +24,7 @@ from pipelines.data.manifest import SPLITS
 from pipelines.data.reader import Reader
 from pipelines.data.stream import Unit, all_units
 from pipelines.report.contact_sheet import Sample, Sheet, ids_of, in_words
-from pipelines.runs.latency import costs
+from pipelines.training.latency import costs
 
 EXAMINED = 2**30  # bytes of samples that are looked at one by one; of larger splits a part that is drawn
 RESAMPLES, CONFIDENCE = 1000, 0.95

@@ -20,28 +20,26 @@ from dmtg_core.training.step import WeighedLoss
 from dmtg_core.training.warm_start import WarmStart
 from pipelines.cluster import session, user_error
 from pipelines.config.loading import Config
-from pipelines.config.validation import checked
-from pipelines.data import statistics
 from pipelines.data.ingest import keeps_in_memory, load_splits
-from pipelines.data.manifest import Manifest, check_shards, check_targets
+from pipelines.data.manifest import Manifest, check_shards, check_targets, support_notes
 from pipelines.data.reader import Reader
 from pipelines.data.shards import ensure_shards
 from pipelines.errors import UserError
-from pipelines.registry import tracking
 from pipelines.registry.models import Registered
 from pipelines.registry.tracking import connect, enabled, open_tracker, shown
+from pipelines.runs.events import for_result
+from pipelines.runs.files import CONFIG, EVENTS, REPORT, RESULT, SEARCHED, read_jsonl
+from pipelines.runs.identity import open_run
+from pipelines.runs.models import check_models
 from pipelines.storage import Location, locate
-from pipelines.training import publish as handover
 from pipelines.training.finetune import train_groups
 from pipelines.training.monitor import following
 from pipelines.training.progress import Plan, display
 from pipelines.training.publish import hand_over, opened
-from pipelines.training.ray.events import EVENTS, for_result
 from pipelines.training.ray.failures import gave_up
 from pipelines.training.warm_start import explained, fairness_notes, keep_models, open_models
-from pipelines.training.worker import CONFIG, RESULT, SEARCHED, Job, check_models, read_jsonl, work
+from pipelines.training.worker import Job, work
 
-REPORT, REGISTERED = handover.REPORT, tracking.REGISTERED
 log = logging.getLogger(__name__)
 
 
@@ -108,27 +106,6 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
                 train_job(Job(config, reader, held, run, tuple(notes), start, board, details=True), say)
     registered = hand_over(config, run, tracker, manifest, say)
     return Trained(run, tracker.run_id, (run / RESULT).read_json(), registered, finished)
-
-
-def open_run(config: Config) -> Location:
-    """The run folder of a configuration: it can be written to, and is that of no other configuration.
-
-    Raises:
-        UserError: When it cannot, or is.
-    """
-    run = locate(config.run.root) / config.run_name()
-    run.check_writable()
-    run = run.patient()
-    if (run / CONFIG).exists() and checked(
-        Config, yaml.safe_load((run / CONFIG).read_text())
-    ).digest() != config.digest():
-        raise UserError(
-            "this run folder belongs to another configuration",
-            where=str(run / CONFIG),
-            remedy="give another run.name, or leave it out: the name then follows from the configuration",
-            wrong_use=True,
-        )
-    return run
 
 
 def train_job(job: Job, say: Callable[[str], None]) -> None:
@@ -245,19 +222,6 @@ def _section(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(str(error), where=name, remedy=f"correct the {name} section", wrong_use=True) from error
-
-
-def support_notes(manifest: Manifest, tasks: Sequence[Task], least: int) -> list[str]:
-    """A line for each task whose figures rest on few labels, and how many."""
-    notes = []
-    for task in tasks:
-        for split in ("train", "val", "test"):
-            sums = manifest.sums.get(split, {}).get(task.name)
-            thin = statistics.thin_support(task, sums, least) if sums and sums["rows"] else ""
-            if thin:
-                notes.append(f"task {task.name} has too little support in {split} to judge it: {thin}")
-                break
-    return notes
 
 
 def run_workers(job: Job, say: Callable[[str], None], work: Callable[[dict[str, Any]], None] = work) -> None:

@@ -20,12 +20,15 @@ from pipelines.cluster import user_error
 from pipelines.config.loading import Config
 from pipelines.data.ingest import open_data
 from pipelines.errors import UserError
+from pipelines.runs.events import UNWRITTEN, Tell
+from pipelines.runs.files import CHECKPOINTS, DETAILS, MODELS, RESULT, SEARCHED
+from pipelines.runs.models import read_model, write_model
+from pipelines.runs.results import gains
 from pipelines.storage import Location
 from pipelines.training.ray.checkpoints import Checkpoints
-from pipelines.training.ray.context import CHECKPOINTS
-from pipelines.training.ray.events import UNWRITTEN, Tell, teller
+from pipelines.training.ray.events import teller
 from pipelines.training.ray.failures import gave_up, lasting_error
-from pipelines.training.worker import DETAILS, MODELS, RESULT, SEARCHED, Job, gains, read_model, write_model
+from pipelines.training.worker import Job
 
 GROUPS, MODEL, DONE = "groups", "model", "done.json"
 

@@ -14,22 +14,11 @@ from pipelines.cluster import short_of_room
 from pipelines.config.sections import RaySection
 from pipelines.errors import UserError
 from pipelines.registry.tracking import Tracker
+from pipelines.runs.events import LOST, RESIZED, RESUMED, WAITING, Event
+from pipelines.runs.files import EVENTS, GATE, METRICS, read_jsonl
 from pipelines.storage import Location
 from pipelines.training.progress import Display, NoDisplay
-from pipelines.training.ray.context import GATE, METRICS
-from pipelines.training.ray.events import (
-    EVENTS,
-    LOST,
-    RESIZED,
-    RESUMED,
-    WAITING,
-    Event,
-    Keeper,
-    moved_on,
-    start_board,
-    teller,
-)
-from pipelines.training.worker import read_jsonl
+from pipelines.training.ray.events import Keeper, moved_on, start_board, teller
 
 POLL_S = 1.0
 NO_DISPLAY = NoDisplay()

@@ -12,10 +12,11 @@ from pipelines.config.loading import Config
 from pipelines.data.ingest import keeps_in_memory, load_splits
 from pipelines.data.reader import Reader
 from pipelines.data.shards import ensure_shards
+from pipelines.runs.files import PROFILE
 from pipelines.storage import Location, locate
 from pipelines.training.driver import check_all, run_workers
 from pipelines.training.ray.events import start_board
-from pipelines.training.worker import PROFILE, Job
+from pipelines.training.worker import Job
 
 
 @dataclass(frozen=True)

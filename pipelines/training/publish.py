@@ -21,12 +21,10 @@ from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.errors import UserError
 from pipelines.registry.errors import late, patiently, reached, without_credentials
 from pipelines.registry.models import Registered, register
-from pipelines.registry.tracking import NOTE, REGISTERED, Tracker, enabled, open_tracker, tracking_uri
+from pipelines.registry.tracking import Tracker, enabled, open_tracker, tracking_uri
+from pipelines.runs.files import CONFIG, GROUPING, LABELS, REGISTERED, REPORT, RESULT, TRACKING
 from pipelines.storage import Location, locate
-from pipelines.training.worker import CONFIG, GROUPING, RESULT
 
-REPORT = "report.html"
-LABELS = "labels.json"  # statistics of the labels that a model was trained on
 log = logging.getLogger(__name__)
 
 
@@ -127,7 +125,7 @@ def _data_of(config: Config, run: Location) -> Manifest:
     Raises:
         UserError: When they are not there any more, or there are others in their place.
     """
-    shards, note = locate(config.data.shards), run / NOTE
+    shards, note = locate(config.data.shards), run / TRACKING
     remedy = "put the shards of the run back"
     if "://" not in config.data.shards and not config.data.shards.startswith(("/", "~")):
         remedy += ", or work in the folder where dmtg train did: data.shards is relative"
@@ -143,7 +141,7 @@ def _data_of(config: Config, run: Location) -> Manifest:
 
 def _address(config: Config, run: Location) -> str:
     """The tracking server that a run was tracked by; with the credentials where they are at hand."""
-    given, note = tracking_uri(config.track), run / NOTE
+    given, note = tracking_uri(config.track), run / TRACKING
     if not enabled(config.track) or not note.exists():
         return given
     known: str = note.read_json()["uri"]

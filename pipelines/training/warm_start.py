@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from dmtg_core.training.warm_start import WarmStart
 from pipelines.config.loading import Config
 from pipelines.errors import UserError
+from pipelines.runs.files import MODELS, RESULT
+from pipelines.runs.models import warm_start, write_model
 from pipelines.storage import Location, locate
-from pipelines.training.worker import MODELS, RESULT, warm_start, write_model
 
 START, LISTING = "start", "models.json"  # the listing comes last and says that all copies are there
 NETWORK = "network.json"

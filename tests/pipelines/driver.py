@@ -18,8 +18,8 @@ import pytest
 import yaml
 
 from pipelines.config.loading import Config
+from pipelines.runs.events import Event
 from pipelines.training.driver import Trained
-from pipelines.training.ray.events import Event
 
 CHECKPOINTS = 16  # of an undisturbed run: one in the middle of each of eight epochs, and one at its end
 OFTEN = {"checkpoint_every": 2}

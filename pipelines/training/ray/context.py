@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from dmtg_core.training.checkpoint import read_json
 from dmtg_core.training.context import Save
+from pipelines.runs.events import RESIZED, RESUMED, UNWRITTEN, Tell
+from pipelines.runs.files import CHECKPOINTS, GATE, METRICS
+from pipelines.runs.writer import Errand, Outbox
 from pipelines.storage import PATIENCE_S, Location, finite
-from pipelines.training.ray.checkpoints import Checkpoints, Errand, Outbox
-from pipelines.training.ray.events import RESIZED, RESUMED, UNWRITTEN, Tell
+from pipelines.training.ray.checkpoints import Checkpoints
 from pipelines.training.ray.failures import LastingError
 from pipelines.training.ray.watchdog import STACKS, Scratch, Watchdog
 
-CHECKPOINTS, METRICS, GATE = "checkpoints", "metrics.jsonl", "gate.jsonl"
 CLOSING_S = 5.0  # no longer: Ray ends the process
 PROGRESS = "progress.json"  # in a checkpoint: the records of all epochs before it, and how many workers wrote it
 

@@ -13,7 +13,8 @@ from ray.train.v2._internal.execution.controller.controller import TrainControll
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from pipelines.cluster import causes
-from pipelines.training.ray.events import LOST, teller
+from pipelines.runs.events import LOST
+from pipelines.training.ray.events import teller
 from pipelines.training.ray.failures import LastingError, lost_at_start, reason
 
 

@@ -7,25 +7,12 @@ that is away, is what there is most to tell about.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pipelines.errors import UserError
+from pipelines.runs.events import Event, Tell, event
 from pipelines.storage import Location
-
-EVENTS = "events.jsonl"
-DAMAGED, RESIZED, LOST = "damaged", "resized", "lost"
-RESUMED, UNWRITTEN, HUNG, WAITING = "resumed", "unwritten", "hung", "waiting"
-FOR_RESULT = (DAMAGED, RESIZED, LOST, HUNG)  # kinds that are still worth knowing when the run is done
-
-Tell = Callable[[str, str], None]  # kind and message
-Event = dict[str, Any]
-
-
-def event(kind: str, message: str) -> Event:
-    """A line of `events.jsonl`."""
-    return {"time": time.time(), "kind": kind, "message": message}
 
 
 class Board:
@@ -99,11 +86,6 @@ def moved_on(board: Any) -> tuple[int, int]:
     except (ray.exceptions.RayError, TimeoutError):
         return 0, 0
     return at
-
-
-def for_result(events: Sequence[Event]) -> list[str]:
-    """The messages that belong beside a result, each once."""
-    return list(dict.fromkeys(told["message"] for told in events if told["kind"] in FOR_RESULT))
 
 
 class Keeper:

@@ -16,8 +16,8 @@ from typing import Any
 
 from dmtg_core.training.data import Batch, Data
 from pipelines.errors import UserError
+from pipelines.runs.events import HUNG, Tell
 from pipelines.storage import Location
-from pipelines.training.ray.events import HUNG, Tell
 
 STACKS = "stacks.txt"
 REARM_S = 1.0  # no more often: a timer is a thread, and what is told is a message

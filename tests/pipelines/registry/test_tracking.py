@@ -28,11 +28,10 @@ from pipelines.errors import UserError
 from pipelines.registry import tracking
 from pipelines.registry.errors import reached, without_credentials
 from pipelines.registry.tracking import MlflowTracker, connect, open_tracker, shown
+from pipelines.runs.files import METRICS, read_jsonl
 from pipelines.storage import Location, locate
 from pipelines.training.driver import Trained, train
 from pipelines.training.publish import register_run
-from pipelines.training.ray.context import METRICS
-from pipelines.training.worker import read_jsonl
 from tests.pipelines.conftest import make_config
 from tests.pipelines.door import Door, door_to
 from tests.pipelines.mlflow_server import address, serving

@@ -16,10 +16,10 @@ from pipelines.config.loading import Config
 from pipelines.nightly import page as regroup
 from pipelines.report.figures import THICK
 from pipelines.report.run import page, shown_gate
+from pipelines.runs.files import DETAILS, GROUPING, RESULT
 from pipelines.storage import locate
 from pipelines.sweep.page import write_page as write_sweep
 from pipelines.training.diagnostics import details_of
-from pipelines.training.worker import DETAILS, GROUPING, RESULT
 from tests.pipelines.browser import DESK, PHONE, chromium, opened
 from tests.pipelines.training.test_diagnostics import searched
 

@@ -23,7 +23,7 @@ from pipelines.report.run import (
     together,
     verdict,
 )
-from pipelines.runs.latency import ALL, NAIVE
+from pipelines.runs.results import ALL, NAIVE
 from pipelines.storage import locate
 from pipelines.training.driver import Trained
 

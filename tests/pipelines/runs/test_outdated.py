@@ -19,9 +19,10 @@ from pipelines.data.sources.base import Source
 from pipelines.errors import UserError
 from pipelines.registry.models import _branches, load_groups
 from pipelines.registry.tracking import connect
+from pipelines.runs.files import CONFIG
+from pipelines.runs.models import check_models, read_model
 from pipelines.storage import locate
 from pipelines.training.ray.failures import lasting_error
-from pipelines.training.worker import CONFIG, check_models, read_model
 from tests.dmtg_core.samples import mlp_spec
 from tests.pipelines.untrained import Finished, finish, small_table
 

@@ -19,11 +19,11 @@ import yaml
 
 from pipelines.config.loading import Config, load_config
 from pipelines.errors import UserError
+from pipelines.runs.files import read_jsonl
 from pipelines.storage import locate
 from pipelines.sweep.driver import Swept, sweep
 from pipelines.sweep.trials import trials
 from pipelines.training.driver import train
-from pipelines.training.worker import read_jsonl
 from tests.pipelines.driver import Driver, Undisturbed, same, workers
 
 pytestmark = pytest.mark.ray

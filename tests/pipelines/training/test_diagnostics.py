@@ -23,10 +23,10 @@ from pipelines.data.manifest import read_manifest
 from pipelines.data.reader import Reader
 from pipelines.data.stream import StreamData
 from pipelines.report.contact_sheet import ids_of
-from pipelines.runs import latency
-from pipelines.runs.latency import ALL, NAIVE, SINGLE
+from pipelines.runs.results import ALL, NAIVE, SINGLE
 from pipelines.storage import locate
 from pipelines.training import diagnostics as details
+from pipelines.training import latency
 from pipelines.training.diagnostics import Look, details_of, said
 from tests.pipelines.report.test_inspect import IMAGES, TASKS, image_samples, write
 

@@ -19,12 +19,11 @@ from pipelines.errors import UserError
 from pipelines.registry.models import load_groups
 from pipelines.registry.versions import list_models, show_model
 from pipelines.report.run import page, task_rows, verdict
+from pipelines.runs.files import GATE, METRICS, read_jsonl
 from pipelines.serving.evaluate import evaluate
 from pipelines.storage import locate
 from pipelines.training.driver import train
 from pipelines.training.publish import stored_example
-from pipelines.training.ray.context import GATE, METRICS
-from pipelines.training.worker import read_jsonl
 from tests.pipelines.conftest import make_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]

@@ -13,10 +13,10 @@ import torch
 from dmtg_core.training.checkpoint import load_model
 from pipelines.config.loading import Config
 from pipelines.errors import UserError
-from pipelines.training.driver import CONFIG, REGISTERED, REPORT, Trained, train
+from pipelines.runs.files import CONFIG, DETAILS, REGISTERED, REPORT, RESULT, SEARCHED
+from pipelines.training.driver import Trained, train
 from pipelines.training.finetune import DONE, GROUPS
 from pipelines.training.profiling import profile
-from pipelines.training.worker import DETAILS, RESULT, SEARCHED
 from tests.pipelines.conftest import make_config
 
 pytestmark = pytest.mark.ray

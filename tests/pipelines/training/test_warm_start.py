@@ -12,11 +12,11 @@ from dmtg_core.training.checkpoint import save_model, save_network
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
 from pipelines.errors import UserError
+from pipelines.runs.files import METRICS, RESULT, read_jsonl
+from pipelines.runs.models import warm_start
 from pipelines.storage import Location, locate
 from pipelines.training.driver import Trained, train
-from pipelines.training.ray.context import METRICS
 from pipelines.training.warm_start import START, fairness_notes, keep_models, open_models
-from pipelines.training.worker import RESULT, read_jsonl, warm_start
 from tests.pipelines.conftest import make_config
 from tests.pipelines.s3_server import BUCKET
 

@@ -19,9 +19,10 @@ from pipelines import storage
 from pipelines.config.sections import RaySection
 from pipelines.config.validation import checked
 from pipelines.errors import UserError
+from pipelines.runs.events import DAMAGED, UNWRITTEN
+from pipelines.runs.writer import Errand, Outbox
 from pipelines.storage import can_pass, locate
-from pipelines.training.ray.checkpoints import Checkpoints, Errand, Outbox
-from pipelines.training.ray.events import DAMAGED, UNWRITTEN
+from pipelines.training.ray.checkpoints import Checkpoints
 from pipelines.training.ray.failures import LastingError, lasting_error
 from pipelines.training.ray.watchdog import STACKS, Scratch
 from tests.paths import ROOT
@@ -77,7 +78,8 @@ def test_a_server_that_is_away_can_pass_and_is_waited_for_only_by_the_patient(
 FULL = """
 import shutil, subprocess, threading
 from pathlib import Path
-from pipelines.training.ray.checkpoints import Checkpoints, Errand, Outbox
+from pipelines.training.ray.checkpoints import Checkpoints
+from pipelines.runs.writer import Errand, Outbox
 from pipelines.errors import UserError
 from pipelines.storage import locate
 

@@ -17,10 +17,10 @@ import pytest
 from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.registry.versions import list_models
+from pipelines.runs.events import DAMAGED, LOST, RESUMED, UNWRITTEN
+from pipelines.runs.files import read_jsonl
 from pipelines.storage import locate
 from pipelines.training.driver import train
-from pipelines.training.ray.events import DAMAGED, LOST, RESUMED, UNWRITTEN
-from pipelines.training.worker import read_jsonl
 from tests.paths import ROOT
 from tests.pipelines.conftest import make_config
 from tests.pipelines.driver import CHECKPOINTS, OFTEN, Driver, Undisturbed, disturbed, in_own_mounts, same

@@ -22,9 +22,10 @@ from pipelines.config.sections import RaySection
 from pipelines.config.validation import checked
 from pipelines.data.manifest import read_manifest
 from pipelines.errors import UserError
+from pipelines.runs.events import HUNG, LOST, RESIZED, RESUMED
 from pipelines.storage import locate
 from pipelines.training.driver import check_workers, run_workers, train
-from pipelines.training.ray.events import HUNG, LOST, RESIZED, RESUMED, on_board, start_board
+from pipelines.training.ray.events import on_board, start_board
 from pipelines.training.worker import Job
 from tests.paths import ROOT
 from tests.pipelines.driver import CHECKPOINTS, OFTEN, Undisturbed, disturbed, kill, same, workers

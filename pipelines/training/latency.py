@@ -14,10 +14,10 @@ from torch import nn
 from dmtg_core.network.cost import inference_cost
 from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
 from dmtg_core.tasks import InputSpec, Task
+from pipelines.runs.results import ALL, NAIVE, SINGLE
 
 SECONDS, FEWEST = 0.05, 3  # that a measurement lasts at least, and answers in it
 LARGE = 32  # samples of the larger batch
-ALL, NAIVE, SINGLE = "all groups", "naive MTL", "single-task networks"
 
 
 def costs(network: GroupingNetwork, spec: NetworkSpec) -> dict[str, Any]:

@@ -1,0 +1,83 @@
+"""The models of the groups of a run: written to its folder, and read from it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from dmtg_core.network.grouping_network import GroupModel
+from dmtg_core.training import checkpoint
+from dmtg_core.training.warm_start import WarmStart
+from pipelines.config.loading import Config
+from pipelines.errors import UserError
+from pipelines.runs.files import CONFIG, MODELS
+from pipelines.storage import Location
+
+
+def write_model(place: Location, model: GroupModel) -> None:
+    """One group's model into a folder anywhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save_model(Path(folder), model)
+        for file in sorted(Path(folder).iterdir()):
+            (place / file.name).write_bytes(file.read_bytes())
+
+
+def read_model(place: Location) -> GroupModel:
+    """What `write_model` wrote.
+
+    Raises:
+        UserError: When a file is missing or damaged, it is no group's model, or it has to be trained again.
+    """
+    branches = branches_of(place.parent.parent)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in place.files(recursive=False):
+            (Path(folder) / name).write_bytes((place / name).read_bytes())
+        try:
+            return checkpoint.load_model(Path(folder), branches=branches)
+        except checkpoint.OutdatedNetworkError as error:
+            raise outdated(error, str(place)) from error
+        except ValueError as error:
+            raise UserError(
+                str(error).replace(folder, str(place)),
+                where=str(place),
+                remedy="give a folder models/group_<k> of a run that dmtg train has finished",
+            ) from error
+
+
+def branches_of(run: Location) -> int:
+    """K of the network that a run was configured with; 1 where its folder does not say."""
+    file = run / CONFIG
+    values = yaml.safe_load(file.read_text()) if file.exists() else {}
+    return int(values.get("network", {}).get("groups", 1))
+
+
+def outdated(error: checkpoint.OutdatedNetworkError, where: str) -> UserError:
+    """What the user is told of a network that an earlier version trained wrongly."""
+    return UserError(
+        str(error).partition(": ")[2], where=where, remedy="train it again with dmtg train and another run.name"
+    )
+
+
+def check_models(config: Config, run: Location) -> None:
+    """Stop at group models in a run folder that an earlier version trained wrongly.
+
+    Raises:
+        UserError: For the first of them.
+    """
+    if config.network.groups > checkpoint.RIGHT_UP_TO:
+        for name in (run / MODELS).folders():
+            read_model(run / MODELS / name)
+
+
+def warm_start(places: Sequence[tuple[str, Location]]) -> WarmStart | None:
+    """The models at some places, by their names; None where there are no places.
+
+    Raises:
+        UserError: When one of them is damaged.
+    """
+    if not places:
+        return None
+    return WarmStart([read_model(place) for _, place in places], [name for name, _ in places])

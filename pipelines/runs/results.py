@@ -1,0 +1,78 @@
+"""The result of a run: gains, and the files that say what was found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from dmtg_core.network.cost import inference_cost
+from dmtg_core.search.search import SearchResult
+from dmtg_core.tasks import Task
+from dmtg_core.training.metrics import Metrics, normalized_gain
+from pipelines.runs.files import GROUPING, MODELS, RESULT
+from pipelines.runs.models import write_model
+from pipelines.storage import Location
+
+# rows of the inference cost of a run, beside one a group
+ALL, NAIVE, SINGLE = "all groups", "naive MTL", "single-task networks"
+
+
+def gains(tasks: Sequence[Task], metrics: Metrics, baseline: Metrics) -> dict[str, float]:
+    """The gain over naive MTL in per cent: of errors, and the published forms, of scores and of losses."""
+    return {
+        "error": normalized_gain(tasks, metrics, baseline),
+        "score": normalized_gain(tasks, metrics, baseline, form="score"),
+        "loss": normalized_gain(tasks, metrics, baseline, metric="loss"),
+    }
+
+
+def write_result(run: Location, result: SearchResult, notes: Sequence[str] = (), file: str = RESULT) -> None:
+    """Group models, grouping and figures into the run folder; the file comes last and says that all is there."""
+    for name, model in result.network.specialise().items():
+        write_model(run / MODELS / name, model)
+    (run / GROUPING).write_text(result.grouping.to_json())
+    split = "test" if "test" in result.metrics else "val"
+    tasks = result.network.tasks
+    found = gains(tasks, result.metrics[split], result.baseline[split]) if result.baseline else {}
+    (run / file).write_json(
+        {
+            "grouping": result.grouping.to_dict(),
+            "grouping_name": result.grouping.name,
+            "split": split,
+            "metrics": result.metrics[split],
+            "baseline": result.baseline.get(split, {}),
+            "normalized_gain": found.get("error"),
+            "gains": found,
+            "validation": result.metrics.get("val", {}),
+            "chosen": result.chosen,
+            "candidates": result.candidates,
+            "distilled": result.distilled,
+            "affinity": result.affinity,
+            "training_cost": result.cost,
+            "inference": asdict(inference_cost(result.network)),
+            "headline": {task.name: task.metric for task in tasks},
+            "notes": list(notes),
+        }
+    )
+
+
+def gain_of(
+    tasks: Sequence[Task], metrics: Mapping[str, Any], reference: Mapping[str, Any], *, metric: str = ""
+) -> float | None:
+    """The normalized gain in per cent, of headline metrics or of one metric; None where it is not defined."""
+    return finite_or_none(normalized_gain(tasks, numbers(metrics), numbers(reference), metric=metric))
+
+
+def numbers(metrics: Mapping[str, Any]) -> Metrics:
+    """Metrics as they were before they were written: what is not defined is NaN."""
+    return {
+        task: {name: math.nan if value is None else value for name, value in found.items()}
+        for task, found in metrics.items()
+    }
+
+
+def finite_or_none(value: float) -> float | None:
+    """The value, or None where JSON has no number for it."""
+    return value if math.isfinite(value) else None
