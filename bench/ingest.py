@@ -150,10 +150,10 @@ def _gap() -> float:
     for _ in data.train(next(epochs), BATCH):
         pass
     started = time.perf_counter()
-    following = data.train(next(epochs), BATCH)
-    next(following)
+    monitoring = data.train(next(epochs), BATCH)
+    next(monitoring)
     seconds = time.perf_counter() - started
-    for _ in following:
+    for _ in monitoring:
         pass
     return seconds
 

@@ -14,7 +14,7 @@ from typing import Any
 from pipelines.config.sections import RaySection
 from pipelines.errors import UserError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Data source V2 starts dozens of one-CPU actors at every execution and makes small reads many times slower.
 os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")
@@ -120,7 +120,7 @@ def short_of_room(section: RaySection, resources: Mapping[str, float]) -> str:
 def _check_room(section: RaySection, resources: Mapping[str, float]) -> None:
     short = short_of_room(section, resources)
     if short and section.autoscaling:
-        log.info("%s: machines are asked for as they are needed", short)
+        logger.info("%s: machines are asked for as they are needed", short)
     elif short:
         raise UserError(
             short,

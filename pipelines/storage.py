@@ -30,7 +30,7 @@ from pipelines.errors import UserError
 S3_ATTEMPTS = 6  # with growing pauses between them: about twenty seconds until a server counts as down
 PATIENCE_S = 120.0  # how long a run goes on trying to reach its folder, which it had reached before
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
-PASSING = frozenset({
+TRANSIENT = frozenset({
     errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT,
     errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
     errno.ENETUNREACH,
@@ -99,18 +99,18 @@ class Location:
         info = self._info()
         return int(info.size) if info.type == pafs.FileType.File else None
 
-    def patient(self, seconds: float = PATIENCE_S) -> Location:
+    def retrying(self, seconds: float = PATIENCE_S) -> Location:
         """The same place, and all below it, tried for `seconds`."""
         return replace(self, patience_s=seconds)
 
     def _tried(self, call: Callable[[], T]) -> T:
         """What `call` gives, after as many tries as `patience_s` allows."""
         until = time.monotonic() + self.patience_s
-        for pause in pauses():
+        for pause in retry_delays():
             try:
                 return call()
             except OSError as error:
-                if not can_pass(error) or time.monotonic() + pause > until:
+                if not is_transient(error) or time.monotonic() + pause > until:
                     raise
                 time.sleep(pause)
         raise AssertionError
@@ -368,16 +368,16 @@ def _s3(endpoint: str) -> pafs.S3FileSystem:
     )
 
 
-def can_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same can succeed a little later: storage that is away or full, not one that refuses."""
     if isinstance(error, UserError):
-        return error.__cause__ is not None and can_pass(error.__cause__)
+        return error.__cause__ is not None and is_transient(error.__cause__)
     if not isinstance(error, OSError):
         return False
-    return error.errno in PASSING or bool(PASSING_S3.search(str(error)))
+    return error.errno in TRANSIENT or bool(PASSING_S3.search(str(error)))
 
 
-def pauses() -> Iterator[float]:
+def retry_delays() -> Iterator[float]:
     """Seconds to wait between tries, twice as long each time up to a limit, without end."""
     pause = FIRST_PAUSE_S
     while True:

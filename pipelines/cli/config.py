@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.cli.console import Next, print_table, run, say
+from pipelines.cli.console import Next, log, print_table, run
 from pipelines.cli.options import ConfigFile, Debug, Json, RayFile, Words, load, same
 
 config_app = typer.Typer(
@@ -98,7 +98,7 @@ def config_new(
         if made.uses:
             rows = [{"column": use.column, "is": kinds[use.column], "": use.why} for use in made.uses]
             print_table(f"What the columns of {data} seem to be", rows)
-        say(f"configuration: {file}")
+        log(f"configuration: {file}")
         able = source_of is not None and source_of.given
         why = "raw data to shards" if able else "when source.root in it names the raw data"
         return {"config": file, "columns": kinds, "next": Next(why, same(["shard"], file, []))}

@@ -38,7 +38,7 @@ class Next:
         return shlex.join(self.words)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """A line for a person; stdout is kept for results."""
     print(text, file=sys.stderr, flush=True)
 
@@ -48,7 +48,7 @@ class Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Say it."""
-        say(self.format(record))
+        log(self.format(record))
 
 
 def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debug: bool) -> None:
@@ -75,7 +75,7 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
         code = outcome.pop("exit_code", 0 if outcome["status"] == "done" else FAILED)
         step = outcome.get("next")
         if step is not None:
-            say(f"\nnext, {step.why}:\n  {step}")
+            log(f"\nnext, {step.why}:\n  {step}")
             outcome["next"] = str(step)
     except (Exception, KeyboardInterrupt) as error:
         code, outcome["error"] = _explain(command, error, terminated.is_set())
@@ -115,9 +115,9 @@ def _explain(command: str, error: BaseException, terminated: bool) -> tuple[int,
     else:
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         shown = UserError(what, where=f"dmtg {command}", remedy="run it again with --debug to see where it failed")
-    say(f"\ndmtg {command} stopped\n{shown}")
+    log(f"\ndmtg {command} stopped\n{shown}")
     if not sys.stderr.isatty():  # a scheduler shows the last line of a log
-        say(f"dmtg {command} {'stopped' if code in (INTERRUPTED, TERMINATED) else 'failed'}: {shown.what}")
+        log(f"dmtg {command} {'stopped' if code in (INTERRUPTED, TERMINATED) else 'failed'}: {shown.what}")
     return code, shown.to_dict()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pipelines.cli.console import Next, number, print_table, run, say
+from pipelines.cli.console import Next, log, number, print_table, run
 from pipelines.cli.options import ConfigFile, Debug, Json, RayFile, Words, load, same
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def signal(
         from pipelines.compare.page import two
         from pipelines.compare.signal import signal as work
 
-        done = work(load(config, words, ray_config), say)
+        done = work(load(config, words, ray_config), log)
         found = done.found
         overall = {"task": "all", **found["correlation"]}
         rows = [
@@ -37,7 +37,7 @@ def signal(
             f"{len(found['partitions'])} random groupings × {len(found['seeds'])} seeds, {found['epochs']} epochs"
         )
         print_table(title, rows, right=("correlation", "between groupings", "between seeds"))
-        say(f"verdict: {found['verdict']}\nsignal:  {done.folder}")
+        log(f"verdict: {found['verdict']}\nsignal:  {done.folder}")
         step = Next("the search beside all that it should beat", same(["compare"], config, words, ray_config))
         return {"run_dir": str(done.folder), **found, "next": step}
 
@@ -61,7 +61,7 @@ def _compare(config: Config) -> dict[str, Any]:
     from pipelines.compare.page import interval, two
     from pipelines.report.formatting import cost
 
-    done = work(config, say)
+    done = work(config, log)
     found = done.found
     rows = [
         {
@@ -81,9 +81,9 @@ def _compare(config: Config) -> dict[str, Any]:
     )
     print_table(title, rows, right=tuple(rows[0])[1:])
     for text in (*found["verdicts"], *(f"note: {note}" for note in found["notes"])):
-        say(text)
-    say(f"signal:     {found['signal'] or 'not asked: dmtg signal tells beforehand whether grouping can matter'}")
-    say(f"comparison: {done.folder}\nreport:     {done.page}")
+        log(text)
+    log(f"signal:     {found['signal'] or 'not asked: dmtg signal tells beforehand whether grouping can matter'}")
+    log(f"comparison: {done.folder}\nreport:     {done.page}")
     ours = next((row for row in found["rows"] if row["method"] == found["reference"]), found["rows"][0])
     return {
         "run_dir": str(done.folder),
@@ -113,7 +113,7 @@ def _sweep(config: Config) -> dict[str, Any]:
     from pipelines.sweep.page import marks_of, verdict
     from pipelines.sweep.results import KNEE
 
-    done = work(config, say)
+    done = work(config, log)
     found = done.found
     rows = [
         {
@@ -136,8 +136,8 @@ def _sweep(config: Config) -> dict[str, Any]:
         *([KNEE] if found["knee"] else []),
         *(f"note: {note}" for note in found["notes"]),
     ):
-        say(text)
-    say(f"sweep:    {done.folder}\nreport:   {done.page}\nbest:     {done.best_config}")
+        log(text)
+    log(f"sweep:    {done.folder}\nreport:   {done.page}\nbest:     {done.best_config}")
     return {
         "run_dir": str(done.folder),
         "run_id": done.run_id,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from pipelines.cli.completion import complete_address, complete_name
-from pipelines.cli.console import Next, number, print_table, run, say
+from pipelines.cli.console import Next, log, number, print_table, run
 from pipelines.cli.options import Debug, Json, RayFile, TrackUri
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def models_diff(
             for task in (*found["tasks"], *found["only_before"], *found["only_after"])
         ]  # fmt: skip
         print_table("Groupings", rows)
-        say(f"adjusted Rand index {found['adjusted_rand_index']:.3f} (1: the same grouping, 0: as by chance)")
+        log(f"adjusted Rand index {found['adjusted_rand_index']:.3f} (1: the same grouping, 0: as by chance)")
         metrics = [
             {
                 "task": row["task"],
@@ -117,7 +117,7 @@ def models_diff(
         ]
         print_table("Metrics", metrics, right=(first, second))
         for note in found["notes"]:
-            say(f"note: {note}")
+            log(f"note: {note}")
         step = Next(
             "make the second the one that serves", _same("promote", uri, ray_config, *_version(found["after"]))
         )
@@ -254,10 +254,10 @@ def models_register(
     def body() -> dict[str, Any]:
         from pipelines.training.publish import register_run
 
-        done = register_run(run_dir, uri, say)
+        done = register_run(run_dir, uri, log)
         for model in done.models:
-            say(f"model: {model.uri}")
-        say(f"MLflow run {done.run_id} at {done.uri}")
+            log(f"model: {model.uri}")
+        log(f"MLflow run {done.run_id} at {done.uri}")
         whole = [model.uri for model in done.models[:1]]
         step = Next("the model, and its metrics", _same("show", uri, "", *whole)) if whole else TRY
         return {"run_dir": str(done.run), "run_id": done.run_id, "models": [model.uri for model in done.models],

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli.console import KEPT, Next, number, print_table, run, say
+from pipelines.cli.console import KEPT, Next, log, number, print_table, run
 from pipelines.cli.options import ConfigFile, Debug, Json, Model, RayFile, Words, load, models, predicting, same
 
 if TYPE_CHECKING:
@@ -64,14 +64,14 @@ def predict(
         from pipelines.serving.predict import predict as work
 
         loaded = load(config, words, ray_config)
-        done = work(loaded, model, out, split, say)
+        done = work(loaded, model, out, split, log)
         rows = [
             {"task": name, "group": entry["group"], "kind": entry["kind"], "unit": entry["unit"],
              "columns": listed(entry["columns"])}
             for name, entry in done.tasks.items()
         ]  # fmt: skip
         print_table(f"Predictions of {model} on {split}", rows)
-        say(f"{done.rows} rows in {done.files} files ({done.kept} kept): {done.out}")
+        log(f"{done.rows} rows in {done.files} files ({done.kept} kept): {done.out}")
         return {"rows": done.rows, "files": done.files, "kept": done.kept, "out": str(done.out),
                 "next": _after(model, loaded)}  # fmt: skip
 
@@ -115,7 +115,7 @@ def regroup(
         from pipelines.nightly.driver import regroup as work
 
         loaded = load(config, words, ray_config)
-        found = work(loaded, night, dry_run=dry_run, wait_s=wait, say=say)
+        found = work(loaded, night, dry_run=dry_run, wait_s=wait, log=log)
         promoted = found["verdict"] == "promoted"
         if dry_run:
             again = ["--night", night] if night else []
@@ -147,8 +147,8 @@ def _night(found: dict[str, Any]) -> dict[str, Any]:
         print_table(f"{found['name']}, night {found['night']}, on {found['split']}", rows,
                     right=("champion", "challenger", "error"))  # fmt: skip
     for note in (*found["notes"], *found.get("data_drift", ())):
-        say(f"note: {note}")
-    say(f"verdict: {found['verdict']}{' (dry run)' if found.get('dry_run') else ''}. {headline(found)}")
+        log(f"note: {note}")
+    log(f"verdict: {found['verdict']}{' (dry run)' if found.get('dry_run') else ''}. {headline(found)}")
     if found.get("report"):
-        say(f"report:  {found['report']}")
+        log(f"report:  {found['report']}")
     return found

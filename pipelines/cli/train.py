@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli.console import Next, number, print_table, run, say
+from pipelines.cli.console import Next, log, number, print_table, run
 from pipelines.cli.options import ConfigFile, Debug, Json, RayFile, Words, load, predicting, same
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ def shard(
         from pipelines.data.shards import shard as make
 
         loaded = load(config, words, ray_config)
-        done = make(loaded, say)
+        done = make(loaded, log)
         described = done.manifest.to_dict()
-        say(
+        log(
             f"{described['rows']} samples in {done.made + done.kept} shards ({done.kept} kept), "
             f"{described['quarantined']} quarantined: {loaded.data.shards}"
         )
@@ -65,10 +65,10 @@ def inspect(
         print_table(f"{loaded.data.shards}: {found['rows']} samples", found["table"],
                     right=("rows", "missing", "mean", "std", "min", "max"))  # fmt: skip
         for problem in found["problems"]:
-            say(f"problem: {problem}")
+            log(f"problem: {problem}")
         for note in found["notes"]:
-            say(f"note: {note}")
-        say(f"page: {found['page']}")
+            log(f"note: {note}")
+        log(f"page: {found['page']}")
         step = _after(found, config, words, ray_config)
         return found | {"status": "failed" if found["problems"] else "done", "next": step}
 
@@ -114,22 +114,22 @@ def _after(found: dict[str, Any], config: str, words: list[str] | None, ray_conf
 def _profile(config: Config) -> dict[str, Any]:
     from pipelines.training.profiling import profile
 
-    done = profile(config, say)
+    done = profile(config, log)
     found = done.found
     rows = [{"part of a step": part, "share": f"{share:.1%}"} for part, share in found["shares"].items()]
     print_table(
         f"{found['seconds_per_step']:.3g} s a step, {found['samples_per_second']:.0f} samples/s on "
         f"{found['workers']} × {found['device']}", rows, right=("share",),
     )  # fmt: skip
-    say(f"sums over workers took {found['all_reduce_share']:.1%}, some of it beside the backward pass")
-    say(f"trace for ui.perfetto.dev: {done.trace}\nslowest operators: {done.operators}")
+    log(f"sums over workers took {found['all_reduce_share']:.1%}, some of it beside the backward pass")
+    log(f"trace for ui.perfetto.dev: {done.trace}\nslowest operators: {done.operators}")
     return {"run_dir": str(done.folder.parent), "profile": found, "trace": str(done.trace)}
 
 
 def _train(config: Config) -> dict[str, Any]:
     from pipelines.training.driver import train as work
 
-    done = work(config, say)
+    done = work(config, log)
     _summary(config, done)
     result = done.result
     shown = ("grouping", "split", "metrics", "baseline", "normalized_gain", "chosen", "candidates", "notes")
@@ -162,25 +162,25 @@ def _summary(config: Config, done: Trained) -> None:
     title = f"Grouping {done.result['grouping_name']} on {done.result['split']}"
     print_table(title, rows, right=("this grouping", "naive MTL", "error"))
     if done.result["normalized_gain"] is not None:
-        say(f"mean error against naive MTL: {-done.result['normalized_gain']:+.1f} % (one run; other seeds vary)")
+        log(f"mean error against naive MTL: {-done.result['normalized_gain']:+.1f} % (one run; other seeds vary)")
     if len(done.result["candidates"]) > 1:
         scores = [f"{c['stage']} {c['score'] if c['final'] is None else c['final']:.4f}"
                   f"{' (stopped)' if c['final'] is None else ''}" for c in done.result["candidates"]]  # fmt: skip
         cost = done.result["training_cost"]
         after = done.result["distilled"]
         learned = f"; learned on from {', '.join(after['teachers'])}: {after['final']:.4f}" if after else ""
-        say(
+        log(
             f"kept {done.result['chosen']} by validation: {', '.join(scores)}{learned}; "
             f"{cost:.1f} runs of naive MTL in all"
         )
     for note in done.result["notes"]:
-        say(f"note: {note}")
-    say(f"run:      {done.run}\nreport:   {done.report}")
+        log(f"note: {note}")
+    log(f"run:      {done.run}\nreport:   {done.report}")
     for model in done.models:
-        say(f"model:    {model.uri}")
+        log(f"model:    {model.uri}")
     if done.models:
         server = without_credentials(tracking_uri(config.track))
-        say(f"registry: {server if server.startswith('http') else f'mlflow ui --backend-store-uri {server}'}")
+        log(f"registry: {server if server.startswith('http') else f'mlflow ui --backend-store-uri {server}'}")
 
 
 def report(
@@ -195,7 +195,7 @@ def report(
         from pipelines.storage import locate
 
         page = write_report(locate(run_dir))
-        say(f"report: {page}")
+        log(f"report: {page}")
         there = f"{run_dir.rstrip('/')}/config.yaml"
         step = Next("all its metrics on the test split", ("dmtg", "evaluate", run_dir, "-c", there))
         return {"run_dir": run_dir, "report": str(page), "next": step}

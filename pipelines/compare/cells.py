@@ -36,7 +36,7 @@ from pipelines.data.ingest import open_data
 from pipelines.data.reader import Reader
 from pipelines.errors import UserError
 from pipelines.storage import Location
-from pipelines.training.ray.failures import gave_up, lasting_error
+from pipelines.training.ray.failures import permanent_error, training_failed
 
 CELLS = "cells"
 FORMAT = 2  # 1: AUROC from bins, and more than ten branches in a wrong order
@@ -95,7 +95,7 @@ class CellJob:
     run: Location
 
 
-def train_cells(job: CellJob, cells: Iterable[Cell], say: Callable[[str], None]) -> dict[Cell, Result]:
+def train_cells(job: CellJob, cells: Iterable[Cell], log: Callable[[str], None]) -> dict[Cell, Result]:
     """The results of some cells, those that are there read and the others trained as Ray tasks.
 
     Raises:
@@ -111,8 +111,8 @@ def train_cells(job: CellJob, cells: Iterable[Cell], say: Callable[[str], None])
     if not left:
         return found
     if len(found) < len(there):
-        say(f"{len(there) - len(found)} results are of an earlier version, whose figures differ: trained again")
-    say(f"{len(left)} of {len(wanted)} networks and searches to train")
+        log(f"{len(there) - len(found)} results are of an earlier version, whose figures differ: trained again")
+    log(f"{len(left)} of {len(wanted)} networks and searches to train")
     task = ray.remote(train_cell).options(
         num_cpus=job.config.ray.cpus_per_worker, num_gpus=job.config.ray.gpus_per_worker or None,
         max_retries=job.config.ray.max_failures, retry_exceptions=False,
@@ -126,11 +126,11 @@ def train_cells(job: CellJob, cells: Iterable[Cell], say: Callable[[str], None])
         try:
             found[cell] = ray.get(ready)
         except ray.exceptions.RayError as error:  # told below, once the others have ended
-            failed.append(user_error(error) or gave_up(error, str(job.run)))
-            say(f"{cell.name} failed: {failed[-1].what}")
+            failed.append(user_error(error) or training_failed(error, str(job.run)))
+            log(f"{cell.name} failed: {failed[-1].what}")
             continue
         done = len(left) - len(waiting) - len(failed)
-        say(f"{done}/{len(left)} {cell.name}: validation score {found[cell]['score']:.4f}")
+        log(f"{done}/{len(left)} {cell.name}: validation score {found[cell]['score']:.4f}")
     if failed:
         raise failed[0]
     return found
@@ -155,7 +155,7 @@ def train_cell(job: CellJob, cell: Cell) -> Result:
     try:
         result = TRAIN[cell.kind](cell, spec, data, settings, splits, config)
     except (RuntimeError, MemoryError) as error:
-        raise lasting_error(error, config, str(job.run), 1) or error from error
+        raise permanent_error(error, config, str(job.run), 1) or error from error
     result["cost"] *= (cell.epochs or config.train.epochs) / config.train.epochs
     result |= {"format": FORMAT, "kind": cell.kind, "seed": cell.seed, "seconds": time.perf_counter() - started}
     (job.run / CELLS / f"{cell.name}.json").write_json(result)

@@ -41,12 +41,12 @@ from pipelines.data.shards import ensure_shards
 from pipelines.errors import UserError
 from pipelines.registry.tracking import connect, enabled, open_tracker, shown
 from pipelines.runs.files import CONFIG
-from pipelines.runs.identity import folder_name, open_run, said_before
+from pipelines.runs.identity import earlier_verdict, folder_name, open_run
 from pipelines.storage import Location, locate
 from pipelines.training.driver import check_data, check_network
 
 FOUND, PAGE = "compare.json", "compare.html"
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Compared:
         return self.folder / PAGE
 
 
-def compare(config: Config, say: Callable[[str], None] = log.info) -> Compared:
+def compare(config: Config, log: Callable[[str], None] = logger.info) -> Compared:
     """Run a comparison to its end, from wherever an earlier call with the same configuration got to.
 
     What has been trained is not trained again, also where methods or seeds were added since.
@@ -83,17 +83,17 @@ def compare(config: Config, say: Callable[[str], None] = log.info) -> Compared:
     if enabled(config.track):
         connect(config.track)
     with cells_session(config):
-        manifest = ensure_shards(config, say)
-        tasks = check_cells(described, manifest, say)
+        manifest = ensure_shards(config, log)
+        tasks = check_cells(described, manifest, log)
         methods = methods_of(config, tasks)
         contest = Contest(config, tuple(task.name for task in tasks))
         tracker = open_tracker(described, folder, manifest)
         (folder / CONFIG).write_text(yaml.safe_dump(shown(described), sort_keys=False))
         job = cell_job(config, manifest, tasks, folder)
-        results = train_both(contest, methods, job, say)
+        results = train_both(contest, methods, job, log)
         notes = support_notes(manifest, tasks, config.data.min_support)
         found = comparison(contest, tasks, methods, results, notes)
-        found |= {"name": folder.name, "signal": said_before(config)}
+        found |= {"name": folder.name, "signal": earlier_verdict(config)}
         write_page(folder / PAGE, found, config)
         (folder / FOUND).write_json(found)
     ours = next((row for row in found["rows"] if row["method"] == GUIDED), found["rows"][0])
@@ -136,14 +136,14 @@ def cells_session(config: Config) -> Iterator[None]:
         yield
 
 
-def check_cells(config: Config, manifest: Manifest, say: Callable[[str], None]) -> tuple[Task, ...]:
+def check_cells(config: Config, manifest: Manifest, log: Callable[[str], None]) -> tuple[Task, ...]:
     """Everything that can be known before a cell is trained; the tasks.
 
     Raises:
         UserError: For the first thing that is wrong.
     """
     tasks = check_data(config, manifest, locate(config.data.shards))
-    check_network(config, manifest, tasks, None, say)
+    check_network(config, manifest, tasks, None, log)
     if config.network.groups < 2 or len(tasks) < 2:
         raise UserError(
             f"nothing to group: {len(tasks)} tasks, {config.network.groups} group",
@@ -237,15 +237,15 @@ def cell_job(config: Config, manifest: Manifest, tasks: Sequence[Task], folder: 
 
 
 def train_both(
-    contest: Contest, methods: Sequence[str], job: CellJob, say: Callable[[str], None]
+    contest: Contest, methods: Sequence[str], job: CellJob, log: Callable[[str], None]
 ) -> dict[str, dict[int, list[Result]]]:
     """Method → seed → what it came to. First what needs nothing, then what follows from it, long runs last."""
     seeds = contest.config.compare.seeds
     base = [method.removesuffix(LONG) for method in methods]
     first: list[Cell] = list(chain.from_iterable(first_cells(contest, m, s) for s in seeds for m in base))
-    found = train_cells(job, first, say)
+    found = train_cells(job, first, log)
     for cells, names in ((second_cells, base), (last_cells, methods)):
         found |= train_cells(
-            job, chain.from_iterable(cells(contest, m, s, found) for s in seeds for m in names), say
+            job, chain.from_iterable(cells(contest, m, s, found) for s in seeds for m in names), log
         )
     return {method: {seed: entries(contest, method, seed, found) for seed in seeds} for method in methods}

@@ -150,18 +150,18 @@ def verdicts(
     """What the table says in words."""
     by_name = {row["method"]: row for row in rows}
     seeds = by_name[reference]["gain"]["count"]
-    said = [_of_gain(by_name[reference], seeds)] if reference != NAIVE else []
+    logged = [_of_gain(by_name[reference], seeds)] if reference != NAIVE else []
     rivals = [RANDOM, WIDE, *(f"{name}{LONG}" for name in LONGER), DISTILLED_WIDE]
     affinities = [by_name[name] for name in AFFINITIES if name in by_name]
     if affinities:
         rivals.insert(2, max(affinities, key=lambda row: row["gain"]["value"])["method"])
     if reference != NAIVE:
-        said += [_against(by_name[name]) for name in rivals if name in by_name]
+        logged += [_against(by_name[name]) for name in rivals if name in by_name]
         longer = [by_name[f"{name}{LONG}"] for name in (WIDE, RANDOM, AFFINITY) if f"{name}{LONG}" in by_name]
         if any(row["behind"]["high"] < 0 for row in longer):
-            said.append(TOO_SHORT)
-        said.append(_of_groups(groupings[reference]))
-    return said
+            logged.append(TOO_SHORT)
+        logged.append(_of_groups(groupings[reference]))
+    return logged
 
 
 def _of_gain(row: Mapping[str, Any], seeds: int) -> str:

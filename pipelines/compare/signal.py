@@ -34,7 +34,7 @@ from pipelines.runs.results import numbers
 from pipelines.storage import Location
 
 WEAK, STRONG = 0.3, 0.6  # of an intraclass correlation
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Signalled:
     found: dict[str, Any]
 
 
-def signal(config: Config, say: Callable[[str], None] = log.info) -> Signalled:
+def signal(config: Config, log: Callable[[str], None] = logger.info) -> Signalled:
     """Run a pre-flight to its end, from wherever an earlier call with the same configuration got to.
 
     Everything is judged on validation data.
@@ -62,8 +62,8 @@ def signal(config: Config, say: Callable[[str], None] = log.info) -> Signalled:
     section = config.signal
     epochs = max(round(section.share * config.train.epochs), 1)
     with cells_session(config):
-        manifest = ensure_shards(config, say)
-        tasks = check_cells(described, manifest, say)
+        manifest = ensure_shards(config, log)
+        tasks = check_cells(described, manifest, log)
         (folder / CONFIG).write_text(yaml.safe_dump(shown(described), sort_keys=False))
         names = [task.name for task in tasks]
         partitions = draw(names, min(config.network.groups, len(names)), section.partitions)
@@ -71,7 +71,7 @@ def signal(config: Config, say: Callable[[str], None] = log.info) -> Signalled:
         cells = [Cell.of(one, seed, epochs) for one in partitions for seed in section.seeds]
         cells += [Cell(kind, seed, epochs) for kind in (NAIVE, PROPOSAL) for seed in section.seeds]
         cells += [Cell(WIDE, seed, epochs) for seed in section.seeds] if wide else []
-        results = train_cells(cell_job(config, manifest, tasks, folder), cells, say)
+        results = train_cells(cell_job(config, manifest, tasks, folder), cells, log)
     grouped = [[results[Cell.of(one, seed, epochs)] for seed in section.seeds] for one in partitions]
     naive = [results[Cell(NAIVE, seed, epochs)] for seed in section.seeds]
     proposed = [results[Cell(PROPOSAL, seed, epochs)] for seed in section.seeds]

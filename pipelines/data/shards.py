@@ -53,7 +53,7 @@ GROUP_BYTES = 16 * 2**20  # decoded, of a row group: what one reading task of tr
 READERS = 4  # samples that a task opens at once: over a network the waits overlap
 Row = tuple[str, Mapping[str, "np.ndarray | None"]]  # id and columns
 Sample = tuple[Entry, "dict[str, np.ndarray | None] | str"]  # columns, or why there are none
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ShardReport:
     kept: int
 
 
-def shard(config: Config, progress: Callable[[str], None] = log.info) -> ShardReport:
+def shard(config: Config, progress: Callable[[str], None] = logger.info) -> ShardReport:
     """Make the shards of `config.source` in `config.data.shards`; those already whole are kept.
 
     Ray is started where it is not running, and only for shards that have to be made.
@@ -379,7 +379,7 @@ def _publish(
     return manifest
 
 
-def ensure_shards(config: Config, progress: Callable[[str], None] = log.info) -> Manifest:
+def ensure_shards(config: Config, progress: Callable[[str], None] = logger.info) -> Manifest:
     """The manifest of `data.shards`; shards that do not exist yet are made when `source` is given."""
     folder = locate(config.data.shards)
     if (folder / FILE).exists() or config.source is None or not config.source.given:

@@ -28,7 +28,7 @@ from pipelines.config.sections import DataSection
 from pipelines.data.reader import Reader
 from pipelines.errors import UserError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class StreamData:
         # split and batch size → the next epoch of what was being read when one ended
         self.ahead: dict[tuple[str, int], tuple[int, list[Stream]]] = {}
         if rank == 0 and self.streams < world_size <= len(self.units["train"]):
-            log.warning(
+            logger.warning(
                 "%d workers share %d streams, so that samples are read more than once: with data.shuffle_mib=%d "
                 "each reads its own",
                 world_size, self.streams, math.ceil(world_size * group_mib),
@@ -217,9 +217,9 @@ class StreamData:
 
     def _streams(self, way: Way, key: tuple[str, int], epoch: int, start: int, own: Sequence[int]) -> list[Stream]:
         """The streams numbered `own` from batch `start` of an epoch on, and on through the epochs after it."""
-        following = self.ahead.pop(key, None)
-        if following is not None and following[0] == epoch and not start:
-            return following[1]
+        monitoring = self.ahead.pop(key, None)
+        if monitoring is not None and monitoring[0] == epoch and not start:
+            return monitoring[1]
         ends, skipped = way.first + way.deal.ends(way.sizes), np.diff(way.deal.ends(way.sizes[:start]))
         window = max(self.window_rows // way.deal.streams, 1)
         # however few streams a worker has, it reads as much ahead, but not more than an epoch

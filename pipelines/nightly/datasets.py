@@ -46,7 +46,7 @@ def checked_night(text: str) -> str:
     return found
 
 
-def newest(config: Config, night: str, say: Callable[[str], None]) -> Dated:
+def newest(config: Config, night: str, log: Callable[[str], None]) -> Dated:
     """The data set of a night.
 
     Without `regroup.shards` it is `data.shards`, whatever it holds then.
@@ -63,9 +63,9 @@ def newest(config: Config, night: str, say: Callable[[str], None]) -> Dated:
     for one in older:
         if (locate(one.shards) / FILE).exists():
             if one.date != night:
-                say(f"note: the newest data is of {one.date}, the night is {night}")
+                log(f"note: the newest data is of {one.date}, the night is {night}")
             return one
-        say(f"note: the data set of {one.date} is not finished (no {FILE}); an older one is taken")
+        log(f"note: the data set of {one.date} is not finished (no {FILE}); an older one is taken")
     folder.check_bucket()
     raise UserError(
         f"no finished data set up to {night}, of {len(every)} with a date",

@@ -42,7 +42,7 @@ NIGHT, COMPARISON, VERDICT, REPORT, SENT = (
 )  # fmt: skip
 LEASE, CHALLENGER, CHAMPION = "lease.json", "challenger", "champion"
 PROMOTED, KEPT = "promoted", "kept"
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def regroup(
     *,
     dry_run: bool = False,
     wait_s: float = 0.0,
-    say: Callable[[str], None] = log.info,
+    log: Callable[[str], None] = logger.info,
 ) -> dict[str, Any]:
     """Do a night's work once, from wherever an earlier call got to.
 
@@ -105,22 +105,22 @@ def regroup(
             remedy="set track.uri, or leave it out for an SQLite file in the current folder",
             wrong_use=True,
         )
-    root = (locate(config.run.root) / "regroup" / config.name).patient()
+    root = (locate(config.run.root) / "regroup" / config.name).retrying()
     root.check_writable()
-    with Lease(root / LEASE, config.regroup.lease_s, f"regroup of {config.name}").held(wait_s, say) as lease:
+    with Lease(root / LEASE, config.regroup.lease_s, f"regroup of {config.name}").held(wait_s, log) as lease:
         folder = root / night
         if (folder / VERDICT).exists():
-            say(f"this night is done: {folder}")
-            _after(config, folder, say)
+            log(f"this night is done: {folder}")
+            _after(config, folder, log)
             return job_result(folder) | {"repeated": True}
         with session(config.ray):
-            job = _Job(config, folder, lease, say)
+            job = _Job(config, folder, lease, log)
             return job.rehearse(night) if dry_run else job.work(night)
 
 
 class _Job:
-    def __init__(self, config: Config, folder: Location, lease: Lease, say: Callable[[str], None]) -> None:
-        self.config, self.folder, self.lease, self.say = config, folder, lease, say
+    def __init__(self, config: Config, folder: Location, lease: Lease, log: Callable[[str], None]) -> None:
+        self.config, self.folder, self.lease, self.log = config, folder, lease, log
 
     def rehearse(self, night: str) -> dict[str, Any]:
         plan = self.plan(night)
@@ -141,7 +141,7 @@ class _Job:
         if verdict["verdict"] == PROMOTED:
             aliases.promote(self.config.track, self.config.name, version)
         (self.folder / VERDICT).write_json(verdict)
-        _after(self.config, self.folder, self.say)
+        _after(self.config, self.folder, self.log)
         return job_result(self.folder) | {"repeated": False}
 
     def plan(self, night: str) -> Night:
@@ -168,8 +168,8 @@ class _Job:
     def _planned(self, night: str) -> Night:
         config = self.config
         if not config.regroup.shards:
-            ensure_shards(config, self.say)
-        data = newest(config, night, self.say)
+            ensure_shards(config, self.log)
+        data = newest(config, night, self.log)
         manifest = read_manifest(locate(data.shards))
         tasks = manifest.tasks(config.data.tasks, data.shards)
         evaluation = config.regroup.evaluation or data.shards
@@ -189,11 +189,11 @@ class _Job:
             else:
                 start = tuple(str(self.folder / CHAMPION / name) for name in groups)
             notes += seen_by(champion, judged, evaluation, config.regroup.split)
-        self.say(f"night {night}: shards {data.shards}, " + (
+        self.log(f"night {night}: shards {data.shards}, " + (
             f"champion {champion['uri']}" if champion else "no champion yet"
         ))  # fmt: skip
         for note in notes:
-            self.say(f"note: {note}")
+            self.log(f"note: {note}")
         return Night(
             night, self.digest(), data.date, data.shards, manifest.digest(), evaluation, judged.digest(),
             None if champion is None else int(champion["version"]), start, tuple(notes),
@@ -226,7 +226,7 @@ class _Job:
                     "track": config.track.model_copy(update={"register_models": register}),
                 }
             ),
-            self.say,
+            self.log,
         )
 
     def verdict(self, plan: Night, trained: Trained) -> dict[str, Any]:
@@ -268,7 +268,7 @@ class _Job:
         file = self.folder / COMPARISON
         if not file.exists():
             ray_section = self.config.ray
-            self.say(f"judging champion and challenger on split {self.config.regroup.split} of {plan.evaluation}")
+            self.log(f"judging champion and challenger on split {self.config.regroup.split} of {plan.evaluation}")
             task = ray.remote(judge).options(
                 num_cpus=ray_section.cpus_per_worker, num_gpus=ray_section.gpus_per_worker or None,
                 max_retries=ray_section.max_failures,
@@ -330,21 +330,21 @@ def label_sums(config: Config, run_id: str) -> dict[str, statistics.Sums] | None
     return found
 
 
-def _after(config: Config, folder: Location, say: Callable[[str], None]) -> None:
+def _after(config: Config, folder: Location, log: Callable[[str], None]) -> None:
     """Page, tracking and webhook of a night that is decided; what is done is not done again."""
     verdict = (folder / VERDICT).read_json()
     if not (folder / REPORT).exists():
         write_night(folder)
-        _track(config, folder, verdict, say)
+        _track(config, folder, verdict, log)
     if config.regroup.webhook and not (folder / SENT).exists():
         problem = send(config.regroup.webhook, verdict)
         if problem:
-            say(f"note: the webhook did not take the verdict: {problem}; the same words try it again")
+            log(f"note: the webhook did not take the verdict: {problem}; the same words try it again")
         else:
             (folder / SENT).write_json({"night": verdict["night"]})
 
 
-def _track(config: Config, folder: Location, verdict: Mapping[str, Any], say: Callable[[str], None]) -> None:
+def _track(config: Config, folder: Location, verdict: Mapping[str, Any], log: Callable[[str], None]) -> None:
     try:
         client = connect(config.track)
         for name in (VERDICT, REPORT):
@@ -352,4 +352,4 @@ def _track(config: Config, folder: Location, verdict: Mapping[str, Any], say: Ca
         client.set_tag(verdict["run_id"], "dmtg.verdict", verdict["verdict"])
         client.set_tag(verdict["run_id"], "dmtg.night", verdict["night"])
     except Exception as error:  # noqa: BLE001 - the night is decided; a copy that is missing must not undo it
-        say(f"note: MLflow did not take the verdict ({str(error).splitlines()[0][:200]}); it is in {folder}")
+        log(f"note: MLflow did not take the verdict ({str(error).splitlines()[0][:200]}); it is in {folder}")

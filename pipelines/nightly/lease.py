@@ -91,7 +91,7 @@ class Lease:
         self.renew()
         if self.lost or time.monotonic() - self.renewed > self.silence_s:
             raise UserError(
-                f"another {self.job} has taken over: {self.lost or 'this one could not say that it lives'}",
+                f"another {self.job} has taken over: {self.lost or 'this one could not log that it lives'}",
                 where=str(self.file),
                 remedy="let the other one end; the same words then go on with what it left",
             )
@@ -101,7 +101,7 @@ class Lease:
             self.renew()
 
     @contextmanager
-    def held(self, wait_s: float = 0.0, say: Callable[[str], None] = print) -> Iterator[Lease]:
+    def held(self, wait_s: float = 0.0, log: Callable[[str], None] = print) -> Iterator[Lease]:
         """Hold it for the time of the block.
 
         Args:
@@ -111,7 +111,7 @@ class Lease:
         Raises:
             UserError: When it is not free in time, with who has it.
         """
-        self.take_or_refuse(wait_s, say)
+        self.take_or_refuse(wait_s, log)
         thread = threading.Thread(target=self._keep, daemon=True)
         thread.start()
         try:
@@ -123,11 +123,11 @@ class Lease:
             if held is not None and held["token"] == self.token:
                 self.file.delete()
 
-    def take_or_refuse(self, wait_s: float = 0.0, say: Callable[[str], None] = print) -> None:
+    def take_or_refuse(self, wait_s: float = 0.0, log: Callable[[str], None] = print) -> None:
         """Take it, as `held` says."""
         until, other = time.monotonic() + wait_s, self.take()
         if other is not None and wait_s > 0:
-            say(f"waiting for another {self.job} ({_shown(other)})")
+            log(f"waiting for another {self.job} ({_shown(other)})")
         while other is not None and time.monotonic() < until:
             time.sleep(min(POLL_S, max(until - time.monotonic(), 0.0)))
             other = self.take()

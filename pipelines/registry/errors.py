@@ -18,7 +18,7 @@ from pipelines.storage import Location
 SERVICES = {"mlflow", "requests", "urllib3", "sqlalchemy", "alembic", "boto3", "botocore"}
 CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
 SECRETS = re.compile(r"(?i)([?&][^=&\s]*(?:password|token|secret|key)[^=&\s]*)=[^&\s]+")
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -35,7 +35,7 @@ def reached(uri: str) -> Iterator[None]:
         uri: The tracking address.
 
     Raises:
-        UserError: `storage.can_pass` tells of it whether the same may succeed a little later.
+        UserError: `storage.is_transient` tells of it whether the same may succeed a little later.
     """
     try:
         yield
@@ -58,7 +58,7 @@ def _service(error: BaseException) -> str:
 
 
 def _passing(error: Exception, reason: str) -> OSError:
-    """What `storage.can_pass` knows, for an error that it does not know."""
+    """What `storage.is_transient` knows, for an error that it does not know."""
     known = OSError(errno.EHOSTUNREACH, reason)
     known.__cause__ = error
     return known
@@ -79,10 +79,10 @@ def _away(error: Exception) -> bool:
         code = getattr(response, "status_code", 0)
     if code:
         return bool(code >= 500 or code == 429)
-    return _service(error) in SERVICES or storage.can_pass(error)
+    return _service(error) in SERVICES or storage.is_transient(error)
 
 
-def patiently(call: Callable[[], T], run: Location, say: Callable[[str], None] = log.info) -> T:
+def patiently(call: Callable[[], T], run: Location, log: Callable[[str], None] = logger.info) -> T:
     """What `call` gives, which hands a finished run to MLflow; tried for a while where MLflow is away.
 
     Args:
@@ -95,14 +95,14 @@ def patiently(call: Callable[[], T], run: Location, say: Callable[[str], None] =
     """
     until = time.monotonic() + storage.PATIENCE_S
     told = False
-    for pause in storage.pauses():
+    for pause in storage.retry_delays():
         try:
             return call()
         except UserError as error:
-            if not storage.can_pass(error) or time.monotonic() + pause > until:
+            if not storage.is_transient(error) or time.monotonic() + pause > until:
                 raise late(error, run) from error
             if not told:
-                say(f"{error.what}; trying for {storage.PATIENCE_S:.0f} s more")
+                log(f"{error.what}; trying for {storage.PATIENCE_S:.0f} s more")
             told = True
         time.sleep(pause)
     raise AssertionError

@@ -21,12 +21,12 @@ from pipelines.config.sections import TrackSection
 from pipelines.data.manifest import Manifest
 from pipelines.registry.errors import reached, without_credentials
 from pipelines.runs.files import METRICS, REGISTERED, TRACKING, read_jsonl
-from pipelines.runs.writer import Errand, Outbox
+from pipelines.runs.writer import BackgroundWriter, PendingWrite
 from pipelines.storage import Location
 
 GROUPING_TAG, PARENT_TAG = "dmtg.grouping", "mlflow.parentRunId"
 FAREWELL_S = 10.0  # how long a run that was interrupted waits for MLflow to hear of it
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # A server that does not answer is found out in seconds, not after MLflow's default of many retries.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -95,7 +95,7 @@ class MlflowTracker:
         self.sending = threading.Lock()
         with reached(self.uri):
             self.run_id: str = self._taken_up() or self._created(config, manifest, parent)
-        self.outbox = Outbox(lambda _, message: log.warning(message))
+        self.writer = BackgroundWriter(lambda _, message: logger.warning(message))
         self._hold(read_jsonl(run / METRICS))
         self._send_later()
 
@@ -162,7 +162,7 @@ class MlflowTracker:
             self.records.setdefault((record["stage"], record["epoch"]), record)
 
     def _send_later(self) -> None:
-        self.outbox.put("MLflow's copy of the figures", Errand(self._send))
+        self.writer.put("MLflow's copy of the figures", PendingWrite(self._send))
 
     def deliver(self) -> None:
         """Send all figures of the run folder that MLflow does not have.
@@ -206,7 +206,7 @@ class MlflowTracker:
                     self.client.log_text(self.run_id, text, name)
                 self.client.set_tag(self.run_id, GROUPING_TAG, result.get("grouping_name", ""))
                 self.client.set_terminated(self.run_id)
-        self.outbox.close()
+        self.writer.close()
 
     def fail(self) -> None:
         """The run is marked failed, unless MLflow does not answer right now."""
@@ -215,9 +215,9 @@ class MlflowTracker:
             with contextlib.suppress(Exception):  # the error that ended the run is the one to show
                 self.client.set_terminated(self.run_id, status="FAILED")
 
-        self.outbox.put("the end of the run", Errand(write))
-        self.outbox.flush(0 if self.outbox.failing else FAREWELL_S)
-        self.outbox.close()
+        self.writer.put("the end of the run", PendingWrite(write))
+        self.writer.flush(0 if self.writer.failing else FAREWELL_S)
+        self.writer.close()
 
 
 def _metrics(record: Mapping[str, Any]) -> list[Any]:

@@ -143,8 +143,8 @@ def _gate_picture(tasks: Sequence[str], probabilities: Probabilities) -> Figure:
                 axes.plot(*curve(place, height), color=tint, linewidth=THICK * share, solid_capstyle="butt")
         axes.plot(1, height, marker="o", markersize=THICK + 3, color=tint, clip_on=False)
         members = sum(max(range(len(row)), key=row.__getitem__) == k for row in probabilities)
-        said = f"{names[k]} ({members})" if names[k] else "no task"
-        axes.annotate(said, (1, height), (12, 0), textcoords="offset points", va="center")
+        logged = f"{names[k]} ({members})" if names[k] else "no task"
+        axes.annotate(logged, (1, height), (12, 0), textcoords="offset points", va="center")
     for place, n in enumerate(rows):
         axes.annotate(tasks[n], (0, place), (-6, 0), textcoords="offset points", va="center", ha="right")
     axes.set(xlim=(0, 1), ylim=(len(tasks) - 0.5, -0.5))

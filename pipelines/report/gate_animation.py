@@ -40,7 +40,7 @@ def moving_gate(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> d
     pairs = [(n, k) for k in columns for n in rows]
     frames = [
         {
-            "said": said(record, i, records),
+            "said": logged(record, i, records),
             "probabilities": [round(record["probabilities"][n][k], 4) for n, k in pairs],
         }
         for i, record in enumerate(records)
@@ -56,7 +56,7 @@ def moving_gate(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> d
     }
 
 
-def said(record: Mapping[str, Any], place: int, records: Sequence[Mapping[str, Any]]) -> str:
+def logged(record: Mapping[str, Any], place: int, records: Sequence[Mapping[str, Any]]) -> str:
     """An epoch in words."""
     sure = [max(row) for row in record["probabilities"]]
     phase = "groups are being learned" if record["phase"] == "search" else "groups are fixed"

@@ -10,7 +10,7 @@ DAMAGED, RESIZED, LOST = "damaged", "resized", "lost"
 RESUMED, UNWRITTEN, HUNG, WAITING = "resumed", "unwritten", "hung", "waiting"
 FOR_RESULT = (DAMAGED, RESIZED, LOST, HUNG)  # kinds that are still worth knowing when the run is done
 
-Tell = Callable[[str, str], None]  # kind and message
+Emit = Callable[[str, str], None]  # kind and message
 Event = dict[str, Any]
 
 

@@ -18,7 +18,7 @@ def folder_name(config: Config, what: str) -> str:
     return f"{config.name}-{what}-{config.digest()}"
 
 
-def said_before(config: Config) -> str:
+def earlier_verdict(config: Config) -> str:
     """The verdict of `dmtg signal` with the same configuration; empty where it was not asked."""
     file = locate(config.run.root) / folder_name(config, "signal") / SIGNAL
     return str(file.read_json()["verdict"]) if file.exists() else ""
@@ -32,7 +32,7 @@ def open_run(config: Config) -> Location:
     """
     run = locate(config.run.root) / config.run_name()
     run.check_writable()
-    run = run.patient()
+    run = run.retrying()
     if (run / CONFIG).exists() and checked(
         Config, yaml.safe_load((run / CONFIG).read_text())
     ).digest() != config.digest():

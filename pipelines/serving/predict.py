@@ -42,7 +42,7 @@ from pipelines.storage import Location, locate
 
 PREDICTIONS, PLAN = "_predictions.json", "_plan.json"
 FORMAT = 1
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Job:
 
 
 def predict(
-    config: Config, model: str, out: str, split: str = "test", say: Callable[[str], None] = log.info
+    config: Config, model: str, out: str, split: str = "test", log: Callable[[str], None] = logger.info
 ) -> Predicted:
     """Predict every sample of a split; files that are whole are kept.
 
@@ -128,7 +128,7 @@ def predict(
     parts = {shard.file: part for shard in shards if (part := _finished(place, shard, plan))}
     todo = [shard for shard in shards if shard.file not in parts]
     kept = len(parts)
-    say(f"{sum(s.rows for s in shards)} samples in {len(shards)} shards: {kept} are predicted, {len(todo)} to do")
+    log(f"{sum(s.rows for s in shards)} samples in {len(shards)} shards: {kept} are predicted, {len(todo)} to do")
     if todo:
         reader = Reader(folder, replace(manifest, shards={}, sums={}, source={}), ())
         job = Job(
@@ -138,7 +138,7 @@ def predict(
         with session(config.ray), closing(_run(job, served, todo, config.ray)) as made:
             for done, part in enumerate(made, start=1):
                 parts[part["file"]] = part
-                say(f"shard {done}/{len(todo)}: {part['file']}, {part['rows']} samples")
+                log(f"shard {done}/{len(todo)}: {part['file']}, {part['rows']} samples")
     files = [{k: v for k, v in parts[shard.file].items() if k != "plan"} for shard in shards]
     rows = sum(part["rows"] for part in files)
     tasks = described(served.tasks, manifest.description.input.shape)

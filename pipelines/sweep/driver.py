@@ -48,7 +48,7 @@ from pipelines.training.warm_start import keep_models, open_models
 from pipelines.training.worker import Job
 
 SWEEP, BEST, PAGE = "sweep.json", "best.yaml", "sweep.html"
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Swept:
         return self.folder / PAGE
 
 
-def sweep(config: Config, say: Callable[[str], None] = log.info) -> Swept:
+def sweep(config: Config, log: Callable[[str], None] = logger.info) -> Swept:
     """Run a sweep to its end, from wherever an earlier call with the same words got to.
 
     Trials that finished or were stopped are not run again, those that failed are tried once more.
@@ -96,20 +96,20 @@ def sweep(config: Config, say: Callable[[str], None] = log.info) -> Swept:
     if left and enabled(config.track):
         connect(config.track)  # before shards are made, which can take hours
     with _session_for(config, left):
-        manifest = ensure_shards(config, say)
+        manifest = ensure_shards(config, log)
         tasks = manifest.tasks(config.data.tasks, config.data.shards)
         if left:
-            check(planned, manifest, models, say)
+            check(planned, manifest, models, log)
         tracker = open_tracker(described, folder, manifest)
         trackers: dict[str, Tracker] = {}
-        open_one = partial(_open_one, manifest, tracker.run_id, say)
+        open_one = partial(_open_one, manifest, tracker.run_id, log)
         with _failing(folder, tracker, trackers):
             if left:
                 (folder / CONFIG).write_text(yaml.safe_dump(shown(described), sort_keys=False))
                 start = keep_models(models, folder)
                 planned = trials(config, shared_start=len(start) < 2)
                 _run(config, planned, left, Job(config, _reader(config, manifest), None, folder, start=start),
-                     trackers, open_one, say)  # fmt: skip
+                     trackers, open_one, log)  # fmt: skip
             found = _conclude(config, folder, planned, tasks)
             _deliver(folder, planned, found, tracker, trackers, open_one)
     return Swept(folder, tracker.run_id, found)
@@ -139,7 +139,7 @@ def _failing(folder: Location, tracker: Tracker, trackers: Mapping[str, Tracker]
 
 
 def check(
-    planned: Sequence[Trial], manifest: Manifest, models: WarmStart | None, say: Callable[[str], None]
+    planned: Sequence[Trial], manifest: Manifest, models: WarmStart | None, log: Callable[[str], None]
 ) -> None:
     """All that can be known of data and networks of all trials, before the first one starts.
 
@@ -150,7 +150,7 @@ def check(
     for trial in {trial.label: trial for trial in planned}.values():
         own = None if trial.naive and models is not None and not models.single else models
         try:
-            check_network(trial.config, manifest, tasks, own, say)
+            check_network(trial.config, manifest, tasks, own, log)
         except UserError as error:
             raise UserError(
                 f"setting {trial.label}: {error.what}", where=error.where, remedy=error.remedy, wrong_use=True
@@ -162,12 +162,12 @@ def _reader(config: Config, manifest: Manifest) -> Reader:
     return Reader(folder, manifest, manifest.tasks(config.data.tasks, str(folder)))
 
 
-def _open_one(manifest: Manifest, parent: str, say: Callable[[str], None], trial: Trial) -> Tracker:
+def _open_one(manifest: Manifest, parent: str, log: Callable[[str], None], trial: Trial) -> Tracker:
     """The tracker of a trial, below that of the sweep; a server that is away costs no trial."""
     try:
         return open_tracker(trial.config, trial.run, manifest, parent)
     except UserError as error:
-        say(f"note: {trial.name} has no MLflow run yet: {error.what}")
+        log(f"note: {trial.name} has no MLflow run yet: {error.what}")
         return NullTracker()
 
 
@@ -178,7 +178,7 @@ def _run(
     common: Job,
     trackers: dict[str, Tracker],
     open_one: Callable[[Trial], Tracker],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Bring the trials that are left to their ends."""
     import ray
@@ -188,21 +188,21 @@ def _run(
     reader = common.reader
     most = min(trials_at_once(config.ray, ray.cluster_resources()), len(left))
     held = load_splits(reader) if keeps_in_memory(reader, config.data) else None
-    say(
+    log(
         f"{len(left)} of {len(planned)} trials to train, {most} at a time with {config.ray.fewest} workers each, "
         f"samples {'streamed' if held is None else 'in shared memory'}"
     )
     names = {trial.name for trial in left}
     notes = tuple(support_notes(reader.manifest, reader.tasks, config.data.min_support))
     for note in notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
     jobs = {}
     for trial in planned:
         if trial.name in names:
             (trial.run / CONFIG).write_text(yaml.safe_dump(shown(trial.config), sort_keys=False))
             start = common.start if trial.config.network.start_from else ()
             jobs[trial.name] = Job(trial.config, reader, held, trial.run, notes, start)
-    told = Told({trial.name: trial for trial in planned}, trackers, open_one, say)
+    told = Told({trial.name: trial for trial in planned}, trackers, open_one, log)
     told.ended = len(planned) - len(left)
     drive(left, jobs, told, config.sweep, config.ray, most)
 

@@ -29,9 +29,9 @@ from pipelines.runs.events import for_result
 from pipelines.runs.files import EVENTS, METRICS, RESULT, read_jsonl
 from pipelines.sweep.trials import FAILED, STOPPED, Trial
 from pipelines.training.driver import train_job
-from pipelines.training.monitor import following
+from pipelines.training.monitor import monitoring
 from pipelines.training.ray.controller import end_workers
-from pipelines.training.ray.failures import explained, gave_up
+from pipelines.training.ray.failures import explained, training_failed
 from pipelines.training.worker import Job
 
 NAME, EPOCH, SCORE, RECORD, REASON = "trial", "epoch", "val_score", "record", "reason"
@@ -65,12 +65,12 @@ class Driven(tune.Trainable):
         self.thread: threading.Thread | None = None
         self.told: dict[str, Any] = {EPOCH: 0, SCORE: WORST}
         self.reason = ""
-        self.board: Any = None
+        self.event_log: Any = None
 
     def cleanup(self) -> None:
         """Stopped on the way, nothing of the trial stays behind."""
-        if self.thread is not None and self.thread.is_alive() and self.board is not None:
-            end_workers(self.board)
+        if self.thread is not None and self.thread.is_alive() and self.event_log is not None:
+            end_workers(self.event_log)
 
     def step(self) -> dict[str, Any]:
         """Wait for an epoch, or for the end."""
@@ -86,11 +86,13 @@ class Driven(tune.Trainable):
     def _train(self) -> None:
         try:
             earlier = read_jsonl(self.job.run / EVENTS)
-            with following(self.job.run, self.job.config.ray, _Queued(self.records), _silent, earlier) as board:
-                self.board = board
+            with monitoring(
+                self.job.run, self.job.config.ray, _Queued(self.records), _silent, earlier
+            ) as event_log:
+                self.event_log = event_log
                 if not (self.job.run / RESULT).exists():
                     notes = (*self.job.notes, *for_result(earlier))
-                    train_job(replace(self.job, board=board, notes=notes), _silent)
+                    train_job(replace(self.job, event_log=event_log, notes=notes), _silent)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other trials go on
             self.reason = explained(error)
         finally:
@@ -182,9 +184,9 @@ class Told(tune.Callback):
         trials: Mapping[str, Trial],
         trackers: dict[str, Any],
         open_one: Callable[[Trial], Any],
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
-        self.trials, self.trackers, self.open_one, self.say = trials, trackers, open_one, say
+        self.trials, self.trackers, self.open_one, self.log = trials, trackers, open_one, log
         self.ended = 0
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
@@ -201,7 +203,7 @@ class Told(tune.Callback):
         if RECORD in result:
             name, record = trial.config[NAME], json.loads(result[RECORD])
             shown = "not defined" if record["val_score"] is None else f"{record['val_score']:.4f}"
-            self.say(f"{name}: epoch {result[EPOCH]} of {self.trials[name].reports}, score {shown}")
+            self.log(f"{name}: epoch {result[EPOCH]} of {self.trials[name].reports}, score {shown}")
             self.trackers[name].record(record)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
@@ -226,7 +228,7 @@ class Told(tune.Callback):
 
     def _end(self, name: str, how: str) -> None:
         self.ended += 1
-        self.say(f"{name}: {how} ({self.ended} of {len(self.trials)} trials)")
+        self.log(f"{name}: {how} ({self.ended} of {len(self.trials)} trials)")
 
 
 def drive(
@@ -267,4 +269,4 @@ def drive(
         try:
             tuner.fit()
         except Exception as error:
-            raise user_error(error) or gave_up(error, str(left[0].run.parent)) from error
+            raise user_error(error) or training_failed(error, str(left[0].run.parent)) from error

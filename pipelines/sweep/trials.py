@@ -51,7 +51,7 @@ class Trial:
     @property
     def run(self) -> Location:
         """Its run folder."""
-        return (locate(self.config.run.root) / self.config.run.name).patient()
+        return (locate(self.config.run.root) / self.config.run.name).retrying()
 
     @property
     def reports(self) -> int:

@@ -248,7 +248,7 @@ class Look:
                         "id": sample.id,
                         "task": task.name,
                         "target": in_words(task, sample.labels[task.name]),
-                        "prediction": said(task, guess.labels[task.name]),
+                        "prediction": logged(task, guess.labels[task.name]),
                         "loss": float(losses[i, n]),
                         "input": asdict(shown),
                     }
@@ -256,7 +256,7 @@ class Look:
         return rows
 
 
-def said(task: Task, guess: np.ndarray) -> str:
+def logged(task: Task, guess: np.ndarray) -> str:
     """A prediction of a sample-wise task: the likeliest class and how likely, or numbers with their unit."""
     if task.kind == "binary":
         return f"{in_words(task, np.asarray(guess > 0.5))} ({max(float(guess), 1 - float(guess)):.0%})"

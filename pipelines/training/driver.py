@@ -33,14 +33,14 @@ from pipelines.runs.identity import open_run
 from pipelines.runs.models import check_models
 from pipelines.storage import Location, locate
 from pipelines.training.finetune import train_groups
-from pipelines.training.monitor import following
+from pipelines.training.monitor import monitoring
 from pipelines.training.progress import Plan, display
-from pipelines.training.publish import hand_over, opened
-from pipelines.training.ray.failures import gave_up
+from pipelines.training.publish import opened, publish
+from pipelines.training.ray.failures import training_failed
 from pipelines.training.warm_start import explained, fairness_notes, keep_models, open_models
 from pipelines.training.worker import Job, work
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Trained:
         return self.run / REPORT
 
 
-def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
+def train(config: Config, log: Callable[[str], None] = logger.info) -> Trained:
     """Run a configuration to its end, from wherever an earlier call with the same configuration got to.
 
     Raises:
@@ -80,16 +80,16 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
         connect(config.track)  # before shards are made, which can take hours
     models = open_models(config, run)
     with session_if_needed(config):
-        manifest = ensure_shards(config, say)
+        manifest = ensure_shards(config, log)
         folder = locate(config.data.shards)
-        tasks = check_all(config, manifest, folder, models, say)
+        tasks = check_all(config, manifest, folder, models, log)
         notes = support_notes(manifest, tasks, config.data.min_support)
         for note in notes:
-            say(f"note: {note}")
+            log(f"note: {note}")
         finished = (run / RESULT).exists()
         tracker = opened(config, run, manifest) if finished else open_tracker(config, run, manifest)
         if finished:
-            say(f"this run is finished: {run} (another run.name trains anew)")
+            log(f"this run is finished: {run} (another run.name trains anew)")
         else:
             (run / CONFIG).write_text(yaml.safe_dump(shown(config), sort_keys=False))
             reader = Reader(folder, manifest, tasks)
@@ -101,23 +101,23 @@ def train(config: Config, say: Callable[[str], None] = log.info) -> Trained:
             plan = Plan.of(config, config.network_spec(manifest.description.input, tasks))
             with (
                 display(plan) as shown_there,
-                following(run, config.ray, tracker, say, earlier, shown_there) as board,
+                monitoring(run, config.ray, tracker, log, earlier, shown_there) as event_log,
             ):
-                train_job(Job(config, reader, held, run, tuple(notes), start, board, details=True), say)
-    registered = hand_over(config, run, tracker, manifest, say)
+                train_job(Job(config, reader, held, run, tuple(notes), start, event_log, details=True), log)
+    registered = publish(config, run, tracker, manifest, log)
     return Trained(run, tracker.run_id, (run / RESULT).read_json(), registered, finished)
 
 
-def train_job(job: Job, say: Callable[[str], None]) -> None:
+def train_job(job: Job, log: Callable[[str], None]) -> None:
     """Search and training of the groups, from wherever they are, to the result in the run folder.
 
     Raises:
         UserError: When they cannot be brought to their end.
     """
     if not (job.run / SEARCHED).exists():
-        run_workers(job, say)
+        run_workers(job, log)
     if job.config.search.group_epochs:
-        train_groups(job, say)
+        train_groups(job, log)
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def check_all(
     manifest: Manifest,
     folder: Location,
     models: WarmStart | None = None,
-    say: Callable[[str], None] = log.info,
+    log: Callable[[str], None] = logger.info,
 ) -> tuple[Task, ...]:
     """Everything about data and network that can be known before a worker starts; the chosen tasks.
 
@@ -147,7 +147,7 @@ def check_all(
         UserError: For the first thing that is wrong.
     """
     tasks = check_data(config, manifest, folder)
-    check_network(config, manifest, tasks, models, say)
+    check_network(config, manifest, tasks, models, log)
     return tasks
 
 
@@ -169,7 +169,7 @@ def check_network(
     manifest: Manifest,
     tasks: Sequence[Task],
     models: WarmStart | None = None,
-    say: Callable[[str], None] = log.info,
+    log: Callable[[str], None] = logger.info,
 ) -> None:
     """What can be known of the network, and of the models that it is to start from.
 
@@ -187,7 +187,7 @@ def check_network(
         with explained():
             models.check(spec)
         for note in models.notes(spec):
-            say(note)
+            log(note)
 
 
 def check_workers(config: Config, manifest: Manifest) -> None:
@@ -224,7 +224,7 @@ def _section(name: str) -> Iterator[None]:
         raise UserError(str(error), where=name, remedy=f"correct the {name} section", wrong_use=True) from error
 
 
-def run_workers(job: Job, say: Callable[[str], None], work: Callable[[dict[str, Any]], None] = work) -> None:
+def run_workers(job: Job, log: Callable[[str], None], work: Callable[[dict[str, Any]], None] = work) -> None:
     """Have Ray Train's workers do a job.
 
     Args:
@@ -243,7 +243,7 @@ def run_workers(job: Job, say: Callable[[str], None], work: Callable[[dict[str, 
     config = job.config
     fewest, most = config.ray.fewest, config.ray.most
     count = f"{most}" if fewest == most else f"{fewest} to {most}"
-    say(f"training on {count} workers, samples {'streamed' if job.held is None else 'in shared memory'}")
+    log(f"training on {count} workers, samples {'streamed' if job.held is None else 'in shared memory'}")
     # Ray Train's own collectives have no limit, and would wait for ever where PyTorch's give up
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(config.ray.timeout_s)
     with tempfile.TemporaryDirectory(prefix="dmtg-") as scratch:
@@ -265,11 +265,11 @@ def run_workers(job: Job, say: Callable[[str], None], work: Callable[[dict[str, 
                 name=job.run.name,
                 storage_path=scratch,
                 failure_config=ray.train.FailureConfig(max_failures=config.ray.max_failures),
-                callbacks=[Lead(job.board), Watch(job.board)],
+                callbacks=[Lead(job.event_log), Watch(job.event_log)],
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),
         )
         try:
             trainer.fit()
         except Exception as error:
-            raise user_error(error) or gave_up(error, str(job.run)) from error
+            raise user_error(error) or training_failed(error, str(job.run)) from error

@@ -20,20 +20,20 @@ from pipelines.cluster import user_error
 from pipelines.config.loading import Config
 from pipelines.data.ingest import open_data
 from pipelines.errors import UserError
-from pipelines.runs.events import UNWRITTEN, Tell
+from pipelines.runs.events import UNWRITTEN, Emit
 from pipelines.runs.files import CHECKPOINTS, DETAILS, MODELS, RESULT, SEARCHED
 from pipelines.runs.models import read_model, write_model
 from pipelines.runs.results import gains
 from pipelines.storage import Location
 from pipelines.training.ray.checkpoints import Checkpoints
-from pipelines.training.ray.events import teller
-from pipelines.training.ray.failures import gave_up, lasting_error
+from pipelines.training.ray.events import emitter
+from pipelines.training.ray.failures import permanent_error, training_failed
 from pipelines.training.worker import Job
 
 GROUPS, MODEL, DONE = "groups", "model", "done.json"
 
 
-def train_groups(job: Job, say: Callable[[str], None]) -> None:
+def train_groups(job: Job, log: Callable[[str], None]) -> None:
     """Train every group of a search for `search.group_epochs` epochs more and write the run's result.
 
     A group is a Ray task with the resources of one worker: they run at the same time as far as there is room. What
@@ -46,14 +46,14 @@ def train_groups(job: Job, say: Callable[[str], None]) -> None:
 
     config, searched = job.config, (job.run / SEARCHED).read_json()
     names = {name: members for name, members in searched["grouping"].items() if not _done(job.run, name).exists()}
-    say(f"training {len(names)} groups on their own, {config.search.group_epochs} epochs each")
+    log(f"training {len(names)} groups on their own, {config.search.group_epochs} epochs each")
     task = _remote(train_group, config)
     waiting = {task.remote(job, name, members, score_before(searched, members)): name
                for name, members in names.items()}  # fmt: skip
     while waiting:
         (ready, *_), _ = ray.wait(list(waiting))
         before, after = _got(ready, job)
-        say(f"{waiting.pop(ready):>10} trained on its own: validation score {before:.4f} → {after:.4f}")
+        log(f"{waiting.pop(ready):>10} trained on its own: validation score {before:.4f} → {after:.4f}")
     _finish(job, searched)
 
 
@@ -79,7 +79,7 @@ def _got(reference: Any, job: Job) -> Any:
     try:
         return ray.get(reference)
     except Exception as error:
-        raise user_error(error) or gave_up(error, str(job.run)) from error
+        raise user_error(error) or training_failed(error, str(job.run)) from error
 
 
 def score_before(searched: Mapping[str, Any], members: Sequence[str]) -> float:
@@ -98,7 +98,7 @@ def train_group(job: Job, name: str, members: Sequence[str], before: float) -> t
     reader = replace(job.reader, tasks=tuple(task for task in job.reader.tasks if task.name in members))
     settings = group_settings(job.config)
     with tempfile.TemporaryDirectory(prefix="dmtg-") as scratch:
-        context = GroupContext(job.run / GROUPS / name, Path(scratch), teller(job.board))
+        context = GroupContext(job.run / GROUPS / name, Path(scratch), emitter(job.event_log))
         data = open_data(
             reader, job.held, job.config.data, seed=settings.seed, rank=0, world_size=1, device=context.device
         )
@@ -106,7 +106,7 @@ def train_group(job: Job, name: str, members: Sequence[str], before: float) -> t
             state = _state(job, name, context, before)
             advance(state, data, settings, context, until=settings.epochs, hooks=reporting(context))
         except (RuntimeError, MemoryError) as error:
-            raise lasting_error(error, job.config, str(job.run), 1) or error from error
+            raise permanent_error(error, job.config, str(job.run), 1) or error from error
         state.take_best()
         metrics = {
             split: evaluate(state.network, data, split) for split in ("val", "test") if reader.manifest.rows(split)
@@ -140,10 +140,10 @@ def _state(job: Job, name: str, context: GroupContext, before: float) -> TrainSt
 class GroupContext(LocalContext):
     """One process, checkpoints in the run folder; one that cannot be written is told and not waited for."""
 
-    def __init__(self, folder: Location, scratch: Path, tell: Tell) -> None:
+    def __init__(self, folder: Location, scratch: Path, emit: Emit) -> None:
         super().__init__(device="cuda" if torch.cuda.is_available() else "cpu")
-        self.scratch, self.tell = scratch, tell
-        self.checkpoints = Checkpoints(folder / CHECKPOINTS, scratch, tell)
+        self.scratch, self.emit = scratch, emit
+        self.checkpoints = Checkpoints(folder / CHECKPOINTS, scratch, emit)
 
     def report(self, record: Mapping[str, Any] | None, save: Save) -> None:  # noqa: ARG002 - `TrainContext`'s
         """Write a checkpoint."""
@@ -153,7 +153,7 @@ class GroupContext(LocalContext):
             save(local)
             self.checkpoints.add(local)
         except (OSError, SafetensorError, UserError) as error:
-            self.tell(UNWRITTEN, f"{local.name} of a group is lost, training goes on ({error})")
+            self.emit(UNWRITTEN, f"{local.name} of a group is lost, training goes on ({error})")
         finally:
             shutil.rmtree(local, ignore_errors=True)
 

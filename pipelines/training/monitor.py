@@ -18,14 +18,14 @@ from pipelines.runs.events import LOST, RESIZED, RESUMED, WAITING, Event
 from pipelines.runs.files import EVENTS, GATE, METRICS, read_jsonl
 from pipelines.storage import Location
 from pipelines.training.progress import Display, NoDisplay
-from pipelines.training.ray.events import Keeper, moved_on, start_board, teller
+from pipelines.training.ray.events import EventWriter, emitter, moved_on, start_event_log
 
 POLL_S = 1.0
 NO_DISPLAY = NoDisplay()
 WAIT_S = 30.0  # until workers that do not come back are a reason to look for room
 
 
-class Follower:
+class Monitor:
     """Prints and tracks what is new in a run.
 
     Args:
@@ -41,23 +41,23 @@ class Follower:
         run: Location,
         section: RaySection,
         tracker: Tracker,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         earlier: Sequence[Event],
         display: Display,
     ) -> None:
-        self.run, self.section, self.tracker, self.say = run.patient(0), section, tracker, say
+        self.run, self.section, self.tracker, self.log = run.retrying(0), section, tracker, log
         self.told = {(r["stage"], r["epoch"]) for r in read_jsonl(run / METRICS)}
         if self.told:
-            say(f"going on from the last checkpoint; {len(self.told)} epochs were done before")
+            log(f"going on from the last checkpoint; {len(self.told)} epochs were done before")
         self.display = display
-        self.board = start_board()
-        self.keeper = Keeper(run / EVENTS, self.board, earlier)
+        self.event_log = start_event_log()
+        self.event_writer = EventWriter(run / EVENTS, self.event_log, earlier)
         self.lost_at: float | None = None
 
     def look(self) -> None:
         """All that is new."""
-        for found in self.keeper.new():
-            self.say(f"note: {found['message']}")
+        for found in self.event_writer.new():
+            self.log(f"note: {found['message']}")
             if found["kind"] == LOST:
                 self.lost_at = time.monotonic()
             elif found["kind"] in (RESUMED, RESIZED):
@@ -75,12 +75,12 @@ class Follower:
             key = (record["stage"], record["epoch"])
             if key not in self.told and key in gate:
                 self.told.add(key)
-                self.say(epoch_line(record, gate[key]["probabilities"]))
+                self.log(epoch_line(record, gate[key]["probabilities"]))
                 for warning in record.get("warnings", ()):
-                    self.say(f"note: {warning}")
+                    self.log(f"note: {warning}")
                 self.tracker.record(record)
         if self.display.live:
-            self.display.show(records, list(gate.values()), moved_on(self.board))
+            self.display.show(records, list(gate.values()), moved_on(self.event_log))
 
     def _waiting(self) -> None:
         """Workers that were lost need room, and Ray waits for it without a word."""
@@ -90,31 +90,31 @@ class Follower:
             return
         short = short_of_room(self.section, ray.cluster_resources())
         if short:
-            teller(self.board)(WAITING, f"waiting for room: {short}")
+            emitter(self.event_log)(WAITING, f"waiting for room: {short}")
             self.lost_at = None
 
 
 @contextmanager
-def following(
+def monitoring(
     run: Location,
     section: RaySection,
     tracker: Tracker,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     earlier: Sequence[Event],
     display: Display = NO_DISPLAY,
 ) -> Iterator[Any]:
-    """Follow a run for the time of the block, which is given the board; see `Follower`."""
-    follower = Follower(run, section, tracker, say, earlier, display)
+    """Follow a run for the time of the block, which is given the board; see `Monitor`."""
+    monitor = Monitor(run, section, tracker, log, earlier, display)
     stop = threading.Event()
 
     def loop() -> None:
         while not stop.wait(POLL_S):
-            follower.look()
+            monitor.look()
 
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()
     try:
-        yield follower.board
+        yield monitor.event_log
     except KeyboardInterrupt as error:
         tracker.fail()
         raise KeyboardInterrupt(str(run)) from error  # where the same command goes on
@@ -124,7 +124,7 @@ def following(
     finally:
         stop.set()
         thread.join()
-        follower.look()
+        monitor.look()
 
 
 def epoch_line(record: dict[str, Any], probabilities: list[list[float]]) -> str:

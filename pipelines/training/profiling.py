@@ -15,7 +15,7 @@ from pipelines.data.shards import ensure_shards
 from pipelines.runs.files import PROFILE
 from pipelines.storage import Location, locate
 from pipelines.training.driver import check_all, run_workers
-from pipelines.training.ray.events import start_board
+from pipelines.training.ray.events import start_event_log
 from pipelines.training.worker import Job
 
 
@@ -37,7 +37,7 @@ class Profiled:
         return self.folder / TRACE
 
 
-def profile(config: Config, say: Callable[[str], None]) -> Profiled:
+def profile(config: Config, log: Callable[[str], None]) -> Profiled:
     """Train a fresh network for a few steps, as `train` would, and leave the run itself as it is.
 
     Raises:
@@ -47,9 +47,9 @@ def profile(config: Config, say: Callable[[str], None]) -> Profiled:
     run.check_writable()
     config.check_options()
     with session(config.ray):
-        manifest = ensure_shards(config, say)
+        manifest = ensure_shards(config, log)
         folder = locate(config.data.shards)
         reader = Reader(folder, manifest, check_all(config, manifest, folder))
         held = load_splits(reader) if keeps_in_memory(reader, config.data) else None
-        run_workers(Job(config, reader, held, run, board=start_board(), profile=True), say)
+        run_workers(Job(config, reader, held, run, event_log=start_event_log(), profile=True), log)
     return Profiled((run / PROFILE / SHARES).read_json(), run / PROFILE)

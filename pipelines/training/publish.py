@@ -25,11 +25,11 @@ from pipelines.registry.tracking import Tracker, enabled, open_tracker, tracking
 from pipelines.runs.files import CONFIG, GROUPING, LABELS, REGISTERED, REPORT, RESULT, TRACKING
 from pipelines.storage import Location, locate
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class HandedOver:
+class Published:
     """A run that MLflow has: its folder, its MLflow run, its registered models, and the server."""
 
     run: Location
@@ -38,8 +38,8 @@ class HandedOver:
     uri: str
 
 
-def hand_over(
-    config: Config, run: Location, tracker: Tracker, manifest: Manifest, say: Callable[[str], None] = log.info
+def publish(
+    config: Config, run: Location, tracker: Tracker, manifest: Manifest, log: Callable[[str], None] = logger.info
 ) -> list[Registered]:
     """Write the report of a finished run, hand the run to MLflow, and give its registered models.
 
@@ -53,7 +53,7 @@ def hand_over(
     result = (run / RESULT).read_json()
     registers = config.track.register_models and enabled(config.track)
     if registers and not (run / REGISTERED).exists():
-        say("registering the grouping and its group models")
+        log("registering the grouping and its group models")
 
     def all_of_it() -> list[Registered]:
         tracker.deliver()
@@ -62,7 +62,7 @@ def hand_over(
         tracker.finish(result, files | {LABELS: json.dumps(manifest.sums["train"])})
         return models
 
-    return patiently(all_of_it, run, say)
+    return patiently(all_of_it, run, log)
 
 
 def _registered(
@@ -90,7 +90,7 @@ def opened(config: Config, run: Location, manifest: Manifest) -> Tracker:
         raise late(error, run) from error
 
 
-def register_run(run_dir: str, uri: str = "", say: Callable[[str], None] = log.info) -> HandedOver:
+def register_run(run_dir: str, uri: str = "", log: Callable[[str], None] = logger.info) -> Published:
     """Hand a finished run to MLflow: its figures, its models and its end, as far as they are not there.
 
     Args:
@@ -100,7 +100,7 @@ def register_run(run_dir: str, uri: str = "", say: Callable[[str], None] = log.i
     Raises:
         UserError: When there is no finished run, its shards are gone, or the server does not take it.
     """
-    run = locate(run_dir).patient()
+    run = locate(run_dir).retrying()
     missing = [name for name in (CONFIG, RESULT) if not (run / name).exists()]
     if missing:
         raise UserError(
@@ -115,8 +115,8 @@ def register_run(run_dir: str, uri: str = "", say: Callable[[str], None] = log.i
         raise UserError("the run was not tracked", where=f"{run / CONFIG}: track.uri=none", remedy="give --uri")
     manifest = _data_of(config, run)
     tracker = opened(config, run, manifest)
-    models = hand_over(config, run, tracker, manifest, say)
-    return HandedOver(run, tracker.run_id, models, without_credentials(tracking_uri(track)))
+    models = publish(config, run, tracker, manifest, log)
+    return Published(run, tracker.run_id, models, without_credentials(tracking_uri(track)))
 
 
 def _data_of(config: Config, run: Location) -> Manifest:

@@ -27,9 +27,9 @@ from pipelines.runs.models import warm_start
 from pipelines.runs.results import write_result
 from pipelines.storage import Location
 from pipelines.training.ray.context import RayContext
-from pipelines.training.ray.events import on_board, teller
-from pipelines.training.ray.failures import LastingError, lasting_error
-from pipelines.training.ray.watchdog import Pulse, Watched
+from pipelines.training.ray.events import emitter, events_after
+from pipelines.training.ray.failures import PermanentError, permanent_error
+from pipelines.training.ray.watchdog import MonitoredData, StepReporter
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Job:
     run: Location
     notes: tuple[str, ...] = ()
     start: tuple[tuple[str, Location], ...] = ()
-    board: Any = None
+    event_log: Any = None
     profile: bool = False
     details: bool = False
 
@@ -63,7 +63,7 @@ def work(values: dict[str, Any]) -> None:
         LastingError: For what other workers would meet again.
     """
     job: Job = values["job"]
-    context = RayContext(job.run, teller(job.board), job.config.ray.hung_after_s)
+    context = RayContext(job.run, emitter(job.event_log), job.config.ray.hung_after_s)
     try:
         # each worker on a machine gets its share of the cores
         torch.set_num_threads(max((os.cpu_count() or 1) // context.local_world_size, 1))
@@ -85,10 +85,10 @@ def _explaining(job: Job, context: RayContext) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError, checkpoint.OutdatedNetworkError) as error:
-        lasting = lasting_error(error, job.config, str(job.run), context.world_size)
-        if lasting is None:
+        permanent = permanent_error(error, job.config, str(job.run), context.world_size)
+        if permanent is None:
             raise
-        raise lasting from error
+        raise permanent from error
 
 
 def _open(job: Job, context: RayContext) -> tuple[NetworkSpec, Data]:
@@ -97,8 +97,8 @@ def _open(job: Job, context: RayContext) -> tuple[NetworkSpec, Data]:
         reader, job.held, config.data, seed=config.train.seed,
         rank=context.rank, world_size=context.world_size, device=context.device,
     )  # fmt: skip
-    return config.network_spec(reader.manifest.description.input, reader.tasks), Watched(
-        data, context.watchdog, Pulse(job.board) if context.rank == 0 else None
+    return config.network_spec(reader.manifest.description.input, reader.tasks), MonitoredData(
+        data, context.watchdog, StepReporter(job.event_log) if context.rank == 0 else None
     )
 
 
@@ -124,14 +124,14 @@ def _keep(job: Job, context: RayContext, result: SearchResult) -> None:
     """The result in the run folder, after the checkpoint from which another call would come to the same."""
     whole = context.flush()
     last = "the last checkpoint, without training again" if whole else "the last whole checkpoint"
-    run = job.run if whole else job.run.patient(0)  # it has been waited for long enough
+    run = job.run if whole else job.run.retrying(0)  # it has been waited for long enough
     try:
         if job.details:
             write_details(job, run, result)
-        notes = (*job.notes, *warnings_of(context.records), *for_result(on_board(job.board)))
+        notes = (*job.notes, *warnings_of(context.records), *for_result(events_after(job.event_log)))
         write_result(run, result, notes, SEARCHED if job.config.search.group_epochs else RESULT)
     except UserError as error:
-        raise LastingError(
+        raise PermanentError(
             f"training is done, its result {error.what.removeprefix('cannot write: ')}",
             where=error.where,
             remedy=f"{error.remedy}; then run the same words again: they go on from {last}",
@@ -153,5 +153,5 @@ def write_details(job: Job, run: Location, result: SearchResult) -> None:
 
 def warnings_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the epochs of a run have warned of, each once, with the stage."""
-    said = [f"{record['stage']}: {warning}" for record in records for warning in record.get("warnings", ())]
-    return list(dict.fromkeys(said))
+    logged = [f"{record['stage']}: {warning}" for record in records for warning in record.get("warnings", ())]
+    return list(dict.fromkeys(logged))

@@ -121,6 +121,6 @@ def run(
     """A finished run on two workers, its configuration, and what it said."""
     from pipelines.training.driver import train
 
-    said: list[str] = []
+    logged: list[str] = []
     config = make_config(images, tmp_path_factory.mktemp("run"), data={"min_support": 8})
-    return config, train(config, said.append), said
+    return config, train(config, logged.append), logged

@@ -31,7 +31,7 @@ from pipelines.data.sources.rows import SPLITS, check_root, check_unique
 from pipelines.errors import UserError
 from pipelines.storage import Location
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 ALIGNED = (178, 218)  # width and height of every aligned image
 _PARTITIONS = {str(number): split for number, split in enumerate(SPLITS)}
@@ -152,13 +152,13 @@ class CelebaSource:
                 remedy="restore the two files of one download",
             )
         if len(splits) > len(images):
-            log.warning("%s lists %d images without attributes: left out", partition, len(splits) - len(images))
+            logger.warning("%s lists %d images without attributes: left out", partition, len(splits) - len(images))
         return splits
 
     def _count_unlisted(self, listed: Container[str]) -> None:
         unlisted = sum(name not in listed for name in self._images.files(recursive=False))
         if unlisted:
-            log.warning("%s: %d files are in no list: left out", self._images, unlisted)
+            logger.warning("%s: %d files are in no list: left out", self._images, unlisted)
 
 
 def _first_there(root: Location, places: Sequence[str]) -> Location:

@@ -21,7 +21,7 @@ from pipelines.data.sources.base import BadSampleError, Column
 from pipelines.data.sources.rows import Row
 from pipelines.errors import UserError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _YES = ("true", "yes", "1", "1.0")
 _NO = ("false", "no", "0", "0.0", "-1", "-1.0")
@@ -129,7 +129,7 @@ def kept_rows(rows: Sequence[Row], specs: Sequence[LabelTask], where: str) -> li
     if not kept:
         raise UserError("every row is left out by `drop`", where=where, remedy="drop fewer values")
     if len(kept) < len(rows):
-        log.info("%s: %d of %d rows left out by `drop`", where, len(rows) - len(kept), len(rows))
+        logger.info("%s: %d of %d rows left out by `drop`", where, len(rows) - len(kept), len(rows))
     return kept
 
 

@@ -29,7 +29,7 @@ from pipelines.data.sources.rows import MOST_NAMES, SPLIT_COLUMN, Row, check_ids
 from pipelines.errors import UserError
 from pipelines.storage import Location
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MISSING = ("nan", "NaN", "null", "NULL", "None")
 WIDE = 10_000  # features of a sample that are worth a warning
@@ -163,14 +163,16 @@ class TableSource(PreparedSource):
             else:
                 constants.append(column)
         if constants:
-            log.warning("%s: left out, constant in training: %s", self._table, listed(constants, MOST_NAMES))
+            logger.warning("%s: left out, constant in training: %s", self._table, listed(constants, MOST_NAMES))
         if not features:
             raise UserError("no feature is left", where=str(self._table), remedy="choose other features")
         _log_features(str(self._table), [feature for feature, _ in features])
         mean, std = zip(*(pair for _, scales in features for pair in scales), strict=True)
         if len(mean) > WIDE:
             size = len(mean) * 4 // 1024
-            log.warning("%s: %d features, %d KiB a sample: set data.compression=lz4", self._table, len(mean), size)
+            logger.warning(
+                "%s: %d features, %d KiB a sample: set data.compression=lz4", self._table, len(mean), size
+            )
         preparation = {
             "kind": "table",
             "features": [feature for feature, _ in features],
@@ -247,4 +249,4 @@ def _problem(chosen: Sequence[str], taken: set[str | None], categorical: Sequenc
 def _log_features(where: str, features: Sequence[Mapping[str, Any]]) -> None:
     for kind, words in (("number", "numbers"), ("category", "categories")):
         names = [feature["column"] for feature in features if feature["type"] == kind]
-        log.info("%s: %d features are %s: %s", where, len(names), words, listed(names, MOST_NAMES))
+        logger.info("%s: %d features are %s: %s", where, len(names), words, listed(names, MOST_NAMES))

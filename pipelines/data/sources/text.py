@@ -31,7 +31,7 @@ from pipelines.data.sources.tokens import load_tokenizer, train_tokenizer
 from pipelines.errors import UserError
 from pipelines.storage import Location, locate
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class TextOptions(Section):
@@ -222,7 +222,7 @@ class TextSource(PreparedSource):
     def _log_tokens(self, texts: Sequence[str], tokenizer: Any, vocabulary: int) -> None:
         """Say how many training texts are cut: a person can only mend what is said."""
         cut = sum(bool(found.overflowing) for found in tokenizer.encode_batch(texts))
-        log.info(
+        logger.info(
             "%s: %d tokens in the vocabulary; %d of %d training texts are longer than length=%d and are cut",
             self._root, vocabulary, cut, len(texts), self._options.length,
         )  # fmt: skip
@@ -234,7 +234,7 @@ def _warn_repeated(entries: Sequence[Entry], column: str, where: str) -> None:
     others = {entry.fields["row"].cells[column] for entry in entries if entry.split != "train"}
     repeated = sum(text in others for text in train)
     if repeated:
-        log.warning(
+        logger.warning(
             "%s: %d of %d training texts are in val or test too, word for word; they are kept",
             where, repeated, len(train),
         )  # fmt: skip

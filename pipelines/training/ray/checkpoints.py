@@ -13,7 +13,7 @@ from pathlib import Path
 from dmtg_core.training.checkpoint import SEAL, check_seal, seal
 from dmtg_core.training.context import newest_whole
 from pipelines.errors import UserError
-from pipelines.runs.events import DAMAGED, Tell
+from pipelines.runs.events import DAMAGED, Emit
 from pipelines.storage import Location
 
 PREFIX = "checkpoint_"
@@ -32,8 +32,8 @@ class Checkpoints:
         tell: Hears of damage.
     """
 
-    def __init__(self, folder: Location, scratch: Path, tell: Tell) -> None:
-        self.folder, self.scratch, self.tell = folder, scratch, tell
+    def __init__(self, folder: Location, scratch: Path, emit: Emit) -> None:
+        self.folder, self.scratch, self.emit = folder, scratch, emit
         self.fetched: Path | None = None
         names = [name for name in folder.folders() if name.startswith(PREFIX)]
         self.number = int(names[-1].removeprefix(PREFIX).split("_")[0]) if names else 0
@@ -49,7 +49,7 @@ class Checkpoints:
 
     def _passed_over(self, problem: str) -> None:
         damaged = self.whole.pop()  # it does not count among those that are kept
-        self.tell(DAMAGED, f"{damaged} is passed over: {problem.partition(': ')[2]}")
+        self.emit(DAMAGED, f"{damaged} is passed over: {problem.partition(': ')[2]}")
 
     def fetch(self, name: str) -> Path:
         """A checkpoint as a local folder; `forget` removes the copy."""
@@ -92,7 +92,7 @@ class Checkpoints:
         """
         if not (local / SEAL).exists():
             seal(local)
-        folder = self.folder.patient(0)  # it is for the caller to try again, or not
+        folder = self.folder.retrying(0)  # it is for the caller to try again, or not
         place = folder / local.name
         files = sorted(file for file in local.rglob("*") if file.is_file() and file.name != SEAL)
         try:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from dmtg_core.training.checkpoint import read_json
 from dmtg_core.training.context import Save
-from pipelines.runs.events import RESIZED, RESUMED, UNWRITTEN, Tell
+from pipelines.runs.events import RESIZED, RESUMED, UNWRITTEN, Emit
 from pipelines.runs.files import CHECKPOINTS, GATE, METRICS
-from pipelines.runs.writer import Errand, Outbox
+from pipelines.runs.writer import BackgroundWriter, PendingWrite
 from pipelines.storage import PATIENCE_S, Location, finite
 from pipelines.training.ray.checkpoints import Checkpoints
-from pipelines.training.ray.failures import LastingError
+from pipelines.training.ray.failures import PermanentError
 from pipelines.training.ray.watchdog import STACKS, Scratch, Watchdog
 
 CLOSING_S = 5.0  # no longer: Ray ends the process
@@ -40,7 +40,7 @@ class RayContext:
         hung_after_s: See `Watchdog`.
     """
 
-    def __init__(self, run: Location, tell: Tell, hung_after_s: float = 0) -> None:
+    def __init__(self, run: Location, emit: Emit, hung_after_s: float = 0) -> None:
         import ray.train
         import ray.train.torch
 
@@ -49,12 +49,12 @@ class RayContext:
         self.world_size: int = own.get_world_size()
         self.local_world_size: int = own.get_local_world_size()
         self.device: torch.device = ray.train.torch.get_device()
-        self.run, self.tell = run, tell
+        self.run, self.emit = run, emit
         self.records: list[dict[str, Any]] = []
-        self.scratch = Scratch(run, tell)
+        self.scratch = Scratch(run, emit)
         self.watchdog = Watchdog(hung_after_s, self.scratch.path / STACKS)
-        self.checkpoints = Checkpoints(run / CHECKPOINTS, self.scratch.path, tell)
-        self.outbox = Outbox(tell)
+        self.checkpoints = Checkpoints(run / CHECKPOINTS, self.scratch.path, emit)
+        self.writer = BackgroundWriter(emit)
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """On the device, under DDP when there are several workers."""
@@ -101,9 +101,9 @@ class RayContext:
             (folder / PROGRESS).write_text(json.dumps(progress, allow_nan=False))
         except (OSError, SafetensorError) as error:
             remove()
-            self.tell(UNWRITTEN, f"{name} is lost, training goes on ({error} at {self.scratch.path.parent})")
+            self.emit(UNWRITTEN, f"{name} is lost, training goes on ({error} at {self.scratch.path.parent})")
             return
-        self.outbox.put("the checkpoint", Errand(partial(self.checkpoints.add, folder), remove))
+        self.writer.put("the checkpoint", PendingWrite(partial(self.checkpoints.add, folder), remove))
 
     def _figures(self) -> None:
         """The records as files, the gate's probabilities apart; they come first, for a reader wants both."""
@@ -112,7 +112,7 @@ class RayContext:
         plain = [{k: v for k, v in record.items() if k != "probabilities"} for record in self.records]
         for name, records in ((GATE, gate), (METRICS, plain)):
             text = "".join(json.dumps(finite(record), allow_nan=False) + "\n" for record in records)
-            self.outbox.put(name, Errand(partial((self.run / name).patient(0).write_text, text)))
+            self.writer.put(name, PendingWrite(partial((self.run / name).retrying(0).write_text, text)))
 
     def latest(self) -> Path | None:
         """See `TrainContext.latest`.
@@ -134,7 +134,7 @@ class RayContext:
                 return None
             progress = read_json(found / PROGRESS, "records", "workers")
         except ValueError as error:
-            raise LastingError(
+            raise PermanentError(
                 str(error), where=str(self.checkpoints.folder), remedy="delete them to train anew from the start"
             ) from error
         self.records = progress["records"]
@@ -147,18 +147,18 @@ class RayContext:
         after = f" after epoch {last['epoch']} of {last['stage']}" if last else ""
         workers = f"{self.world_size} worker{'s' * (self.world_size > 1)}"
         if before != self.world_size:
-            self.tell(RESIZED, f"going on from {name}{after} with {workers} (it was written by {before})")
+            self.emit(RESIZED, f"going on from {name}{after} with {workers} (it was written by {before})")
         else:
-            self.tell(RESUMED, f"going on from {name}{after} with {workers}")
+            self.emit(RESUMED, f"going on from {name}{after} with {workers}")
 
     def flush(self) -> bool:
         """Wait until the last checkpoint is in the run folder, and no longer than for any other file."""
         self.watchdog.progress()
-        return self.outbox.flush(PATIENCE_S)
+        return self.writer.flush(PATIENCE_S)
 
     def close(self) -> None:
         """Leave nothing behind on this machine."""
         self.watchdog.close()
-        self.outbox.flush(CLOSING_S)  # the others may have been lost while it was being written
-        self.outbox.close()
+        self.writer.flush(CLOSING_S)  # the others may have been lost while it was being written
+        self.writer.close()
         self.scratch.close()

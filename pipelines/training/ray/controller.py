@@ -14,15 +14,15 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from pipelines.cluster import causes
 from pipelines.runs.events import LOST
-from pipelines.training.ray.events import teller
-from pipelines.training.ray.failures import LastingError, lost_at_start, reason
+from pipelines.training.ray.events import emitter
+from pipelines.training.ray.failures import PermanentError, lost_at_start, reason
 
 
 class Watch(UserCallback):
     """Tells why workers were lost, and ends a run whose next workers would meet the same error."""
 
-    def __init__(self, board: Any) -> None:
-        self.tell = teller(board)
+    def __init__(self, event_log: Any) -> None:
+        self.emit = emitter(event_log)
         self.told = ""
 
     def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:  # noqa: ARG002 - Ray's names
@@ -36,15 +36,15 @@ class Watch(UserCallback):
             LastingError: The controller does not retry after an error of its own callbacks.
         """
         for error in worker_exceptions.values():
-            lasting = next((one for one in causes(error) if isinstance(one, LastingError)), None)
-            if lasting is not None:
-                raise lasting
+            permanent = next((one for one in causes(error) if isinstance(one, PermanentError)), None)
+            if permanent is not None:
+                raise permanent
         self.lost(reason(worker_exceptions))
 
     def lost(self, why: str) -> None:
         """Tell it, once: while a machine is being taken away, it is found at every look."""
         if why != self.told:
-            self.tell(LOST, f"workers were lost ({why})")
+            self.emit(LOST, f"workers were lost ({why})")
         self.told = why
 
 
@@ -74,22 +74,22 @@ class Workers(WorkerGroup):
 class Lead(ControllerCallback):
     """Gives the controller its kind of workers, and puts it on the board for `end_workers`, before any starts."""
 
-    def __init__(self, board: Any) -> None:
-        self.board = board
+    def __init__(self, event_log: Any) -> None:
+        self.event_log = event_log
 
     def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002 - Ray's name
         """In the controller's own process."""
         TrainController.worker_group_cls = Workers
-        ray.get(self.board.led_by.remote(ray.get_runtime_context().current_actor))
+        ray.get(self.event_log.led_by.remote(ray.get_runtime_context().current_actor))
 
 
-def end_workers(board: Any) -> None:
+def end_workers(event_log: Any) -> None:
     """Let a run's workers and their room go, where the process that started them is about to leave.
 
     Left to Ray, the room stays taken wherever there is no dashboard that says who is alive.
     """
     with contextlib.suppress(ray.exceptions.RayError):  # it leaves with an error, or has left
-        controller = ray.get(board.leader.remote())
+        controller = ray.get(event_log.leader.remote())
         if controller is not None:
             ray.get(controller.abort.remote())
 

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.runs.events import Event, Tell, event
+from pipelines.runs.events import Emit, Event, event
 from pipelines.storage import Location
 
 
-class Board:
+class EventLog:
     """Where processes put what they have to tell. It runs as a Ray actor."""
 
     def __init__(self) -> None:
@@ -48,63 +48,63 @@ class Board:
         return self.events[count:]
 
 
-def start_board() -> Any:
+def start_event_log() -> Any:
     """A board on the node of the driver, which ends with it."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
+    return ray.remote(num_cpus=0)(EventLog).options(scheduling_strategy=here).remote()
 
 
-def teller(board: Any) -> Tell:
+def emitter(event_log: Any) -> Emit:
     """A function that puts something on the board, without waiting for it."""
 
-    def tell(kind: str, message: str) -> None:
-        board.put.remote(event(kind, message))
+    def emit(kind: str, message: str) -> None:
+        event_log.put.remote(event(kind, message))
 
-    return tell
+    return emit
 
 
-def on_board(board: Any, count: int = 0) -> list[Event]:
+def events_after(event_log: Any, count: int = 0) -> list[Event]:
     """All that the board holds but the first `count`; nothing where it has been lost."""
     import ray
 
     try:
-        found: list[Event] = ray.get(board.after.remote(count), timeout=10)
+        found: list[Event] = ray.get(event_log.after.remote(count), timeout=10)
     except (ray.exceptions.RayError, TimeoutError):
         return []
     return found
 
 
-def moved_on(board: Any) -> tuple[int, int]:
+def moved_on(event_log: Any) -> tuple[int, int]:
     """Step and steps of the epoch that is under way; none where the board has been lost."""
     import ray
 
     try:
-        at: tuple[int, int] = ray.get(board.moved.remote(), timeout=10)
+        at: tuple[int, int] = ray.get(event_log.moved.remote(), timeout=10)
     except (ray.exceptions.RayError, TimeoutError):
         return 0, 0
     return at
 
 
-class Keeper:
+class EventWriter:
     """The driver's end: takes what is new from the board, and keeps all of it in the run folder.
 
     Args:
         file: Where to keep it.
-        board: See `start_board`.
+        board: See `start_event_log`.
         earlier: What earlier sessions of the run kept there.
     """
 
-    def __init__(self, file: Location, board: Any, earlier: Sequence[Event] = ()) -> None:
-        self.file, self.board, self.earlier = file.patient(0), board, len(earlier)
+    def __init__(self, file: Location, event_log: Any, earlier: Sequence[Event] = ()) -> None:
+        self.file, self.event_log, self.earlier = file.retrying(0), event_log, len(earlier)
         self.events = list(earlier)
         self.kept = len(self.events)
 
     def new(self) -> list[Event]:
         """What came since the last call."""
-        found = on_board(self.board, len(self.events) - self.earlier)
+        found = events_after(self.event_log, len(self.events) - self.earlier)
         self.events += found
         if self.kept < len(self.events):
             self._keep()

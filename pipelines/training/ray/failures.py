@@ -22,7 +22,7 @@ LESS_HOST_MEMORY = (
 )
 
 
-class LastingError(UserError):
+class PermanentError(UserError):
     """An error that other workers would meet again: the run ends with it, instead of starting them."""
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
@@ -30,11 +30,11 @@ class LastingError(UserError):
         return _rebuild, (self.what, self.where, self.remedy)
 
 
-def _rebuild(what: str, where: str, remedy: str) -> LastingError:
-    return LastingError(what, where=where, remedy=remedy)
+def _rebuild(what: str, where: str, remedy: str) -> PermanentError:
+    return PermanentError(what, where=where, remedy=remedy)
 
 
-def lasting_error(error: Exception, config: Config, run: str, workers: int) -> LastingError | None:
+def permanent_error(error: Exception, config: Config, run: str, workers: int) -> PermanentError | None:
     """What to tell the user of an error that comes from the configuration; None for any other.
 
     Args:
@@ -45,13 +45,13 @@ def lasting_error(error: Exception, config: Config, run: str, workers: int) -> L
     """
     if isinstance(error, NonFiniteLossError):
         problem, _, remedy = str(error).partition(": ")
-        return LastingError(problem, where=f"{run} (the last good checkpoint stays)", remedy=remedy)
+        return PermanentError(problem, where=f"{run} (the last good checkpoint stays)", remedy=remedy)
     if isinstance(error, OutdatedNetworkError):
         remedy = "delete the run folder, or give another run.name, and train it again"
-        return LastingError(str(error).partition(": ")[2], where=run, remedy=remedy)
+        return PermanentError(str(error).partition(": ")[2], where=run, remedy=remedy)
     if out_of_memory(error):
         share = f"{config.train.batch_size} samples on {workers} worker{'s' * (workers > 1)}"
-        return LastingError(
+        return PermanentError(
             f"memory ran out in training on a batch of {share}: {_first_line(error)}",
             where="training worker",
             remedy=LESS_MEMORY
@@ -80,8 +80,8 @@ def _died(error: BaseException) -> bool:
 
 def _lost_the_others(error: BaseException) -> bool:
     words = ("gloo", "nccl", "connection reset", "connection closed", "broken pipe")
-    said = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
-    return said or isinstance(error, torch.distributed.DistError)
+    logged = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    return logged or isinstance(error, torch.distributed.DistError)
 
 
 def _late(error: BaseException) -> bool:
@@ -138,7 +138,7 @@ def lost_at_start(error: BaseException) -> str:
     return how and f"while they started: {how}"
 
 
-def gave_up(error: BaseException, run: str) -> UserError:
+def training_failed(error: BaseException, run: str) -> UserError:
     """What to tell the user of a run whose workers were lost once too often, or that Ray could not start."""
     from ray.train import WorkerGroupError
 

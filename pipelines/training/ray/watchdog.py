@@ -16,7 +16,7 @@ from typing import Any
 
 from dmtg_core.training.data import Batch, Data
 from pipelines.errors import UserError
-from pipelines.runs.events import HUNG, Tell
+from pipelines.runs.events import HUNG, Emit
 from pipelines.storage import Location
 
 STACKS = "stacks.txt"
@@ -36,13 +36,13 @@ class Scratch:
         UserError: When no folder can be made.
     """
 
-    def __init__(self, run: Location, tell: Tell) -> None:
+    def __init__(self, run: Location, emit: Emit) -> None:
         temporary = Path(tempfile.gettempdir())
         prefix = f"dmtg-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}-"
         try:
             with _locked(temporary):  # or another worker would take a folder that is not locked yet for a left one
                 for left in temporary.glob(f"{prefix}*"):
-                    _clear(left, run, tell)
+                    _clear(left, run, emit)
                 self.path = Path(tempfile.mkdtemp(prefix=prefix))
                 self.lock = os.open(self.path, os.O_RDONLY)
                 fcntl.flock(self.lock, fcntl.LOCK_EX)
@@ -70,7 +70,7 @@ def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _clear(left: Path, run: Location, tell: Tell) -> None:
+def _clear(left: Path, run: Location, emit: Emit) -> None:
     """Remove the folder of a worker that is gone; where it left because it hung, keep where it stood."""
     try:
         with _locked(left, fcntl.LOCK_NB):
@@ -78,7 +78,7 @@ def _clear(left: Path, run: Location, tell: Tell) -> None:
             if stacks.exists() and stacks.stat().st_size:
                 kept = run / f"hung_{stacks.stat().st_mtime_ns}.txt"
                 kept.write_file(stacks)
-                tell(HUNG, f"a worker made no progress for ray.hung_after_s and was given up; it stood at {kept}")
+                emit(HUNG, f"a worker made no progress for ray.hung_after_s and was given up; it stood at {kept}")
             shutil.rmtree(left, ignore_errors=True)
     except (OSError, UserError):
         return  # it has an owner, or goes next time
@@ -115,21 +115,21 @@ class Watchdog:
         self.file.close()
 
 
-class Pulse:
+class StepReporter:
     """Tells a board how far an epoch is, at most once a second, and waits for nothing."""
 
-    def __init__(self, board: Any) -> None:
-        self.board, self.told = board, -REARM_S
+    def __init__(self, event_log: Any) -> None:
+        self.event_log, self.told = event_log, -REARM_S
 
     def __call__(self, step: int, steps: int) -> None:
         """A step has begun."""
         now = time.monotonic()
         if now - self.told >= REARM_S:
-            self.board.move.remote(step, steps)
+            self.event_log.move.remote(step, steps)
             self.told = now
 
 
-class Watched:
+class MonitoredData:
     """Data whose every batch is progress; see `dmtg_core.training.data.Data`.
 
     Args:
@@ -138,8 +138,8 @@ class Watched:
         pulse: Is told of every training step; None to tell nobody.
     """
 
-    def __init__(self, data: Data, watchdog: Watchdog, pulse: Pulse | None = None) -> None:
-        self.data, self.watchdog, self.pulse = data, watchdog, pulse
+    def __init__(self, data: Data, watchdog: Watchdog, step_reporter: StepReporter | None = None) -> None:
+        self.data, self.watchdog, self.step_reporter = data, watchdog, step_reporter
 
     def steps(self, batch_size: int) -> int:
         """See `Data.steps`."""
@@ -149,8 +149,8 @@ class Watched:
         """See `Data.train`."""
         steps = self.data.steps(batch_size)
         for step, batch in enumerate(self._seen(self.data.train(epoch, batch_size, start)), start + 1):
-            if self.pulse is not None:
-                self.pulse(step, steps)
+            if self.step_reporter is not None:
+                self.step_reporter(step, steps)
             yield batch
 
     def evaluate(self, split: str, batch_size: int) -> Iterator[Batch]:

@@ -98,14 +98,14 @@ def test_what_is_missing_is_said_with_the_command_that_installs_it():
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    logged = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     for name in AGGREGATORS:
         hint = f"aggregator {name!r} needs a library that is not installed: pip install '"
-        assert hint in said["torchjd"].replace('\\"', '"').replace("\\'", "'")
+        assert hint in logged["torchjd"].replace('\\"', '"').replace("\\'", "'")
         missing = {"cagrad": "cvxpy", "nash_mtl": "cvxpy", "upgrad": "quadprog", "dualproj": "quadprog"}.get(name)
         if missing is None:
-            assert said[name] == "works"
+            assert logged[name] == "works"
         else:
             extra = "torchjd[nash-mtl]" if name == "nash_mtl" else "dmtg[aggregators]"
-            assert said[name].startswith(hint + extra + "'")
-            assert f"'{missing}'" in said[name]
+            assert logged[name].startswith(hint + extra + "'")
+            assert f"'{missing}'" in logged[name]

@@ -128,9 +128,9 @@ def test_nothing_is_said_where_nothing_is_wrong():
         ({"epoch": 10, "probabilities": [[0.7, 0.3, 0], [0.4, 0.3, 0.3]]}, "before it decided on b (probability"),
     ],
 )
-def test_a_search_that_goes_wrong_is_warned_of(over, said):
+def test_a_search_that_goes_wrong_is_warned_of(over, logged):
     (found,) = warnings([record(**over)], ["a", "b"], SETTINGS)
-    assert said in found
+    assert logged in found
 
 
 @pytest.mark.parametrize(

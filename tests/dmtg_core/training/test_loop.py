@@ -77,7 +77,7 @@ def test_an_endless_epoch_of_refused_steps_is_cut_short():
     spec = mlp_spec(SAMPLEWISE[:1])
     drawn = []
 
-    class Watched(ArrayData):
+    class MonitoredData(ArrayData):
         def train(self, epoch, batch_size, start=0):
             for batch in super().train(epoch, batch_size, start):
                 drawn.append(epoch)
@@ -85,7 +85,7 @@ def test_an_endless_epoch_of_refused_steps_is_cut_short():
 
     arrays = samples.arrays(spec.input, spec.tasks, 900)
     arrays.inputs[:] = np.nan
-    data = Watched({"train": arrays, "val": arrays}, spec.tasks)
+    data = MonitoredData({"train": arrays, "val": arrays}, spec.tasks)
     with pytest.raises(NonFiniteLossError):
         fit(GroupingNetwork(spec), data, TrainSettings(epochs=1, batch_size=2), local())
     assert len(drawn) == 100

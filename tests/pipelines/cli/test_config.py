@@ -140,28 +140,28 @@ class TestShow:
         )
 
     def test_secrets_stay_hidden(self) -> None:
-        code, shown, said = call(
+        code, shown, logged = call(
             "config", "show", "-c", "rooms", "track.uri=https://me:hush@mlflow.example",
             "regroup.webhook=https://hooks.example/T123/hush",
         )  # fmt: skip
         assert code == 0
         assert "https://mlflow.example" in shown
-        assert "hush" not in shown + said
+        assert "hush" not in shown + logged
 
     def test_options_of_the_reader_are_checked(self) -> None:
-        code, _, said = call("config", "show", "-c", "tox21", "source.options.smile=x")
+        code, _, logged = call("config", "show", "-c", "tox21", "source.options.smile=x")
         assert code == 2
-        assert "unknown key source.options.smile" in said
-        code, _, said = call("config", "show", "-c", "tox21", "source.kind=tabel")
+        assert "unknown key source.options.smile" in logged
+        code, _, logged = call("config", "show", "-c", "tox21", "source.kind=tabel")
         assert code == 2
-        assert "did you mean table?" in said
+        assert "did you mean table?" in logged
 
 
 class TestNew:
     def test_a_table_of_six_targets(self, mixed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        code, _, said = call("config", "new", mixed, "--targets", ",".join(SIX), "-o", "mine.yaml")
-        assert code == 0, said
+        code, _, logged = call("config", "new", mixed, "--targets", ",".join(SIX), "-o", "mine.yaml")
+        assert code == 0, logged
         config = load_config("mine.yaml")
         assert config.name == "my_data"
         assert config.source is not None
@@ -203,8 +203,8 @@ class TestNew:
     def test_other_sources_are_laid_over_a_recipe(self, kind: str, tmp_path: Path) -> None:
         file, all_on = tmp_path / "mine.yaml", tmp_path / "all.yaml"
         (tmp_path / "raw").mkdir()
-        code, _, said = call("config", "new", str(tmp_path / "raw"), "--source", kind, "-o", str(file))
-        assert code == 0, said
+        code, _, logged = call("config", "new", str(tmp_path / "raw"), "--source", kind, "-o", str(file))
+        assert code == 0, logged
         config = load_config(str(file))
         assert config.source is not None
         assert (config.source.kind, config.source.root) == (kind, str(tmp_path / "raw"))
@@ -241,9 +241,9 @@ class TestNew:
     def test_it_writes_over_nothing_unless_told(self, mixed: str, tmp_path: Path) -> None:
         words = ("config", "new", mixed, "--targets", "churn,spend", "-o", str(tmp_path / "mine.yaml"))
         (tmp_path / "mine.yaml").write_text("mine")
-        code, _, said = call(*words)
+        code, _, logged = call(*words)
         assert code == 2
-        assert "--force" in said
+        assert "--force" in logged
         assert (tmp_path / "mine.yaml").read_text() == "mine"
         assert call(*words, "--force")[0] == 0
         assert load_config(str(tmp_path / "mine.yaml")).name == "my_data"
@@ -261,10 +261,10 @@ class TestNew:
             (["--source", "rooms", "--targets", "churn,spend"], "no meaning for rooms"),
         ],
     )
-    def test_what_cannot_be_used_is_named(self, mixed: str, tmp_path: Path, words: list[str], said: str) -> None:
+    def test_what_cannot_be_used_is_named(self, mixed: str, tmp_path: Path, words: list[str], logged: str) -> None:
         code, _, shown = call("config", "new", mixed, *words, "-o", str(tmp_path / "mine.yaml"))
         assert code in (1, 2)
-        assert said in shown
+        assert logged in shown
         assert "remedy: " in shown
         assert not (tmp_path / "mine.yaml").exists()
 

@@ -102,10 +102,10 @@ def test_a_mistake_is_explained(
     ("words", "said"),
     [(["trian"], "Did you mean 'train'?"), (["train"], "--config"), (["train", "-c"], "argument")],
 )
-def test_words_that_no_command_has_are_wrong_use(words: list[str], said: str) -> None:
+def test_words_that_no_command_has_are_wrong_use(words: list[str], logged: str) -> None:
     found = CliRunner().invoke(app, words)
     assert found.exit_code == 2
-    assert said in found.stderr
+    assert logged in found.stderr
 
 
 @pytest.mark.parametrize(("address", "what"), [("10.0.0.1:6379", "does not answer"), (None, "does not start")])

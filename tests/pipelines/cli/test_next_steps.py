@@ -48,8 +48,8 @@ def test_the_tour_holds_every_command_and_shows_the_examples_of_each() -> None:
         assert all(line in shown for line in lines), name
 
 
-def last_command(said: str) -> list[str]:
-    *_, why, command = said.strip().splitlines()
+def last_command(logged: str) -> list[str]:
+    *_, why, command = logged.strip().splitlines()
     assert re.fullmatch(r"next, .+:", why)
     program, *words = shlex.split(command)
     assert program == "dmtg"

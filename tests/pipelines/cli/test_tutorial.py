@@ -26,7 +26,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple
     """The reader's folder at the end, and what every command said."""
     folder = tmp_path_factory.mktemp("tutorial")
     (script,) = [block.text for block in blocks(TUTORIAL) if block.title == "make_machines.py"]
-    said: dict[str, str] = {}
+    logged: dict[str, str] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         write_configurations(folder, TUTORIAL)
@@ -34,26 +34,26 @@ def walked(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple
         for words in commands(TUTORIAL):
             name = " ".join(words[:2]) if words[0] in ("models", "config") else words[0]
             if name not in LONG:
-                run = re.search(r"^run:\s+(\S+)$", said.get("train", ""), re.MULTILINE)
+                run = re.search(r"^run:\s+(\S+)$", logged.get("train", ""), re.MULTILINE)
                 given = [run[1] if run and "…" in word else word for word in words]
                 done = CliRunner().invoke(app, [*given, *SHORTER.get(name, ())])
                 assert done.exit_code == 0, f"dmtg {' '.join(words)}\n{done.output}"
-                said[name] = done.stderr
+                logged[name] = done.stderr
                 if name == "config new":
                     write_configurations(folder, TUTORIAL)  # as the page has the reader do
-    return folder, said
+    return folder, logged
 
 
 def test_every_command_of_the_tutorial_does_what_its_page_says(walked: tuple[Path, dict[str, str]]) -> None:
-    folder, said = walked
-    assert {"shard", "inspect", "train", "report", "models list", "predict", "models promote"} <= set(said)
-    assert "400 samples in 3 shards" in said["shard"]
-    assert "6 categories" not in said["shard"]
-    assert re.search(r"^kept (guided|start_0|wide) by validation: guided ", said["train"], re.MULTILINE)
-    page = re.search(r"^report: +(\S+)$", said["report"], re.MULTILINE)
+    folder, logged = walked
+    assert {"shard", "inspect", "train", "report", "models list", "predict", "models promote"} <= set(logged)
+    assert "400 samples in 3 shards" in logged["shard"]
+    assert "6 categories" not in logged["shard"]
+    assert re.search(r"^kept (guided|start_0|wide) by validation: guided ", logged["train"], re.MULTILINE)
+    page = re.search(r"^report: +(\S+)$", logged["report"], re.MULTILINE)
     assert page
     assert (folder / page[1]).is_file()
-    assert "machines" in said["models list"]
+    assert "machines" in logged["models list"]
     rows = pq.read_table(folder / "work" / "machines" / "predictions").num_rows
     assert 30 < rows < 100, "a row for each machine of the test split"
 

@@ -30,7 +30,7 @@ from pipelines.config.loading import Config
 from pipelines.config.validation import checked
 from pipelines.data.sources import build_source
 from pipelines.errors import UserError
-from pipelines.runs.identity import said_before
+from pipelines.runs.identity import earlier_verdict
 from tests.dmtg_core.planted import planted_data
 
 METHODS = ["single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag", "reading", "hoa",
@@ -65,9 +65,9 @@ def config_of(work: Path, **sections: Any) -> Config:
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[Config, Compared, list[str]]:
     """A finished comparison of all methods, its configuration, and what it said."""
-    said: list[str] = []
+    logged: list[str] = []
     config = config_of(tmp_path_factory.mktemp("compare"))
-    return config, compare(config, said.append), said
+    return config, compare(config, logged.append), logged
 
 
 def test_every_method_has_a_row_with_gain_costs_and_errors(compared: tuple[Config, Compared, list[str]]) -> None:
@@ -139,9 +139,9 @@ def test_the_same_words_train_nothing_again_and_say_the_same(
     compared: tuple[Config, Compared, list[str]],
 ) -> None:
     config, done, _ = compared
-    said: list[str] = []
-    again = compare(config, said.append)
-    assert not [line for line in said if "to train" in line]
+    logged: list[str] = []
+    again = compare(config, logged.append)
+    assert not [line for line in logged if "to train" in line]
     assert json.dumps(again.found) == json.dumps(json.loads((done.folder / "compare.json").read_text()))
     assert again.run_id == done.run_id
 
@@ -153,9 +153,9 @@ def test_a_cell_that_was_lost_is_trained_again_to_the_same_result(
     lost = done.folder / "cells" / "guided_seed1.json"
     before = lost.read_json()
     lost.delete()
-    said: list[str] = []
-    compare(config, said.append)
-    (line,) = [line for line in said if "to train" in line]
+    logged: list[str] = []
+    compare(config, logged.append)
+    (line,) = [line for line in logged if "to train" in line]
     assert line.startswith("1 of ")
     after = lost.read_json()
     assert before.pop("seconds") > 0
@@ -190,9 +190,9 @@ def test_mlflow_has_the_gain_and_the_files(compared: tuple[Config, Compared, lis
 def test_a_further_seed_trains_its_own_cells_alone(compared: tuple[Config, Compared, list[str]]) -> None:
     config, _, _ = compared
     section = config.compare.model_copy(update={"methods": ("wide", "random"), "seeds": (1, 3)})
-    said: list[str] = []
-    found = compare(config.model_copy(update={"compare": section}), said.append).found
-    trained = [line.split()[1] for line in said if "validation score" in line]
+    logged: list[str] = []
+    found = compare(config.model_copy(update={"compare": section}), logged.append).found
+    trained = [line.split()[1] for line in logged if "validation score" in line]
     assert trained
     assert all("_seed3" in name for name in trained)
     assert [row["method"] for row in found["rows"]] == ["naive_mtl", "wide", "random", "narrow", "truth"]
@@ -295,8 +295,8 @@ def test_one_group_or_one_task_has_nothing_to_compare(tmp_path: Path, ray_sessio
 
 
 def test_a_signal_is_found_beforehand_and_goes_on(tmp_path: Path, ray_session: None) -> None:
-    config, said = config_of(tmp_path, train={"epochs": 4}), []
-    first = signal(config, said.append)
+    config, logged = config_of(tmp_path, train={"epochs": 4}), []
+    first = signal(config, logged.append)
     assert first.found["epochs"] == 2
     assert len(first.found["partitions"]) == 3
     assert set(first.found["by_task"]) == {"task_0", "task_1", "task_2", "task_3"}
@@ -305,8 +305,8 @@ def test_a_signal_is_found_beforehand_and_goes_on(tmp_path: Path, ray_session: N
     second = signal(config, again.append)
     assert not [line for line in again if "to train" in line]
     assert second.found["verdict"] == first.found["verdict"]
-    assert said_before(config) == first.found["verdict"]
-    assert said_before(config_of(tmp_path, train={"epochs": 5})) == ""
+    assert earlier_verdict(config) == first.found["verdict"]
+    assert earlier_verdict(config_of(tmp_path, train={"epochs": 5})) == ""
 
 
 def result(score: float) -> dict[str, Any]:
@@ -320,12 +320,12 @@ def result(score: float) -> dict[str, Any]:
         ([[-1.0, -0.5], [-0.5, -1.0], [-0.9, -0.6]], "Grouping hardly matters here"),
     ],
 )
-def test_the_verdict_follows_from_what_varies(grouped: list[list[float]], said: str) -> None:
+def test_the_verdict_follows_from_what_varies(grouped: list[list[float]], logged: str) -> None:
     tasks = planted_data(0, tasks=1, groups=1)[1]
     named = [type(tasks[0])("a", "binary")]
     rows = [[result(score) for score in row] for row in grouped]
     found = judged(named, rows, [result(0.0), result(0.01)], rows[0], [result(-1.5), result(-1.51)])
-    assert said in found["verdict"]
+    assert logged in found["verdict"]
     assert "one wide encoder of the same cost is 77.9 % of loss better than naive MTL" in found["verdict"]
     assert found["correlation"]["value"] == found["by_task"]["a"]["value"]
 
@@ -347,12 +347,12 @@ def row(method: str, gain: float, low: float, high: float, count: int = 5) -> di
 def test_verdicts_are_no_stronger_than_their_intervals() -> None:
     rows = [row("guided", 9, 8, 10), row("random", 1, 0, 2), row("wide", 8.5, 7, 10), row("tag", 12, 11, 13)]
     one, other = Grouping.of([["a", "b"], ["c", "d"]]), Grouping.of([["a", "c"], ["b", "d"]])
-    said = verdicts(rows, "guided", {"guided": [one, one, one]})
-    assert "gains +9.0 % over naive MTL (95 % interval +8.0 to +10.0, 5 seeds)." in said[0]
-    assert said[1].startswith("It is better than random groups")
-    assert said[2].startswith("It is not told apart from one wide encoder")
-    assert said[3].startswith("It is WORSE than the best affinity baseline (tag)")
-    assert "stable (mean adjusted Rand index 1.00)" in said[-1]
+    logged = verdicts(rows, "guided", {"guided": [one, one, one]})
+    assert "gains +9.0 % over naive MTL (95 % interval +8.0 to +10.0, 5 seeds)." in logged[0]
+    assert logged[1].startswith("It is better than random groups")
+    assert logged[2].startswith("It is not told apart from one wide encoder")
+    assert logged[3].startswith("It is WORSE than the best affinity baseline (tag)")
+    assert "stable (mean adjusted Rand index 1.00)" in logged[-1]
     assert "not stable" in verdicts(rows, "guided", {"guided": [one, other]})[-1]
     assert TOO_SHORT not in verdicts([*rows, row("wide_long", 9.5, 8, 11)], "guided", {"guided": [one]})
     assert verdicts([*rows, row("wide_long", 12, 11, 13)], "guided", {"guided": [one]})[-2] == TOO_SHORT

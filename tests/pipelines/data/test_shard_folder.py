@@ -219,12 +219,12 @@ class TestJob:
         old = {name: data for name, data in tree(place).items() if name not in mine}
         seen: list[bool] = []
 
-        def said(line: str) -> None:
+        def logged(line: str) -> None:
             if line.startswith("shard "):
                 now = tree(place)
                 seen.append(all(now[name] == data for name, data in old.items()))
 
-        again = shard(config_of(raw, place, rows_per_shard=11), said)
+        again = shard(config_of(raw, place, rows_per_shard=11), logged)
         assert seen == [True] * again.made
         assert again.kept == 0
         files = again.manifest.files()
@@ -308,12 +308,12 @@ class TestJob:
         raw, place = write_table(tmp_path / "raw.parquet"), tmp_path / "shards"
         first = shard(config_of(raw, place)).manifest
 
-        def said(line: str) -> None:
+        def logged(line: str) -> None:
             if line.startswith("shard 2/"):
                 next(path for path in place.glob("train-*.parquet") if path.name not in first.files()).unlink()
 
         with pytest.raises(UserError, match="is missing"):
-            shard(config_of(raw, place, rows_per_shard=11), said)
+            shard(config_of(raw, place, rows_per_shard=11), logged)
         assert read_manifest(locate(str(place))).files() == first.files()
         check_shards(locate(str(place)), first, checksums=True)
 

@@ -90,10 +90,10 @@ def test_channels_are_summed_apart_and_merged() -> None:
         ([None] * 50, ""),
     ],
 )
-def test_drift_of_a_flag(others: list[int | None], said: str) -> None:
+def test_drift_of_a_flag(others: list[int | None], logged: str) -> None:
     task = Task("b", "binary")
     train, other = (
         label_sums(task, [None if x is None else np.uint8(x) for x in values], [None] * len(values))
         for values in ([0, 1] * 100, others)
     )
-    assert drift(task, train, other) == said
+    assert drift(task, train, other) == logged

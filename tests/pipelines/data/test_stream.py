@@ -235,8 +235,8 @@ def test_more_workers_than_streams_are_told_what_to_raise(numbered: Numbered, ca
     crew(reader, 20, 4)
     assert not caplog.text
     crew(reader, 20, 5)
-    (said,) = caplog.messages
-    assert "5 workers share 4 streams" in said
+    (logged,) = caplog.messages
+    assert "5 workers share 4 streams" in logged
 
 
 def test_a_batch_too_small_for_the_workers_is_refused(numbered: Numbered):

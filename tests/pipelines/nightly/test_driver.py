@@ -137,11 +137,11 @@ def done(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
     """The verdict of every night, and what was said."""
     hooked = config.model_copy(update={"regroup": config.regroup.model_copy(update={"webhook": received[0]})})
-    verdicts, said = {}, {}
+    verdicts, logged = {}, {}
     for night in NIGHTS:
-        said[night] = []
-        verdicts[night] = regroup(hooked, night, say=said[night].append)
-    return verdicts, said
+        logged[night] = []
+        verdicts[night] = regroup(hooked, night, log=logged[night].append)
+    return verdicts, logged
 
 
 def versions(config: Config) -> dict[str, list[str]]:
@@ -180,13 +180,13 @@ def test_a_night_on_which_the_labels_ask_for_something_else_replaces_it(done, co
 
 
 def test_the_same_night_again_is_read_and_not_repeated(done, config: Config) -> None:
-    said: list[str] = []
-    again = regroup(config, NIGHTS[1], say=said.append)
+    logged: list[str] = []
+    again = regroup(config, NIGHTS[1], log=logged.append)
     assert again["repeated"]
     assert {k: v for k, v in again.items() if k != "repeated"} == {
         k: v for k, v in done[0][NIGHTS[1]].items() if k != "repeated"
     }
-    assert any("this night is done" in line for line in said)
+    assert any("this night is done" in line for line in logged)
     assert len(mlflow.MlflowClient(config.track.uri).search_model_versions("name='nightly'")) == 3
 
 
@@ -297,15 +297,15 @@ def test_the_newest_finished_data_set_up_to_the_night_is_taken(tmp_path: Path) -
         (tmp_path / "sets" / name).mkdir(parents=True)
     for name in ("2026-01-01", "date=2026-01-03"):
         (tmp_path / "sets" / name / "_manifest.json").touch()
-    said: list[str] = []
+    logged: list[str] = []
     sets = listed(tmp_path, str(tmp_path / "sets"))
-    assert newest(sets, "2026-01-03", said.append).shards.endswith("date=2026-01-03")
-    assert said == []
-    assert newest(sets, "2026-01-05", said.append).date == "2026-01-03"
-    assert "2026-01-05 is not finished" in said[0]
-    assert newest(sets, "2026-01-02", said.append).date == "2026-01-01"
+    assert newest(sets, "2026-01-03", logged.append).shards.endswith("date=2026-01-03")
+    assert logged == []
+    assert newest(sets, "2026-01-05", logged.append).date == "2026-01-03"
+    assert "2026-01-05 is not finished" in logged[0]
+    assert newest(sets, "2026-01-02", logged.append).date == "2026-01-01"
     with pytest.raises(UserError, match="no finished data set up to 2025-12-31"):
-        newest(sets, "2025-12-31", said.append)
+        newest(sets, "2025-12-31", logged.append)
 
 
 def test_a_listing_says_where_the_data_sets_are(tmp_path: Path) -> None:
@@ -342,9 +342,9 @@ def compared(value: float | None, low: float | None, **tasks: float | None) -> d
 )
 def test_the_rule_of_promotion(found: dict[str, Any], verdict: str, words: str) -> None:
     rules = RegroupSection(margin=0.5, limit=5.0, limits={"c": 10.0, "d": 1.0})
-    said = verdict_of(found, rules)
-    assert said[0] == verdict
-    assert words in said[1]
+    logged = verdict_of(found, rules)
+    assert logged[0] == verdict
+    assert words in logged[1]
 
 
 def outcome_of(driver: Driver, words: list[str]) -> Callable[[], Any]:

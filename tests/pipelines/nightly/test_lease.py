@@ -55,22 +55,22 @@ def test_the_second_is_told_who_has_it_and_gets_it_when_it_is_given_back(place: 
 
 
 def test_one_that_waits_goes_on_when_the_other_ends(tmp_path: Path) -> None:
-    place, said, order = str(tmp_path / "lease.json"), [], []
+    place, logged, order = str(tmp_path / "lease.json"), [], []
     first, second = (Lease(locate(place), 60, "job") for _ in range(2))
 
     def wait() -> None:
-        with second.held(wait_s=3600, say=said.append):
+        with second.held(wait_s=3600, log=logged.append):
             order.append("second")
 
     with first.held():
         thread = threading.Thread(target=wait)
         thread.start()
-        while not said:
+        while not logged:
             thread.join(0.01)
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
-    assert "waiting for another job" in said[0]
+    assert "waiting for another job" in logged[0]
 
 
 def test_of_many_at_once_one_has_it(tmp_path: Path) -> None:

@@ -329,8 +329,8 @@ def test_the_commands_say_and_do_the_same_on_every_store(source, store, root, tm
     file.write_text(yaml.safe_dump({"tracking_uri": store["uri"], "registry_uri": store.get("registry_uri", "")}))
 
     def models(*words: str) -> dict[str, Any]:
-        code, found, said = call("models", *words, "--ray-config", str(file))
-        assert code == 0, said
+        code, found, logged = call("models", *words, "--ray-config", str(file))
+        assert code == 0, logged
         return found
 
     assert [model.uri for model in first.register()] == [
@@ -411,11 +411,11 @@ def test_models_of_other_tasks_are_compared_on_those_that_both_have(section) -> 
     add_version(section, "wide", THREE)
     add_version(section, "wide", [["cost", "sick"], ["height"]])
     add_version(section, "other", [["height"]])
-    code, found, said = call("models", "diff", "wide/1", "wide/2", "--uri", section.uri)
+    code, found, logged = call("models", "diff", "wide/1", "wide/2", "--uri", section.uri)
     assert code == 0
     assert (found["tasks"], found["only_before"], found["only_after"]) == (["sick", "cost"], ["days"], ["height"])
     assert found["notes"] == ["the two answer different tasks; only those that both have are compared"]
-    assert found["notes"][0] in said
+    assert found["notes"][0] in logged
     code, found, _ = call("models", "diff", "wide/1", "other/1", "--uri", section.uri)
     assert (code, found["error"]["what"]) == (2, "models:/wide/1 and models:/other/1 have no task in common")
 

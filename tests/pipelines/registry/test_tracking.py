@@ -94,9 +94,9 @@ class Delivered:
 
     config: Config
     done: Trained
-    said: list[str]
+    logged: list[str]
     error: UserError  # of the first call
-    logged: str
+    messages: str
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +105,10 @@ def delivered(
 ) -> Iterator[Delivered]:
     config = make_config(images, tmp_path_factory.mktemp("run"), track={"uri": server.uri, "experiment": "door"})
     run = locate(config.run.root) / config.run_name()
-    said: list[str] = []
+    logged: list[str] = []
 
     def on(line: str, *steps: tuple[str, Callable[[], object]]) -> None:
-        said.append(line)
+        logged.append(line)
         for words, act in steps:
             if words in " ".join(line.split()):
                 act()
@@ -146,7 +146,7 @@ def delivered(
         finally:
             logger.removeHandler(messages)
             server.door.open()
-        yield Delivered(config, done, said, caught.value, "\n".join(messages.held))
+        yield Delivered(config, done, logged, caught.value, "\n".join(messages.held))
 
 
 class Messages(logging.Handler):
@@ -165,7 +165,7 @@ class TestAway:
     def test_training_goes_on_and_every_figure_arrives_once(self, delivered: Delivered, server: Server) -> None:
         assert "MLflow's copy of the figures cannot be written, training goes on without it" in delivered.logged
         assert "could be written again" in delivered.logged
-        assert sum("epoch" in line and "score" in line for line in delivered.said) == 8
+        assert sum("epoch" in line and "score" in line for line in delivered.logged) == 8
         assert server.holds_all_once(delivered.done.run_id, delivered.done.run)
 
     def test_at_the_end_it_says_that_training_is_done_and_what_registers_later(self, delivered: Delivered) -> None:
@@ -176,7 +176,7 @@ class TestAway:
 
     def test_the_same_words_do_the_rest_and_wait(self, delivered: Delivered, server: Server) -> None:
         assert delivered.done.resumed
-        assert sum("trying for" in line for line in delivered.said) == 2
+        assert sum("trying for" in line for line in delivered.logged) == 2
         stored = server.client.get_run(delivered.done.run_id)
         assert stored.info.status == "FINISHED"
         assert stored.data.metrics["normalized_gain"] == pytest.approx(delivered.done.result["normalized_gain"])
@@ -191,7 +191,7 @@ class TestAway:
             )
 
     def test_no_credentials_are_shown_or_kept(self, delivered: Delivered, server: Server) -> None:
-        shown_by = [*delivered.said, str(delivered.error), delivered.logged]
+        shown_by = [*delivered.logged, str(delivered.error), delivered.messages]
         for file in delivered.done.run.files():
             assert SECRET.encode() not in (delivered.done.run / file).read_bytes(), file
         stored = server.client.get_run(delivered.done.run_id)
@@ -270,12 +270,12 @@ class TestStore:
     def test_what_a_killed_driver_left_is_delivered_by_the_next_one(self, store: str, tmp_path: Path) -> None:
         killed = _tracker(tmp_path, store)
         killed.record(_record("start_0", 1))
-        assert killed.outbox.flush(600)
+        assert killed.writer.flush(600)
         records = [_record("start_0", epoch) for epoch in (1, 2, 3)] + [_record("start_0", 4, score=None)]
         (tmp_path / METRICS).write_text("".join(json.dumps(record) + "\n" for record in records))
         tracker = _tracker(tmp_path, store)
         assert tracker.run_id == killed.run_id
-        assert tracker.outbox.flush(600)
+        assert tracker.writer.flush(600)
         tracker.record(_record("start_0", 3) | {"time": 77.0})  # an epoch that was done again
         tracker.finish({"split": "test", "metrics": {"task": {"accuracy": 0.5}}, "grouping_name": "all"}, {})
         for _ in range(2):
@@ -346,7 +346,7 @@ def test_what_is_refused_is_not_tried_again() -> None:
     for error in away + refused:
         with pytest.raises(UserError) as caught, reached("http://host"):
             raise error
-        assert storage.can_pass(caught.value) == (error in away)
+        assert storage.is_transient(caught.value) == (error in away)
         assert ("does not answer" if error in away else "refuses") in caught.value.what
     with pytest.raises(KeyError), reached("http://host"):
         raise KeyError("a mistake of ours")

@@ -53,9 +53,9 @@ def result(chosen: str, gain: float | None = 4.0) -> dict[str, Any]:
         ("wide", "No grouping of the 3 tasks was better than one wide encoder of the same cost. Against"),
     ],
 )
-def test_the_verdict_names_what_was_kept(chosen: str, said: str) -> None:
-    assert verdict(result(chosen)).startswith(said)
-    assert verdict(result(chosen, gain=None)) == said.split(". ", maxsplit=1)[0] + "."
+def test_the_verdict_names_what_was_kept(chosen: str, logged: str) -> None:
+    assert verdict(result(chosen)).startswith(logged)
+    assert verdict(result(chosen, gain=None)) == logged.split(". ", maxsplit=1)[0] + "."
 
 
 def test_the_gate_that_is_drawn_is_that_of_the_result_or_the_best_there_is() -> None:

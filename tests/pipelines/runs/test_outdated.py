@@ -22,7 +22,7 @@ from pipelines.registry.tracking import connect
 from pipelines.runs.files import CONFIG
 from pipelines.runs.models import check_models, read_model
 from pipelines.storage import locate
-from pipelines.training.ray.failures import lasting_error
+from pipelines.training.ray.failures import permanent_error
 from tests.dmtg_core.samples import mlp_spec
 from tests.pipelines.untrained import Finished, finish, small_table
 
@@ -99,7 +99,7 @@ def test_a_registered_model_of_more_than_ten_groups_says_so_where_it_is_served(t
 def test_training_that_goes_on_from_such_a_checkpoint_ends_with_what_to_do(source, tmp_path) -> None:
     config = finish(source, EncoderSpec("mlp"), tmp_path, {"uri": f"sqlite:///{tmp_path}/m.db"}, name="x").config
     error = OutdatedNetworkError("/run/checkpoint: an earlier version trained this")
-    found = lasting_error(error, config, "/run", 1)
+    found = permanent_error(error, config, "/run", 1)
     assert found is not None
     assert (found.what, found.where) == ("an earlier version trained this", "/run")
     assert "another run.name" in found.remedy
@@ -109,21 +109,21 @@ def test_results_of_a_comparison_from_the_version_before_are_not_mixed_with_new_
     class TrainedAgainError(Exception):
         """The cell is not read."""
 
-    cell, said = Cell("naive_mtl", 1), []
+    cell, logged = Cell("naive_mtl", 1), []
     file = locate(str(tmp_path)) / "cells" / f"{cell.name}.json"
     job = CellJob(None, None, None, locate(str(tmp_path)))
     file.write_json({"format": FORMAT, "score": 1.0})
-    assert train_cells(job, [cell], said.append)[cell]["score"] == 1.0
+    assert train_cells(job, [cell], logged.append)[cell]["score"] == 1.0
     file.write_json({"score": 1.0})
 
-    def say(line: str) -> None:
-        said.append(line)
+    def log(line: str) -> None:
+        logged.append(line)
         if "to train" in line:
             raise TrainedAgainError
 
     with pytest.raises(TrainedAgainError):
-        train_cells(job, [cell], say)
-    assert said[0] == "1 results are of an earlier version, whose figures differ: trained again"
+        train_cells(job, [cell], log)
+    assert logged[0] == "1 results are of an earlier version, whose figures differ: trained again"
 
 
 def test_the_run_of_a_model_is_asked_and_without_one_its_groups_are_counted(source, tmp_path) -> None:

@@ -96,9 +96,9 @@ class Made:
         """Put a manifest into the folder of the shards."""
         (self.root / "shards" / FILE).write_text(json.dumps(manifest.to_dict()))
 
-    def predict(self, out: str, split: str = "test", model: str = "run", say: Any = print) -> Any:
+    def predict(self, out: str, split: str = "test", model: str = "run", log: Any = print) -> Any:
         """`dmtg predict`."""
-        return predict(self.config, str(self.root / model), str(self.root / out), split, say)
+        return predict(self.config, str(self.root / model), str(self.root / out), split, log)
 
     def by_hand(self, split: str) -> dict[str, np.ndarray]:
         """Task → what the models say to all samples of a split."""
@@ -170,7 +170,7 @@ def test_interrupted_it_goes_on_and_keeps_what_is_whole(made: Made) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        made.predict("torn", say=interrupt)
+        made.predict("torn", log=interrupt)
     assert (made.root / "torn" / PLAN).exists()
     assert not (made.root / "torn" / PREDICTIONS).exists()
     whole = [note.name.removesuffix(".json") for note in (made.root / "torn" / "_parts").iterdir()]

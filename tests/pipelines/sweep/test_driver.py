@@ -46,8 +46,8 @@ def swept_config(undisturbed: Undisturbed, root: Path, **sections: dict[str, Any
 def swept(run: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """Three trials on two workers: naive MTL, a setting that can be trained, and one that cannot."""
     section = {"temperatures": [NEAR, FAR], "stop_early": False}
-    config, said = swept_config(run, tmp_path_factory.mktemp("sweep"), sweep=section), list[str]()
-    return config, sweep(config, said.append), said
+    config, logged = swept_config(run, tmp_path_factory.mktemp("sweep"), sweep=section), list[str]()
+    return config, sweep(config, logged.append), logged
 
 
 def rows(done: Swept) -> dict[str, dict[str, Any]]:
@@ -72,13 +72,13 @@ def test_naive_mtl_and_the_settings_come_out_as_in_runs_of_their_own(swept: Ran,
 
 
 def test_a_trial_that_fails_is_a_row_with_its_reason_and_the_others_go_on(swept: Ran) -> None:
-    _, done, said = swept
+    _, done, logged = swept
     found = rows(done)
     assert {name: row["status"] for name, row in found.items()} == {
         NAIVE: "finished", GOOD: "finished", BAD: "failed"
     }  # fmt: skip
     assert "finite" in found[BAD]["reason"]
-    assert any(line.startswith(f"{BAD}: failed: {found[BAD]['reason']} (") for line in said)
+    assert any(line.startswith(f"{BAD}: failed: {found[BAD]['reason']} (") for line in logged)
     assert f"{BAD} failed: {found[BAD]['reason']}" in done.found["notes"]
 
 
@@ -95,11 +95,11 @@ def test_a_trial_that_is_stopped_leaves_no_process_and_no_cpu_behind(
         shutil.copytree(f"{swept[1].folder}/trials/{source}", str(planned[name]))
     metrics = planned["groups2_seed22"] / "metrics.jsonl"
     metrics.write_text(re.sub(r'"val_score": [^,]+', '"val_score": -100.0', metrics.read_text()))
-    said: list[str] = []
-    found = rows(sweep(config, said.append))["groups3_seed22"]
+    logged: list[str] = []
+    found = rows(sweep(config, logged.append))["groups3_seed22"]
     assert (found["status"], found["reason"]) == ("stopped", "not among the best 1/2 of the trials at epoch 1")
     assert 1 <= found["epochs"] < 1000
-    assert "1 of 3 trials to train, 1 at a time with 2 workers each, samples in shared memory" in said
+    assert "1 of 3 trials to train, 1 at a time with 2 workers each, samples in shared memory" in logged
     while workers(psutil.Process().children(recursive=True)):  # their controller is given a moment to end them
         time.sleep(0.1)
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
@@ -133,12 +133,12 @@ def test_the_best_setting_is_what_train_takes(swept: Ran, tmp_path: Path, monkey
 def test_the_same_words_train_nothing_again_but_what_failed(swept: Ran) -> None:
     config, done, _ = swept
     before = ended(Path(str(done.folder)))
-    said: list[str] = []
-    again = sweep(config, said.append)
+    logged: list[str] = []
+    again = sweep(config, logged.append)
     assert ended(Path(str(done.folder))) == before
     assert again.found == json.loads((done.folder / "sweep.json").read_text())
-    assert [line for line in said if ": epoch " in line] == []
-    assert any(line.startswith("1 of 3 trials to train") for line in said)
+    assert [line for line in logged if ": epoch " in line] == []
+    assert any(line.startswith("1 of 3 trials to train") for line in logged)
 
 
 def test_a_setting_that_cannot_be_built_is_refused_before_the_first_trial(

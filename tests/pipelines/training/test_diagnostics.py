@@ -27,7 +27,7 @@ from pipelines.runs.results import ALL, NAIVE, SINGLE
 from pipelines.storage import locate
 from pipelines.training import diagnostics as details
 from pipelines.training import latency
-from pipelines.training.diagnostics import Look, details_of, said
+from pipelines.training.diagnostics import Look, details_of, logged
 from tests.pipelines.report.test_inspect import IMAGES, TASKS, image_samples, write
 
 VAL = 12
@@ -138,9 +138,9 @@ def test_the_worst_labels_are_told_with_what_was_said_instead(found: dict[str, A
 
 def test_predictions_in_words() -> None:
     colour, bright, level = TASKS[:3]
-    assert said(colour, np.array([0.2, 0.5, 0.3])) == "green (50%)"
-    assert said(bright, np.asarray(0.25)) == "no (75%)"
-    assert said(level, np.asarray(12.5)) == "12.5 cd"
+    assert logged(colour, np.array([0.2, 0.5, 0.3])) == "green (50%)"
+    assert logged(bright, np.asarray(0.25)) == "no (75%)"
+    assert logged(level, np.asarray(12.5)) == "12.5 cd"
 
 
 def test_costs_are_those_of_the_networks(

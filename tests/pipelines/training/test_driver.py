@@ -55,9 +55,9 @@ def test_run_folder_holds_what_the_plan_says(run) -> None:
 
 
 def test_it_says_every_epoch_and_which_tasks_have_thin_support(run) -> None:
-    _, _, said = run
-    assert sum("epoch" in line and "score" in line for line in said) == 8
-    assert any(line.startswith("note: task colour has too little support in val") for line in said)
+    _, _, logged = run
+    assert sum("epoch" in line and "score" in line for line in logged) == 8
+    assert any(line.startswith("note: task colour has too little support in val") for line in logged)
 
 
 def test_models_answer_alone_what_the_training_run_gave(run) -> None:
@@ -112,11 +112,11 @@ def test_evaluate_refuses_what_is_not_there(run) -> None:
 
 def test_run_again_it_reads_the_result_and_registers_nothing_twice(run) -> None:
     config, done, _ = run
-    said: list[str] = []
-    again = train(config, said.append)
+    logged: list[str] = []
+    again = train(config, logged.append)
     assert again.resumed
     assert again.result == done.result
-    assert any("this run is finished" in line for line in said)
+    assert any("this run is finished" in line for line in logged)
     assert {m["version"] for m in list_models(config.track)} == {1}
 
 

@@ -39,14 +39,14 @@ def after_the_search(run: tuple[Config, Trained, list[str]], root: Path, epochs:
 def test_groups_train_on_and_are_never_worse_on_validation(run, tmp_path: Path) -> None:
     config = after_the_search(run, tmp_path, 4)
     folder = tmp_path / "groups"
-    said: list[str] = []
-    result = train(config, said.append).result
+    logged: list[str] = []
+    result = train(config, logged.append).result
     searched = json.loads((folder / SEARCHED).read_text())
     assert result["grouping"] == searched["grouping"]
     assert set(result["groups"]) == set(result["grouping"])
     assert all(scores["after"] <= scores["before"] for scores in result["groups"].values())
     assert any(scores["after"] < scores["before"] for scores in result["groups"].values())
-    assert any("trained on its own" in line for line in said)
+    assert any("trained on its own" in line for line in logged)
     assert "naive MTL did not get" in result["notes"][-1]
     for name in result["grouping"]:
         model = load_model(folder / "models" / name)
@@ -64,7 +64,7 @@ def test_groups_train_on_and_are_never_worse_on_validation(run, tmp_path: Path) 
     name = next(iter(result["grouping"]))
     done = folder / GROUPS / name / DONE
     done.write_text(json.dumps(json.loads(done.read_text()) | {"after": -123.0}))
-    again = train(config, said.append).result
+    again = train(config, logged.append).result
     assert again["groups"][name]["after"] == -123.0
     assert again["metrics"] == result["metrics"]
 

@@ -84,5 +84,5 @@ def test_the_figures_tell_entropy_and_groups_where_there_is_a_gate(tmp_path: Pat
     record = {"stage": "guided", "epoch": 2, "train_loss": {"a": 1.0, "b": 3.0}, "gate": {"entropy": 0.7},
               "samples_per_second": 12.0}  # fmt: skip
     gate = [{"stage": "guided", "epoch": 2, "probabilities": [[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]]}]
-    said = figures(plan, record, gate)
-    assert said == "guided 2 of 10: loss 2, gate entropy 0.70, 2 groups so far, 12 samples/s"
+    logged = figures(plan, record, gate)
+    assert logged == "guided 2 of 10: loss 2, gate entropy 0.70, 2 groups so far, 12 samples/s"

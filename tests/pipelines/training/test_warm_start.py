@@ -150,14 +150,14 @@ def test_a_run_starts_where_another_ended_and_needs_it_only_once(run: Run, tmp_p
     values["ray"] |= {"workers": 1}
     values["search"] |= {"baseline": False}
     values |= {"track": {"uri": "none"}, "run": {"root": str(tmp_path / "runs")}}
-    config, said = checked(Config, values), []
-    started = train(config, said.append)
+    config, logged = checked(Config, values), []
+    started = train(config, logged.append)
 
     groups = done.result["grouping"]
     for k, (group, tasks) in enumerate(groups.items()):
         where = "every branch" if len(groups) == 1 else f"branch {k}"
         line = f"{where} starts from {before}/models/{group} with its heads of {', '.join(tasks)}"
-        assert any(text.startswith(line) for text in said)
+        assert any(text.startswith(line) for text in logged)
     first, fresh = first_score(started.run), first_score(done.run)
     assert first < fresh - 0.5  # the mean logarithm of the losses
 

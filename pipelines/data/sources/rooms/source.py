@@ -25,7 +25,7 @@ from pipelines.data.sources.taskonomy.source import TASKS, TaskName, TaskonomySo
 from pipelines.errors import UserError
 from pipelines.storage import Location
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _DONE, _BEGUN = "rooms.json", "rooms.part.json"
 _VERSION = 1  # of what is drawn: another version is drawn anew
 
@@ -92,7 +92,7 @@ def generate(root: Location, options: RoomsOptions) -> int:
     """
     _clear(root)
     (root / _BEGUN).write_json(options.drawing())
-    log.info("drawing %d rooms into %s", options.buildings * options.points, root)
+    logger.info("drawing %d rooms into %s", options.buildings * options.points, root)
     with ThreadPoolExecutor(1) as writer:  # the disk works while the next scene is drawn
         written: Future[None] | None = None
         for building, point in product(range(options.buildings), range(options.points)):

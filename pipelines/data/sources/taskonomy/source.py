@@ -56,7 +56,7 @@ from pipelines.storage import Location, locate
 
 __all__ = ["CLASSES", "TASKS", "TaskName", "TaskonomyOptions", "TaskonomySource", "domains"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LAYOUTS: Mapping[str, str] = {
     "task": "{task}/{building}",
@@ -184,7 +184,7 @@ class TaskonomySource:
         if not points:
             raise UserError("no rgb files", where=str(self._root), remedy=f"expected there: {_EXPECTED}")
         if len(points) < len(files):
-            log.warning("%s: %d files are not named as rgb files are", self._root, len(files) - len(points))
+            logger.warning("%s: %d files are not named as rgb files are", self._root, len(files) - len(points))
         return points
 
     def _listed(self, splits: Mapping[str, str] | None) -> list[tuple[str, str, str]]:
@@ -222,7 +222,7 @@ class TaskonomySource:
         """The split of each building; empty where samples are split instead."""
         if splits is None:
             if len(buildings) < 3:
-                log.warning("%d buildings are too few: split by sample, not by building", len(buildings))
+                logger.warning("%d buildings are too few: split by sample, not by building", len(buildings))
                 return {}
             return split_buildings(buildings)
         unknown = [building for building in buildings if building not in splits]
@@ -234,7 +234,7 @@ class TaskonomySource:
             )
         absent = sorted({name for name, split in splits.items() if split} - set(buildings))
         if absent:
-            log.warning("%d buildings of the split file are not there: %s", len(absent), listed(absent))
+            logger.warning("%d buildings of the split file are not there: %s", len(absent), listed(absent))
         return splits
 
 

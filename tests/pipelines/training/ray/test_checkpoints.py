@@ -20,10 +20,10 @@ from pipelines.config.sections import RaySection
 from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.runs.events import DAMAGED, UNWRITTEN
-from pipelines.runs.writer import Errand, Outbox
-from pipelines.storage import can_pass, locate
+from pipelines.runs.writer import BackgroundWriter, PendingWrite
+from pipelines.storage import is_transient, locate
 from pipelines.training.ray.checkpoints import Checkpoints
-from pipelines.training.ray.failures import LastingError, lasting_error
+from pipelines.training.ray.failures import PermanentError, permanent_error
 from pipelines.training.ray.watchdog import STACKS, Scratch
 from tests.paths import ROOT
 from tests.pipelines.conftest import make_config
@@ -52,7 +52,7 @@ class Told(list[tuple[str, str]]):
 def test_a_full_disk_can_pass_and_a_refusal_cannot(call: Callable[[], object], passes: bool) -> None:
     with pytest.raises(OSError) as found:  # noqa: PT011 - which one is what is tested
         call()
-    assert can_pass(found.value) is passes
+    assert is_transient(found.value) is passes
 
 
 def test_a_server_that_is_away_can_pass_and_is_waited_for_only_by_the_patient(
@@ -63,16 +63,16 @@ def test_a_server_that_is_away_can_pass_and_is_waited_for_only_by_the_patient(
     monkeypatch.setattr(storage, "S3_ATTEMPTS", 1)
     storage._s3.cache_clear()
     place = locate("s3://bucket/x")
-    pauses: list[float] = []
-    monkeypatch.setattr(storage.time, "sleep", pauses.append)
+    retry_delays: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", retry_delays.append)
     with pytest.raises(UserError, match="connect") as found:
         place.write_bytes(b"")
-    assert can_pass(found.value)
-    assert pauses == []
+    assert is_transient(found.value)
+    assert retry_delays == []
     with pytest.raises(UserError, match="connect"):
-        place.patient(3).read_bytes()
+        place.retrying(3).read_bytes()
     storage._s3.cache_clear()
-    assert pauses[:3] == [0.5, 1.0, 2.0]
+    assert retry_delays[:3] == [0.5, 1.0, 2.0]
 
 
 FULL = """
@@ -124,14 +124,14 @@ def test_on_a_full_disk_nothing_half_written_stays_and_it_is_tried_again(tmp_pat
         capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
-    said = dict(line.split(": ", 1) for line in found.stdout.splitlines())
-    assert "No space left on device" in said["refused"]
-    assert said["left"] == "[]"
-    assert "No space left on device" in said["small"]
-    assert said["told"].startswith("['unwritten', 'unwritten'] the checkpoint cannot be written")
-    assert "No space left on device" in said["told"]
-    assert said["whole"] == "True True"
-    assert said["staged"] == "[]"
+    logged = dict(line.split(": ", 1) for line in found.stdout.splitlines())
+    assert "No space left on device" in logged["refused"]
+    assert logged["left"] == "[]"
+    assert "No space left on device" in logged["small"]
+    assert logged["told"].startswith("['unwritten', 'unwritten'] the checkpoint cannot be written")
+    assert "No space left on device" in logged["told"]
+    assert logged["whole"] == "True True"
+    assert logged["staged"] == "[]"
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -205,15 +205,15 @@ def test_what_is_newer_takes_the_place_of_what_waits_and_of_what_fails() -> None
         go_on.wait()
         written.append("slow")
 
-    outbox = Outbox(told)
-    outbox.put("a", Errand(slow, lambda: gone.append("slow")))
+    writer = BackgroundWriter(told)
+    writer.put("a", PendingWrite(slow, lambda: gone.append("slow")))
     begun.wait()
-    outbox.put("a", Errand(lambda: written.append("old"), lambda: gone.append("old")))
-    outbox.put("b", Errand(lambda: written.append("b")))
-    outbox.put("a", Errand(lambda: written.append("new"), lambda: gone.append("new")))
-    assert not outbox.flush(0)
+    writer.put("a", PendingWrite(lambda: written.append("old"), lambda: gone.append("old")))
+    writer.put("b", PendingWrite(lambda: written.append("b")))
+    writer.put("a", PendingWrite(lambda: written.append("new"), lambda: gone.append("new")))
+    assert not writer.flush(0)
     go_on.set()
-    assert outbox.flush(60)
+    assert writer.flush(60)
     assert written == ["slow", "b", "new"]
     assert gone == ["old", "slow", "new"]
 
@@ -223,10 +223,10 @@ def test_what_is_newer_takes_the_place_of_what_waits_and_of_what_fails() -> None
         failed.set()
         Path("/dev/full").write_text("x")
 
-    outbox.put("a", Errand(full, lambda: gone.append("full")))
+    writer.put("a", PendingWrite(full, lambda: gone.append("full")))
     failed.wait()
-    outbox.put("a", Errand(lambda: written.append("newest")))
-    assert outbox.flush(60)
+    writer.put("a", PendingWrite(lambda: written.append("newest")))
+    assert writer.flush(60)
     assert gone[-1] == "full"
     assert written[-1] == "newest"
     assert [kind for kind, _ in told] == [UNWRITTEN, UNWRITTEN]
@@ -241,11 +241,11 @@ def test_what_is_refused_is_not_tried_again() -> None:
         tries.append(1)
         Path("/proc/self/stat").chmod(0)
 
-    outbox = Outbox(told)
-    outbox.put("a", Errand(refused))
-    assert outbox.flush(60)
+    writer = BackgroundWriter(told)
+    writer.put("a", PendingWrite(refused))
+    assert writer.flush(60)
     assert len(tries) == len(told) == 1
-    outbox.close()
+    writer.close()
 
 
 # ---------------------------------------------------------------- a worker that hangs
@@ -309,17 +309,17 @@ def test_errors_of_the_configuration_are_not_met_again_and_name_what_to_change(t
     config = make_config(tmp_path, tmp_path, ray={"workers": [1, 2]})
     with pytest.raises(RuntimeError) as found:
         torch.empty(2**60)
-    lasting = lasting_error(found.value, config, "run", 2)
-    assert lasting is not None
-    arrived = pickle.loads(pickle.dumps(lasting))  # noqa: S301 - as Ray sends it
-    assert isinstance(arrived, LastingError)
+    permanent = permanent_error(found.value, config, "run", 2)
+    assert permanent is not None
+    arrived = pickle.loads(pickle.dumps(permanent))  # noqa: S301 - as Ray sends it
+    assert isinstance(arrived, PermanentError)
     assert "16 samples on 2 workers" in arrived.what
     for word in ("train.batch_size", "train.accumulate", "train.recompute", "bf16", "ray.workers"):
         assert word in arrived.remedy
-    refused = lasting_error(NonFiniteLossError("it became NaN: lower it"), config, "run", 1)
+    refused = permanent_error(NonFiniteLossError("it became NaN: lower it"), config, "run", 1)
     assert refused is not None
     assert (refused.what, refused.remedy) == ("it became NaN", "lower it")
-    assert lasting_error(RuntimeError("connection reset"), config, "run", 1) is None
+    assert permanent_error(RuntimeError("connection reset"), config, "run", 1) is None
 
 
 def test_workers_are_one_number_or_two(tmp_path: Path) -> None:

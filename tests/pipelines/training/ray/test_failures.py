@@ -210,7 +210,7 @@ def test_storage_that_is_away_for_half_a_minute_is_waited_for(
             assert len(newest) == 2
             assert len(read_jsonl(folder / "metrics.jsonl")) == 8
             with pytest.raises(UserError, match="NO_SUCH_BUCKET|no bucket"):  # at once, however patient
-                locate("s3://no-such-bucket/x").patient(10_000).write_text("x")
+                locate("s3://no-such-bucket/x").retrying(10_000).write_text("x")
     storage._s3.cache_clear()
 
 

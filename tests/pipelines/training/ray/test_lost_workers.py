@@ -25,7 +25,7 @@ from pipelines.errors import UserError
 from pipelines.runs.events import HUNG, LOST, RESIZED, RESUMED
 from pipelines.storage import locate
 from pipelines.training.driver import check_workers, run_workers, train
-from pipelines.training.ray.events import on_board, start_board
+from pipelines.training.ray.events import events_after, start_event_log
 from pipelines.training.worker import Job
 from tests.paths import ROOT
 from tests.pipelines.driver import CHECKPOINTS, OFTEN, Undisturbed, disturbed, kill, same, workers
@@ -65,12 +65,12 @@ def test_a_worker_killed_in_the_middle_of_an_epoch_is_replaced(
         victims.append(victim.pid)
         kill([victim])
 
-    done, said = threading.Event(), []
+    done, logged = threading.Event(), []
     murderer = threading.Thread(target=murder)
     murderer.start()
     try:
         config = type(run[0]).model_validate(driver.values)
-        found = train(config, said.append)
+        found = train(config, logged.append)
     finally:
         done.set()
         murderer.join()
@@ -81,7 +81,7 @@ def test_a_worker_killed_in_the_middle_of_an_epoch_is_replaced(
     told = driver.events(LOST)
     assert len(told) == 1
     assert "its process was lost" in told[0]["message"]
-    assert f"note: {told[0]['message']}" in said
+    assert f"note: {told[0]['message']}" in logged
     assert told[0]["message"] in found.result["notes"]
     assert len(driver.events(RESUMED)) == 1
 
@@ -107,9 +107,9 @@ def losses_told(
 ) -> list[str]:
     """What a job of two workers tells of those that were lost."""
     config = run[0].model_copy(update={"ray": checked(RaySection, {"workers": 2, **ray})})
-    board = start_board()
-    run_workers(Job(config, None, None, locate(str(folder / "run")), board=board), lambda line: None, work)
-    return [told["message"] for told in on_board(board) if told["kind"] == LOST]
+    event_log = start_event_log()
+    run_workers(Job(config, None, None, locate(str(folder / "run")), event_log=event_log), lambda line: None, work)
+    return [told["message"] for told in events_after(event_log) if told["kind"] == LOST]
 
 
 def test_a_worker_that_is_stopped_between_steps_is_replaced(run: Undisturbed, tmp_path: Path) -> None:
