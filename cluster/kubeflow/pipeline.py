@@ -1,11 +1,11 @@
-"""The work of a night as a Kubeflow pipeline: shard → sweep → train → regroup, each a `dmtg` command.
+"""The nightly run as a Kubeflow pipeline: shard → sweep → train → regroup, each a `dmtg` command.
 
-A step runs its command where it is, or, given the address of a Ray cluster's dashboard, submits it there. Steps
-pass on addresses, so storage has to be one that all of them reach. Needs kfp, in an environment of its own, as it
-takes an older protobuf than the lock has:
+A step runs its command in its own pod. If it gets the address of a Ray cluster's dashboard, it submits the command
+there. Steps pass on addresses, so all of them must reach the same storage. The script needs kfp in an environment
+of its own, because kfp needs an older protobuf than the lock file has:
 
     python cluster/kubeflow/pipeline.py                                      # writes pipeline.yaml beside it
-    python cluster/kubeflow/pipeline.py --host https://kubeflow.example.org  # and has it run every night
+    python cluster/kubeflow/pipeline.py --host https://kubeflow.example.org  # and schedules it every night
 """
 
 import argparse
@@ -60,7 +60,7 @@ def dmtg(
 
 @dsl.pipeline(
     name="dmtg",
-    description="Shards of the night, a sweep over groupings, a run with the best, and the regrouping.",
+    description="Shard tonight's data, sweep over groupings, train with the best setting, regroup.",
 )
 def night(
     config: str = "paper/taskonomy5_k3",
@@ -70,7 +70,7 @@ def night(
     regroup_words: list = ["ray.workers=8", "run.root=s3://dmtg/runs", "--kept-ok"],  # noqa: B006
     cluster: str = "http://dmtg-head-svc.dmtg.svc.cluster.local:8265",
 ) -> None:
-    """Shard, sweep, train with the best setting, and let a challenger for the champion be judged.
+    """Shard, sweep, train with the best setting, and evaluate a challenger against the champion.
 
     Args:
         config: File or recipe, as the machines that run the commands know it.
@@ -93,7 +93,7 @@ def night(
         given=shards, word="data.shards",
     ).after(training)  # fmt: skip
     for step, name in ((sharding, "shard"), (sweep, "sweep"), (training, "train"), (regrouping, "regroup")):
-        # the same words find what is there: a step is cheap to run again, and a cached night would never be one
+        # a command that runs again finds its results: caching would only skip a nightly run
         step.set_display_name(name).set_caching_options(False).set_retry(2)
 
 
@@ -103,7 +103,7 @@ def compile_to(path: Path = COMPILED) -> None:
 
 
 def every_night(host: str, experiment: str = "dmtg") -> str:
-    """Have the compiled pipeline run every night, one night at a time.
+    """Schedule the compiled pipeline every night, one run at a time.
 
     Args:
         host: Address of Kubeflow Pipelines; credentials as kfp's client finds them.
@@ -117,7 +117,7 @@ def every_night(host: str, experiment: str = "dmtg") -> str:
         job_name="dmtg-nightly",
         cron_expression=EVERY_NIGHT,
         max_concurrency=1,
-        no_catchup=True,  # nights that were missed are not made up for: the newest data is what counts
+        no_catchup=True,  # missed runs are not repeated: only the newest data counts
         pipeline_package_path=str(COMPILED),
     )
     return str(run.recurring_run_id)

@@ -62,7 +62,7 @@ def ray_schema(kind: str) -> dict[str, Any]:
     """The closed schema of one of KubeRay's kinds."""
     file = CRDS / f"ray.io_{kind.lower()}s.yaml"
     if not file.exists():
-        pytest.skip(f"KubeRay's schemas are not at hand: no {file.name} in {CRDS.name}")
+        pytest.skip(f"KubeRay's schemas are not available: no {file.name} in {CRDS.name}")
     versions = yaml.safe_load(file.read_text(encoding="utf-8"))["spec"]["versions"]
     (schema,) = [version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == "v1"]
     made: dict[str, Any] = closed(schema)

@@ -103,9 +103,9 @@ def test_words_survive_the_second_shell_of_ray_job_submit(command: Command) -> N
 
 
 def test_regroup_never_ends_a_scheduled_job_as_failed_because_the_champion_was_kept() -> None:
-    nights = [one for one in COMMANDS if one.words[0] == "regroup"]
-    assert len(nights) >= 4
+    nightly = [one for one in COMMANDS if one.words[0] == "regroup"]
+    assert len(nightly) >= 4
     service = (CLUSTER / "systemd" / "dmtg-regroup.service").read_text(encoding="utf-8")
     assert "SuccessExitStatus=3" in service
-    for night in nights:
+    for night in nightly:
         assert "--kept-ok" in night.words or night.file.endswith(".service"), night

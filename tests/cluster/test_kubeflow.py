@@ -65,7 +65,7 @@ pipeline.compile_to(pathlib.Path(sys.argv[2]))
     assert new | {"sdkVersion": ""} == held | {"sdkVersion": ""}
 
 
-def test_nights_come_one_at_a_time_at_the_hour_of_the_other_schedulers() -> None:
+def test_nightly_runs_come_one_at_a_time_at_the_hour_of_the_other_schedulers() -> None:
     code = """
 import inspect, sys
 sys.path.insert(0, sys.argv[1])
@@ -95,7 +95,7 @@ def test_a_step_that_fails_says_why_and_fails(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_a_night_runs_from_raw_files_to_a_verdict(tmp_path: Path) -> None:
+def test_a_nightly_run_goes_from_raw_files_to_a_verdict(tmp_path: Path) -> None:
     values = config_values(write_images(tmp_path / "raw"), tmp_path, train={"epochs": 2})
     values["ray"] = {"workers": 1, "object_store_mib": 128}
     file = tmp_path / "c.yaml"

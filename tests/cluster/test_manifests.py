@@ -169,7 +169,7 @@ def test_the_smallest_cluster_of_a_job_has_room_for_its_fewest_workers(one: Obje
     assert most["GPU"] >= section.most * section.gpus_per_worker
 
 
-def test_two_nights_never_run_at_once_where_the_scheduler_can_hold_that() -> None:
+def test_two_nightly_runs_never_overlap_where_the_scheduler_can_prevent_it() -> None:
     spec = copied("cluster", "CronJob")["spec"]
     assert spec["concurrencyPolicy"] == "Forbid"
     assert spec["jobTemplate"]["spec"]["activeDeadlineSeconds"] < 24 * 3600
