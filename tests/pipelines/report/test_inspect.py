@@ -250,7 +250,7 @@ def test_constant_target_and_damage_stand_on_top_and_the_rest_is_drawn(tmp_path:
     assert page.text.count("missing") >= 8
     for shard in (tmp_path / "shards").glob("train-*.parquet"):
         shard.unlink()
-    assert "None of the shards of the training split can be read." in page_of(config).text
+    assert "No shard of the training split is readable." in page_of(config).text
 
 
 def test_label_that_is_missing_is_said_to_be(tmp_path: Path) -> None:
