@@ -66,7 +66,7 @@ PANELS: Mapping[str, Mapping[Callable[..., Any] | typer.Typer, tuple[str, ...]]]
     },
     "Nightly runs": {
         regroup: (
-            "dmtg regroup -c mydata.yaml regroup.shards=s3://bucket/nights/mydata",
+            "dmtg regroup -c mydata.yaml regroup.shards=s3://bucket/daily/mydata",
             "dmtg regroup -c mydata.yaml --night 2026-11-25 --dry-run",
         ),
     },

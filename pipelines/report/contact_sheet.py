@@ -203,18 +203,18 @@ def show_classes(task: Task, sample: Sample, seen: Sequence[int]) -> Shown:
     valid = _valid(task, sample)
     found, counts = np.unique(ids[valid], return_counts=True)
     most = sorted(zip(counts.tolist(), found.tolist(), strict=True), reverse=True)[:3]
-    words = ", ".join(f"{class_name(task, i)} {_percent(count / ids.size)}" for count, i in most)
-    words = _with_gaps(words, valid)
-    return Shown(task.name, words, (pictures.class_map(ids, valid, seen, _alt(task, sample, words)),))
+    text = ", ".join(f"{class_name(task, i)} {_percent(count / ids.size)}" for count, i in most)
+    text = _with_gaps(text, valid)
+    return Shown(task.name, text, (pictures.class_map(ids, valid, seen, _alt(task, sample, text)),))
 
 
 def show_directions(task: Task, sample: Sample) -> Shown:
     """Three channels of a direction as one colour picture."""
     units = (sample.labels[task.name].astype(np.float64) - np.array(task.offset)) / np.array(task.scale)
     valid = np.asarray(_valid(task, sample).all(2))
-    words = _with_gaps("", valid)
-    alt = _alt(task, sample, words or "directions as colours")
-    return Shown(task.name, words, (pictures.directions(units, valid, alt),))
+    text = _with_gaps("", valid)
+    alt = _alt(task, sample, text or "directions as colours")
+    return Shown(task.name, text, (pictures.directions(units, valid, alt),))
 
 
 def show_values(task: Task, sample: Sample, scales: Limits) -> Shown:
@@ -222,13 +222,13 @@ def show_values(task: Task, sample: Sample, scales: Limits) -> Shown:
     values, valid = sample.labels[task.name], _valid(task, sample)
     known = values[valid]
     span = [figure(known.min()), quantity(task, known.max())] if known.size else []
-    words = _with_gaps(" to ".join(span), valid)
+    text = _with_gaps(" to ".join(span), valid)
     channels = list(zip(_channels(values), _channels(valid), scales, strict=True))[:MOST_CHANNELS]
     drawn = [
-        pictures.heat(*channel, _alt(task, sample, words, f", channel {c}" if len(channels) > 1 else ""))
+        pictures.heat(*channel, _alt(task, sample, text, f", channel {c}" if len(channels) > 1 else ""))
         for c, channel in enumerate(channels)
     ]
-    return Shown(task.name, words, tuple(drawn))
+    return Shown(task.name, text, tuple(drawn))
 
 
 def _channels(values: np.ndarray) -> list[np.ndarray]:
@@ -236,13 +236,13 @@ def _channels(values: np.ndarray) -> list[np.ndarray]:
     return [values] if values.ndim == 2 else list(np.moveaxis(values, 2, 0))
 
 
-def _alt(task: Task, sample: Sample, words: str, which: str = "") -> str:
-    return f"{task.name}{which} of sample {sample.id}: {words}"
+def _alt(task: Task, sample: Sample, text: str, which: str = "") -> str:
+    return f"{task.name}{which} of sample {sample.id}: {text}"
 
 
-def _with_gaps(words: str, valid: np.ndarray) -> str:
+def _with_gaps(text: str, valid: np.ndarray) -> str:
     gap = 1 - valid.mean()
-    return ", ".join(part for part in (words, f"{_percent(gap)} without a label" if gap else "") if part)
+    return ", ".join(part for part in (text, f"{_percent(gap)} without a label" if gap else "") if part)
 
 
 def _percent(share: float) -> str:
