@@ -109,7 +109,7 @@ def test_unknown_and_missing_arguments_are_wrong_use(arguments: list[str], messa
 
 
 @pytest.mark.parametrize(("address", "what"), [("10.0.0.1:6379", "does not answer"), (None, "does not start")])
-def test_the_error_names_dmtg_doctor_if_ray_does_not_start_or_answer(address: str | None, what: str) -> None:
+def test_ray_that_does_not_start_or_answer_names_the_next_thing_to_do(address: str | None, what: str) -> None:
     with pytest.raises(UserError, match=what) as found, _starting(address):
         raise RuntimeError("timed out\nand more")
     assert "dmtg doctor" in found.value.remedy
