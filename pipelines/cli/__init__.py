@@ -1,1 +1,1 @@
-"""The `dmtg` command: one module a group of commands, and what they print."""
+"""The `dmtg` command: one module for each group of commands, the options and the output."""

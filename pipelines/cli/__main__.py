@@ -1,4 +1,4 @@
-"""`python -m pipelines.cli`."""
+"""Entry point of `python -m pipelines.cli`."""
 
 from pipelines.cli.app import main
 

@@ -1,7 +1,7 @@
-"""The `dmtg` command: its commands in the order of a tour, each with examples.
+"""The `dmtg` command: its subcommands in help panels, in the order of use, each with examples.
 
-A command parses, calls one function of a room, prints, and names the command after it. Ray, MLflow and torch are
-imported only where one runs, so that `--help` is instant.
+A command parses its arguments, calls one function of another package, prints the result and prints the next
+command. Ray, MLflow and torch are imported inside the commands that use them, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from typing import Any
 import typer
 
 from pipelines.cli.config import config_app
+from pipelines.cli.data import inspect, shard
 from pipelines.cli.doctor import doctor
 from pipelines.cli.experiments import compare, signal, sweep
 from pipelines.cli.models import models_app
 from pipelines.cli.serve import evaluate, predict, regroup
-from pipelines.cli.train import demo, inspect, report, shard, train
+from pipelines.cli.train import demo, report, train
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Learn which prediction tasks should share an encoder, and train one model per group.\n\n"
-    "On your own table: dmtg config new mydata.csv --targets first,second,third and every command names the next.",
-    epilog="-c takes a YAML file or the name of a recipe that ships; section.key=value words change it. "
-    "dmtg COMMAND --help has examples.",
+    help="Learn which prediction tasks should share an encoder, and train one model for each group of tasks.\n\n"
+    "For your own table, start with: dmtg config new mydata.csv --targets first,second,third\n\n"
+    "Every command prints the next command.",
+    epilog="-c takes a YAML file or the name of a packaged recipe. Arguments section.key=value override its "
+    "values. dmtg COMMAND --help shows examples.",
 )
 
-FIRST, FIND, MODELS = "First steps", "Find a grouping", "Models that serve"
-NIGHT, LOOK = "Every night", "Look inside"
-# panel → what is in it, with examples
-TOUR: Mapping[str, Mapping[Callable[..., Any] | typer.Typer, tuple[str, ...]]] = {
-    FIRST: {
+# title of a help panel → commands of the panel, each with examples
+PANELS: Mapping[str, Mapping[Callable[..., Any] | typer.Typer, tuple[str, ...]]] = {
+    "Getting started": {
         demo: ("dmtg demo", "dmtg demo train.seed=1"),
         doctor: ("dmtg doctor", "dmtg doctor -c mydata.yaml --write"),
         config_app: (
@@ -40,9 +40,11 @@ TOUR: Mapping[str, Mapping[Callable[..., Any] | typer.Typer, tuple[str, ...]]] =
             "dmtg config schema > dmtg.schema.json",
         ),
     },
-    FIND: {
+    "Prepare data": {
         shard: ("dmtg shard -c mydata.yaml", "dmtg shard -c clothing source.root=/data/clothing-dataset"),
         inspect: ("dmtg inspect -c mydata.yaml", "dmtg inspect -c mydata.yaml --out page.html"),
+    },
+    "Find a grouping": {
         signal: ("dmtg signal -c mydata.yaml",),
         train: (
             "dmtg train -c mydata.yaml",
@@ -52,7 +54,7 @@ TOUR: Mapping[str, Mapping[Callable[..., Any] | typer.Typer, tuple[str, ...]]] =
         compare: ("dmtg compare -c mydata.yaml", "dmtg compare -c mydata.yaml 'compare.seeds=[1, 2, 3, 4, 5]'"),
         sweep: ("dmtg sweep -c mydata.yaml 'sweep.groups=[2, 3, 4]' 'sweep.seeds=[1, 2]'",),
     },
-    MODELS: {
+    "Serve models": {
         models_app: (
             "dmtg models list",
             "dmtg models diff mydata",
@@ -62,13 +64,13 @@ TOUR: Mapping[str, Mapping[Callable[..., Any] | typer.Typer, tuple[str, ...]]] =
         evaluate: ("dmtg evaluate models:/mydata/1 -c mydata.yaml",),
         predict: ("dmtg predict models:/mydata@champion -c mydata.yaml --out predictions --split all",),
     },
-    NIGHT: {
+    "Nightly runs": {
         regroup: (
-            "dmtg regroup -c mydata.yaml regroup.shards=s3://bucket/nights/mydata",
+            "dmtg regroup -c mydata.yaml regroup.shards=s3://bucket/daily/mydata",
             "dmtg regroup -c mydata.yaml --night 2026-11-25 --dry-run",
         ),
     },
-    LOOK: {report: ("dmtg report work/mydata/runs/mydata-0a1b2c3d",)},
+    "Reports": {report: ("dmtg report work/mydata/runs/mydata-0a1b2c3d",)},
 }
 
 
@@ -76,7 +78,7 @@ def _examples(lines: tuple[str, ...]) -> str:
     return "\n\n".join(("Examples:", *lines))
 
 
-for panel, commands in TOUR.items():
+for panel, commands in PANELS.items():
     for command, lines in commands.items():
         if isinstance(command, typer.Typer):
             app.add_typer(command, rich_help_panel=panel, epilog=_examples(lines))

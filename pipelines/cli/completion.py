@@ -1,4 +1,4 @@
-"""What the shell offers after a Tab: nothing here may be slow, or stop because something is away."""
+"""Shell completion of configurations and models. It must be fast and must not fail if a server is unreachable."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from pipelines.recipes import recipes
 
-SERVER_S = "3"  # how long a person who has pressed Tab waits for the tracking server
+SERVER_S = "3"  # timeout of requests to the tracking server, in seconds
 
 
 def complete_config(incomplete: str) -> list[str]:
-    """Recipes, and the YAML files and folders that begin like this."""
+    """Recipes, YAML files and folders whose names begin with `incomplete`."""
     folder, _, begun = incomplete.rpartition("/")
     place = Path(f"{folder}/") if folder or incomplete.startswith("/") else Path()
     prefix = f"{folder}/" if "/" in incomplete else ""
@@ -23,7 +23,7 @@ def complete_config(incomplete: str) -> list[str]:
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """Registered models: the newest version of each, and those that have an alias."""
+    """Addresses of registered models: the newest version of each model, and every alias."""
     return [address for address in _addresses() if address.startswith(incomplete)]
 
 
@@ -34,7 +34,7 @@ def complete_name(incomplete: str) -> list[str]:
 
 
 def complete_address(incomplete: str) -> list[str]:
-    """`complete_model` without `models:/`, which the commands of the registry can do without."""
+    """Addresses as of `complete_model`, without `models:/`, which is optional for the commands of the registry."""
     return [
         short for address in _addresses() if (short := address.removeprefix("models:/")).startswith(incomplete)
     ]
@@ -51,9 +51,9 @@ def _addresses() -> list[str]:
         section = load_track()
         file = tracking_uri(section).removeprefix("sqlite:///")
         if "://" not in file and not Path(file).exists():
-            return []  # MLflow would make it
+            return []  # MLflow would create the file
         found = list_models(section)
-    except Exception:  # noqa: BLE001 - a Tab that finds nothing says nothing
+    except Exception:  # noqa: BLE001 - a completion that fails offers nothing
         return []
     aliases = [f"models:/{model['name']}@{alias}" for model in found for alias in model["aliases"]]
     return [*(model["uri"] for model in found), *aliases]

@@ -1,4 +1,4 @@
-"""`dmtg config …`: a configuration made, shown, and described to an editor."""
+"""`dmtg config …`: create a configuration, show it, and print its JSON schema."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.cli.console import Next, log, print_table, run
-from pipelines.cli.options import ConfigFile, Debug, Json, RayFile, Words, load, same
+from pipelines.cli.options import ConfigFile, Debug, Json, Overrides, RayFile, command_line, load
 
 config_app = typer.Typer(
-    name="config", no_args_is_help=True, help="Make a configuration for your data, show one, describe all."
+    name="config", no_args_is_help=True, help="Create a configuration for your data, show one, print the schema."
 )
 
 
 @config_app.command("show")
 def config_show(
-    config: ConfigFile, words: Words = None, ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ray_config: RayFile = "",
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
-    """The configuration as commands see it, on stdout: file, bases, words and defaults. Secrets are left out."""
+    """Print the configuration with all bases, overrides and defaults on stdout.
+
+    Secrets are left out.
+    """
 
     def body() -> dict[str, Any]:
         import yaml
@@ -28,18 +35,15 @@ def config_show(
         from pipelines.data.sources import options_model
         from pipelines.registry.tracking import shown
 
-        loaded = load(config, words, ray_config)
+        loaded = load(config, overrides, ray_config)
         if loaded.source is not None:
             checked(options_model(loaded.source.kind), loaded.source.options, "source.options")
         values = shown(loaded)
         if not as_json:
             print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110), end="")
-        able = loaded.source is not None and loaded.source.given
-        step = (
-            Next("raw data to shards", same(["shard"], config, words, ray_config))
-            if able
-            else Next("statistics of the shards", same(["inspect"], config, words, ray_config))
-        )
+        has_source = loaded.source is not None and loaded.source.given
+        purpose, command = ("write the shards", "shard") if has_source else ("inspect the shards", "inspect")
+        step = Next(purpose, command_line([command], config, overrides, ray_config))
         return {"config": values, "next": step}
 
     run("config show", body, as_json=as_json, debug=debug)
@@ -47,17 +51,17 @@ def config_show(
 
 @config_app.command("schema")
 def config_schema(
-    ray: Annotated[bool, typer.Option("--ray", help="That of ray_config.yaml instead.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Print the schema of ray_config.yaml instead.")] = False,
     debug: Debug = False,
 ) -> None:
-    """The JSON schema of a configuration file, on stdout, for completion and checks in an editor."""
+    """Print the JSON schema of configuration files on stdout, for completion and validation in an editor."""
 
     def body() -> dict[str, Any]:
-        from pipelines.scaffold.json_schema import config_schema as of_config
+        from pipelines.scaffold.json_schema import config_schema as schema_of_config
         from pipelines.scaffold.json_schema import ray_schema
 
-        print(json.dumps(ray_schema() if ray else of_config(), indent=2, ensure_ascii=False))
-        return {"next": Next("a file to start from", ("dmtg", "config", "new", "--help"))}
+        print(json.dumps(ray_schema() if ray else schema_of_config(), indent=2, ensure_ascii=False))
+        return {"next": Next("create a configuration", ("dmtg", "config", "new", "--help"))}
 
     run("config schema", body, as_json=False, debug=debug)
 
@@ -65,19 +69,15 @@ def config_schema(
 @config_app.command("new")
 def config_new(
     data: Annotated[str, typer.Argument(help="Table (CSV, TSV, Parquet) or folder, local or s3://.")] = "",
-    source: Annotated[
-        str, typer.Option(help="Reader of the raw format; by default what the data look like.")
-    ] = "",
-    targets: Annotated[
-        list[str] | None, typer.Option(help="Columns to predict, with commas between them.")
-    ] = None,
-    out: Annotated[str, typer.Option("--out", "-o", help="The file; <name>.yaml by default.")] = "",
-    name: Annotated[str, typer.Option(help="Of runs and models; that of the data by default.")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    source: Annotated[str, typer.Option(help="Reader of the raw format; inferred from the data by default.")] = "",
+    targets: Annotated[list[str] | None, typer.Option(help="Columns to predict, separated by commas.")] = None,
+    out: Annotated[str, typer.Option("--out", "-o", help="File to write; <name>.yaml by default.")] = "",
+    name: Annotated[str, typer.Option(help="Name of runs and models; the name of the data by default.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """A commented file to start from: looks at the first rows, guesses what each column is, asks nothing."""
+    """Write a commented configuration. The type of each column is inferred from the first rows."""
 
     def body() -> dict[str, Any]:
         from pipelines.errors import UserError
@@ -89,18 +89,18 @@ def config_new(
         place = locate(file)
         if place.exists() and not force:
             raise UserError(
-                "the file is there already", where=str(place),
-                remedy="give another one with -o, or --force to write over it", wrong_use=True,
+                "the file exists already", where=str(place),
+                remedy="name another file with -o, or overwrite it with --force", wrong_use=True,
             )  # fmt: skip
         place.write_text(made.text)
-        source_of = load(file, []).source
+        loaded = load(file, [])
         kinds = {use.column: use.options.get("kind", use.use) for use in made.uses}
         if made.uses:
-            rows = [{"column": use.column, "is": kinds[use.column], "": use.why} for use in made.uses]
-            print_table(f"What the columns of {data} seem to be", rows)
+            rows = [{"column": use.column, "type": kinds[use.column], "reason": use.why} for use in made.uses]
+            print_table(f"Inferred types of the columns of {data}", rows)
         log(f"configuration: {file}")
-        able = source_of is not None and source_of.given
-        why = "raw data to shards" if able else "when source.root in it names the raw data"
-        return {"config": file, "columns": kinds, "next": Next(why, same(["shard"], file, []))}
+        has_source = loaded.source is not None and loaded.source.given
+        purpose = "write the shards" if has_source else "set source.root in the file, then write the shards"
+        return {"config": file, "columns": kinds, "next": Next(purpose, command_line(["shard"], file, []))}
 
     run("config new", body, as_json=as_json, debug=debug)

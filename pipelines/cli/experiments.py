@@ -1,26 +1,34 @@
-"""The commands that train many times: does grouping matter, which setting, which method."""
+"""The commands that train many times: the grouping signal, the comparison of methods, and the sweep."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pipelines.cli.console import Next, log, number, print_table, run
-from pipelines.cli.options import ConfigFile, Debug, Json, RayFile, Words, load, same
+from pipelines.cli.console import Next, log, print_table, run
+from pipelines.cli.options import ConfigFile, Debug, Json, Overrides, RayFile, command_line, load
+from pipelines.report.formatting import cost, percent, significant
 
 if TYPE_CHECKING:
     from pipelines.config.loading import Config
 
 
 def signal(
-    config: ConfigFile, words: Words = None, ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ray_config: RayFile = "",
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
-    """Short runs that tell beforehand whether grouping can matter: how much is the grouping, how much the seed."""
+    """Measure in short runs whether the grouping can matter.
+
+    It compares the variation between groupings with the variation between seeds.
+    """
 
     def body() -> dict[str, Any]:
         from pipelines.compare.page import two
-        from pipelines.compare.signal import signal as work
+        from pipelines.compare.signal import signal as measure_signal
 
-        done = work(load(config, words, ray_config), log)
+        done = measure_signal(load(config, overrides, ray_config), log)
         found = done.found
         overall = {"task": "all", **found["correlation"]}
         rows = [
@@ -38,30 +46,35 @@ def signal(
         )
         print_table(title, rows, right=("correlation", "between groupings", "between seeds"))
         log(f"verdict: {found['verdict']}\nsignal:  {done.folder}")
-        step = Next("the search beside all that it should beat", same(["compare"], config, words, ray_config))
+        step = Next(
+            "compare the search with the baselines", command_line(["compare"], config, overrides, ray_config)
+        )
         return {"run_dir": str(done.folder), **found, "next": step}
 
     run("signal", body, as_json=as_json, debug=debug)
 
 
 def compare(
-    config: ConfigFile, words: Words = None, ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ray_config: RayFile = "",
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
-    """The search beside naive MTL, a wide encoder, random groups and published selectors, over seeds."""
+    """Compare the search with naive MTL, a wide encoder, random groups and published selectors, over seeds."""
 
     def body() -> dict[str, Any]:
-        step = Next("the grouping and its models", same(["train"], config, words, ray_config))
-        return _compare(load(config, words, ray_config)) | {"next": step}
+        step = Next("train a grouping and its models", command_line(["train"], config, overrides, ray_config))
+        return _compare(load(config, overrides, ray_config)) | {"next": step}
 
     run("compare", body, as_json=as_json, debug=debug)
 
 
 def _compare(config: Config) -> dict[str, Any]:
-    from pipelines.compare.driver import compare as work
+    from pipelines.compare.driver import compare as compare_methods
     from pipelines.compare.page import interval, two
-    from pipelines.report.formatting import cost
 
-    done = work(config, log)
+    done = compare_methods(config, log)
     found = done.found
     rows = [
         {
@@ -77,12 +90,13 @@ def _compare(config: Config) -> dict[str, Any]:
         for row in found["rows"]
     ]
     title = (
-        f"Over naive MTL on {found['split']}, {len(found['seeds'])} seeds, 95 % intervals; training in its runs"
+        f"Gain over naive MTL on {found['split']}, {len(found['seeds'])} seeds, 95 % intervals; "
+        "training in runs of naive MTL"
     )
     print_table(title, rows, right=tuple(rows[0])[1:])
     for text in (*found["verdicts"], *(f"note: {note}" for note in found["notes"])):
         log(text)
-    log(f"signal:     {found['signal'] or 'not asked: dmtg signal tells beforehand whether grouping can matter'}")
+    log(f"signal:     {found['signal'] or 'not measured; dmtg signal measures whether the grouping can matter'}")
     log(f"comparison: {done.folder}\nreport:     {done.page}")
     ours = next((row for row in found["rows"] if row["method"] == found["reference"]), found["rows"][0])
     return {
@@ -95,36 +109,45 @@ def _compare(config: Config) -> dict[str, Any]:
 
 
 def sweep(
-    config: ConfigFile, words: Words = None, ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ray_config: RayFile = "",
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
-    """Train all settings of the sweep section beside each other: which is best, and which are worth their cost."""
+    """Train all settings of the section sweep.
+
+    It reports the best setting and the settings with the best gain for their inference cost.
+    """
 
     def body() -> dict[str, Any]:
-        found = _sweep(load(config, words, ray_config))
-        step = Next("the best setting, with all its models", same(["train"], found["best_config"], [], ray_config))
+        found = _sweep(load(config, overrides, ray_config))
+        step = Next(
+            "train the best setting with all its models",
+            command_line(["train"], found["best_config"], [], ray_config),
+        )
         return found | {"next": step}
 
     run("sweep", body, as_json=as_json, debug=debug)
 
 
 def _sweep(config: Config) -> dict[str, Any]:
-    from pipelines.report.formatting import cost, percent
-    from pipelines.sweep.driver import sweep as work
+    from pipelines.sweep.driver import sweep as run_sweep
     from pipelines.sweep.page import marks_of, verdict
     from pipelines.sweep.results import KNEE
 
-    done = work(config, log)
+    done = run_sweep(config, log)
     found = done.found
     rows = [
         {
             "setting": row["label"],
             "seeds": f"{row['finished']} of {row['seeds']}",
-            "score": number(row["val_score"]),
+            "score": significant(row["val_score"]),
             "gain on val": percent(row["gain_validation"]),
             f"on {found['split']}": percent(row["gain"]),
             "operations": cost(row["flops"]),
             "parameters": cost(row["parameters"]),
-            "": ", ".join(marks_of(row["label"], found)),
+            "marks": ", ".join(marks_of(row["label"], found)),
         }
         for row in found["settings"]
     ]

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and the words of the command after."""
+"""Arguments and options that several commands share, and the command lines of next commands."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ if TYPE_CHECKING:
 ConfigFile = Annotated[
     str,
     typer.Option(
-        "--config", "-c", help="YAML file, or the name of a recipe that ships.", autocompletion=complete_config
+        "--config", "-c", help="YAML file, or the name of a packaged recipe.", autocompletion=complete_config
     ),
 ]
-Words = Annotated[list[str] | None, typer.Argument(help="section.key=value, laid over the file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value arguments that override values of the file.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 RayFile = Annotated[
-    str, typer.Option("--ray-config", help="Where and how Ray runs; ./ray_config.yaml by default.")
+    str, typer.Option("--ray-config", help="File that configures Ray; ./ray_config.yaml by default.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-TrackUri = Annotated[str, typer.Option("--uri", help="Tracking server; an SQLite file here by default.")]
+TrackUri = Annotated[
+    str, typer.Option("--uri", help="Tracking server; an SQLite file in the current folder by default.")
+]
+RunDir = Annotated[str, typer.Argument(help="Folder of a finished run.")]
 Model = Annotated[
     str,
     typer.Argument(
@@ -34,43 +39,46 @@ Model = Annotated[
 ]
 
 
-def load(config: str, words: Sequence[str] | None, ray_config: str = "") -> Config:
-    """The configuration that a command is given."""
+def load(config: str, overrides: Sequence[str] | None, ray_config: str = "") -> Config:
+    """Read the configuration of a command."""
     from pipelines.config.loading import load_config
 
-    return load_config(config, words or [], ray_config)
+    return load_config(config, overrides or [], ray_config)
 
 
-def same(
-    command: Sequence[str], config: str, words: Sequence[str] | None, ray_config: str = "", *more: str
+def command_line(
+    command: Sequence[str], config: str, overrides: Sequence[str] | None, ray_config: str = "", *more: str
 ) -> tuple[str, ...]:
-    """Another command on the same configuration.
+    """Another command with the same configuration and overrides.
 
     Args:
-        command: Its name, and what has no option before it.
-        more: Further words.
+        command: Name of the command and its positional arguments.
+        config: The configuration file or recipe.
+        overrides: `section.key=value` arguments.
+        ray_config: The file that configures Ray; empty for the default.
+        more: Further options.
     """
     ray = ["--ray-config", ray_config] if ray_config else []
-    return "dmtg", *command, "-c", config, *map(_showable, words or ()), *ray, *more
+    return "dmtg", *command, "-c", config, *map(_without_secrets, overrides or ()), *ray, *more
 
 
-def predicting(
-    model: str, loaded: Config, config: str, words: Sequence[str] | None, ray_config: str
+def predict_command(
+    model: str, loaded: Config, config: str, overrides: Sequence[str] | None, ray_config: str
 ) -> tuple[str, ...]:
-    """The command for a model's predictions, beside the runs of its configuration."""
+    """The command for a model's predictions, in a folder beside the runs of its configuration."""
     out = f"{loaded.run.root.rstrip('/')}/predictions"
-    return same(["predict", model], config, words, ray_config, "--out", out)
+    return command_line(["predict", model], config, overrides, ray_config, "--out", out)
 
 
-def _showable(word: str) -> str:
-    """A word as it may stand in a log: what holds a secret has to be typed again."""
+def _without_secrets(override: str) -> str:
+    """An override for a log. A value that holds a secret becomes a dot dot dot, and has to be typed again."""
     from pipelines.registry.errors import without_credentials
 
-    key, _, value = word.partition("=")
-    return f"{key}=…" if key == "regroup.webhook" or without_credentials(value) != value else word
+    key, _, value = override.partition("=")
+    return f"{key}=…" if key == "regroup.webhook" or without_credentials(value) != value else override
 
 
-def models(command: str, track: TrackSection, *more: str) -> tuple[str, ...]:
+def models_command(command: str, track: TrackSection, *more: str) -> tuple[str, ...]:
     """A `dmtg models` command for the registry of a configuration."""
     from pipelines.config.loading import load_track
     from pipelines.registry.errors import without_credentials

@@ -1,1 +1,1 @@
-"""Pages: how they are rendered and drawn, and those of a run and of a data set."""
+"""HTML pages: rendering, figures and pictures, the report of a run and the page of a data set."""

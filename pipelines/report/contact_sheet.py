@@ -1,4 +1,4 @@
-"""Some samples as a person sees them: the input beside every label."""
+"""The contact sheet: samples as pictures and text, the input beside every label."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from pipelines.report import pictures
 from pipelines.report.pictures import Picture
 
 SEED = 22
-MOST_CLASSES = 24  # of a dense task in its legend: so many have colours of their own
-MOST_CHANNELS = 4  # of a dense task that are drawn
-FAR = 3.0  # standard deviations; what is farther from the mean takes the colour of the end
-Limits = Sequence[tuple[float, float]]  # of every channel, in raw units
+MOST_CLASSES = 24  # classes in the legend of a dense task; so many have different colours
+MOST_CHANNELS = 4  # channels of a dense task that are drawn
+FAR = 3.0  # standard deviations; values farther from the mean have the colour of the nearer end
+Limits = Sequence[tuple[float, float]]  # lower and upper limit of every channel, in raw units
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One stored sample: its id, input, raw labels, and where there are labels, as in `Arrays`."""
+    """A stored sample: its id, input and raw labels, and the masks of present labels, as in `Arrays`."""
 
     id: str
     inputs: np.ndarray
@@ -38,7 +38,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Shown:
-    """A value of a sample in words, and in pictures where it has an extent."""
+    """A value of a sample as text, and as pictures if it has a spatial extent."""
 
     name: str
     words: str
@@ -47,7 +47,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Legend:
-    """How to read the pictures of a dense task: classes with their colours, or the two ends of the colour map."""
+    """The legend of a dense task: classes with their colours, or the two ends of the colour map."""
 
     name: str
     classes: tuple[tuple[str, str], ...] = ()
@@ -55,12 +55,12 @@ class Legend:
 
 
 def pick(reader: Reader, count: int, without: Collection[str] = ()) -> list[Sample]:
-    """Samples of the training split, the same at every call.
+    """Draw samples of the training split at random with a fixed seed.
 
     Args:
-        reader: Of the shards.
-        count: How many; fewer where there are not so many.
-        without: Shards that cannot be read.
+        reader: Reader of the shards.
+        count: Number of samples; a smaller split gives all of its samples.
+        without: Unreadable shards.
     """
     units = [unit for unit in all_units(reader, "train") if unit.file not in without]
     places = [(unit, row) for unit in units for row in range(unit.rows)]
@@ -79,14 +79,14 @@ def _read(reader: Reader, file: str, group: int, rows: Sequence[int]) -> list[Sa
             ids[row],
             arrays.inputs[row],
             {name: values[row] for name, values in arrays.labels.items()},
-            {name: there[row] for name, there in arrays.present.items()},
+            {name: mask[row] for name, mask in arrays.present.items()},
         )
         for row in rows
     ]
 
 
 def ids_of(reader: Reader, file: str, group: int) -> list[str]:
-    """The ids of a row group's samples."""
+    """The ids of the samples of a row group."""
     place = reader.folder / file
     with place.filesystem.open_input_file(place.path) as opened:
         found: list[str] = pq.ParquetFile(opened).read_row_group(group, columns=["id"])["id"].to_pylist()
@@ -94,11 +94,11 @@ def ids_of(reader: Reader, file: str, group: int) -> list[str]:
 
 
 class Sheet:
-    """Draws samples, all of them to the same scales and in the same class colours.
+    """Draws samples with common scales and common class colours.
 
     Args:
-        samples: What will be drawn; the classes that occur in them get colours.
-        reader: Where they are from.
+        samples: The samples to draw; the classes in them get colours.
+        reader: Reader of their shards.
     """
 
     def __init__(self, samples: Sequence[Sample], reader: Reader) -> None:
@@ -117,18 +117,18 @@ class Sheet:
         }
 
     def _feature_span(self) -> tuple[float, float]:
-        """Least and greatest feature of all samples, without what is far from the others."""
+        """Range of the features of all samples in network units, without outliers."""
         units = [standardised(self._description.input, sample.inputs) for sample in self._samples]
         low, high = np.nanmin(units, initial=np.inf), np.nanmax(units, initial=-np.inf)
         return max(float(low), -FAR), min(float(high), FAR)
 
     def legends(self) -> list[Legend]:
-        """One for the features and for each dense task."""
+        """Legends of the features and of each dense task."""
         found = [self._legend(task) for task in self._tasks if task.dense]
         if self._description.input.kind == "features":
             low, high = self._span
             found.insert(
-                0, Legend("input", ends=(f"{low:.3g} to {high:.3g} in network units, feature by feature",))
+                0, Legend("input", ends=(f"{low:.3g} to {high:.3g} in network units, one cell for each feature",))
             )
         return found
 
@@ -137,14 +137,14 @@ class Sheet:
             seen = self._seen[task.name]
             named = tuple((class_name(task, i), pictures.class_colour(k)) for k, i in enumerate(seen))
             rest = len(named) - MOST_CLASSES
-            return Legend(task.name, named[:MOST_CLASSES], (f"and {rest} classes more",) if rest > 0 else ())
+            return Legend(task.name, named[:MOST_CLASSES], (f"and {rest} more classes",) if rest > 0 else ())
         if task.metric in ANGLES:
             return Legend(task.name, ends=("the three components from -1 to 1 as red, green and blue",))
         ends = [" to ".join(quantity(task, end) for end in pair) for pair in self._limits[task.name]]
         return Legend(task.name, ends=tuple(dict.fromkeys(ends)))
 
     def input(self, sample: Sample) -> Shown:
-        """An image as a picture, features as a strip, tokens as their text, or as ids where it cannot be had."""
+        """An image as a picture, features as a strip, tokens as text, or as ids if there is no tokenizer."""
         spec = self._description.input
         if spec.kind == "tokens":
             return Shown("input", text_of(sample.inputs, self._description.preparation))
@@ -155,7 +155,7 @@ class Sheet:
         return Shown("input", "", (pictures.photo(sample.inputs, alt),))
 
     def labels(self, sample: Sample) -> list[Shown]:
-        """Every label of a sample, those with pictures first."""
+        """All labels of a sample, labels with pictures first."""
         return [self._label(task, sample) for task in sorted(self._tasks, key=lambda task: not task.dense)]
 
     def _label(self, task: Task, sample: Sample) -> Shown:
@@ -171,7 +171,7 @@ class Sheet:
 
 
 def show_features(values: np.ndarray, spec: InputSpec, span: tuple[float, float], sample_id: str) -> Shown:
-    """A strip of features as the network sees them, and the first ones in their own units."""
+    """A strip of all features in network units, and the first features in their own units."""
     first = ", ".join(figure(value) for value in values[:8]) + (", …" if len(values) > 8 else "")
     alt = f"input of sample {sample_id}, {len(values)} features: {first}"
     return Shown("input", first, (pictures.strip(standardised(spec, values), span, alt),))
@@ -183,7 +183,7 @@ def standardised(spec: InputSpec, values: np.ndarray) -> np.ndarray:
 
 
 def text_of(ids: np.ndarray, preparation: Mapping[str, Any]) -> str:
-    """The text of token ids, as far as its tokenizer keeps it; the ids where there is none."""
+    """The text of token ids, decoded by their tokenizer; the ids if there is no tokenizer."""
     found = [int(i) for i in ids if i]
     try:
         from tokenizers import Tokenizer, decoders
@@ -193,42 +193,42 @@ def text_of(ids: np.ndarray, preparation: Mapping[str, Any]) -> str:
         return f"token ids {found}"
     tokenizer = Tokenizer.from_str(preparation["tokenizer"])
     if (json.loads(preparation["tokenizer"]).get("pre_tokenizer") or {}).get("type") == "ByteLevel":
-        tokenizer.decoder = decoders.ByteLevel()  # our own tokenizers only ever encode, and are kept without one
+        tokenizer.decoder = decoders.ByteLevel()  # our tokenizers are stored without a decoder
     return str(tokenizer.decode(found)).strip()
 
 
 def show_classes(task: Task, sample: Sample, seen: Sequence[int]) -> Shown:
-    """A map of class ids, and which classes cover most of it."""
+    """A map of class ids, and the classes with the largest areas."""
     ids = sample.labels[task.name]
     valid = _valid(task, sample)
     found, counts = np.unique(ids[valid], return_counts=True)
     most = sorted(zip(counts.tolist(), found.tolist(), strict=True), reverse=True)[:3]
-    words = ", ".join(f"{class_name(task, i)} {_percent(count / ids.size)}" for count, i in most)
-    words = _with_gaps(words, valid)
-    return Shown(task.name, words, (pictures.class_map(ids, valid, seen, _alt(task, sample, words)),))
+    text = ", ".join(f"{class_name(task, i)} {_percent(count / ids.size)}" for count, i in most)
+    text = _with_gaps(text, valid)
+    return Shown(task.name, text, (pictures.class_map(ids, valid, seen, _alt(task, sample, text)),))
 
 
 def show_directions(task: Task, sample: Sample) -> Shown:
-    """Three channels that are the components of a direction, as one picture in colour."""
+    """Three channels of a direction as one colour picture."""
     units = (sample.labels[task.name].astype(np.float64) - np.array(task.offset)) / np.array(task.scale)
     valid = np.asarray(_valid(task, sample).all(2))
-    words = _with_gaps("", valid)
-    alt = _alt(task, sample, words or "directions as colours")
-    return Shown(task.name, words, (pictures.directions(units, valid, alt),))
+    text = _with_gaps("", valid)
+    alt = _alt(task, sample, text or "directions as colours")
+    return Shown(task.name, text, (pictures.directions(units, valid, alt),))
 
 
 def show_values(task: Task, sample: Sample, scales: Limits) -> Shown:
-    """Maps of numbers, one picture a channel."""
+    """Maps of numbers, one picture for each channel."""
     values, valid = sample.labels[task.name], _valid(task, sample)
     known = values[valid]
     span = [figure(known.min()), quantity(task, known.max())] if known.size else []
-    words = _with_gaps(" to ".join(span), valid)
+    text = _with_gaps(" to ".join(span), valid)
     channels = list(zip(_channels(values), _channels(valid), scales, strict=True))[:MOST_CHANNELS]
     drawn = [
-        pictures.heat(*channel, _alt(task, sample, words, f", channel {c}" if len(channels) > 1 else ""))
+        pictures.heat(*channel, _alt(task, sample, text, f", channel {c}" if len(channels) > 1 else ""))
         for c, channel in enumerate(channels)
     ]
-    return Shown(task.name, words, tuple(drawn))
+    return Shown(task.name, text, tuple(drawn))
 
 
 def _channels(values: np.ndarray) -> list[np.ndarray]:
@@ -236,13 +236,13 @@ def _channels(values: np.ndarray) -> list[np.ndarray]:
     return [values] if values.ndim == 2 else list(np.moveaxis(values, 2, 0))
 
 
-def _alt(task: Task, sample: Sample, words: str, which: str = "") -> str:
-    return f"{task.name}{which} of sample {sample.id}: {words}"
+def _alt(task: Task, sample: Sample, text: str, which: str = "") -> str:
+    return f"{task.name}{which} of sample {sample.id}: {text}"
 
 
-def _with_gaps(words: str, valid: np.ndarray) -> str:
+def _with_gaps(text: str, valid: np.ndarray) -> str:
     gap = 1 - valid.mean()
-    return ", ".join(part for part in (words, f"{_percent(gap)} without a label" if gap else "") if part)
+    return ", ".join(part for part in (text, f"{_percent(gap)} without a label" if gap else "") if part)
 
 
 def _percent(share: float) -> str:
@@ -250,7 +250,7 @@ def _percent(share: float) -> str:
 
 
 def in_words(task: Task, value: np.ndarray) -> str:
-    """The label of a sample-wise task: a class by its name, a flag as yes or no, numbers with their unit."""
+    """The label of a task that is not dense: the name of a class, yes or no, or numbers with their unit."""
     if task.kind == "binary":
         return class_name(task, int(value)) if task.labels else ("no", "yes")[int(value) != 0]
     if task.classes:
@@ -260,17 +260,17 @@ def in_words(task: Task, value: np.ndarray) -> str:
 
 def quantity(task: Task, value: float) -> str:
     """A raw value with its unit."""
-    times = "× " if task.unit[:1].isdigit() else ""  # such as 1/512 m
+    times = "× " if task.unit[:1].isdigit() else ""  # a unit such as 1/512 m
     return f"{figure(value)} {times}{task.unit}".rstrip()
 
 
 def figure(value: float) -> str:
-    """A number with four digits, or all of its whole ones."""
+    """A number with four significant digits, or all digits of an integer part below a million."""
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
 def limits(task: Task, sums: Sums) -> Limits:
-    """What the two ends of the colour map stand for, a pair a channel: the range without far outliers."""
+    """The values at the two ends of the colour map, a pair for each channel: the range without outliers."""
     channels = statistics.by_channel(sums)
     ends = [_limits(statistics.moments(channel)) for channel in channels]
     return ends if len(ends) == task.channels else ends * task.channels
@@ -288,13 +288,13 @@ def _present(task: Task, sample: Sample) -> np.ndarray:
 
 
 def _valid(task: Task, sample: Sample) -> np.ndarray:
-    """Which values of a dense label are labels, in its own shape."""
+    """Mask of the valid values of a dense label, in the shape of the label."""
     values = sample.labels[task.name]
-    there = _present(task, sample)
-    there = np.broadcast_to(there.reshape(*there.shape, *[1] * (values.ndim - there.ndim)), values.shape)
+    mask = _present(task, sample)
+    mask = np.broadcast_to(mask.reshape(*mask.shape, *[1] * (values.ndim - mask.ndim)), values.shape)
     if task.classes:
-        return there & (values != task.ignore_index)
-    return there & np.isfinite(values) & (task.valid_below is None or values < task.valid_below)
+        return mask & (values != task.ignore_index)
+    return mask & np.isfinite(values) & (task.valid_below is None or values < task.valid_below)
 
 
 def _known_pixels(task: Task, sample: Sample) -> np.ndarray:

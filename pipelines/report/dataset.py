@@ -1,4 +1,4 @@
-"""The page of a data set: what the manifest counts, and some samples as pictures."""
+"""The page of a data set: statistics of the manifest, and some samples as pictures."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from pipelines.runs.files import read_jsonl
 from pipelines.storage import Location
 
 SAMPLES = 12
-ENDS = 20  # of many classes, so many of the most and of the least frequent are shown
+ENDS = 20  # classes at each end of a long table: the most and the least frequent ones
 
 
 def dataset_page(
     title: str, reader: Reader, *, problems: Sequence[str], notes: Sequence[str], unreadable: Collection[str]
 ) -> str:
-    """A data set as HTML.
+    """Render the page of a data set as HTML.
 
     Args:
         title: Name of the data set.
-        reader: Of its shards and the tasks to show.
-        problems: What stops training.
-        notes: What does not.
-        unreadable: Files of damaged shards, which give no samples.
+        reader: Reader of the shards and of the tasks to show.
+        problems: Problems that stop training.
+        notes: Notes that do not stop training.
+        unreadable: Files of damaged shards, from which no samples are drawn.
     """
     manifest, tasks = reader.manifest, reader.tasks
     splits = [split for split in SPLITS if manifest.rows(split)]
@@ -64,14 +64,17 @@ def dataset_page(
 
 
 def percent(value: float | None) -> str:
-    """A share in per cent; what is there and yet less than is shown says so."""
+    """A share in per cent; a share that is not 0 is not shown as 0."""
     if value is None:
         return "–"
     return "< 0.1%" if 0 < value < 0.001 else f"{value:.1%}"
 
 
 def task_row(manifest: Manifest, task: Task, splits: Sequence[str]) -> dict[str, Any]:
-    """Kind and unit of a task, and a split: the share of samples without a label, and of pixels in the others."""
+    """Kind and unit of a task, and its missing labels in each split.
+
+    Missing labels are the share of samples without a label, and the share of pixels without one in the others.
+    """
     gaps = []
     for split in splits:
         sums = manifest.sums[split][task.name]
@@ -83,7 +86,7 @@ def task_row(manifest: Manifest, task: Task, splits: Sequence[str]) -> dict[str,
 
 
 def _size(manifest: Manifest, task: Task) -> int:
-    """Values that a sample's label has."""
+    """Number of values of a label."""
     size = 1
     for length in manifest.description.columns[f"task.{task.name}"].shape:
         size *= length
@@ -91,7 +94,7 @@ def _size(manifest: Manifest, task: Task) -> int:
 
 
 def flag_row(manifest: Manifest, task: Task, splits: Sequence[str]) -> dict[str, Any]:
-    """Count and share of class 1 in every split."""
+    """Count and share of the positive class in every split."""
     found = [manifest.sums[split][task.name] for split in splits]
     return {"name": task.name, "counts": [sums["classes"][1] for sums in found], "shares": _shares(found, 1)}
 
@@ -101,10 +104,10 @@ def _shares(found: Sequence[statistics.Sums], number: int) -> list[float | None]
 
 
 def class_table(manifest: Manifest, task: Task, splits: Sequence[str]) -> dict[str, Any]:
-    """A row a class with its count in the training split and its share of the labels of every split.
+    """A row for each class with its count in the training split and its share of the labels of every split.
 
-    Of many classes those without a label in train are left out, and of very many those between the most and the
-    least frequent ones; `left_out` says how many these are.
+    If there are many classes, those without a label in train are left out. If there are very many, those between
+    the most and the least frequent ones are left out too, and `left_out` is their number.
     """
     found = [manifest.sums[split][task.name] for split in splits]
     counts = manifest.sums["train"][task.name]["classes"]
@@ -131,7 +134,7 @@ def class_table(manifest: Manifest, task: Task, splits: Sequence[str]) -> dict[s
 
 
 def value_rows(manifest: Manifest, task: Task, splits: Sequence[str]) -> list[dict[str, Any]]:
-    """A row a channel and split: mean, deviation and range in raw and in network units."""
+    """A row for each channel and split: mean, deviation and range in raw and in network units."""
     rows = []
     for split in splits:
         channels = statistics.by_channel(manifest.sums[split][task.name])
@@ -144,7 +147,7 @@ def value_rows(manifest: Manifest, task: Task, splits: Sequence[str]) -> list[di
                     "unit": task.unit,
                     "split": split,
                     "raw": found,
-                    # each channel has constants of its own
+                    # each channel has its own constants
                     "network": statistics.in_network_units(task, found, number)
                     if len(channels) == task.channels
                     else {},
@@ -154,11 +157,10 @@ def value_rows(manifest: Manifest, task: Task, splits: Sequence[str]) -> list[di
 
 
 def frequent_reasons(folder: Location, most: int = 8) -> list[dict[str, Any]]:
-    """Why samples were left out, the most frequent first, each with how many they are and one of them."""
-    bad = read_jsonl(folder / QUARANTINE)
-    alike: dict[str, list[dict[str, str]]] = {}
-    for one in bad:
-        # what names a file or a number differs from sample to sample
-        alike.setdefault(re.sub(r"\S*[\d/]\S*", "…", one["reason"].replace(one["id"], "…")), []).append(one)
-    ordered = sorted(alike.values(), key=len, reverse=True)[:most]
+    """Reasons of quarantine, the most frequent first, each with the number of samples and one of them."""
+    similar: dict[str, list[dict[str, str]]] = {}
+    for one in read_jsonl(folder / QUARANTINE):
+        # file names and numbers differ between samples with the same reason
+        similar.setdefault(re.sub(r"\S*[\d/]\S*", "…", one["reason"].replace(one["id"], "…")), []).append(one)
+    ordered = sorted(similar.values(), key=len, reverse=True)[:most]
     return [{"count": len(group), **group[0]} for group in ordered]

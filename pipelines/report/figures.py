@@ -1,4 +1,4 @@
-"""The figures of the report, as SVG text that stands in the page."""
+"""Figures of the pages as inline SVG."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's palette: told apart by every common form of colour vision
+# the palette of Okabe and Ito, which is safe for all common forms of colour vision
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#666666")
-NEUTRAL = "#808080"  # what belongs to no group; seen on light and dark
-WIDTH = 5.2  # inches: at the width of a phone the text is small and yet read
-THICK = 9.0  # points: a line whose probability is 1
-FAINT = 0.02  # probabilities below it are not drawn
+NEUTRAL = "#808080"  # no group; visible on light and dark backgrounds
+WIDTH = 5.2  # inches; text is still readable at the width of a phone
+THICK = 9.0  # width of a line with probability 1, in points
+FAINT = 0.02  # smaller probabilities are not drawn
 MOST_PIXELS = 2**24
 STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and takes the page's colour
-    "svg.hashsalt": "dmtg",  # the same run draws the same bytes
+    "svg.fonttype": "none",  # text remains text: it is searchable, accessible and has the colour of the page
+    "svg.hashsalt": "dmtg",  # equal runs give equal files
     "font.family": "sans-serif",
-    "text.parse_math": False,  # the names of tasks are theirs: "$" is a dollar
+    "text.parse_math": False,  # "$" in the name of a task is a dollar sign
 }
 Probabilities = Sequence[Sequence[float]]  # (N, K)
 
@@ -39,19 +39,19 @@ def colour(k: int) -> str:
 
 
 def number_of(group: str) -> int:
-    """The number in the name of a group."""
+    """Number of a group, from its name."""
     return int(group.removeprefix("group_"))
 
 
 def svg(figure: Figure, label: str) -> str:
-    """A figure as an element of a page; `label` is what a screen reader says."""
+    """A figure as an SVG element; `label` is its text for screen readers."""
     buffer = io.StringIO()
     figure.savefig(
         buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}, dpi=dots(figure, 100)
     )
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
-    # black becomes the page's text colour, so that one drawing serves light and dark
+    # black becomes the text colour of the page, for its light and dark modes
     drawn = drawn.replace("stroke: #000000", "stroke: currentColor").replace(
         "<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1
     )
@@ -61,15 +61,15 @@ def svg(figure: Figure, label: str) -> str:
 
 
 def dots(figure: Figure, wanted: float) -> float:
-    """Dots an inch: fewer where the pixels of very many tasks would take gigabytes."""
+    """Dots per inch, reduced for figures of very many tasks, whose pixels would take gigabytes."""
     width, height = figure.get_size_inches()
     return float(min(wanted, math.sqrt(MOST_PIXELS / (width * height))))
 
 
 def branches(probabilities: Probabilities) -> list[str]:
-    """The group that each branch becomes; empty for one that no task finds likeliest.
+    """The group of each branch; empty for a branch that is not the most probable one of any task.
 
-    Groups are numbered by their first task, as `Grouping` does.
+    Groups are numbered by their first task, as in `Grouping`.
     """
     likeliest = [max(range(len(row)), key=row.__getitem__) for row in probabilities]
     names = {k: f"group_{g}" for g, k in enumerate(dict.fromkeys(likeliest))}
@@ -77,7 +77,7 @@ def branches(probabilities: Probabilities) -> list[str]:
 
 
 def ordered(probabilities: Probabilities) -> tuple[list[int], list[int]]:
-    """Tasks and branches in the order in which they are drawn: lines of one group beside each other."""
+    """Tasks and branches in drawing order: the lines of a group are adjacent."""
     names = branches(probabilities)
     likeliest = [max(range(len(row)), key=row.__getitem__) for row in probabilities]
     order = sorted(range(len(names)), key=lambda k: (not names[k], number_of(names[k]) if names[k] else k))
@@ -85,43 +85,43 @@ def ordered(probabilities: Probabilities) -> tuple[list[int], list[int]]:
 
 
 def curve(start: float, end: float, points: int = 24) -> tuple[list[float], list[float]]:
-    """From the left edge at one height to the right edge at another, level at both."""
+    """A smooth curve from the left edge to the right edge, horizontal at both ends."""
     x = np.linspace(0, 1, points)
     return x.tolist(), (start + (end - start) * x * x * (3 - 2 * x)).tolist()
 
 
 def heights(places: int, of: int) -> list[float]:
-    """Where so many branches stand beside a column of tasks."""
+    """Heights of `places` branches beside a column of `of` tasks."""
     return [(i + 0.5) * of / places - 0.5 for i in range(places)]
 
 
 def certain(groups: Mapping[str, Sequence[str]]) -> Probabilities:
-    """Probabilities of a grouping without a gate: every task in its group."""
+    """Probabilities of a grouping without a gate: 1 for the group of each task."""
     return [
         [float(k == own) for k in range(len(groups))] for own, held in enumerate(groups.values()) for _ in held
     ]
 
 
 def grouping(groups: Mapping[str, Sequence[str]]) -> str:
-    """A grouping without probabilities."""
+    """Plot a grouping without probabilities."""
     tasks = [task for held in groups.values() for task in held]
     return gate_picture(tasks, certain(groups), "Grouping")
 
 
 def gate_picture(tasks: Sequence[str], probabilities: Probabilities, label: str) -> str:
-    """Tasks joined to branches, each line as wide as its probability."""
+    """Plot tasks joined to branches; the width of a line is its probability."""
     names = branches(probabilities)
-    words = "; ".join(
+    text = "; ".join(
         f"{task}: {names[k]} {row[k]:.0%}"
         for task, row in zip(tasks, probabilities, strict=True)
         for k in [max(range(len(row)), key=row.__getitem__)]
     )
     with mpl.rc_context(STYLE):
-        return svg(_gate_picture(tasks, probabilities), f"{label}. {words}")
+        return svg(_gate_picture(tasks, probabilities), f"{label}. {text}")
 
 
 def grouping_png(groups: Mapping[str, Sequence[str]]) -> bytes:
-    """The same as a picture for documents that take no SVG."""
+    """Plot a grouping as PNG, for documents that do not support SVG."""
     buffer = io.BytesIO()
     tasks = [task for held in groups.values() for task in held]
     with mpl.rc_context(STYLE):
@@ -132,7 +132,7 @@ def grouping_png(groups: Mapping[str, Sequence[str]]) -> bytes:
 
 def _gate_picture(tasks: Sequence[str], probabilities: Probabilities) -> Figure:
     names, (rows, columns) = branches(probabilities), ordered(probabilities)
-    figure = Figure(figsize=(WIDTH - 2.2, max(1.2, 0.36 * len(tasks))))  # the names stand beside it
+    figure = Figure(figsize=(WIDTH - 2.2, max(1.2, 0.36 * len(tasks))))  # without the names
     axes = figure.add_subplot()
     places = dict(zip(columns, heights(len(columns), len(rows)), strict=True))
     for k, height in places.items():
@@ -143,8 +143,8 @@ def _gate_picture(tasks: Sequence[str], probabilities: Probabilities) -> Figure:
                 axes.plot(*curve(place, height), color=tint, linewidth=THICK * share, solid_capstyle="butt")
         axes.plot(1, height, marker="o", markersize=THICK + 3, color=tint, clip_on=False)
         members = sum(max(range(len(row)), key=row.__getitem__) == k for row in probabilities)
-        logged = f"{names[k]} ({members})" if names[k] else "no task"
-        axes.annotate(logged, (1, height), (12, 0), textcoords="offset points", va="center")
+        label = f"{names[k]} ({members})" if names[k] else "no task"
+        axes.annotate(label, (1, height), (12, 0), textcoords="offset points", va="center")
     for place, n in enumerate(rows):
         axes.annotate(tasks[n], (0, place), (-6, 0), textcoords="offset points", va="center", ha="right")
     axes.set(xlim=(0, 1), ylim=(len(tasks) - 0.5, -0.5))
@@ -153,14 +153,14 @@ def _gate_picture(tasks: Sequence[str], probabilities: Probabilities) -> Figure:
 
 
 def gate(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
-    """Probability of every branch over the epochs, one small panel a task."""
+    """Plot the probability of every branch over the epochs, one panel for each task."""
     names = branches(records[-1]["probabilities"])
     epochs = range(1, len(records) + 1)
     with mpl.rc_context(STYLE):
         columns = min(3, len(tasks))
         rows = -(-len(tasks) // columns)
         figure = Figure(figsize=(WIDTH * columns / 3 + 0.4, 1.2 * rows + 0.4), layout="constrained")
-        # each with axes of its own: the time that shared ones take grows with their square
+        # separate axes: the time for shared axes grows with the square of their number
         grid = figure.subplots(rows, columns, squeeze=False)
         panels = [axes for line in grid for axes in line]
         for n, (axes, task) in enumerate(zip(panels, tasks, strict=False)):
@@ -175,25 +175,25 @@ def gate(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> str:
             axes.axis("off")
         figure.supxlabel("epoch", fontsize=10)
         figure.supylabel("probability", fontsize=10)
-        return svg(figure, "Probability of each branch over the epochs, one panel a task")
+        return svg(figure, "Probability of each branch over the epochs, one panel for each task")
 
 
 def shortened(text: str, most: int) -> str:
-    """A name that fits, its end left out where it is too long."""
+    """A name with at most `most` characters; a long name is cut."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def label_rows(axes: Axes, names: Sequence[str]) -> None:
-    """A row for each name, the first on top; above and below is room for less than one, however many they are."""
+    """Label a row for each name, the first one on top, with a margin of less than a row above and below."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
 
 
 def metrics(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Change of each task's error against naive MTL in per cent, and its interval where there is one."""
+    """Plot the gain of each task over naive MTL in per cent, with its confidence interval if there is one."""
     known = [row for row in rows if row["gain"] is not None]
-    words = "; ".join(f"{row['task']} {row['gain']:+.1f} %" for row in known)
+    text = "; ".join(f"{row['task']} {row['gain']:+.1f} %" for row in known)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH - 1.6, max(1.4, 0.32 * len(known) + 0.5)))
         axes = figure.add_subplot()
@@ -204,16 +204,16 @@ def metrics(rows: Sequence[Mapping[str, Any]]) -> str:
                 axes.plot(span, [place, place], color="black", linewidth=1.2, marker="|", markersize=7)
         label_rows(axes, [row["task"] for row in known])
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_xlabel("error against naive MTL: % less (right) or more (left)")
-        return svg(figure, f"By how much each task's error is lower than naive MTL's. {words}")
+        axes.set_xlabel("gain over naive MTL, %")
+        return svg(figure, f"Gain of each task over naive MTL. {text}")
 
 
 def learning(records: Sequence[Mapping[str, Any]], chosen: Sequence[str] = ()) -> str:
-    """Validation score of the hard network over the epochs of every stage; lower is better.
+    """Plot the validation score of the hard network over the epochs of every stage; lower is better.
 
     Args:
-        records: Of every epoch.
-        chosen: The stages of the result, drawn thick. Colours are for groups: stages differ by their dashes.
+        records: The records of all epochs.
+        chosen: The stages of the result, with thick lines. Stages differ by dashes; colours are for groups.
     """
     dashes = ["-", "--", ":", "-.", (0, (1, 3)), (0, (6, 1, 1, 1, 1, 1))]
     with mpl.rc_context(STYLE):
@@ -235,12 +235,12 @@ def learning(records: Sequence[Mapping[str, Any]], chosen: Sequence[str] = ()) -
 
 
 def heatmap(values: Sequence[Sequence[float]], names: Sequence[str], label: str, **limits: float) -> str:
-    """Something between every two tasks, in the order that is given.
+    """Plot a matrix over pairs of tasks.
 
     Args:
-        values: `(N, N)`.
-        names: Of the tasks.
-        label: What it is.
+        values: The matrix `(N, N)`.
+        names: Names of the tasks, in the order of the matrix.
+        label: Text for screen readers.
         limits: `vmin` and `vmax` of the colours; by default the range of the values off the diagonal.
     """
     grid = np.array(values, float)
@@ -267,7 +267,7 @@ def heatmap(values: Sequence[Sequence[float]], names: Sequence[str], label: str,
 
 
 def _numbers(axes: Axes, grid: np.ndarray, mesh: Any) -> None:
-    """The values in their cells, dark on light and light on dark."""
+    """Write the values into the cells, dark on light and light on dark."""
     for (row, column), value in np.ndenumerate(grid):
         if not math.isnan(value):
             dark = mesh.norm(value) > 0.6

@@ -1,10 +1,10 @@
-"""Figures as text."""
+"""Numbers as text, for pages and tables; a value that is not defined is a dash."""
 
 from __future__ import annotations
 
 
 def cost(value: float | None) -> str:
-    """A count with three digits and a unit."""
+    """A count with three significant digits and an SI prefix."""
     if value is None:
         return "–"
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -14,10 +14,15 @@ def cost(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A gain with its sign."""
+    """A gain in per cent, with its sign."""
     return "–" if value is None else f"{value:+.1f} %"
 
 
 def number(value: float | None) -> str:
-    """A score with four digits."""
+    """A score with four decimals."""
     return "–" if value is None else f"{value:.4f}"
+
+
+def significant(value: float | None) -> str:
+    """A metric with four significant digits."""
+    return "–" if value is None else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""The gate over training as a picture that moves: drawn by Bokeh in the page, its own script inside the page."""
+"""The animation of the gate over training. Bokeh draws it in the page, which holds all scripts."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from pipelines.report.figures import (
 )  # fmt: skip
 
 SCRIPT = Path(__file__).parent / "templates" / "gate_animation.js"
-LINES, LEFT, RIGHT = "lines", "tasks", "branches"  # names of parts that the script changes
+LINES, LEFT, RIGHT = "lines", "tasks", "branches"  # names of the parts of the figure that the script changes
 
 
 def moving_gate(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, Any]:
-    """What the page needs: the library, our script, the figure, and what changes from epoch to epoch.
+    """Create the animation for the page: the library, the script, the figure and a frame for each epoch.
 
     Args:
-        records: Epochs of one candidate's gate.
-        tasks: The N tasks in the gate's order.
+        records: The epochs of one candidate's gate.
+        tasks: The N tasks in the order of the gate.
     """
     from bokeh.embed import json_item
     from bokeh.resources import Resources
@@ -40,14 +40,14 @@ def moving_gate(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> d
     pairs = [(n, k) for k in columns for n in rows]
     frames = [
         {
-            "said": logged(record, i, records),
+            "text": frame_text(record, i, records),
             "probabilities": [round(record["probabilities"][n][k], 4) for n, k in pairs],
         }
         for i, record in enumerate(records)
     ]
     library = Resources(mode="inline", components=["bokeh"], log_level="error").js_raw
     return {
-        "library": [Markup(script) for script in library],  # noqa: S704 - Bokeh's own files
+        "library": [Markup(script) for script in library],  # noqa: S704 - files of Bokeh
         "script": Markup(SCRIPT.read_text()),  # noqa: S704 - a file of this package
         "figure": json_item(_figure(last, tasks, rows, columns)),
         "frames": frames,
@@ -56,13 +56,13 @@ def moving_gate(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> d
     }
 
 
-def logged(record: Mapping[str, Any], place: int, records: Sequence[Mapping[str, Any]]) -> str:
-    """An epoch in words."""
-    sure = [max(row) for row in record["probabilities"]]
-    phase = "groups are being learned" if record["phase"] == "search" else "groups are fixed"
+def frame_text(record: Mapping[str, Any], index: int, records: Sequence[Mapping[str, Any]]) -> str:
+    """The caption of a frame."""
+    highest = [max(row) for row in record["probabilities"]]
+    phase = "search" if record["phase"] == "search" else "groups are fixed"
     return (
-        f"Epoch {place + 1} of {len(records)}, {phase}: the likeliest branch of a task has "
-        f"{sum(sure) / len(sure):.0%} on average, {min(sure):.0%} at least."
+        f"Epoch {index + 1} of {len(records)}, {phase}: the probability of a task's most probable branch is "
+        f"{sum(highest) / len(highest):.0%} on average and at least {min(highest):.0%}."
     )
 
 
@@ -106,13 +106,13 @@ def _figure(last: Any, tasks: Sequence[str], rows: Sequence[int], columns: Seque
 
 
 def _write(axis: Any, name: str, marks: Mapping[float, str]) -> None:
-    """Words at an axis, and nothing else of it."""
+    """Write texts at an axis, without its line and ticks."""
     from bokeh.models import FixedTicker, PlainText
 
-    # plain: what stands between dollars in the name of a task is not TeX
-    words = {place: PlainText(text=mark) for place, mark in marks.items()}
+    # plain text: dollar signs in the name of a task are not TeX
+    labels = {place: PlainText(text=mark) for place, mark in marks.items()}
     axis.update(
-        name=name, ticker=FixedTicker(ticks=list(marks)), major_label_overrides=words, axis_line_color=None,
+        name=name, ticker=FixedTicker(ticks=list(marks)), major_label_overrides=labels, axis_line_color=None,
         major_tick_line_color=None, minor_tick_line_color=None, major_label_text_font_size="13px",
         major_label_text_font="system-ui, sans-serif",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`dmtg inspect`: what the shards hold, and whether training on them makes sense."""
+"""`dmtg inspect`: statistics of the shards, and problems that make training on them impossible."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from pipelines.report.dataset import dataset_page
 from pipelines.storage import Location, locate
 
 PAGE = "inspect.html"
-MOST_CLASSES = 20  # of a task in the table; of more, the most frequent ones
+MOST_CLASSES = 20  # classes of a task in the table; the most frequent ones if there are more
 
 
 def inspect(config: Config, out: str = "") -> dict[str, Any]:
-    """Statistics a task and split, problems that stop training, notes that do not, and a page that shows them all.
+    """Inspect the shards and write a page: statistics of each task and split, problems and notes.
 
     Args:
-        config: Names the shards and tasks.
-        out: File or folder of the page; by default `_inspect.html` beside the manifest, or, where the shards are
-            remote or may not be written to, `<name>-inspect.html` in `run.root`.
+        config: The configuration, which names the shards and tasks.
+        out: File or folder of the page. The default is `_inspect.html` beside the manifest, or
+            `<name>-inspect.html` in `run.root` if the shards are remote or not writable.
+
+    Returns:
+        The fields of the JSON object. Problems stop training; notes do not.
 
     Raises:
-        UserError: When there is no dataset, or the page cannot be written.
+        UserError: If there is no data set, or the page cannot be written.
     """
     folder = locate(config.data.shards)
     manifest = read_manifest(folder)
@@ -42,7 +45,7 @@ def inspect(config: Config, out: str = "") -> dict[str, Any]:
         notes=notes,
         unreadable={problem.partition(" ")[0] for problem in broken},
     )
-    page = _place(config, folder, out)
+    page = _target(config, folder, out)
     page.write_text(drawn)
     return {
         "rows": sum(manifest.rows(split) for split in SPLITS),
@@ -60,7 +63,7 @@ def inspect(config: Config, out: str = "") -> dict[str, Any]:
     }
 
 
-def _place(config: Config, folder: Location, out: str) -> Location:
+def _target(config: Config, folder: Location, out: str) -> Location:
     if out:
         chosen = locate(out)
         return chosen / PAGE if chosen.is_dir() else chosen
@@ -80,8 +83,8 @@ def _drifts(manifest: Manifest, tasks: Sequence[Task]) -> list[str]:
         for split in SPLITS[1:]:
             if manifest.rows(split):
                 sums = [manifest.sums[which][task.name] for which in ("train", split)]
-                apart = statistics.drift(task, *sums)
-                notes += [f"task {task.name} differs in {split}: {apart}"] if apart else []
+                drift = statistics.drift(task, *sums)
+                notes += [f"task {task.name} differs in {split}: {drift}"] if drift else []
     return notes
 
 
@@ -112,6 +115,6 @@ def _shares(classes: list[int] | None) -> str:
         return ""
     total = sum(classes) or 1
     present = [i for i, count in enumerate(classes) if count]
-    most = present if len(present) <= MOST_CLASSES else sorted(present, key=lambda i: -classes[i])[:MOST_CLASSES]
-    rest = f" and {len(present) - len(most)} more" if len(most) < len(present) else ""
-    return " ".join(f"{i}:{classes[i] / total:.1%}" for i in most) + rest
+    shown = present if len(present) <= MOST_CLASSES else sorted(present, key=lambda i: -classes[i])[:MOST_CLASSES]
+    rest = f" and {len(present) - len(shown)} more" if len(shown) < len(present) else ""
+    return " ".join(f"{i}:{classes[i] / total:.1%}" for i in shown) + rest

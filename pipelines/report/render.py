@@ -1,4 +1,4 @@
-"""How every page is made from its template: one frame, styles and figures put inside, all else escaped."""
+"""Rendering of pages from templates. Styles and figures are inserted as they are; all other values are escaped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def tint(group: str) -> str:
-    """Colour of a group by its name."""
+    """Colour of a group."""
     return colour(number_of(group))
 
 
@@ -30,19 +30,19 @@ def render(
     """A page as HTML.
 
     Args:
-        template: Name of its file, an extension of `base.html`.
-        filters: What the template formats values with, beside `tint`.
-        styles: Names of the style sheets among the templates.
-        figures: SVG drawn by `figures.svg`, whose labels are escaped; an empty one is left out.
-        values: Everything else that the template names; escaped where it is shown.
+        template: File name of the template, which extends `base.html`.
+        filters: Filters of the template in addition to `tint`.
+        styles: Names of the style sheets, which are in the folder of the templates.
+        figures: SVG of `figures.svg`, whose labels are escaped; a page leaves an empty one out.
+        values: All other values of the template, which are escaped.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"tint": tint, **(filters or {})}
-    environment.policies["json.dumps_kwargs"] = {}  # in its own order: Bokeh refers back to what came before
+    environment.policies["json.dumps_kwargs"] = {}  # keep the order of keys: Bokeh refers to earlier ones
     style = "".join((TEMPLATES / f"{name}.css").read_text() for name in styles)
-    trusted = {name: Markup(drawn) for name, drawn in (figures or {}).items()}  # noqa: S704 - drawn here
+    trusted = {name: Markup(drawn) for name, drawn in (figures or {}).items()}  # noqa: S704 - our own SVG
     return environment.get_template(template).render(
         style=Markup(style),  # noqa: S704 - files of this package
         figures=trusted,

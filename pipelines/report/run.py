@@ -1,4 +1,4 @@
-"""`report.html`: one page without a network, made from a run folder alone."""
+"""`report.html`: the report of a run as one page that needs no network access, from the run folder alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.config.loading import Config
 from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.report import figures, pictures
-from pipelines.report.formatting import cost, percent
+from pipelines.report.formatting import cost, percent, significant
 from pipelines.report.gate_animation import moving_gate
 from pipelines.report.render import render
 from pipelines.runs.files import DETAILS, GATE, METRICS, RESULT, read_jsonl
@@ -23,19 +23,22 @@ from pipelines.runs.identity import earlier_verdict
 from pipelines.runs.results import ALL, NAIVE
 from pipelines.storage import Location
 
-# of runs that were finished before these were written
-OLDER: Mapping[str, Any] = {
+# values for older runs, whose results do not have these keys
+MISSING: Mapping[str, Any] = {
     "candidates": [], "inference": None, "distilled": {}, "affinity": [], "chosen": "", "notes": [],
     "training_cost": None,
 }  # fmt: skip
-UNDECIDED = 0.5  # a likeliest branch below it
+CONVERGED = 0.5  # smallest probability of a most probable branch if the gate has converged
 
 
 def write_report(run: Location) -> Location:
-    """Make the page of a finished run, and a picture of its grouping, beside its results; where the page is.
+    """Write the report of a finished run and a picture of its grouping into the run folder.
+
+    Returns:
+        The file of the report.
 
     Raises:
-        UserError: When the run is not finished.
+        UserError: If the run is not finished.
     """
     if not (run / RESULT).exists():
         raise UserError(
@@ -48,69 +51,71 @@ def write_report(run: Location) -> Location:
 
 
 def page(run: Location) -> str:
-    """The page of a finished run as HTML; what an older run has not written is left out."""
-    result = dict(OLDER) | (run / RESULT).read_json()
+    """Render the report of a finished run as HTML. Results that an older run does not have are left out."""
+    result = dict(MISSING) | (run / RESULT).read_json()
     details = (run / DETAILS).read_json() if (run / DETAILS).exists() else {}
     config = yaml.safe_load((run / "config.yaml").read_text())
     tasks = list(result["metrics"])
     gate = gate_records(read_jsonl(run / GATE), result)
-    shown = probabilities(result, gate)
+    final = final_probabilities(result, gate)
     rows = task_rows(result, details.get("intervals"))
-    own = shown is not None and result["chosen"] != WIDE
-    picture = figures.gate_picture(tasks, shown, "Tasks and their branches") if own and shown else ""
-    drawn = {
+    gated = final is not None and result["chosen"] != WIDE
+    picture = figures.gate_picture(tasks, final, "Tasks and their branches") if gated and final else ""
+    plots = {
         "grouping": picture or figures.grouping(result["grouping"]),
-        "candidate": figures.gate_picture(tasks, shown, "Tasks and branches") if shown and not own else "",
+        "candidate": figures.gate_picture(tasks, final, "Tasks and branches") if final and not gated else "",
         "gate": figures.gate(gate, tasks) if gate else "",
         "metrics": figures.metrics(rows) if result["baseline"] else "",
-        "affinity": affinity(result, tasks),
+        "affinity": overlap_plot(result, tasks),
         "learning": figures.learning(read_jsonl(run / METRICS), stages_of(result)),
     }
     return render(
         "page.html",
-        filters={"cost": cost, "percent": percent},
+        filters={"cost": cost, "percent": percent, "significant": significant},
         styles=("page", "run", "sheet"),
         run=str(run),
-        command=shlex.join(again(run)),
+        command=shlex.join(retrain_command(run)),
         result=result,
         details=details,
         verdict=verdict(result),
-        facts=facts(result, details, shown if own else None),
-        shares=[max(row) for row in shown] if own and shown else [],
+        facts=facts(result, details, final if gated else None),
+        shares=[max(row) for row in final] if gated and final else [],
         gate=gate[0]["stage"] if gate else "",
         moving=moving_gate(gate, tasks) if gate else None,
-        own=own,
+        gated=gated,
         signal=earlier_verdict(checked(Config, config)),
         rows=rows,
         ramp=pictures.ramp(),
         stripes=pictures.stripes(),
         config=yaml.safe_dump(config, sort_keys=False),
-        figures=drawn,
+        figures=plots,
     )
 
 
-def again(run: Location) -> list[str]:
-    """The command that trains the same once more, into a run folder of its own."""
+def retrain_command(run: Location) -> list[str]:
+    """The command that trains the same configuration again in a new run folder."""
     return ["dmtg", "train", "-c", f"{run}/config.yaml", f"run.name={run.name}-again"]
 
 
 def stages_of(result: Mapping[str, Any]) -> list[str]:
-    """The stages that the result went through."""
+    """The stages of the result."""
     return [result["chosen"]] + ([DISTILLED] if result["distilled"].get("kept") else [])
 
 
 def gate_records(records: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The epochs of the gate that is drawn, none where no candidate has one."""
-    stage = shown_gate(result)
+    """The epochs of the plotted gate; none if no candidate has a gate."""
+    stage = plotted_gate(result)
     gated = [record for record in records if len(record["probabilities"][0]) > 1]
     if not result["candidates"]:
         searched = {record["stage"] for record in gated if record["phase"] == "search"}
-        stage = searched.pop() if len(searched) == 1 else ""  # of several starts it is not known which one it was
+        stage = (
+            searched.pop() if len(searched) == 1 else ""
+        )  # with several starts, the start of the result is unknown
     return [record for record in gated if record["stage"] == stage]
 
 
-def shown_gate(result: Mapping[str, Any]) -> str:
-    """The candidate whose gate is drawn: that of the result, or the best one where the result has none."""
+def plotted_gate(result: Mapping[str, Any]) -> str:
+    """The stage of the plotted gate: the gate of the result, or the best gate if the result has none."""
     by_name = {c["stage"]: c for c in result["candidates"] if len(c["probabilities"][0]) > 1}
     if result["chosen"] in by_name:
         return str(by_name[result["chosen"]].get("gate", result["chosen"]))
@@ -120,32 +125,35 @@ def shown_gate(result: Mapping[str, Any]) -> str:
     return str(min(gated, key=lambda c: c["score"])["stage"])
 
 
-def probabilities(
+def final_probabilities(
     result: Mapping[str, Any], gate: Sequence[Mapping[str, Any]]
 ) -> Sequence[Sequence[float]] | None:
-    """What the gate said when its search ended, and the groups were fixed."""
-    stage = shown_gate(result)
+    """The probabilities of the plotted gate when the groups were fixed; None if there is no gate."""
+    stage = plotted_gate(result)
     found = [c["probabilities"] for c in result["candidates"] if c["stage"] == stage]
     found += [record["probabilities"] for record in gate if record["phase"] == "search"][-1:]
     return found[0] if found else None
 
 
 def task_rows(result: Mapping[str, Any], intervals: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """A row a task: group, headline metric, its value, naive MTL's, and by how many per cent the error fell.
+    """A row for each task: group, headline metric, its value, the value of naive MTL, and the gain.
 
     Args:
-        result: `result.json`.
-        intervals: Of `details.json`, for the interval of each gain.
+        result: Content of `result.json`.
+        intervals: The intervals in `details.json`, for the interval of each gain.
+
+    Returns:
+        The rows. A gain is the relative reduction of the task's error in per cent; positive is better.
     """
     group_of = {task: name for name, tasks in result["grouping"].items() for task in tasks}
-    spans = (intervals or {}).get("by_task", {})
+    by_task = (intervals or {}).get("by_task", {})
     rows = []
     for task, found in result["metrics"].items():
         metric = result["headline"][task]
         value, base = found[metric], result["baseline"].get(task, {}).get(metric)
-        change = None
+        gain = None
         if value is not None and base is not None and error_of(metric, base):
-            change = 100 * (error_of(metric, base) - error_of(metric, value)) / error_of(metric, base)
+            gain = 100 * (error_of(metric, base) - error_of(metric, value)) / error_of(metric, base)
         rows.append(
             {
                 "task": task,
@@ -153,44 +161,45 @@ def task_rows(result: Mapping[str, Any], intervals: Mapping[str, Any] | None = N
                 "metric": metric,
                 "value": value,
                 "baseline": base,
-                "gain": change,
-                "interval": span(spans.get(task)),
+                "gain": gain,
+                "interval": interval_of(by_task.get(task)),
             }
         )
     return rows
 
 
-def span(gain: Mapping[str, Any] | None) -> tuple[float, float] | None:
-    """The two ends of a gain's interval, where it has both."""
+def interval_of(gain: Mapping[str, Any] | None) -> tuple[float, float] | None:
+    """The lower and upper end of a gain's interval; None if one is not defined."""
     if gain is None or gain["low"] is None or gain["high"] is None:
         return None
     return gain["low"], gain["high"]
 
 
-def affinity(result: Mapping[str, Any], tasks: Sequence[str]) -> str:
-    """Overlap of what tasks read, those of a group beside each other."""
+def overlap_plot(result: Mapping[str, Any], tasks: Sequence[str]) -> str:
+    """Plot the feature overlap of all pairs of tasks. Tasks of a group are adjacent."""
     if not result["affinity"]:
         return ""
     order = [task for members in result["grouping"].values() for task in members]
     places = [tasks.index(task) for task in order]
     values = [[float(result["affinity"][a][b]) for b in places] for a in places]
-    return figures.heatmap(values, order, "Overlap of what every two tasks read of their input")
+    return figures.heatmap(values, order, "Feature overlap of every two tasks")
 
 
 def facts(
-    result: Mapping[str, Any], details: Mapping[str, Any], shown: Sequence[Sequence[float]] | None
+    result: Mapping[str, Any], details: Mapping[str, Any], final: Sequence[Sequence[float]] | None
 ) -> list[tuple[str, str]]:
-    """What a person who looks wants to know first: a question each, with its answer in a sentence or two."""
-    found = [("Which go together", together(result)), ("How sure", certainty(result, shown))]
+    """The summary at the top of the report: headings, each with one or two sentences."""
+    found = [("Groups", groups_text(result)), ("Gate", gate_text(result, final))]
     if result["normalized_gain"] is not None:
-        found.append(("What it gained", gained(result, details.get("intervals"))))
-    return [(name, text) for name, text in [*found, ("What it costs", costs(result, details.get("cost")))] if text]
+        found.append(("Gain", gain_text(result, details.get("intervals"))))
+    found.append(("Cost", cost_text(result, details.get("cost"))))
+    return [(name, text) for name, text in found if text]
 
 
-def together(result: Mapping[str, Any]) -> str:
-    """The groups in words."""
+def groups_text(result: Mapping[str, Any]) -> str:
+    """The groups as a sentence."""
     if result["chosen"] == WIDE:
-        return "All tasks, in one wide encoder."
+        return "All tasks share one wide encoder."
     parts = [
         f"{', '.join(members)} {'together' if len(members) > 1 else 'alone'}"
         for members in result["grouping"].values()
@@ -198,64 +207,64 @@ def together(result: Mapping[str, Any]) -> str:
     return "; ".join(parts) + "."
 
 
-def certainty(result: Mapping[str, Any], shown: Sequence[Sequence[float]] | None) -> str:
-    """How decided the gate was when the search ended."""
-    if shown is None:
-        return (
-            "" if result["chosen"] != WIDE else "One wide encoder has no gate: nothing was decided task by task."
-        )
-    highest = dict(zip(result["metrics"], (max(row) for row in shown), strict=True))
+def gate_text(result: Mapping[str, Any], final: Sequence[Sequence[float]] | None) -> str:
+    """The probabilities of the gate when the groups were fixed, and the tasks on which it had not converged."""
+    if final is None:
+        return "One wide encoder has no gate." if result["chosen"] == WIDE else ""
+    highest = dict(zip(result["metrics"], (max(row) for row in final), strict=True))
     low, high = min(highest.values()), max(highest.values())
-    open_ones = [task for task, value in highest.items() if value < UNDECIDED]
-    text = f"When the groups were fixed, the gate gave the tasks' branches {low:.0%} to {high:.0%}."
-    return text + (f" It was undecided (under {UNDECIDED:.0%}) on {listed(open_ones)}." if open_ones else "")
+    text = f"When the groups were fixed, the probability of a task's branch was {low:.0%} to {high:.0%}."
+    uncertain = [task for task, value in highest.items() if value < CONVERGED]
+    return text + (f" It was below {CONVERGED:.0%} for {listed(uncertain)}." if uncertain else "")
 
 
-def gained(result: Mapping[str, Any], intervals: Mapping[str, Any] | None) -> str:
-    """The gain over naive MTL, with the interval where one could be measured."""
+def gain_text(result: Mapping[str, Any], intervals: Mapping[str, Any] | None) -> str:
+    """The gain over naive MTL, with its confidence interval if there is one."""
     gains = [row["gain"] for row in task_rows(result) if row["gain"] is not None]
     better = sum(gain > 0 for gain in gains)
-    change = percent(-result["normalized_gain"])
-    text = f"Mean error {change} against naive MTL, lower on {better} of {len(gains)} tasks."
-    ends = span(intervals["gain"]) if intervals else None
+    text = (
+        f"{percent(result['normalized_gain'])} over naive MTL, the mean over tasks. "
+        f"{better} of {len(gains)} tasks are better."
+    )
+    ends = interval_of(intervals["gain"]) if intervals else None
     if intervals is None or ends is None:
-        return f"{text} No interval: one run on its own does not say how this varies."
+        return f"{text} There is no confidence interval: one run does not show the variation between seeds."
     return (
-        f"{text} {intervals['confidence']:.0%} interval over the {intervals['samples']} samples: "
-        f"{percent(-ends[1])} to {percent(-ends[0])}. How it varies with the seed is not in it."
+        f"{text} {intervals['confidence']:.0%} confidence interval over the {intervals['samples']} samples: "
+        f"{percent(ends[0])} to {percent(ends[1])}. It does not include the variation between seeds."
     )
 
 
-def costs(result: Mapping[str, Any], measured: Mapping[str, Any] | None) -> str:
-    """Inference and training beside naive MTL."""
+def cost_text(result: Mapping[str, Any], measured: Mapping[str, Any] | None) -> str:
+    """The inference and training cost relative to naive MTL."""
     rows = {row["name"]: row for row in measured["rows"]} if measured else {}
     parts = []
     if rows:
         ours, naive = rows[ALL], rows[NAIVE]
         times, slower = ours["flops"] / naive["flops"], ours["milliseconds"][0] / naive["milliseconds"][0]
         parts.append(
-            f"An answer takes {times:.1f} times the operations of naive MTL, {slower:.1f} times its time."
+            f"Inference takes {times:.1f} times the operations and {slower:.1f} times the time of naive MTL."
         )
     elif result["inference"]:
-        parts.append(f"An answer takes {cost(result['inference']['flops'])} operations.")
+        parts.append(f"Inference takes {cost(result['inference']['flops'])} operations a sample.")
     if result["training_cost"] is not None:
-        parts.append(f"Training took {result['training_cost']:.1f} runs of naive MTL.")
+        parts.append(f"Training costs {result['training_cost']:.1f} runs of naive MTL.")
     return " ".join(parts)
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """The result in one sentence, no stronger than one run allows."""
+    """The result in two or three sentences, with the limits of a single run."""
     count = len(result["grouping"])
     groups = f"{len(result['metrics'])} tasks in {count} {'group' if count == 1 else 'groups'}"
     if result["chosen"] == WIDE:
         groups = (
-            f"No grouping of the {len(result['metrics'])} tasks was better than one wide encoder of the same cost"
+            f"No grouping of the {len(result['metrics'])} tasks was better than one wide encoder "
+            "with the same inference cost"
         )
     gain = result["normalized_gain"]
     if gain is None:
         return f"{groups}."
-    direction = "lower" if gain >= 0 else "higher"
     return (
-        f"{groups}. Against one shared encoder (naive MTL) the mean error on {result['split']} is "
-        f"{abs(gain):.1f} % {direction} in this one run, which says nothing yet about how it varies with the seed."
+        f"{groups}. The gain over one shared encoder (naive MTL) on {result['split']} is {percent(gain)} in this "
+        "run. A single run does not show the variation between seeds."
     )

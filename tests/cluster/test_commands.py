@@ -34,7 +34,7 @@ def configured(command: Command, mounted: Path) -> Config | None:
     if "config" not in given:
         return None
     ray_config = mapped(given.get("ray_config") or "", mounted)
-    config = load_config(mapped(given["config"], mounted), given["words"] or [], ray_config)
+    config = load_config(mapped(given["config"], mounted), given["overrides"] or [], ray_config)
     config.settings()
     return config
 

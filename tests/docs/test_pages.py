@@ -54,7 +54,7 @@ def test_a_command_line_is_one_that_the_command_and_the_configuration_take(page,
         return
     if "://" in given["config"]:
         pytest.skip("the file is in a bucket")
-    load_config(given["config"] or "rooms", given.get("words") or [], given.get("ray_config") or "").settings()
+    load_config(given["config"] or "rooms", given.get("overrides") or [], given.get("ray_config") or "").settings()
 
 
 @pytest.mark.parametrize("line", ["dmtg trian -c rooms", "dmtg train", "dmtg predict m -c rooms --ou x"])

@@ -1,4 +1,4 @@
-"""A page in a real browser: what it says on its console, and what it asks the network for."""
+"""A page in a real browser, with the errors of its console and its network requests."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-PHONE, DESK = 375, 1100
+PHONE, DESKTOP = 375, 1100
 
 
 @dataclass
 class Opened:
-    """A page that is open, and what it complained of or asked for so far."""
+    """An open page, with its errors and requests so far."""
 
     page: Page
     complaints: list[str] = field(default_factory=list)
@@ -27,7 +27,7 @@ class Opened:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """The machine's own Chromium, without a window; the test is skipped where there is none."""
+    """The Chromium of this machine, headless; without one the test is skipped."""
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip(f"no browser here: none of {', '.join(NAMES)} is on PATH")
@@ -38,8 +38,8 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def opened(browser: Browser, file: Path, *, width: int = DESK, **options: Any) -> Iterator[Opened]:
-    """A file in a window of its own, once its scripts have run; `options` are those of a browser context."""
+def opened(browser: Browser, file: Path, *, width: int = DESKTOP, **options: Any) -> Iterator[Opened]:
+    """Open a file in a new window and wait for its scripts; `options` are options of a browser context."""
     context = browser.new_context(viewport={"width": width, "height": 900}, **options)
     found = Opened(context.new_page())
     found.page.on("console", lambda m: found.complaints.append(m.text) if m.type in ("error", "warning") else None)

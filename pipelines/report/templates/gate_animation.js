@@ -1,8 +1,8 @@
-// The gate's epochs under a slider. Everything is in the page: the figure, its frames, and Bokeh itself.
+// Shows the epochs of the gate with a slider. The page holds the figure, its frames and Bokeh.
 (async () => {
   const data = JSON.parse(document.getElementById("moving-data").textContent);
   const part = document.getElementById("moving"), slider = document.getElementById("moving-epoch");
-  const button = document.getElementById("moving-play"), said = document.getElementById("moving-said");
+  const button = document.getElementById("moving-play"), caption = document.getElementById("moving-text");
   part.hidden = false;
   await Bokeh.embed.embed_item({ ...data.figure, target_id: "moving-figure" });
   const figure = Bokeh.documents[Bokeh.documents.length - 1];
@@ -15,12 +15,12 @@
     lines.data = {
       ...lines.data, probability,
       width: probability.map((p) => data.thick * p),
-      alpha: probability.map((p) => Number(p >= data.faint)),  // a width of 0 would be that of the line before
+      alpha: probability.map((p) => Number(p >= data.faint)),  // a canvas ignores a width of 0 and keeps the previous one
     };
-    said.textContent = frame.said;
-    slider.setAttribute("aria-valuetext", frame.said);
+    caption.textContent = frame.text;
+    slider.setAttribute("aria-valuetext", frame.text);
   };
-  const dress = () => {
+  const recolour = () => {
     const text = getComputedStyle(part).color;
     axes.forEach((axis) => { axis.major_label_text_color = text; });
   };
@@ -40,8 +40,8 @@
     }, pause);
   });
   slider.addEventListener("input", () => { stop(); show(); });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", dress);
-  dress();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
+  recolour();
   show();
   part.dataset.ready = "yes";
 })();

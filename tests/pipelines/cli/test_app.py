@@ -1,4 +1,4 @@
-"""The contract of every command: exit codes, one JSON line, one clear message, no traceback."""
+"""The contract of every command: exit codes, one JSON line, one error message, no traceback."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def write_config(path: Path, images: Path, work: Path, **sections: object) -> st
     return str(path)
 
 
-def call(*words: str) -> tuple[int, dict[str, Any], str]:
-    """Exit code, JSON object and what stood on stderr."""
-    result = RUNNER.invoke(app, [*words, "--json"])
+def call(*arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Exit code, JSON object and stderr of a command."""
+    result = RUNNER.invoke(app, [*arguments, "--json"])
     lines = result.stdout.strip().splitlines()
     return result.exit_code, json.loads(lines[-1]) if lines else {}, result.stderr
 
@@ -55,7 +55,7 @@ def test_help_lists_the_commands_in_the_order_of_use_and_imports_nothing_heavy()
 
 
 @pytest.mark.parametrize(
-    ("word", "named"),
+    ("override", "named"),
     [
         ("train.epoch=2", "train.epoch"),
         ("gate.sampling=gumble", "gate.sampling"),
@@ -65,8 +65,8 @@ def test_help_lists_the_commands_in_the_order_of_use_and_imports_nothing_heavy()
         ("data.shards='  '", "data.shards"),
     ],
 )
-def test_wrong_configuration_is_wrong_use(config: str, word: str, named: str) -> None:
-    code, found, shown = call("train", "-c", config, word)
+def test_wrong_configuration_is_wrong_use(config: str, override: str, named: str) -> None:
+    code, found, shown = call("train", "-c", config, override)
     assert code == 2
     assert found["status"] == "failed"
     assert named in found["error"]["what"]
@@ -75,7 +75,7 @@ def test_wrong_configuration_is_wrong_use(config: str, word: str, named: str) ->
     assert found["error"]["what"] in shown
 
 
-def test_without_shards_and_source_it_says_how_to_get_them(tmp_path: Path) -> None:
+def test_missing_shards_are_reported_with_the_command_that_writes_them(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump({"name": "x", "data": {"shards": str(tmp_path / "none")}}))
     code, found, _ = call("inspect", "-c", str(path))
@@ -105,7 +105,7 @@ def test_debug_shows_the_traceback(config: str) -> None:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 class TestWithRay:
-    """Everything here stops before a worker starts."""
+    """Commands that end before a worker starts."""
 
     def test_shard_and_inspect_report_rows_and_statistics(self, config: str) -> None:
         code, made, _ = call("shard", "-c", config)
@@ -132,7 +132,7 @@ class TestWithRay:
         code, found, _ = call("inspect", "-c", path)
         assert (code, found["status"]) == (1, "failed")
         assert any("task bright is constant" in problem for problem in found["problems"])
-        # leaving it out is the remedy that the message gives
+        # the remedy of the message: leave the task out
         code, found, _ = call("inspect", "-c", path, "data.tasks=[colour, level]")
         assert code == 0
 
@@ -145,7 +145,7 @@ class TestWithRay:
         }  # fmt: skip
         path = tmp_path / "c.yaml"
         path.write_text(yaml.safe_dump(values))
-        # one bad sample fewer would pass: it stops at the last
+        # with one bad sample less it would pass
         code, found, _ = call("shard", "-c", str(path), "data.max_bad_fraction=0.34")
         assert code == 1
         assert "33 of 96 samples cannot be used so far" in found["error"]["what"]
@@ -164,18 +164,23 @@ class TestWithRay:
         assert found["error"]["what"] == f"{victim.name} does not have the checksum of the manifest"
 
     def test_tracking_server_that_does_not_answer(self, config: str) -> None:
-        with socket.socket() as held:  # bound and not listening: nobody answers, and nobody else can take it
+        with (
+            socket.socket() as held
+        ):  # bound but not listening: no server answers, and no other process can bind it
             held.bind(("127.0.0.1", 0))
             code, found, _ = call("train", "-c", config, f"track.uri=http://127.0.0.1:{held.getsockname()[1]}")
         assert code == 1
         assert "tracking server does not answer" in found["error"]["what"]
         assert "track.uri=none" in found["error"]["remedy"]
 
-    def test_a_file_where_a_folder_is_to_be(self, config: str, tmp_path: Path) -> None:
+    def test_a_file_in_place_of_a_folder(self, config: str, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        for word, fails, what in (("run.root", 1, "cannot write"), ("data.shards", 2, "data.shards names a file")):
-            code, found, _ = call("train", "-c", config, f"{word}={tmp_path / 'file'}")
-            assert code == fails
+        for key, exit_code, what in (
+            ("run.root", 1, "cannot write"),
+            ("data.shards", 2, "data.shards names a file"),
+        ):
+            code, found, _ = call("train", "-c", config, f"{key}={tmp_path / 'file'}")
+            assert code == exit_code
             assert what in found["error"]["what"]
             assert str(tmp_path / "file") in found["error"]["where"]
 
@@ -190,7 +195,7 @@ class TestWithRay:
         assert "64 workers" in found["error"]["what"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user to lose the permission to write")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a user without the permission to write")
 def test_folder_of_another_user_is_not_writable(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     code = (

@@ -1,4 +1,4 @@
-"""Mistakes that people make: each ends with what, where and remedy, none with a traceback. Nothing starts Ray."""
+"""Mistakes of users: each ends with what, where and remedy, without a traceback and without a start of Ray."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.errors import UserError
 
 NEW = ("config", "new")
 SHOW = ("config", "show", "-c")
-# files that the mistakes are made with
+# files of the mistakes
 FILES: dict[str, bytes] = {
     "good.csv": b"x,a,b\n" + b"".join(b"%d,%d,%d\n" % (i * 7 % 5, i % 2, i % 3 % 2) for i in range(60)),
     "empty.csv": b"",
@@ -35,7 +35,7 @@ FILES: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize(
-    ("words", "what", "remedy"),
+    ("arguments", "what", "remedy"),
     [
         ((*SHOW, "clohting"), "no configuration file 'clohting'", "did you mean clothing?"),
         ((*SHOW, "paper/celeba9_k5"), "no configuration file", "did you mean paper/celeba9_k"),
@@ -77,35 +77,35 @@ FILES: dict[str, bytes] = {
             "correct source.root",
         ),
         (("report", "none"), "no finished run here", "dmtg train"),
-        (("doctor", "train.epochs=3"), "changes a configuration", "-c"),
+        (("doctor", "train.epochs=3"), "overrides a configuration", "-c"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_explained(
-    words: tuple[str, ...], what: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...], what: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was started"))
     for name, data in FILES.items():
         (tmp_path / name).write_bytes(data)
-    found = CliRunner().invoke(app, [*words])
-    told = dict(line.split(": ", 1) for line in found.stderr.splitlines() if ": " in line)
+    found = CliRunner().invoke(app, [*arguments])
+    logged = dict(line.split(": ", 1) for line in found.stderr.splitlines() if ": " in line)
     assert found.exit_code in (1, 2)
-    assert what in told["what"]
-    assert told.get("where")
-    assert remedy in told["remedy"]
-    assert len(told["what"]) < 400
+    assert what in logged["what"]
+    assert logged.get("where")
+    assert remedy in logged["remedy"]
+    assert len(logged["what"]) < 400
     assert "Traceback" not in found.stderr
     assert "hush" not in found.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [(["trian"], "Did you mean 'train'?"), (["train"], "--config"), (["train", "-c"], "argument")],
 )
-def test_words_that_no_command_has_are_wrong_use(words: list[str], logged: str) -> None:
-    found = CliRunner().invoke(app, words)
+def test_unknown_and_missing_arguments_are_wrong_use(arguments: list[str], message: str) -> None:
+    found = CliRunner().invoke(app, arguments)
     assert found.exit_code == 2
-    assert logged in found.stderr
+    assert message in found.stderr
 
 
 @pytest.mark.parametrize(("address", "what"), [("10.0.0.1:6379", "does not answer"), (None, "does not start")])

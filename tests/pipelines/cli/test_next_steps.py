@@ -1,4 +1,4 @@
-"""What the help shows and what a command names as the next one can be typed as it stands."""
+"""Examples of the help and printed next commands are valid command lines."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from pipelines.cli.app import TOUR, app
+from pipelines.cli.app import PANELS, app
 from pipelines.cli.console import Next
-from pipelines.cli.options import same
-from pipelines.cli.serve import _after
-from pipelines.cli.train import _after as after_inspect
+from pipelines.cli.data import _next_step as after_inspect
+from pipelines.cli.options import command_line
+from pipelines.cli.serve import _next_step as after_predict
 from pipelines.config.loading import load_config
 from tests.cluster.commands import parsed
 from tests.paths import ROOT
@@ -26,21 +26,21 @@ RUNNER = CliRunner()
 
 
 def examples() -> list[str]:
-    return [line for commands in TOUR.values() for lines in commands.values() for line in lines]
+    return [line for commands in PANELS.values() for lines in commands.values() for line in lines]
 
 
 @pytest.mark.parametrize("line", examples())
 def test_every_example_of_the_help_is_a_command(line: str) -> None:
-    program, *words = shlex.split(line.partition(" > ")[0])
+    program, *arguments = shlex.split(line.partition(" > ")[0])
     assert program == "dmtg"
-    parsed(words)
+    parsed(arguments)
 
 
-def test_the_tour_holds_every_command_and_shows_the_examples_of_each() -> None:
+def test_every_command_is_in_a_panel_and_shows_its_examples() -> None:
     command: Any = get_command(app)
     out = RUNNER.invoke(app, ["--help"], env={"COLUMNS": "120"}).stdout
-    assert [out.index(f"─ {panel} ") for panel in TOUR] == sorted(out.index(f"─ {panel} ") for panel in TOUR)
-    assert len(command.commands) == sum(len(commands) for commands in TOUR.values())
+    assert [out.index(f"─ {panel} ") for panel in PANELS] == sorted(out.index(f"─ {panel} ") for panel in PANELS)
+    assert len(command.commands) == sum(len(commands) for commands in PANELS.values())
     for name in command.commands:
         shown = RUNNER.invoke(app, [name, "--help"], env={"COLUMNS": "160"}).stdout
         lines = [line for line in examples() if line.split()[1] == name]
@@ -49,14 +49,14 @@ def test_the_tour_holds_every_command_and_shows_the_examples_of_each() -> None:
 
 
 def last_command(logged: str) -> list[str]:
-    *_, why, command = logged.strip().splitlines()
-    assert re.fullmatch(r"next, .+:", why)
-    program, *words = shlex.split(command)
+    *_, purpose, command = logged.strip().splitlines()
+    assert re.fullmatch(r"next: .+", purpose)
+    program, *arguments = shlex.split(command)
     assert program == "dmtg"
-    return words
+    return arguments
 
 
-def test_words_are_quoted_so_that_a_shell_reads_them_as_they_were(tmp_path: Path) -> None:
+def test_arguments_of_the_next_command_are_quoted_for_a_shell(tmp_path: Path) -> None:
     table = tmp_path / "my data.csv"
     table.write_text("x,a,b\n" + "".join(f"{i * 7 % 5},{i % 2},{i % 3 % 2}\n" for i in range(60)))
     out = str(tmp_path / "it's mine.yaml")
@@ -65,18 +65,18 @@ def test_words_are_quoted_so_that_a_shell_reads_them_as_they_were(tmp_path: Path
     name, params = parsed(last_command(made.stderr))
     assert (name, params["config"]) == ("shard", out)
 
-    words = ["network.options={widths: [8, 4]}", "train.epochs=2"]
-    shown = RUNNER.invoke(app, ["config", "show", "-c", out, *words])
+    overrides = ["network.options={widths: [8, 4]}", "train.epochs=2"]
+    shown = RUNNER.invoke(app, ["config", "show", "-c", out, *overrides])
     name, params = parsed(last_command(shown.stderr))
-    assert (name, params["config"], params["words"]) == ("shard", out, words)
+    assert (name, params["config"], params["overrides"]) == ("shard", out, overrides)
     line = subprocess.run(
-        ["/bin/sh", "-c", f'set -- {Next("", same(["train"], out, words))}; printf "%s\\n" "$@"'],
+        ["/bin/sh", "-c", f'set -- {Next("", command_line(["train"], out, overrides))}; printf "%s\\n" "$@"'],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    assert line.splitlines() == ["dmtg", "train", "-c", out, *words]
+    assert line.splitlines() == ["dmtg", "train", "-c", out, *overrides]
 
 
-def test_after_inspect_comes_train_or_what_leaves_the_constant_targets_out() -> None:
+def test_after_inspect_comes_train_or_inspect_without_constant_targets() -> None:
     seen = {"statistics": {"train": {"a": {}, "b": {}, "c": {}}}, "problems": []}
     assert str(after_inspect(seen, "x.yaml", ["k.v=1"], "")) == "dmtg train -c x.yaml k.v=1"
     seen["problems"] = ["task b is constant in the training split: every value is 1"]  # type: ignore[assignment]
@@ -95,15 +95,15 @@ def test_after_inspect_comes_train_or_what_leaves_the_constant_targets_out() -> 
         ("work/m/runs/m-1", "dmtg models list"),
     ],
 )
-def test_after_predict_comes_what_makes_the_model_serve(
+def test_after_predict_comes_the_promotion_of_the_model(
     model: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert str(_after(model, load_config("rooms"))) == command
+    assert str(after_predict(model, load_config("rooms"))) == command
     elsewhere = load_config("rooms", ["track.uri=http://mlflow:5000"])
-    assert str(_after(model, elsewhere)) == f"{command} --uri http://mlflow:5000"
+    assert str(after_predict(model, elsewhere)) == f"{command} --uri http://mlflow:5000"
     secret = load_config("rooms", ["track.uri=http://me:hush@mlflow:5000"])
-    assert str(_after(model, secret)) == command
+    assert str(after_predict(model, secret)) == command
     parsed(shlex.split(command)[1:])
 
 
@@ -116,9 +116,8 @@ def test_shell_completion_offers_recipes_files_and_imports_little(tmp_path: Path
         "print([complete(text) for text in ('ro', 'paper/celeba40', 'rows/')]);"
         "print({'ray', 'torch', 'mlflow', 'pydantic_core', 'pyarrow'} & set(sys.modules))"
     )
-    here = ROOT
     out = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(here)!r}); {code}"],
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"],
         capture_output=True, text=True, check=True, cwd=tmp_path,
     ).stdout.splitlines()  # fmt: skip
     assert out == ["[['rooms', 'roof.yaml', 'rows/'], ['paper/celeba40_k4'], ['rows/x.yml']]", "set()"]

@@ -1,4 +1,4 @@
-"""The tutorial, walked as it stands on less data, and the example that loads what it registers."""
+"""The commands of the tutorial on less data, and the example that loads its registered model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.paths import ROOT
 
 pytestmark = [pytest.mark.ray, pytest.mark.soak]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
-# none of them changes what is walked through: fewer epochs, what takes ten minutes, and this machine's memory
+# overrides that shorten commands, and commands that are left out because they take ten minutes
 SHORTER = {"train": ("train.epochs=2",), "config new": ("--force",)}
 LONG = ("compare",)
 
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[Path, dict[str, str]]:
-    """The reader's folder at the end, and what every command said."""
+    """The working folder after all commands, and the log of every command."""
     folder = tmp_path_factory.mktemp("tutorial")
     (script,) = [block.text for block in blocks(TUTORIAL) if block.title == "make_machines.py"]
     logged: dict[str, str] = {}
@@ -40,16 +40,16 @@ def walked(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple
                 assert done.exit_code == 0, f"dmtg {' '.join(words)}\n{done.output}"
                 logged[name] = done.stderr
                 if name == "config new":
-                    write_configurations(folder, TUTORIAL)  # as the page has the reader do
+                    write_configurations(folder, TUTORIAL)  # the tutorial replaces the file
     return folder, logged
 
 
-def test_every_command_of_the_tutorial_does_what_its_page_says(walked: tuple[Path, dict[str, str]]) -> None:
+def test_every_command_of_the_tutorial_gives_the_output_of_the_page(walked: tuple[Path, dict[str, str]]) -> None:
     folder, logged = walked
     assert {"shard", "inspect", "train", "report", "models list", "predict", "models promote"} <= set(logged)
     assert "400 samples in 3 shards" in logged["shard"]
     assert "6 categories" not in logged["shard"]
-    assert re.search(r"^kept (guided|start_0|wide) by validation: guided ", logged["train"], re.MULTILINE)
+    assert re.search(r"^chosen on validation: (guided|start_0|wide) \(guided ", logged["train"], re.MULTILINE)
     page = re.search(r"^report: +(\S+)$", logged["report"], re.MULTILINE)
     assert page
     assert (folder / page[1]).is_file()

@@ -1,4 +1,4 @@
-"""Every page in a real Chromium: on a desk, on a phone and on paper, light and dark, by mouse and by keyboard."""
+"""Every page in Chromium: desktop, phone and print, light and dark, mouse and keyboard."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipelines.compare.page import write_page as write_comparison
 from pipelines.config.loading import Config
 from pipelines.nightly import page as regroup
 from pipelines.report.figures import THICK
-from pipelines.report.run import page, shown_gate
+from pipelines.report.run import page, plotted_gate
 from pipelines.runs.files import DETAILS, GROUPING, RESULT
 from pipelines.storage import locate
 from pipelines.sweep.page import write_page as write_sweep
 from pipelines.training.diagnostics import details_of
-from tests.pipelines.browser import DESK, PHONE, chromium, opened
+from tests.pipelines.browser import DESKTOP, PHONE, chromium, opened
 from tests.pipelines.training.test_diagnostics import searched
 
 if TYPE_CHECKING:
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
     from pipelines.training.driver import Trained
 
 pytestmark = pytest.mark.ray  # for the finished run that is shown
-PAGES = ("run", "dense", "wide", "anew", "old", "comparison", "sweep", "night")
+PAGES = ("run", "dense", "wide", "retrained", "old", "comparison", "sweep", "night")
 TASKS = ["a_task_with_a_long_name", "b", "c", 'd"><script>alert(1)</script>']
-DOLLARS = "$$level_US$$"  # to some libraries that would be a formula
+DOLLARS = "$$level_US$$"  # a formula for some libraries
 GROUPS = {"group_0": TASKS[:2], "group_1": TASKS[2:]}
 
 
 @pytest.fixture(scope="module")
 def pages(run: tuple[Config, Trained, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A file of each kind of page. The run is a real one, of which copies are changed."""
+    """A file for each kind of page: a real run, and changed copies of it."""
     config, done, _ = run
     root = tmp_path_factory.mktemp("pages")
     files = {name: root / f"{name}.html" for name in PAGES}
     files["run"].write_text(page(done.run))
     files["dense"].write_text(page(locate(str(dense(Path(done.run.local), root / "dense")))))
     files["wide"].write_text(page(locate(str(wide(Path(done.run.local), root / "wide")))))
-    files["anew"].write_text(page(locate(str(anew(Path(done.run.local), root / "anew")))))
+    files["retrained"].write_text(page(locate(str(retrained(Path(done.run.local), root / "retrained")))))
     files["old"].write_text(page(locate(str(old(Path(done.run.local), root / "old")))))
     write_comparison(locate(str(files["comparison"])), comparison(), config)
     write_sweep(locate(str(files["sweep"])), sweep(), config)
@@ -53,7 +53,7 @@ def pages(run: tuple[Config, Trained, list[str]], tmp_path_factory: pytest.TempP
 
 
 def dense(run: Path, copy: Path) -> Path:
-    """The run with samples of dense tasks in the place of its own."""
+    """The run with samples of dense tasks in place of its own samples."""
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "models"))
     result, reader, spec = searched(copy)
     found = details_of(result, reader, spec, samples=1, batch_size=8, seed=1)
@@ -64,7 +64,7 @@ def dense(run: Path, copy: Path) -> Path:
 
 
 def wide(run: Path, copy: Path) -> Path:
-    """The run as if one wide encoder had been best, the tasks had been compared, and one had another name."""
+    """The run as if one wide encoder had been best; with a feature overlap, and a task with dollar signs."""
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "models"))
     result = json.loads((copy / RESULT).read_text())
     tasks = list(result["metrics"])
@@ -77,8 +77,8 @@ def wide(run: Path, copy: Path) -> Path:
     return copy
 
 
-def anew(run: Path, copy: Path) -> Path:
-    """The run as if the groups of its gate had been trained from scratch, and that had been best."""
+def retrained(run: Path, copy: Path) -> Path:
+    """The run as if its groups had been trained from scratch with the best result."""
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "models"))
     result = json.loads((copy / RESULT).read_text())
     gate = result["candidates"][0]
@@ -89,7 +89,7 @@ def anew(run: Path, copy: Path) -> Path:
 
 
 def old(run: Path, copy: Path) -> Path:
-    """The run as it was written before there were candidates and details."""
+    """The run as an old version wrote it, without candidates and details."""
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "models", DETAILS))
     result = json.loads((copy / RESULT).read_text())
     kept = ("grouping", "grouping_name", "split", "metrics", "baseline", "normalized_gain", "headline", "notes")
@@ -144,13 +144,13 @@ def night() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def browser(pages: dict[str, Path]) -> Iterator[Browser]:
-    """Started after everything else: its driver keeps an event loop in this thread."""
+    """A browser, started last: its driver keeps an event loop in this thread."""
     with chromium() as found:
         yield found
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_page_is_quiet_alone_and_drawn(pages: dict[str, Path], browser: Browser, name: str) -> None:
+def test_page_has_its_plots_and_no_errors_or_requests(pages: dict[str, Path], browser: Browser, name: str) -> None:
     with opened(browser, pages[name]) as found:
         drawn = found.page.locator("svg[role=img]")
         assert drawn.count() >= 2
@@ -163,25 +163,23 @@ def test_page_is_quiet_alone_and_drawn(pages: dict[str, Path], browser: Browser,
         assert found.requests == []
 
 
-def test_groups_that_were_trained_from_scratch_are_drawn_with_the_gate_that_found_them(
+def test_retrained_groups_are_plotted_with_the_gate_that_found_them(
     pages: dict[str, Path],
 ) -> None:
-    text = pages["anew"].read_text()
-    assert "These groups were then trained from scratch" in text
+    text = pages["retrained"].read_text()
+    assert "The groups were then trained from scratch." in text
     assert "the groups of start_0, trained from scratch" in text
     assert 'id="moving-figure"' in text
     assert "trained from scratch" not in pages["run"].read_text()
 
 
 def steps(levels: list[int]) -> bool:
-    """Whether headings begin with the first level and go down by one at a time."""
+    """Whether the first heading has level 1 and no heading skips a level."""
     return levels[0] == 1 and all(after - before <= 1 for before, after in pairwise(levels))
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_nothing_is_wider_than_a_phone_but_what_scrolls_by_itself(
-    pages: dict[str, Path], browser: Browser, name: str
-) -> None:
+def test_only_scrolling_parts_are_wider_than_a_phone(pages: dict[str, Path], browser: Browser, name: str) -> None:
     with opened(browser, pages[name], width=PHONE) as found:
         assert found.page.evaluate("document.documentElement.scrollWidth") <= PHONE
         outside = """[...document.querySelectorAll("main *")].filter(e => !e.closest(".scroll, figure, pre")
@@ -199,14 +197,14 @@ def test_the_slider_moves_the_gate_through_its_epochs(
 ) -> None:
     done = run[1].run
     records = [json.loads(line) for line in (done / "gate.jsonl").read_text().splitlines()]
-    stage = shown_gate((done / RESULT).read_json())
+    stage = plotted_gate((done / RESULT).read_json())
     epochs = [record["probabilities"] for record in records if record["stage"] == stage]
     with opened(browser, pages["run"]) as found:
         figure, slider = found.page.locator("#moving-figure"), found.page.locator("#moving-epoch")
         last = figure.screenshot()
         slider.focus()
         found.page.keyboard.press("Home")
-        assert found.page.locator("#moving-said").inner_text().startswith(f"Epoch 1 of {len(epochs)}")
+        assert found.page.locator("#moving-text").inner_text().startswith(f"Epoch 1 of {len(epochs)}")
         assert sorted(widths(found.page)) == pytest.approx(
             sorted(THICK * p for row in epochs[0] for p in row), abs=0.01
         )
@@ -214,21 +212,21 @@ def test_the_slider_moves_the_gate_through_its_epochs(
         for _ in epochs[1:]:
             found.page.keyboard.press("ArrowRight")
         assert slider.input_value() == str(len(epochs))
-        assert slider.get_attribute("aria-valuetext") == found.page.locator("#moving-said").inner_text()
+        assert slider.get_attribute("aria-valuetext") == found.page.locator("#moving-text").inner_text()
         assert sorted(widths(found.page)) == pytest.approx(
             sorted(THICK * p for row in epochs[-1] for p in row), abs=0.01
         )
         assert figure.screenshot() == last
 
 
-def test_the_name_of_a_task_is_no_formula(pages: dict[str, Path], browser: Browser) -> None:
+def test_the_name_of_a_task_is_not_a_formula(pages: dict[str, Path], browser: Browser) -> None:
     marks = "Bokeh.documents[0].get_model_by_name('tasks').major_label_overrides.values()"
     with opened(browser, pages["wide"]) as found:
         assert DOLLARS in found.page.evaluate(f"[...{marks}].map(mark => mark.text)")
         assert found.page.locator("svg text").get_by_text(DOLLARS, exact=True).count() >= 3
 
 
-def test_playing_goes_from_the_first_epoch_to_the_last(pages: dict[str, Path], browser: Browser) -> None:
+def test_the_animation_plays_from_the_first_epoch_to_the_last(pages: dict[str, Path], browser: Browser) -> None:
     with opened(browser, pages["run"]) as found:
         found.page.clock.install()
         found.page.locator("#moving-play").click()
@@ -240,7 +238,7 @@ def test_playing_goes_from_the_first_epoch_to_the_last(pages: dict[str, Path], b
         assert found.page.locator("#moving-play").inner_text() == "Play"
 
 
-def test_dark_and_light_are_readable_and_follow_the_reader(pages: dict[str, Path], browser: Browser) -> None:
+def test_dark_and_light_are_readable_and_follow_the_preference(pages: dict[str, Path], browser: Browser) -> None:
     label = "Bokeh.documents[0].get_model_by_name('tasks').major_label_text_color"
     ground = "getComputedStyle(document.body).backgroundColor"
     with opened(browser, pages["run"], color_scheme="light") as found:
@@ -258,12 +256,12 @@ def brightness(colour: str) -> float:
     return sum(int(part) for part in colour.strip("rgb()").split(",")) / 3
 
 
-def test_without_scripts_and_on_paper_the_still_picture_is_there(pages: dict[str, Path], browser: Browser) -> None:
+def test_the_static_plot_is_shown_without_scripts_and_in_print(pages: dict[str, Path], browser: Browser) -> None:
     still = "section[aria-labelledby=gate] figure svg"
     with opened(browser, pages["run"], java_script_enabled=False) as found:
         assert not found.page.locator("#moving").is_visible()
         assert found.page.locator(still).is_visible()
-    with opened(browser, pages["run"], width=DESK) as found:
+    with opened(browser, pages["run"], width=DESKTOP) as found:
         found.page.emulate_media(media="print", color_scheme="dark")
         assert not found.page.locator("#moving").is_visible()
         assert found.page.locator(still).is_visible()
@@ -271,7 +269,7 @@ def test_without_scripts_and_on_paper_the_still_picture_is_there(pages: dict[str
         assert brightness(found.page.locator(".verdict").evaluate("e => getComputedStyle(e).color")) == 0
 
 
-def test_an_older_run_leaves_out_what_it_has_not_written(pages: dict[str, Path]) -> None:
+def test_sections_without_results_of_an_older_run_are_left_out(pages: dict[str, Path]) -> None:
     now, then = pages["run"].read_text(), pages["old"].read_text()
     for section in ("cost", "samples", "data"):
         assert f'<h2 id="{section}">' in now

@@ -1,4 +1,4 @@
-"""`dmtg inspect` on hand-made shards whose right numbers are known: what it finds, and what its page shows."""
+"""`dmtg inspect` on small shards with known numbers: its findings and its page."""
 
 import base64
 import io
@@ -56,7 +56,7 @@ IMAGES = Description(InputSpec("image", (SIDE, SIDE, 3), "uint8", (0.0,), (255.0
 
 
 class Rows:
-    """A source that has its samples in memory; a text instead of a sample is why it is bad."""
+    """A source with samples in memory; a text in place of a sample is the reason why it is bad."""
 
     def __init__(self, description: Description, samples: Mapping[str, Sequence[Any]]) -> None:
         self.description = description
@@ -162,12 +162,12 @@ class Page(HTMLParser):
             self.cells[-1][-1] += data.strip()
 
     def row(self, *begin: str) -> list[str]:
-        """The rest of the only row that begins with these cells."""
+        """The other cells of the only row that begins with these cells."""
         (found,) = [row[len(begin) :] for row in self.cells if tuple(row[: len(begin)]) == begin]
         return found
 
     def picture(self, alt: str) -> Image.Image:
-        """The only picture whose words begin so."""
+        """The only picture with an alternative text that begins with `alt`."""
         (found,) = [one for one in self.images if str(one["alt"]).startswith(alt)]
         return Image.open(io.BytesIO(base64.b64decode(str(found["src"]).partition(",")[2])))
 
@@ -181,7 +181,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
     return page_of(write(tmp_path_factory.mktemp("images"), IMAGES, image_samples()))
 
 
-def test_page_is_whole_and_needs_nothing_else(page: Page) -> None:
+def test_page_is_self_contained(page: Page) -> None:
     assert {reference.partition(",")[0] for reference in page.references} == {"data:image/png;base64"}
     assert all(str(one["alt"]).strip() for one in page.images)
     assert len(page.images) > 12 * 5
@@ -232,7 +232,7 @@ def test_contact_sheet_draws_every_label(page: Page) -> None:
     assert "depth: 2000 to 2000 × 1/512 m, 6% without a label" in page.text
 
 
-def test_constant_target_and_damage_stand_on_top_and_the_rest_is_drawn(tmp_path: Path) -> None:
+def test_problems_are_on_top_and_readable_samples_are_drawn(tmp_path: Path) -> None:
     samples = image_samples()
     for sample in samples["train"]:
         sample["task.bright"] = None
@@ -250,21 +250,21 @@ def test_constant_target_and_damage_stand_on_top_and_the_rest_is_drawn(tmp_path:
     assert page.text.count("missing") >= 8
     for shard in (tmp_path / "shards").glob("train-*.parquet"):
         shard.unlink()
-    assert "None of the shards of the training split can be read." in page_of(config).text
+    assert "No shard of the training split is readable." in page_of(config).text
 
 
-def test_label_that_is_missing_is_said_to_be(tmp_path: Path) -> None:
+def test_missing_labels_are_marked(tmp_path: Path) -> None:
     samples = image_samples(train=3)
     for sample in samples["train"]:
         sample |= {f"task.{name}": None for name in ("level", "depth", "seg", "normal")}
     page = page_of(write(tmp_path, IMAGES, samples))
-    words = re.sub(r"\s*\n\s*", "", page.text)
-    assert [words.count(f"{name}missing") for name in ("level", "depth", "seg", "normal")] == [3] * 4
+    text = re.sub(r"\s*\n\s*", "", page.text)
+    assert [text.count(f"{name}missing") for name in ("level", "depth", "seg", "normal")] == [3] * 4
     assert not [one for one in page.images if str(one["alt"]).startswith("depth")]
     assert page.row("level (cd)", "train") == ["–"] * 8
 
 
-def test_the_same_samples_are_drawn_every_time_and_no_more_than_there_are(images: Path, tmp_path: Path) -> None:
+def test_the_drawn_samples_are_reproducible_and_at_most_all(images: Path, tmp_path: Path) -> None:
     _, folder, manifest = manifest_of(tmp_path, images)
     reader = Reader(folder, manifest, manifest.description.tasks)
     first, again = (contact_sheet.pick(reader, 12) for _ in range(2))
@@ -298,7 +298,7 @@ def test_features_are_a_strip_in_network_units(tmp_path: Path) -> None:
     assert "0 to 3 in network units" in page.text
 
 
-def test_long_features_take_lines_and_the_rest_of_the_last_is_striped() -> None:
+def test_long_features_have_several_rows_and_the_last_row_is_padded_with_stripes() -> None:
     strip = pictures.strip(np.linspace(0, 1, 70), (0.0, 1.0), "70 features")
     image = Image.open(io.BytesIO(base64.b64decode(strip.source.partition(",")[2]))).convert("RGB")
     cell = pictures.SIDE // pictures.STRIP
@@ -307,14 +307,14 @@ def test_long_features_take_lines_and_the_rest_of_the_last_is_striped() -> None:
     assert image.getpixel((6 * cell, cell)) in pictures.STRIPES
 
 
-def test_tokens_are_ids_where_there_is_no_tokenizer(tmp_path: Path) -> None:
+def test_tokens_without_a_tokenizer_are_ids(tmp_path: Path) -> None:
     page = page_of(
         write(tmp_path, **plain("tokens", (4,), "uint16", np.array([5, 3, 0, 0], np.uint16), vocabulary=9))
     )
     assert page.text.count("token ids [5, 3]") == 5
 
 
-def test_tokens_are_text_where_the_manifest_has_their_tokenizer(tmp_path: Path) -> None:
+def test_tokens_with_a_tokenizer_are_text(tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     from pipelines.data.preprocessing import load_preparation
     from pipelines.data.sources.tokens import train_tokenizer
@@ -340,7 +340,7 @@ def test_image_of_any_depth_is_drawn(channels: int, dtype: str) -> None:
     assert (image.getpixel((5, 5)), image.getpixel((5, image.height - 5))) == (top, bottom)
 
 
-def test_of_many_classes_the_ends_are_shown(tmp_path: Path) -> None:
+def test_a_table_of_many_classes_has_the_most_and_the_least_frequent(tmp_path: Path) -> None:
     task = Task("kind", "multiclass", 200)
     columns = {"input": Column("float32", (1,)), "task.kind": Column("uint8")}
     described = Description(InputSpec("features", (1,)), (task,), columns)
@@ -357,7 +357,7 @@ def test_of_many_classes_the_ends_are_shown(tmp_path: Path) -> None:
     assert shown == [str(i) for i in (*range(49, 29, -1), *range(19, -1, -1))]
 
 
-def test_reasons_of_quarantine_are_counted_by_what_they_have_in_common(tmp_path: Path) -> None:
+def test_similar_reasons_of_quarantine_are_counted_together(tmp_path: Path) -> None:
     samples = image_samples()
     samples["train"] += [f"no such file: raw/images/x{i}.png" for i in range(3)] + ["x is 12×13, its rgb 14×14"]
     config = write(tmp_path, IMAGES, samples)
@@ -370,14 +370,12 @@ def test_reasons_of_quarantine_are_counted_by_what_they_have_in_common(tmp_path:
     assert "its rgb 14×14" in page.row("1")[0]
 
 
-def test_page_lies_beside_the_shards_or_where_it_is_wished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_page_is_beside_the_shards_or_at_the_given_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = write(tmp_path, IMAGES, image_samples(2, 2))
     assert inspect(config)["page"] == str(tmp_path / "shards" / "_inspect.html")
     assert inspect(config, str(tmp_path))["page"] == str(tmp_path / "inspect.html")
     assert inspect(config, str(tmp_path / "new" / "a.html"))["page"] == str(tmp_path / "new" / "a.html")
-    monkeypatch.setattr(inspecting.os, "access", lambda path, mode: False)  # a test may run as a user who may all
+    monkeypatch.setattr(inspecting.os, "access", lambda path, mode: False)  # root may write everywhere
     assert inspect(config)["page"] == str(tmp_path / "runs" / "patches-inspect.html")
     assert (tmp_path / "runs" / "patches-inspect.html").is_file()
 
@@ -388,8 +386,8 @@ def test_command_names_the_page_and_fails_on_a_problem(images: Path, tmp_path: P
     config, folder, manifest = manifest_of(tmp_path, images)
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    words = ["inspect", "-c", str(path), "--out", str(tmp_path / "page.html"), "--json"]
-    result = CliRunner().invoke(app, words)
+    command = ["inspect", "-c", str(path), "--out", str(tmp_path / "page.html"), "--json"]
+    result = CliRunner().invoke(app, command)
     found = json.loads(result.stdout.splitlines()[-1])
     assert (result.exit_code, found["page"]) == (0, str(tmp_path / "page.html"))
     assert sum(found["statistics"]["train"]["colour"]["classes"]) == 58
@@ -398,7 +396,7 @@ def test_command_names_the_page_and_fails_on_a_problem(images: Path, tmp_path: P
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(bytes(data))
-    result = CliRunner().invoke(app, words)
+    result = CliRunner().invoke(app, command)
     found = json.loads(result.stdout.splitlines()[-1])
     assert (result.exit_code, found["status"]) == (1, "failed")
     assert found["problems"] == [f"{victim.name} does not have the checksum of the manifest"]
@@ -420,7 +418,7 @@ def test_names_from_the_data_are_text_and_not_markup(tmp_path: Path) -> None:
     assert page.row("<script>") == ["3", "50.0%", "50.0%"]
 
 
-def test_shards_without_sums_of_channels_show_all_together_and_no_network_units(tmp_path: Path) -> None:
+def test_shards_without_sums_of_channels_show_the_total_and_no_network_units(tmp_path: Path) -> None:
     config = write(tmp_path, IMAGES, image_samples(4, 4))
     folder = locate(config.data.shards)
     values = read_manifest(folder).to_dict()
@@ -433,7 +431,7 @@ def test_shards_without_sums_of_channels_show_all_together_and_no_network_units(
     assert page_of(config).row("bend", "train") == ["75", "25.98", "50", "110", "–", "–", "–", "–"]
 
 
-def test_drift_of_numbers_is_told_in_deviations_and_stands_in_the_notes(tmp_path: Path) -> None:
+def test_the_notes_report_drift_of_numbers_in_standard_deviations(tmp_path: Path) -> None:
     samples = image_samples(48, 48)
     for sample in samples["val"]:
         sample["task.level"] = sample["task.level"] + np.float32(10)

@@ -1,4 +1,4 @@
-"""What a run's page says in words of what was tried, gained and spent, and in which order it draws."""
+"""The texts of a run's report on groups, gain and cost, and the order of its plots."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 
 from dmtg_core import Grouping
-from pipelines.cli.train import _summary
+from pipelines.cli.train import _print_summary, _selection
 from pipelines.config.loading import load_config
 from pipelines.report.figures import branches, curve, ordered
 from pipelines.report.run import (
-    again,
-    certainty,
-    costs,
+    cost_text,
     facts,
-    gained,
+    gain_text,
     gate_records,
-    shown_gate,
-    together,
+    gate_text,
+    groups_text,
+    plotted_gate,
+    retrain_command,
     verdict,
 )
 from pipelines.runs.results import ALL, NAIVE
@@ -47,27 +47,33 @@ def result(chosen: str, gain: float | None = 4.0) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("chosen", "said"),
+    ("chosen", "text"),
     [
-        ("start_0", "3 tasks in 2 groups. Against one shared encoder"),
-        ("wide", "No grouping of the 3 tasks was better than one wide encoder of the same cost. Against"),
+        (
+            "start_0",
+            "3 tasks in 2 groups. The gain over one shared encoder (naive MTL) on test is +4.0 % in this run.",
+        ),
+        (
+            "wide",
+            "No grouping of the 3 tasks was better than one wide encoder with the same inference cost. The gain",
+        ),
     ],
 )
-def test_the_verdict_names_what_was_kept(chosen: str, logged: str) -> None:
-    assert verdict(result(chosen)).startswith(logged)
-    assert verdict(result(chosen, gain=None)) == logged.split(". ", maxsplit=1)[0] + "."
+def test_the_verdict_names_the_result_and_its_gain(chosen: str, text: str) -> None:
+    assert verdict(result(chosen)).startswith(text)
+    assert verdict(result(chosen, gain=None)) == text.split(". ", maxsplit=1)[0] + "."
 
 
-def test_the_gate_that_is_drawn_is_that_of_the_result_or_the_best_there_is() -> None:
-    assert shown_gate(result("start_0")) == "start_0"
-    assert shown_gate(result("guided")) == "guided"
-    assert shown_gate(result("wide")) == "start_0"
-    anew = candidate("retrained", -1.5, -1.5) | {"gate": "guided"}
-    for chosen, drawn in (("retrained", "guided"), ("wide", "start_0")):
+def test_the_plotted_gate_is_the_gate_of_the_result_or_the_best_one() -> None:
+    assert plotted_gate(result("start_0")) == "start_0"
+    assert plotted_gate(result("guided")) == "guided"
+    assert plotted_gate(result("wide")) == "start_0"
+    retrained = candidate("retrained", -1.5, -1.5) | {"gate": "guided"}
+    for chosen, plotted in (("retrained", "guided"), ("wide", "start_0")):
         found = result(chosen)
-        assert shown_gate(found | {"candidates": [*found["candidates"], anew]}) == drawn
+        assert plotted_gate(found | {"candidates": [*found["candidates"], retrained]}) == plotted
     alone = result("start_0") | {"candidates": [candidate("start_0", 0.0, 0.0, branches=1)]}
-    assert shown_gate(alone) == ""
+    assert plotted_gate(alone) == ""
 
 
 def test_the_terminal_has_the_groups_in_the_order_of_their_numbers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,26 +83,45 @@ def test_the_terminal_has_the_groups_in_the_order_of_their_numbers(capsys: pytes
         "metrics": {task: {"loss": 1.0} for task in tasks[::2] + tasks[1::2]}, "baseline": {}, "notes": [],
         "headline": dict.fromkeys(tasks, "loss"), "candidates": [],
     }  # fmt: skip
-    _summary(load_config("planted"), Trained(locate("run"), "", found, [], False))
+    _print_summary(load_config("planted"), Trained(locate("run"), "", found, [], False))
     rows = re.findall(r"(group_\d+) *\S (t\d+)", capsys.readouterr().err)
     assert rows == [(name, task) for name, held in found["grouping"].items() for task in held]
+
+
+def test_the_terminal_lists_the_scores_of_the_candidates_and_the_training_cost() -> None:
+    found = result("start_0") | {"distilled": {}, "training_cost": 12.75}
+    scores = "start_0 (guided -1.0000 stopped, start_0 -1.3000, wide -1.4000)"
+    assert _selection(found) == f"chosen on validation: {scores}; training cost: 12.8 runs of naive MTL"
+    found["distilled"] = {"teachers": ["guided", "wide"], "final": -1.5}
+    assert "); distilled from guided, wide: -1.5000; training cost" in _selection(found)
+
+
+def test_the_terminal_shows_a_gain_as_positive(capsys: pytest.CaptureFixture[str]) -> None:
+    found = measured(1.0, 2.0) | {"grouping_name": "g2", "notes": [], "candidates": []}
+    _print_summary(load_config("planted"), Trained(locate("run"), "", found, [], False))
+    logged = capsys.readouterr().err
+    assert "gain over naive MTL: +20.0 % (one run; other seeds vary)" in logged
+    assert len(re.findall(r"\+50\.0 %", logged)) == 2
+    assert "-50.0 %" in logged
 
 
 SURE = [[0.9, 0.1], [0.7, 0.3], [0.6, 0.4]]
 
 
-def test_how_sure_the_gate_was_names_the_tasks_it_was_undecided_on() -> None:
+def test_the_text_of_the_gate_names_the_tasks_on_which_it_has_not_converged() -> None:
     found = result("start_0")
-    assert certainty(found, SURE) == "When the groups were fixed, the gate gave the tasks' branches 60% to 90%."
-    open_ones = certainty(found, [[0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.2, 0.45, 0.35]])
-    assert open_ones.endswith("40% to 90%. It was undecided (under 50%) on b, c.")
-    assert "has no gate" in certainty(result("wide"), None)
-    assert certainty(result(""), None) == ""
+    assert (
+        gate_text(found, SURE) == "When the groups were fixed, the probability of a task's branch was 60% to 90%."
+    )
+    uncertain = gate_text(found, [[0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.2, 0.45, 0.35]])
+    assert uncertain.endswith("40% to 90%. It was below 50% for b, c.")
+    assert "has no gate" in gate_text(result("wide"), None)
+    assert gate_text(result(""), None) == ""
 
 
-def test_which_tasks_go_together_in_words() -> None:
-    assert together(result("start_0")) == "a, b together; c alone."
-    assert together(result("wide")) == "All tasks, in one wide encoder."
+def test_the_text_of_the_groups() -> None:
+    assert groups_text(result("start_0")) == "a, b together; c alone."
+    assert groups_text(result("wide")) == "All tasks share one wide encoder."
 
 
 def measured(value: float, base: float, gain: float = 20.0) -> dict[str, Any]:
@@ -110,46 +135,50 @@ def measured(value: float, base: float, gain: float = 20.0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_a_gain_is_told_with_its_interval_or_that_there_is_none() -> None:
-    alone = gained(measured(1.0, 2.0), None)
-    assert alone.startswith("Mean error -20.0 % against naive MTL, lower on 2 of 3 tasks. No interval:")
+def test_the_text_of_the_gain_has_its_interval_or_says_that_there_is_none() -> None:
+    alone = gain_text(measured(1.0, 2.0), None)
+    assert alone.startswith(
+        "+20.0 % over naive MTL, the mean over tasks. 2 of 3 tasks are better. There is no confidence interval:"
+    )
     ends = {"gain": {"value": 20.0, "low": 15.0, "high": 30.0}, "by_task": {}, "confidence": 0.95, "samples": 64}
-    assert "95% interval over the 64 samples: -30.0 % to -15.0 %." in gained(measured(1.0, 2.0), ends)
+    assert "95% confidence interval over the 64 samples: +15.0 % to +30.0 %." in gain_text(
+        measured(1.0, 2.0), ends
+    )
     undefined = ends | {"gain": {"value": None, "low": None, "high": None}}
-    assert gained(measured(1.0, 2.0), undefined) == alone
+    assert gain_text(measured(1.0, 2.0), undefined) == alone
 
 
-def test_costs_are_told_beside_those_of_naive_mtl_where_they_were_measured() -> None:
+def test_the_text_of_the_cost_is_relative_to_naive_mtl_if_both_were_measured() -> None:
     rows = [
         {"name": ALL, "flops": 30, "milliseconds": [6.0, 9.0]},
         {"name": NAIVE, "flops": 20, "milliseconds": [4.0, 5.0]},
     ]  # fmt: skip
-    told = costs(measured(1.0, 2.0), {"rows": rows})
-    assert told.startswith("An answer takes 1.5 times the operations of naive MTL, 1.5 times its time.")
-    assert told.endswith("Training took 5.2 runs of naive MTL.")
-    assert costs(measured(1.0, 2.0), None).startswith("An answer takes 3 M operations.")
+    text = cost_text(measured(1.0, 2.0), {"rows": rows})
+    assert text.startswith("Inference takes 1.5 times the operations and 1.5 times the time of naive MTL.")
+    assert text.endswith("Training costs 5.2 runs of naive MTL.")
+    assert cost_text(measured(1.0, 2.0), None).startswith("Inference takes 3 M operations a sample.")
 
 
-def test_without_naive_mtl_nothing_was_gained() -> None:
+def test_without_naive_mtl_there_is_no_gain() -> None:
     names = [name for name, _ in facts(measured(1.0, 2.0) | {"normalized_gain": None}, {}, SURE)]
-    assert names == ["Which go together", "How sure", "What it costs"]
+    assert names == ["Groups", "Gate", "Cost"]
 
 
-def test_branches_have_the_names_of_the_groups_that_they_become() -> None:
+def test_branches_have_the_names_of_their_groups() -> None:
     gate = [[0.1, 0.2, 0.7, 0.0], [0.6, 0.2, 0.1, 0.1], [0.1, 0.1, 0.6, 0.2], [0.2, 0.1, 0.0, 0.7]]
     assert branches(gate) == ["group_1", "", "group_0", "group_2"]
     groups = Grouping.from_assignment(list("abcd"), [2, 0, 2, 3]).to_dict()
     for task, row in zip("abcd", gate, strict=True):
         assert task in groups[branches(gate)[row.index(max(row))]]
-    assert ordered(gate) == ([0, 2, 1, 3], [2, 0, 3, 1])  # lines of a group beside each other, an empty one last
+    assert ordered(gate) == ([0, 2, 1, 3], [2, 0, 3, 1])  # lines of a group are adjacent, an empty branch is last
 
 
-def test_a_line_leads_from_its_task_to_its_branch() -> None:
+def test_a_line_joins_its_task_to_its_branch() -> None:
     x, y = curve(3.0, -0.5)
     assert (x[0], y[0], x[-1], y[-1]) == (0.0, 3.0, 1.0, -0.5)
 
 
-def test_an_older_run_shows_its_gate_only_where_it_had_one_start() -> None:
+def test_the_gate_of_an_older_run_is_plotted_only_if_it_had_one_start() -> None:
     found = result("") | {"candidates": []}
     records = [
         {"stage": "naive_mtl", "phase": "search", "probabilities": [[1.0]] * 3},
@@ -161,11 +190,11 @@ def test_an_older_run_shows_its_gate_only_where_it_had_one_start() -> None:
     assert gate_records(several, found) == []
 
 
-def test_the_command_of_the_page_trains_the_same_in_a_folder_of_its_own(tmp_path: Path) -> None:
+def test_the_command_in_the_report_trains_the_same_configuration_in_a_new_folder(tmp_path: Path) -> None:
     run = tmp_path / "a run"
     run.mkdir()
     (run / "config.yaml").write_text("base: clothing\ntrain: {epochs: 3}\n")
-    _, _, _, path, word = again(locate(str(run)))
-    own, once_more = load_config(path), load_config(path, [word])
+    _, _, _, path, override = retrain_command(locate(str(run)))
+    own, once_more = load_config(path), load_config(path, [override])
     assert once_more.digest() == own.digest()
     assert once_more.run_name() == "a run-again" != own.run_name()
