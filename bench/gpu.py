@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.steps import arrays_of, batch_of, grouping_of_five, ours, published, taskonomy
 from dmtg_core import ArrayData, GroupingNetwork, NetworkSpec
-from dmtg_core.training.loop import TrainState
 from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
 
 # dense bfloat16 FLOP/s from the makers' data sheets, by a part of the device's name
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}

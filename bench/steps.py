@@ -25,9 +25,9 @@ from dmtg_core import (
 )
 from dmtg_core.network.decoders import Doubling
 from dmtg_core.network.grouping_network import pooled
-from dmtg_core.training.loop import TrainState
 from dmtg_core.training.losses import label_counts, sample_loss
 from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import WeighedLoss, prepare_network, step_noise, train_step
 from pipelines.data.sources.taskonomy.tasks import TASKS
 

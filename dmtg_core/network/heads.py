@@ -50,7 +50,7 @@ class HeadBank(nn.Module):
             `(M, B)`: the rows of branch 0, of branch 1, and so on.
         """
         if not self.training:
-            return torch.cat([self._apart(k, t, features[k]).T for k, kept in self.kept.items() for t in kept])
+            return torch.cat([self._linear(k, t, features[k]).T for k, kept in self.kept.items() for t in kept])
         x = torch.stack([features[k] for k in self.kept])  # (K, B, F)
         # (K, C, F) and (K, C), C = max of C_k
         weight = pad_sequence([self.weights[k] for k in self.kept], batch_first=True)
@@ -60,10 +60,10 @@ class HeadBank(nn.Module):
 
     def head(self, k: int, task: Task, features: Tensor) -> Tensor:
         """One head: `(B, F)` to `(B,)` for a single channel, else `(B, C)`."""
-        out = self._apart(k, task, features)
+        out = self._linear(k, task, features)
         return out.squeeze(1) if task.channels == 1 else out
 
-    def _apart(self, k: int, task: Task, features: Tensor) -> Tensor:
+    def _linear(self, k: int, task: Task, features: Tensor) -> Tensor:
         rows = self.rows(k, task)
         return nn.functional.linear(features, self.weights[k][rows], self.biases[k][rows])  # (B, C)
 

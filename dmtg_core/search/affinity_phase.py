@@ -1,6 +1,6 @@
 """Groups to begin with: tasks that read the same of their input belong together.
 
-One branch is trained for all tasks until the groups that follow from what its heads read (`reading_overlap`) are
+One branch is trained for all tasks until the groups that follow from what its heads read (`feature_overlap`) are
 at rest, which takes a fraction of a run.
 """
 
@@ -14,13 +14,14 @@ from dmtg_core.grouping import Grouping
 from dmtg_core.network.cost import wide_spec
 from dmtg_core.network.encoders import WIDTHS
 from dmtg_core.network.grouping_network import NetworkSpec
-from dmtg_core.search.feature_overlap import cluster, reading_overlap
+from dmtg_core.search.feature_overlap import cluster, feature_overlap
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Data
-from dmtg_core.training.loop import NO_HOOKS, Hooks, TrainState, advance
+from dmtg_core.training.loop import NO_HOOKS, Hooks, advance
 from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
 
-AT_REST = 0.9  # adjusted Rand index of the groups of two epochs
+CONVERGED = 0.9  # adjusted Rand index of the groups of two epochs
 AFFINITY_COST = 4  # of the branch that tasks are compared in, in units of what all K branches cost
 
 
@@ -53,7 +54,7 @@ def compare_tasks(
 ) -> Tensor:
     """Train the network that tasks are compared in until the groups that follow from it have come to rest.
 
-    They have where an epoch moves hardly any task: an adjusted Rand index of `AT_REST` between two proposals.
+    They have where an epoch moves hardly any task: an adjusted Rand index of `CONVERGED` between two proposals.
 
     Args:
         state: As `affinity_plan` has it, of any epoch. Its records get what each epoch `proposed`.
@@ -63,22 +64,22 @@ def compare_tasks(
         least: Epochs that it trains at any rate.
 
     Returns:
-        `reading_overlap` `(N, N)` at the end.
+        `feature_overlap` `(N, N)` at the end.
     """
     names = [task.name for task in state.network.tasks]
 
     def overlap() -> Tensor:
-        return reading_overlap(state.network, data, context=context)
+        return feature_overlap(state.network, data, context=context)
 
     def propose(trained: TrainState) -> None:
         trained.history[-1]["proposed"] = cluster(overlap(), groups)
         hooks.on_epoch(trained)
 
-    def at_rest(trained: TrainState) -> bool:
+    def converged(trained: TrainState) -> bool:
         if trained.epoch < max(least, 2):
             return False
         before, now = (Grouping.from_assignment(names, r["proposed"]) for r in trained.history[-2:])
-        return now.adjusted_rand_index(before) >= AT_REST
+        return now.adjusted_rand_index(before) >= CONVERGED
 
     advance(
         state,
@@ -86,6 +87,6 @@ def compare_tasks(
         settings,
         context,
         until=settings.epochs,
-        hooks=replace(hooks, on_epoch=propose, enough=at_rest),
+        hooks=replace(hooks, on_epoch=propose, should_stop=converged),
     )
     return overlap()

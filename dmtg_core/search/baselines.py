@@ -15,15 +15,16 @@ from torch import Tensor
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.cost import inference_cost, naive_flops, training_flops
 from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
-from dmtg_core.search.distillation import learn_on, learner
+from dmtg_core.search.distillation import distil, distillation_state
 from dmtg_core.search.gradient_affinity import DIRECTIONS, GradientAffinities, projected_affinity
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import Data
-from dmtg_core.training.loop import NO_HOOKS, Hooks, TrainState, advance, evaluate, generalisation_gap
+from dmtg_core.training.loop import NO_HOOKS, Hooks, advance, evaluate, generalisation_gap
 from dmtg_core.training.metrics import Metrics
 from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
 
-LOOKS = 2  # batches of every epoch that gradients are compared on
+BATCHES = 2  # batches of every epoch that gradients are compared on
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,8 @@ def train_distilled(
     ]
     teachers, best = [one.network for one in trained], min(trained, key=lambda one: one.score)
     context = LocalContext()
-    state = learner(best.network, best.score, longer)
-    learn_on(state, teachers, data, longer, context, gap=best.gap)
+    state = distillation_state(best.network, best.score, longer)
+    distil(state, teachers, data, longer, context, gap=best.gap)
     step = training_flops(state.network) + sum(inference_cost(teacher).flops for teacher in teachers)
     cost = step * longer.epochs / (settings.epochs * (unit or naive_flops(specs[0])))
     metrics = {split: evaluate(state.network, data, split, context=context) for split in splits}
@@ -134,7 +135,7 @@ def train_naive_with_affinities(
 ) -> tuple[Trained, dict[str, Tensor], dict[str, float]]:
     """Naive MTL, the affinities that published selectors collect on its way, and what each of them costs.
 
-    CS, TAG and ETAP look at `LOOKS` batches at the end of every epoch, Grad-TAG at two larger ones at the end of
+    CS, TAG and ETAP look at `BATCHES` batches at the end of every epoch, Grad-TAG at two larger ones at the end of
     the run. The looks change nothing in the run.
 
     Returns:
@@ -142,17 +143,17 @@ def train_naive_with_affinities(
         run, in units of it, counted as forward passes (one for going forward, two for going backward).
     """
     gradients = GradientAffinities(spec.tasks)
-    looked = 0
+    samples = 0
 
-    def look(state: TrainState) -> None:
-        nonlocal looked
+    def measure(state: TrainState) -> None:
+        nonlocal samples
         rate = state.optimizer.param_groups[0]["lr"]
-        for batch in islice(data.train(state.epoch, settings.batch_size), LOOKS):
-            gradients.look(state.network, batch, rate)
-            looked += len(batch.inputs)
+        for batch in islice(data.train(state.epoch, settings.batch_size), BATCHES):
+            gradients.update(state.network, batch, rate)
+            samples += len(batch.inputs)
 
     naive = train_hard(
-        hard_network(spec, together(spec)), data, settings, splits=splits, context=context, on_epoch=look
+        hard_network(spec, together(spec)), data, settings, splits=splits, context=context, on_epoch=measure
     )
     rows = 4 * settings.batch_size
     train, val = next(iter(data.train(0, rows))), next(iter(data.evaluate("val", rows)))
@@ -160,9 +161,9 @@ def train_naive_with_affinities(
     count = len(spec.tasks)
     passes = 3 * data.steps(settings.batch_size) * settings.batch_size * settings.epochs  # of the run itself
     costs = {
-        "cs": looked * (1 + 2 * count) / passes,
-        "tag": looked * (1 + 3 * count) / passes,
-        "etap": looked * (1 + 2 * count) / passes,
+        "cs": samples * (1 + 2 * count) / passes,
+        "tag": samples * (1 + 3 * count) / passes,
+        "etap": samples * (1 + 2 * count) / passes,
         "gradtag": 2 * DIRECTIONS * (len(train.inputs) + len(val.inputs)) / passes,
     }
     return naive, found, costs

@@ -19,9 +19,10 @@ from dmtg_core.network.grouping_network import GroupingNetwork, clone
 from dmtg_core.tasks import Task
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Batch, Data
-from dmtg_core.training.loop import NO_HOOKS, Hooks, TrainState, advance
+from dmtg_core.training.loop import NO_HOOKS, Hooks, advance
 from dmtg_core.training.losses import valid
 from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import autocast
 
 WEIGHT = 0.8  # of the teachers' mean in a target that has a label
@@ -57,7 +58,7 @@ class Teachers:
         return Batch(batch.inputs, targets)
 
 
-def learner(network: GroupingNetwork, score: float, settings: TrainSettings) -> TrainState:
+def distillation_state(network: GroupingNetwork, score: float, settings: TrainSettings) -> TrainState:
     """The state in which a trained network begins to learn on; it stays the best until an epoch is better.
 
     Args:
@@ -70,7 +71,7 @@ def learner(network: GroupingNetwork, score: float, settings: TrainSettings) -> 
     return state
 
 
-def learn_on(
+def distil(
     state: TrainState,
     teachers: Sequence[GroupingNetwork],
     data: Data,
@@ -83,7 +84,7 @@ def learn_on(
     """Train to the end on labels mixed with what teachers predict, and take the weights of the best epoch.
 
     Args:
-        state: As `learner` gives it, of any epoch.
+        state: As `distillation_state` gives it, of any epoch.
         teachers: See `Teachers`.
         data, settings, context, hooks: As for `advance`.
         gap: The `generalisation_gap` of the last epoch that the network was trained for on labels alone.
@@ -91,17 +92,17 @@ def learn_on(
     Raises:
         NonFiniteLossError: When the loss stops being finite.
     """
-    teach = Teachers(teachers, settings.precision, lambda: share_of(gap, state.epoch, settings.epochs))
+    teach = Teachers(teachers, settings.precision, lambda: teacher_share(gap, state.epoch, settings.epochs))
     taught = replace(hooks, prepare=teach)
     advance(state, data, settings, context, until=settings.epochs, hooks=taught)
     state.take_best()
 
 
-def share_of(gap: float, epoch: int, epochs: int) -> float:
+def teacher_share(gap: float, epoch: int, epochs: int) -> float:
     """What a label gives to the teachers' mean: `WEIGHT`, falling to 0 unless a network would overfit.
 
     Args:
-        gap: See `learn_on`.
+        gap: See `distil`.
         epoch: Epochs that are over.
         epochs: All.
     """

@@ -15,7 +15,7 @@ from dmtg_core.training.data import Data
 SAMPLES = 1024  # that gradients are taken on; with more the figures hardly move
 
 
-def reading_overlap(
+def feature_overlap(
     network: GroupingNetwork,
     data: Data,
     *,

@@ -45,9 +45,9 @@ class GradientAffinities:
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = tuple(tasks)
         self.sums: dict[str, Tensor] = {}
-        self.looks = 0
+        self.updates = 0
 
-    def look(self, network: GroupingNetwork, batch: Batch, learning_rate: float) -> None:
+    def update(self, network: GroupingNetwork, batch: Batch, learning_rate: float) -> None:
         """Add one batch at one moment.
 
         Args:
@@ -78,11 +78,11 @@ class GradientAffinities:
         for name, value in found.items():
             alone = value.cpu().fill_diagonal_(0.0)
             self.sums[name] = self.sums[name] + alone if name in self.sums else alone
-        self.looks += 1
+        self.updates += 1
 
     def means(self) -> dict[str, Tensor]:
         """The affinities, by name."""
-        return {name: value / self.looks for name, value in self.sums.items()}
+        return {name: value / self.updates for name, value in self.sums.items()}
 
 
 def projected_affinity(

@@ -4,7 +4,7 @@ The method "dmtg" follows the paper: gates that start undecided. A single run ca
 several can be made; the one whose pruned network has the best validation score goes on.
 
 The method "guided" starts from evidence. One wide branch, trained for all tasks until the picture is at rest,
-shows which of them read the same of its input (`reading_overlap`), and one gate starts at the groups that follow
+shows which of them read the same of its input (`feature_overlap`), and one gate starts at the groups that follow
 from it. Beside it run undecided gates, because where tasks do not conflict sharing for longer is worth more than
 any grouping, and one wide encoder at the cost of all branches, because where capacity is all that counts no
 grouping beats it. Candidates that are far behind when the search ends stop there. Where the wide encoder is ahead
@@ -24,91 +24,22 @@ from typing import Any
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.cost import history_flops, inference_cost, naive_flops, wide_spec
-from dmtg_core.network.encoders import WIDTHS
 from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
 from dmtg_core.search.affinity_phase import affinity_plan, compare_tasks
 from dmtg_core.search.baselines import hard_network
-from dmtg_core.search.distillation import learn_on, learner
+from dmtg_core.search.distillation import distil, distillation_state
 from dmtg_core.search.feature_overlap import cluster
+from dmtg_core.search.options import AFFINITY, BASELINE, DISTILLED, GUIDED, RETRAINED, WIDE, SearchOptions
 from dmtg_core.search.state import SearchState
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import Data
-from dmtg_core.training.loop import Hooks, TrainState, advance, evaluate, generalisation_gap
+from dmtg_core.training.loop import Hooks, advance, evaluate, generalisation_gap
 from dmtg_core.training.metrics import Metrics
 from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
 from dmtg_core.training.warm_start import WarmStart
 
-BASELINE, AFFINITY, GUIDED, WIDE = "naive_mtl", "affinity", "guided", "wide"
-RETRAINED, DISTILLED = "retrained", "distilled"
-METHODS = ("guided", "dmtg")
-LEARNED_FROM = 2.0  # times `within`: who is too far behind to be the result may still know what it does not
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """Which candidates a search trains.
-
-    Args:
-        method: One of `METHODS`.
-        starts: Gates that start undecided, each with a seed of its own.
-        wide: Have one wide encoder, at the inference cost of all branches, among the candidates ("guided").
-        affinity_share, affinity_limit: Share of the epochs that the network trains in which tasks are compared, at
-            least and at most: it stops when the groups that follow no longer change ("guided").
-        probability: With which a task begins in its proposed group ("guided").
-        within: How much worse than the best a candidate's score may be when the search ends and yet be the result,
-            beside what the best one's validation score changed from epoch to epoch ("guided"); up to twice as much
-            it goes on to be learned from. With "dmtg" the best goes on alone.
-        retrain: Before the wide encoder is kept, train the groups of the best gate from scratch ("guided").
-        distil_share: For how many more epochs, as a share of all, the best candidate learns from the mean of all
-            that were trained to their end ("guided"); 0 for none. Where there is but one, nothing can be learned.
-
-    Raises:
-        ValueError: For an unknown method or a number out of range.
-    """
-
-    method: str = "guided"
-    starts: int = 1
-    wide: bool = True
-    affinity_share: float = 0.1
-    affinity_limit: float = 0.3
-    probability: float = 0.9
-    within: float = 0.03
-    retrain: bool = True
-    distil_share: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}, expected one of {', '.join(METHODS)}")
-        fewest = 0 if self.method == "guided" else 1
-        if self.starts < fewest:
-            raise ValueError(f"starts must be at least {fewest}, got {self.starts}, with method {self.method!r}")
-        for name in ("affinity_share", "affinity_limit"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
-        if not 0 < self.probability < 1:
-            raise ValueError(f"probability must be in (0, 1), got {self.probability}")
-        if self.within < 0:
-            raise ValueError(f"within must not be negative, got {self.within}")
-        if self.distil_share < 0:
-            raise ValueError(f"distil_share must not be negative, got {self.distil_share}")
-
-    def affinity_epochs(self, settings: TrainSettings) -> tuple[int, int]:
-        """The fewest and the most epochs of the network that tasks are compared in."""
-        shares = (self.affinity_share, max(self.affinity_share, self.affinity_limit))
-        least, most = (max(round(share * settings.epochs), 1) for share in shares)
-        return least, most
-
-    def candidates(self, spec: NetworkSpec) -> list[str]:
-        """Their names, in the order in which they are trained. One branch has nothing to be guided to."""
-        starts = [f"start_{i}" for i in range(self.starts)]
-        if self.method == "dmtg" or spec.groups == 1:
-            return starts or ["start_0"]
-        return [GUIDED, *starts, *([WIDE] if self.wide and spec.encoder.name in WIDTHS else [])]
-
-    def distilled(self, settings: TrainSettings) -> TrainSettings:
-        """How the best candidate learns on: from the first learning rate again, and every epoch may be best."""
-        epochs = max(round(self.distil_share * settings.epochs), 1)
-        return replace(settings, epochs=epochs, search_share=1.0)
+TEACHER_FACTOR = 2.0  # times `within`: who is too far behind to be the result may still know what it does not
 
 
 @dataclass(frozen=True)
@@ -129,7 +60,7 @@ class SearchResult:
             its search), `final` (the same at its best epoch; None where it stopped with the search),
             `probabilities` of the gate `(N, K)` when the search ended. For groups that were trained from scratch
             these are those of the gate that they are from, whose name is `gate`.
-        affinity: `reading_overlap` of the tasks `(N, N)`; empty where it was not measured.
+        affinity: `feature_overlap` of the tasks `(N, N)`; empty where it was not measured.
         affinity_cost: Operations of the training that it was measured after, in units of one naive-MTL run.
         cost: The same of all training but that of the baseline.
     """
@@ -177,7 +108,7 @@ def search(
     ).run()
 
 
-def _restless(scores: Sequence[float]) -> float:
+def _score_noise(scores: Sequence[float]) -> float:
     """How much a validation score changes between epochs, on average, in the second half of a search."""
     late = scores[len(scores) // 2 :]
     changes = [abs(a - b) for a, b in pairwise(late) if math.isfinite(a - b)]
@@ -229,10 +160,10 @@ class _Search:
         for name in self.candidates:
             if not self._done(name):
                 self._search(name)
-        for name in self._going_on():
+        for name in self._finalists():
             if "final" not in self._result(name):
                 self._finish(name)
-        unlucky = self._unlucky()
+        unlucky = self._gate_to_retrain()
         if unlucky:
             self._retrain(unlucky)
         if self._teachers() and not self._done(DISTILLED):
@@ -275,10 +206,10 @@ class _Search:
         self.state.held[name] = state
         scores = [record["val_score"] for record in state.history]
         self._end(
-            name, state, score=min(scores), restless=_restless(scores),
+            name, state, score=min(scores), restless=_score_noise(scores),
             probabilities=state.network.gate.probabilities().tolist(),
         )  # fmt: skip
-        going = self._going_on() if self._done(self.candidates[-1]) else self.candidates
+        going = self._finalists() if self._done(self.candidates[-1]) else self.candidates
         self.state.held = {kept: held for kept, held in self.state.held.items() if kept in going}
 
     def _candidate(self, name: str) -> tuple[NetworkSpec, WarmStart | None]:
@@ -291,7 +222,7 @@ class _Search:
         number = int(name.removeprefix("start_")) if name.startswith("start_") else 0
         return replace(self.settings, seed=self.settings.seed + number)
 
-    def _going_on(self, behind: float = LEARNED_FROM) -> list[str]:
+    def _finalists(self, behind: float = TEACHER_FACTOR) -> list[str]:
         """The candidates that are trained to the end, by what they were when the search ended.
 
         Args:
@@ -320,11 +251,11 @@ class _Search:
 
     def _best(self) -> str:
         """The best on validation at its end, of the candidates that were near when the search ended."""
-        near = self._going_on(1) + ([RETRAINED] if self._done(RETRAINED) else [])
+        near = self._finalists(1) + ([RETRAINED] if self._done(RETRAINED) else [])
         finals = {name: self._result(name)["final"] for name in near}
         return min(finals, key=finals.__getitem__)
 
-    def _unlucky(self) -> str:
+    def _gate_to_retrain(self) -> str:
         """The gate whose groups are trained from scratch before the wide encoder is kept; empty for none."""
         if not self.options.retrain or self._done(RETRAINED) or self._best() != WIDE:
             return ""
@@ -351,7 +282,7 @@ class _Search:
         """Those that the best candidate learns from; none where it would be itself alone."""
         names = [name for name in self.state.trained if name not in (BASELINE, DISTILLED)]
         if RETRAINED in names:  # the others were looked at when their search ended
-            most = self._result(self._best())["final"] + LEARNED_FROM * self.options.within
+            most = self._result(self._best())["final"] + TEACHER_FACTOR * self.options.within
             names = [name for name in names if name != RETRAINED or self._result(name)["final"] <= most]
         return names if len(names) > 1 and self.options.distil_share else []
 
@@ -359,10 +290,12 @@ class _Search:
         best, settings = self._best(), self.options.distilled(self.settings)
         teachers = [self.state.trained[name].to(self.context.device) for name in self._teachers()]
         if self.state.current is None:
-            self.state.current = learner(self.state.trained[best], self._result(best)["final"], settings)
+            self.state.current = distillation_state(
+                self.state.trained[best], self._result(best)["final"], settings
+            )
         state = self.state.current
         gap, hooks = self._result(best)["gap"], self._reports(DISTILLED)
-        learn_on(state, teachers, self.data, settings, self.context, gap=gap, hooks=hooks)
+        distil(state, teachers, self.data, settings, self.context, gap=gap, hooks=hooks)
         self.state.trained[DISTILLED] = state.network
         self._end(DISTILLED, state, final=state.best_score, teachers=self._teachers())
         looked = settings.epochs * sum(inference_cost(teacher).flops for teacher in teachers)
@@ -408,7 +341,7 @@ class _Search:
         if self.state.current is None:
             network = GroupingNetwork(spec)
             if warm_start is not None:
-                warm_start.give(network)
+                warm_start.apply(network)
             network.to(self.context.device)
             self.state.current = TrainState.fresh(network, settings or self.settings)
         return self.state.current

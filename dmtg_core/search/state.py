@@ -10,8 +10,8 @@ import torch
 
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.training import checkpoint
-from dmtg_core.training.loop import TrainState
 from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
 
 
 @dataclass

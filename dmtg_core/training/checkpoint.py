@@ -19,7 +19,7 @@ from dmtg_core.tasks import Task
 
 FORMAT = 2
 FORMATS = (1, 2)  # that can be read
-RIGHT_UP_TO = 10  # branches of a network of format 1; see `check_branches`
+CORRECT_UP_TO = 10  # branches of a network of format 1; see `check_branches`
 SEAL = "sha256.json"
 
 
@@ -76,9 +76,9 @@ def check_branches(written: int, branches: int, tasks: Sequence[Task], where: st
         OutdatedNetworkError: For such a network.
     """
     wrong = [task.name for task in tasks if not task.dense]
-    if written == 1 and branches > RIGHT_UP_TO and wrong:
+    if written == 1 and branches > CORRECT_UP_TO and wrong:
         raise OutdatedNetworkError(
-            f"{where}: an earlier version trained this on {branches} branches, and with over {RIGHT_UP_TO} it "
+            f"{where}: an earlier version trained this on {branches} branches, and with over {CORRECT_UP_TO} it "
             f"trained heads ({listed(wrong, 3)}) on the features of other branches; the weights cannot "
             "be corrected: train it again"
         )

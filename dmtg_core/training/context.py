@@ -60,7 +60,7 @@ def gather(tensor: Tensor, context: TrainContext) -> list[Tensor]:
     return list(context.sum(torch.cat(places)).split(sizes))
 
 
-def newest_whole(folders: Iterable[Path], passed_over: Callable[[str], None] | None = None) -> Path | None:
+def newest_whole(folders: Iterable[Path], on_damaged: Callable[[str], None] | None = None) -> Path | None:
     """The first of some checkpoints that is what was written, None where there are none.
 
     Args:
@@ -76,8 +76,8 @@ def newest_whole(folders: Iterable[Path], passed_over: Callable[[str], None] | N
             check_seal(folder)
         except ValueError as error:
             problems.append(str(error))
-            if passed_over is not None:
-                passed_over(str(error))
+            if on_damaged is not None:
+                on_damaged(str(error))
             else:
                 log.warning("going back to the checkpoint before: %s", error)
             continue

@@ -19,7 +19,7 @@ from dmtg_core.training.settings import TrainSettings
 
 NO_GRADIENT = 1e-6  # norm of θ's gradient, in units of the loss, under which the gate learns nothing
 COLLAPSED, EARLY = 0.05, 0.2  # share of the largest entropy; share of the search that counts as its beginning
-UNDECIDED = 0.5  # probability that a task's branch should at least have when the search ends
+CONVERGED = 0.5  # probability that a task's branch should at least have when the search ends
 SAMPLES = 32  # that gradients are compared on
 CONFLICT = -0.2  # mean cosine of two tasks' gradients under which they hurt each other
 
@@ -136,10 +136,10 @@ def _of_the_search(record: Mapping[str, Any], tasks: Sequence[str], settings: Tr
             f"the gate has decided after {epoch} of {settings.search_epochs} epochs of search, before the "
             "branches can differ: lower gate.learning_rate or raise gate.temperature.start"
         )
-    unsure = [name for name, row in zip(tasks, record["probabilities"], strict=True) if max(row) < UNDECIDED]
+    unsure = [name for name, row in zip(tasks, record["probabilities"], strict=True) if max(row) < CONVERGED]
     if epoch == settings.search_epochs and unsure:
         found.append(
-            f"the search ended before it decided on {listed(unsure)} (probability under {UNDECIDED:.0%}): raise "
+            f"the search ended before it decided on {listed(unsure)} (probability under {CONVERGED:.0%}): raise "
             "gate.learning_rate, train.epochs or search.share"
         )
     return found

@@ -10,24 +10,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dmtg_core.network.grouping_network import GroupingNetwork, clone
-from dmtg_core.training import checkpoint
+from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.training.augment import augment, augment_generator
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import Batch, Data
 from dmtg_core.training.diagnostics import gate_figures, gradient_cosines, warnings
 from dmtg_core.training.metrics import Metrics, MetricSums
 from dmtg_core.training.settings import LR_SCHEDULES, TrainSettings
+from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import (
     StepFigures,
     WeighedLoss,
-    build_optimizer,
     prepare_network,
     step_noise,
     train_step,
@@ -38,82 +36,6 @@ CHECK_EVERY = 100  # steps between two looks at whether one was refused
 
 class NonFiniteLossError(RuntimeError):
     """The loss or a gradient became NaN or infinite. The step was refused; the weights are those before it."""
-
-
-@dataclass
-class TrainState:
-    """A network in training: all that a checkpoint holds.
-
-    `history` has one record an epoch; `best` is the network as it was after the best epoch (the lowest score),
-    heads that have gone since included; `take_best` puts it in the place of the network. `partial` holds what an
-    epoch that is under way has come to; it is empty between epochs.
-    """
-
-    network: GroupingNetwork
-    optimizer: torch.optim.Optimizer
-    epoch: int = 0
-    step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best_score: float = math.inf
-    best: GroupingNetwork | None = None
-    partial: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def fresh(cls, network: GroupingNetwork, settings: TrainSettings) -> TrainState:
-        """At the beginning of a run."""
-        return cls(network, build_optimizer(network, settings))
-
-    def save(self, folder: Path) -> None:
-        """Write everything into `folder`."""
-        checkpoint.save_network(folder, self.network)
-        checkpoint.save_optimizer(folder / "optimizer.safetensors", self.optimizer, self.network)
-        if self.best is not None:
-            checkpoint.save_network(folder / "best", self.best)
-        score = self.best_score if math.isfinite(self.best_score) else None
-        loop = {"epoch": self.epoch, "step": self.step, "best_score": score, "history": self.history}
-        checkpoint.write_json(folder / "loop.json", loop | {"partial": self.partial})
-
-    @classmethod
-    def load(cls, folder: Path, settings: TrainSettings, device: torch.device) -> TrainState:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: When a file is missing or damaged.
-        """
-        network = checkpoint.load_network(folder, device)
-        state = cls.fresh(network, settings)
-        checkpoint.load_optimizer(folder / "optimizer.safetensors", state.optimizer, network)
-        loop = checkpoint.read_json(folder / "loop.json", "epoch", "step", "history", "best_score", "partial")
-        state.epoch, state.step, state.history = loop["epoch"], loop["step"], loop["history"]
-        state.partial = loop["partial"]
-        state.best_score = math.inf if loop["best_score"] is None else loop["best_score"]
-        if loop["best_score"] is not None:
-            state.best = checkpoint.load_network(folder / "best", device)
-        return state
-
-    def take_best(self) -> None:
-        """Put the weights of the best epoch into the network."""
-        if self.best is not None:
-            self.network = self.best
-
-    def consider(self, score: float) -> None:
-        """Remember the weights as they are when `score` is the lowest so far."""
-        if score < self.best_score:
-            self.best_score = score
-            self.best = clone(self.network)
-
-    def keep(self, alive: Tensor, settings: TrainSettings) -> None:
-        """Prune network and optimiser together; the moments of what stays are kept."""
-        before = {name: self.optimizer.state.get(p, {}) for name, p in self.network.named_parameters()}
-        old_names = {p: name for name, p in self.network.named_parameters()}
-        followed = self.network.keep(alive)
-        self.optimizer = build_optimizer(self.network, settings)
-        for name, parameter in self.network.named_parameters():
-            old, rows = followed.get(parameter, (parameter, None))
-            held = before.get(old_names.get(old, name), {})
-            for key, value in held.items():
-                moved = value[rows].clone() if rows is not None and value.dim() else value
-                self.optimizer.state[parameter][key] = moved
 
 
 @torch.no_grad()
@@ -167,13 +89,13 @@ class Hooks:
         on_epoch: Called after each epoch with the state to save.
         on_step: Likewise within an epoch, every `TrainSettings.checkpoint_every` steps; None makes no checkpoint
             there.
-        enough: Asked before each epoch whether to end.
+        should_stop: Asked before each epoch whether to end.
         prepare: Done to a training batch before it is augmented.
     """
 
     on_epoch: Callable[[TrainState], None] = lambda _state: None
     on_step: Callable[[TrainState], None] | None = None
-    enough: Callable[[TrainState], bool] = lambda _state: False
+    should_stop: Callable[[TrainState], bool] = lambda _state: False
     prepare: Callable[[Batch], Batch] = lambda batch: batch
 
 
@@ -208,7 +130,7 @@ def advance(
     """
     state.network.to(context.device)
     module: nn.Module | None = None
-    while state.epoch < until and not hooks.enough(state):
+    while state.epoch < until and not hooks.should_stop(state):
         if _prune(state, settings) or module is None:
             prepare_network(state.network, settings, context)
             loss = WeighedLoss(state.network, settings.entropy_weight, settings.precision, settings.aggregator)

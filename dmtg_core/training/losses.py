@@ -166,7 +166,7 @@ class PairLosses(nn.Module):
         """Loss sums `(P, B)` in the order of the pairs; see `label_counts` for what to divide by."""
         return torch.cat(self._parts(outputs, targets)).index_select(0, self.get_buffer("order"))
 
-    def apart(self, outputs: PairOutputs, targets: Mapping[str, Tensor]) -> list[Tensor]:
+    def separate(self, outputs: PairOutputs, targets: Mapping[str, Tensor]) -> list[Tensor]:
         """The rows of `forward`, `(B,)` each, such that going backward from one enters no other's decoder."""
         rows = [row for part in self._parts(outputs, targets) for row in part.unbind()]
         return [rows[place] for place in self.in_order]

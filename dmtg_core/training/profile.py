@@ -16,8 +16,9 @@ from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
 from dmtg_core.training.checkpoint import write_json
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Batch, Data
-from dmtg_core.training.loop import TrainState, advance
+from dmtg_core.training.loop import advance
 from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import BACKWARD, COMMUNICATION, FORWARD, OPTIMIZER
 
 DATA = "data"

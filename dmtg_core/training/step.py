@@ -120,11 +120,11 @@ class WeighedLoss(nn.Module):
             loss = loss + share * self.entropy_weight * self.network.gate.entropy().mean()
         return loss, by_task.detach(), losses.detach().sum(1)
 
-    def apart(self, batch: Batch, counts: Tensor) -> list[Tensor]:
+    def separate(self, batch: Batch, counts: Tensor) -> list[Tensor]:
         """A scalar for each pair, where every task has a single head and so a gate of 1; not weighed by task."""
         with autocast(self.precision, batch.inputs.device):
             outputs = self.network.forward_pairs(batch.inputs)
-        rows = self.pair_losses.apart(outputs, batch.targets)
+        rows = self.pair_losses.separate(outputs, batch.targets)
         return [row.sum() / counts[n] for row, (_, n) in zip(rows, self.network.pairs, strict=True)]
 
 
@@ -272,7 +272,7 @@ def _aggregated(
     """As `_gradients`, with the gradients of a group's tasks combined by an aggregator."""
     device = batch.inputs.device
     with part(FORWARD, device):
-        losses = module.apart(batch, counts)
+        losses = module.separate(batch, counts)
     weights = module.task_weights[module.task_of]
     with part(BACKWARD, device):
         weighed = [loss * weight for loss, weight in zip(losses, weights, strict=True)]

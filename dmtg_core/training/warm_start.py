@@ -56,7 +56,7 @@ class WarmStart:
         return len(self.models) == 1
 
     @torch.no_grad()
-    def give(self, network: GroupingNetwork) -> None:
+    def apply(self, network: GroupingNetwork) -> None:
         """Put the weights, and the running statistics that belong to them, into a fresh network.
 
         Raises:

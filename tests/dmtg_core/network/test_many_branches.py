@@ -25,8 +25,8 @@ from dmtg_core.grouping import Grouping
 from dmtg_core.network.numbered import Numbered
 from dmtg_core.search.baselines import hard_network
 from dmtg_core.training.checkpoint import load_model, load_network, save_model, save_network
-from dmtg_core.training.loop import TrainState
 from dmtg_core.training.losses import PairLosses
+from dmtg_core.training.state import TrainState
 from tests.dmtg_core import samples
 from tests.dmtg_core.samples import FEATURES, IMAGE, decided, learn_statistics
 from tests.dmtg_core.searches import local

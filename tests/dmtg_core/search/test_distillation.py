@@ -11,7 +11,15 @@ from torch.nn import functional as F
 from dmtg_core import EncoderSpec, GroupingNetwork, LocalContext, NetworkSpec, Task, TrainSettings, evaluate
 from dmtg_core.network.cost import wide_spec
 from dmtg_core.search.baselines import hard_network, together, train_distilled, train_hard
-from dmtg_core.search.distillation import OVERFIT, WEIGHT, Teachers, learn_on, learner, mixed_target, share_of
+from dmtg_core.search.distillation import (
+    OVERFIT,
+    WEIGHT,
+    Teachers,
+    distil,
+    distillation_state,
+    mixed_target,
+    teacher_share,
+)
 from dmtg_core.training import loop as training
 from dmtg_core.training.loop import generalisation_gap, score_of
 from dmtg_core.training.losses import PairLosses, label_counts, sample_loss, valid
@@ -91,7 +99,7 @@ def test_teachers_change_the_targets_of_a_batch_alone_and_leave_no_label_missing
 def test_the_time_of_teachers_is_not_that_of_waiting_for_data(monkeypatch):
     spec, settings = samples.mlp_spec(), TrainSettings(epochs=1, search_share=1.0, batch_size=16)
     data, context = samples.data(spec.input, spec.tasks), LocalContext(device="cpu")
-    state, clock = learner(GroupingNetwork(spec), -9.0, settings), [0.0]
+    state, clock = distillation_state(GroupingNetwork(spec), -9.0, settings), [0.0]
     monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     class Slow(GroupingNetwork):
@@ -99,7 +107,7 @@ def test_the_time_of_teachers_is_not_that_of_waiting_for_data(monkeypatch):
             clock[0] += 1
             return super().forward(raw)
 
-    learn_on(state, [Slow(spec)], data, settings, context, gap=0)
+    distil(state, [Slow(spec)], data, settings, context, gap=0)
     assert clock[0] == data.steps(16)
     assert state.history[-1]["data_share"] == 0
     assert state.best_score == -9.0  # no epoch was better, so the network is the one that began
@@ -107,9 +115,9 @@ def test_the_time_of_teachers_is_not_that_of_waiting_for_data(monkeypatch):
 
 
 def test_labels_come_back_unless_a_network_overfits():
-    assert [share_of(OVERFIT + 0.01, epoch, 5) for epoch in range(5)] == [WEIGHT] * 5
-    assert [share_of(OVERFIT, epoch, 5) for epoch in range(5)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0])
-    assert share_of(0, 0, 1) == WEIGHT
+    assert [teacher_share(OVERFIT + 0.01, epoch, 5) for epoch in range(5)] == [WEIGHT] * 5
+    assert [teacher_share(OVERFIT, epoch, 5) for epoch in range(5)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0])
+    assert teacher_share(0, 0, 1) == WEIGHT
     targets = torch.tensor([1.0, torch.nan])
     assert mixed_target(FLAG, targets, [torch.zeros(2)], 0).tolist() == [1, 0.5]
 
@@ -128,9 +136,9 @@ def test_teachers_that_know_no_more_do_not_hold_a_network_back():
     assert max(one.gap for one in short) < OVERFIT
     scores = {}
     for gap in (short[0].gap, 1.0):
-        state = learner(short[0].network, short[0].score, replace(settings, epochs=6))
+        state = distillation_state(short[0].network, short[0].score, replace(settings, epochs=6))
         teachers = [one.network for one in short]
-        learn_on(state, teachers, data, replace(settings, epochs=6), LocalContext(), gap=gap)
+        distil(state, teachers, data, replace(settings, epochs=6), LocalContext(), gap=gap)
         scores[gap] = state.best_score
     assert scores[short[0].gap] < scores[1.0] < short[0].score
 

@@ -42,7 +42,7 @@ def linear() -> tuple[GroupingNetwork, Batch]:
 def test_of_tasks_that_ask_opposite_things_each_step_hurts_the_other() -> None:
     network, batch = linear()
     affinities = GradientAffinities(VALUES)
-    affinities.look(network, batch, 1e-4)
+    affinities.update(network, batch, 1e-4)
     found = affinities.means()
     for value in found.values():
         assert value.shape == (3, 3)
@@ -57,7 +57,7 @@ def test_etap_is_the_first_order_of_tag() -> None:
     spec = mlp_spec(SAMPLEWISE[:4], groups=1, sampling="fixed")
     network, batch = GroupingNetwork(spec), samples.batch(spec.input, spec.tasks, 32)
     affinities = GradientAffinities(spec.tasks)
-    affinities.look(network, batch, 1e-3)
+    affinities.update(network, batch, 1e-3)
     found = affinities.means()
     assert torch.allclose(
         found["tag"] / 1e-3, found["etap"], rtol=0.05, atol=0.05 * float(found["etap"].abs().max())
@@ -68,7 +68,7 @@ def test_etap_and_cs_are_products_of_the_gradients_of_the_shared_weights() -> No
     spec = mlp_spec(SAMPLEWISE[:3], groups=1, sampling="fixed")
     network, batch = GroupingNetwork(spec), samples.batch(spec.input, spec.tasks, 16)
     affinities = GradientAffinities(spec.tasks)
-    affinities.look(network, batch, 1e-3)
+    affinities.update(network, batch, 1e-3)
     rows, losses = [], []
     from dmtg_core.training.losses import label_counts, sample_loss
 
@@ -95,9 +95,9 @@ def test_looks_change_nothing_in_the_network_and_are_averaged(spec: NetworkSpec)
     both = GradientAffinities(spec.tasks)
     alone = []
     for batch in (first, second):
-        both.look(network, batch, 1e-3)
+        both.update(network, batch, 1e-3)
         one = GradientAffinities(spec.tasks)
-        one.look(network, batch, 1e-3)
+        one.update(network, batch, 1e-3)
         alone.append(one.means())
     assert_same_tensors(snapshot(network), before)
     assert network.training
@@ -140,7 +140,7 @@ def test_tasks_are_compared_in_encoders_of_text_too(encoder: EncoderSpec) -> Non
     ids = torch.randint(0, 40, (16, 7), generator=generator)
     batch = Batch(ids, {task.name: torch.randn(16, generator=generator) for task in VALUES})
     affinities = GradientAffinities(VALUES)
-    affinities.look(network, batch, 1e-2)
+    affinities.update(network, batch, 1e-2)
     for found in (*affinities.means().values(), projected_affinity(network, batch, batch, directions=4)):
         assert torch.isfinite(found).all()
 
@@ -164,6 +164,6 @@ def test_tasks_are_compared_in_one_branch() -> None:
     spec = mlp_spec(SAMPLEWISE[:2], groups=2)
     network, batch = GroupingNetwork(spec), samples.batch(spec.input, spec.tasks)
     with pytest.raises(ValueError, match="one branch, got 2"):
-        GradientAffinities(spec.tasks).look(network, batch, 0.1)
+        GradientAffinities(spec.tasks).update(network, batch, 0.1)
     with pytest.raises(ValueError, match="one branch, got 2"):
         projected_affinity(network, batch, batch)

@@ -19,7 +19,7 @@ from dmtg_core import (
 )
 from dmtg_core.search import affinity_phase
 from dmtg_core.search.baselines import hard_network, train_hard
-from dmtg_core.search.search import _restless, _Search
+from dmtg_core.search.search import _score_noise, _Search
 from dmtg_core.training.loop import score_of
 from tests.dmtg_core import samples
 from tests.dmtg_core.interrupted import Interrupted, without_times
@@ -227,7 +227,7 @@ def test_groups_that_are_far_behind_from_scratch_teach_nobody(data, monkeypatch,
             self.state.results[-1]["final"] = self._result("wide")["final"] + behind
 
     monkeypatch.setattr(_Search, "_end", ended)
-    monkeypatch.setattr(_Search, "_going_on", lambda *_: list(CANDIDATES))
+    monkeypatch.setattr(_Search, "_finalists", lambda *_: list(CANDIDATES))
     result = search(SPEC, data, SETTINGS, replace(GUIDED, within=0.1), baseline=False, context=local())
     assert result.distilled["teachers"] == [*CANDIDATES, *(["retrained"] if teaches else [])]
 
@@ -289,7 +289,7 @@ def test_options_out_of_range_are_refused(options, problem):
 
 
 def test_a_score_is_as_restless_as_the_second_half_of_its_search():
-    assert _restless([9.0, 0.0, 1.0, 3.0]) == 2.0
-    assert _restless([1.0, 2.0, 2.5, 3.5, 3.0, 3.25]) == 0.375
-    assert _restless([1.0]) == 0.0
-    assert _restless([0.0, 1.0, float("inf"), 2.0]) == 0.0
+    assert _score_noise([9.0, 0.0, 1.0, 3.0]) == 2.0
+    assert _score_noise([1.0, 2.0, 2.5, 3.5, 3.0, 3.25]) == 0.375
+    assert _score_noise([1.0]) == 0.0
+    assert _score_noise([0.0, 1.0, float("inf"), 2.0]) == 0.0

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmtg_core import TemperatureSchedule
-from dmtg_core.training.schedules import FAMILIES
+from dmtg_core.training.settings import FAMILIES
 
 # family → values from 4 to 1 at progress 0, 1/4, 1/2, 1
 TABLE = {

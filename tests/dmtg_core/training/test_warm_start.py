@@ -18,7 +18,7 @@ from dmtg_core import (
 )
 from dmtg_core.training import warm_start
 from dmtg_core.training.context import LocalContext
-from dmtg_core.training.loop import TrainState
+from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import WeighedLoss, step_noise, train_step
 from tests.dmtg_core import samples
 from tests.dmtg_core.interrupted import Interrupted
@@ -56,7 +56,7 @@ def model_of(spec: NetworkSpec, *, seed: int = 7, **changes) -> GroupModel:
 def started(spec: NetworkSpec, *models: GroupModel) -> GroupingNetwork:
     """A network of `spec` that starts from the models, in evaluation mode."""
     network = GroupingNetwork(spec)
-    WarmStart(models).give(network)
+    WarmStart(models).apply(network)
     return network.eval()
 
 
