@@ -193,7 +193,7 @@ def test_a_network_of_dense_tasks_alone_works():
     ("alive", "message"),
     [
         (torch.ones(3, 10, dtype=torch.bool), r"shape \(10, 3\), got \(3, 10\)"),
-        (torch.zeros(10, 3, dtype=torch.bool), "none left for smiling, colour"),
+        (torch.zeros(10, 3, dtype=torch.bool), "none is left for smiling, colour"),
     ],
 )
 def test_keeping_what_cannot_be_kept_is_refused_and_changes_nothing(alive, message):
@@ -227,7 +227,7 @@ def test_keeping_a_grouping_gives_it_its_branches():
     ("grouping", "message"),
     [
         (Grouping.of([[t.name] for t in SAMPLEWISE]), "10 groups do not fit 3 branches"),
-        (Grouping.of([["smiling"], ["colour"]]), "does not fit tasks.*smiling"),
+        (Grouping.of([["smiling"], ["colour"]]), "does not fit the tasks.*smiling"),
     ],
 )
 def test_a_grouping_that_does_not_fit_is_refused(grouping, message):
