@@ -1,6 +1,6 @@
 """Differentiable multi-task grouping (DMTG; Gao et al., ICML 2024) in plain PyTorch.
 
-Learn in one training run which tasks should share an encoder:
+Find in one training run which tasks should share an encoder:
 
     network = GroupingNetwork(NetworkSpec(input, tasks, EncoderSpec("mlp"), groups=3))
     state = fit(network, data, TrainSettings(epochs=20))

@@ -15,21 +15,23 @@ METHODS = ("guided", "dmtg")
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """Which candidates a search trains.
+    """The candidates of a search.
 
     Args:
         method: One of `METHODS`.
-        starts: Gates that start undecided, each with a seed of its own.
-        wide: Have one wide encoder, at the inference cost of all branches, among the candidates ("guided").
-        affinity_share, affinity_limit: Share of the epochs that the network trains in which tasks are compared, at
-            least and at most: it stops when the groups that follow no longer change ("guided").
-        probability: With which a task begins in its proposed group ("guided").
-        within: How much worse than the best a candidate's score may be when the search ends and yet be the result,
-            beside what the best one's validation score changed from epoch to epoch ("guided"); up to twice as much
-            it goes on to be learned from. With "dmtg" the best goes on alone.
-        retrain: Before the wide encoder is kept, train the groups of the best gate from scratch ("guided").
-        distil_share: For how many more epochs, as a share of all, the best candidate learns from the mean of all
-            that were trained to their end ("guided"); 0 for none. Where there is but one, nothing can be learned.
+        starts: Number of uniform gates, each with its own seed.
+        wide: Include one wide encoder with the inference cost of all branches in the candidates ("guided").
+        affinity_share, affinity_limit: Smallest and largest length of the affinity phase as a share of the epochs.
+            The phase ends when the proposed groups have converged ("guided").
+        probability: Initial probability of a task's proposed group ("guided").
+        within: Largest difference of a candidate's score to the best at the end of the search with which it can be
+            the result, in addition to the noise of the best candidate's validation score ("guided"). Up to twice
+            this difference a candidate is trained to the end and becomes a teacher. With "dmtg" only the best
+            candidate is trained to the end.
+        retrain: Train the groups of the best gate from scratch before the wide encoder is selected ("guided").
+        distil_share: Epochs of the distillation as a share of all epochs ("guided"); 0 for no distillation. The
+            best candidate is distilled from the mean of all candidates that were trained to the end. With a single
+            such candidate there is no distillation.
 
     Raises:
         ValueError: For an unknown method or a number out of range.
@@ -62,19 +64,19 @@ class SearchOptions:
             raise ValueError(f"distil_share must not be negative, got {self.distil_share}")
 
     def affinity_epochs(self, settings: TrainSettings) -> tuple[int, int]:
-        """The fewest and the most epochs of the network that tasks are compared in."""
+        """Return the smallest and the largest number of epochs of the affinity phase."""
         shares = (self.affinity_share, max(self.affinity_share, self.affinity_limit))
         least, most = (max(round(share * settings.epochs), 1) for share in shares)
         return least, most
 
     def candidates(self, spec: NetworkSpec) -> list[str]:
-        """Their names, in the order in which they are trained. One branch has nothing to be guided to."""
+        """Return the names of the candidates in training order. With one branch there are no proposed groups."""
         starts = [f"start_{i}" for i in range(self.starts)]
         if self.method == "dmtg" or spec.groups == 1:
             return starts or ["start_0"]
         return [GUIDED, *starts, *([WIDE] if self.wide and spec.encoder.name in WIDTHS else [])]
 
     def distilled(self, settings: TrainSettings) -> TrainSettings:
-        """How the best candidate learns on: from the first learning rate again, and every epoch may be best."""
+        """Return the settings of the distillation. It starts with the initial learning rate, without a gate."""
         epochs = max(round(self.distil_share * settings.epochs), 1)
         return replace(settings, epochs=epochs, search_share=1.0)

@@ -1,4 +1,4 @@
-"""`TrainState`: a network in training with its optimiser and history, as a checkpoint holds it."""
+"""`TrainState`: a network in training, its optimiser and its history, with reading and writing of checkpoints."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from dmtg_core.training.step import build_optimizer
 
 @dataclass
 class TrainState:
-    """A network in training: all that a checkpoint holds.
+    """A network in training: the contents of a checkpoint.
 
-    `history` has one record an epoch; `best` is the network as it was after the best epoch (the lowest score),
-    heads that have gone since included; `take_best` puts it in the place of the network. `partial` holds what an
-    epoch that is under way has come to; it is empty between epochs.
+    `history` has one record for each epoch. `best` is the network after the best epoch (the lowest score), with
+    the heads that it had then. `take_best` replaces the network with it. `partial` has the sums of an unfinished
+    epoch. It is empty between epochs.
     """
 
     network: GroupingNetwork
@@ -36,11 +36,11 @@ class TrainState:
 
     @classmethod
     def fresh(cls, network: GroupingNetwork, settings: TrainSettings) -> TrainState:
-        """At the beginning of a run."""
+        """Return the state at the beginning of a run."""
         return cls(network, build_optimizer(network, settings))
 
     def save(self, folder: Path) -> None:
-        """Write everything into `folder`."""
+        """Write the state into `folder`."""
         checkpoint.save_network(folder, self.network)
         checkpoint.save_optimizer(folder / "optimizer.safetensors", self.optimizer, self.network)
         if self.best is not None:
@@ -51,10 +51,10 @@ class TrainState:
 
     @classmethod
     def load(cls, folder: Path, settings: TrainSettings, device: torch.device) -> TrainState:
-        """Read what `save` wrote.
+        """Read the state that `save` wrote.
 
         Raises:
-            ValueError: When a file is missing or damaged.
+            ValueError: If a file is missing or damaged.
         """
         network = checkpoint.load_network(folder, device)
         state = cls.fresh(network, settings)
@@ -68,18 +68,18 @@ class TrainState:
         return state
 
     def take_best(self) -> None:
-        """Put the weights of the best epoch into the network."""
+        """Replace the network with that of the best epoch."""
         if self.best is not None:
             self.network = self.best
 
     def consider(self, score: float) -> None:
-        """Remember the weights as they are when `score` is the lowest so far."""
+        """Copy the network if `score` is the lowest so far."""
         if score < self.best_score:
             self.best_score = score
             self.best = clone(self.network)
 
     def keep(self, alive: Tensor, settings: TrainSettings) -> None:
-        """Prune network and optimiser together; the moments of what stays are kept."""
+        """Prune network and optimiser together. The moments of the kept parameters stay."""
         before = {name: self.optimizer.state.get(p, {}) for name, p in self.network.named_parameters()}
         old_names = {p: name for name, p in self.network.named_parameters()}
         followed = self.network.keep(alive)

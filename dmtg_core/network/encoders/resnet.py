@@ -21,9 +21,7 @@ def resnet(depth: int) -> Callable[..., list[nn.Module]]:
         first = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         return [first, net.layer1, net.layer2, net.layer3, net.layer4]
 
-    stages.__doc__ = (
-        f"torchvision's ResNet-{depth} in five stages; `weights` names weights of torchvision."
-    )
+    stages.__doc__ = f"torchvision's ResNet-{depth} in five stages; `weights` names weights of torchvision."
     return stages
 
 

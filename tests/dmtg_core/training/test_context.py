@@ -114,4 +114,4 @@ def test_what_is_passed_over_on_the_way_to_a_whole_checkpoint_is_told(tmp_path, 
     assert told == [f"{folder}: missing or damaged: content" for folder in reversed(damaged)]
     assert caplog.text == ""
     assert context.latest() == oldest
-    assert "going back to the checkpoint before" in caplog.text
+    assert "skipped a damaged checkpoint" in caplog.text

@@ -123,9 +123,12 @@ def test_nothing_is_said_where_nothing_is_wrong():
 @pytest.mark.parametrize(
     ("over", "said"),
     [
-        ({"gate": gate(gradient_norm=1e-7)}, "the gate gets no gradient"),
-        ({"epoch": 2, "gate": gate(entropy=0.01)}, "decided after 2 of 10 epochs"),
-        ({"epoch": 10, "probabilities": [[0.7, 0.3, 0], [0.4, 0.3, 0.3]]}, "before it decided on b (probability"),
+        ({"gate": gate(gradient_norm=1e-7)}, "the gate has no gradient"),
+        ({"epoch": 2, "gate": gate(entropy=0.01)}, "converged after 2 of 10 epochs"),
+        (
+            {"epoch": 10, "probabilities": [[0.7, 0.3, 0], [0.4, 0.3, 0.3]]},
+            "before the gate converged for b (probability",
+        ),
     ],
 )
 def test_a_search_that_goes_wrong_is_warned_of(over, logged):
@@ -149,7 +152,7 @@ def test_groups_that_were_there_from_the_start_are_no_decision():
     hard = {"probabilities": [[1.0, 0.0], [0.0, 1.0]], "gate": gate(entropy=0.0)}
     assert warnings([record(epoch=1, **hard)], ["a", "b"], SETTINGS) == []
     assert warnings([record(epoch=1, **hard), record(epoch=2, **hard)], ["a", "b"], SETTINGS) == []
-    # one that had a choice has decided
+    # a gate with several heads has converged
     assert warnings([record(epoch=1), record(epoch=2, **hard)], ["a", "b"], SETTINGS)
 
 
@@ -163,7 +166,7 @@ def test_tasks_that_hurt_each_other_are_named_at_the_end_by_the_mean_of_the_epoc
         tuned(20, -0.1),
     ]
     (found,) = warnings(history, ["a", "b"], SETTINGS)
-    assert "a and b share a group and hurt each other (mean gradient cosine -0.28)" in found
+    assert "a and b share a group and conflict (mean gradient cosine -0.28)" in found
     assert warnings(history[:-1], ["a", "b"], SETTINGS) == []
     assert warnings([tuned(20, -0.1)], ["a", "b"], SETTINGS) == []
 
@@ -177,4 +180,4 @@ def test_identical_branches_are_warned_of():
     data = samples.data(spec.input, spec.tasks, 16)
     settings = TrainSettings(epochs=2, search_share=1.0, batch_size=16, learning_rate=1e-12)
     state = fit(network, data, settings, local())
-    assert "the gate gets no gradient" in state.history[0]["warnings"][0]
+    assert "the gate has no gradient" in state.history[0]["warnings"][0]

@@ -239,7 +239,7 @@ def test_cuda_graphs_take_the_same_steps():
 
 @pytest.mark.parametrize("beside", [{"accumulate": 2}, {"recompute": True}, {"compile": False}])
 def test_cuda_graphs_name_what_they_do_not_go_with(beside):
-    with pytest.raises(ValueError, match="cuda_graphs needs compile, and goes with neither"):
+    with pytest.raises(ValueError, match="cuda_graphs needs compile, and excludes"):
         TrainSettings(cuda_graphs=True, **beside)
 
 
