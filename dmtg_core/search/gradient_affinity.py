@@ -116,18 +116,18 @@ def projected_affinity(
     ]
     with torch.no_grad():
         fitted = _linear(network, shared, train, bases)
-        judged = _linear(network, shared, val, bases)
+        evaluated = _linear(network, shared, val, bases)
     network.train(was_training)
     tasks = network.tasks
     start = torch.zeros(directions, device=network.gate.logits.device)
-    before = torch.stack([_loss_at(task, judged, start) for task in tasks]).clamp_min(1e-12)
+    before = torch.stack([_loss_at(task, evaluated, start) for task in tasks]).clamp_min(1e-12)
     found = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
     for n, task in enumerate(tasks):
-        found[n, n] = -float(_loss_at(task, judged, _fit([task], fitted, start)) / before[n])
+        found[n, n] = -float(_loss_at(task, evaluated, _fit([task], fitted, start)) / before[n])
     for i, j in combinations(range(len(tasks)), 2):
         w = _fit([tasks[i], tasks[j]], fitted, start)
-        found[i, j] = -float(_loss_at(tasks[j], judged, w) / before[j])
-        found[j, i] = -float(_loss_at(tasks[i], judged, w) / before[i])
+        found[i, j] = -float(_loss_at(tasks[j], evaluated, w) / before[j])
+        found[j, i] = -float(_loss_at(tasks[i], evaluated, w) / before[i])
     return found
 
 

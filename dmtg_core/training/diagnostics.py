@@ -112,8 +112,8 @@ def warnings(history: Sequence[Mapping[str, Any]], tasks: Sequence[str], setting
         return []
     found = []
     # the groups of a distilled network are fixed from the start: there is no gate to warn of
-    given = all(sum(p > 0 for p in row) == 1 for row in history[0]["probabilities"])
-    if record["phase"] == "search" and not given:
+    fixed = all(sum(p > 0 for p in row) == 1 for row in history[0]["probabilities"])
+    if record["phase"] == "search" and not fixed:
         found += _of_the_search(record, tasks, settings)
     if record["epoch"] == settings.epochs and (ends := [r for r in history if r["phase"] == "finetune"]):
         found += _of_the_groups([r["cosines"] for r in ends], tasks)

@@ -142,8 +142,8 @@ def build_optimizer(network: GroupingNetwork, settings: TrainSettings) -> torch.
     θ has its own learning rate. θ and learned variances have no weight decay. Only fused optimisers can refuse a
     step on the device without synchronisation with the host.
     """
-    apart = {"gate.logits", "log_variance"}
-    weights = [p for name, p in network.named_parameters() if name not in apart]
+    special = {"gate.logits", "log_variance"}
+    weights = [p for name, p in network.named_parameters() if name not in special]
     gate_lr = settings.learning_rate if settings.gate_learning_rate is None else settings.gate_learning_rate
     groups = [
         {"params": weights, "lr": settings.learning_rate, "base_lr": settings.learning_rate},

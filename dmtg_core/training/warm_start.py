@@ -125,10 +125,10 @@ class WarmStart:
         lines = []
         for k, (name, model) in enumerate(zip(self.names, self.models, strict=True)):
             taken = [task.name for task in spec.tasks if _head_for(task, model) is not None]
-            drawn = [task.name for task in spec.tasks if task.name not in taken]
+            fresh = [task.name for task in spec.tasks if task.name not in taken]
             where = "every branch" if self.single else f"branch {k}"
             line = f"{where} starts from {name} with its heads of {listed(taken) or 'no task'}"
-            lines.append(line + (f"; new heads for {listed(drawn)}" if drawn else ""))
+            lines.append(line + (f"; new heads for {listed(fresh)}" if fresh else ""))
             found, wanted = model.spec.input, spec.input
             if (found.mean, found.std) != (wanted.mean, wanted.std):
                 lines.append(

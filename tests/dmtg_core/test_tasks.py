@@ -47,7 +47,7 @@ def test_each_kind_has_its_default_loss_and_metric(kind, channels, loss, metric)
         ({"kind": "dense_regression", "metric": "mean_angle"}, r"mean_angle needs 3 channels, got 1"),
     ],
 )
-def test_what_does_not_fit_the_kind_is_refused_with_what_was_found(values, message):
+def test_values_that_do_not_fit_the_kind_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Task("t", **values)
 

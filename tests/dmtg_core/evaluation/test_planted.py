@@ -56,7 +56,7 @@ def test_the_problem_is_a_function_of_its_seed_with_balanced_tasks_and_splits_ap
         planted(0, groups=9)
 
 
-def test_the_true_groups_serve_the_tasks_better_than_groups_across_them():
+def test_the_true_groups_are_better_than_mixed_groups():
     spec, tasks, data, truth = planted_data(0)
     names = [task.name for task in tasks]
     across = Grouping.from_assignment(names, [n // 3 for n in range(9)])
@@ -109,7 +109,7 @@ def test_the_start_chosen_on_validation_has_the_true_groups_and_beats_naive_mtl(
 
 
 @pytest.mark.parametrize("data_seed", [1])
-def test_the_guided_search_finds_the_true_groups_for_less_than_three_plain_runs(data_seed):
+def test_the_guided_search_finds_the_true_groups_for_less_than_three_runs_of_naive_mtl(data_seed):
     """One of the seeds of docs/results.md."""
     spec, tasks, data, truth = planted_data(data_seed)
     settings = TrainSettings(epochs=60, search_share=0.25, batch_size=128, learning_rate=1e-2, seed=data_seed)

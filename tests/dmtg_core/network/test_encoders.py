@@ -61,7 +61,7 @@ def test_every_encoder_is_tested():
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_cut_moves_stages_between_stem_and_branch_and_changes_nothing_else(name):
+def test_the_size_of_the_stem_does_not_change_the_encoder(name):
     x = inputs_for(name)
     outputs, parameters = [], []
     cuts = range(STAGES[name]) if not name.startswith("resnet") else (0, 1, 4)
@@ -80,7 +80,7 @@ def test_a_cut_moves_stages_between_stem_and_branch_and_changes_nothing_else(nam
 
 
 @pytest.mark.parametrize("name", [name for name in STAGES if not name.startswith("resnet")])
-def test_branches_start_different_and_are_repeated_by_the_seed_at_every_cut(name):
+def test_branches_differ_and_are_reproducible_for_any_stem(name):
     for stem in range(STAGES[name]):
         made, again, other = (build(name, stem, groups=3, seed=seed)[1] for seed in (5, 5, 6))
         first, second, third = made
@@ -103,7 +103,7 @@ def test_gradients_reach_every_parameter(name):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_in_evaluation_a_sample_does_not_depend_on_those_beside_it(name):
+def test_in_evaluation_a_sample_does_not_depend_on_the_rest_of_the_batch(name):
     stem, (branch,), _ = build(name, 1)
     x = inputs_for(name)
     stem(x), branch(stem(x))
@@ -131,7 +131,7 @@ def test_building_leaves_the_random_state_of_the_gpu():
     assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
-def test_the_seed_holds_inside_and_the_outer_state_goes_on_after():
+def test_the_seed_applies_inside_and_the_outer_state_is_restored():
     torch.manual_seed(1)
     undisturbed = torch.rand(2)
     torch.manual_seed(1)
@@ -143,7 +143,7 @@ def test_the_seed_holds_inside_and_the_outer_state_goes_on_after():
 
 
 @pytest.mark.parametrize("name", ["convnet", "resnet18", "celeba_resnet", "xception_taskonomy"])
-def test_finding_the_shape_teaches_the_normalisation_nothing(name):
+def test_the_probe_of_the_shape_does_not_change_running_statistics(name):
     stem, (branch,), _ = build(name, 1)
     for part in (stem, branch):
         for module in part.modules():
@@ -213,12 +213,12 @@ def test_a_residual_block_without_change_of_shape_adds_its_input(name, stage):
         ("tokens", EncoderSpec("text_transformer", 0, {"layers": 0}), "0 layers"),
     ],
 )
-def test_impossible_encoders_are_refused_with_what_was_found(kind, spec, message):
+def test_impossible_encoders_are_refused(kind, spec, message):
     with pytest.raises(ValueError, match=message):
         spec.stages(SHAPES[kind])
 
 
-def test_an_image_that_pooling_would_use_up_is_refused():
+def test_an_image_that_is_too_small_for_pooling_is_refused():
     with pytest.raises(ValueError, match=r"5×5 pixels or more, got \(4, 64, 3\)"):
         EncoderSpec("celeba_resnet").stages(InputSpec("image", (4, 64, 3)))
 

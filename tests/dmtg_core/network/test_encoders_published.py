@@ -42,14 +42,14 @@ def parameters(*parts: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("layers", XCEPTION_COST)
-def test_xception_costs_what_the_reference_table_says(layers):
+def test_the_cost_of_xception_is_that_of_the_reference_table(layers):
     stem, branch, features, image = meta("xception_taskonomy", layers)
     assert features == Features(512, 16)
     found = gflop(stem, image), gflop(branch, stem(image))
     assert found == pytest.approx(XCEPTION_COST[layers], abs=0.005)
 
 
-def test_the_decoder_of_the_published_network_costs_what_the_reference_table_says():
+def test_the_cost_of_the_published_decoder_is_that_of_the_reference_table():
     with torch.device("meta"):
         decoder, features = XceptionDecoder(512, 18, 16), torch.zeros(1, 512, 16, 16)
     assert gflop(decoder, features, (PIXELS, PIXELS)) == pytest.approx(DECODER_COST, abs=0.005)
@@ -57,7 +57,7 @@ def test_the_decoder_of_the_published_network_costs_what_the_reference_table_say
     assert encoder + 5 * DECODER_COST == pytest.approx(25.3, abs=0.05)
 
 
-def test_a_whole_network_costs_what_the_reference_table_says_before_and_after_pruning():
+def test_the_cost_of_a_network_is_that_of_the_reference_table_before_and_after_pruning():
     tasks = tuple(Task(name, "dense_classification", 18) for name in "abcde")
     spec = InputSpec("image", (PIXELS, PIXELS, 3), "uint8")
     encoder = EncoderSpec("xception_taskonomy", 6)
@@ -100,7 +100,7 @@ def test_the_half_size_networks_are_a_choice_of_widths():
     assert 0.4 < gflop(branch, image) / whole < 0.6
 
 
-def test_xception_starts_with_the_spread_that_keeps_the_size_of_what_passes_through():
+def test_the_initialisation_of_xception_keeps_the_variance_of_activations():
     stages = EncoderSpec("xception_taskonomy").stages(InputSpec("image", (16, 16, 3)))
     depthwise, pointwise = stages[8].body[1], stages[8].body[2]
     assert depthwise.weight.std().item() == pytest.approx((2 / (9 * 728)) ** 0.5, rel=0.05)
@@ -156,7 +156,7 @@ def with_weights(monkeypatch, size: int, wanted: tuple[int, int]):
 
 
 @torch.no_grad()
-def test_pretrained_vit_gives_the_tokens_of_torchvision_without_the_class_token(monkeypatch):
+def test_pretrained_vit_returns_the_tokens_of_torchvision_without_the_class_token(monkeypatch):
     net, stages = with_weights(monkeypatch, 48, (48, 48))
     x = torch.randn(2, 3, 48, 48)
     tokens = {}
@@ -167,7 +167,7 @@ def test_pretrained_vit_gives_the_tokens_of_torchvision_without_the_class_token(
 
 
 @torch.no_grad()
-def test_pretrained_positions_are_brought_to_the_size_of_the_input(monkeypatch):
+def test_pretrained_positions_are_interpolated_to_the_size_of_the_input(monkeypatch):
     net, stages = with_weights(monkeypatch, 64, (128, 96))
     positions, trained = stages[0].positions, net.encoder.pos_embedding
     assert positions.shape == (1, 1 + 8 * 6, 8)

@@ -61,7 +61,7 @@ def pair_outputs(network: GroupingNetwork, outputs: PairOutputs) -> dict[tuple[i
 
 
 @torch.no_grad()
-def test_every_encoder_and_cut_gives_outputs_of_the_layout_of_each_kind(network, inputs):
+def test_every_encoder_and_stem_has_outputs_of_the_layout_of_each_kind(network, inputs):
     outputs = network(inputs)
     shapes = {
         "binary": (3,), "multiclass": (3, 3), "regression": (3, 2),
@@ -89,7 +89,7 @@ def test_the_hard_network_its_pairs_and_its_group_models_agree_bit_for_bit(netwo
 
 
 @torch.no_grad()
-def test_pruning_leaves_the_outputs_of_what_stays(network, inputs):
+def test_pruning_does_not_change_the_outputs_of_kept_heads(network, inputs):
     before = pair_outputs(network, network.forward_pairs(inputs))
     hard = network(inputs)
     pruned = clone(network)
@@ -139,7 +139,7 @@ def test_pruning_at_zero_changes_nothing(mixed):
     assert mixed.pairs == pairs
 
 
-def test_pruning_takes_the_parameters_of_what_goes_away(mixed):
+def test_pruning_removes_the_parameters_of_pruned_heads(mixed):
     def count(network):
         return sum(p.numel() for p in network.parameters())
 
@@ -154,7 +154,7 @@ def test_pruning_takes_the_parameters_of_what_goes_away(mixed):
     assert len(mixed.pairs) == len(mixed.tasks)
 
 
-def test_a_branch_that_nobody_chose_is_dropped(mixed):
+def test_a_branch_without_tasks_is_dropped(mixed):
     decided(mixed, [0] * len(mixed.tasks), by=20.0)
     mixed.prune(0.5)
     assert list(mixed.branches) == [0]
@@ -196,7 +196,7 @@ def test_a_network_of_dense_tasks_alone_works():
         (torch.zeros(10, 3, dtype=torch.bool), "none is left for smiling, colour"),
     ],
 )
-def test_keeping_what_cannot_be_kept_is_refused_and_changes_nothing(alive, message):
+def test_impossible_masks_are_refused_and_change_nothing(alive, message):
     network = GroupingNetwork(mlp_spec())
     before = samples.snapshot(network)
     with pytest.raises(ValueError, match=message):
@@ -204,7 +204,7 @@ def test_keeping_what_cannot_be_kept_is_refused_and_changes_nothing(alive, messa
     assert_same_tensors(samples.snapshot(network), before)
 
 
-def test_what_was_pruned_cannot_be_kept_again():
+def test_a_pruned_head_cannot_be_restored():
     network = decided(GroupingNetwork(mlp_spec()), [0] * 10)
     network.prune(2.0)
     alive = torch.zeros_like(network.gate.alive)
@@ -213,7 +213,7 @@ def test_what_was_pruned_cannot_be_kept_again():
         network.keep(alive)
 
 
-def test_keeping_a_grouping_gives_it_its_branches():
+def test_keep_grouping_assigns_groups_to_branches():
     network = GroupingNetwork(mlp_spec())
     names = [t.name for t in network.tasks]
     grouping = Grouping.from_assignment(names, [0, 1, 1, 0, 0, 1, 0, 1, 0, 1])
@@ -260,7 +260,7 @@ def test_rescaling_scales_gradients_of_branches_and_stem_and_no_others(kept):
 @pytest.mark.parametrize(
     "spec", [mlp_spec(initial="gaussian"), image_spec(initial="gaussian")], ids=["mlp", "convnet"]
 )
-def test_weights_are_a_function_of_the_seed_and_building_draws_nothing_else(spec):
+def test_weights_depend_only_on_the_seed(spec):
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = GroupingNetwork(spec)
@@ -282,12 +282,12 @@ def test_input_is_normalised_with_the_constants_of_its_channels():
     torch.testing.assert_close(found[0, :, 3, 5], torch.tensor(expected))
 
 
-def test_input_of_another_shape_is_refused_with_what_was_found():
+def test_input_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"shape \(B, 16, 16, 3\), got \(2, 3, 16, 16\)"):
         GroupingNetwork(image_spec())(torch.zeros(2, 3, 16, 16))
 
 
-def test_input_whose_size_the_stride_does_not_divide_still_gives_whole_maps():
+def test_input_of_any_size_has_complete_maps():
     spec = NetworkSpec(
         InputSpec("image", (13, 11, 3)), samples.DENSE[:1], EncoderSpec("convnet", 0, {"widths": [4, 4]}), 2
     )
@@ -307,7 +307,7 @@ def test_input_whose_size_the_stride_does_not_divide_still_gives_whole_maps():
         ({"encoder": EncoderSpec("convnet")}, "convnet reads image input, got features"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused_with_what_was_found(options, message):
+def test_parts_that_do_not_fit_are_refused(options, message):
     parts = {"input": samples.FEATURES, "tasks": SAMPLEWISE, "encoder": EncoderSpec("mlp"), "groups": 3} | options
     with pytest.raises(ValueError, match=message):
         GroupingNetwork(NetworkSpec(**parts))
@@ -318,7 +318,7 @@ def test_json_round_trip_gives_an_equal_spec(spec):
     assert NetworkSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
-def test_a_group_model_is_independent_of_the_network_it_was_cut_from():
+def test_a_group_model_is_independent_of_its_network():
     network = decided(GroupingNetwork(mlp_spec()), [n % 2 for n in range(10)]).eval()
     inputs = samples.batch(network.spec.input, network.tasks).inputs
     models = network.specialise()

@@ -157,7 +157,7 @@ def test_the_loss_of_a_head_reaches_its_own_branch_and_no_other(network, pick):
 
 @settings(max_examples=15)
 @given(network=networks(), seed=st.integers(0, 99))
-def test_the_state_of_the_optimiser_follows_every_head(network, seed):
+def test_the_state_of_the_optimiser_is_pruned_with_the_heads(network, seed):
     state = TrainState.fresh(network, TrainSettings(optimizer="adam"))
     for number, parameter in enumerate(network.parameters()):
         if parameter.requires_grad:
@@ -199,7 +199,7 @@ def test_twelve_single_task_networks_are_no_worse_than_one_for_all():
         assert found["single"][name]["rmse"] <= found["shared"][name]["rmse"] + 0.02, name
 
 
-def test_a_gate_over_twelve_branches_learns_what_is_evaluated():
+def test_a_gate_over_twelve_branches_is_trained_on_the_evaluated_heads():
     spec_input, tasks, data = linear_problem(12)
     spec = NetworkSpec(spec_input, tasks, EncoderSpec("mlp", options={"widths": [24]}), 12, initial="diagonal")
     state = fit(GroupingNetwork(spec), data, TrainSettings(epochs=30, batch_size=50, learning_rate=0.01), local())
@@ -227,7 +227,7 @@ def test_numbered_items_come_in_the_order_of_their_numbers(order, count):
 
 
 @pytest.mark.parametrize("call", [lambda n: n[10], lambda n: n.__delitem__(10), lambda n: n.__setitem__(10, n[2])])
-def test_a_number_that_is_not_there(call):
+def test_a_missing_number_is_a_key_error(call):
     with pytest.raises(KeyError, match="10"):
         call(Numbered({2: nn.Linear(1, 1), 3: nn.Linear(1, 1)}))
 

@@ -56,7 +56,7 @@ def test_a_short_run_of_one_wide_branch_shows_the_planted_groups(tasks: int, gro
     assert found.adjusted_rand_index(truth) > 0.95
 
 
-def test_it_is_the_overlap_of_what_linear_tasks_read_whatever_the_sign() -> None:
+def test_linear_tasks_of_equal_features_overlap_whatever_the_sign() -> None:
     features = InputSpec("features", (2,))
     network = GroupingNetwork(
         NetworkSpec(features, READERS, EncoderSpec("mlp", options={"widths": [2]}), groups=1)
@@ -81,7 +81,7 @@ def test_it_is_the_overlap_of_what_linear_tasks_read_whatever_the_sign() -> None
         (image_spec(SAMPLEWISE, groups=1, encoder="celeba_resnet"), IMAGE),
     ],
 )
-def test_every_kind_of_task_and_cut_has_one_and_the_network_stays_as_it_is(
+def test_every_kind_of_task_and_stem_has_an_overlap_and_the_network_does_not_change(
     spec: NetworkSpec, kind: InputSpec
 ) -> None:
     network = GroupingNetwork(spec).train()
@@ -98,7 +98,7 @@ def test_every_kind_of_task_and_cut_has_one_and_the_network_stays_as_it_is(
 
 @pytest.mark.parametrize("name", ["embedding_bag", "text_transformer"])
 @pytest.mark.parametrize("stem", [0, 1])
-def test_of_a_text_the_channels_are_compared(name: str, stem: int) -> None:
+def test_the_overlap_of_a_text_is_over_channels(name: str, stem: int) -> None:
     tokens, tasks = SHAPES["tokens"], SAMPLEWISE[:4]
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (30, LENGTH)).astype(np.int32)
     samples = ArrayData({"val": replace(arrays(FEATURES, tasks, 30), inputs=ids)}, tasks)
@@ -136,6 +136,6 @@ def test_clusters_are_those_of_average_linkage(count: int, seed: int) -> None:
         (torch.eye(3), 0, "got 0"),
     ],
 )
-def test_what_cannot_be_clustered_is_refused(affinity: torch.Tensor, groups: int, what: str) -> None:
+def test_invalid_affinities_are_refused(affinity: torch.Tensor, groups: int, what: str) -> None:
     with pytest.raises(ValueError, match=what):
         cluster(affinity, groups)

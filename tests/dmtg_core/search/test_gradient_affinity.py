@@ -39,7 +39,7 @@ def linear() -> tuple[GroupingNetwork, Batch]:
     return network, Batch(x, targets)
 
 
-def test_of_tasks_that_ask_opposite_things_each_step_hurts_the_other() -> None:
+def test_a_step_on_one_of_two_opposite_tasks_hurts_the_other() -> None:
     network, batch = linear()
     affinities = GradientAffinities(VALUES)
     affinities.update(network, batch, 1e-4)
@@ -88,7 +88,7 @@ def test_etap_and_cs_are_products_of_the_gradients_of_the_shared_weights() -> No
 
 
 @pytest.mark.parametrize("spec", [mlp_spec(SAMPLEWISE, groups=1), image_spec(ONE_OF_EACH, groups=1)])
-def test_looks_change_nothing_in_the_network_and_are_averaged(spec: NetworkSpec) -> None:
+def test_updates_do_not_change_the_network_and_are_averaged(spec: NetworkSpec) -> None:
     network = GroupingNetwork(replace(spec, sampling="fixed")).train()
     before = snapshot(network)
     first, second = (samples.batch(spec.input, spec.tasks, 6, seed=seed, missing=0.2) for seed in (0, 1))
@@ -106,7 +106,7 @@ def test_looks_change_nothing_in_the_network_and_are_averaged(spec: NetworkSpec)
         assert torch.allclose(mean, (alone[0][name] + alone[1][name]) / 2)
 
 
-def test_the_projected_estimate_knows_that_a_task_is_better_off_without_its_opposite() -> None:
+def test_the_projected_estimate_separates_opposite_tasks() -> None:
     network, batch = linear()
     found = projected_affinity(network, batch, batch, directions=6)
     assert found.shape == (3, 3)

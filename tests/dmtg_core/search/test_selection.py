@@ -61,7 +61,7 @@ tables = st.lists(st.builds(Candidate, losses, st.integers(1, 3)), min_size=1, m
 
 
 @given(tables, st.integers(1, 8))
-def test_nothing_is_better_than_what_is_chosen(candidates: list[Candidate], budget: int) -> None:
+def test_no_other_selection_is_better(candidates: list[Candidate], budget: int) -> None:
     best = least(candidates, budget)
     if best == np.inf:
         with pytest.raises(ValueError, match=f"total cost of {budget} serves all of"):
@@ -96,12 +96,12 @@ def test_of_equal_choices_the_cheaper_one_is_taken() -> None:
     ("values", "cost", "what"),
     [({}, 1, "without tasks"), ({"a": float("nan")}, 1, "finite losses"), ({"a": 1.0}, 0, "at least 1")],
 )
-def test_a_candidate_that_means_nothing_is_refused(values: dict[str, float], cost: int, what: str) -> None:
+def test_an_invalid_candidate_is_refused(values: dict[str, float], cost: int, what: str) -> None:
     with pytest.raises(ValueError, match=what):
         Candidate(values, cost)
 
 
-def test_more_tasks_than_can_be_tried_are_refused() -> None:
+def test_too_many_tasks_are_refused() -> None:
     with pytest.raises(ValueError, match=f"1 to {MOST_TASKS} tasks, got {MOST_TASKS + 1}"):
         select([Candidate({str(n): 0.0}) for n in range(MOST_TASKS + 1)], 3)
 
@@ -127,7 +127,7 @@ def test_the_exact_partition_is_the_best_of_all(tasks: int, groups: int, seed: i
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_beam_comes_close_to_the_exact_partition_and_never_above(seed: int) -> None:
+def test_the_beam_is_close_to_the_exact_partition_and_never_better(seed: int) -> None:
     affinity = torch.from_numpy(np.random.default_rng(seed).normal(size=(10, 10)))
     exact, found = (summed(affinity, best_partition(affinity, 3, exact=e)) for e in (True, False))
     assert 0.9 * exact < found <= exact + 1e-9

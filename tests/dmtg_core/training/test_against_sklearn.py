@@ -70,7 +70,7 @@ def test_auroc_and_average_precision_of_any_scores_batches_and_workers(case, bat
 
 
 @given(case=scored(), missing=st.floats(0, 0.9), seed=st.integers(0, 2**32))
-def test_samples_without_a_label_take_no_part(case, missing, seed):
+def test_samples_without_a_label_are_omitted(case, missing, seed):
     score, label = case
     known = np.random.default_rng(seed).random(len(score)) >= missing
     known[:2] = True

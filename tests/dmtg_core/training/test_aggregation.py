@@ -147,7 +147,7 @@ def test_one_group_gets_the_gradients_of_torchjd(kind, name):
 @pytest.mark.parametrize("name", AGGREGATORS)
 @pytest.mark.parametrize("kind", ["two groups", "two groups of a convnet"])
 @quiet
-def test_groups_with_a_common_stem_are_weighed_apart_and_add_up_in_the_stem(kind, name):
+def test_groups_are_weighted_separately_and_summed_in_the_stem(kind, name):
     spec = SPECS[kind]
     names = [task.name for task in spec.tasks]
     batch = samples.batch(spec.input, spec.tasks, 12)
@@ -190,7 +190,7 @@ def test_the_mean_is_the_plain_gradient_divided_by_the_tasks_and_heads_are_not_w
     assert_close(scaled, plain(network, batch))
 
 
-def test_losses_may_come_apart():
+def test_losses_may_be_separate_tensors():
     spec = SPECS["convnet"]
     batch = samples.batch(spec.input, spec.tasks, 12)
     network = grouped(spec, [[task.name for task in spec.tasks]])
@@ -202,7 +202,7 @@ def test_losses_may_come_apart():
     samples.assert_same_tensors(gradients(network), expected)
 
 
-def test_gradients_are_added_to_those_that_are_there():
+def test_gradients_are_added_to_existing_ones():
     spec = SPECS["mlp"]
     batch = samples.batch(spec.input, spec.tasks, 12)
     network = grouped(spec, NO_GROUPS)
@@ -212,7 +212,7 @@ def test_gradients_are_added_to_those_that_are_there():
     assert_close(gradients(network), {k: 2 * v for k, v in once.items()})
 
 
-def test_the_jacobian_is_reduced_in_blocks_that_hold_all_of_it(monkeypatch):
+def test_the_jacobian_is_reduced_in_blocks(monkeypatch):
     spec = SPECS["mlp"]
     batch = samples.batch(spec.input, spec.tasks, 12)
     network = grouped(spec, NO_GROUPS)
@@ -236,14 +236,14 @@ def test_the_jacobian_is_reduced_in_blocks_that_hold_all_of_it(monkeypatch):
 # --- what a group shares
 
 
-def test_a_group_shares_its_branch_and_with_no_other_alive_the_stem():
+def test_a_group_shares_its_branch_and_alone_also_the_stem():
     network = grouped(SPECS["two groups"], TWO_GROUPS)
     assert shared_parameters(network) == {k: list(network.branches[k].parameters()) for k in (0, 1)}
     network = grouped(SPECS["two groups"], NO_GROUPS)
     assert shared_parameters(network) == {0: [*network.stem.parameters(), *network.branches[0].parameters()]}
 
 
-def test_a_branch_with_nothing_to_learn_is_weighed_over_the_stem():
+def test_a_branch_without_trainable_parameters_is_weighted_over_the_stem():
     spec = SPECS["two groups"]
     batch = samples.batch(spec.input, spec.tasks, 12)
     network = grouped(spec, TWO_GROUPS)
@@ -259,7 +259,7 @@ def test_a_branch_with_nothing_to_learn_is_weighed_over_the_stem():
         torch.testing.assert_close(weights[members], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_where_only_heads_learn_they_learn_as_ever():
+def test_if_only_heads_are_trained_their_gradients_do_not_change():
     spec = SPECS["mlp"]
     batch = samples.batch(spec.input, spec.tasks, 12)
     network = grouped(spec, NO_GROUPS)
@@ -270,7 +270,7 @@ def test_where_only_heads_learn_they_learn_as_ever():
     assert_close(found, plain(network, batch))
 
 
-def test_the_gate_gets_no_gradient_and_is_owed_none():
+def test_the_gradient_of_the_gate_is_zero():
     spec = SPECS["two groups"]
     batch = samples.batch(spec.input, spec.tasks, 12)
     network = grouped(spec, TWO_GROUPS)
@@ -288,7 +288,7 @@ def test_the_gate_gets_no_gradient_and_is_owed_none():
 
 
 @pytest.mark.parametrize("name", ["upgrad", "dualproj"])
-def test_a_step_hurts_no_task_where_the_sum_would(name):
+def test_a_step_hurts_no_task_in_a_conflict(name):
     """Labels and their opposite: whatever serves the heavy task by itself hurts the light one."""
     tasks = (Task("heavy", "binary", weight=2.0), Task("light", "binary"), Task("third", "binary"))
     network = grouped(NetworkSpec(FEATURES, tasks, mlp_spec().encoder, 1), [["heavy", "light", "third"]])
@@ -328,7 +328,7 @@ def test_each_branch_and_step_draws_its_own_order():
 # --- steps that lack something
 
 
-def test_a_batch_without_labels_of_one_task_still_moves_the_others():
+def test_a_batch_without_labels_of_one_task_trains_the_others():
     spec = SPECS["mlp"]
     batch = samples.batch(spec.input, spec.tasks, 12)
     batch.targets["age"].fill_(torch.nan)
@@ -341,7 +341,7 @@ def test_a_batch_without_labels_of_one_task_still_moves_the_others():
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
-def test_a_loss_that_is_not_finite_gives_gradients_that_a_step_refuses(name):
+def test_a_loss_that_is_not_finite_has_gradients_that_a_step_refuses(name):
     spec = SPECS["mlp"]
     batch = samples.batch(spec.input, spec.tasks, 12)
     batch.targets["age"][0] = torch.inf
@@ -412,7 +412,7 @@ class Losses(nn.Module):
         return pair_losses(self.network, batch, counts)[0]
 
 
-def test_two_workers_give_the_gradients_of_one(tmp_path):
+def test_two_workers_have_the_gradients_of_one(tmp_path):
     parallel.in_group(2, work, tmp_path)
     spec = SPECS["two groups"]
     for name in RANKED:

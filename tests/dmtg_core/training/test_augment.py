@@ -80,7 +80,7 @@ def flipped(batch: Batch) -> torch.Tensor:
     return batch.inputs[:, 0, 0, 0] == 5
 
 
-def test_a_sample_is_itself_or_its_mirror_image_with_all_its_targets():
+def test_a_sample_is_unchanged_or_mirrored_with_all_its_targets():
     batch = hand_made()
     found = augment(batch, TASKS, ("flip",), generator())
     mirrored = flipped(found)
@@ -92,7 +92,7 @@ def test_a_sample_is_itself_or_its_mirror_image_with_all_its_targets():
             assert same(found.targets[name][row], expected), name
 
 
-def test_the_batch_that_was_given_is_not_changed():
+def test_the_input_batch_is_not_changed():
     batch = hand_made()
     augment(batch, TASKS, ("flip",), generator())
     assert same_batch(batch, hand_made())
@@ -103,7 +103,7 @@ def test_without_an_augmentation_the_batch_is_the_same_object():
     assert augment(batch, TASKS, (), generator()) is batch
 
 
-def test_flipped_twice_by_the_same_draws_is_the_batch_again():
+def test_two_equal_flips_restore_the_batch():
     batch = samples.batch(IMAGE, MIXED, 16, missing=0.3)
     tasks = [replace(t, flip=(-1, 1, 1)) if t.name == "normals" else t for t in MIXED]
     once = augment(batch, tasks, ("flip",), generator())
@@ -181,7 +181,7 @@ def test_settings_refuse_an_unknown_augmentation():
     assert TrainSettings(augment=["flip"]) == TrainSettings(augment=tuple(AUGMENTATIONS))
 
 
-def test_the_host_never_waits():
+def test_the_host_does_not_wait():
     batch = samples.batch(IMAGE, MIXED, 8)
     tasks = [replace(t, flip=(-1, 1, 1)) if t.name == "normals" else t for t in MIXED]
     with HostSyncs() as counter:
@@ -229,7 +229,7 @@ def trained(augmentations: tuple[str, ...], epochs: int = 1) -> tuple[Seen, Trai
     return seen, advance(state, seen, settings, local(), until=epochs)
 
 
-def test_training_sees_mirrored_images_and_evaluation_only_what_is_stored():
+def test_training_uses_mirrored_images_and_evaluation_stored_ones():
     seen, _ = trained(("flip",), epochs=2)
     assert len(seen.got["train"]) == len(seen.given["train"]) == 4
     looked_at, evaluated = seen.got["eval"][::3], [x for i, x in enumerate(seen.got["eval"]) if i % 3]
@@ -242,12 +242,12 @@ def test_training_sees_mirrored_images_and_evaluation_only_what_is_stored():
     assert not all(torch.equal(*pair) for pair in zip(seen.given["train"], seen.got["train"], strict=True))
 
 
-def test_without_augmentation_training_sees_what_is_stored():
+def test_without_augmentation_training_uses_stored_images():
     seen, _ = trained(())
     assert all(torch.equal(*pair) for pair in zip(seen.given["train"], seen.got["train"], strict=True))
 
 
-def test_a_run_with_augmentation_repeats_itself_and_differs_from_one_without():
+def test_a_run_with_augmentation_is_reproducible_and_differs_from_one_without():
     losses = [trained(names)[1].history[0]["train_loss"] for names in (("flip",), ("flip",), ())]
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]

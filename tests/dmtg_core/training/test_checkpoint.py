@@ -50,7 +50,7 @@ def moments(state: TrainState) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.parametrize("name", SPECS)
-def test_a_network_comes_back_as_it_was(tmp_path, name, pruned):
+def test_a_loaded_network_equals_the_saved_one(tmp_path, name, pruned):
     network = trained(name, pruned=pruned)[0].network.eval()
     files.save_network(tmp_path / "new" / "folder", network)
     loaded = files.load_network(tmp_path / "new" / "folder").eval()
@@ -63,7 +63,7 @@ def test_a_network_comes_back_as_it_was(tmp_path, name, pruned):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_group_model_comes_back_in_evaluation_mode_as_it_was(tmp_path, name):
+def test_a_loaded_group_model_equals_the_saved_one_in_evaluation_mode(tmp_path, name):
     network = trained(name)[0].network
     decided(network, [n % 2 for n in range(len(network.tasks))]).eval()
     inputs = samples.batch(network.spec.input, network.tasks).inputs
@@ -78,7 +78,7 @@ def test_a_group_model_comes_back_in_evaluation_mode_as_it_was(tmp_path, name):
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize("pruned", [False, True])
-def test_a_training_state_comes_back_as_it_was(tmp_path, pruned, optimizer):
+def test_a_loaded_training_state_equals_the_saved_one(tmp_path, pruned, optimizer):
     state, settings = trained("convnet", pruned=pruned, optimizer=optimizer)
     state.save(tmp_path)
     loaded = TrainState.load(tmp_path, settings, torch.device("cpu"))
@@ -90,7 +90,7 @@ def test_a_training_state_comes_back_as_it_was(tmp_path, pruned, optimizer):
     assert repr(loaded.history) == repr(state.history)
 
 
-def test_a_state_without_a_best_epoch_comes_back_without_one(tmp_path):
+def test_a_state_without_a_best_epoch_can_be_loaded(tmp_path):
     settings = TrainSettings()
     TrainState.fresh(GroupingNetwork(mlp_spec()), settings).save(tmp_path)
     loaded = TrainState.load(tmp_path, settings, torch.device("cpu"))
@@ -164,7 +164,7 @@ def test_a_group_of_more_than_ten_branches_from_the_version_before_is_refused(tm
         files.load_model(tmp_path, branches=12)
 
 
-def test_dense_heads_of_the_version_before_were_right_with_any_number_of_branches(tmp_path):
+def test_dense_heads_of_the_version_before_are_correct_with_any_number_of_branches(tmp_path):
     files.save_network(tmp_path, GroupingNetwork(image_spec(samples.DENSE[:2], 11)))
     written_before(tmp_path)
     assert len(files.load_network(tmp_path).branches) == 11
@@ -197,7 +197,7 @@ def test_a_damaged_file_is_refused_by_its_name(tmp_path, name, damage):
     [("network.json", {"format": 1}), ("network.json", []), ("loop.json", {"epoch": 1})],
     ids=str,
 )
-def test_json_that_holds_something_else_is_refused_by_its_name(tmp_path, name, content):
+def test_unexpected_json_is_refused_by_its_name(tmp_path, name, content):
     state, settings = trained("mlp")
     state.save(tmp_path)
     (tmp_path / name).write_text(json.dumps(content))

@@ -97,7 +97,7 @@ def test_cosines_are_those_of_the_gradients_with_respect_to_the_shared_features(
                 assert found[a][b] == pytest.approx(expected, abs=1e-4)
 
 
-def test_two_tasks_of_opposite_labels_pull_apart_and_two_of_the_same_together():
+def test_gradients_of_opposite_labels_conflict_and_of_equal_labels_agree():
     tasks = [Task(name, "regression") for name in ("x", "same", "opposite")]
     network = GroupingNetwork(mlp_spec(tasks, 1))
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_two_tasks_of_opposite_labels_pull_apart_and_two_of_the_same_together():
 # --- warnings
 
 
-def test_nothing_is_said_where_nothing_is_wrong():
+def test_there_is_no_warning_without_a_problem():
     assert warnings([record()], ["a", "b"], SETTINGS) == []
     assert (
         warnings([record(probabilities=[[1.0], [1.0]], gate=gate(gradient_norm=0.0))], ["a", "b"], SETTINGS) == []
@@ -131,7 +131,7 @@ def test_nothing_is_said_where_nothing_is_wrong():
         ),
     ],
 )
-def test_a_search_that_goes_wrong_is_warned_of(over, logged):
+def test_problems_of_a_search_are_warned_of(over, logged):
     (found,) = warnings([record(**over)], ["a", "b"], SETTINGS)
     assert logged in found
 
@@ -144,11 +144,11 @@ def test_a_search_that_goes_wrong_is_warned_of(over, logged):
         {"epoch": 12, "phase": "finetune", "gate": gate(gradient_norm=0.0, entropy=0.0)},
     ],
 )
-def test_a_gate_that_has_done_its_work_is_not_warned_of(over):
+def test_a_converged_gate_is_not_warned_of(over):
     assert warnings([record(**over)], ["a", "b"], SETTINGS) == []
 
 
-def test_groups_that_were_there_from_the_start_are_no_decision():
+def test_fixed_groups_are_not_warned_of():
     hard = {"probabilities": [[1.0, 0.0], [0.0, 1.0]], "gate": gate(entropy=0.0)}
     assert warnings([record(epoch=1, **hard)], ["a", "b"], SETTINGS) == []
     assert warnings([record(epoch=1, **hard), record(epoch=2, **hard)], ["a", "b"], SETTINGS) == []
@@ -156,7 +156,7 @@ def test_groups_that_were_there_from_the_start_are_no_decision():
     assert warnings([record(epoch=1), record(epoch=2, **hard)], ["a", "b"], SETTINGS)
 
 
-def test_tasks_that_hurt_each_other_are_named_at_the_end_by_the_mean_of_the_epochs():
+def test_conflicting_tasks_are_named_at_the_end_by_the_mean_of_the_epochs():
     def tuned(epoch, cosine):
         return record(epoch=epoch, phase="finetune", cosines=[[1.0, cosine], [cosine, 1.0]])
 

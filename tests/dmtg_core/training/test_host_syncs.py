@@ -45,7 +45,7 @@ def syncs(monkeypatch):
         lambda t: t.index_put_((t > 0,), torch.tensor(1.0)), lambda t: t.clone().__setitem__(t > 0, t[:0]),
     ],
 )  # fmt: skip
-def test_the_counter_finds_what_waits(syncs, read):
+def test_the_counter_finds_operations_that_wait(syncs, read):
     value = torch.tensor([0.0, 0.0])
     with syncs:
         read(value)

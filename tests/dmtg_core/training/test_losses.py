@@ -104,7 +104,7 @@ def test_every_loss_but_the_shifted_one_is_in_the_table():
 
 
 @pytest.mark.parametrize("case", TABLE)
-def test_missing_labels_give_no_gradient_and_others_a_finite_one(case):
+def test_missing_labels_have_no_gradient_and_others_a_finite_one(case):
     task, output, target, _, _ = TABLE[case]
     values, labels = torch.tensor(output, requires_grad=True), torch.tensor(target)
     sample_loss(task, values, labels).sum().backward()
