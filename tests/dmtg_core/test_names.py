@@ -1,4 +1,4 @@
-"""Names with numbers in the order of the numbers, however long these are."""
+"""Names with numbers of any length in the order of the numbers."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""Tasks: what is refused, how stored values become targets, and the way back."""
+"""Tasks: validation, encoding of stored values, and decoding."""
 
 import json
 
@@ -125,7 +125,7 @@ def test_targets_have_the_layout_of_the_outputs(task):
 
 
 def _output_of(task: Task, target: torch.Tensor) -> torch.Tensor:
-    """The network output that says exactly `target`."""
+    """The network output that predicts exactly `target`."""
     if task.classes:
         logits = torch.nn.functional.one_hot(target, task.channels).float() * 50
         return logits.movedim(-1, 1)

@@ -1,4 +1,4 @@
-"""One regression test for each trap that published implementations of the method fell into."""
+"""One regression test for each error of published implementations of the method."""
 
 import math
 from dataclasses import fields, is_dataclass, replace
@@ -169,7 +169,7 @@ STRING_OPTIONS = [
     ids=lambda value: value.__name__ if isinstance(value, type) else (value if isinstance(value, str) else ""),
 )
 def test_an_unknown_option_value_is_refused(made, valid, option):
-    """They fell through to whatever the last `else` did."""
+    """They were handled by the last `else`."""
 
     def build():
         built = made(**{**valid, option: "nonsense"})
@@ -274,7 +274,7 @@ def test_a_checkpoint_holds_no_pickled_module(tmp_path):
 
 
 def test_a_second_network_changes_nothing_in_the_first():
-    """Module globals held options of whatever was built last."""
+    """Module globals had the options of the last network."""
     spec = mlp_spec()
     inputs = samples.batch(spec.input, spec.tasks).inputs
     first = GroupingNetwork(spec).eval()

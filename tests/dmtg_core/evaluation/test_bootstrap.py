@@ -1,4 +1,4 @@
-"""Paired bootstrap: against the textbook's standard errors, and on what must not change an answer."""
+"""Paired bootstrap: against standard errors of textbooks, and invariances of the result."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Decoders: every one gives a map of the input's size."""
+"""Decoders: each returns a map of the input's size."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 from dmtg_core import EncoderSpec, GroupingNetwork, NetworkSpec
 from dmtg_core.network.decoders import DECODERS, DenseDecoder, Doubling, XceptionDecoder
 from tests.dmtg_core import samples
-from tests.dmtg_core.samples import decided, image_spec
+from tests.dmtg_core.samples import assigned, image_spec
 
 every_decoder = pytest.mark.parametrize("name", DECODERS)
 
@@ -23,7 +23,7 @@ def test_a_decoder_returns_a_map_of_the_size_of_the_input(name, stride, size):
 
 @every_decoder
 @pytest.mark.parametrize("stride", [1, 2, 4, 32])
-def test_a_decoder_can_learn_detail_below_the_stride(name, stride):
+def test_a_decoder_upsamples_by_the_stride(name, stride):
     decoder = DECODERS[name](4, 1, stride, 8).eval()
     assert decoder.body(torch.zeros(1, 4, 2, 3)).shape == (1, 1, 2 * stride, 3 * stride)
 
@@ -67,7 +67,7 @@ def test_a_network_has_the_decoder_of_its_spec():
     chosen = {name: GroupingNetwork(image_spec(samples.DENSE, decoder=name)) for name in DECODERS}
     assert {type(d) for d in chosen["subpixel"].decoders.values()} == {DenseDecoder}
     assert {type(d) for d in chosen["xception"].decoders.values()} == {XceptionDecoder}
-    network = decided(chosen["xception"], [0, 1, 0, 1]).eval()
+    network = assigned(chosen["xception"], [0, 1, 0, 1]).eval()
     batch = samples.batch(network.spec.input, network.tasks)
     hard = network(batch.inputs)
     for model in network.specialise().values():

@@ -1,4 +1,4 @@
-"""Encoders: every one, at every cut, gives what the network builds on."""
+"""Encoders: the contract of each encoder with any stem."""
 
 import subprocess
 import sys
@@ -23,19 +23,19 @@ STAGES = {
     "mlp": 2, "convnet": 3, "resnet18": 5, "resnet34": 5, "resnet50": 5, "celeba_resnet": 2,
     "xception_taskonomy": 7, "vit": 4, "embedding_bag": 3, "text_transformer": 4, "transformers": 3,
 }  # fmt: skip
-# small ones of those whose defaults are large
+# small versions of encoders whose defaults are large
 OPTIONS = {
     "xception_taskonomy": {"widths": [4, 6, 8, 10, 10, 12], "features": 5},
     "vit": {"patch": 8, "width": 12, "layers": 3, "heads": 2},
     "text_transformer": {"width": 8, "layers": 3, "heads": 2},
     "transformers": {"config": TINY_BERT},
 }
-# those that the tests of the network walk through, at every cut
+# encoders of the tests of the network, with any stem
 CUTS = [(n, s) for n in ("mlp", "convnet", "resnet18", "resnet34", "resnet50") for s in range(STAGES[n])]
 
 
 def inputs_for(name: str, rows: int = 3) -> torch.Tensor:
-    """Network input for an encoder; texts end in padding."""
+    """Network input for an encoder. Texts end in padding."""
     generator = torch.Generator().manual_seed(0)
     if ENCODERS[name][1] == "tokens":
         ids = torch.randint(1, VOCABULARY, (rows, LENGTH), generator=generator)
@@ -44,7 +44,7 @@ def inputs_for(name: str, rows: int = 3) -> torch.Tensor:
 
 
 def encoder(name: str, stem: int = 0, **options) -> EncoderSpec:
-    """A small encoder of that name."""
+    """A small encoder of this name."""
     if name == "transformers":
         pytest.importorskip("transformers")
     return EncoderSpec(name, stem, {**OPTIONS.get(name, {}), **options})
@@ -56,7 +56,7 @@ def build(name: str, stem: int = 0, groups: int = 1, seed: int = 0, **options):
 
 
 def test_every_encoder_is_tested():
-    # the large one is the tiny one with other numbers; test_encoders_published.py counts its operations
+    # vit_b_16 is the tiny one with other sizes; test_encoders_published.py counts its operations
     assert {*STAGES, "vit_b_16"} == ENCODERS.keys()
 
 

@@ -1,4 +1,4 @@
-"""Text encoders: padding has no influence, an empty text is legal, and pretrained ones come from a folder."""
+"""Text encoders: padding has no effect, an empty text is legal, pretrained encoders are read from a folder."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ from tests.dmtg_core.network.test_encoders import (
     encoder,
     inputs_for,
 )
-from tests.dmtg_core.samples import SAMPLEWISE, assert_same_tensors, decided
+from tests.dmtg_core.samples import SAMPLEWISE, assert_same_tensors, assigned
 
 TOKENS = SHAPES["tokens"]
 TEXT = ("embedding_bag", "text_transformer", "transformers")
@@ -46,15 +46,15 @@ every_text = pytest.mark.parametrize("name", TEXT)
 
 
 def whole(name: str, **options) -> nn.Sequential:
-    """An encoder in one piece."""
+    """All stages of an encoder."""
     torch.manual_seed(0)
     return nn.Sequential(*encoder(name, **options).stages(TOKENS)).eval()
 
 
 def text_network(name: str, stem: int = 1, **options) -> GroupingNetwork:
-    """Three branches with a decided gate, in evaluation mode."""
+    """Three branches with a converged gate, in evaluation mode."""
     spec = NetworkSpec(TOKENS, SAMPLEWISE[:4], encoder(name, stem), 3, **options)
-    return decided(GroupingNetwork(spec), [0, 2, 2, 0]).eval()
+    return assigned(GroupingNetwork(spec), [0, 2, 2, 0]).eval()
 
 
 # --- padding
@@ -233,7 +233,7 @@ def pretrained(request, tmp_path):
     library = pytest.importorskip("transformers")
     torch.manual_seed(5)
     model = library.AutoModel.from_config(library.AutoConfig.for_model(**request.param)).eval()
-    with torch.no_grad():  # far enough from the initial weights to tell words apart
+    with torch.no_grad():  # large weights, so that words differ
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.3)
     model.save_pretrained(tmp_path / "pretrained")
@@ -256,7 +256,7 @@ def test_a_pretrained_model_returns_the_mean_of_its_last_tokens(pretrained):
 def test_a_saved_network_does_not_need_the_folder_of_its_pretrained_weights(pretrained, tmp_path):
     folder, _ = pretrained
     spec = NetworkSpec(TOKENS, SAMPLEWISE[:4], EncoderSpec("transformers", 1, {"path": str(folder)}), 2)
-    network = decided(GroupingNetwork(spec), [0, 1, 1, 0]).eval()
+    network = assigned(GroupingNetwork(spec), [0, 1, 1, 0]).eval()
     stored = spec.encoder.options["config"]
     assert stored == json.loads((folder / "config.json").read_text())
     save_network(tmp_path / "network", network)

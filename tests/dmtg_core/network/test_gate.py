@@ -1,4 +1,4 @@
-"""The gate, which learns a distribution over branches."""
+"""The gate, a trained distribution over branches."""
 
 import pytest
 import torch
@@ -236,4 +236,4 @@ def test_the_branch_that_survives_is_the_one_that_is_assigned():
     assert kept == gate.assignment()
 
 
-# --- the hard result
+# --- the hard grouping

@@ -1,4 +1,4 @@
-"""The network of all heads, its pruning, and the models cut out of it."""
+"""`GroupingNetwork`, its pruning, and the models of its groups."""
 
 import copy
 import itertools
@@ -18,7 +18,7 @@ from tests.dmtg_core.samples import (
     ONE_OF_EACH,
     SAMPLEWISE,
     assert_same_tensors,
-    decided,
+    assigned,
     image_spec,
     mlp_spec,
 )
@@ -27,19 +27,19 @@ BRANCHES = [0, 2, 2, 0, 2]
 
 
 def built(name: str, stem: int) -> GroupingNetwork:
-    """A network on an encoder, with running statistics that have moved and a gate that is decided."""
+    """A network on an encoder, with changed running statistics and a converged gate."""
     if ENCODERS[name][1] == "image":
         spec = image_spec(ONE_OF_EACH, encoder=name, stem=stem)
     else:
         spec = mlp_spec(ONE_OF_EACH[:3], stem=stem)
     network = GroupingNetwork(spec)
     samples.learn_statistics(network, samples.batch(spec.input, spec.tasks, 4).inputs)
-    return decided(network, BRANCHES[: len(spec.tasks)])
+    return assigned(network, BRANCHES[: len(spec.tasks)])
 
 
 @pytest.fixture(scope="module", params=CUTS, ids=lambda cut: f"{cut[0]}-{cut[1]}")
 def network(request):
-    """One network for every encoder and legal cut; tests must leave it as it is."""
+    """One network for each encoder and stem. Tests must not change it."""
     return built(*request.param)
 
 
@@ -49,7 +49,7 @@ def inputs(network):
 
 
 def pair_outputs(network: GroupingNetwork, outputs: PairOutputs) -> dict[tuple[int, int], torch.Tensor]:
-    """Outputs by (branch, task number), each as the hard network would give it."""
+    """Outputs by (branch, task number), each computed like in the hard network."""
     rows, found = iter(outputs.rows), dict(outputs.dense)
     for k, n in network.pairs:
         if not network.tasks[n].dense:
@@ -114,7 +114,7 @@ def mixed(request):
     """A fresh network of many tasks in evaluation mode."""
     spec = MIXED_SPECS[request.param]
     network = samples.learn_statistics(GroupingNetwork(spec), samples.batch(spec.input, spec.tasks, 4).inputs)
-    return decided(network, [n % spec.groups for n in range(len(spec.tasks))], by=6.0)
+    return assigned(network, [n % spec.groups for n in range(len(spec.tasks))], by=6.0)
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def test_pruning_removes_the_parameters_of_pruned_heads(mixed):
 
 
 def test_a_branch_without_tasks_is_dropped(mixed):
-    decided(mixed, [0] * len(mixed.tasks), by=20.0)
+    assigned(mixed, [0] * len(mixed.tasks), by=20.0)
     mixed.prune(0.5)
     assert list(mixed.branches) == [0]
     assert {k for k, _ in mixed.pairs} == {0}
@@ -171,7 +171,7 @@ def test_pairs_name_every_head_once_first_the_bank_then_the_dense(mixed):
 
 
 def test_more_branches_than_tasks_are_legal():
-    network = decided(GroupingNetwork(mlp_spec(SAMPLEWISE[:2], groups=5)), [4, 2])
+    network = assigned(GroupingNetwork(mlp_spec(SAMPLEWISE[:2], groups=5)), [4, 2])
     assert network.grouping() == Grouping.of([["smiling"], ["colour"]])
     assert len(network.pairs) == 10
     network.prune(2.0)
@@ -182,7 +182,7 @@ def test_more_branches_than_tasks_are_legal():
 
 def test_a_network_of_dense_tasks_alone_works():
     spec = image_spec(samples.DENSE)
-    network = decided(GroupingNetwork(spec), [0, 1, 0, 1]).eval()
+    network = assigned(GroupingNetwork(spec), [0, 1, 0, 1]).eval()
     batch = samples.batch(spec.input, spec.tasks)
     hard = network(batch.inputs)
     for model in network.specialise().values():
@@ -205,7 +205,7 @@ def test_impossible_masks_are_refused_and_change_nothing(alive, message):
 
 
 def test_a_pruned_head_cannot_be_restored():
-    network = decided(GroupingNetwork(mlp_spec()), [0] * 10)
+    network = assigned(GroupingNetwork(mlp_spec()), [0] * 10)
     network.prune(2.0)
     alive = torch.zeros_like(network.gate.alive)
     alive[:, 1] = True
@@ -245,7 +245,7 @@ def test_rescaling_scales_gradients_of_branches_and_stem_and_no_others(kept):
     inputs = samples.batch(spec.input, spec.tasks).inputs
     for network in (plain, scaled):
         if kept:
-            decided(network, kept).prune(2.0)
+            assigned(network, kept).prune(2.0)
         network.train().forward_pairs(inputs).rows.square().sum().backward()
     assert torch.equal(plain.forward_pairs(inputs).rows, scaled.forward_pairs(inputs).rows)
     tasks, groups = 1 / math.sqrt(10), 1 / math.sqrt(3)
@@ -319,7 +319,7 @@ def test_json_round_trip_gives_an_equal_spec(spec):
 
 
 def test_a_group_model_is_independent_of_its_network():
-    network = decided(GroupingNetwork(mlp_spec()), [n % 2 for n in range(10)]).eval()
+    network = assigned(GroupingNetwork(mlp_spec()), [n % 2 for n in range(10)]).eval()
     inputs = samples.batch(network.spec.input, network.tasks).inputs
     models = network.specialise()
     before = {name: model(inputs) for name, model in models.items()}
@@ -332,7 +332,7 @@ def test_a_group_model_is_independent_of_its_network():
 
 
 def test_a_group_model_predicts_in_raw_units():
-    network = decided(GroupingNetwork(image_spec()), [0] * len(MIXED)).eval()
+    network = assigned(GroupingNetwork(image_spec()), [0] * len(MIXED)).eval()
     batch = samples.batch(network.spec.input, network.tasks)
     (model,) = network.specialise().values()
     outputs, predictions = model(batch.inputs), model.predict(batch.inputs)
@@ -344,7 +344,7 @@ def test_a_group_model_predicts_in_raw_units():
 
 
 def test_a_clone_shares_nothing():
-    network = decided(GroupingNetwork(mlp_spec()), [0] * 10)
+    network = assigned(GroupingNetwork(mlp_spec()), [0] * 10)
     network.prune(2.0)
     copied = clone(network)
     assert_same_tensors(samples.snapshot(copied), samples.snapshot(network))
@@ -369,7 +369,7 @@ def test_each_pair_learns_from_its_own_task_only():
 
 def test_two_tasks_with_equal_options_keep_their_own_heads():
     tasks = tuple(Task(name, "binary") for name in "abc")
-    network = decided(GroupingNetwork(mlp_spec(tasks, groups=2)), [1, 0, 1]).eval()
+    network = assigned(GroupingNetwork(mlp_spec(tasks, groups=2)), [1, 0, 1]).eval()
     inputs = samples.batch(network.spec.input, tasks).inputs
     hard = network(inputs)
     assert len({tuple(value.tolist()) for value in hard.values()}) == 3

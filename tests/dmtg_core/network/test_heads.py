@@ -1,4 +1,4 @@
-"""Heads: the bank gives what separate linear layers would."""
+"""Heads: the bank computes the same as separate linear layers."""
 
 import torch
 from hypothesis import given
@@ -27,7 +27,7 @@ def features(groups: int = GROUPS) -> dict[int, torch.Tensor]:
 
 
 def separate(bank: HeadBank, x: dict[int, torch.Tensor]) -> dict[tuple[int, str], torch.Tensor]:
-    """Each head on its own: (branch, task name) → `(B, C)`."""
+    """Each head separately: (branch, task name) → `(B, C)`."""
     out = {}
     for k, kept in bank.kept.items():
         row = 0

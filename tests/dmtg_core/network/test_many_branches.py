@@ -28,7 +28,7 @@ from dmtg_core.training.checkpoint import load_model, load_network, save_model, 
 from dmtg_core.training.losses import PairLosses
 from dmtg_core.training.state import TrainState
 from tests.dmtg_core import samples
-from tests.dmtg_core.samples import FEATURES, IMAGE, decided, learn_statistics
+from tests.dmtg_core.samples import FEATURES, IMAGE, assigned, learn_statistics
 from tests.dmtg_core.searches import local
 
 KINDS = (*samples.SAMPLEWISE, Task("long", "multiclass", 12))
@@ -49,15 +49,15 @@ def pruned_at_random(network: GroupingNetwork, seed: int) -> GroupingNetwork:
     alive = drawn > torch.rand(1, generator=generator)
     alive[torch.arange(len(alive)), likeliest] = True
     network.keep(alive)
-    return decided(network, likeliest.tolist())
+    return assigned(network, likeliest.tolist())
 
 
 @st.composite
 def networks(draw) -> GroupingNetwork:
-    """K from 1 to 40, N from 1 to 120, of mixed kinds, pruned at random."""
+    """Networks with K from 1 to 40 and N from 1 to 120 of mixed kinds, pruned at random."""
     seed, groups, tasks = draw(st.integers(0, 2**16)), draw(st.integers(1, 40)), draw(st.integers(1, 120))
     if draw(st.integers(0, 4)) == 0:
-        groups, tasks = min(groups, 13), min(tasks, 6)  # of dense heads few, they take long
+        groups, tasks = min(groups, 13), min(tasks, 6)  # few dense heads, which are slow
         spec = samples.image_spec(tasks_of(tasks, seed, dense=True), groups, seed=seed)
     else:
         widths = {"widths": [5, 3]}
@@ -65,7 +65,7 @@ def networks(draw) -> GroupingNetwork:
             FEATURES, tasks_of(tasks, seed), EncoderSpec("mlp", seed % 2, widths), groups, seed=seed
         )
     network = learn_statistics(GroupingNetwork(spec), samples.batch(spec.input, spec.tasks).inputs)
-    return pruned_at_random(network, seed) if draw(st.booleans()) else decided(network, [seed % groups] * tasks)
+    return pruned_at_random(network, seed) if draw(st.booleans()) else assigned(network, [seed % groups] * tasks)
 
 
 def without_batch_statistics(network: GroupingNetwork) -> None:
@@ -172,7 +172,7 @@ def test_the_state_of_the_optimiser_is_pruned_with_the_heads(network, seed):
 
 
 def linear_problem(tasks: int, rows: int = 600) -> tuple[InputSpec, list[Task], ArrayData]:
-    """Values that are linear in the input, each in a direction of its own."""
+    """Values that are linear in the input, each with its own direction."""
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(rows, 8, generator=rng)
     y = x @ torch.randn(8, tasks, generator=rng)
@@ -239,7 +239,7 @@ def test_pairs_are_named_and_ordered_by_both_numbers():
 
 
 def test_image_networks_of_more_than_ten_branches():
-    """Dense and sample-wise heads together, through the whole of a training."""
+    """Dense and sample-wise heads together, in a whole training."""
     spec = samples.image_spec(samples.ONE_OF_EACH, 12)
     data = samples.data(IMAGE, spec.tasks, 24)
     state = fit(GroupingNetwork(spec), data, TrainSettings(epochs=2, batch_size=12), local())

@@ -1,4 +1,4 @@
-"""What a search is compared with: hard networks whose groups are given, and what their selectors cost."""
+"""Baselines: hard networks with fixed groups, and the cost of their selectors."""
 
 from __future__ import annotations
 

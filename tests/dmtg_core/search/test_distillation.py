@@ -1,4 +1,4 @@
-"""Learning on from several networks: what targets become, and that it helps."""
+"""Distillation: mixed targets, and the gain of distilling several networks."""
 
 import math
 from dataclasses import replace
@@ -110,7 +110,7 @@ def test_the_time_of_teachers_does_not_count_as_waiting_for_data(monkeypatch):
     distil(state, [Slow(spec)], data, settings, context, gap=0)
     assert clock[0] == data.steps(16)
     assert state.history[-1]["data_share"] == 0
-    assert state.best_score == -9.0  # no epoch was better, so the network is the one that began
+    assert state.best_score == -9.0  # no epoch was better, so the initial network is kept
     assert_same_tensors(samples.snapshot(state.network), samples.snapshot(GroupingNetwork(spec)))
 
 
@@ -149,7 +149,9 @@ def test_three_networks_distilled_into_one_are_better_than_each_at_the_same_infe
     settings = TrainSettings(epochs=6, batch_size=128, learning_rate=1e-2, seed=0)
     specs = [replace(spec, seed=seed) for seed in (0, 1, 2)]
     alone = [train_hard(hard_network(one, together(one)), data, settings) for one in specs]
-    taught = train_distilled(specs, data, settings, replace(settings, search_share=1.0))
-    assert taught.score < min(one.score for one in alone)
-    assert score_of(evaluate(taught.network, data, "test")) < min(score_of(one.metrics["test"]) for one in alone)
-    assert 4 < taught.cost <= 5  # three, one that learns, and what the three are asked: a forward pass each
+    distilled = train_distilled(specs, data, settings, replace(settings, search_share=1.0))
+    assert distilled.score < min(one.score for one in alone)
+    assert score_of(evaluate(distilled.network, data, "test")) < min(
+        score_of(one.metrics["test"]) for one in alone
+    )
+    assert 4 < distilled.cost <= 5  # three trainings, the distillation, and a forward pass of each teacher

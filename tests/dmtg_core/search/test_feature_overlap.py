@@ -1,4 +1,4 @@
-"""What tasks read of the features they share, and the groups that follow from it."""
+"""Feature overlap of tasks, and clusters of tasks."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def test_linear_tasks_of_equal_features_overlap_whatever_the_sign() -> None:
         NetworkSpec(features, READERS, EncoderSpec("mlp", options={"widths": [2]}), groups=1)
     )
     with torch.no_grad():
-        for parameter in network.branches.parameters():  # the identity, far from where ReLU cuts
+        for parameter in network.branches.parameters():  # the identity, in the positive range of ReLU
             parameter.copy_(torch.eye(2) if parameter.dim() == 2 else torch.full((2,), 1e3))
         for task, rows in zip(READERS, ([[1.0, 0.0]], [[-2.0, 0.0]], [[3.0, 0.0], [0.0, 3.0]]), strict=True):
             network.bank.weights[0][network.bank.rows(0, task)] = torch.tensor(rows)
     overlap = feature_overlap(network, data(features, READERS, rows=1000))
     assert overlap[0, 1] == pytest.approx(1)
-    assert overlap[0, 2] == overlap[1, 2] == pytest.approx(0.5**0.5, rel=0.05)  # it reads another one beside it
+    assert overlap[0, 2] == overlap[1, 2] == pytest.approx(0.5**0.5, rel=0.05)  # it also reads another feature
 
 
 @pytest.mark.parametrize(

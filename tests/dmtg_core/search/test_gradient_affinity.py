@@ -1,4 +1,4 @@
-"""What published selectors measure, beside what can be worked out by hand."""
+"""Gradient affinities of published selectors, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ VALUES = tuple(Task(name, "regression") for name in "abc")
 
 
 def linear() -> tuple[GroupingNetwork, Batch]:
-    """One linear layer that all tasks read: b asks for the opposite of a, c for something else."""
+    """One linear layer for all tasks: b has the labels of a inverted, c has other labels."""
     spec = NetworkSpec(InputSpec("features", (2,)), VALUES, EncoderSpec("mlp", options={"widths": [2]}), groups=1)
     network = GroupingNetwork(spec)
     with torch.no_grad():
-        for parameter in network.branches.parameters():  # the identity, far from where ReLU cuts
+        for parameter in network.branches.parameters():  # the identity, in the positive range of ReLU
             parameter.copy_(torch.eye(2) if parameter.dim() == 2 else torch.full((2,), 10.0))
         for task, row in zip(VALUES, ([1.0, 0.0], [1.0, 0.0], [0.0, 1.0]), strict=True):
             network.bank.weights[0][network.bank.rows(0, task)] = torch.tensor([row])
@@ -110,7 +110,7 @@ def test_the_projected_estimate_separates_opposite_tasks() -> None:
     network, batch = linear()
     found = projected_affinity(network, batch, batch, directions=6)
     assert found.shape == (3, 3)
-    assert (found.diagonal() > -1).all()  # trained alone every task gets better than it is
+    assert (found.diagonal() > -1).all()  # training alone improves each task
     assert found[0, 1] < found[1, 1] - 0.1
     assert found[1, 0] < found[0, 0] - 0.1
 

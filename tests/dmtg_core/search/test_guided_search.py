@@ -1,4 +1,4 @@
-"""The guided search: candidates, whose groups are trained again, and who learns from whom."""
+"""The guided search: candidates, groups that are trained from scratch, and distillation."""
 
 from dataclasses import replace
 from itertools import cycle, pairwise
@@ -25,12 +25,12 @@ from tests.dmtg_core import samples
 from tests.dmtg_core.interrupted import Interrupted, without_times
 from tests.dmtg_core.searches import SETTINGS, SPEC, assert_same_result, local
 
-# far apart or not, all go on
+# all candidates are trained to the end, whatever their scores
 GUIDED = SearchOptions(within=10.0, affinity_share=0.25, affinity_limit=0.25, distil_share=0.5)
 CANDIDATES = ("guided", "start_0", "wide")
 GUIDED_STAGES = [("naive_mtl", n) for n in (1, 2, 3, 4)] + [("affinity", 1)]
 GUIDED_STAGES += [(name, n) for epochs in ((1, 2), (3, 4)) for name in CANDIDATES for n in epochs]
-GUIDED_STAGES += [("retrained", n) for n in (1, 2, 3, 4)]  # the wide encoder is ahead on this problem
+GUIDED_STAGES += [("retrained", n) for n in (1, 2, 3, 4)]  # the wide encoder is best on this problem
 GUIDED_STAGES += [("distilled", n) for n in (1, 2)]
 
 
@@ -41,7 +41,7 @@ def data() -> ArrayData:
 
 @pytest.fixture(scope="module")
 def guided(data):
-    """A guided search that ran through, with its records."""
+    """A complete guided search with its records."""
     records = []
     result = search(SPEC, data, SETTINGS, GUIDED, context=local(on_record=records.append))
     return result, records
@@ -54,7 +54,7 @@ def test_a_guided_search_starts_with_the_affinity_phase_and_trains_all_near_cand
     finals = {candidate["stage"]: candidate["final"] for candidate in result.candidates}
     assert result.chosen == min(finals, key=finals.__getitem__)
     for name, final in finals.items():
-        every = name == "retrained"  # its groups never change: each of its epochs may be the best
+        every = name == "retrained"  # its groups never change: all epochs are candidates for the best
         ended = [r for r in records if r["stage"] == name and (every or r["phase"] == "finetune")]
         assert final == min(r["val_score"] for r in ended)
     assert result.distilled["teachers"] == [*CANDIDATES, "retrained"]
@@ -77,9 +77,9 @@ def test_the_affinity_phase_ends_when_the_groups_have_converged(data):
     assert 2 <= len(proposed) < 20
     names = [task.name for task in SPEC.tasks]
     groupings = [Grouping.from_assignment(names, groups) for groups in proposed]
-    alike = [a.adjusted_rand_index(b) >= 0.9 for a, b in pairwise(groupings)]
-    assert alike[-1]
-    assert not any(alike[:-1])
+    converged = [a.adjusted_rand_index(b) >= 0.9 for a, b in pairwise(groupings)]
+    assert converged[-1]
+    assert not any(converged[:-1])
 
 
 def test_the_affinity_phase_ends_at_its_limit_if_groups_do_not_converge(data, monkeypatch):
@@ -112,7 +112,7 @@ def test_candidates_with_much_worse_scores_stop_at_the_end_of_the_search(data, g
     assert [c["stage"] for c in found.candidates if c["final"] is not None] == [best]
     assert {r["stage"] for r in records if r["epoch"] > 2} == {"naive_mtl", best}
     assert found.cost < guided[0].cost
-    assert found.distilled == {}  # nobody is left to learn from
+    assert found.distilled == {}  # there are no further teachers
 
 
 def test_without_distillation_the_result_is_the_best_candidate(data, guided):
@@ -162,7 +162,7 @@ def test_with_one_branch_there_are_no_further_candidates(data):
 
 def test_where_the_wide_encoder_is_best_it_is_the_result_at_no_higher_cost(data, monkeypatch):
     results = {}
-    for name in ("guided", "start_0"):  # whatever the two gates come to, the wide encoder is to be better
+    for name in ("guided", "start_0"):  # the wide encoder is better than both gates
         results[name] = 1e3
     original = _Search._end
 
@@ -188,12 +188,12 @@ def test_groups_of_the_best_gate_are_trained_from_scratch_before_the_wide_encode
     gates = [by_name["guided"], by_name["start_0"]]
     assert by_name["wide"]["final"] < min(gate["final"] for gate in gates)
     best = min(gates, key=lambda gate: gate["final"])
-    anew = by_name["retrained"]
-    assert (anew["gate"], anew["grouping"]) == (best["stage"], best["grouping"])
-    assert anew["probabilities"] == best["probabilities"]
+    retrained = by_name["retrained"]
+    assert (retrained["gate"], retrained["grouping"]) == (best["stage"], best["grouping"])
+    assert retrained["probabilities"] == best["probabilities"]
     grouping = Grouping.from_dict(best["grouping"], [task.name for task in SPEC.tasks])
     alone = train_hard(hard_network(SPEC, grouping), data, SETTINGS, splits=())
-    assert anew["final"] == alone.score
+    assert retrained["final"] == alone.score
     options = replace(GUIDED, retrain=False, distil_share=0.0)
     without = search(SPEC, data, SETTINGS, options, baseline=False, context=local())
     spent = search(SPEC, data, SETTINGS, replace(options, retrain=True), baseline=False, context=local()).cost

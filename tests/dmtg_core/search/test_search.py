@@ -1,4 +1,4 @@
-"""The whole run: naive MTL, several starts, the best one fine-tuned; interrupted anywhere, it ends the same."""
+"""A whole search: naive MTL, several starts, the best one fine-tuned; interruptions do not change the result."""
 
 from collections import Counter
 from dataclasses import replace
@@ -37,7 +37,7 @@ def data() -> ArrayData:
 
 @pytest.fixture(scope="module")
 def undisturbed(data):
-    """A search that ran through, with its records."""
+    """A complete search with its records."""
     records = []
     result = search(SPEC, data, SETTINGS, options=DMTG, context=local(on_record=records.append))
     return result, records

@@ -1,4 +1,4 @@
-"""The exact choice of networks, against trying every set of candidates, and on published tables."""
+"""The exact selection of networks, against brute force and published tables."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_table(file: Path) -> list[Candidate]:
 
 
 def least(candidates: Sequence[Candidate], budget: int) -> float:
-    """The lowest sum of losses, by trying every set of at most as many candidates as there are tasks."""
+    """The lowest sum of losses by brute force over sets of at most as many candidates as tasks."""
     tasks = sorted({task for one in candidates for task in one.losses})
     losses = np.array([[one.losses.get(task, np.inf) for task in tasks] for one in candidates])
     costs = np.array([one.cost for one in candidates])
@@ -107,7 +107,7 @@ def test_too_many_tasks_are_refused() -> None:
 
 
 def summed(affinity: torch.Tensor, assignment: Sequence[int]) -> float:
-    """What `best_partition` maximises, written out."""
+    """The objective of `best_partition`, written out."""
     total = 0.0
     for j, group in enumerate(assignment):
         others = [i for i, other in enumerate(assignment) if other == group and i != j]

@@ -1,4 +1,4 @@
-"""Every metric and loss equals scikit-learn's or scipy's, whatever the scores, the batches and the workers."""
+"""Metrics and losses equal those of scikit-learn and scipy for any scores, batches and workers."""
 
 import math
 from itertools import pairwise
@@ -87,7 +87,7 @@ def test_binary_metrics_and_loss(case):
     assert found["accuracy"] == pytest.approx(sk.accuracy_score(label, guess), abs=CLOSE)
     assert found["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(label, guess), abs=CLOSE)
     assert found["f1"] == pytest.approx(sk.f1_score(label, guess), abs=CLOSE)
-    if np.abs(score).max() < 30:  # beyond, scikit-learn's probabilities are rounded to 0 and 1
+    if np.abs(score).max() < 30:  # for larger scores scikit-learn's probabilities are rounded to 0 and 1
         chance = 1 / (1 + np.exp(-score.astype(np.float64)))
         assert found["loss"] == pytest.approx(
             sk.log_loss(label, chance, labels=[False, True]), rel=1e-8, abs=CLOSE

@@ -1,4 +1,4 @@
-"""Aggregators: the gradients that torchjd gives, whatever the grouping and the number of workers."""
+"""Aggregators: the gradients of torchjd for any grouping and number of workers."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def pair_losses(network: GroupingNetwork, batch: Batch, counts: Tensor | None = 
 
 
 def gradients(network: nn.Module) -> dict[str, Tensor]:
-    """What lies in `.grad`, by name."""
+    """Contents of `.grad` by name."""
     return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
 
 
@@ -289,10 +289,10 @@ def test_the_gradient_of_the_gate_is_zero():
 
 @pytest.mark.parametrize("name", ["upgrad", "dualproj"])
 def test_a_step_hurts_no_task_in_a_conflict(name):
-    """Labels and their opposite: whatever serves the heavy task by itself hurts the light one."""
+    """Labels and their inverse: a step on the heavy task alone hurts the light one."""
     tasks = (Task("heavy", "binary", weight=2.0), Task("light", "binary"), Task("third", "binary"))
     network = grouped(NetworkSpec(FEATURES, tasks, mlp_spec().encoder, 1), [["heavy", "light", "third"]])
-    with torch.no_grad():  # heads that agree on what they read, for labels that do not
+    with torch.no_grad():  # equal heads for opposite labels
         network.bank.weights[0][1] = network.bank.weights[0][0]
     batch = samples.batch(FEATURES, tasks, 64)
     batch.targets["light"].copy_(1 - batch.targets["heavy"])
@@ -325,7 +325,7 @@ def test_each_branch_and_step_draws_its_own_order():
     assert len(seeds) == len(set(seeds)) == 6
 
 
-# --- steps that lack something
+# --- steps without labels or finite losses
 
 
 def test_a_batch_without_labels_of_one_task_trains_the_others():
@@ -380,7 +380,7 @@ def global_batch(spec: NetworkSpec) -> Batch:
 
 
 def work(rank: int, workers: int, folder: Path) -> None:
-    """A data-parallel step, then one with each of some aggregators, on this worker's part of the batch."""
+    """A data-parallel step, then a step with each aggregator, on this worker's part of the batch."""
     total = parallel.ProcessContext().sum
     spec = SPECS["two groups"]
     network = grouped(spec, TWO_GROUPS)
@@ -389,7 +389,7 @@ def work(rank: int, workers: int, folder: Path) -> None:
     batch = Batch(whole.inputs[mine], {key: value[mine] for key, value in whole.targets.items()})
     counts = label_counts(spec.tasks, whole.targets)
     module = DistributedDataParallel(Losses(network))
-    module(batch, counts).sum().backward()  # its hooks have been at work, and are not to be afterwards
+    module(batch, counts).sum().backward()  # its hooks ran here and must not run later
     for name in RANKED:
         network.zero_grad()
         losses, _ = pair_losses(network, batch, counts)
@@ -401,12 +401,12 @@ def work(rank: int, workers: int, folder: Path) -> None:
 
 
 class Losses(nn.Module):
-    """What data-parallel training wraps."""
+    """The module that data-parallel training wraps."""
 
     def __init__(self, network: GroupingNetwork) -> None:
         super().__init__()
         self.network = network
-        network.gate.logits.requires_grad_(requires_grad=False)  # unused here, and each one has to be used
+        network.gate.logits.requires_grad_(requires_grad=False)  # unused here, and all parameters have to be used
 
     def forward(self, batch: Batch, counts: Tensor) -> Tensor:
         return pair_losses(self.network, batch, counts)[0]
@@ -421,5 +421,5 @@ def test_two_workers_have_the_gradients_of_one(tmp_path):
         expected, weights = aggregated(grouped(spec, TWO_GROUPS), global_batch(spec), name)
         torch.testing.assert_close(first["weights"], weights, rtol=1e-4, atol=1e-5)
         assert_close({key: first[key] for key in expected}, expected)
-        for key in expected:  # a worker holds its own share until somebody sums
+        for key in expected:  # a worker has its own share before the sum
             assert not torch.equal(first[f"local.{key}"], second[f"local.{key}"]), key

@@ -1,4 +1,4 @@
-"""Weights of aggregators: one function of Gramian and seed; what cannot be loaded is said."""
+"""Weights of aggregators: a function of Gramian and seed, and errors of loading."""
 
 import os
 import subprocess

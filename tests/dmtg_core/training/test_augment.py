@@ -28,7 +28,7 @@ def generator(seed: int = 0, step: int = 0, rank: int = 0) -> torch.Generator:
 
 
 def images(rows: int) -> torch.Tensor:
-    """Stored images of 2×3 pixels and 2 channels, `(rows, 2, 3, 2)`: pixel values count up, the last one apart."""
+    """Stored images of 2×3 pixels and 2 channels, `(rows, 2, 3, 2)`: ascending values except the last."""
     one = torch.tensor([[[1, 2], [3, 4], [5, 6]], [[7, 8], [9, 10], [11, 255]]], dtype=torch.uint8)
     return one.expand(rows, 2, 3, 2).contiguous()
 
@@ -47,7 +47,7 @@ def hand_made(rows: int = 64) -> Batch:
     return Batch(images(rows), {name: t.expand(rows, *t.shape).contiguous() for name, t in targets.items()})
 
 
-# the same sample as in a mirror
+# the same sample mirrored
 MIRRORED = {
     "normals": [
         [[-0.3, -0.2, -0.1], [NAN, -0.5, -0.4]],
@@ -63,7 +63,7 @@ MIRRORED_IMAGE = [[[5, 6], [3, 4], [1, 2]], [[11, 255], [9, 10], [7, 8]]]
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal in dtype, shape and every bit of value, NaN included."""
+    """Equal in dtype, shape and all bits, NaN included."""
     return found.dtype == expected.dtype and torch.equal(
         found.double().nan_to_num(1e9), expected.double().nan_to_num(1e9)
     )
@@ -142,7 +142,7 @@ def test_each_sample_is_flipped_in_half_of_the_steps(row):
     found = [bool(flipped(augment(batch, (), ("flip",), generator(22, step)))[row]) for step in range(1000)]
     assert 440 < sum(found) < 560  # 3.8 standard deviations
     changes = sum(a != b for a, b in zip(found[1:], found, strict=False))
-    assert 440 < changes < 560  # and a step tells nothing of the next
+    assert 440 < changes < 560  # steps are independent
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5])
@@ -194,7 +194,7 @@ def test_the_host_does_not_wait():
 
 
 class Seen:
-    """A data set that notes what it gives, beside what the network gets."""
+    """A data set that records its batches and the inputs of the network."""
 
     def __init__(self, data) -> None:
         self.data = data

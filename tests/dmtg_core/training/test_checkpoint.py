@@ -1,4 +1,4 @@
-"""Checkpoints: what is written comes back as it was, and what is damaged is named."""
+"""Checkpoints: loading restores the saved state, and damaged files are named."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from dmtg_core.training import checkpoint as files
 from dmtg_core.training.context import LocalContext
 from dmtg_core.training.step import WeighedLoss, step_noise, train_step
 from tests.dmtg_core import samples
-from tests.dmtg_core.samples import assert_same_tensors, decided, image_spec, mlp_spec
+from tests.dmtg_core.samples import assert_same_tensors, assigned, image_spec, mlp_spec
 
 SPECS = {"mlp": mlp_spec(stem=1), "convnet": image_spec()}
 
@@ -24,7 +24,7 @@ def trained(name: str, *, pruned: bool = False, optimizer: str = "adam") -> tupl
     settings = TrainSettings(learning_rate=1e-2, optimizer=optimizer)
     state = TrainState.fresh(GroupingNetwork(spec), settings)
     if pruned:
-        decided(state.network, [n % 2 for n in range(len(spec.tasks))])
+        assigned(state.network, [n % 2 for n in range(len(spec.tasks))])
         alive = torch.ones_like(state.network.gate.alive)
         alive[::2, 1:] = False
         state.keep(alive, settings)
@@ -65,7 +65,7 @@ def test_a_loaded_network_equals_the_saved_one(tmp_path, name, pruned):
 @pytest.mark.parametrize("name", SPECS)
 def test_a_loaded_group_model_equals_the_saved_one_in_evaluation_mode(tmp_path, name):
     network = trained(name)[0].network
-    decided(network, [n % 2 for n in range(len(network.tasks))]).eval()
+    assigned(network, [n % 2 for n in range(len(network.tasks))]).eval()
     inputs = samples.batch(network.spec.input, network.tasks).inputs
     for group, model in network.specialise().items():
         files.save_model(tmp_path / group, model)
@@ -135,7 +135,7 @@ def test_an_unknown_format_is_refused_with_both_numbers(tmp_path):
 
 
 def written_before(folder) -> None:
-    """A saved network as the version before wrote it."""
+    """A saved network in the format of the version before."""
     described = json.loads((folder / "network.json").read_text())
     (folder / "network.json").write_text(json.dumps(described | {"format": 1}))
 
@@ -155,7 +155,7 @@ def test_networks_of_more_than_ten_branches_from_the_version_before_are_refused(
 
 
 def test_a_group_of_more_than_ten_branches_from_the_version_before_is_refused(tmp_path):
-    network = decided(GroupingNetwork(mlp_spec(groups=12)), list(range(10)))
+    network = assigned(GroupingNetwork(mlp_spec(groups=12)), list(range(10)))
     files.save_model(tmp_path, network.specialise()["group_0"])
     files.load_model(tmp_path, branches=12)
     written_before(tmp_path)

@@ -1,4 +1,4 @@
-"""`LocalContext`: checkpoints appear whole, and only the last ones stay."""
+"""`LocalContext`: checkpoints are complete, and only the last ones are kept."""
 
 import pytest
 import torch
@@ -109,9 +109,9 @@ def test_skipped_damaged_checkpoints_are_reported(tmp_path, caplog):
     oldest, *damaged = sorted(tmp_path.iterdir())
     for folder in damaged:
         (folder / "content").write_text("changed")
-    told = []
-    assert newest_whole(reversed([oldest, *damaged]), told.append) == oldest
-    assert told == [f"{folder}: missing or damaged: content" for folder in reversed(damaged)]
+    damages = []
+    assert newest_whole(reversed([oldest, *damaged]), damages.append) == oldest
+    assert damages == [f"{folder}: missing or damaged: content" for folder in reversed(damaged)]
     assert caplog.text == ""
     assert context.latest() == oldest
     assert "skipped a damaged checkpoint" in caplog.text

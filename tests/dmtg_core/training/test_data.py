@@ -1,4 +1,4 @@
-"""A data set in memory: every sample once, on one worker, in an order that the seed and the epoch decide."""
+"""A data set in memory: each sample once, on one worker, in an order of the seed and the epoch."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ def numbered(rows: int, **options) -> ArrayData:
 
 
 def drawn(data: ArrayData, epoch: int, batch_size: int) -> list[list[int]]:
-    """Sample numbers of every batch; labels must belong to their inputs."""
+    """Sample numbers of each batch. Labels must belong to their inputs."""
     batches = []
     for batch in data.train(epoch, batch_size):
         assert torch.equal(batch.inputs[:, 0], batch.targets["t"])
@@ -219,11 +219,11 @@ def test_overlapped_batches_are_the_same_in_the_same_order():
 def test_overlapped_raises_the_error_of_its_thread_after_the_batches_before_it():
     def broken():
         yield next(numbered(8).train(0, 8))
-        raise OSError("the disk is gone")
+        raise OSError("the disk failed")
 
     batches = overlapped(broken(), CPU)
     next(batches)
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(OSError, match="the disk failed"):
         next(batches)
 
 
@@ -240,4 +240,4 @@ def test_overlapped_prefetches_at_most_its_depth_and_stops_with_its_consumer():
     assert [next(batches).inputs.item() for _ in range(5)] == list(range(5))
     batches.close()
     assert threading.active_count() == threads
-    assert len(made) <= 5 + 3 + 1  # taken, in the queue, and the one that waits for room
+    assert len(made) <= 5 + 3 + 1  # taken, in the queue, and the one that waits for space in the queue

@@ -1,4 +1,4 @@
-"""What an epoch shows about its gate and groups, and what it warns of."""
+"""Diagnostics of an epoch: figures of the gate, conflicts of groups, and warnings."""
 
 import math
 
@@ -10,14 +10,14 @@ from dmtg_core.network.grouping_network import pooled
 from dmtg_core.training.diagnostics import gate_figures, gradient_cosines, warnings
 from dmtg_core.training.losses import sample_loss
 from tests.dmtg_core import samples
-from tests.dmtg_core.samples import decided, image_spec, mlp_spec
+from tests.dmtg_core.samples import assigned, image_spec, mlp_spec
 from tests.dmtg_core.training.test_step import local
 
 SETTINGS = TrainSettings(epochs=20, search_share=0.5)
 
 
 def record(**over) -> dict:
-    """An epoch of two tasks on two branches in which nothing is wrong."""
+    """An epoch of two tasks on two branches without a problem."""
     plain = {
         "epoch": 5,
         "phase": "search",
@@ -37,7 +37,7 @@ def gate(**over) -> dict:
 
 
 def test_the_gate_s_figures_follow_their_definitions():
-    network = decided(GroupingNetwork(mlp_spec(groups=3)), [0] * 10, by=math.log(2))  # π = (1/2, 1/4, 1/4)
+    network = assigned(GroupingNetwork(mlp_spec(groups=3)), [0] * 10, by=math.log(2))  # π = (1/2, 1/4, 1/4)
     losses = [float(k + 1) for k, _ in network.pairs]
     found = gate_figures(network, losses, 0.25)
     assert found["entropy"] == pytest.approx(1.5 * math.log(2) / math.log(3))
@@ -71,7 +71,7 @@ def test_training_records_figures_of_every_epoch():
 @pytest.mark.parametrize("spec", [mlp_spec(groups=2), image_spec(groups=2)], ids=["mlp", "convnet"])
 def test_cosines_are_those_of_the_gradients_with_respect_to_the_shared_features(spec):
     choice = [n % 2 for n in range(len(spec.tasks))]
-    network = decided(GroupingNetwork(spec), choice)
+    network = assigned(GroupingNetwork(spec), choice)
     batch = samples.batch(spec.input, spec.tasks, missing=0.2)
     before = samples.snapshot(network.train())
     found = gradient_cosines(network, batch, local())
@@ -101,7 +101,7 @@ def test_gradients_of_opposite_labels_conflict_and_of_equal_labels_agree():
     tasks = [Task(name, "regression") for name in ("x", "same", "opposite")]
     network = GroupingNetwork(mlp_spec(tasks, 1))
     with torch.no_grad():
-        network.bank.weights[0][:] = network.bank.weights[0][0]  # heads that read the features alike
+        network.bank.weights[0][:] = network.bank.weights[0][0]  # equal heads
     batch = samples.batch(network.spec.input, tasks, 8)
     x = torch.full_like(batch.targets["x"], 100.0)
     batch.targets.update(x=x, same=x.clone(), opposite=-x)
@@ -121,7 +121,7 @@ def test_there_is_no_warning_without_a_problem():
 
 
 @pytest.mark.parametrize(
-    ("over", "said"),
+    ("over", "message"),
     [
         ({"gate": gate(gradient_norm=1e-7)}, "the gate has no gradient"),
         ({"epoch": 2, "gate": gate(entropy=0.01)}, "converged after 2 of 10 epochs"),
@@ -131,9 +131,9 @@ def test_there_is_no_warning_without_a_problem():
         ),
     ],
 )
-def test_problems_of_a_search_are_warned_of(over, logged):
+def test_problems_of_a_search_are_warned_of(over, message):
     (found,) = warnings([record(**over)], ["a", "b"], SETTINGS)
-    assert logged in found
+    assert message in found
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Gains: those of the published tables, paired by name, whatever the order of the values."""
+"""Gains: values of the published tables, paired by name whatever their order."""
 
 import math
 from decimal import Decimal
@@ -49,12 +49,12 @@ EVALUATIONS = {
 
 
 def half_digit(printed: str) -> Decimal:
-    """How far a figure can be from what was printed of it."""
+    """Largest rounding error of a printed figure."""
     return Decimal(5).scaleb(int(Decimal(printed).as_tuple().exponent) - 1)
 
 
 def as_metrics(tasks, row: str, metric: str, better: int):
-    """The metrics of a printed row, each half a digit better (1) or worse (-1) than it says, or as it says (0)."""
+    """The metrics of a printed row, each half a digit better (1), half a digit worse (-1), or unchanged (0)."""
     found = {}
     for task, printed in zip(tasks, row.split(), strict=True):
         name = metric or task.metric
@@ -90,7 +90,7 @@ def test_both_forms_reproduce_the_published_table_of_losses(method, form):
     row, printed = LOSSES[method]
     bounds = gain_bounds(LOSS_TASKS, row, SINGLE_TASK_LOSSES, metric="loss", form=form)
     assert fits(printed, bounds)
-    assert bounds[1] - bounds[0] < max(1.2, 0.02 * abs(float(printed)))  # narrow enough to say something
+    assert bounds[1] - bounds[0] < max(1.2, 0.02 * abs(float(printed)))  # a narrow range
 
 
 @pytest.mark.parametrize("method", EVALUATIONS)

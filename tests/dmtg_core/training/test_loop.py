@@ -1,4 +1,4 @@
-"""A run over epochs: pruning, learning rates, what is refused, and several processes."""
+"""The training loop: pruning, learning rates, refused steps, and several processes."""
 
 import json
 import math
@@ -124,9 +124,9 @@ def test_moments_of_kept_heads_survive_pruning_and_training_continues(spec, opti
         assert torch.equal(value, kept), name
     weights = samples.snapshot(network)
     assert run_step(state, settings, batch, step=2).refused == 0
-    learnt = [name for name, p in network.named_parameters() if not torch.equal(p, weights[name])]
-    assert "bank.weights.0" in learnt
-    assert "gate.logits" in learnt
+    trained = [name for name, p in network.named_parameters() if not torch.equal(p, weights[name])]
+    assert "bank.weights.0" in trained
+    assert "gate.logits" in trained
 
 
 def test_a_pruning_that_removes_nothing_changes_nothing_in_the_next_step():
@@ -222,7 +222,7 @@ def test_plateau_halves_after_epochs_without_progress():
     assert plateau(10, settings, falling) == 1
     stuck = [*falling, *[falling[-1] * 0.95] * 9]  # five per cent is no progress
     assert [plateau(0, settings, stuck[: 10 + n]) for n in range(10)] == [1, 1, 1, *[0.5] * 3, *[0.25] * 3, 0.125]
-    assert plateau(0, settings, [*stuck, falling[-1] / 2, 1.0, 1.0]) == 0.125  # progress begins the count anew
+    assert plateau(0, settings, [*stuck, falling[-1] / 2, 1.0, 1.0]) == 0.125  # progress resets the counter
 
 
 def test_plateau_is_used_in_training_and_the_rate_stays_above_its_minimum():
@@ -235,7 +235,7 @@ def test_plateau_is_used_in_training_and_the_rate_stays_above_its_minimum():
         learning_rate=1e-9,
         lr_min=2e-10,
         search_share=1.0,
-    )  # a rate at which nothing is learnt
+    )  # a rate without progress
     state = fit(GroupingNetwork(spec), samples.data(spec.input, spec.tasks), settings, local())
     assert [r["learning_rate"] for r in state.history] == pytest.approx([1e-9, 1e-9, 5e-10, 2.5e-10, 2e-10])
 
@@ -347,7 +347,7 @@ def test_two_processes_have_the_weights_of_one_on_the_same_global_batches(tmp_pa
 
 
 def test_a_gate_moves_a_task_to_its_better_branch():
-    """Two tasks of opposite labels on one branch of a single feature: the gate must part them."""
+    """Two tasks of opposite labels on one branch of a single feature: the gate must separate them."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(512, 2)).astype(np.float32)
     labels = {"left": (x[:, 0] > 0).astype(np.uint8), "right": (x[:, 1] > 0).astype(np.uint8)}

@@ -1,4 +1,4 @@
-"""Metrics: fixed values, and sums that no batch size or worker can change."""
+"""Metrics: fixed values, and sums that do not depend on batch sizes or workers."""
 
 import math
 from dataclasses import replace

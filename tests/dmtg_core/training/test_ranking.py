@@ -1,4 +1,4 @@
-"""Beyond the number of scores that are kept one by one, figures stay within the bounds that are given."""
+"""Ranking metrics of more scores than are stored individually are within their error bounds."""
 
 import logging
 

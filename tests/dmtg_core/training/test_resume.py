@@ -1,4 +1,4 @@
-"""A run that was put down, at an epoch or within one, or whose newest checkpoint is damaged, ends as it should."""
+"""Resuming runs: at an epoch, within an epoch, and with a damaged newest checkpoint."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ SETTINGS = replace(SEARCHING, epochs=3, search_share=0.6, augment=())
 
 
 def stopping_after(context, writes: int):
-    """A context that kills the run once it has written so many checkpoints."""
+    """A context that kills the run after a number of checkpoints."""
     plain, count = context.report, iter(range(1, writes + 1))
 
     def report(record, save):
@@ -137,7 +137,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(tmp_path, caplog):
     before, newest = sorted(tmp_path.iterdir())
     weights = newest / "network.safetensors"
     damaged = bytearray(weights.read_bytes())
-    damaged[-1] ^= 1  # a changed weight: only a checksum can tell
+    damaged[-1] ^= 1  # a changed weight, which only a checksum detects
     weights.write_bytes(bytes(damaged))
     assert local(tmp_path).latest() == before
     assert "network.safetensors" in caplog.text

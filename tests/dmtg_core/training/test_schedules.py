@@ -1,4 +1,4 @@
-"""Temperature schedules: fixed values, limits and what is refused."""
+"""Temperature schedules: fixed values, limits and validation."""
 
 import pytest
 from hypothesis import given

@@ -21,7 +21,7 @@ from dmtg_core.training.losses import label_counts, sample_loss
 from dmtg_core.training.step import WeighedLoss, build_optimizer, prepare_network, step_noise, train_step
 from tests.dmtg_core import samples
 from tests.dmtg_core.network.test_grouping_network import pair_outputs
-from tests.dmtg_core.samples import MIXED, SAMPLEWISE, assert_same_tensors, decided, image_spec, mlp_spec
+from tests.dmtg_core.samples import MIXED, SAMPLEWISE, assert_same_tensors, assigned, image_spec, mlp_spec
 from tests.dmtg_core.training.test_checkpoint import moments
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -82,7 +82,7 @@ def test_task_weights_may_be_whole_numbers(weights):
 def test_a_pruned_head_is_not_in_the_step():
     spec, settings = mlp_spec(), TrainSettings()
     state = fresh(spec, settings)
-    decided(state.network, [1] * 10)
+    assigned(state.network, [1] * 10)
     state.keep(state.network.gate.survivors(2.0), settings)
     run_step(state, settings, samples.batch(spec.input, spec.tasks))
     assert {name.split(".")[1] for name, _ in state.network.named_parameters() if name.startswith("branches")} == {
@@ -121,7 +121,7 @@ def test_weight_decay_does_not_change_the_gate():
     spec = mlp_spec(initial="gaussian")
     settings = TrainSettings(optimizer="sgd", weight_decay=0.5, learning_rate=0.1)
     state = fresh(spec, settings)
-    batch = samples.batch(spec.input, spec.tasks, missing=1.0)  # no label: the only pull is the decay
+    batch = samples.batch(spec.input, spec.tasks, missing=1.0)  # no labels: only the weight decay changes weights
     before = samples.snapshot(state.network)
     run_step(state, settings, batch)
     after = samples.snapshot(state.network)
@@ -139,7 +139,7 @@ def test_the_gate_has_its_own_learning_rate(rate, expected):
     assert len(weights["params"]) == len(list(network.parameters())) - 1
 
 
-# --- the same step, computed otherwise
+# --- the same step, computed in other ways
 
 
 def gradients(state: TrainState) -> dict[str, torch.Tensor]:
@@ -166,7 +166,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(sampling, parts):
 
 
 def bytes_kept(state: TrainState, settings: TrainSettings, batch) -> int:
-    """Size of what a step keeps for its backward pass, each tensor counted once."""
+    """Size of the tensors that a step stores for its backward pass, each counted once."""
     kept: dict[int, int] = {}
 
     def pack(tensor):
@@ -208,7 +208,7 @@ def test_a_compiled_network_has_the_same_steps_and_pruning_causes_no_compilation
             run_step(state, settings, batch)
         count = counters["stats"]["unique_graphs"]
         assert (count > 0) == compiled
-        state.keep(decided(state.network, [0, 1, 0]).gate.survivors(0.5), settings)
+        state.keep(assigned(state.network, [0, 1, 0]).gate.survivors(0.5), settings)
         prepare_network(state.network, settings, local())
         run_step(state, settings, batch, step=1)
         assert counters["stats"]["unique_graphs"] == count
@@ -381,7 +381,7 @@ def test_an_aggregator_is_used_when_every_task_has_one_head():
     spec, settings = mlp_spec(groups=2), TrainSettings(aggregator="mgda")
     soft = GroupingNetwork(spec)
     assert WeighedLoss(soft, aggregator="mgda").weigh is None
-    hard = decided(soft, [0, 1] * 5)
+    hard = assigned(soft, [0, 1] * 5)
     hard.prune(2.0)
     assert WeighedLoss(hard, aggregator="mgda").weigh is not None
     batch = samples.batch(spec.input, spec.tasks)

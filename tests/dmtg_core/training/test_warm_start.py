@@ -1,4 +1,4 @@
-"""Networks that start from trained models: every weight in its place, and what does not fit refused."""
+"""Warm start: all weights are copied to their place, and models that do not fit are refused."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ from tests.dmtg_core.samples import (
     ONE_OF_EACH,
     SAMPLEWISE,
     assert_same_tensors,
-    decided,
+    assigned,
     image_spec,
     mlp_spec,
 )
@@ -47,7 +47,7 @@ def spec_of(name: str, tasks=ONE_OF_EACH, groups: int = 3, *, stem: int = 0, **o
 
 
 def model_of(spec: NetworkSpec, *, seed: int = 7, **changes) -> GroupModel:
-    """One group's model with statistics and biases that have moved."""
+    """One group's model with changed statistics and biases."""
     model = GroupModel(replace(spec, **{"groups": 1, "seed": seed, **changes}))
     samples.learn_statistics(model.network, samples.batch(spec.input, spec.tasks, 4, seed=seed).inputs)
     return model.eval()
@@ -72,7 +72,7 @@ def inputs_of(spec: NetworkSpec) -> torch.Tensor:
 @torch.no_grad()
 def through(network: GroupingNetwork, k: int, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     """Every task's output on branch `k`."""
-    return decided(network, [k] * len(network.tasks))(inputs)
+    return assigned(network, [k] * len(network.tasks))(inputs)
 
 
 CUTS = [("mlp", a, b) for a, b in ((0, 0), (1, 0), (0, 1))]
@@ -143,10 +143,10 @@ def test_models_of_one_network_restore_its_shared_stem():
     spec = spec_of("convnet", groups=3, stem=1)
     source = GroupingNetwork(replace(spec, seed=9))
     samples.learn_statistics(source, inputs_of(spec))
-    decided(source, [0, 2, 2, 0, 1])
+    assigned(source, [0, 2, 2, 0, 1])
     network = started(spec, *source.specialise().values())
     expected = source(inputs_of(spec))
-    found = decided(network, source.grouping().assignment)(inputs_of(spec))
+    found = assigned(network, source.grouping().assignment)(inputs_of(spec))
     assert all(torch.equal(found[task], value) for task, value in expected.items())
 
 
@@ -246,7 +246,7 @@ def test_the_digest_changes_with_every_weight():
 
 
 def test_copies_of_one_branch_diverge_by_the_noise_of_the_gate():
-    """At first all branches have the same losses, and θ no gradient; but noise weighs what each of them learns."""
+    """At first all branches have equal losses, and θ no gradient. The noise weights their gradients differently."""
     spec = mlp_spec(SAMPLEWISE, groups=3)
     settings = TrainSettings(learning_rate=1e-2)
     state = TrainState.fresh(started(spec, model_of(spec)), settings)
@@ -263,7 +263,7 @@ def test_copies_of_one_branch_diverge_by_the_noise_of_the_gate():
     assert float((first - second).norm() / first.norm()) > 0.01
 
 
-STILL = TrainSettings(epochs=2, batch_size=16, learning_rate=1e-9)  # what is measured is where a stage starts
+STILL = TrainSettings(epochs=2, batch_size=16, learning_rate=1e-9)  # measures where a stage starts
 
 
 @pytest.fixture(scope="module")
