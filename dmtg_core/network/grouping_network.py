@@ -186,7 +186,7 @@ class GroupingNetwork(nn.Module):
         dense = [task for task in spec.tasks if task.dense]
         if dense and not features.stride:
             raise ValueError(
-                f"task {dense[0].name!r} is dense, but encoder {spec.encoder.name} gives no feature map"
+                f"task {dense[0].name!r} is dense, but encoder {spec.encoder.name} has no feature map"
             )
         with seeded(spec.seed + 1):
             self.bank = HeadBank([t for t in spec.tasks if not t.dense], features.channels, spec.groups)

@@ -113,7 +113,7 @@ def cluster(affinity: Tensor, groups: int) -> list[int]:
     if affinity.shape != (count, count) or not bool(torch.isfinite(affinity).all()):
         raise ValueError(f"an affinity is a square matrix of finite numbers, got shape {tuple(affinity.shape)}")
     if not 1 <= groups <= count:
-        raise ValueError(f"{count} tasks make 1 to {count} groups, got {groups}")
+        raise ValueError(f"{count} tasks can form 1 to {count} groups, got {groups}")
     mean = ((affinity + affinity.T) / 2).double()
     members = [[n] for n in range(count)]
     while len(members) > groups:

@@ -39,7 +39,7 @@ class Candidate:
 
     def __post_init__(self) -> None:
         if not self.losses:
-            raise ValueError("a candidate without tasks")
+            raise ValueError("a candidate needs at least one task, got none")
         wrong = {task: loss for task, loss in self.losses.items() if not math.isfinite(loss)}
         if wrong or self.cost < 1:
             raise ValueError(f"a candidate needs finite losses and a cost of at least 1, got {wrong or self.cost}")
@@ -76,7 +76,7 @@ def select(candidates: Sequence[Candidate], budget: int) -> Selection:
     """
     tasks = list(dict.fromkeys(task for one in candidates for task in one.losses))
     if not 1 <= len(tasks) <= MOST_TASKS:
-        raise ValueError(f"the exact choice is for 1 to {MOST_TASKS} tasks, got {len(tasks)}")
+        raise ValueError(f"the exact selection is for 1 to {MOST_TASKS} tasks, got {len(tasks)}")
     everything = (1 << len(tasks)) - 1
     part = _cheapest_parts(candidates, tasks)
     # best[set][b]: the lowest sum for a set at a cost of at most b; begins: its first subset and candidate
@@ -96,7 +96,9 @@ def select(candidates: Sequence[Candidate], budget: int) -> Selection:
         best.append(sums)
         begins.append(how)
     if math.isinf(best[everything][budget]):
-        raise ValueError(f"no choice of candidates with a total cost of {budget} serves all of {', '.join(tasks)}")
+        raise ValueError(
+            f"no selection of candidates with a total cost of {budget} serves all of {', '.join(tasks)}"
+        )
     least = next(b for b in range(budget + 1) if best[everything][b] <= best[everything][budget])
     return _read_back(begins, best[everything][budget], least, tasks, candidates)
 
@@ -163,9 +165,9 @@ def best_partition(affinity: Tensor, groups: int, *, exact: bool | None = None) 
     if affinity.shape != (count, count) or not bool(torch.isfinite(affinity).all()):
         raise ValueError(f"an affinity is a square matrix of finite numbers, got shape {tuple(affinity.shape)}")
     if not 1 <= groups <= count:
-        raise ValueError(f"{count} tasks make 1 to {count} groups, got {groups}")
+        raise ValueError(f"{count} tasks can form 1 to {count} groups, got {groups}")
     if exact and count > MOST_TASKS:
-        raise ValueError(f"the exact choice is for 1 to {MOST_TASKS} tasks, got {count}")
+        raise ValueError(f"the exact selection is for 1 to {MOST_TASKS} tasks, got {count}")
     worth: list[list[float]] = affinity.double().tolist()
     chosen = _exact_parts if (count <= EXACT_PARTITION if exact is None else exact) else _searched_parts
     parts = chosen(worth, groups)

@@ -80,7 +80,7 @@ class WeighedLoss(nn.Module):
     ) -> None:
         super().__init__()
         if aggregator != "sum" and network.log_variance is not None:
-            raise ValueError("task_weighting 'uncertainty' and an aggregator both weigh the tasks: choose one")
+            raise ValueError("task_weighting 'uncertainty' and an aggregator both weight the tasks: choose one")
         hard = len(network.pairs) == len(network.tasks)
         self.weigh = load_aggregator(aggregator) if aggregator != "sum" and hard else None
         self.network = network

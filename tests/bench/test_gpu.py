@@ -1,4 +1,4 @@
-"""What is measured on GPUs runs, and counts what it says, on any machine."""
+"""GPU rows of the benchmark run on any machine and count the documented operations."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def test_gpu_rows_measure_both_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     found = notes()
     assert found["images_per_second"] > 0
     assert 0 <= found["waiting_for_data"] < 1
-    assert found["model_flop_utilisation"] is None  # of a device whose peak nobody gave
+    assert found["model_flop_utilisation"] is None  # the peak of the device is not known
 
 
 def test_the_flops_of_a_pruned_step_are_three_forward_passes() -> None:

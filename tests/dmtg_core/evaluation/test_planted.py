@@ -77,9 +77,9 @@ def test_the_start_chosen_on_validation_has_the_true_groups_and_beats_naive_mtl(
 
     Measured with data seeds 0 to 5, each with the seeds 0 and 100 of network and settings. The mean adjusted Rand
     index of the selected start was 0.52 with four starts (1.0 in these two runs, 0.07 to 0.64 in the others) and
-    0.47 with eight (1.0 in one run). Test accuracy was 0.84 to 0.87 in all of them, and 0.68 to 0.75 with naive MTL.
-    In four of the runs with eight starts one start had the true groups, but another had a better validation score
-    at the end of its search.
+    0.47 with eight (1.0 in one run). Test accuracy was 0.84 to 0.87 in all of them, and 0.68 to 0.75 with naive
+    MTL. In four of the runs with eight starts one start had the true groups, but another had a better validation
+    score at the end of its search.
     """
     spec, tasks, data, truth = planted_data(data_seed)
     settings = TrainSettings(

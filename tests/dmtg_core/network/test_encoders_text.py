@@ -163,7 +163,7 @@ def test_rescaling_scales_the_gradients_of_stages_that_pass_a_mask_on(stem):
 
 
 def test_a_dense_task_on_text_is_refused():
-    with pytest.raises(ValueError, match="'depth' is dense, but encoder embedding_bag gives no feature map"):
+    with pytest.raises(ValueError, match="'depth' is dense, but encoder embedding_bag has no feature map"):
         GroupingNetwork(NetworkSpec(TOKENS, [Task("depth", "dense_regression")], EncoderSpec("embedding_bag"), 2))
 
 

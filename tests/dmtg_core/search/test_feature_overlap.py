@@ -132,7 +132,7 @@ def test_clusters_are_those_of_average_linkage(count: int, seed: int) -> None:
     [
         (torch.zeros(2, 3), 1, "square matrix"),
         (torch.full((2, 2), torch.nan), 1, "finite"),
-        (torch.eye(3), 4, "3 tasks make 1 to 3 groups, got 4"),
+        (torch.eye(3), 4, "3 tasks can form 1 to 3 groups, got 4"),
         (torch.eye(3), 0, "got 0"),
     ],
 )

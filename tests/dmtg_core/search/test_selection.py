@@ -94,7 +94,7 @@ def test_of_equal_choices_the_cheaper_one_is_taken() -> None:
 
 @pytest.mark.parametrize(
     ("values", "cost", "what"),
-    [({}, 1, "without tasks"), ({"a": float("nan")}, 1, "finite losses"), ({"a": 1.0}, 0, "at least 1")],
+    [({}, 1, "needs at least one task"), ({"a": float("nan")}, 1, "finite losses"), ({"a": 1.0}, 0, "at least 1")],
 )
 def test_an_invalid_candidate_is_refused(values: dict[str, float], cost: int, what: str) -> None:
     with pytest.raises(ValueError, match=what):
@@ -148,7 +148,7 @@ def test_many_tasks_in_clear_groups_are_found_by_the_beam() -> None:
     [
         (torch.zeros(2, 3), 1, "square matrix"),
         (torch.full((2, 2), float("nan")), 1, "finite"),
-        (torch.zeros(2, 2), 3, "2 tasks make 1 to 2 groups, got 3"),
+        (torch.zeros(2, 2), 3, "2 tasks can form 1 to 2 groups, got 3"),
     ],
 )
 def test_a_partition_needs_a_square_affinity_and_groups_in_range(

@@ -246,7 +246,7 @@ def test_the_digest_changes_with_every_weight():
 
 
 def test_copies_of_one_branch_diverge_by_the_noise_of_the_gate():
-    """At first all branches have equal losses, and θ no gradient. The noise weights their gradients differently."""
+    """At first all branches have equal losses and θ no gradient. The noise weights their gradients differently."""
     spec = mlp_spec(SAMPLEWISE, groups=3)
     settings = TrainSettings(learning_rate=1e-2)
     state = TrainState.fresh(started(spec, model_of(spec)), settings)
