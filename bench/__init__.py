@@ -1,1 +1,1 @@
-"""`make bench`: what is claimed, measured against something else in the same run."""
+"""`make bench`: measurements of claimed ratios, each of two costs in the same run."""

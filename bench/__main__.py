@@ -1,7 +1,7 @@
 """Rows of the benchmark: `python -m bench [ROWS=]step [--repeats N]`; writes `bench.json`, prints a table.
 
-Each row measures two costs in turn, A B A B …, and takes the median of the ratios pair by pair, so that a machine
-whose speed drifts slows both. `medians` are the two costs: seconds a call, a sample or an epoch, or MiB.
+Each row measures two costs in turn, A B A B …, and computes the median of the ratios of the pairs. A change of the
+speed of the machine affects both. `medians` are the two costs: seconds for a call, a sample or an epoch, or MiB.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 
 from bench import gpu, ingest, metrics, runs, steps
 
-# name → (bound, value, how to make the numerator and the denominator of the ratio, and what else to note)
+# name → (bound, value, function that returns numerator and denominator of the ratio, and notes)
 ROWS: dict[str, tuple[str, float, Callable[[], tuple[Any, ...]]]] = {
     **steps.ROWS, **runs.ROWS, **ingest.ROWS, **metrics.ROWS, **gpu.rows(),
 }  # fmt: skip
-MOST_REPEATS = {"shard_memory": 3, "ranking": 3}  # of rows that take minutes
+MOST_REPEATS = {"shard_memory": 3, "ranking": 3}  # for rows that take minutes
 
 
 def measure(name: str, repeats: int) -> dict[str, object]:
@@ -53,16 +53,17 @@ def missed(row: dict[str, object]) -> bool:
 
 
 def main() -> None:
-    """Measure the rows asked for, all by default; what misses its bound is printed first."""
+    """Measure the requested rows, by default all. Rows that miss their bound are printed first."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", help=f"some of {', '.join(ROWS)}")
     parser.add_argument("--repeats", type=int, default=7)
-    asked = parser.parse_args()
-    names = [name for name in ROWS if not asked.rows or any(name.startswith(row) for row in asked.rows)]
+    arguments = parser.parse_args()
+    rows = arguments.rows
+    names = [name for name in ROWS if not rows or any(name.startswith(row) for row in rows)]
     found = []
     for name in names:
         print(f"measuring {name} …", flush=True)
-        found.append(measure(name, asked.repeats))
+        found.append(measure(name, arguments.repeats))
         Path("bench.json").write_text(json.dumps(found, indent=2) + "\n")
     found.sort(key=missed, reverse=True)
     Path("bench.json").write_text(json.dumps(found, indent=2) + "\n")

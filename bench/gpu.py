@@ -1,9 +1,9 @@
-"""A training step on a GPU: the published one in float32 against ours, pruned, in bfloat16, as CUDA graphs.
+"""A training step on a GPU: the published step in float32 against ours, pruned, in bfloat16, with CUDA graphs.
 
-The rows are there where there is a GPU. Each notes images a second and the model FLOP utilisation of our step, the
-FLOPs of forward and backward pass over what the device could do in the time, and which share of an epoch from
-host memory the device waits for batches. That of a whole run is said by `dmtg train --profile` and after every
-epoch.
+The rows exist only on a machine with a GPU. Each row notes the images per second and the model FLOP utilisation of
+our step (FLOPs of forward and backward pass over the peak of the device in this time), and the share of an epoch
+from host memory in which the device waits for batches. For a whole run, `dmtg train --profile` and the metrics of
+each epoch have this share.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.steps import arrays_of, batch_of, grouping_of_five, ours, published, taskonomy
 from dmtg_core import ArrayData, GroupingNetwork, NetworkSpec
-from dmtg_core.training.loop import TrainState
 from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
 
-# dense bfloat16 FLOP/s from the makers' data sheets, by a part of the device's name
+# dense bfloat16 FLOP/s of the data sheets, by a part of the device's name
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
 CALLS, WARM_UP = 10, 5
 Costs = tuple[Callable[[], float], Callable[[], float], Callable[[], dict[str, Any]]]
 
 
 def timed(step: Callable[[], object], device: str) -> Callable[[], float]:
-    """Seconds of a call, the device waited for; the first ones compile and are not measured."""
+    """Measure the seconds of a call with synchronisation. The first calls compile and are not measured."""
     for _ in range(WARM_UP):
         step()
 
@@ -47,9 +47,10 @@ def timed(step: Callable[[], object], device: str) -> Callable[[], float]:
 
 
 def step_flops(spec: NetworkSpec, rows: int) -> float:
-    """FLOPs of a pruned step, two for each multiply-add: three times those of its forward pass.
+    """Compute the FLOPs of a pruned step, two for each multiply-add: three times those of its forward pass.
 
-    They are not counted in the backward pass: PyTorch's counter takes its grouped convolutions for whole ones.
+    The backward pass is not counted directly, because PyTorch's counter counts its grouped convolutions as full
+    ones.
     """
     state = TrainState.fresh(GroupingNetwork(spec), TrainSettings())
     state.keep(grouping_of_five(spec), TrainSettings())
@@ -59,10 +60,10 @@ def step_flops(spec: NetworkSpec, rows: int) -> float:
 
 
 def waiting_share(step: Callable[..., object], spec: NetworkSpec, rows: int, device: str, held: float) -> float:
-    """The part of a step's time that goes by without its batch, when an epoch's batches come from host memory.
+    """Measure the share of a step's time spent waiting for its batch if batches come from host memory.
 
     Args:
-        held: Seconds of a step on a batch that lies on the device.
+        held: Seconds of a step with a batch on the device.
     """
     data = ArrayData({"train": arrays_of(spec, rows * CALLS)}, spec.tasks, device=device)
 
@@ -78,7 +79,7 @@ def waiting_share(step: Callable[..., object], spec: NetworkSpec, rows: int, dev
 
 
 def against_published(rows: int, size: int = 256, device: str = "cuda") -> Costs:
-    """The published step over ours on the published network of five tasks, K = 3."""
+    """Compare the published step with ours on the published network of five tasks, K = 3."""
     spec = taskonomy(size)
     step = ours(spec, rows, pruned=True, device=device, precision="bf16", graphs=True)
     mine = timed(step, device)
@@ -101,7 +102,7 @@ def against_published(rows: int, size: int = 256, device: str = "cuda") -> Costs
 
 
 def rows() -> dict[str, tuple[str, float, Callable[[], Costs]]]:
-    """The rows of this machine: none without a GPU."""
+    """Return the rows of this machine. There are none without a GPU."""
     if not torch.cuda.is_available():
         return {}
     return {f"step_gpu_{n}": ("at_least", 6, lambda n=n: against_published(n)) for n in (24, 48, 96)}

@@ -1,8 +1,8 @@
-"""How fast shards are read, against what a script would do without them, on files in Taskonomy's layout.
+"""Speed of reading shards against reading files directly, on files in Taskonomy's layout.
 
-4,000 samples of 256 × 256 with five tasks, 852 KB each decoded, made once below `work/bench`. Every figure is of
-an epoch after the first, of one worker, and of batches of 24 that are ready for a training step: input as stored,
-targets as `Task.encode` gives them.
+The data are 4,000 samples of 256 × 256 with five tasks, 852 KB each decoded, generated once below `work/bench`.
+All figures are for an epoch after the first, one worker, and batches of 24 that are ready for a training step:
+stored input and encoded targets.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from pipelines.storage import locate
 
 ROOT = Path("work/bench")
 SAMPLES, FEW, BATCH = 4000, 1000, 24
-LOADED = 480  # samples that the slow loaders are timed on
+LOADED = 480  # samples for the slow loaders
 
 
 def _shard_command(samples: int) -> list[str]:
     taskonomy_files.write(ROOT / f"raw{samples}", samples)
     config = ROOT / "config.yaml"
     config.write_text("name: bench\nsource: {kind: taskonomy}\ndata: {shards: x}\n")
-    words = [f"source.root={ROOT / f'raw{samples}'}", f"data.shards={ROOT / f'shards{samples}'}"]
-    return [sys.executable, "-m", "pipelines.cli.app", "shard", "-c", str(config), *words]
+    overrides = [f"source.root={ROOT / f'raw{samples}'}", f"data.shards={ROOT / f'shards{samples}'}"]
+    return [sys.executable, "-m", "pipelines.cli.app", "shard", "-c", str(config), *overrides]
 
 
 @cache
@@ -57,7 +57,7 @@ def _reader(tasks: int) -> Reader:
 
 @cache
 def _stream(tasks: int) -> tuple[StreamData, itertools.count[int]]:
-    """A stream whose first epoch is over, and the numbers of its next ones."""
+    """Return a stream after its first epoch, and the numbers of its next epochs."""
     options = DataSection(shards="x")
     data = StreamData(_reader(tasks), options, seed=0, rank=0, world_size=1, device=torch.device("cpu"))
     for _ in data.train(0, BATCH):
@@ -66,7 +66,7 @@ def _stream(tasks: int) -> tuple[StreamData, itertools.count[int]]:
 
 
 def _epoch(tasks: int = 5) -> float:
-    """Seconds a sample of a streamed epoch."""
+    """Measure the seconds for a sample in a streamed epoch."""
     data, epochs = _stream(tasks)
     return _seconds_a_sample(len(batch.inputs) for batch in data.train(next(epochs), BATCH))
 
@@ -78,7 +78,7 @@ def _seconds_a_sample(sizes: Iterable[int]) -> float:
 
 
 def _scan() -> float:
-    """Seconds a sample of reading the same columns of the same files with pyarrow alone."""
+    """Measure the seconds for a sample when pyarrow alone reads the same columns of the same files."""
     reader = _reader(5)
     columns = list(reader.columns())
 
@@ -92,7 +92,7 @@ def _scan() -> float:
 
 
 class _Pngs(Dataset[dict[str, Tensor]]):
-    """The files themselves, decoded for every sample of every epoch."""
+    """The original files, decoded for each sample in each epoch."""
 
     def __init__(self) -> None:
         _reader(5)
@@ -112,7 +112,7 @@ class _Pngs(Dataset[dict[str, Tensor]]):
 
 
 class _Pickles(Dataset[dict[str, Tensor]]):
-    """One pickle of float32 tensors a sample, as the published code prepares them."""
+    """A pickle of float32 tensors for each sample, as in the published code."""
 
     def __init__(self) -> None:
         self.folder = ROOT / "pickles"
@@ -135,7 +135,7 @@ class _Pickles(Dataset[dict[str, Tensor]]):
 
 
 def _loader(kind: type[_Pngs | _Pickles]) -> Callable[[], float]:
-    """Seconds a sample of an epoch of a two-worker DataLoader whose workers are running already."""
+    """Measure the seconds for a sample of a DataLoader with two running workers."""
     loader = DataLoader(kind(), BATCH, shuffle=True, num_workers=2, persistent_workers=True)
 
     def epoch() -> float:
@@ -145,15 +145,15 @@ def _loader(kind: type[_Pngs | _Pickles]) -> Callable[[], float]:
 
 
 def _gap() -> float:
-    """Seconds from the last batch of an epoch to the first of the next."""
+    """Measure the seconds from the last batch of an epoch to the first of the next."""
     data, epochs = _stream(5)
     for _ in data.train(next(epochs), BATCH):
         pass
     started = time.perf_counter()
-    monitoring = data.train(next(epochs), BATCH)
-    next(monitoring)
+    batches = data.train(next(epochs), BATCH)
+    next(batches)
     seconds = time.perf_counter() - started
-    for _ in monitoring:
+    for _ in batches:
         pass
     return seconds
 
@@ -163,7 +163,7 @@ def _whole_epoch() -> float:
 
 
 def _peak_memory(samples: int) -> float:
-    """Largest memory of a sharding job with all of its processes, in MiB; memory they share counts once."""
+    """Measure the peak memory of a sharding job with all its processes, in MiB. Shared memory counts once."""
     command = _shard_command(samples)
     shutil.rmtree(ROOT / f"shards{samples}", ignore_errors=True)
     job = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -179,13 +179,13 @@ def _peak_memory(samples: int) -> float:
 def _memory(process: psutil.Process) -> float:
     try:
         return float(process.memory_full_info().pss)
-    except psutil.Error:  # it has just ended
+    except psutil.Error:  # the process has ended
         return 0.0
 
 
 Costs = tuple[Callable[[], float], Callable[[], float]]
 
-# name → (bound, value, how to make the numerator and the denominator of the ratio)
+# name → (bound, value, function that returns numerator and denominator of the ratio)
 ROWS: dict[str, tuple[str, float, Callable[[], Costs]]] = {
     "ingest_over_png": ("at_least", 5, lambda: (_loader(_Pngs), _epoch)),
     "ingest_over_pickle": ("at_least", 2, lambda: (_loader(_Pickles), _epoch)),

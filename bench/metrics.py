@@ -1,4 +1,4 @@
-"""What metrics cost: ten million scores of a binary task in batches, against scikit-learn on all at once."""
+"""Cost of metrics: ten million scores of a binary task in batches, against scikit-learn on all at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCORES, BATCH = 10_000_000, 4096
 
 
 def ranking() -> tuple[Callable[[], float], Callable[[], float], Callable[[], dict[str, Any]]]:
-    """Seconds for all metrics of a binary task, and for AUROC and average precision by scikit-learn."""
+    """Measure seconds for all metrics of a binary task, and for AUROC and average precision with scikit-learn."""
     rng = np.random.default_rng(0)
     label = rng.random(SCORES) < 0.1
     score = (rng.normal(size=SCORES) + label).astype(np.float32)
@@ -45,7 +45,7 @@ def ranking() -> tuple[Callable[[], float], Callable[[], float], Callable[[], di
     def notes() -> dict[str, Any]:
         tracemalloc.start()
         found = evaluated()
-        peak = tracemalloc.get_traced_memory()[1]  # of NumPy; what waits as tensors adds 8 MiB
+        peak = tracemalloc.get_traced_memory()[1]  # of NumPy; collected tensors add 8 MiB
         tracemalloc.stop()
         off = abs(found["auroc"] - roc_auc_score(label, score))
         return {"mib": round(peak / 2**20), "off_by": off}

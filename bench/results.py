@@ -1,7 +1,7 @@
 """`docs/results.md`, from the comparisons in `docs/results/`: `python -m bench.results [FILE NAME [COMMAND]]`.
 
-With a command a finished comparison, the `compare.json` FILE, is first taken into `docs/results/NAME.json`.
-Without one FILE is the `signal.json` of the same configuration, whose verdict is written beside the comparison.
+With COMMAND, FILE is the `compare.json` of a finished comparison. It is first copied to `docs/results/NAME.json`.
+Without COMMAND, FILE is the `signal.json` of the same configuration. Its verdict is added to `NAME.json`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ cost less. The [glossary](reference/glossary.md) explains the methods.
 """
 
 
-def take_in(file: Path, name: str, command: str) -> None:
-    """Keep what the page shows of a finished comparison."""
+def store_comparison(file: Path, name: str, command: str) -> None:
+    """Store the parts of a finished comparison that the page shows."""
     found = json.loads(file.read_text())
     kept = {key: value for key, value in found.items() if key not in ("together", "name")}
     for row in kept["rows"]:
@@ -48,21 +48,21 @@ def take_in(file: Path, name: str, command: str) -> None:
     _write(name, {"command": command} | rounded(kept))
 
 
-def take_in_signal(file: Path, name: str) -> None:
-    """Keep the verdict of a pre-flight beside the comparison."""
+def store_signal(file: Path, name: str) -> None:
+    """Store the verdict of a grouping signal with the comparison."""
     found = json.loads((FOLDER / f"{name}.json").read_text())
     _write(name, found | {"signal": json.loads(file.read_text())["verdict"]})
 
 
 def _write(name: str, found: dict[str, Any]) -> None:
-    """A line for each part: with one for each figure, the groups of a hundred tasks take most of the file."""
+    """Write JSON with one line for each part, because a line for each figure would make long files."""
     FOLDER.mkdir(exist_ok=True)
     parts = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
     (FOLDER / f"{name}.json").write_text(f"{{\n{parts}\n}}\n")
 
 
 def rounded(value: Any) -> Any:
-    """Floats with five digits."""
+    """Round floats to five digits."""
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -71,13 +71,13 @@ def rounded(value: Any) -> Any:
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     files = sorted(FOLDER.glob("*.json"), key=lambda file: by_number(file.stem))
     return HEAD + "\n".join(section(file) for file in files)
 
 
 def section(file: Path) -> str:
-    """One comparison."""
+    """Return the section of one comparison."""
     found = json.loads(file.read_text())
     lines = [f"## {file.stem}", "", "```", found["command"], "```", ""]
     lines += [f"{len(found['tasks'])} tasks, at most {found['groups']} groups, {len(found['seeds'])} seeds.", ""]
@@ -87,7 +87,7 @@ def section(file: Path) -> str:
         counts = ", ".join(f"{name} {chosen.count(name)}" for name in sorted(set(chosen)))
         lines.append(f"- Candidate with the best validation score, number of seeds: {counts}.")
     if "truth" in found["agreement"]:
-        # `retrained` trains the groups that the search's best gate ended with, whichever candidate was kept
+        # `retrained` trains the final groups of the search's best gate, whichever candidate was selected
         named = {"guided": "guided", "retrained": "the groups of its best gate", "dmtg": "dmtg"}
         agreement = {
             name: found["agreement"][row]["truth"] for row, name in named.items() if row in found["agreement"]
@@ -106,19 +106,19 @@ def section(file: Path) -> str:
 
 
 def interval(mean: dict[str, float]) -> str:
-    """A mean with half of its interval."""
+    """Format a mean with half of its interval."""
     if mean["low"] is None or math.isnan(mean["low"]):
         return f"{mean['value']:+.1f}"
     return f"{mean['value']:+.1f} ± {(mean['high'] - mean['low']) / 2:.1f}"
 
 
 def main() -> None:
-    """Take a comparison in, if one is named, and write the page."""
+    """Store a comparison if one is given, and write the page."""
     file, name, command = (sys.argv[1:] + [""] * 3)[:3]
     if command:
-        take_in(Path(file), name, command)
+        store_comparison(Path(file), name, command)
     elif file:
-        take_in_signal(Path(file), name)
+        store_signal(Path(file), name)
     PAGE.write_text(page())
 
 

@@ -1,6 +1,6 @@
-"""Whole runs: what progressive pruning saves, what a search costs in runs of naive MTL, checkpoints, two workers.
+"""Whole runs: gain of progressive pruning, cost of a search in runs of naive MTL, checkpoints, two workers.
 
-They train on small rendered rooms with five dense tasks, drawn once into work/bench.
+They train on small rendered rooms with five dense tasks, rendered once into work/bench.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _spec(groups: int) -> NetworkSpec:
 
 
 class _Runs:
-    """Runs of one kind, each with the next seed; what they came to is kept."""
+    """Runs of one kind, each with the next seed. Their metrics are stored."""
 
     def __init__(self, data: ArrayData, groups: int, **over: Any) -> None:
         self.data, self.groups, self.over = data, groups, over
@@ -97,28 +97,28 @@ class _Runs:
 
 
 def _gains(runs: _Runs, over: _Runs) -> dict[str, Any]:
-    """Normalized gains of runs over others of the same seeds, in per cent."""
+    """Compute normalized gains of runs over others with the same seeds, in per cent."""
     tasks = runs.data.tasks
     pairs = zip(runs.metrics, over.metrics, strict=True)
     return {"gains": [round(normalized_gain(tasks, a, b), 1) for a, b in pairs]}
 
 
 def progressive() -> Costs:
-    """Runs that prune as they learn, over runs that keep all heads to the end as the published code does."""
+    """Compare runs with progressive pruning with runs that keep all heads, as in the published code."""
     data = _data()
     pruned, full = _Runs(data, 3), _Runs(data, 3, search_share=1.0, prune_threshold=0.0)
     return pruned, full, lambda: _gains(pruned, full)
 
 
 def over_naive(groups: int) -> Costs:
-    """One-shot runs over runs of naive MTL with as many epochs."""
+    """Compare one-shot runs with runs of naive MTL of the same number of epochs."""
     data = _data()
     ours, naive = _Runs(data, groups), _Runs(data, 1)
     return ours, naive, lambda: _gains(ours, naive)
 
 
 def _memory(tasks: int) -> Callable[[], float]:
-    """MiB that steps with so many binary tasks add to a fresh process at their peak."""
+    """Measure the peak memory that steps with `tasks` binary tasks add to a fresh process, in MiB."""
     code = (
         "import psutil, resource, torch\nfrom bench import steps\n"
         "steps.ours(steps.binary(1, steps.SMALL), 64)()\n"
@@ -138,7 +138,7 @@ def _memory(tasks: int) -> Callable[[], float]:
 
 
 def _fifty_steps(state: TrainState, spec: NetworkSpec, context: LocalContext | None) -> Callable[[], float]:
-    """Seconds of fifty steps, with one checkpoint when there is a context to write it."""
+    """Measure the seconds of fifty steps, with one checkpoint if there is a context."""
     settings, here, batch = TrainSettings(), LocalContext(device="cpu"), batch_of(spec, 16)
     module = WeighedLoss(state.network).train()
     noise = step_noise(state.network, settings, 0, 0, 16)
@@ -155,7 +155,7 @@ def _fifty_steps(state: TrainState, spec: NetworkSpec, context: LocalContext | N
 
 
 def checkpoints() -> tuple[Callable[[], float], Callable[[], float]]:
-    """A checkpoint every fifty steps of the forty-attribute network, over none."""
+    """Compare a checkpoint every fifty steps of the forty-attribute network with no checkpoint."""
     spec = binary(40, FACES)
     state = TrainState.fresh(GroupingNetwork(spec), TrainSettings())
     folder = ROOT / "checkpoints"
@@ -164,7 +164,7 @@ def checkpoints() -> tuple[Callable[[], float], Callable[[], float]]:
 
 
 class _Worker:
-    """`TrainContext` of a process among others that train data-parallel."""
+    """`TrainContext` of one process of a data-parallel training."""
 
     def __init__(self) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -190,7 +190,7 @@ class _Worker:
 
 
 def _work(rank: int, workers: int, store: str, calls: Connection) -> None:
-    """Answer every call with the seconds of a step on this worker's part of 64 samples."""
+    """Reply to each call with the seconds of a step on this worker's part of 64 samples."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
     spec, settings, context = binary(40, FACES), TrainSettings(), _Worker()
@@ -198,14 +198,14 @@ def _work(rank: int, workers: int, store: str, calls: Connection) -> None:
     module = context.prepare(WeighedLoss(state.network).train())
     noise = step_noise(state.network, settings, 0, 0, 64)
     cost = timed(lambda: train_step(module, state.optimizer, batch, noise, 1.0, settings, context))
-    with contextlib.suppress(EOFError):  # there is nobody left to ask
+    with contextlib.suppress(EOFError):  # the other end of the connection is closed
         while calls.recv():
             calls.send(cost())
     dist.destroy_process_group()
 
 
 def _workers(count: int) -> Callable[[], float]:
-    """Seconds of a step of so many workers, a thread each, which all wait between two calls."""
+    """Measure the seconds of a step of `count` workers with a thread each, which wait between two calls."""
     store, ends = str(Path(tempfile.mkdtemp()) / "store"), []
     for rank in range(count):
         mine, theirs = get_context("spawn").Pipe()
@@ -220,7 +220,7 @@ def _workers(count: int) -> Callable[[], float]:
     return cost
 
 
-# name → (bound, value, how to make the numerator and the denominator of the ratio, and what else to say)
+# name → (bound, value, function that returns numerator and denominator of the ratio, and notes)
 ROWS: dict[str, tuple[str, float, Callable[[], Any]]] = {
     "growth_memory": ("at_most", 1.3, lambda: (_memory(100), _memory(10))),
     "run_progressive_over_full": ("at_most", 0.8, progressive),

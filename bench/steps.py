@@ -1,7 +1,7 @@
-"""One training step of ours against one as the published code makes it, on the same shapes and the same tasks.
+"""One training step of ours against one of the published code, on the same shapes and the same tasks.
 
-The published step has K copies of the branch, K·N heads as modules of their own, tensors in NCHW and float32, a
-loss call for every (branch, task), and a look of the host at every loss.
+The published step has K copies of the branch, K·N heads as separate modules, tensors in NCHW and float32, a loss
+call for each (branch, task), and a synchronisation with the host for each loss.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from dmtg_core import (
 )
 from dmtg_core.network.decoders import Doubling
 from dmtg_core.network.grouping_network import pooled
-from dmtg_core.training.loop import TrainState
 from dmtg_core.training.losses import label_counts, sample_loss
 from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import WeighedLoss, prepare_network, step_noise, train_step
 from pipelines.data.sources.taskonomy.tasks import TASKS
 
 FIVE = ("depth_zbuffer", "normal", "segment_semantic", "keypoints2d", "edge_texture")
-GROUPS_OF_FIVE = (0, 0, 1, 2, 2)  # a grouping to prune to: which one does not change the cost
+GROUPS_OF_FIVE = (0, 0, 1, 2, 2)  # the grouping after pruning; its choice does not change the cost
 
 
 def binary(count: int, encoder: EncoderSpec, groups: int = 4) -> NetworkSpec:
-    """`count` binary tasks on 64 × 64 images."""
+    """Return a spec of `count` binary tasks on 64 × 64 images."""
     tasks = tuple(Task(f"t{n}", "binary") for n in range(count))
     return NetworkSpec(InputSpec("image", (64, 64, 3), "uint8", (127.5,), (63.0,)), tasks, encoder, groups)
 
@@ -46,14 +46,14 @@ FACES = EncoderSpec("celeba_resnet")
 
 
 def taskonomy(size: int = 128, groups: int = 3) -> NetworkSpec:
-    """The published network of five dense tasks, stem of six layers."""
+    """Return the spec of the published network of five dense tasks, with a stem of six layers."""
     image = InputSpec("image", (size, size, 3), "uint8", (127.5,), (63.0,))
     encoder = EncoderSpec("xception_taskonomy", 6)
     return NetworkSpec(image, [TASKS[name] for name in FIVE], encoder, groups, "xception", 128)
 
 
 def arrays_of(spec: NetworkSpec, rows: int) -> Arrays:
-    """Random samples with every label there."""
+    """Generate random samples without missing labels."""
     generator = torch.Generator().manual_seed(0)
     size = spec.input.shape[:2]
 
@@ -73,7 +73,7 @@ def arrays_of(spec: NetworkSpec, rows: int) -> Arrays:
 
 
 def batch_of(spec: NetworkSpec, rows: int, device: str = "cpu") -> Batch:
-    """Random samples as one batch on a device."""
+    """Generate random samples as one batch on a device."""
     data = ArrayData({"train": arrays_of(spec, rows)}, spec.tasks, device=torch.device(device))
     return next(data.train(0, rows))
 
@@ -87,9 +87,9 @@ def ours(
     precision: str = "fp32",
     graphs: bool = False,
 ) -> Callable[..., object]:
-    """Our step, on one batch that lies on the device or on those it is called with.
+    """Return our step, on one batch on the device or on batches passed to it.
 
-    Pruned, every task has one head. On a GPU it is compiled, as training is by default.
+    With `pruned`, each task has one head. On a GPU the step is compiled, which is the default of training.
     """
     settings, context = TrainSettings(precision=precision, cuda_graphs=graphs), LocalContext(device=device)
     held = batch_of(spec, rows, device)
@@ -103,7 +103,7 @@ def ours(
 
 
 def grouping_of_five(spec: NetworkSpec) -> Tensor:
-    """Which pairs stay of the five dense tasks, `(N, K)`."""
+    """Return the mask of the pairs that stay of the five dense tasks, `(N, K)`."""
     alive = torch.zeros(len(spec.tasks), spec.groups, dtype=torch.bool)
     for n, k in enumerate(GROUPS_OF_FIVE):
         alive[n, k] = True
@@ -111,7 +111,7 @@ def grouping_of_five(spec: NetworkSpec) -> Tensor:
 
 
 def published(spec: NetworkSpec, rows: int, device: str = "cpu") -> Callable[[], object]:
-    """The published step."""
+    """Return the published step."""
     network = GroupingNetwork(spec).train().to(device, memory_format=torch.contiguous_format)
     heads = _separate_heads(network).to(device)
     parameters = [p for name, p in network.named_parameters() if not name.startswith(("bank", "decoders"))]
@@ -141,7 +141,7 @@ def published(spec: NetworkSpec, rows: int, device: str = "cpu") -> Callable[[],
 
 
 def _separate_heads(network: GroupingNetwork) -> nn.ModuleDict:
-    """A module for every (branch, task)."""
+    """Build a module for each (branch, task)."""
     heads = nn.ModuleDict({f"{k}_{n}": _transposing(one) for (k, n), one in network.decoders.items()})
     for k, kept in network.bank.kept.items():
         for task in kept:
@@ -151,7 +151,7 @@ def _separate_heads(network: GroupingNetwork) -> nn.ModuleDict:
 
 
 def _transposing(decoder: nn.Module) -> nn.Module:
-    """The decoder with PyTorch's transposed convolutions."""
+    """Replace the doublings of a decoder by PyTorch's transposed convolutions."""
     for parent in list(decoder.modules()):
         for name, module in parent.named_children():
             if isinstance(module, Doubling):
@@ -162,7 +162,7 @@ def _transposing(decoder: nn.Module) -> nn.Module:
 
 
 def floor(spec: NetworkSpec, rows: int) -> Callable[[], object]:
-    """Stem, K branches and N heads forward and backward, without gate and losses, and the optimiser."""
+    """Return a step of stem, K branches, N heads and optimiser, without gate and losses."""
     settings, batch = TrainSettings(), batch_of(spec, rows)
     state = TrainState.fresh(GroupingNetwork(spec), settings)
     state.keep(grouping_of_five(spec), settings)
@@ -178,7 +178,7 @@ def floor(spec: NetworkSpec, rows: int) -> Callable[[], object]:
 
 
 def timed(step: Callable[[], object], calls: int = 3) -> Callable[[], float]:
-    """Seconds of a call."""
+    """Measure the seconds of a call."""
 
     def cost() -> float:
         started = time.perf_counter()
@@ -193,11 +193,11 @@ Costs = tuple[Callable[[], float], Callable[[], float]]
 
 
 def against_published(spec: NetworkSpec, rows: int, calls: int, *, pruned: bool = False) -> Costs:
-    """The published step over ours."""
+    """Compare the published step with ours."""
     return timed(published(spec, rows), calls), timed(ours(spec, rows, pruned=pruned), calls)
 
 
-# name → (bound, value, how to make the numerator and the denominator of the ratio)
+# name → (bound, value, function that returns numerator and denominator of the ratio)
 ROWS: dict[str, tuple[str, float, Callable[[], Costs]]] = {
     "step_binary40": ("at_least", 1.2, lambda: against_published(binary(40, SMALL), 64, 3)),
     "step_celeba40": ("at_least", 1.5, lambda: against_published(binary(40, FACES), 16, 3)),

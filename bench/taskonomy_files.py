@@ -1,6 +1,6 @@
-"""Files in Taskonomy's layout with the sizes and depths of the real ones, for measuring how fast they are read.
+"""Generated files in Taskonomy's layout, with the sizes and bit depths of the real files, for measurements.
 
-The pixels are smooth surfaces with sensor noise, so that PNG compresses them about as it does photographs.
+The pixels are smooth surfaces with sensor noise, so that PNG compresses them about as well as photographs.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 
 TASKS = ("depth_zbuffer", "normal", "segment_semantic", "keypoints2d", "edge_texture")
-POINTS = 100  # of a building
+POINTS = 100  # points of a building
 
 
 def write(root: Path, samples: int, size: int = 256) -> None:
-    """Write `samples` points of view of `size` × `size` with five tasks each; a finished folder is kept."""
+    """Write `samples` points of view of `size` × `size` with five tasks each. A finished folder is kept."""
     done = root / f"{samples}.done"
     if done.exists():
         return

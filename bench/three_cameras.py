@@ -1,8 +1,8 @@
-"""Photos of garments as three cameras would see them: `python -m bench.three_cameras CLOTHING FOLDER`.
+"""The data set of three cameras, from photos of garments: `python -m bench.three_cameras CLOTHING FOLDER`.
 
-A sample is one image whose three channels are three different photos in grey, as where cameras are read into one
-file. The tasks of a camera depend on its channel alone, so that those of different cameras share nothing but what
-all photos have in common. The recipe `three_cameras` reads it.
+A sample is one image whose three channels are three different grey photos, like the images of three cameras in one
+file. The tasks of a camera depend only on its channel. Tasks of different cameras share only general features of
+photos. The recipe `three_cameras` reads the data set.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ NO_GARMENT = ("Not sure", "Skip", "Other")
 
 
 def write(clothing: Path, folder: Path) -> int:
-    """Images and `labels.csv` in `folder`, in the format of `source.kind: folder`; how many.
+    """Write images and `labels.csv` in the format of `source.kind: folder`. Return the number of images.
 
     Args:
         clothing: The folder of the clothing set: `images/<image>.jpg`, `labels.csv`.
-        folder: Where to write. Every photo is seen once by every camera, within its split.
+        folder: The output folder. Each photo is used once by each camera, within its split.
     """
     with (clothing / "labels.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["label"] not in NO_GARMENT]

@@ -1,6 +1,6 @@
 """Differentiable multi-task grouping (DMTG; Gao et al., ICML 2024) in plain PyTorch.
 
-Learn in one training run which tasks should share an encoder:
+Find in one training run which tasks should share an encoder:
 
     network = GroupingNetwork(NetworkSpec(input, tasks, EncoderSpec("mlp"), groups=3))
     state = fit(network, data, TrainSettings(epochs=20))
@@ -14,19 +14,20 @@ from dmtg_core.network.encoders import ENCODERS, EncoderSpec
 from dmtg_core.network.gate import GroupGate
 from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec
 from dmtg_core.search.distillation import Teachers
-from dmtg_core.search.feature_overlap import cluster, reading_overlap
+from dmtg_core.search.feature_overlap import cluster, feature_overlap
 from dmtg_core.search.gradient_affinity import GradientAffinities, projected_affinity
-from dmtg_core.search.search import SearchOptions, SearchResult, search
+from dmtg_core.search.options import SearchOptions
+from dmtg_core.search.search import SearchResult, search
 from dmtg_core.search.selection import Candidate, Selection, best_partition, select
 from dmtg_core.tasks import InputSpec, Task
 from dmtg_core.training.aggregation import AGGREGATORS
 from dmtg_core.training.augment import AUGMENTATIONS, augment
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import ArrayData, Arrays, Batch, Data
-from dmtg_core.training.loop import NonFiniteLossError, TrainState, evaluate, fit
+from dmtg_core.training.loop import NonFiniteLossError, evaluate, fit
 from dmtg_core.training.metrics import Metrics, MetricSums, normalized_gain, total_error
-from dmtg_core.training.schedules import TemperatureSchedule
-from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.settings import TemperatureSchedule, TrainSettings
+from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import train_step
 from dmtg_core.training.warm_start import WarmStart
 
@@ -66,12 +67,12 @@ __all__ = [
     "best_partition",
     "cluster",
     "evaluate",
+    "feature_overlap",
     "fit",
     "grouping_cost",
     "inference_cost",
     "normalized_gain",
     "projected_affinity",
-    "reading_overlap",
     "search",
     "select",
     "total_error",

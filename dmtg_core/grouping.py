@@ -13,8 +13,8 @@ from dataclasses import dataclass
 class Grouping:
     """A partition of tasks into groups.
 
-    Empty groups are legal and vanish; groups are ordered by their first task, so that equal partitions are
-    equal objects. Build it with `Grouping.of`.
+    Groups are ordered by their first task, so that equal partitions are equal objects. Empty groups are dropped.
+    Use `Grouping.of` to build a grouping.
     """
 
     tasks: tuple[str, ...]
@@ -22,14 +22,14 @@ class Grouping:
 
     @classmethod
     def of(cls, groups: Iterable[Iterable[str]], tasks: Sequence[str] | None = None) -> Grouping:
-        """The partition made of `groups`.
+        """Build the partition from `groups`.
 
         Args:
             groups: Task names, each in exactly one group.
-            tasks: All tasks in the order to keep; by default the order of appearance.
+            tasks: All tasks in their order. The default is the order of appearance.
 
         Raises:
-            ValueError: When a task is in two groups, in none, or unknown.
+            ValueError: If a task is in two groups, in no group, or unknown.
         """
         members = [tuple(group) for group in groups]
         flat = [name for group in members for name in group]
@@ -46,10 +46,10 @@ class Grouping:
 
     @classmethod
     def from_assignment(cls, tasks: Sequence[str], assignment: Sequence[int]) -> Grouping:
-        """The partition that sends `tasks[i]` to group number `assignment[i]`.
+        """Build the partition with `tasks[i]` in group number `assignment[i]`.
 
         Raises:
-            ValueError: When the lengths differ.
+            ValueError: If the lengths differ.
         """
         if len(tasks) != len(assignment):
             raise ValueError(f"expected an assignment of {len(tasks)} tasks, got {len(assignment)}")
@@ -69,11 +69,11 @@ class Grouping:
         return cls.from_dict(values["groups"], values["tasks"])
 
     def to_dict(self) -> dict[str, list[str]]:
-        """`{"group_0": [...], …}`."""
+        """Return `{"group_0": [...], …}`."""
         return {f"group_{i}": list(group) for i, group in enumerate(self.groups)}
 
     def to_json(self) -> str:
-        """Readable JSON with the tasks in order, the groups and the name."""
+        """Return indented JSON with the tasks in order, the groups and the name."""
         return (
             json.dumps({"name": self.name, "tasks": list(self.tasks), "groups": self.to_dict()}, indent=2) + "\n"
         )
@@ -86,7 +86,7 @@ class Grouping:
 
     @property
     def name(self) -> str:
-        """A short name that is the same for the same partition, whatever the order of its tasks."""
+        """Short name of the partition. It does not depend on the order of the tasks."""
         canonical = sorted(sorted(group) for group in self.groups)
         digest = hashlib.sha256(json.dumps(canonical).encode()).hexdigest()
         return f"g{len(self.groups)}-{digest[:8]}"
@@ -95,12 +95,12 @@ class Grouping:
         return " | ".join(", ".join(group) for group in self.groups)
 
     def adjusted_rand_index(self, other: Grouping) -> float:
-        """Agreement of two partitions of the same tasks: 1 when equal, 0 on average by chance.
+        """Return the agreement of two partitions of the same tasks: 1 if equal, 0 on average by chance.
 
         Hubert and Arabie, "Comparing partitions", 1985, equation 5.
 
         Raises:
-            ValueError: When the tasks differ.
+            ValueError: If the tasks differ.
         """
         if set(self.tasks) != set(other.tasks):
             raise ValueError(f"cannot compare groupings of different tasks: {self.tasks} and {other.tasks}")
@@ -111,14 +111,14 @@ class Grouping:
         pairs = math.comb(len(self.tasks), 2)
         expected = rows * columns / pairs if pairs else 0.0
         largest = (rows + columns) / 2
-        # both trivial (all together or all apart): equal partitions
+        # both are trivial (one group, or a group for each task), and equal
         return 1.0 if largest == expected else (together - expected) / (largest - expected)
 
     def moved(self, other: Grouping) -> list[str]:
-        """The tasks that are elsewhere in `other`, in this one's order.
+        """Return the tasks that are in another group in `other`, in the order of `tasks`.
 
-        Groups are paired by the tasks they have in common, the largest overlap first; a task has moved when its
-        groups in the two are not a pair. Tasks that only one of the two has are left out.
+        Groups of the two partitions are paired by their number of common tasks, the largest first. A task has
+        moved if its two groups are not a pair. Tasks of only one partition are omitted.
         """
         pairs = [
             (len(set(a) & set(b)), i, j) for i, a in enumerate(self.groups) for j, b in enumerate(other.groups)
@@ -132,7 +132,7 @@ class Grouping:
         return [name for name, group in here if name in there and partner.get(group) != there[name]]
 
     def among(self, tasks: Iterable[str]) -> Grouping:
-        """The partition of those of `tasks` that it has."""
+        """Return the partition restricted to `tasks`. Unknown tasks are ignored."""
         kept = set(tasks)
         return Grouping.of(
             [[name for name in group if name in kept] for group in self.groups],

@@ -1,4 +1,4 @@
-"""Names with numbers in their order, and many names in few words."""
+"""Names: a sort key for names with numbers, and short lists of names for messages."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 
 def by_number(name: str) -> tuple[list[Any], str]:
-    """Sort key that compares the numbers in names as numbers.
+    """Return a sort key that compares the numbers in names as numbers.
 
     Example:
         >>> sorted(["group_10", "group_9", "group_1"], key=by_number)
         ['group_1', 'group_9', 'group_10']
     """
-    # digits without leading zeros, the shorter ones first: that is the order of numbers of any length
+    # digits without leading zeros, compared by length first: this is the order of numbers of any length
     parts = [part.lstrip("0") if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]
     return [(len(part), part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
-    """Names for a message: all of a few, of more the first ones and how many there are besides.
+    """Return names for a message: the first `most` names, and the number of further names.
 
     Example:
         >>> listed("abcdefg", 3)

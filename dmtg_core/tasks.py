@@ -1,10 +1,10 @@
-"""What is predicted (`Task`) and from what (`InputSpec`), with the way from stored values to the network and back.
+"""Tasks (`Task`) and inputs (`InputSpec`), with the conversion of stored values to network units and back.
 
-Stored ("raw") values are what the label files hold: 16-bit depth, class ids, 0/1 flags. The network works
-in its own units. `Task.encode` and `Task.decode` are the only places where the two meet.
+Stored ("raw") values are the contents of the label files: 16-bit depth, class ids, 0/1 flags. The network uses
+its own units. Only `Task.encode` and `Task.decode` convert between the two.
 
-A missing label has one form everywhere in the core: NaN in a floating-point target and
-`Task.ignore_index` in an integer target. Losses and metrics leave such entries out by sums and counts.
+A missing label is NaN in a floating-point target and `Task.ignore_index` in an integer target, everywhere in the
+core. Losses and metrics omit such entries from sums and counts.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from dmtg_core.names import listed
 CLASS_KINDS = ("multiclass", "dense_classification")
 DENSE_KINDS = ("dense_classification", "dense_regression")
 
-LONGEST_NAME = 200  # characters; a tracked metric, which has stage, task and metric in its name, has at most 250
+LONGEST_NAME = 200  # characters; the name of a tracked metric (stage, task and metric) has at most 250
 
 INPUT_DTYPES = ("uint8", "uint16", "int16", "int32", "float16", "float32", "float64")
 
-# Metrics of a direction with three components, such as a surface normal.
+# Metrics of a direction with three components, for example a surface normal.
 ANGLES = ("within_11", "within_22", "within_30", "mean_angle")
 
 # The first entry of each tuple is the default.
@@ -57,21 +57,21 @@ class Task:
     """One prediction task.
 
     Args:
-        name: Unique among the tasks of a network.
+        name: Name, unique among the tasks of a network.
         kind: A key of `LOSSES`.
-        channels: Classes of a multiclass or dense classification task, values a sample (or a pixel) of a
-            regression task; 1 for a binary task.
+        channels: Number of classes of a multiclass or dense classification task, number of values for each sample
+            (or pixel) of a regression task, 1 for a binary task.
         loss: One of `LOSSES[kind]`; empty for the default.
         metric: The headline metric, one of `METRICS[kind]`; empty for the default. The normalized gain is
             computed from it.
         ignore_index: Class id that means "not annotated" (integer targets only).
-        offset, scale: Network units are `(raw - offset) / scale`, one value for all channels or one a channel.
-        valid_below: Raw values at or above it are not annotated (dense regression only).
+        offset, scale: Network units are `(raw - offset) / scale`. One value for all channels or one for each.
+        valid_below: Raw values of at least `valid_below` are not annotated (dense regression only).
         labels: Names of the classes.
-        threshold: Raw value from which a pixel counts as positive for the metric "f1" (dense regression only).
-        flip: Factor of each channel, in network units, when the image is mirrored left to right: -1 for the x of
-            a surface normal (dense regression only). Empty where no channel changes.
-        unit: Unit of a raw value, for people to read.
+        threshold: Smallest raw value of a positive pixel for the metric "f1" (dense regression only).
+        flip: Factor of each channel, in network units, for an image that is mirrored left to right: -1 for the x
+            of a surface normal (dense regression only). Empty if no channel changes.
+        unit: Unit of a raw value, for display.
         weight: Factor of this task's loss in the training loss.
 
     Raises:
@@ -151,29 +151,29 @@ class Task:
         return self.kind in CLASS_KINDS
 
     def encode(self, raw: Tensor, present: Tensor | None = None) -> Tensor:
-        """Stored values to a training target.
+        """Convert stored values to a training target.
 
         Args:
             raw: `(B,)` or `(B, C)` for a sample-wise task; `(B, H, W)` or `(B, H, W, C)` for a dense one; any
                 dtype.
-            present: Bool, `(B,)` or `(B, H, W)`; False where there is no label.
+            present: Bool, `(B,)` or `(B, H, W)`; False for a missing label.
 
         Returns:
             int64 `(B,)` or `(B, H, W)` for class ids; float32 `(B,)`, `(B, C)` or `(B, C, H, W)` otherwise.
-            `C` is there for every dense regression task and for a regression task of more than one channel.
+            The axis `C` exists for all dense regression tasks and for regression tasks of more than one channel.
         """
         if self.classes:
             target = raw.long()
             return target if present is None else target.where(_expand(present, target), self.ignore_index)
         missing = [] if present is None else [~_expand(present, raw)]
-        # one new tensor, worked on in place: memory is what this takes time for
+        # one new tensor, changed in place: the time of this function is memory traffic
         value = raw.to(torch.float32, copy=True)
         if raw.is_floating_point():
             missing.append(raw.isnan())
         if self.valid_below is not None:
             missing.append(value >= self.valid_below)
         if self.kind != "binary":
-            # the channel is the last axis of what is stored; a single channel is stored without it
+            # the channel is the last axis of the stored values; a single channel is stored without it
             value.sub_(value.new_tensor(self.offset)).div_(value.new_tensor(self.scale))
         for where in missing:
             value.masked_fill_(where, torch.nan)
@@ -182,10 +182,10 @@ class Task:
         return value
 
     def decode(self, output: Tensor) -> Tensor:
-        """A network output to what a user asks for, in the layout of the stored labels.
+        """Convert a network output to predictions in the layout of the stored labels.
 
         Args:
-            output: `(B,)`, `(B, C)` or `(B, C, H, W)`, as `GroupModel` gives it.
+            output: `(B,)`, `(B, C)` or `(B, C, H, W)`, as returned by `GroupModel`.
 
         Returns:
             binary: probability of class 1, `(B,)`; multiclass: probabilities, `(B, C)`; regression: values in
@@ -204,14 +204,14 @@ class Task:
         return output * output.new_tensor(self.scale) + output.new_tensor(self.offset)
 
     def in_units_of(self, other: Task, output: Tensor) -> Tensor:
-        """A network output of this task in the network units of another: the same value for a user.
+        """Convert a network output to the network units of another task. The decoded value does not change.
 
         Args:
             other: The same task with another `offset` or `scale`.
-            output: `(B,)`, `(B, C)` or `(B, C, H, W)`, as `GroupModel` gives it.
+            output: `(B,)`, `(B, C)` or `(B, C, H, W)`, as returned by `GroupModel`.
 
         Returns:
-            As `output`; outputs of classes and flags have no units and stay as they are.
+            Shape of `output`. Outputs of classes and flags have no units and do not change.
         """
         if self.kind in CLASS_KINDS or self.kind == "binary":
             return output
@@ -226,7 +226,7 @@ class Task:
         return (raw - constant(other.offset)) / constant(other.scale)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields; `from_dict` reads them back."""
+        """Return the fields ready for JSON. `from_dict` reads them."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
     @classmethod
@@ -234,7 +234,7 @@ class Task:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: For a field that `Task` does not have.
+            ValueError: If `Task` does not have a field.
         """
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
@@ -248,15 +248,15 @@ def _expand(present: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What the network reads: its stored shape and dtype, and the constants that normalise it.
+    """The input of a network: stored shape and dtype, and the constants of its normalisation.
 
     Args:
-        kind: "image" (stored `(H, W, C)`), "features" (stored `(F,)`) or "tokens" (stored `(L,)`, ids of which 0
-            is padding).
+        kind: "image" (stored `(H, W, C)`), "features" (stored `(F,)`) or "tokens" (stored `(L,)`, ids with 0 for
+            padding).
         shape: Stored shape of one sample.
-        dtype: Stored numpy dtype name.
-        mean, std: One value, or one a channel (feature). Tokens have none.
-        vocabulary: Number of token ids, padding included; 0 for other kinds.
+        dtype: Name of the stored numpy dtype.
+        mean, std: One value, or one for each channel (feature). Not used for tokens.
+        vocabulary: Number of token ids, with padding; 0 for other kinds.
     """
 
     kind: str
@@ -290,12 +290,12 @@ class InputSpec:
                 raise ValueError(f"input {name} needs 1 or {self.shape[-1]} values, got {len(values)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields; `InputSpec(**...)` reads them back."""
+        """Return the fields ready for JSON. `InputSpec(**...)` reads them."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
 
 def check_names(tasks: Sequence[Task]) -> None:
-    """Raise ValueError when there is no task, two have one name, or a name is longer than `LONGEST_NAME`."""
+    """Raise ValueError if there is no task, if two have one name, or if a name is longer than `LONGEST_NAME`."""
     counts = Counter(task.name for task in tasks)
     if not counts:
         raise ValueError("at least one task is needed, got none")

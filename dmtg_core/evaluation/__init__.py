@@ -1,1 +1,1 @@
-"""Evaluation of a method: bootstrap intervals, and problems whose groups are known."""
+"""Evaluation of a method: bootstrap intervals, and problems with known groups."""

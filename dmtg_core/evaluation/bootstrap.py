@@ -1,11 +1,11 @@
-"""Whether one model is better than another on the same samples, by how much, and how sure that is.
+"""Paired bootstrap: the gain of one model over another on the same samples, with confidence intervals.
 
-A metric that is a function of sums over samples (`dmtg_core.training.metrics`) has for a resample its value at the
-resampled sums. AUROC and average precision (`dmtg_core.training.ranking`) are computed from the scores of each
-resample.
-Samples are resampled in blocks: with as many blocks as samples this is the bootstrap itself (Efron 1979), with
-fewer its intervals are the same up to the noise of a few hundred blocks, at a bounded size. The resamples are
-paired: both models are judged on the same ones, which takes out what samples are hard for both.
+A metric that is a function of sums over samples (`dmtg_core.training.metrics`) is computed from the resampled
+sums. AUROC and average precision (`dmtg_core.training.ranking`) are computed from the scores of each resample.
+Samples are resampled in blocks. With as many blocks as samples this is the bootstrap of Efron (1979). With fewer
+blocks the intervals are the same up to the noise of a few hundred blocks, and memory is bounded. The resamples are
+paired: both models are evaluated on the same resamples, which removes the effect of samples that are hard for
+both.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from dmtg_core.training.metrics import METRICS_OF, Metrics, MetricSums, error_of
 from dmtg_core.training.ranking import AUROC, AVERAGE_PRECISION, EXACT, Scores, joined_bins
 
 BLOCKS = 256
-AT_ONCE = 2**22  # numbers that are worked on at once
+AT_ONCE = 2**22  # numbers that are processed at once
 
 
 class BlockSums:
-    """Sums of every task's metrics, a `MetricSums` for each block of samples.
+    """Sums of the metrics of all tasks, a `MetricSums` for each block of samples.
 
-    Samples have to come in the same order for every model that is compared, in an order that says nothing about
-    them: a block is a stretch of it.
+    A block is a sequence of consecutive samples. All compared models must see the samples in the same order, and
+    the order must not depend on their contents.
 
     Args:
-        tasks: What is measured.
-        samples: How many will come.
-        blocks: How many blocks, at most; never more than samples.
+        tasks: The tasks.
+        samples: Total number of samples.
+        blocks: Largest number of blocks. There are never more blocks than samples.
         exact: See `MetricSums`.
 
     Raises:
@@ -52,10 +52,10 @@ class BlockSums:
         self.seen = 0
 
     def update(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
-        """Add a batch, as `MetricSums.update`.
+        """Add a batch. See `MetricSums.update`.
 
         Raises:
-            ValueError: For more samples than were announced.
+            ValueError: If there are more than `samples` samples.
         """
         rows = len(next(iter(targets.values())))
         if self.seen + rows > self.samples:
@@ -67,11 +67,11 @@ class BlockSums:
         self.seen += rows
 
     def matrix(self, task: Task) -> Tensor:
-        """The sums of a task, a row a block, float64 `(blocks, sums)`."""
+        """Return the sums of a task, one row for each block, float64 `(blocks, sums)`."""
         return torch.stack([block.sums[task.name].cpu() for block in self.blocks])
 
     def metrics(self) -> Metrics:
-        """Task → metric → value over all samples."""
+        """Compute task → metric → value over all samples."""
         total = MetricSums(self.tasks, self.exact)
         total.sums = {task.name: self.matrix(task).sum(0) for task in self.tasks}
         total.scores = {
@@ -81,14 +81,14 @@ class BlockSums:
         return total.compute()
 
     def resampled(self, task: Task, counts: Tensor) -> list[float]:
-        """The headline error of a task in resamples.
+        """Compute the headline error of a task in resamples.
 
         Args:
             task: The task.
-            counts: How often each block is in each resample, float64 `(R, blocks)`.
+            counts: Multiplicity of each block in each resample, float64 `(R, blocks)`.
 
         Returns:
-            R errors, NaN where one is not defined.
+            R errors; NaN if an error is not defined.
         """
         if task.metric in (AUROC, AVERAGE_PRECISION):
             values = self._ranked(task).resampled(task.metric, counts)
@@ -113,12 +113,12 @@ class BlockSums:
 
 @dataclass(frozen=True)
 class _Ranked:
-    """Labels by ascending score and block: entry i lies in interval `place[i]` of the scores.
+    """Label counts by ascending score and block. Entry i belongs to interval `place[i]` of the scores.
 
     Args:
         place, block: Number of the interval and of the block, int64 `(m,)`, by ascending interval.
-        positive, negative: Labels of either sort, float64 `(m,)`.
-        undefined: Scores of each block that are NaN, float64 `(blocks,)`.
+        positive, negative: Number of positive and of negative labels, float64 `(m,)`.
+        undefined: Number of scores of each block that are NaN, float64 `(blocks,)`.
     """
 
     place: Tensor
@@ -128,7 +128,7 @@ class _Ranked:
     undefined: Tensor
 
     def resampled(self, metric: str, counts: Tensor) -> list[float]:
-        """A metric in resamples, see `BlockSums.resampled`; NaN with a class missing or a score that is NaN."""
+        """Compute a metric in resamples. It is NaN if a class is missing or a score is NaN."""
         values = (self._auroc if metric == AUROC else self._average_precision)(counts)
         return values.masked_fill(counts @ self.undefined > 0, torch.nan).tolist()
 
@@ -136,7 +136,7 @@ class _Ranked:
         return torch.zeros(blocks, dtype=torch.float64).index_add_(0, self.block, values)
 
     def _auroc(self, counts: Tensor) -> Tensor:
-        """A quadratic form: a resample has n_a · n_b copies of a pair of samples from blocks a and b."""
+        """AUROC as a quadratic form: a resample has n_a · n_b copies of a pair of samples from blocks a and b."""
         blocks = counts.shape[1]
         won = torch.zeros(blocks, blocks, dtype=torch.float64)
         below = torch.zeros(blocks, dtype=torch.float64)
@@ -156,7 +156,7 @@ class _Ranked:
         return ((counts @ won) * counts).sum(1) / pairs  # 0 / 0 is NaN
 
     def _average_precision(self, counts: Tensor) -> Tensor:
-        """Sum over intervals of precision times the step of recall, from the highest interval down."""
+        """Sum over intervals of precision times the step of recall, by descending interval."""
         place, block = self.place.flip(0), self.block.flip(0)
         positive, negative = self.positive.flip(0), self.negative.flip(0)
         ends = torch.cat([place[1:] != place[:-1], torch.ones(min(len(place), 1), dtype=torch.bool)])
@@ -172,11 +172,11 @@ class _Ranked:
 
 @dataclass(frozen=True)
 class Gain:
-    """By how many per cent an error fell; negative where it rose.
+    """Relative reduction of an error in per cent. Positive is better.
 
     Args:
-        value: On all samples; -inf where the error was 0 and is not now, NaN where it is not defined.
-        low, high: Ends of the bootstrap interval; NaN where nothing is defined.
+        value: Gain on all samples; -inf if only the champion's error is 0, NaN if the gain is not defined.
+        low, high: Ends of the bootstrap interval; NaN if no resample is defined.
     """
 
     value: float
@@ -186,14 +186,14 @@ class Gain:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A challenger beside a champion on the same samples.
+    """Comparison of a challenger with a champion on the same samples.
 
     Args:
-        gain: Mean over the tasks of the relative fall of the headline metric's error (`normalized_gain`).
-        by_task: The same for each task.
+        gain: Mean gain of the challenger over the tasks, from the headline metrics (`normalized_gain`).
+        by_task: Gain of each task.
         champion, challenger: Task → metric → value.
-        likely: Share of the resamples in which the challenger's mean error is lower.
-        samples: How many were judged on.
+        likely: Share of the resamples in which the challenger's mean gain is positive.
+        samples: Number of samples.
     """
 
     gain: Gain
@@ -207,13 +207,13 @@ class Comparison:
 def compare(
     champion: BlockSums, challenger: BlockSums, *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> Comparison:
-    """A paired bootstrap over blocks of samples, with percentile intervals.
+    """Compare two models with a paired bootstrap over blocks of samples and percentile intervals.
 
-    Resamples in which a task's metric is not defined (a class that does not occur) are left out for that task, and
-    the mean is over the tasks that are defined.
+    Resamples in which a task's metric is not defined (a class is missing) are omitted for that task. The mean is
+    over the tasks whose metric is defined.
 
     Raises:
-        ValueError: When the two have not seen the same tasks and the same number of samples, all of them.
+        ValueError: If the tasks or the numbers of samples differ, or if samples are missing.
     """
     _check(champion, challenger)
     generator = torch.Generator().manual_seed(seed)
@@ -248,16 +248,16 @@ def _check(champion: BlockSums, challenger: BlockSums) -> None:
             raise ValueError(f"expected {sums.samples} samples, got {sums.seen}")
     found = [([task.name for task in sums.tasks], sums.edges) for sums in (champion, challenger)]
     if found[0] != found[1]:
-        raise ValueError("champion and challenger must be judged on the same tasks and samples")
+        raise ValueError("champion and challenger must be evaluated on the same tasks and samples")
 
 
 def _from_sums(task: Task, row: Tensor) -> float:
-    """The headline metric of sums, as `MetricSums` holds them."""
+    """Compute the headline metric from sums of `MetricSums`."""
     return METRICS_OF[task.kind](task, row[2:])[task.metric]
 
 
 def _relative(before: float, after: float) -> float:
-    """Fall of an error in per cent of what it was."""
+    """Relative reduction of an error in per cent."""
     if before > 0:
         return 100 * (before - after) / before
     if math.isnan(before) or math.isnan(after):
@@ -269,7 +269,7 @@ def _interval(values: Tensor, confidence: float) -> tuple[float, float]:
     known = values[~values.isnan()]
     if not len(known):
         return math.nan, math.nan
-    ordered = known.sort().values  # an infinite one has no place between two others
+    ordered = known.sort().values  # no interpolation: it is not defined for infinite values
     ends = [(1 - confidence) / 2, (1 + confidence) / 2]
     low, high = (float(ordered[min(int(end * len(ordered)), len(ordered) - 1)]) for end in ends)
     return low, high

@@ -1,4 +1,4 @@
-"""A problem whose groups are known: to try a search on, and to measure one."""
+"""A generated problem with known groups, for tests and measurements of a search."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ from dmtg_core.grouping import Grouping
 from dmtg_core.tasks import InputSpec, Task
 from dmtg_core.training.data import Arrays
 
-NOISE = 0.3  # standard deviation of what is added before a label is cut at the median
+NOISE = 0.3  # standard deviation of the noise that is added before a label is thresholded at the median
 
 
 def planted(
     seed: int, *, tasks: int = 9, groups: int = 3, features: int = 16, rows: int = 4000
 ) -> tuple[InputSpec, tuple[Task, ...], dict[str, Arrays], Grouping]:
-    """Binary tasks in groups, each group reading its own 2-dimensional subspace of normal features.
+    """Generate binary tasks in groups. Each group depends on a 2-dimensional subspace of normal features.
 
-    A label is a wave and a square of the subspace's two coordinates, turned by an angle of the task's own, plus
-    noise, cut at its median. No linear function of the features tells it: tasks of a group need the same features
-    and tasks of different groups compete for an encoder.
+    A label is computed from the two coordinates of the subspace, rotated by an angle that is specific to the task.
+    It is the sum of a sine, a square and a product, plus noise, thresholded at its median. No linear function of
+    the features predicts it. Tasks of a group need the same features. Tasks of different groups compete for the
+    encoder.
 
     Args:
-        seed: Of everything.
-        tasks: N; task n belongs to group n mod `groups`.
-        groups: How many; two dimensions each.
-        features: Dimensions of the input, at least two a group.
-        rows: Half of them train, a quarter validate, a quarter test.
+        seed: Seed of all random numbers.
+        tasks: N. Task n belongs to group n mod `groups`.
+        groups: Number of groups, with two dimensions each.
+        features: Dimensions of the input, at least two for each group.
+        rows: Number of samples. Half are for training, a quarter for validation, a quarter for the test.
 
     Returns:
         Input, tasks, samples by split, and the true grouping.
 
     Raises:
-        ValueError: For more groups than tasks, or than the features have room for.
+        ValueError: If there are more groups than tasks, or fewer than two features for each group.
     """
     if not 1 <= groups <= tasks or 2 * groups > features:
         raise ValueError(

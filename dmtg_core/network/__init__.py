@@ -1,1 +1,1 @@
-"""The network: shared stem, K encoder branches, K·N heads, and the gate that decides which of them stay."""
+"""The network: shared stem, K encoder branches, K·N heads, and the gate that selects the heads that stay."""

@@ -1,4 +1,4 @@
-"""What it costs to answer all tasks for one sample, and to train on it: operations and parameters."""
+"""Cost of inference and of training for one sample: operations and parameters."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ class Cost:
     """The cost of inference.
 
     Args:
-        flops: Floating point operations for one sample. A multiply-add counts as two. Counted are products of
-            matrices, convolutions and attention; what acts on each value alone (ReLU, normalisation, pooling) is
-            not.
-        parameters: Weights that take part; gates and running statistics do not.
+        flops: Floating point operations for one sample. A multiply-add counts as two. Matrix products,
+            convolutions and attention are counted. Elementwise operations (ReLU, normalisation, pooling) are not.
+        parameters: Number of weights in use, without the gate and running statistics.
     """
 
     flops: int
@@ -35,12 +34,12 @@ class Cost:
 
 
 def inference_cost(network: GroupingNetwork | GroupModel | Mapping[str, GroupModel]) -> Cost:
-    """What one sample costs.
+    """Return the cost of inference for one sample.
 
     Args:
-        network: A hard network, which computes its stem once for all groups, and of an unpruned one each task's
-            likeliest branch alone; the model of one group; or those of all groups, each of which has a stem of
-            its own.
+        network: A grouping network, the model of one group, or the models of all groups. A grouping network is
+            counted as a hard network: the stem once, and for each task its likeliest branch. Models of groups have
+            a stem each.
     """
     if isinstance(network, Mapping):
         return sum((inference_cost(model) for model in network.values()), Cost(0, 0))
@@ -54,12 +53,12 @@ def inference_cost(network: GroupingNetwork | GroupModel | Mapping[str, GroupMod
 
 
 def grouping_cost(spec: NetworkSpec, grouping: Grouping, *, share_stem: bool = True) -> Cost:
-    """What a grouping would cost with the networks of `spec`, without any training.
+    """Return the inference cost of a grouping with the networks of `spec`. Nothing is trained.
 
     Args:
-        spec: The network; its number of groups does not matter.
-        grouping: Which tasks go together.
-        share_stem: Compute the stem once for all groups. Not so where each group has changed its own.
+        spec: The network. Its number of groups is ignored.
+        grouping: The partition of the tasks.
+        share_stem: Whether the stem is computed once for all groups. False if each group has its own stem.
     """
     network = GroupingNetwork(replace(spec.without_weights(), groups=len(grouping.groups), sampling="fixed"))
     network.keep_grouping(grouping)
@@ -67,9 +66,9 @@ def grouping_cost(spec: NetworkSpec, grouping: Grouping, *, share_stem: bool = T
 
 
 def training_flops(network: GroupingNetwork) -> int:
-    """Operations of a training step for one sample: three forward passes through every live head.
+    """Operations of a training step for one sample: three times a forward pass through all live heads.
 
-    Going backward takes a product for the weights and one for the inputs wherever going forward takes one.
+    For each product of the forward pass, the backward pass computes two: one for the weights, one for the inputs.
     """
     was_training = network.training
     flops = _flops(network.eval(), network.spec.input, network.gate.logits.device, network.forward_pairs)
@@ -78,11 +77,11 @@ def training_flops(network: GroupingNetwork) -> int:
 
 
 def history_flops(spec: NetworkSpec, history: Sequence[Mapping[str, Any]]) -> int:
-    """`training_flops` of epochs, each with the heads that were live in it, added up.
+    """Sum of `training_flops` over epochs, each with the heads that were live in it.
 
     Args:
         spec: The network.
-        history: For each epoch its record, whose `probabilities` `(N, K)` are above 0 where a head is live.
+        history: One record for each epoch. Its `probabilities` `(N, K)` are above 0 where a head is live.
     """
     shapes = Counter(tuple(tuple(p > 0 for p in row) for row in record["probabilities"]) for record in history)
     total = 0
@@ -99,7 +98,11 @@ def naive_flops(spec: NetworkSpec) -> int:
 
 
 def wide_spec(spec: NetworkSpec, times: float = 1.0) -> NetworkSpec:
-    """One wide branch for all tasks at the inference cost of all K branches in use, or a multiple of it.
+    """Return a spec of one wide branch for all tasks with the inference cost of all K branches.
+
+    Args:
+        spec: The network with K branches.
+        times: Factor of the inference cost.
 
     Raises:
         ValueError: For an encoder whose widths are fixed.
@@ -111,7 +114,9 @@ def wide_spec(spec: NetworkSpec, times: float = 1.0) -> NetworkSpec:
 
 
 def widened_to(spec: NetworkSpec, flops: int) -> NetworkSpec:
-    """One branch for all tasks, as wide as it can be for at most `flops` operations a sample; never narrower.
+    """Return a spec of one branch for all tasks, as wide as possible with at most `flops` operations for a sample.
+
+    The branch is never narrower than that of `spec`.
 
     Raises:
         ValueError: For an encoder whose widths are fixed.
@@ -124,7 +129,7 @@ def widened_to(spec: NetworkSpec, flops: int) -> NetworkSpec:
     low, high = 1.0, 2.0
     while grouping_cost(one(high), everything).flops <= flops:
         low, high = high, 2 * high
-    for _ in range(8):  # widths are whole numbers: finer steps change nothing
+    for _ in range(8):  # widths are integers: more steps change nothing
         middle = (low + high) / 2
         low, high = (middle, high) if grouping_cost(one(middle), everything).flops <= flops else (low, middle)
     return one(low)
@@ -134,7 +139,7 @@ def widened_to(spec: NetworkSpec, flops: int) -> NetworkSpec:
 def _flops(
     network: nn.Module, spec: InputSpec, device: torch.device, call: Callable[[Tensor], object] | None = None
 ) -> int:
-    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton, which takes half a second
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes half a second
 
     sample = torch.zeros(1, *spec.shape, dtype=getattr(torch, spec.dtype), device=device)
     counter = FlopCounterMode(display=False)
@@ -145,7 +150,7 @@ def _flops(
 
 @contextmanager
 def _plain_attention() -> Iterator[None]:
-    """Without the fused layers of `nn.MultiheadAttention`, which the counter does not see into."""
+    """Disable the fused layers of `nn.MultiheadAttention`, whose operations the counter does not see."""
     held = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,6 +1,7 @@
-"""Decoders of dense tasks: a feature map to a map of the input's size.
+"""Decoders of dense tasks, from a feature map to a map of the input's size.
 
-A new decoder is a module made of `(features, channels, stride, width)` and one line in `DECODERS`.
+To add a decoder, write a module that is built from `(features, channels, stride, width)`, and add one line to
+`DECODERS`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 
 class DenseDecoder(nn.Module):
-    """Feature map to a map of the input's size, doubling the resolution by sub-pixel convolutions.
+    """A decoder that doubles the resolution with sub-pixel convolutions (Shi et al. 2016).
 
-    Shi et al. 2016: a convolution gives four times the channels, which become a map of twice the size, so that
-    all computing is done at the lower resolution. The step is cheap where many decoders are trained at once.
+    A convolution computes four times the channels, which are rearranged into a map of twice the size. All
+    operations are at the lower resolution. The training step is cheap if many decoders are trained at once.
 
     Args:
         features: Channels of the feature map.
@@ -43,10 +44,11 @@ class DenseDecoder(nn.Module):
 
 
 class Doubling(nn.Module):
-    """A transposed convolution of 2×2 and stride 2 without bias, as the one matrix product that it is.
+    """A 2×2 transposed convolution with stride 2 and without bias, computed as one matrix product.
 
-    No pixel of the output is reached by two of the input: `(B, H, W, C) · (C, 2·2·O)`, then every four are put in
-    place. Memory lies channels last throughout. Weights and their first values are as in `nn.ConvTranspose2d`.
+    Each output pixel depends on one input pixel. The product is `(B, H, W, C) · (C, 2·2·O)`; its blocks of four
+    are then rearranged. The memory format is channels last. Weights have the shape and the initial values of
+    `nn.ConvTranspose2d`.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -63,18 +65,19 @@ class Doubling(nn.Module):
 
 
 class XceptionDecoder(nn.Module):
-    """The decoder of Standley et al. 2020, which the method was published with for Taskonomy.
+    """The decoder of Standley et al. 2020, used in the published experiments on Taskonomy.
 
-    Each doubling is a transposed convolution; all but the last are followed by a 3×3 convolution of their width,
-    and a 3×3 convolution gives the output. It costs many times what `DenseDecoder` does at the same width. The
-    published biases before a batch norm, which takes them out again, are left out.
+    Each doubling of the resolution is a transposed convolution. All but the last are followed by a 3×3
+    convolution of the same width. A final 3×3 convolution computes the output. Its cost is many times that of
+    `DenseDecoder` with the same width. The published biases before a batch norm are omitted, because the norm
+    cancels them.
 
     Args:
         features: Channels of the feature map.
         channels: Channels of the output.
         stride: Input pixels a feature pixel spans, a power of two.
         width: Channels after the first doubling: 128 in the experiments of Gao et al. 2024, 256 in those of
-            Standley et al. The next ones have 1/2, 3/8, and from then on 1/4 of them.
+            Standley et al. The next doublings have 1/2, 3/8, and all further ones 1/4 of these channels.
     """
 
     def __init__(self, features: int, channels: int, stride: int, width: int = 128) -> None:
@@ -94,7 +97,7 @@ class XceptionDecoder(nn.Module):
         return _resized(self.body(features), size)
 
 
-# name → decoder of a dense task, made of (features, channels, stride, width)
+# name → decoder of a dense task, built from (features, channels, stride, width)
 DECODERS: Mapping[str, Callable[[int, int, int, int], nn.Module]] = {
     "subpixel": DenseDecoder,
     "xception": XceptionDecoder,
@@ -104,7 +107,7 @@ DECODERS: Mapping[str, Callable[[int, int, int, int], nn.Module]] = {
 def _resized(out: Tensor, size: tuple[int, int]) -> Tensor:
     if out.shape[2:] == size:
         return out
-    # an input that the stride does not divide
+    # the size of the input is no multiple of the stride
     return nn.functional.interpolate(out, size=size, mode="bilinear", align_corners=False)
 
 

@@ -28,7 +28,7 @@ def _gaussian(tasks: int, groups: int, scale: float, generator: torch.Generator)
     return scale * torch.randn(tasks, groups, generator=generator)
 
 
-# (tasks, groups, scale, generator) → logits (N, K). Diagonal favours branch n mod K for task n.
+# (tasks, groups, scale, generator) → logits (N, K). "diagonal" favours branch n mod K for task n.
 INITIAL_LOGITS: Mapping[str, Callable[[int, int, float, torch.Generator], Tensor]] = {
     "uniform": _uniform,
     "uniform_noise": _uniform_noise,
@@ -40,18 +40,19 @@ INITIAL_LOGITS: Mapping[str, Callable[[int, int, float, torch.Generator], Tensor
 class GroupGate(nn.Module):
     """The relaxed Categorical distribution over branches of each task (Gao et al. 2024, section 3).
 
-    Logits θ are `(N, K)`. A pair (task, branch) that was pruned is dead: its probability is 0 and it gets no
-    gradient. Every task keeps at least one branch.
+    The logits θ are `(N, K)`. A pruned pair (task, branch) is dead: its probability is 0, and it has no gradient.
+    Each task keeps at least one branch.
 
     Args:
         tasks: N.
         groups: K.
-        sampling: "gumbel" draws one relaxed sample a step (the paper); "gumbel_per_sample" one for each sample
-            of the batch; "straight_through" is "gumbel" with a hard forward pass; "softmax" takes the tempered
-            probabilities without noise; "fixed" takes the untempered probabilities and learns nothing.
+        sampling: "gumbel" draws one relaxed sample for each step (the paper), "gumbel_per_sample" one for each
+            sample of the batch. "straight_through" is "gumbel" with a hard forward pass. "softmax" uses the
+            probabilities at the temperature without noise. "fixed" uses the probabilities without a temperature
+            and is not trained.
         initial: A key of `INITIAL_LOGITS`.
-        scale: Size of the initial logits' structure or noise.
-        generator: Source of the initial noise.
+        scale: Scale of the structure or noise of the initial logits.
+        generator: Generator of the initial noise.
 
     Raises:
         ValueError: For an unknown option or a size below 1.
@@ -84,14 +85,14 @@ class GroupGate(nn.Module):
 
     @torch.no_grad()
     def start_from(self, assignment: Sequence[int], probability: float) -> None:
-        """Set θ so that each task has its proposed branch with a probability, and the others share the rest.
+        """Set θ so that each task has its proposed branch with `probability`. The other branches share the rest.
 
         Args:
             assignment: The proposed branch of each task.
-            probability: From 1/K to below 1.
+            probability: At least 1/K, below 1.
 
         Raises:
-            ValueError: For another number of tasks, a branch that there is not, or a probability out of range.
+            ValueError: For another number of tasks, an unknown branch, or a probability out of range.
         """
         tasks, groups = self.logits.shape
         if len(assignment) != tasks or not all(0 <= k < groups for k in assignment):
@@ -108,22 +109,22 @@ class GroupGate(nn.Module):
         return self.logits.float().masked_fill(~self.alive, -torch.inf)
 
     def probabilities(self) -> Tensor:
-        """π = softmax(θ) over the branches that are alive, `(N, K)`."""
+        """π = softmax(θ) over the live branches, `(N, K)`."""
         return self.masked_logits().softmax(1)
 
     def noise(self, generator: torch.Generator, samples: int = 0) -> Tensor:
-        """Standard Gumbel noise, `(N, K)`, or `(samples, N, K)`, on the generator's device."""
+        """Draw standard Gumbel noise, `(N, K)` or `(samples, N, K)`, on the generator's device."""
         shape = self.logits.shape if samples == 0 else (samples, *self.logits.shape)
         uniform = torch.rand(shape, generator=generator, device=generator.device)
         exponential = -torch.log(uniform.clamp_min(EPSILON))
         return -torch.log(exponential.clamp_min(EPSILON))
 
     def forward(self, temperature: float | Tensor, noise: Tensor) -> Tensor:
-        """Weights of the branches for one step: `softmax((θ + Gumbel) / τ)` row by row.
+        """Return the weights of the branches for one step: `softmax((θ + Gumbel) / τ)` for each row.
 
         Args:
             temperature: τ > 0.
-            noise: From `noise`; not read by the samplings that draw none.
+            noise: Noise of `noise`. The samplings "softmax" and "fixed" ignore it.
 
         Returns:
             `(N, K)`, or `(B, N, K)` for per-sample noise; rows sum to 1.
@@ -140,24 +141,24 @@ class GroupGate(nn.Module):
         return hard + soft - soft.detach()
 
     def entropy(self) -> Tensor:
-        """Entropy of each task's π in nats, `(N,)`; a saturated row gives 0 and a zero gradient, never NaN."""
-        # dead pairs are taken out before the logarithm: 0 · log 0 is 0 forward but NaN backward
+        """Entropy of each task's π in nats, `(N,)`. A saturated row has entropy 0 and gradient 0, never NaN."""
+        # dead pairs are masked before the logarithm: 0 · log 0 is 0 forward but NaN backward
         log_p = self.masked_logits().log_softmax(1).masked_fill(~self.alive, 0.0)
         return -(self.probabilities() * log_p).sum(1)
 
     def assignment(self) -> list[int]:
-        """The branch of each task: the argmax of π, the lowest index on a tie."""
+        """Branch of each task: the argmax of π, on a tie the lowest index."""
         choice: list[int] = self.masked_logits().argmax(1).tolist()
         return choice
 
     @torch.no_grad()
     def survivors(self, threshold: float) -> Tensor:
-        """Which pairs stay when those with π below `threshold` go, bool `(N, K)`.
+        """Mask of the pairs that stay if those with π below `threshold` are pruned, bool `(N, K)`.
 
-        A task's likeliest branch always stays, so no threshold can take a task's last head.
+        The likeliest branch of a task always stays.
         """
         probabilities = self.probabilities()
-        # the argmax of θ, as in `assignment`: two logits that differ by less than a rounding step tie in π
+        # the argmax of θ as in `assignment`: logits that differ by less than a rounding step are equal in π
         likeliest = self.masked_logits().argmax(1, keepdim=True)
         best = torch.zeros_like(self.alive).scatter_(1, likeliest, value=True)
         return self.alive & ((probabilities >= threshold) | best)

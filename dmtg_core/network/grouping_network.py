@@ -1,4 +1,4 @@
-"""`GroupingNetwork`: stem → K branches → K·N heads with a gate, and `GroupModel`, one group cut out of it."""
+"""`GroupingNetwork` (stem → K branches → K·N heads with a gate) and `GroupModel`, the network of one group."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ TASK_WEIGHTINGS = ("fixed", "uncertainty")
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """Everything that determines a network but its weights; JSON-ready through `to_dict`.
+    """Everything that defines a network except its weights. `to_dict` returns it ready for JSON.
 
     Args:
-        input: What it reads.
+        input: The input.
         tasks: The N tasks.
-        encoder: The encoder and its cut.
-        groups: K, the number of branches; more than N is legal.
+        encoder: The encoder and the size of the stem.
+        groups: K, the number of branches. It may be larger than N.
         decoder: Decoder of the dense tasks, a key of `DECODERS`.
-        decoder_width: Its `width`: for "subpixel" the channels of its first convolution, for "xception" those
-            after its first doubling (published: 128).
+        decoder_width: `width` of the decoder. For "subpixel" it is the channels of the first convolution, for
+            "xception" the channels after the first doubling (published: 128).
         sampling, initial, initial_scale: Options of `GroupGate`.
         rescale_gradients: Scale gradients by 1/√N from heads to branches and by 1/√K from branches to stem.
-        task_weighting: "fixed" for the weights of the tasks alone, "uncertainty" for learned ones beside them.
+        task_weighting: "fixed" for `Task.weight` alone, "uncertainty" for additional learned weights.
         seed: Seed of the initial weights.
 
     Raises:
-        ValueError: For no task, two tasks of one name, or an unknown decoder or task_weighting.
+        ValueError: If there is no task, if two tasks have one name, or for an unknown decoder or task_weighting.
     """
 
     input: InputSpec
@@ -70,11 +70,11 @@ class NetworkSpec:
             )
 
     def without_weights(self) -> NetworkSpec:
-        """The same, for a network whose weights are about to be loaded: pretrained ones need not be at hand."""
+        """Return a copy without pretrained weights, for a network whose weights are loaded afterwards."""
         return replace(self, encoder=self.encoder.without_weights())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `from_dict` reads it back."""
+        """Return the fields ready for JSON. `from_dict` reads them."""
         plain = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ("input", "tasks", "encoder")}
         encoder = {
             "name": self.encoder.name,
@@ -114,7 +114,7 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std), persistent=False)
 
     def forward(self, raw: Tensor) -> Tensor:
-        """Normalise, or raise ValueError when `raw` is not of the stored shape."""
+        """Normalise. Raise ValueError if `raw` does not have the stored shape."""
         if raw.shape[1:] != self.spec.shape:
             wanted = ", ".join(map(str, self.spec.shape))
             raise ValueError(f"expected input of shape (B, {wanted}), got {tuple(raw.shape)}")
@@ -125,7 +125,7 @@ class Normalise(nn.Module):
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """The identity, with its gradient multiplied by a constant."""
+    """The identity with its gradient multiplied by a constant."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
@@ -138,7 +138,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def _scaled(x: Any, factor: float) -> Any:
-    """`x` with its gradient scaled; of the (tokens, mask) that a text encoder passes on, that of the tokens."""
+    """Return `x` with its gradient scaled. For the pair (tokens, mask) of a text encoder, scale the tokens'."""
     if isinstance(x, tuple):
         return (_ScaleGradient.apply(x[0], factor), *x[1:])
     return _ScaleGradient.apply(x, factor)
@@ -146,26 +146,26 @@ def _scaled(x: Any, factor: float) -> Any:
 
 @dataclass(frozen=True)
 class PairOutputs:
-    """What all live heads give: `rows` `(M, B)` of the head bank, `dense` `(B, C, H, W)` for each dense pair."""
+    """Outputs of all live heads: `rows` `(M, B)` of the head bank, `dense` `(B, C, H, W)` for each dense pair."""
 
     rows: Tensor
     dense: dict[Pair, Tensor]
 
 
 class GroupingNetwork(nn.Module):
-    """Shared stem, K branches, and on each branch a head for every task that is alive there.
+    """Shared stem, K branches, and on each branch a head for each task that is live there.
 
-    Calling it gives the hard network: each task through its likeliest branch. `forward_pairs` gives all live
-    heads, which is what training weighs with the gate.
+    `forward` computes the hard network: each task with its likeliest branch. `forward_pairs` computes all live
+    heads. Training weights their losses with the gate.
 
-    With `recompute` set, what stem, branches and decoders compute inside is not kept for the backward pass but
-    computed again there (Chen et al. 2016): a step of K branches needs the memory of about one.
+    If `recompute` is set, the activations inside stem, branches and decoders are not stored but computed again in
+    the backward pass (Chen et al. 2016). A step of K branches then needs about the memory of one branch.
 
     Args:
         spec: See `NetworkSpec`.
 
     Raises:
-        ValueError: When the parts do not fit each other, with the two that do not.
+        ValueError: If two parts do not fit each other. The message names both.
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
@@ -186,7 +186,7 @@ class GroupingNetwork(nn.Module):
         dense = [task for task in spec.tasks if task.dense]
         if dense and not features.stride:
             raise ValueError(
-                f"task {dense[0].name!r} is dense, but encoder {spec.encoder.name} gives no feature map"
+                f"task {dense[0].name!r} is dense, but encoder {spec.encoder.name} has no feature map"
             )
         with seeded(spec.seed + 1):
             self.bank = HeadBank([t for t in spec.tasks if not t.dense], features.channels, spec.groups)
@@ -201,19 +201,19 @@ class GroupingNetwork(nn.Module):
                 }
             )
         if spec.input.kind == "image":
-            # images are stored, and so computed, channels last: other weights would be turned round at every step
+            # images are stored channels last: weights in another format would be converted in each step
             self.to(memory_format=torch.channels_last)
 
     @property
     def pairs(self) -> list[Pair]:
-        """The live (branch, task) pairs: first those of the head bank in its order, then the dense ones."""
+        """The live pairs (branch, task): first those of the head bank in its order, then the dense pairs."""
         number = {task: n for n, task in enumerate(self.tasks)}
         bank = [(k, number[task]) for k, kept in self.bank.kept.items() for task in kept]
         return bank + list(self.decoders)
 
     def features(self, raw: Tensor, branches: Iterable[int] | None = None) -> dict[int, Tensor]:
-        """Features of the live branches (or of `branches`): `(B, F)` or `(B, F, h, w)`."""
-        # CUDA graphs may write over what they gave for the pass before, and not over what this one gets
+        """Compute the features of the live branches, or of `branches`: `(B, F)` or `(B, F, h, w)`."""
+        # CUDA graphs may overwrite outputs of the previous pass, but not outputs of this pass
         torch.compiler.cudagraph_mark_step_begin()
         shared = self._run(self.stem, self.normalise(raw))
         if self.spec.rescale_gradients:
@@ -225,7 +225,7 @@ class GroupingNetwork(nn.Module):
         return out
 
     def _run(self, part: nn.Module, *inputs: Any) -> Any:
-        """A part's output; in training with `recompute`, without what it computes inside."""
+        """Compute the output of a part. In training with `recompute`, do not store its activations."""
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return part(*inputs)
         return checkpoint(
@@ -234,7 +234,7 @@ class GroupingNetwork(nn.Module):
         )  # fmt: skip
 
     def forward_pairs(self, raw: Tensor) -> PairOutputs:
-        """Every live head on stored input `(B, …)`."""
+        """Compute all live heads on stored input `(B, …)`."""
         features = self.features(raw)
         rows = self.bank({k: pooled(f) for k, f in features.items()}) if self.bank.kept else raw.new_zeros(0)
         dense = {
@@ -243,11 +243,11 @@ class GroupingNetwork(nn.Module):
         return PairOutputs(rows, dense)
 
     def forward(self, raw: Tensor) -> dict[str, Tensor]:
-        """The hard network on stored input: task name to output.
+        """Compute the hard network on stored input.
 
         Returns:
-            `(B,)` for one channel, `(B, C)` for several, `(B, C, H, W)` for a dense task; logits for classes,
-            network units for values.
+            Task name → output: `(B,)` for one channel, `(B, C)` for several, `(B, C, H, W)` for a dense task. They
+            are logits for classes, and values in network units otherwise.
         """
         assignment = self.gate.assignment()
         features = self.features(raw, assignment)
@@ -260,7 +260,7 @@ class GroupingNetwork(nn.Module):
         return self.bank.head(k, self.tasks[n], pooled(features[k]))
 
     def copy_head(self, pair: Pair, source: GroupingNetwork, trained: Pair) -> None:
-        """Give the head of `pair` the weights of another network's head of the same shape."""
+        """Copy the weights of another network's head of the same shape to the head of `pair`."""
         (k, n), (j, m) = pair, trained
         mine, theirs = self.tasks[n], source.tasks[m]
         if mine.dense:
@@ -270,13 +270,14 @@ class GroupingNetwork(nn.Module):
             to[k].data[self.bank.rows(k, mine)].copy_(of[j].detach()[source.bank.rows(j, theirs)])
 
     def grouping(self) -> Grouping:
-        """The grouping that the gate holds now: each task with its likeliest branch."""
+        """Return the current grouping of the gate: each task with its likeliest branch."""
         return Grouping.from_assignment([task.name for task in self.tasks], self.gate.assignment())
 
     def prune(self, threshold: float) -> dict[nn.Parameter, tuple[nn.Parameter, Tensor]]:
-        """Remove every head whose probability is below `threshold`, and branches left without one.
+        """Remove the heads whose probability is below `threshold`, and branches without a head.
 
-        A task's likeliest head always stays; a threshold of 0 changes nothing, above 1 leaves N heads.
+        The likeliest head of a task always stays. A threshold of 0 changes nothing. A threshold above 1 leaves N
+        heads.
 
         Returns:
             As `keep`.
@@ -284,14 +285,14 @@ class GroupingNetwork(nn.Module):
         return self.keep(self.gate.survivors(threshold))
 
     def keep(self, alive: Tensor) -> dict[nn.Parameter, tuple[nn.Parameter, Tensor]]:
-        """Remove all pairs but those of `alive`, bool `(N, K)`.
+        """Remove all pairs except those of `alive`, bool `(N, K)`.
 
         Returns:
-            For each parameter that shrank: new parameter → (old parameter, rows of it that stayed), so that an
-            optimiser's state can follow.
+            For each parameter that lost rows: new parameter → (old parameter, kept rows), so that an optimiser's
+            state can be pruned too.
 
         Raises:
-            ValueError: When the shape is wrong, or a task would be left without a head.
+            ValueError: If the shape is wrong, or if a task would have no head.
         """
         if alive.shape != self.gate.alive.shape:
             raise ValueError(f"expected alive of shape {tuple(self.gate.alive.shape)}, got {tuple(alive.shape)}")
@@ -299,7 +300,7 @@ class GroupingNetwork(nn.Module):
         rows = alive.tolist()
         bare = [task.name for task, row in zip(self.tasks, rows, strict=True) if not any(row)]
         if bare:
-            raise ValueError(f"every task needs a head, none left for {', '.join(bare)}")
+            raise ValueError(f"every task needs a head, none is left for {', '.join(bare)}")
         self.gate.alive.copy_(alive)
         for k, n in list(self.decoders):
             if not rows[n][k]:
@@ -312,25 +313,25 @@ class GroupingNetwork(nn.Module):
         )
 
     def keep_grouping(self, grouping: Grouping) -> None:
-        """Give group i of `grouping` branch i and remove all other heads.
+        """Assign group i of `grouping` to branch i, and remove all other heads.
 
         Raises:
-            ValueError: When there are more groups than branches or the tasks differ.
+            ValueError: If there are more groups than branches, or if the tasks differ.
         """
         if len(grouping.groups) > self.spec.groups:
             raise ValueError(f"{len(grouping.groups)} groups do not fit {self.spec.groups} branches")
         branch = {name: k for k, group in enumerate(grouping.groups) for name in group}
         if set(branch) != {task.name for task in self.tasks}:
-            raise ValueError(f"grouping of {sorted(branch)} does not fit tasks {[t.name for t in self.tasks]}")
+            raise ValueError(f"grouping of {sorted(branch)} does not fit the tasks {[t.name for t in self.tasks]}")
         alive = torch.zeros_like(self.gate.alive)
         for n, task in enumerate(self.tasks):
             alive[n, branch[task.name]] = True
         self.keep(alive)
 
     def specialise(self) -> dict[str, GroupModel]:
-        """One model per group of `grouping()`, with its own copy of stem and branch: "group_0", ….
+        """Return a model for each group of `grouping()`, with its own copy of stem and branch: "group_0", ….
 
-        In evaluation mode each gives exactly what this network gives for its tasks.
+        In evaluation mode the outputs of each model are exactly those of this network for its tasks.
         """
         branch = dict(zip((t.name for t in self.tasks), self.gate.assignment(), strict=True))
         models = {}
@@ -340,10 +341,10 @@ class GroupingNetwork(nn.Module):
 
 
 class GroupModel(nn.Module):
-    """One group's stem, branch and heads; a network of its own that needs nothing of the others.
+    """The stem, branch and heads of one group, as an independent network.
 
     Args:
-        spec: A spec of one group with the group's tasks.
+        spec: A spec with the tasks of the group.
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
@@ -354,7 +355,7 @@ class GroupModel(nn.Module):
 
     @classmethod
     def cut(cls, source: GroupingNetwork, k: int, members: Sequence[str]) -> GroupModel:
-        """Copy branch `k` and the heads of `members` out of `source`."""
+        """Build a model from copies of branch `k` of `source` and the heads of `members`."""
         tasks = tuple(task for task in source.tasks if task.name in members)
         model = cls(replace(source.spec.without_weights(), tasks=tasks))
         net = model.network
@@ -365,33 +366,33 @@ class GroupModel(nn.Module):
         return model.to(source.gate.logits.device).train(source.training)
 
     def forward(self, raw: Tensor) -> dict[str, Tensor]:
-        """Stored input `(B, …)` to task name → output, as `GroupingNetwork.forward`."""
+        """Compute task name → output from stored input `(B, …)`, as `GroupingNetwork.forward`."""
         out: dict[str, Tensor] = self.network(raw)
         return out
 
     @torch.no_grad()
     def predict(self, raw: Tensor) -> dict[str, Tensor]:
-        """Stored input to what `Task.decode` gives: probabilities, class ids, values in raw units."""
+        """Compute decoded predictions from stored input. See `Task.decode`."""
         outputs = self(raw)
         return {task.name: task.decode(outputs[task.name]) for task in self.tasks}
 
 
 @contextmanager
 def _same_buffers(part: nn.Module) -> Iterator[None]:
-    """Running statistics take a batch in once, however often it passes."""
+    """Restore the buffers, so that a second pass of a batch does not change running statistics again."""
     before = [buffer.clone() for buffer in part.buffers()]
     try:
         yield
-    finally:  # a second pass is left, by an exception, as soon as all that it is asked for is there
+    finally:  # an exception ends the second pass as soon as all needed activations are computed
         for buffer, old in zip(part.buffers(), before, strict=True):
             buffer.copy_(old)
 
 
 def pooled(features: Tensor) -> Tensor:
-    """A feature map averaged over its pixels, `(B, F)`; a feature vector as it is."""
+    """Average a feature map over its pixels, `(B, F)`. Return a feature vector unchanged."""
     return features.mean((2, 3)) if features.dim() == 4 else features
 
 
 def clone(network: GroupingNetwork) -> GroupingNetwork:
-    """An independent copy, weights and pruned shape included."""
+    """Return an independent copy with weights and pruned shape."""
     return copy.deepcopy(network)

@@ -1,4 +1,4 @@
-"""Heads of sample-wise tasks: a bank that holds all small heads as one batched product."""
+"""Heads of sample-wise tasks: a bank that computes all of them as one batched product."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dmtg_core.tasks import Task
 
 
 class HeadBank(nn.Module):
-    """The linear heads of every sample-wise task on every branch.
+    """The linear heads of all sample-wise tasks on all branches.
 
-    The heads of branch k are the rows of one weight `(C_k, F)`: `channels` rows for each task that is alive
-    there, in the order of the tasks. Training multiplies all of them at once; evaluation multiplies head by
-    head, so that a head gives bit for bit the same whatever other heads are beside it.
+    The heads of branch k are the rows of one weight `(C_k, F)`: `channels` rows for each task that is live there,
+    in the order of the tasks. Training computes all heads at once. Evaluation computes head by head, so that the
+    output of a head is bit-identical whatever other heads exist.
 
     Args:
         tasks: The sample-wise tasks.
@@ -41,16 +41,16 @@ class HeadBank(nn.Module):
         self.register_buffer("index", self._index(), persistent=False)
 
     def forward(self, features: Mapping[int, Tensor]) -> Tensor:
-        """All heads that are alive.
+        """Compute all live heads.
 
         Args:
-            features: Branch number to its features, `(B, F)`.
+            features: Branch number → features of the branch, `(B, F)`.
 
         Returns:
-            `(M, B)`: the rows of branch 0, of branch 1, and so on.
+            `(M, B)`: the rows of branch 0, then of branch 1, and so on.
         """
         if not self.training:
-            return torch.cat([self._apart(k, t, features[k]).T for k, kept in self.kept.items() for t in kept])
+            return torch.cat([self._linear(k, t, features[k]).T for k, kept in self.kept.items() for t in kept])
         x = torch.stack([features[k] for k in self.kept])  # (K, B, F)
         # (K, C, F) and (K, C), C = max of C_k
         weight = pad_sequence([self.weights[k] for k in self.kept], batch_first=True)
@@ -59,23 +59,23 @@ class HeadBank(nn.Module):
         return out.flatten(0, 1).index_select(0, self.index)  # (M, B)
 
     def head(self, k: int, task: Task, features: Tensor) -> Tensor:
-        """One head: `(B, F)` to `(B,)` for a single channel, else `(B, C)`."""
-        out = self._apart(k, task, features)
+        """Compute one head: `(B, F)` to `(B,)` for a single channel, else `(B, C)`."""
+        out = self._linear(k, task, features)
         return out.squeeze(1) if task.channels == 1 else out
 
-    def _apart(self, k: int, task: Task, features: Tensor) -> Tensor:
+    def _linear(self, k: int, task: Task, features: Tensor) -> Tensor:
         rows = self.rows(k, task)
         return nn.functional.linear(features, self.weights[k][rows], self.biases[k][rows])  # (B, C)
 
     def rows(self, k: int, task: Task) -> slice:
-        """Where the head of `task` lies in the weight of branch `k`."""
+        """Rows of the head of `task` in the weight of branch `k`."""
         return self.kept[k][task]
 
     def keep(self, kept: Mapping[int, Sequence[Task]]) -> dict[nn.Parameter, tuple[nn.Parameter, Tensor]]:
-        """Remove all heads but those of `kept` (branch number to its tasks).
+        """Remove all heads except those of `kept` (branch number → tasks).
 
         Returns:
-            For each parameter that shrank: new parameter → (old parameter, rows of it that stayed).
+            For each parameter that lost rows: new parameter → (old parameter, kept rows).
         """
         followed: dict[nn.Parameter, tuple[nn.Parameter, Tensor]] = {}
         for k in list(self.kept):
@@ -99,13 +99,13 @@ class HeadBank(nn.Module):
         return followed
 
     def _index(self) -> Tensor:
-        """Positions of the live rows in the padded product, flattened."""
+        """Positions of the live rows in the flattened padded product."""
         counts = [sum(task.channels for task in kept) for kept in self.kept.values()]
         widest = max(counts, default=0)
         return torch.cat([torch.arange(c) + i * widest for i, c in enumerate(counts)] or [torch.empty(0).long()])
 
 
 def _places(kept: Sequence[Task]) -> dict[Task, slice]:
-    """The tasks of a branch in their order, each with the rows of its head."""
+    """Map the tasks of a branch, in their order, to the rows of their heads."""
     ends = accumulate(task.channels for task in kept)
     return {task: slice(end - task.channels, end) for task, end in zip(kept, ends, strict=True)}

@@ -1,4 +1,4 @@
-"""`Numbered`: modules or parameters by number, in the order of the numbers."""
+"""`Numbered`: modules or parameters with numbers as keys, in ascending order."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Item = TypeVar("Item", nn.Module, nn.Parameter)
 
 
 class Numbered(nn.Module, Generic[Key, Item]):
-    """Modules, or parameters, by branch number or by (branch, task), in ascending order.
+    """Modules or parameters in ascending order of their keys: branch numbers, or pairs (branch, task).
 
-    The numbers are the keys. `nn.ParameterDict` and `nn.ModuleDict` have text as keys, and the former sorts it:
-    there "10" comes before "2". In a state dictionary branch 10 is "10", and branch 3 with task 4 is "3_4".
+    `nn.ParameterDict` and `nn.ModuleDict` have strings as keys, and `nn.ParameterDict` sorts them: "10" comes
+    before "2". In a state dictionary branch 10 is "10", and branch 3 with task 4 is "3_4".
 
     Args:
         items: Number → module or parameter, in any order.
@@ -28,15 +28,15 @@ class Numbered(nn.Module, Generic[Key, Item]):
             setattr(self, name, items[key])
 
     def __getitem__(self, key: Key) -> Item:
-        """The item of a number, or KeyError."""
+        """Return the item of a number, or raise KeyError."""
         name = self._names[key]
         return cast("Item", self._modules[name] if name in self._modules else self._parameters[name])
 
     def __setitem__(self, key: Key, item: Item) -> None:
-        """Put another item in the place of one that is there.
+        """Replace an existing item.
 
         Raises:
-            KeyError: For a number that is not there.
+            KeyError: If the number does not exist.
         """
         setattr(self, self._names[key], item)
 
@@ -53,11 +53,11 @@ class Numbered(nn.Module, Generic[Key, Item]):
         return key in self._names
 
     def values(self) -> list[Item]:
-        """The items, by ascending number."""
+        """Return the items by ascending number."""
         return [self[key] for key in self]
 
     def items(self) -> list[tuple[Key, Item]]:
-        """Numbers and items, by ascending number."""
+        """Return pairs (number, item) by ascending number."""
         return [(key, self[key]) for key in self]
 
 

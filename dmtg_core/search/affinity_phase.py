@@ -1,7 +1,7 @@
-"""Groups to begin with: tasks that read the same of their input belong together.
+"""Affinity phase: proposed groups from the feature overlap of the tasks in one network.
 
-One branch is trained for all tasks until the groups that follow from what its heads read (`reading_overlap`) are
-at rest, which takes a fraction of a run.
+One branch is trained for all tasks until the groups that follow from the feature overlap have converged. This
+takes a fraction of a run.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ from dmtg_core.grouping import Grouping
 from dmtg_core.network.cost import wide_spec
 from dmtg_core.network.encoders import WIDTHS
 from dmtg_core.network.grouping_network import NetworkSpec
-from dmtg_core.search.feature_overlap import cluster, reading_overlap
+from dmtg_core.search.feature_overlap import cluster, feature_overlap
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Data
-from dmtg_core.training.loop import NO_HOOKS, Hooks, TrainState, advance
+from dmtg_core.training.loop import NO_HOOKS, Hooks, advance
 from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
 
-AT_REST = 0.9  # adjusted Rand index of the groups of two epochs
-AFFINITY_COST = 4  # of the branch that tasks are compared in, in units of what all K branches cost
+CONVERGED = 0.9  # adjusted Rand index of the groups of two epochs from which they have converged
+AFFINITY_COST = 4  # inference cost of the network of this phase, in units of that of all K branches
 
 
 def affinity_plan(spec: NetworkSpec, settings: TrainSettings, most: int) -> tuple[NetworkSpec, TrainSettings]:
-    """The network that tasks are compared in, and how it is trained.
+    """Return the network of the affinity phase and its training settings.
 
-    It is one branch that is wide enough for all tasks, if its encoder can be widened: one that is too narrow has
-    to choose whom it serves, and shows its choice instead of what the tasks read.
+    It is one branch, wide enough for all tasks if the encoder can be widened. In a branch that is too narrow, the
+    features of some tasks displace those of others, which changes the overlap.
 
     Args:
         spec: The grouping network.
-        settings: How that is trained.
-        most: Epochs that tasks are compared for, at most.
+        settings: Training settings of the grouping network.
+        most: Largest number of epochs of the phase.
     """
     short = replace(settings, epochs=most, search_share=1.0, lr_schedule="constant")
     if spec.encoder.name in WIDTHS:
@@ -51,34 +52,35 @@ def compare_tasks(
     least: int,
     hooks: Hooks = NO_HOOKS,
 ) -> Tensor:
-    """Train the network that tasks are compared in until the groups that follow from it have come to rest.
+    """Train the network of the affinity phase until the proposed groups have converged.
 
-    They have where an epoch moves hardly any task: an adjusted Rand index of `AT_REST` between two proposals.
+    They have converged if the adjusted Rand index of the groups of two epochs is at least `CONVERGED`.
 
     Args:
-        state: As `affinity_plan` has it, of any epoch. Its records get what each epoch `proposed`.
+        state: State of the network of `affinity_plan`, at any epoch. The proposed groups of each epoch are added
+            to its record as `proposed`.
         data, context, hooks: As for `advance`.
-        settings: As `affinity_plan` gives them.
-        groups: How many to propose.
-        least: Epochs that it trains at any rate.
+        settings: Settings of `affinity_plan`.
+        groups: Number of groups to propose.
+        least: Smallest number of epochs.
 
     Returns:
-        `reading_overlap` `(N, N)` at the end.
+        `feature_overlap` `(N, N)` after the last epoch.
     """
     names = [task.name for task in state.network.tasks]
 
     def overlap() -> Tensor:
-        return reading_overlap(state.network, data, context=context)
+        return feature_overlap(state.network, data, context=context)
 
     def propose(trained: TrainState) -> None:
         trained.history[-1]["proposed"] = cluster(overlap(), groups)
         hooks.on_epoch(trained)
 
-    def at_rest(trained: TrainState) -> bool:
+    def converged(trained: TrainState) -> bool:
         if trained.epoch < max(least, 2):
             return False
         before, now = (Grouping.from_assignment(names, r["proposed"]) for r in trained.history[-2:])
-        return now.adjusted_rand_index(before) >= AT_REST
+        return now.adjusted_rand_index(before) >= CONVERGED
 
     advance(
         state,
@@ -86,6 +88,6 @@ def compare_tasks(
         settings,
         context,
         until=settings.epochs,
-        hooks=replace(hooks, on_epoch=propose, enough=at_rest),
+        hooks=replace(hooks, on_epoch=propose, should_stop=converged),
     )
     return overlap()

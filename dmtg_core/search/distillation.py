@@ -1,9 +1,10 @@
-"""One network learns on from what several have learned: better answers at no cost at inference.
+"""Distillation of an ensemble of networks into one network, with no additional inference cost.
 
-Networks that were trained apart err apart, and the mean of their predictions is better than each of them. A single
-network can learn most of it, with that mean in the place of a part of every label (Hinton, Vinyals and Dean 2015).
-A network that would overfit needs it to the end. Any other is held back by teachers that know no more than itself:
-there the part falls to nothing (teacher annealing, Clark et al. 2019).
+The errors of independently trained networks differ, and the mean of their predictions is better than that of each.
+A single network learns most of this from targets that mix labels with the mean of the teachers (Hinton, Vinyals
+and Dean 2015). For a network that would overfit, the share of the teachers is constant. For any other network it
+decreases to 0, because teachers that are no better than the network limit it (teacher annealing, Clark et al.
+2019).
 """
 
 from __future__ import annotations
@@ -19,22 +20,25 @@ from dmtg_core.network.grouping_network import GroupingNetwork, clone
 from dmtg_core.tasks import Task
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Batch, Data
-from dmtg_core.training.loop import NO_HOOKS, Hooks, TrainState, advance
+from dmtg_core.training.loop import NO_HOOKS, Hooks, advance
 from dmtg_core.training.losses import valid
 from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import autocast
 
-WEIGHT = 0.8  # of the teachers' mean in a target that has a label
-OVERFIT = 0.25  # generalisation gap above which a network would overfit: validation losses 28 % above training's
+WEIGHT = 0.8  # weight of the teachers' mean in a target with a label
+OVERFIT = 0.25  # generalisation gap of a network that would overfit: validation losses 28 % above training losses
 
 
 class Teachers:
-    """Mixes labels of training batches with what networks predict; a missing label is their prediction.
+    """A teacher ensemble that mixes the labels of training batches with its predictions.
+
+    A missing label is replaced by the prediction.
 
     Args:
-        networks: Hard networks with the same tasks, which are not changed.
-        precision: What they are computed in, see `TrainSettings`.
-        share: What a target that has a label takes of their mean, asked for every batch.
+        networks: Hard networks with the same tasks. They are not changed.
+        precision: Precision of the computation, see `TrainSettings`.
+        share: Weight of the teachers' mean in a target with a label. It is called for each batch.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class Teachers:
         self.networks, self.precision, self.share = [network.eval() for network in networks], precision, share
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch with mixed targets."""
+        """Return the batch with mixed targets."""
         with torch.no_grad(), autocast(self.precision, batch.inputs.device):
             outputs = [network(batch.inputs) for network in self.networks]
         share = self.share()
@@ -57,20 +61,20 @@ class Teachers:
         return Batch(batch.inputs, targets)
 
 
-def learner(network: GroupingNetwork, score: float, settings: TrainSettings) -> TrainState:
-    """The state in which a trained network begins to learn on; it stays the best until an epoch is better.
+def distillation_state(network: GroupingNetwork, score: float, settings: TrainSettings) -> TrainState:
+    """Return the state at the beginning of a distillation. The network is the best until an epoch is better.
 
     Args:
-        network: It is copied.
-        score: Its validation score.
-        settings: How it will learn.
+        network: A trained network. It is copied.
+        score: Validation score of the network.
+        settings: Training settings of the distillation.
     """
     state = TrainState.fresh(clone(network), settings)
     state.consider(score)
     return state
 
 
-def learn_on(
+def distil(
     state: TrainState,
     teachers: Sequence[GroupingNetwork],
     data: Data,
@@ -80,46 +84,46 @@ def learn_on(
     gap: float,
     hooks: Hooks = NO_HOOKS,
 ) -> None:
-    """Train to the end on labels mixed with what teachers predict, and take the weights of the best epoch.
+    """Train on labels mixed with the predictions of teachers, and take the weights of the best epoch.
 
     Args:
-        state: As `learner` gives it, of any epoch.
+        state: A state of `distillation_state`, at any epoch.
         teachers: See `Teachers`.
         data, settings, context, hooks: As for `advance`.
-        gap: The `generalisation_gap` of the last epoch that the network was trained for on labels alone.
+        gap: `generalisation_gap` of the last epoch of the network with labels alone.
 
     Raises:
-        NonFiniteLossError: When the loss stops being finite.
+        NonFiniteLossError: If the loss is not finite.
     """
-    teach = Teachers(teachers, settings.precision, lambda: share_of(gap, state.epoch, settings.epochs))
-    taught = replace(hooks, prepare=teach)
-    advance(state, data, settings, context, until=settings.epochs, hooks=taught)
+    teach = Teachers(teachers, settings.precision, lambda: teacher_share(gap, state.epoch, settings.epochs))
+    mixed = replace(hooks, prepare=teach)
+    advance(state, data, settings, context, until=settings.epochs, hooks=mixed)
     state.take_best()
 
 
-def share_of(gap: float, epoch: int, epochs: int) -> float:
-    """What a label gives to the teachers' mean: `WEIGHT`, falling to 0 unless a network would overfit.
+def teacher_share(gap: float, epoch: int, epochs: int) -> float:
+    """Return the weight of the teachers' mean: `WEIGHT`, decreasing to 0 unless the network would overfit.
 
     Args:
-        gap: See `learn_on`.
-        epoch: Epochs that are over.
-        epochs: All.
+        gap: See `distil`.
+        epoch: Number of completed epochs.
+        epochs: Number of all epochs.
     """
     return WEIGHT if gap > OVERFIT else WEIGHT * (1 - epoch / max(epochs - 1, 1))
 
 
 def mixed_target(task: Task, target: Tensor, outputs: Sequence[Tensor], share: float = WEIGHT) -> Tensor:
-    """A target with a share of what teachers predict on average, all of it where there is no label.
+    """Mix a target with the mean prediction of the teachers. A missing label is replaced by the mean.
 
     Args:
         task: The task.
         target: Encoded labels, see `Task.encode`.
-        outputs: What each teacher gives, see `GroupingNetwork.forward`.
-        share: How much of a label it replaces.
+        outputs: Output of each teacher, see `GroupingNetwork.forward`.
+        share: Weight of the mean.
 
     Returns:
         Probabilities of classes `(B, C)` or `(B, C, H, W)`, of the positive class `(B,)`, or values in network
-        units like the target's.
+        units of the shape of the target.
     """
     if task.classes:
         mean = torch.stack([out.float().softmax(1) for out in outputs]).mean(0)

@@ -1,4 +1,4 @@
-"""Which tasks read the same of what they share, seen in one network, and groups of tasks that do."""
+"""Feature overlap of tasks (active-subspace affinity) in one network, and clustering of tasks by it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dmtg_core.network.grouping_network import GroupingNetwork, pooled
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import Data
 
-SAMPLES = 1024  # that gradients are taken on; with more the figures hardly move
+SAMPLES = 1024  # samples for the gradients; more samples hardly change the overlap
 
 
-def reading_overlap(
+def feature_overlap(
     network: GroupingNetwork,
     data: Data,
     *,
@@ -23,30 +23,31 @@ def reading_overlap(
     samples: int = SAMPLES,
     context: TrainContext | None = None,
 ) -> Tensor:
-    """How much of what they read two tasks have in common, `(N, N)`, 0 to 1 with 1 on the diagonal.
+    """Compute the feature overlap of every two tasks, `(N, N)`: 0 to 1, with 1 on the diagonal.
 
-    What a task reads is `M_n = E[g gᵀ]`, g the gradient of its output with respect to the shared features: the
-    matrix whose large eigenvectors span its active subspace (Constantine et al. 2014, equation 2.1). The overlap
-    of two tasks is `⟨M_n, M_m⟩ / (‖M_n‖ ‖M_m‖)`, Frobenius. The sign of g plays no part: tasks that ask opposite
-    things of the same features read the same, where a cosine of gradients (`gradient_cosines`) sees a conflict, or
-    nothing.
+    For task n let `M_n = E[g gᵀ]`, with g the gradient of its output with respect to the shared features. The
+    eigenvectors of `M_n` with large eigenvalues span the active subspace of the task (Constantine et al. 2014,
+    equation 2.1). The overlap of two tasks is `⟨M_n, M_m⟩ / (‖M_n‖ ‖M_m‖)`, Frobenius. It does not depend on the
+    sign of g: tasks that depend on the same features in opposite directions have a high overlap, while the cosine
+    of their gradients (`gradient_cosines`) is negative or about 0.
 
-    The shared features are those of the stem; without one the input itself where it is a vector, else what the
-    first stage of the branch gives. Of a map or a sequence the channels are compared, its places are samples. The
-    network should be wide enough to serve all tasks at once: one that has to choose shows its choice instead.
+    The shared features are the output of the stem. Without a stem they are the input if it is a vector, else the
+    output of the first stage of the branch. For a map or a sequence the overlap is over channels, and positions
+    count as samples. The network should be wide enough for all tasks: in a narrow network the features of some
+    tasks displace those of others.
 
     Args:
-        network: Trained, with one branch.
-        data: Where samples come from.
-        split: Of which split.
-        samples: How many of a worker's, at most.
-        context: Whose workers each have a part of the samples.
+        network: A trained network with one branch.
+        data: The data set.
+        split: Split of the samples.
+        samples: Largest number of samples of a worker.
+        context: Context of the workers, which each have a part of the samples.
 
     Raises:
-        ValueError: For a network of several branches, or no samples.
+        ValueError: If the network has several branches, or if there are no samples.
     """
     if len(network.branches) != 1:
-        raise ValueError(f"what tasks share is seen in a network of one branch, got {len(network.branches)}")
+        raise ValueError(f"feature overlap needs a network of one branch, got {len(network.branches)}")
     was_training = network.training
     network.eval()
     (branch,) = network.branches.values()
@@ -73,8 +74,8 @@ def reading_overlap(
 def _moments(
     network: GroupingNetwork, rest: nn.Module, shared: Any, raw: Tensor, generator: torch.Generator
 ) -> list[Tensor]:
-    """`Σ g gᵀ` of every task over a batch, `(C, C)` for C channels of the shared features."""
-    several = isinstance(shared, tuple)  # a text encoder passes on (tokens, mask)
+    """`Σ g gᵀ` of each task over a batch, `(C, C)` for C channels of the shared features."""
+    several = isinstance(shared, tuple)  # the stages of a text encoder return (tokens, mask)
     leaf = (shared[0] if several else shared).detach().float().requires_grad_()
     features = rest((leaf, *shared[1:]) if several else leaf)
     found = []
@@ -85,7 +86,7 @@ def _moments(
             output = network.bank.head(0, task, pooled(features))
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
         (gradient,) = torch.autograd.grad((output * signs).sum(), leaf, retain_graph=True)
-        # (B, C), (B, C, h, w) and (B, L, C) to (samples and places, C)
+        # (B, C), (B, C, h, w) and (B, L, C) to (samples and positions, C)
         rows = gradient.movedim(1, -1) if gradient.dim() == 4 else gradient
         rows = rows.reshape(-1, rows.shape[-1]).double()
         found.append(rows.T @ rows)
@@ -93,25 +94,26 @@ def _moments(
 
 
 def cluster(affinity: Tensor, groups: int) -> list[int]:
-    """Groups of tasks with a high mean affinity: the two groups that have the highest are joined, again and again.
+    """Cluster tasks by average linkage (Sokal and Michener 1958).
 
-    This is average linkage (Sokal and Michener 1958). The mean of the two directions counts.
+    The two groups with the highest mean affinity are joined until `groups` are left. The affinity of two tasks is
+    the mean of both directions.
 
     Args:
-        affinity: `(N, N)`; its diagonal plays no part.
-        groups: How many groups, at most; 1 to N.
+        affinity: `(N, N)`. The diagonal is ignored.
+        groups: Number of groups, 1 to N.
 
     Returns:
         The group of each task, numbered in the order of their first tasks.
 
     Raises:
-        ValueError: For no square matrix, a value that is not finite, or a number of groups out of range.
+        ValueError: If the matrix is not square or not finite, or if the number of groups is out of range.
     """
     count = affinity.shape[0]
     if affinity.shape != (count, count) or not bool(torch.isfinite(affinity).all()):
         raise ValueError(f"an affinity is a square matrix of finite numbers, got shape {tuple(affinity.shape)}")
     if not 1 <= groups <= count:
-        raise ValueError(f"{count} tasks make 1 to {count} groups, got {groups}")
+        raise ValueError(f"{count} tasks can form 1 to {count} groups, got {groups}")
     mean = ((affinity + affinity.T) / 2).double()
     members = [[n] for n in range(count)]
     while len(members) > groups:
@@ -122,7 +124,7 @@ def cluster(affinity: Tensor, groups: int) -> list[int]:
 
 
 def _closest(mean: Tensor, members: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """The two groups with the highest mean affinity between them."""
+    """Return the two groups with the highest mean affinity between them."""
     share = torch.zeros(len(members), mean.shape[0], dtype=mean.dtype)
     for k, group in enumerate(members):
         share[k, list(group)] = 1 / len(group)

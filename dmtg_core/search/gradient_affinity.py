@@ -1,9 +1,9 @@
-"""What published selectors measure on one naive-MTL network: whom a step on one task helps, for every two tasks.
+"""Gradient affinities of published selectors: the effect of a step on one task on another, in naive MTL.
 
-All of them compare gradients of the tasks' losses with respect to what a network of one branch shares (stem and
-branch). Losses are means over labels, the network is in evaluation mode, and every affinity is `(N, N)` with
-`[i, j]` the effect of task i upon task j, the larger the better. The diagonal holds what a task alone is worth in
-the same unit, as `best_partition` wants it.
+They compare gradients of the tasks' losses with respect to the shared parameters (stem and branch) of a network of
+one branch. Losses are means over labels, and the network is in evaluation mode. An affinity is `(N, N)`: `[i, j]`
+is the effect of task i on task j, higher is better. The diagonal is the value of a task alone in the same unit, as
+`best_partition` expects it.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from dmtg_core.tasks import Task
 from dmtg_core.training.data import Batch
 from dmtg_core.training.losses import label_counts, sample_loss
 
-DIRECTIONS = 32  # that Grad-TAG's parameters can move in
-ROUNDS = 10  # Newton steps of its fits
-STEP = 1e-3  # of its differences, as a share of the parameters' norm
+DIRECTIONS = 32  # dimensions of Grad-TAG's random subspace of the parameters
+ROUNDS = 10  # quasi-Newton steps of its fits
+STEP = 1e-3  # step of its central differences, as a share of the parameters' norm
 
 
 class GradientAffinities:
-    """CS, TAG and ETAP, averaged over moments of a naive-MTL run.
+    """CS, TAG and ETAP, averaged over batches of a naive-MTL run.
 
-    With g_i the gradient of task i's loss and L_j the loss of task j, on one batch:
+    Let g_i be the gradient of task i's loss and L_j the loss of task j, on one batch:
 
     - `cs`: cosine of g_i and g_j (the baseline of Fifty et al. 2021, section 5);
-    - `tag`: `1 - L_j(θ - η g_i) / L_j(θ)`, heads left as they are (Fifty et al. 2021, equation 1). It is
-      directed: from the task that steps to the task that is looked at;
-    - `etap`: `⟨g_i, g_j⟩ / L_j`, the first-order form of that, which is the linear part of the predictor of Ayman
-      et al. (2026). Their regression on groups that were trained is left out.
+    - `tag`: `1 - L_j(θ - η g_i) / L_j(θ)` with unchanged heads (Fifty et al. 2021, equation 1). It is directed:
+      from the task of the step to the task of the loss;
+    - `etap`: `⟨g_i, g_j⟩ / L_j`, the first-order form of `tag`. It is the linear part of the predictor of Ayman
+      et al. (2026). Their regression on trained groups is not included.
 
-    A task alone scores 0 in all of them: nobody else's step reaches it.
+    The value of a task alone is 0 in all of them, because no other task has an effect on it.
 
     Args:
         tasks: The tasks, in the order of the rows.
@@ -45,18 +45,18 @@ class GradientAffinities:
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = tuple(tasks)
         self.sums: dict[str, Tensor] = {}
-        self.looks = 0
+        self.updates = 0
 
-    def look(self, network: GroupingNetwork, batch: Batch, learning_rate: float) -> None:
-        """Add one batch at one moment.
+    def update(self, network: GroupingNetwork, batch: Batch, learning_rate: float) -> None:
+        """Add the affinities of one batch.
 
         Args:
-            network: In training, with one branch.
-            batch: A batch of the training data; tasks without a label in it have no effect and feel none.
-            learning_rate: η, that of the run at this moment.
+            network: The network in training, with one branch.
+            batch: A batch of the training data. The affinities of a task without labels in it are 0.
+            learning_rate: η, the current learning rate of the run.
 
         Raises:
-            ValueError: For a network of several branches.
+            ValueError: If the network has several branches.
         """
         shared = shared_parameters(network)
         was_training = network.training
@@ -78,33 +78,33 @@ class GradientAffinities:
         for name, value in found.items():
             alone = value.cpu().fill_diagonal_(0.0)
             self.sums[name] = self.sums[name] + alone if name in self.sums else alone
-        self.looks += 1
+        self.updates += 1
 
     def means(self) -> dict[str, Tensor]:
-        """The affinities, by name."""
-        return {name: value / self.looks for name, value in self.sums.items()}
+        """Return the mean affinities by name."""
+        return {name: value / self.updates for name, value in self.sums.items()}
 
 
 def projected_affinity(
     network: GroupingNetwork, train: Batch, val: Batch, *, directions: int = DIRECTIONS, seed: int = 0
 ) -> Tensor:
-    """Grad-TAG's estimate (Li, Sharma and Zhang 2024): what training two tasks together would give either.
+    """Compute Grad-TAG's estimate of the losses of tasks trained together (Li, Sharma and Zhang 2024).
 
-    The network is taken for linear in its shared parameters, `f(θ + P w) = f(θ) + ∂f/∂θ · P w`, P random with few
-    columns; the products are central differences, which every layer has. For every two tasks w is fitted to their
-    losses on one batch and the loss of either is read on another. `[i, j]` is the negative loss of task j, trained
-    with i, as a share of what it is before any fit; the diagonal that of j trained alone. The paper averages over
-    random sets of tasks; here every pair is tried.
+    The network is linearised in its shared parameters, `f(θ + P w) = f(θ) + ∂f/∂θ · P w`, with a random P of few
+    columns. The products are central differences, which work with any layer. For every two tasks, w is fitted to
+    their losses on one batch, and their losses are computed on another batch. `[i, j]` is the negative loss of
+    task j, trained with i, as a share of the loss before the fit. The diagonal is that of j trained alone. The
+    paper averages over random sets of tasks. Here all pairs are computed.
 
     Args:
-        network: A trained naive-MTL network, of one branch.
-        train: What is fitted on.
-        val: What is judged on.
-        directions: Columns of P.
-        seed: Of P.
+        network: A trained naive-MTL network with one branch.
+        train: Batch for the fit.
+        val: Batch for the evaluation.
+        directions: Number of columns of P.
+        seed: Seed of P.
 
     Raises:
-        ValueError: For a network of several branches.
+        ValueError: If the network has several branches.
     """
     shared = shared_parameters(network)
     was_training = network.training
@@ -116,29 +116,29 @@ def projected_affinity(
     ]
     with torch.no_grad():
         fitted = _linear(network, shared, train, bases)
-        judged = _linear(network, shared, val, bases)
+        evaluated = _linear(network, shared, val, bases)
     network.train(was_training)
     tasks = network.tasks
     start = torch.zeros(directions, device=network.gate.logits.device)
-    before = torch.stack([_loss_at(task, judged, start) for task in tasks]).clamp_min(1e-12)
+    before = torch.stack([_loss_at(task, evaluated, start) for task in tasks]).clamp_min(1e-12)
     found = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
     for n, task in enumerate(tasks):
-        found[n, n] = -float(_loss_at(task, judged, _fit([task], fitted, start)) / before[n])
+        found[n, n] = -float(_loss_at(task, evaluated, _fit([task], fitted, start)) / before[n])
     for i, j in combinations(range(len(tasks)), 2):
         w = _fit([tasks[i], tasks[j]], fitted, start)
-        found[i, j] = -float(_loss_at(tasks[j], judged, w) / before[j])
-        found[j, i] = -float(_loss_at(tasks[i], judged, w) / before[i])
+        found[i, j] = -float(_loss_at(tasks[j], evaluated, w) / before[j])
+        found[j, i] = -float(_loss_at(tasks[i], evaluated, w) / before[i])
     return found
 
 
 def shared_parameters(network: GroupingNetwork) -> dict[str, Tensor]:
-    """What all tasks of a network of one branch share, by name.
+    """Return the parameters that all tasks of a network of one branch share, by name.
 
     Raises:
-        ValueError: For several branches.
+        ValueError: If the network has several branches.
     """
     if len(network.branches) != 1:
-        raise ValueError(f"tasks are compared in a network of one branch, got {len(network.branches)}")
+        raise ValueError(f"affinities need a network of one branch, got {len(network.branches)}")
     return {
         name: parameter
         for name, parameter in network.named_parameters()
@@ -147,7 +147,7 @@ def shared_parameters(network: GroupingNetwork) -> dict[str, Tensor]:
 
 
 def _losses(network: GroupingNetwork, shared: Mapping[str, Tensor], batch: Batch) -> Tensor:
-    """Mean loss of each task `(N,)` with `shared` in the place of the network's own."""
+    """Compute the mean loss of each task `(N,)` with `shared` instead of the network's own parameters."""
     outputs = functional_call(network, dict(shared), (batch.inputs,))
     return _means(network.tasks, outputs, batch.targets)
 
@@ -192,7 +192,7 @@ def _loss_at(task: Task, linear: Linear, w: Tensor) -> Tensor:
 
 
 def _fit(tasks: Sequence[Task], linear: Linear, start: Tensor) -> Tensor:
-    """The w with the lowest sum of the tasks' losses, as shares of those at the start, and a small ridge."""
+    """Fit w to the sum of the tasks' losses, as shares of those at the start, with a small ridge penalty."""
     scale = [float(_loss_at(task, linear, start).clamp_min(1e-12)) for task in tasks]
     w = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([w], max_iter=ROUNDS, line_search_fn="strong_wolfe")

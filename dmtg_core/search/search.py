@@ -1,16 +1,16 @@
-"""The whole run: naive MTL to compare with, candidates for the grouping, and the best of them trained to its end.
+"""`search`: naive MTL as the baseline, candidates for the grouping, and distillation of the best candidate.
 
-The method "dmtg" follows the paper: gates that start undecided. A single run can lock into an early accident, so
-several can be made; the one whose pruned network has the best validation score goes on.
+The method "dmtg" follows the paper: gates that start uniform. A single run can converge to a poor grouping, so
+several starts are possible. The one whose pruned network has the best validation score is trained to the end.
 
-The method "guided" starts from evidence. One wide branch, trained for all tasks until the picture is at rest,
-shows which of them read the same of its input (`reading_overlap`), and one gate starts at the groups that follow
-from it. Beside it run undecided gates, because where tasks do not conflict sharing for longer is worth more than
-any grouping, and one wide encoder at the cost of all branches, because where capacity is all that counts no
-grouping beats it. Candidates that are far behind when the search ends stop there. Where the wide encoder is ahead
-at the end, the groups of the best gate are trained once from scratch: good groups can have grown unlucky weights.
-The best of all on validation data learns on from the others (see `distillation`): what each has learned is kept,
-at the inference cost of one.
+The method "guided" has more candidates. One wide branch for all tasks is trained until the groups of its
+`feature_overlap` have converged. One gate starts at these groups. Further gates start uniform, because tasks
+without conflicts gain more from sharing for a longer time than from any grouping. One wide encoder has the
+inference cost of all branches, because no grouping is better if only capacity matters. Candidates with a much
+worse score at the end of the search are stopped. If the wide encoder is the best at the end, the groups of the
+best gate are trained once from scratch, because the weights that a gate ends with can be poor for good groups.
+Finally all trained candidates are distilled into the best one on validation data (see `distillation`), at the
+inference cost of one.
 """
 
 from __future__ import annotations
@@ -24,114 +24,46 @@ from typing import Any
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.cost import history_flops, inference_cost, naive_flops, wide_spec
-from dmtg_core.network.encoders import WIDTHS
 from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
 from dmtg_core.search.affinity_phase import affinity_plan, compare_tasks
 from dmtg_core.search.baselines import hard_network
-from dmtg_core.search.distillation import learn_on, learner
+from dmtg_core.search.distillation import distil, distillation_state
 from dmtg_core.search.feature_overlap import cluster
+from dmtg_core.search.options import AFFINITY, BASELINE, DISTILLED, GUIDED, RETRAINED, WIDE, SearchOptions
 from dmtg_core.search.state import SearchState
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import Data
-from dmtg_core.training.loop import Hooks, TrainState, advance, evaluate, generalisation_gap
+from dmtg_core.training.loop import Hooks, advance, evaluate, generalisation_gap
 from dmtg_core.training.metrics import Metrics
 from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
 from dmtg_core.training.warm_start import WarmStart
 
-BASELINE, AFFINITY, GUIDED, WIDE = "naive_mtl", "affinity", "guided", "wide"
-RETRAINED, DISTILLED = "retrained", "distilled"
-METHODS = ("guided", "dmtg")
-LEARNED_FROM = 2.0  # times `within`: who is too far behind to be the result may still know what it does not
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """Which candidates a search trains.
-
-    Args:
-        method: One of `METHODS`.
-        starts: Gates that start undecided, each with a seed of its own.
-        wide: Have one wide encoder, at the inference cost of all branches, among the candidates ("guided").
-        affinity_share, affinity_limit: Share of the epochs that the network trains in which tasks are compared, at
-            least and at most: it stops when the groups that follow no longer change ("guided").
-        probability: With which a task begins in its proposed group ("guided").
-        within: How much worse than the best a candidate's score may be when the search ends and yet be the result,
-            beside what the best one's validation score changed from epoch to epoch ("guided"); up to twice as much
-            it goes on to be learned from. With "dmtg" the best goes on alone.
-        retrain: Before the wide encoder is kept, train the groups of the best gate from scratch ("guided").
-        distil_share: For how many more epochs, as a share of all, the best candidate learns from the mean of all
-            that were trained to their end ("guided"); 0 for none. Where there is but one, nothing can be learned.
-
-    Raises:
-        ValueError: For an unknown method or a number out of range.
-    """
-
-    method: str = "guided"
-    starts: int = 1
-    wide: bool = True
-    affinity_share: float = 0.1
-    affinity_limit: float = 0.3
-    probability: float = 0.9
-    within: float = 0.03
-    retrain: bool = True
-    distil_share: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}, expected one of {', '.join(METHODS)}")
-        fewest = 0 if self.method == "guided" else 1
-        if self.starts < fewest:
-            raise ValueError(f"starts must be at least {fewest}, got {self.starts}, with method {self.method!r}")
-        for name in ("affinity_share", "affinity_limit"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
-        if not 0 < self.probability < 1:
-            raise ValueError(f"probability must be in (0, 1), got {self.probability}")
-        if self.within < 0:
-            raise ValueError(f"within must not be negative, got {self.within}")
-        if self.distil_share < 0:
-            raise ValueError(f"distil_share must not be negative, got {self.distil_share}")
-
-    def affinity_epochs(self, settings: TrainSettings) -> tuple[int, int]:
-        """The fewest and the most epochs of the network that tasks are compared in."""
-        shares = (self.affinity_share, max(self.affinity_share, self.affinity_limit))
-        least, most = (max(round(share * settings.epochs), 1) for share in shares)
-        return least, most
-
-    def candidates(self, spec: NetworkSpec) -> list[str]:
-        """Their names, in the order in which they are trained. One branch has nothing to be guided to."""
-        starts = [f"start_{i}" for i in range(self.starts)]
-        if self.method == "dmtg" or spec.groups == 1:
-            return starts or ["start_0"]
-        return [GUIDED, *starts, *([WIDE] if self.wide and spec.encoder.name in WIDTHS else [])]
-
-    def distilled(self, settings: TrainSettings) -> TrainSettings:
-        """How the best candidate learns on: from the first learning rate again, and every epoch may be best."""
-        epochs = max(round(self.distil_share * settings.epochs), 1)
-        return replace(settings, epochs=epochs, search_share=1.0)
+TEACHER_FACTOR = 2.0  # times `within`: a candidate that is too far behind to be the result can be a teacher
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """Result of a search.
 
     Args:
         network: The hard network with the weights of its best epoch, in evaluation mode.
-        naive: The network of naive MTL, likewise; None when it was not asked for.
-        grouping: Its grouping; one group where the wide encoder was best.
-        chosen: The candidate that it is.
-        distilled: What learning on from all candidates did: `teachers`, the best `score` and the `metrics` before
-            it, the best score after it (`final`), whether that was `kept`, and its share of `cost`; empty where
-            there was nothing to learn.
+        naive: The network of naive MTL with the weights of its best epoch, in evaluation mode; None without a
+            baseline.
+        grouping: The grouping of `network`. It is one group if the wide encoder was best.
+        chosen: Name of the selected candidate.
+        distilled: Result of the distillation: `teachers`, the best `score` and the `metrics` before it, the best
+            score after it (`final`), whether the distilled network was `kept`, and its part of `cost`. It is empty
+            without a distillation.
         metrics: Split → task → metric → value.
-        baseline: The same of naive MTL; empty when it was not asked for.
-        candidates: For each: `stage`, `grouping`, `score` (the lowest mean logarithm of the validation losses in
-            its search), `final` (the same at its best epoch; None where it stopped with the search),
-            `probabilities` of the gate `(N, K)` when the search ended. For groups that were trained from scratch
-            these are those of the gate that they are from, whose name is `gate`.
-        affinity: `reading_overlap` of the tasks `(N, N)`; empty where it was not measured.
-        affinity_cost: Operations of the training that it was measured after, in units of one naive-MTL run.
-        cost: The same of all training but that of the baseline.
+        baseline: Metrics of naive MTL; empty without a baseline.
+        candidates: For each candidate: `stage`, `grouping`, `score` (the lowest validation score in its search),
+            `final` (the validation score of its best epoch; None if it was stopped at the end of the search) and
+            `probabilities` of the gate `(N, K)` at the end of the search. For groups that were trained from
+            scratch, the probabilities are those of the gate with these groups, and `gate` is its name.
+        affinity: `feature_overlap` of the tasks `(N, N)`; empty if it was not measured.
+        affinity_cost: Training cost of the affinity phase in runs of naive MTL.
+        cost: Training cost in runs of naive MTL, without the baseline.
     """
 
     network: GroupingNetwork
@@ -158,34 +90,34 @@ def search(
     context: TrainContext | None = None,
     warm_start: WarmStart | None = None,
 ) -> SearchResult:
-    """Find a grouping and train its networks; goes on from the context's latest checkpoint.
+    """Find a grouping and train its networks. The search resumes from the context's latest checkpoint.
 
     Args:
         spec: The grouping network. Start i has seed `spec.seed + i`.
-        options: The candidates; by default those of `SearchOptions()`.
-        baseline: Train naive MTL (one branch, all epochs) first, to compare with.
-        splits: What naive MTL and the result are evaluated on. Choices use "val" alone.
-        warm_start: What every gated candidate begins with. Naive MTL begins with it too when it is a single model;
-            no one of several models could stand for all of them, so it then begins afresh.
+        options: The candidates. The default is `SearchOptions()`.
+        baseline: Train naive MTL (one branch, all epochs) first, as the baseline.
+        splits: Splits on which naive MTL and the result are evaluated. Selections use only "val".
+        warm_start: Models from which all gated candidates start. Naive MTL starts from them only if it is a single
+            model, and otherwise from scratch.
 
     Raises:
-        NonFiniteLossError: When the loss stops being finite.
-        ValueError: For a warm start that does not fit, or a checkpoint that is damaged.
+        NonFiniteLossError: If the loss is not finite.
+        ValueError: If the warm start does not fit, or if the checkpoint is damaged.
     """
     return _Search(
         spec, data, settings, options or SearchOptions(), baseline, splits, context or LocalContext(), warm_start
     ).run()
 
 
-def _restless(scores: Sequence[float]) -> float:
-    """How much a validation score changes between epochs, on average, in the second half of a search."""
+def _score_noise(scores: Sequence[float]) -> float:
+    """Noise of the validation score: mean absolute change between epochs in the second half of a search."""
     late = scores[len(scores) // 2 :]
     changes = [abs(a - b) for a, b in pairwise(late) if math.isfinite(a - b)]
     return sum(changes) / len(changes) if changes else 0.0
 
 
 def _described(result: dict[str, Any]) -> dict[str, Any]:
-    """What `SearchResult` says of a candidate."""
+    """Return the fields of a candidate for `SearchResult`."""
     keys = ("stage", "grouping", "score", "final", "probabilities")
     return {key: result.get(key) for key in keys} | ({"gate": result["gate"]} if "gate" in result else {})
 
@@ -207,7 +139,7 @@ class _Search:
         self.candidates = options.candidates(spec)
         self.stages = [BASELINE] if baseline else []
         self.stages += [AFFINITY] if GUIDED in self.candidates else []
-        # through JSON, as the checkpoint has it: tuples become lists
+        # through JSON, as in the checkpoint: tuples become lists
         described = {
             "network": spec.to_dict(), "settings": asdict(settings), "options": asdict(options),
             "stages": self.stages + self.candidates,
@@ -229,12 +161,12 @@ class _Search:
         for name in self.candidates:
             if not self._done(name):
                 self._search(name)
-        for name in self._going_on():
+        for name in self._finalists():
             if "final" not in self._result(name):
                 self._finish(name)
-        unlucky = self._unlucky()
-        if unlucky:
-            self._retrain(unlucky)
+        gate = self._gate_to_retrain()
+        if gate:
+            self._retrain(gate)
         if self._teachers() and not self._done(DISTILLED):
             self._distil()
         return self._conclude()
@@ -254,7 +186,7 @@ class _Search:
         self._end(BASELINE, state, metrics=self._evaluate(state.network))
 
     def _affinity(self) -> None:
-        """Compare tasks, see `affinity_plan`."""
+        """Run the affinity phase. See `affinity_plan`."""
         least, most = self.options.affinity_epochs(self.settings)
         spec, settings = affinity_plan(self.spec, self.settings, most)
         state = self._current(spec, None, settings)
@@ -275,11 +207,11 @@ class _Search:
         self.state.held[name] = state
         scores = [record["val_score"] for record in state.history]
         self._end(
-            name, state, score=min(scores), restless=_restless(scores),
+            name, state, score=min(scores), restless=_score_noise(scores),
             probabilities=state.network.gate.probabilities().tolist(),
         )  # fmt: skip
-        going = self._going_on() if self._done(self.candidates[-1]) else self.candidates
-        self.state.held = {kept: held for kept, held in self.state.held.items() if kept in going}
+        finalists = self._finalists() if self._done(self.candidates[-1]) else self.candidates
+        self.state.held = {key: held for key, held in self.state.held.items() if key in finalists}
 
     def _candidate(self, name: str) -> tuple[NetworkSpec, WarmStart | None]:
         if name != WIDE:
@@ -291,18 +223,18 @@ class _Search:
         number = int(name.removeprefix("start_")) if name.startswith("start_") else 0
         return replace(self.settings, seed=self.settings.seed + number)
 
-    def _going_on(self, behind: float = LEARNED_FROM) -> list[str]:
-        """The candidates that are trained to the end, by what they were when the search ended.
+    def _finalists(self, factor: float = TEACHER_FACTOR) -> list[str]:
+        """Candidates that are trained to the end, by their scores at the end of the search.
 
         Args:
-            behind: How many times `within` they may be.
+            factor: Largest difference to the best score, in units of `within`.
         """
         scores = {name: self._result(name)["score"] for name in self.candidates}
         best = min(scores, key=scores.__getitem__)
         if self.options.method == "dmtg":
             return [best]
-        # a score that jumps from epoch to epoch says little about who is ahead
-        most = scores[best] + behind * self.options.within + self._result(best)["restless"]
+        # a difference within the noise of the score does not separate candidates
+        most = scores[best] + factor * self.options.within + self._result(best)["restless"]
         return [name for name, score in scores.items() if score <= most]
 
     def _finish(self, name: str) -> None:
@@ -319,13 +251,13 @@ class _Search:
         self.state.current = None
 
     def _best(self) -> str:
-        """The best on validation at its end, of the candidates that were near when the search ended."""
-        near = self._going_on(1) + ([RETRAINED] if self._done(RETRAINED) else [])
+        """Candidate with the best final validation score, among those within `within` at the end of the search."""
+        near = self._finalists(1) + ([RETRAINED] if self._done(RETRAINED) else [])
         finals = {name: self._result(name)["final"] for name in near}
         return min(finals, key=finals.__getitem__)
 
-    def _unlucky(self) -> str:
-        """The gate whose groups are trained from scratch before the wide encoder is kept; empty for none."""
+    def _gate_to_retrain(self) -> str:
+        """Gate whose groups are trained from scratch before the wide encoder is selected; empty for none."""
         if not self.options.retrain or self._done(RETRAINED) or self._best() != WIDE:
             return ""
         gates = [self._result(name) for name in self.candidates if name != WIDE]
@@ -348,10 +280,10 @@ class _Search:
         )  # fmt: skip
 
     def _teachers(self) -> list[str]:
-        """Those that the best candidate learns from; none where it would be itself alone."""
+        """Teachers of the distillation; none if the best candidate would be the only one."""
         names = [name for name in self.state.trained if name not in (BASELINE, DISTILLED)]
-        if RETRAINED in names:  # the others were looked at when their search ended
-            most = self._result(self._best())["final"] + LEARNED_FROM * self.options.within
+        if RETRAINED in names:  # the others were selected at the end of their search
+            most = self._result(self._best())["final"] + TEACHER_FACTOR * self.options.within
             names = [name for name in names if name != RETRAINED or self._result(name)["final"] <= most]
         return names if len(names) > 1 and self.options.distil_share else []
 
@@ -359,14 +291,16 @@ class _Search:
         best, settings = self._best(), self.options.distilled(self.settings)
         teachers = [self.state.trained[name].to(self.context.device) for name in self._teachers()]
         if self.state.current is None:
-            self.state.current = learner(self.state.trained[best], self._result(best)["final"], settings)
+            self.state.current = distillation_state(
+                self.state.trained[best], self._result(best)["final"], settings
+            )
         state = self.state.current
         gap, hooks = self._result(best)["gap"], self._reports(DISTILLED)
-        learn_on(state, teachers, self.data, settings, self.context, gap=gap, hooks=hooks)
+        distil(state, teachers, self.data, settings, self.context, gap=gap, hooks=hooks)
         self.state.trained[DISTILLED] = state.network
         self._end(DISTILLED, state, final=state.best_score, teachers=self._teachers())
-        looked = settings.epochs * sum(inference_cost(teacher).flops for teacher in teachers)
-        self._result(DISTILLED)["cost"] += looked
+        teaching = settings.epochs * sum(inference_cost(teacher).flops for teacher in teachers)
+        self._result(DISTILLED)["cost"] += teaching
 
     def _conclude(self) -> SearchResult:
         chosen, after = self._best(), self._result(DISTILLED) if self._done(DISTILLED) else None
@@ -404,11 +338,11 @@ class _Search:
     def _current(
         self, spec: NetworkSpec, warm_start: WarmStart | None, settings: TrainSettings | None = None
     ) -> TrainState:
-        """The stage's state: taken up from the checkpoint, or fresh."""
+        """State of the stage: from the checkpoint, or fresh."""
         if self.state.current is None:
             network = GroupingNetwork(spec)
             if warm_start is not None:
-                warm_start.give(network)
+                warm_start.apply(network)
             network.to(self.context.device)
             self.state.current = TrainState.fresh(network, settings or self.settings)
         return self.state.current
@@ -417,7 +351,7 @@ class _Search:
         advance(state, self.data, settings, self.context, until=until, hooks=self._reports(stage))
 
     def _reports(self, stage: str) -> Hooks:
-        """What is done after each epoch, and where a checkpoint within one is due."""
+        """Hooks that report metrics and checkpoints of a stage."""
         return Hooks(
             on_epoch=lambda state: self.context.report({"stage": stage, **state.history[-1]}, self.state.save),
             on_step=lambda _: self.context.report(None, self.state.save),

@@ -1,12 +1,11 @@
-"""Which networks to train, given what each would give.
+"""Selection of networks under a budget, and of groups from affinities.
 
-`select` is the exact choice among networks, for few tasks. A candidate is a network of some tasks with a loss
-for each of them. Of the candidates that are chosen a task takes the one that serves it best, so they may overlap.
-What is minimised is the sum over tasks of these losses, at a total cost of at most a budget (Standley et al. 2020,
-section 3). "At most K groups" is the special case in which every candidate costs 1.
+`select` is the exact selection of networks for few tasks. A candidate is a network of some tasks with a loss for
+each of them. Each task uses the selected candidate with its lowest loss, so the tasks of candidates may overlap.
+The sum of these losses over tasks is minimised, with a total cost of at most a budget (Standley et al. 2020,
+section 3). "At most K groups" is the special case in which each candidate costs 1.
 
-`best_partition` is the choice of groups by what every two tasks are worth to each other, for any number of tasks:
-exact for few, a beam search for many.
+`best_partition` selects groups from pairwise affinities. It is exact for few tasks and a beam search for many.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MOST_TASKS = 14  # 3^14 ways to split a set of tasks in two are seconds, 3^16 are minutes
-EXACT_PARTITION = 12  # tasks up to which a partition is chosen exactly
-BEAM = 32  # partitions that the search among many tasks keeps
+MOST_TASKS = 14  # 3^14 splits of a set of tasks take seconds, 3^16 take minutes
+EXACT_PARTITION = 12  # tasks up to which the best partition is exact
+BEAM = 32  # width of the beam search
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network that can be chosen.
+    """A network that can be selected.
 
     Args:
-        losses: Of each task that it serves; lower is better, any sign.
-        cost: In whole units, at least 1. Where half-size networks are among them, a full one costs 2.
+        losses: Task → loss, for the tasks of the network. Lower is better. The sign is arbitrary.
+        cost: Cost as an integer of at least 1. If there are half-size networks, a full-size one costs 2.
 
     Raises:
-        ValueError: Without a task, with a loss that is not finite, or a cost below 1.
+        ValueError: If there is no task, if a loss is not finite, or if the cost is below 1.
     """
 
     losses: Mapping[str, float]
@@ -40,7 +39,7 @@ class Candidate:
 
     def __post_init__(self) -> None:
         if not self.losses:
-            raise ValueError("a candidate without tasks")
+            raise ValueError("a candidate needs at least one task, got none")
         wrong = {task: loss for task, loss in self.losses.items() if not math.isfinite(loss)}
         if wrong or self.cost < 1:
             raise ValueError(f"a candidate needs finite losses and a cost of at least 1, got {wrong or self.cost}")
@@ -48,12 +47,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen.
+    """The selected candidates.
 
     Args:
-        chosen: Places of the chosen candidates, ascending.
-        serves: Task → place of the candidate that it takes.
-        loss: Sum over tasks.
+        chosen: Indices of the selected candidates, ascending.
+        serves: Task → index of its candidate.
+        loss: Sum of the losses over tasks.
     """
 
     chosen: tuple[int, ...]
@@ -62,25 +61,25 @@ class Selection:
 
 
 def select(candidates: Sequence[Candidate], budget: int) -> Selection:
-    """The choice with the lowest sum of losses.
+    """Select the candidates with the lowest sum of losses.
 
-    Dynamic programming over sets of tasks: the best way to serve a set is one network for the part that holds its
-    first task, and the best way to serve the rest at what is left of the budget. It takes 3^N · budget steps for N
-    tasks. Of equal choices the cheaper one is taken.
+    The algorithm is dynamic programming over sets of tasks. The best selection for a set is one network for the
+    subset with the first task, and the best selection for the other tasks with the rest of the budget. It takes
+    3^N · budget steps for N tasks. Among equal selections the cheapest is returned.
 
     Args:
-        candidates: Every task is one that any of them serves.
-        budget: Most that the chosen ones may cost together.
+        candidates: The candidates. The tasks are those of any candidate.
+        budget: Largest total cost.
 
     Raises:
-        ValueError: For more than `MOST_TASKS` tasks, or when no choice within the budget serves all of them.
+        ValueError: If there are more than `MOST_TASKS` tasks, or if no selection within the budget has all tasks.
     """
     tasks = list(dict.fromkeys(task for one in candidates for task in one.losses))
     if not 1 <= len(tasks) <= MOST_TASKS:
-        raise ValueError(f"the exact choice is for 1 to {MOST_TASKS} tasks, got {len(tasks)}")
+        raise ValueError(f"the exact selection is for 1 to {MOST_TASKS} tasks, got {len(tasks)}")
     everything = (1 << len(tasks)) - 1
     part = _cheapest_parts(candidates, tasks)
-    # state: the best sum with which a set is served at a cost of at most b, and the part and place that begin it
+    # best[set][b]: the lowest sum for a set at a cost of at most b; begins: its first subset and candidate
     best: list[list[float]] = [[0.0] * (budget + 1)]
     begins: list[list[tuple[int, int]]] = [[(0, -1)] * (budget + 1)]
     for whole in range(1, everything + 1):
@@ -97,13 +96,15 @@ def select(candidates: Sequence[Candidate], budget: int) -> Selection:
         best.append(sums)
         begins.append(how)
     if math.isinf(best[everything][budget]):
-        raise ValueError(f"no choice of candidates with a total cost of {budget} serves all of {', '.join(tasks)}")
+        raise ValueError(
+            f"no selection of candidates with a total cost of {budget} serves all of {', '.join(tasks)}"
+        )
     least = next(b for b in range(budget + 1) if best[everything][b] <= best[everything][budget])
     return _read_back(begins, best[everything][budget], least, tasks, candidates)
 
 
 def _cheapest_parts(candidates: Sequence[Candidate], tasks: Sequence[str]) -> list[dict[int, tuple[float, int]]]:
-    """For every set of tasks and every cost: the lowest sum that one candidate gives it, and its place."""
+    """For each set of tasks and each cost: the lowest sum of a single candidate, and its index."""
     bit = {task: 1 << i for i, task in enumerate(tasks)}
     part: list[dict[int, tuple[float, int]]] = [{} for _ in range(1 << len(tasks))]
     for place, one in enumerate(candidates):
@@ -116,7 +117,7 @@ def _cheapest_parts(candidates: Sequence[Candidate], tasks: Sequence[str]) -> li
 
 
 def _subsets(whole: int) -> Iterator[int]:
-    """All subsets but the empty one of a set written in bits."""
+    """Iterate over the non-empty subsets of a set that is encoded in bits."""
     taken = whole
     while taken:
         yield taken
@@ -140,33 +141,33 @@ def _read_back(
 
 
 def best_partition(affinity: Tensor, groups: int, *, exact: bool | None = None) -> list[int]:
-    """Groups in which tasks are worth most to each other.
+    """Compute the partition with the highest sum of affinities.
 
-    A task j in a group G scores the mean of `affinity[i, j]` over the other members i of G, alone in its group
-    `affinity[j, j]`; the sum over all tasks is maximised (Standley et al. 2020, section 4, and Fifty et al. 2021,
-    section 4, with the groups disjoint).
+    The value of a task j in a group G is the mean of `affinity[i, j]` over the other members i of G, or
+    `affinity[j, j]` if it is alone. The sum over all tasks is maximised (Standley et al. 2020, section 4, and
+    Fifty et al. 2021, section 4, with disjoint groups).
 
     Args:
-        affinity: `(N, N)`, `[i, j]` what i does for j; higher is better.
-        groups: How many groups, at most; 1 to N.
-        exact: Try all partitions, by dynamic programming over sets of tasks; by default up to `EXACT_PARTITION`
-            tasks. Else tasks are added one by one to the `BEAM` best partitions so far, and then moved one at a
-            time as long as that helps.
+        affinity: `(N, N)`. `[i, j]` is the effect of i on j. Higher is better.
+        groups: Largest number of groups, 1 to N.
+        exact: Search all partitions by dynamic programming over sets of tasks. The default is True for up to
+            `EXACT_PARTITION` tasks. Otherwise tasks are added one by one to the `BEAM` best partitions, and then
+            moved one at a time while the sum increases.
 
     Returns:
         The group of each task, numbered in the order of their first tasks.
 
     Raises:
-        ValueError: For no square matrix, a value that is not finite, a number of groups out of range, or more than
-            `MOST_TASKS` tasks where the choice is to be exact.
+        ValueError: If the matrix is not square or not finite, if the number of groups is out of range, or if there
+            are more than `MOST_TASKS` tasks with `exact`.
     """
     count = affinity.shape[0]
     if affinity.shape != (count, count) or not bool(torch.isfinite(affinity).all()):
         raise ValueError(f"an affinity is a square matrix of finite numbers, got shape {tuple(affinity.shape)}")
     if not 1 <= groups <= count:
-        raise ValueError(f"{count} tasks make 1 to {count} groups, got {groups}")
+        raise ValueError(f"{count} tasks can form 1 to {count} groups, got {groups}")
     if exact and count > MOST_TASKS:
-        raise ValueError(f"the exact choice is for 1 to {MOST_TASKS} tasks, got {count}")
+        raise ValueError(f"the exact selection is for 1 to {MOST_TASKS} tasks, got {count}")
     worth: list[list[float]] = affinity.double().tolist()
     chosen = _exact_parts if (count <= EXACT_PARTITION if exact is None else exact) else _searched_parts
     parts = chosen(worth, groups)
@@ -175,7 +176,7 @@ def best_partition(affinity: Tensor, groups: int, *, exact: bool | None = None) 
 
 
 def group_worth(worth: Sequence[Sequence[float]], members: Sequence[int]) -> float:
-    """What `best_partition` sums for one group."""
+    """Compute the value of one group in `best_partition`."""
     if len(members) == 1:
         return worth[members[0]][members[0]]
     return math.fsum(worth[i][j] for j in members for i in members if i != j) / (len(members) - 1)
@@ -185,7 +186,7 @@ def _exact_parts(worth: Sequence[Sequence[float]], groups: int) -> list[list[int
     count = len(worth)
     members = [[n for n in range(count) if mask >> n & 1] for mask in range(1 << count)]
     value = [0.0] + [group_worth(worth, part) for part in members[1:]]
-    # best[mask]: the highest sum for these tasks in the groups so far, begins[k][mask]: the group that begins it
+    # best[mask]: the highest sum for these tasks with the groups so far; begins[k][mask]: the first group of it
     best, begins = value, [list(range(1 << count))]
     for _ in range(groups - 1):
         more, how = list(best), list(begins[-1])
@@ -206,7 +207,7 @@ def _exact_parts(worth: Sequence[Sequence[float]], groups: int) -> list[list[int
 
 def _searched_parts(worth: Sequence[Sequence[float]], groups: int) -> list[list[int]]:
     count = len(worth)
-    # those first that are worth most to somebody, so that cores of groups are there before the rest has to choose
+    # tasks with the highest affinities first, so that the cores of groups exist before other tasks are added
     order = sorted(
         range(count), key=lambda n: -max(worth[n][m] + worth[m][n] for m in range(count) if m != n or count == 1)
     )
@@ -224,7 +225,7 @@ def _searched_parts(worth: Sequence[Sequence[float]], groups: int) -> list[list[
 
 
 def _moved_parts(worth: Sequence[Sequence[float]], parts: list[list[int]], groups: int) -> list[list[int]]:
-    """One task after another goes where the sum rises most, until none does."""
+    """Move single tasks to the group with the largest increase of the sum, until no move increases it."""
     assignment = {n: k for k, part in enumerate(parts) for n in part}
     held = [list(part) for part in parts] + [[] for _ in range(groups - len(parts))]
     moved = True

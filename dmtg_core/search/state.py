@@ -1,4 +1,4 @@
-"""What a search keeps on disk, so that one that was killed goes on where it stood."""
+"""`SearchState`: the checkpoint of a search, from which an interrupted search resumes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.training import checkpoint
-from dmtg_core.training.loop import TrainState
 from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
 
 
 @dataclass
 class SearchState:
-    """Where a search stands: what a checkpoint holds.
+    """State of a search: the contents of a checkpoint.
 
     `results` has an entry for each finished stage, in order. `held` are candidates whose search has ended and that
-    may go on, `trained` the networks of those that came to their end, naive MTL's too. `plan` is what the search
-    was asked for; a checkpoint of another plan is refused.
+    may be trained to the end. `trained` are the networks that were trained to the end, including naive MTL. `plan`
+    has the arguments of the search. A checkpoint with another plan is refused.
     """
 
     plan: dict[str, Any]
@@ -30,7 +30,7 @@ class SearchState:
     trained: dict[str, GroupingNetwork] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write everything into `folder`."""
+        """Write the state into `folder`."""
         if self.current is not None:
             self.current.save(folder / "current")
         for name, state in self.held.items():
@@ -52,10 +52,10 @@ class SearchState:
     def load(
         cls, folder: Path, plan: dict[str, Any], settings: TrainSettings, device: torch.device
     ) -> SearchState:
-        """Read what `save` wrote.
+        """Read the state that `save` wrote.
 
         Raises:
-            ValueError: When a file is missing or damaged, or the checkpoint is of another plan.
+            ValueError: If a file is missing or damaged, or if the checkpoint has another plan.
         """
         keys = ("plan", "results", "current", "held", "trained")
         described = checkpoint.read_json(folder / "search.json", *keys)

@@ -1,13 +1,14 @@
-"""Gradients of tasks that share a branch, combined by a rule that looks at all of them, and not by their sum.
+"""Gradient aggregators: rules that combine the gradients of tasks that share a branch.
 
-Tasks may pull the parameters that they share in opposite directions. An aggregator takes the gradients of a
-group's N tasks as the rows of a Jacobian `J`, `(N, D)`, and gives them weights `w` from its Gramian `J Jᵀ`; the
-group then learns from `wᵀ J`. The rules are those of torchjd (Quinton & Rey 2024, "Jacobian Descent For
-Multi-Objective Optimization"), an optional library. Left out are rules that do not weigh whole gradients, like
-GradDrop, and rules that cannot do without a memory of earlier steps, like GradVac.
+The gradients of tasks may conflict in shared parameters. The gradients of a group's N tasks are the rows of a
+Jacobian `J`, `(N, D)`. An aggregator computes weights `w` from its Gramian `J Jᵀ`, and the gradient of the group
+is `wᵀ J` instead of the sum. The rules are those of torchjd (Quinton & Rey 2024, "Jacobian Descent For
+Multi-Objective Optimization"), an optional library. Rules that do not weight whole gradients, for example
+GradDrop, and rules that need a state from earlier steps, for example GradVac, are not included.
 
-Without conflict most weights add up to about 1 (PCGrad's to N, Nash-MTL's to nothing in particular): a group moves
-by something like the mean of its tasks' gradients, and the best learning rate is not that of a sum.
+Without conflict the weights of most rules sum to about 1 (those of PCGrad to N, those of Nash-MTL to no fixed
+value). The gradient of a group is then about the mean of its tasks' gradients, and the best learning rate is not
+that of a sum.
 """
 
 from __future__ import annotations
@@ -27,65 +28,65 @@ from dmtg_core.network.grouping_network import GroupingNetwork
 # (Gramian of a group's gradients (N, N) on any device, seed) → weights (N,), float64 on the CPU
 Weigh = Callable[[Tensor, int], Tensor]
 
-BLOCK = 2**24  # numbers of the Jacobian that are summed over the workers at a time
+BLOCK = 2**24  # numbers of the Jacobian that are summed over the workers at once
 
 
 def _unit(gramian: Tensor) -> Tensor:
-    """The Gramian with trace 1: torchjd takes gradients for zero whose squares add up to less than 1e-4."""
+    """The Gramian with trace 1. torchjd treats gradients as 0 if the sum of their squares is below 1e-4."""
     return gramian / gramian.trace()
 
 
 def _root(gramian: Tensor) -> Tensor:
-    """A square matrix with this Gramian, for a rule that asks for the Jacobian."""
+    """A square matrix with this Gramian, for rules that need a Jacobian."""
     values, vectors = torch.linalg.eigh(gramian)
     return vectors * values.clamp_min(0).sqrt()
 
 
 def _nash_mtl(library: Any, gramian: Tensor) -> Tensor:
-    # made anew at each step: it would begin its search at the weights of the step before
+    # a new object for each step: it would start its search from the weights of the previous step
     aggregator = library.NashMTL(n_tasks=len(gramian))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*not DPP", UserWarning)  # only speed is at stake, and it is set there
+        warnings.filterwarnings("ignore", ".*not DPP", UserWarning)  # only about speed
         weights: Tensor = aggregator.weighting(_root(gramian))
     return weights
 
 
-# name → (torchjd.aggregation, Gramian (N, N) float64) → weights (N,). All but Nash-MTL's are the same for any
-# multiple of the Gramian; it takes care that the norm of the combined gradient is at most 1. The two that hurt no
-# task do so up to the 1e-4 that torchjd adds to the diagonal of a Gramian of trace 1: a task whose gradient is a
-# hundredth of the longest is not seen, so task weights should bring losses to about one size.
+# name → (torchjd.aggregation, Gramian (N, N) float64) → weights (N,). All rules but Nash-MTL are invariant to the
+# scale of the Gramian; Nash-MTL limits the norm of the combined gradient to 1. The two rules without conflict
+# ("upgrad", "dualproj") are exact up to the 1e-4 that torchjd adds to the diagonal of a Gramian of trace 1: they
+# ignore a task whose gradient is a hundredth of the longest. Task weights should scale losses to about one size.
 AGGREGATORS: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
     # the mean of the gradients
     "mean": lambda library, gramian: library.MeanWeighting()(gramian),
-    # each gradient projected so that it hurts no task, then their mean (Quinton & Rey 2024)
+    # the mean of the gradients, each projected so that it conflicts with no task (Quinton & Rey 2024)
     "upgrad": lambda library, gramian: library.UPGradWeighting()(_unit(gramian)),
-    # their mean projected so that it hurts no task (Lopez-Paz & Ranzato 2017, "GEM")
+    # the mean, projected so that it conflicts with no task (Lopez-Paz & Ranzato 2017, "GEM")
     "dualproj": lambda library, gramian: library.DualProjWeighting()(_unit(gramian)),
-    # each gradient without what opposes the others, one after the other in random order (Yu et al. 2020)
+    # each gradient without its conflicting parts, one task after the other in random order (Yu et al. 2020)
     "pcgrad": lambda library, gramian: library.PCGradWeighting()(_unit(gramian)),
-    # the best for the worst task near the mean (Liu et al. 2021); c = 0.5 as in LibMTL
+    # the best direction for the worst task near the mean (Liu et al. 2021); c = 0.5 as in LibMTL
     "cagrad": lambda library, gramian: library.CAGradWeighting(c=0.5)(_unit(gramian)),
     # the shortest convex combination (Désidéri 2012, Sener & Koltun 2018)
     "mgda": lambda library, gramian: library.MGDAWeighting()(_unit(gramian)),
-    # as long along each of the gradients (Liu et al. 2021, "IMTL")
+    # equal projections on all gradients (Liu et al. 2021, "IMTL")
     "imtl_g": lambda library, gramian: library.IMTLGWeighting()(_unit(gramian)),
-    # principal components brought to one length (Senushkin et al. 2023)
+    # principal components scaled to one length (Senushkin et al. 2023)
     "aligned_mtl": lambda library, gramian: library.AlignedMTLWeighting()(_unit(gramian)),
-    # the Nash bargaining solution (Navon et al. 2022); a second for each step of 40 tasks
+    # the Nash bargaining solution (Navon et al. 2022); one second for each step with 40 tasks
     "nash_mtl": _nash_mtl,
 }
 
 
 def load_aggregator(name: str) -> Weigh:
-    """An aggregator that has been seen at work, to be asked for before training starts.
+    """Load an aggregator and call it once, so that errors occur before training starts.
 
-    What it gives is a function of the Gramian and the seed alone: random orders are drawn from the seed without
-    touching the caller's random state, and nothing is kept from call to call. A task whose gradient is exactly 0,
-    because nothing in the batch is labelled for it, has weight 0 and the others are weighed as if it were not
-    there; a Gramian that is not finite gives weights that are not either.
+    The weights depend only on the Gramian and the seed. Random orders are drawn from the seed. The caller's random
+    state does not change, and no state is kept between calls. A task whose gradient is exactly 0, because the
+    batch has no labels for it, has weight 0, and the other weights are computed without it. The weights are NaN if
+    the Gramian is not finite.
 
     Raises:
-        ValueError: For an unknown name, or when a library is missing, with the command that installs it.
+        ValueError: For an unknown name, or if a library is missing. The message has the command that installs it.
     """
     if name not in AGGREGATORS:
         raise ValueError(f"unknown aggregator {name!r}, expected one of {', '.join(AGGREGATORS)}")
@@ -117,10 +118,10 @@ def _trainable(module: nn.Module) -> list[nn.Parameter]:
 
 
 def shared_parameters(network: GroupingNetwork) -> dict[int, list[nn.Parameter]]:
-    """The parameters over which the tasks of each live branch are weighed.
+    """Return the parameters whose gradients determine the weights of the tasks, for each live branch.
 
-    They are those that a group has to itself: its branch, with the stem when no other branch is alive. For a
-    branch with nothing to learn they are the stem's, which are then all that its tasks share.
+    These are the parameters of the branch, and those of the stem if there is no other live branch. For a branch
+    without trainable parameters they are those of the stem.
     """
     stem = _trainable(network.stem)
     shared = {}
@@ -138,29 +139,30 @@ def aggregate_gradients(
     seed: int,
     reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Tensor:
-    """The backward pass of a step whose groups are hard, with an aggregator.
+    """Run the backward pass of a hard network with an aggregator.
 
-    Adds to `.grad`, as `backward` does, this worker's share of: for each head, the gradient of its own loss; for
-    each branch, `wᵀ J` with the weights of its tasks; for the stem, the sum of all branches' weighted gradients.
-    The only task of a branch has weight 1. θ gets nothing: with one head for each task its gradient is 0.
+    It adds this worker's share of the gradients to `.grad`, as `backward` does: for each head the gradient of its
+    own loss, for each branch `wᵀ J` with the weights of its tasks, for the stem the sum of the weighted gradients
+    of all branches. The only task of a branch has weight 1. θ has no gradient: with one head for each task it is
+    0.
 
-    A group of N tasks costs N backward passes through its heads and `shared_parameters`, one after the other, and
-    holds `J`, N times as large as those, for one group at a time; two passes more do the rest. The sum over the
-    workers moves all of `J`. The weights are read by the host.
+    A group of N tasks needs N backward passes through its heads and `shared_parameters`, one after the other. `J`
+    is N times as large as these parameters and is in memory for one group at a time. Two further passes compute
+    the rest. The sum over the workers transfers all of `J`. The host reads the weights.
 
     Args:
-        network: With exactly one head for each task.
-        losses: A scalar for each of `network.pairs`, this worker's share of the task's loss; together or, which
-            saves each pass from going through all dense decoders, apart.
-        weigh: From `load_aggregator`.
-        seed: Of this step, the same on all workers.
-        reduce: The sum over all workers of a tensor `(N, any)`; by default there is one worker.
+        network: A network with exactly one head for each task.
+        losses: A scalar for each of `network.pairs`, this worker's share of the task's loss. They are one tensor,
+            or separate tensors. With separate tensors a pass does not go through all dense decoders.
+        weigh: An aggregator of `load_aggregator`.
+        seed: Seed of this step, equal on all workers.
+        reduce: Sum of a tensor `(N, any)` over all workers. By default there is one worker.
 
     Returns:
-        The weight of each pair, `(P,)`, the same on all workers; NaN where a gradient is not finite.
+        Weight of each pair, `(P,)`, equal on all workers; NaN if a gradient is not finite.
 
     Raises:
-        ValueError: When a task has more than one head, or the losses are not those of the pairs.
+        ValueError: If a task has more than one head, or if the losses are not those of the pairs.
     """
     pairs, losses = network.pairs, tuple(losses)
     if not len(pairs) == len(network.tasks) == len(losses):
@@ -194,7 +196,7 @@ def _jacobian(losses: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> T
 
 
 def _gramian(jacobian: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """`J Jᵀ` of the sum of all workers' Jacobians, float64 `(N, N)`; it is not the sum of their Gramians."""
+    """`J Jᵀ` of the sum of the Jacobians of all workers, float64 `(N, N)`. It is not the sum of their Gramians."""
     blocks = jacobian.split(max(BLOCK // len(jacobian), 1), dim=1)
     wholes = (reduce(block.contiguous()).double() for block in blocks)
     return torch.stack([whole @ whole.T for whole in wholes]).sum(0)

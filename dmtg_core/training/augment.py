@@ -1,6 +1,6 @@
-"""Random changes of a training batch, made on the device that trains, where input and labels change together.
+"""Augmentations: random changes of inputs and labels of a training batch, computed on the training device.
 
-Evaluation never goes through here.
+Evaluation does not use them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ Augmentation = Callable[[Batch, Sequence[Task], torch.Generator], Batch]
 
 
 def flip(batch: Batch, tasks: Sequence[Task], generator: torch.Generator) -> Batch:
-    """Mirror each sample left to right with probability 1/2, as the Taskonomy reader of Gao et al. 2024 can.
+    """Mirror each sample left to right with probability 1/2, like the Taskonomy reader of Gao et al. 2024.
 
-    Dense targets are mirrored with the image and multiplied by `Task.flip`; others stay as they are.
+    Dense targets are mirrored with the image and multiplied by `Task.flip`. Other targets do not change.
 
     Args:
-        batch: Stored images `(B, H, W, C)` and encoded targets; it is not changed.
+        batch: Stored images `(B, H, W, C)` and encoded targets. It is not changed.
         tasks: The tasks of the targets.
-        generator: Of the B draws, on the CPU, so that they are equal on any device.
+        generator: Generator of the B draws. It is on the CPU, so that they are equal on any device.
 
     Raises:
-        ValueError: When the input is not an image.
+        ValueError: If the input is not an image.
     """
     if batch.inputs.dim() != 4:
         raise ValueError(
@@ -45,10 +45,10 @@ def flip(batch: Batch, tasks: Sequence[Task], generator: torch.Generator) -> Bat
 
 
 def _mirrored(task: Task, target: Tensor) -> Tensor:
-    """`(B, H, W)` ids or `(B, C, H, W)` values of the mirrored images; what is missing stays so."""
+    """Mirror `(B, H, W)` ids or `(B, C, H, W)` values. Missing labels stay missing."""
     mirrored = target.flip(-1)
     for channel, factor in enumerate(task.flip):
-        mirrored[:, channel] *= factor  # a number and not a tensor of factors: those would have to be copied over
+        mirrored[:, channel] *= factor  # a Python number: a tensor would have to be copied to the device
     return mirrored
 
 
@@ -60,24 +60,24 @@ AUGMENTATIONS: Mapping[str, Augmentation] = {"flip": flip}
 
 
 def augment_generator(seed: int, step: int, rank: int) -> torch.Generator:
-    """The randomness of a worker's step, as a function of its arguments.
+    """Return the generator of a worker's step. It depends only on the arguments.
 
-    Each step has 4099 seeds: `training.step_noise` takes the first half, for the gate, and this the second.
+    Each step has 4099 seeds. `step_noise` uses the first half, for the gate, and this function the second half.
     """
     return torch.Generator().manual_seed(((seed * 1_000_003 + step) * 4099 + 2050 + rank) % 2**63)
 
 
 def augment(batch: Batch, tasks: Sequence[Task], names: Sequence[str], generator: torch.Generator) -> Batch:
-    """The batch after each of the named augmentations in turn, without the host waiting for the device.
+    """Apply the named augmentations in their order. The host does not wait for the device.
 
     Args:
-        batch: Stored input `(B, …)` and encoded targets; it is not changed.
+        batch: Stored input `(B, …)` and encoded targets. It is not changed.
         tasks: The tasks of the targets.
-        names: Keys of `AUGMENTATIONS`; none gives the batch itself.
-        generator: Of all that is drawn.
+        names: Keys of `AUGMENTATIONS`. Without names the batch itself is returned.
+        generator: Generator of all draws.
 
     Raises:
-        ValueError: When an augmentation does not fit the input.
+        ValueError: If an augmentation does not fit the input.
     """
     for name in names:
         batch = AUGMENTATIONS[name](batch, tasks, generator)

@@ -1,4 +1,4 @@
-"""Networks and optimisers on disk: safetensors for tensors, readable JSON for the rest, never a pickle."""
+"""Checkpoints of networks and optimisers: safetensors for tensors, JSON for all else, never a pickle."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, Netw
 from dmtg_core.tasks import Task
 
 FORMAT = 2
-FORMATS = (1, 2)  # that can be read
-RIGHT_UP_TO = 10  # branches of a network of format 1; see `check_branches`
+FORMATS = (1, 2)  # readable formats
+CORRECT_UP_TO = 10  # branches up to which a network of format 1 is correct; see `check_branches`
 SEAL = "sha256.json"
 
 
 class OutdatedNetworkError(ValueError):
-    """A network that an earlier version trained wrongly, and that has to be trained again."""
+    """An earlier version trained this network incorrectly. It must be trained again."""
 
 
 def save_network(folder: Path, network: GroupingNetwork) -> None:
@@ -36,11 +36,10 @@ def save_network(folder: Path, network: GroupingNetwork) -> None:
 
 
 def load_network(folder: Path, device: torch.device | str = "cpu") -> GroupingNetwork:
-    """The network of `save_network`, pruned shape included.
+    """Load the network of `save_network` with its pruned shape.
 
     Raises:
-        ValueError: When the folder is not such a checkpoint, of a format this version does not know, or as
-            `check_branches`.
+        ValueError: If the folder has no such checkpoint or an unknown format, and as `check_branches`.
     """
     described = read_json(folder / "network.json", "format")
     if described["format"] not in FORMATS:
@@ -61,24 +60,24 @@ def load_network(folder: Path, device: torch.device | str = "cpu") -> GroupingNe
 
 
 def check_branches(written: int, branches: int, tasks: Sequence[Task], where: str) -> None:
-    """Refuse a network whose heads were trained on the features of other branches than they are used with.
+    """Refuse a network whose heads were trained on the features of the wrong branches.
 
-    In format 1 this is any network of more than ten branches with a sample-wise task: branch 10 took the place of
-    branch 2 in training. Its weights cannot be corrected.
+    These are the networks of format 1 with more than ten branches and a sample-wise task: branch 10 took the place
+    of branch 2 in training. Their weights cannot be corrected.
 
     Args:
-        written: The format that the network was written in.
-        branches: K of the network, or of the one that it was cut out of.
-        tasks: Its tasks.
-        where: What the message begins with.
+        written: Format of the network.
+        branches: K of the network, or of the network that it is a part of.
+        tasks: Tasks of the network.
+        where: Beginning of the message.
 
     Raises:
         OutdatedNetworkError: For such a network.
     """
     wrong = [task.name for task in tasks if not task.dense]
-    if written == 1 and branches > RIGHT_UP_TO and wrong:
+    if written == 1 and branches > CORRECT_UP_TO and wrong:
         raise OutdatedNetworkError(
-            f"{where}: an earlier version trained this on {branches} branches, and with over {RIGHT_UP_TO} it "
+            f"{where}: an earlier version trained this on {branches} branches, and with over {CORRECT_UP_TO} it "
             f"trained heads ({listed(wrong, 3)}) on the features of other branches; the weights cannot "
             "be corrected: train it again"
         )
@@ -90,15 +89,15 @@ def save_model(folder: Path, model: GroupModel) -> None:
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", *, branches: int = 1) -> GroupModel:
-    """The model of `save_model`, in evaluation mode.
+    """Load the model of `save_model` in evaluation mode.
 
     Args:
-        folder: Where it is.
-        device: Where it goes.
-        branches: K of the network that it was cut out of, where that is known.
+        folder: Folder of the model.
+        device: Device of the model.
+        branches: K of the network that it is a part of, if known.
 
     Raises:
-        ValueError: As `load_network`, and for a network of more than one group.
+        ValueError: As `load_network`, and if the network has more than one group.
     """
     network = load_network(folder)
     check_branches(read_json(folder / "network.json", "format")["format"], branches, network.tasks, str(folder))
@@ -110,7 +109,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu", *, branches: in
 
 
 def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
-    """Write the optimiser's tensors under the names of the parameters they belong to."""
+    """Write the optimiser's tensors under the names of their parameters."""
     tensors = {}
     for name, parameter in network.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -119,10 +118,10 @@ def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, network: nn.Mod
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
-    """Put the tensors of `save_optimizer` back.
+    """Load the tensors of `save_optimizer` into an optimiser.
 
     Raises:
-        ValueError: When they belong to a parameter that the network does not have.
+        ValueError: If the network does not have one of the parameters.
     """
     parameters = dict(network.named_parameters())
     for name, value in load_tensors(path).items():
@@ -130,15 +129,15 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, network: nn.Mod
         if owner not in parameters:
             raise ValueError(f"{path}: optimiser state of {owner!r}, which the network does not have")
         parameter = parameters[owner]
-        # the step count of a fused optimiser lives with its parameter; its moments lie in memory as the parameter
-        # does, which fused kernels take for granted
+        # the step count of a fused optimiser is on the device of its parameter; its moments have the memory format
+        # of the parameter, which fused kernels assume
         held = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
         optimizer.state[parameter][key] = held.to(parameter.device).copy_(value)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as safetensors."""
-    # a slice of a larger tensor, or a channels-last one, has to be laid out anew
+    # slices of larger tensors and channels-last tensors must be made contiguous
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
 
 
@@ -146,7 +145,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read safetensors.
 
     Raises:
-        ValueError: When the file is missing or damaged.
+        ValueError: If the file is missing or damaged.
     """
     try:
         return load_file(path)
@@ -163,7 +162,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     """Read a JSON object that has `keys`.
 
     Raises:
-        ValueError: When the file is missing, not JSON, or something else than such an object.
+        ValueError: If the file is missing or not JSON, or if it holds no such object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -175,15 +174,15 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def seal(folder: Path) -> None:
-    """Write the checksum of every file of a checkpoint that is done, as its last file."""
+    """Write the checksums of all files of a complete checkpoint, as its last file."""
     write_json(folder / SEAL, _checksums(folder))
 
 
 def check_seal(folder: Path) -> None:
-    """Stop at a checkpoint that is not what was written.
+    """Check that the files of a checkpoint are complete and unchanged.
 
     Raises:
-        ValueError: Naming the files that are missing or changed, or that it has no seal.
+        ValueError: If the seal is missing, or files are missing or changed. The message names them.
     """
     expected = read_json(folder / SEAL)
     found = _checksums(folder)

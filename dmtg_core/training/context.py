@@ -1,4 +1,4 @@
-"""Where a training loop runs: the loop sees this small object and nothing of what is behind it."""
+"""`TrainContext`: the interface of a training loop to its worker, and `LocalContext` for one process."""
 
 from __future__ import annotations
 
@@ -34,41 +34,41 @@ class TrainContext(Protocol):
         ...
 
     def report(self, record: Mapping[str, Any] | None, save: Save) -> None:
-        """Hand over the figures of an epoch, and a function that writes the checkpoint into an empty folder.
+        """Report the metrics of an epoch, and a function that writes the checkpoint into an empty folder.
 
-        Every worker calls it; only one needs to write. In the middle of an epoch there are no figures.
+        All workers call it. Only one needs to write. In the middle of an epoch `record` is None.
         """
         ...
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, if there is any.
+        """Return the newest intact checkpoint, or None if there is no checkpoint.
 
         Raises:
-            ValueError: When there are checkpoints and all of them are damaged.
+            ValueError: If there are checkpoints and all of them are damaged.
         """
         ...
 
 
 def gather(tensor: Tensor, context: TrainContext) -> list[Tensor]:
-    """The tensors of all workers, `(m,)` of any length, in the order of the ranks, on every worker."""
+    """Return the tensors of all workers, `(m,)` of any length, in the order of the ranks, on every worker."""
     lengths = torch.zeros(context.world_size, dtype=torch.int64, device=tensor.device)
     lengths[context.rank] = len(tensor)
     sizes = context.sum(lengths).tolist()
-    # each worker fills its own place: a sum is all that a context has to offer
+    # each worker fills its own place: the only collective of a context is a sum
     places = [torch.zeros(size, dtype=tensor.dtype, device=tensor.device) for size in sizes]
     places[context.rank] = tensor
     return list(context.sum(torch.cat(places)).split(sizes))
 
 
-def newest_whole(folders: Iterable[Path], passed_over: Callable[[str], None] | None = None) -> Path | None:
-    """The first of some checkpoints that is what was written, None where there are none.
+def newest_whole(folders: Iterable[Path], on_damaged: Callable[[str], None] | None = None) -> Path | None:
+    """Return the first intact checkpoint, or None if there is no checkpoint.
 
     Args:
-        folders: The newest one first.
-        passed_over: Called with what is wrong with each one before it; by default it is logged.
+        folders: Checkpoints, the newest first.
+        on_damaged: Called with the error of each damaged checkpoint before it. By default the error is logged.
 
     Raises:
-        ValueError: When there are some and all are damaged.
+        ValueError: If there are checkpoints and all are damaged.
     """
     problems = []
     for folder in folders:
@@ -76,10 +76,10 @@ def newest_whole(folders: Iterable[Path], passed_over: Callable[[str], None] | N
             check_seal(folder)
         except ValueError as error:
             problems.append(str(error))
-            if passed_over is not None:
-                passed_over(str(error))
+            if on_damaged is not None:
+                on_damaged(str(error))
             else:
-                log.warning("going back to the checkpoint before: %s", error)
+                log.warning("skipped a damaged checkpoint: %s", error)
             continue
         return folder
     if problems:
@@ -88,13 +88,13 @@ def newest_whole(folders: Iterable[Path], passed_over: Callable[[str], None] | N
 
 
 class LocalContext:
-    """One process, no cluster.
+    """The context of a single process without a cluster.
 
     Args:
-        folder: Where checkpoints go; without it none is written.
-        device: Where to train; by default the GPU if there is one.
-        keep: How many checkpoints stay.
-        on_record: Called with the figures of every epoch.
+        folder: Folder of the checkpoints. Without a folder no checkpoint is written.
+        device: Device of the training. The default is the GPU if there is one.
+        keep: Number of checkpoints to keep.
+        on_record: Called with the metrics of each epoch.
     """
 
     rank = 0
@@ -118,11 +118,11 @@ class LocalContext:
         return module.to(self.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
+        """Return the tensor itself."""
         return tensor
 
     def report(self, record: Mapping[str, Any] | None, save: Save) -> None:
-        """Write the checkpoint beside its place, then move it there whole."""
+        """Write the checkpoint into a temporary folder, then rename the folder."""
         if self.on_record is not None and record is not None:
             self.on_record(record)
         if self.folder is None:

@@ -1,4 +1,4 @@
-"""Batches of stored samples: gathered from memory or from the device, made ahead, the same for any workers."""
+"""Data sets in memory: batches of stored samples, prefetched, and equal for any number of workers."""
 
 from __future__ import annotations
 
@@ -19,42 +19,41 @@ from dmtg_core.tasks import Task
 
 @dataclass(frozen=True)
 class Batch:
-    """Stored input `(B, …)` and encoded targets, on the training device."""
+    """A batch: stored input `(B, …)` and encoded targets, on the training device."""
 
     inputs: Tensor
     targets: dict[str, Tensor]
 
 
 class Data(Protocol):
-    """What training reads. Every worker has its own, which gives that worker's part."""
+    """The data of a training. Each worker has its own object, which returns that worker's part."""
 
     def train(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
-        """This worker's part of every global batch of an epoch, from batch number `start` on.
+        """Iterate over this worker's part of each global batch of an epoch, from batch number `start`.
 
-        Every sample comes once in an epoch, in an order that depends on the seed and the epoch alone. All
-        workers get the same number of batches, none of them empty. What is left out by `start` changes nothing
-        in the batches that follow.
+        Each sample occurs once in an epoch. The order depends only on the seed and the epoch. All workers have the
+        same number of batches, and no batch is empty. `start` does not change the batches that follow.
         """
         ...
 
     def steps(self, batch_size: int) -> int:
-        """Global batches in an epoch."""
+        """Number of global batches in an epoch."""
         ...
 
     def evaluate(self, split: str, batch_size: int) -> Iterator[Batch]:
-        """This worker's part of a split, each sample on exactly one worker."""
+        """Iterate over this worker's part of a split. Each sample is on exactly one worker."""
         ...
 
 
 class Samples(Protocol):
-    """Stored samples that batches can be drawn from: `Arrays`, `Chunks` or `DeviceArrays`."""
+    """Stored samples from which batches are gathered: `Arrays`, `Chunks` or `DeviceArrays`."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of samples."""
         ...
 
     def batch(self, tasks: Sequence[Task], rows: np.ndarray, device: torch.device) -> Batch:
-        """The samples at `rows`, encoded on `device`. Their order in the batch is not promised."""
+        """Return the samples at `rows`, encoded on `device`. Their order in the batch is not specified."""
         ...
 
 
@@ -65,8 +64,8 @@ class Arrays:
     Args:
         inputs: `(n, …)`.
         labels: Task name → `(n, …)` raw labels.
-        present: Task name → bool `(n,)` or `(n, H, W)`, False where there is no label; a task without an entry
-            has all labels.
+        present: Task name → bool `(n,)` or `(n, H, W)`, False for a missing label. A task without an entry has
+            all labels.
     """
 
     inputs: np.ndarray
@@ -82,10 +81,10 @@ class Arrays:
 
 
 class Chunks:
-    """Several `Arrays` read as one, without ever being put together: rows are copied once, into their batch.
+    """Several `Arrays` as one set of samples. They are not concatenated: rows are copied once, into their batch.
 
     Args:
-        parts: Their samples are numbered on from part to part.
+        parts: The parts. Their samples are numbered consecutively.
     """
 
     def __init__(self, parts: Sequence[Arrays]) -> None:
@@ -96,7 +95,7 @@ class Chunks:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def locate(self, rows: np.ndarray) -> list[tuple[Arrays, np.ndarray]]:
-        """The parts that hold `rows`, each with which of its samples."""
+        """Return the parts that hold `rows`, each with the rows in it."""
         part_of = np.searchsorted(self.ends, rows, side="right")
         return [
             (self.parts[i], rows[part_of == i] - (self.ends[i] - len(self.parts[i]))) for i in np.unique(part_of)
@@ -108,7 +107,7 @@ class Chunks:
 
 
 def gather(parts: Sequence[tuple[Arrays, np.ndarray]], tasks: Sequence[Task], device: torch.device) -> Batch:
-    """One batch of some rows of each part, encoded on `device`."""
+    """Gather rows of several parts into one batch, encoded on `device`."""
     inputs = _gathered([(arrays.inputs, rows) for arrays, rows in parts], device)
     targets = {}
     for task in tasks:
@@ -119,7 +118,7 @@ def gather(parts: Sequence[tuple[Arrays, np.ndarray]], tasks: Sequence[Task], de
             targets[task.name] = task.encode(raw)
             continue
         shape = known[0].shape[1:]
-        # a part in which no label is missing has no mask
+        # a part without missing labels has no mask
         whole = [
             (np.ones((len(a), *shape), bool) if m is None else m, r)
             for (a, _), (m, r) in zip(parts, masks, strict=True)
@@ -129,25 +128,25 @@ def gather(parts: Sequence[tuple[Arrays, np.ndarray]], tasks: Sequence[Task], de
 
 
 def _gathered(parts: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> Tensor:
-    """Rows of several arrays as one tensor on the device, each copied once on the way."""
+    """Gather rows of several arrays into one tensor on the device. Each row is copied once on the host."""
     first = parts[0][0]
     count = sum(len(rows) for _, rows in parts)
     dtype = torch.from_numpy(np.empty(0, first.dtype)).dtype
-    # copies from page-locked memory run beside the computation
+    # copies from page-locked memory overlap with the computation
     held = torch.empty((count, *first.shape[1:]), dtype=dtype, pin_memory=device.type == "cuda")
     view, start = held.numpy(), 0
     for array, rows in parts:
-        # "clip" lets numpy write into the batch itself; rows are never out of range
+        # with "clip" numpy writes directly into the batch; rows are never out of range
         np.take(array, rows, axis=0, out=view[start : start + len(rows)], mode="clip")
         start += len(rows)
     return held.to(device, non_blocking=True)
 
 
 class DeviceArrays:
-    """Samples that lie on the training device as they are stored: a batch costs no copy from the host.
+    """Stored samples on the training device. A batch needs no copy from the host.
 
     Args:
-        samples: What to copy there.
+        samples: The samples to copy to the device.
         device: The device.
     """
 
@@ -167,7 +166,7 @@ class DeviceArrays:
         return len(self.inputs)
 
     def batch(self, tasks: Sequence[Task], rows: np.ndarray, device: torch.device) -> Batch:
-        """See `Samples.batch`; `device` is the one that the samples are on."""
+        """See `Samples.batch`. `device` is the device of the samples."""
         index = torch.from_numpy(rows).to(device, non_blocking=True)
         targets = {}
         for task in tasks:
@@ -178,33 +177,33 @@ class DeviceArrays:
 
 
 def _stored(parts: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    """The parts as one tensor on the device."""
+    """Copy the parts into one tensor on the device."""
     count = sum(len(part) for part in parts)
     dtype = torch.from_numpy(np.empty(0, parts[0].dtype)).dtype
     held = torch.empty((count, *parts[0].shape[1:]), dtype=dtype, device=device)
     start = 0
     for part in parts:
-        held[start : start + len(part)] = torch.from_numpy(np.array(part))  # a part can be read-only memory
+        held[start : start + len(part)] = torch.from_numpy(np.array(part))  # a part may be read-only memory
         start += len(part)
     return held
 
 
 def _rows(held: Tensor, index: Tensor) -> Tensor:
-    # torch moves 16-bit values of any kind, and indexes only the signed ones
+    # torch indexes signed 16-bit values, but not unsigned ones
     if held.dtype == torch.uint16:
         return held.view(torch.int16)[index].view(torch.uint16)
     return held[index]
 
 
 def overlapped(batches: Iterator[Batch], device: torch.device, depth: int = 2) -> Iterator[Batch]:
-    """The same batches, made in a thread of their own while those before are trained on.
+    """Prefetch batches in a separate thread.
 
-    On a GPU the copies run on a stream of their own as well.
+    On a GPU the copies run on a separate stream.
 
     Args:
-        batches: Used by that thread alone.
-        device: Where the batches are made.
-        depth: How many are kept ready.
+        batches: The batches. Only the thread uses the iterator.
+        device: Device of the batches.
+        depth: Number of batches to prefetch.
     """
     ready: queue.Queue[Any] = queue.Queue(depth)
     stop = threading.Event()
@@ -226,7 +225,7 @@ def overlapped(batches: Iterator[Batch], device: torch.device, depth: int = 2) -
 def _produce(
     batches: Iterator[Batch], device: torch.device, ready: queue.Queue[Any], stop: threading.Event
 ) -> None:
-    """Put each batch with the event that it is made, then None or what went wrong."""
+    """Put each batch with the event of its completion into the queue, then None or the exception."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     last: BaseException | None = None
     try:
@@ -234,13 +233,13 @@ def _produce(
             for batch in batches:
                 if not _put(ready, (batch, stream.record_event() if stream else None), stop):
                     return
-    except BaseException as error:  # noqa: BLE001 - raised again where the batch is waited for
+    except BaseException as error:  # noqa: BLE001 - raised again by the consumer
         last = error
     _put(ready, last, stop)
 
 
 def _put(ready: queue.Queue[Any], item: object, stop: threading.Event) -> bool:
-    """Whether the item was taken before `stop` was set."""
+    """Put an item into the queue. Return False if `stop` was set first."""
     while not stop.is_set():
         try:
             ready.put(item, timeout=0.1)
@@ -251,7 +250,7 @@ def _put(ready: queue.Queue[Any], item: object, stop: threading.Event) -> bool:
 
 
 def _wait(batch: Batch, event: Any) -> None:
-    """Let the current stream use a batch that another one makes."""
+    """Let the current stream wait for a batch of another stream."""
     current = torch.cuda.current_stream()
     current.wait_event(event)
     for tensor in (batch.inputs, *batch.targets.values()):
@@ -259,10 +258,12 @@ def _wait(batch: Batch, event: Any) -> None:
 
 
 def epoch_steps(rows: int, batch_size: int, world_size: int) -> int:
-    """Global batches of an epoch; a remainder of less than two samples a worker joins the last.
+    """Number of global batches of an epoch.
+
+    A remainder of less than two samples for each worker is added to the last batch.
 
     Raises:
-        ValueError: When a batch is smaller than the number of workers.
+        ValueError: If a batch is smaller than the number of workers.
     """
     if batch_size < world_size:
         raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size} workers")
@@ -271,17 +272,17 @@ def epoch_steps(rows: int, batch_size: int, world_size: int) -> int:
 
 
 class ArrayData:
-    """A data set in memory; workers of one seed cut the same global batches.
+    """A data set in memory. Workers with the same seed have parts of the same global batches.
 
     Args:
         splits: Split name → samples.
-        tasks: The tasks to give targets for.
-        seed: Of the order of the training samples.
-        rank, world_size: Which part is given.
-        device: Where batches are made.
+        tasks: The tasks of the targets.
+        seed: Seed of the order of the training samples.
+        rank, world_size: Rank of this worker and number of workers.
+        device: Device of the batches.
 
     Raises:
-        ValueError: When a split has fewer samples than there are workers.
+        ValueError: If a split has fewer samples than there are workers.
     """
 
     def __init__(
@@ -309,7 +310,7 @@ class ArrayData:
     def train(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """See `Data.train`."""
         batches = self._train(epoch, batch_size, start)
-        # only a GPU computes while this thread would be gathering
+        # only a GPU computes while this thread gathers samples
         return overlapped(batches, self.device) if self.device.type == "cuda" else batches
 
     def _train(self, epoch: int, batch_size: int, start: int) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""What an epoch shows about its gate and its groups, and what to be warned of."""
+"""Diagnostics of an epoch: figures of the gate, conflicts of gradients, and warnings."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from dmtg_core.training.data import Batch
 from dmtg_core.training.losses import sample_loss
 from dmtg_core.training.settings import TrainSettings
 
-NO_GRADIENT = 1e-6  # norm of θ's gradient, in units of the loss, under which the gate learns nothing
-COLLAPSED, EARLY = 0.05, 0.2  # share of the largest entropy; share of the search that counts as its beginning
-UNDECIDED = 0.5  # probability that a task's branch should at least have when the search ends
-SAMPLES = 32  # that gradients are compared on
-CONFLICT = -0.2  # mean cosine of two tasks' gradients under which they hurt each other
+NO_GRADIENT = 1e-6  # norm of θ's gradient, in units of the loss, below which the gate is not trained
+COLLAPSED, EARLY = 0.05, 0.2  # share of the largest entropy; share of the search that counts as early
+CONVERGED = 0.5  # smallest probability of a task's branch at the end of the search
+SAMPLES = 32  # samples for the comparison of gradients
+CONFLICT = -0.2  # mean cosine of two tasks' gradients below which they conflict
 
 
 def gate_figures(network: GroupingNetwork, by_pair: Sequence[float], gradient_norm: float) -> dict[str, Any]:
-    """State of the gate.
+    """Compute the figures of the gate for an epoch.
 
     Args:
-        by_pair: Mean loss of each live pair over an epoch, before the gate, `(P,)`.
-        gradient_norm: Mean norm of θ's gradient over its steps.
+        by_pair: Mean loss of each live pair over the epoch, before the gate, `(P,)`.
+        gradient_norm: Mean norm of θ's gradient over the steps.
 
     Returns:
-        `entropy`: mean over tasks, as a share of log K (0 decided, 1 uniform; 0 for K = 1). `confidence`: mean
+        `entropy`: mean over tasks, as a share of log K (0 converged, 1 uniform; 0 for K = 1). `confidence`: mean
         probability of the likeliest branch. `gradient_norm`. `loss_spread`: for each task (max - min) / mean of
-        its losses over the branches that it is alive on.
+        its losses over its live branches.
     """
     largest = math.log(network.spec.groups) if network.spec.groups > 1 else 1.0
     losses: dict[int, list[float]] = {}
@@ -57,11 +57,11 @@ def _spread(losses: Sequence[float]) -> float:
 
 
 def gradient_cosines(network: GroupingNetwork, batch: Batch, context: TrainContext) -> list[list[float | None]]:
-    """Cosine of the gradients of every two tasks of one group, `(N, N)`; None between groups.
+    """Compute the cosine of the gradients of every two tasks of a group, `(N, N)`; None between groups.
 
-    They are gradients of a batch's losses with respect to the features that the group's tasks share, in evaluation
-    mode: a cheap stand-in for those of the branch's weights, as in MGDA-UB (Sener and Koltun 2018, section 3.3).
-    At most `SAMPLES` samples of a worker's batch are looked at.
+    The gradients are those of a batch's losses with respect to the features of the group's branch, in evaluation
+    mode. They are a cheap approximation of the gradients of the branch's weights, as in MGDA-UB (Sener and Koltun
+    2018, section 3.3). At most `SAMPLES` samples of a worker's batch are used.
     """
     was_training = network.training
     network.eval()
@@ -76,9 +76,8 @@ def gradient_cosines(network: GroupingNetwork, batch: Batch, context: TrainConte
         index = torch.tensor(members, device=gram.device)
         gram[index.unsqueeze(1), index] = rows @ rows.T
     network.train(was_training)
-    gram = context.sum(
-        gram
-    )  # a sample is on one worker alone: the products of all samples are those of the workers
+    # each sample is on one worker: the products over all samples are the sum over the workers
+    gram = context.sum(gram)
     norms = gram.diagonal().sqrt()
     cosines = (gram / (norms.unsqueeze(0) * norms.unsqueeze(1)).clamp_min(1e-30)).tolist()
     together = [[a == b for b in assignment] for a in assignment]
@@ -89,7 +88,7 @@ def gradient_cosines(network: GroupingNetwork, batch: Batch, context: TrainConte
 
 
 def _feature_gradient(network: GroupingNetwork, batch: Batch, features: Tensor, k: int, n: int) -> Tensor:
-    """Gradient of task n's loss with respect to the features of branch k, flat."""
+    """Flat gradient of task n's loss with respect to the features of branch k."""
     task, leaf = network.tasks[n], features.detach().float().requires_grad_()
     if task.dense:
         output = network.decoders[k, n](leaf, batch.inputs.shape[1:3])
@@ -101,20 +100,20 @@ def _feature_gradient(network: GroupingNetwork, batch: Batch, features: Tensor, 
 
 
 def warnings(history: Sequence[Mapping[str, Any]], tasks: Sequence[str], settings: TrainSettings) -> list[str]:
-    """What the last epoch of a history gives reason to warn of, each with what can be done.
+    """Return warnings about the last epoch of a history, each with a remedy.
 
     Args:
         history: Records of the epochs so far, with `gate`, `phase`, `probabilities` and `cosines`.
-        tasks: The names in the order of the probabilities.
+        tasks: Names of the tasks in the order of the probabilities.
     """
     record = history[-1]
     branches = len(record["probabilities"][0])
     if branches == 1:
         return []
     found = []
-    # a network that learns on from others has its groups from the start: there is no gate to warn of
-    given = all(sum(p > 0 for p in row) == 1 for row in history[0]["probabilities"])
-    if record["phase"] == "search" and not given:
+    # the groups of a distilled network are fixed from the start: there is no gate to warn of
+    fixed = all(sum(p > 0 for p in row) == 1 for row in history[0]["probabilities"])
+    if record["phase"] == "search" and not fixed:
         found += _of_the_search(record, tasks, settings)
     if record["epoch"] == settings.epochs and (ends := [r for r in history if r["phase"] == "finetune"]):
         found += _of_the_groups([r["cosines"] for r in ends], tasks)
@@ -127,32 +126,33 @@ def _of_the_search(record: Mapping[str, Any], tasks: Sequence[str], settings: Tr
     found = []
     if alive and gate["gradient_norm"] < NO_GRADIENT * sum(record["train_loss"].values()):
         found.append(
-            "the gate gets no gradient: every branch gives a task the same loss; let the branches differ at the "
+            "the gate has no gradient: every branch has the same loss for a task; let the branches differ at the "
             "start, and check gate.sampling"
         )
     early = epoch <= max(EARLY * settings.search_epochs, 1) and epoch < settings.search_epochs
     if early and gate["entropy"] < COLLAPSED:
         found.append(
-            f"the gate has decided after {epoch} of {settings.search_epochs} epochs of search, before the "
+            f"the gate has converged after {epoch} of {settings.search_epochs} epochs of search, before the "
             "branches can differ: lower gate.learning_rate or raise gate.temperature.start"
         )
-    unsure = [name for name, row in zip(tasks, record["probabilities"], strict=True) if max(row) < UNDECIDED]
+    unsure = [name for name, row in zip(tasks, record["probabilities"], strict=True) if max(row) < CONVERGED]
     if epoch == settings.search_epochs and unsure:
         found.append(
-            f"the search ended before it decided on {listed(unsure)} (probability under {UNDECIDED:.0%}): raise "
+            f"the search ended before the gate converged for {listed(unsure)} (probability under "
+            f"{CONVERGED:.0%}): raise "
             "gate.learning_rate, train.epochs or search.share"
         )
     return found
 
 
 def _of_the_groups(cosines: Sequence[Sequence[Sequence[float | None]]], tasks: Sequence[str]) -> list[str]:
-    """Tasks of a group that pull its branch apart, by the mean of all epochs."""
+    """Warn of tasks of a group with conflicting gradients, by the mean over all epochs."""
     found = []
     for a, b in combinations(range(len(tasks)), 2):
         values = [value for one in cosines if (value := one[a][b]) is not None]
         if values and (mean := sum(values) / len(values)) < CONFLICT:
             found.append(
-                f"{tasks[a]} and {tasks[b]} share a group and hurt each other (mean gradient cosine {mean:.2f}): "
+                f"{tasks[a]} and {tasks[b]} share a group and conflict (mean gradient cosine {mean:.2f}): "
                 "try more groups (network.groups) or more starts (search.starts)"
             )
     return found

@@ -1,7 +1,7 @@
-"""Training: one evaluation, and a run over epochs that can be put down and taken up again.
+"""The training loop: evaluation, and a run over epochs that can be interrupted and resumed.
 
-All that happens is a function of the seed, the epoch and the step: data order, gate noise, temperature and
-learning rate have no hidden state, so a resumed run repeats what an undisturbed one does.
+Data order, gate noise, temperature and learning rate depend only on the seed, the epoch and the step. There is no
+hidden state. A resumed run is therefore bit-identical to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -10,117 +10,39 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dmtg_core.network.grouping_network import GroupingNetwork, clone
-from dmtg_core.training import checkpoint
+from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.training.augment import augment, augment_generator
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import Batch, Data
 from dmtg_core.training.diagnostics import gate_figures, gradient_cosines, warnings
 from dmtg_core.training.metrics import Metrics, MetricSums
 from dmtg_core.training.settings import LR_SCHEDULES, TrainSettings
+from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import (
     StepFigures,
     WeighedLoss,
-    build_optimizer,
     prepare_network,
     step_noise,
     train_step,
 )
 
-CHECK_EVERY = 100  # steps between two looks at whether one was refused
+CHECK_EVERY = 100  # steps between two checks for a refused step
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or a gradient became NaN or infinite. The step was refused; the weights are those before it."""
-
-
-@dataclass
-class TrainState:
-    """A network in training: all that a checkpoint holds.
-
-    `history` has one record an epoch; `best` is the network as it was after the best epoch (the lowest score),
-    heads that have gone since included; `take_best` puts it in the place of the network. `partial` holds what an
-    epoch that is under way has come to; it is empty between epochs.
-    """
-
-    network: GroupingNetwork
-    optimizer: torch.optim.Optimizer
-    epoch: int = 0
-    step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best_score: float = math.inf
-    best: GroupingNetwork | None = None
-    partial: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def fresh(cls, network: GroupingNetwork, settings: TrainSettings) -> TrainState:
-        """At the beginning of a run."""
-        return cls(network, build_optimizer(network, settings))
-
-    def save(self, folder: Path) -> None:
-        """Write everything into `folder`."""
-        checkpoint.save_network(folder, self.network)
-        checkpoint.save_optimizer(folder / "optimizer.safetensors", self.optimizer, self.network)
-        if self.best is not None:
-            checkpoint.save_network(folder / "best", self.best)
-        score = self.best_score if math.isfinite(self.best_score) else None
-        loop = {"epoch": self.epoch, "step": self.step, "best_score": score, "history": self.history}
-        checkpoint.write_json(folder / "loop.json", loop | {"partial": self.partial})
-
-    @classmethod
-    def load(cls, folder: Path, settings: TrainSettings, device: torch.device) -> TrainState:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: When a file is missing or damaged.
-        """
-        network = checkpoint.load_network(folder, device)
-        state = cls.fresh(network, settings)
-        checkpoint.load_optimizer(folder / "optimizer.safetensors", state.optimizer, network)
-        loop = checkpoint.read_json(folder / "loop.json", "epoch", "step", "history", "best_score", "partial")
-        state.epoch, state.step, state.history = loop["epoch"], loop["step"], loop["history"]
-        state.partial = loop["partial"]
-        state.best_score = math.inf if loop["best_score"] is None else loop["best_score"]
-        if loop["best_score"] is not None:
-            state.best = checkpoint.load_network(folder / "best", device)
-        return state
-
-    def take_best(self) -> None:
-        """Put the weights of the best epoch into the network."""
-        if self.best is not None:
-            self.network = self.best
-
-    def consider(self, score: float) -> None:
-        """Remember the weights as they are when `score` is the lowest so far."""
-        if score < self.best_score:
-            self.best_score = score
-            self.best = clone(self.network)
-
-    def keep(self, alive: Tensor, settings: TrainSettings) -> None:
-        """Prune network and optimiser together; the moments of what stays are kept."""
-        before = {name: self.optimizer.state.get(p, {}) for name, p in self.network.named_parameters()}
-        old_names = {p: name for name, p in self.network.named_parameters()}
-        followed = self.network.keep(alive)
-        self.optimizer = build_optimizer(self.network, settings)
-        for name, parameter in self.network.named_parameters():
-            old, rows = followed.get(parameter, (parameter, None))
-            held = before.get(old_names.get(old, name), {})
-            for key, value in held.items():
-                moved = value[rows].clone() if rows is not None and value.dim() else value
-                self.optimizer.state[parameter][key] = moved
+    """The loss or a gradient is NaN or infinite. The step was refused: the weights are those before it."""
 
 
 @torch.no_grad()
 def evaluate(
     network: nn.Module, data: Data, split: str, *, batch_size: int = 256, context: TrainContext | None = None
 ) -> Metrics:
-    """Metrics of the hard network on a split, over all workers: task → metric → value.
+    """Compute the metrics of the hard network on a split, over all workers: task → metric → value.
 
     Args:
         network: A `GroupingNetwork` or `GroupModel`.
@@ -137,18 +59,18 @@ def evaluate(
 
 
 def score_of(metrics: Metrics) -> float:
-    """One number for a validation: the mean logarithm of the tasks' losses, lower is better.
+    """Compute the validation score: the mean logarithm of the tasks' losses. Lower is better.
 
-    It is the geometric mean of the losses, so that a task measured in large units weighs no more than another.
+    It is the logarithm of the geometric mean of the losses, so that the unit of a task does not change its weight.
     """
     return _mean_log([found["loss"] for found in metrics.values()])
 
 
 def generalisation_gap(record: Mapping[str, Any]) -> float:
-    """By how much validation losses exceed training losses in an epoch: the mean logarithm of their ratios.
+    """Compute the mean logarithm of the ratio of validation to training loss in an epoch.
 
     Args:
-        record: The epoch's, of `TrainState.history`.
+        record: Record of the epoch, of `TrainState.history`.
     """
     return score_of(record["val"]) - _mean_log(list(record["train_loss"].values()))
 
@@ -161,19 +83,19 @@ def _mean_log(losses: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What is done beside the training.
+    """Callbacks of the training loop.
 
     Args:
         on_epoch: Called after each epoch with the state to save.
-        on_step: Likewise within an epoch, every `TrainSettings.checkpoint_every` steps; None makes no checkpoint
-            there.
-        enough: Asked before each epoch whether to end.
-        prepare: Done to a training batch before it is augmented.
+        on_step: Called within an epoch, every `TrainSettings.checkpoint_every` steps, with the state to save. If
+            it is None, there is no checkpoint within an epoch.
+        should_stop: Stop criterion, called before each epoch.
+        prepare: Applied to each training batch before augmentation.
     """
 
     on_epoch: Callable[[TrainState], None] = lambda _state: None
     on_step: Callable[[TrainState], None] | None = None
-    enough: Callable[[TrainState], bool] = lambda _state: False
+    should_stop: Callable[[TrainState], bool] = lambda _state: False
     prepare: Callable[[Batch], Batch] = lambda batch: batch
 
 
@@ -181,7 +103,7 @@ NO_HOOKS = Hooks()
 
 
 def reporting(context: TrainContext) -> Hooks:
-    """Figures and checkpoints of a state that is trained on its own go to its context."""
+    """Return the hooks that report metrics and checkpoints of a single training to its context."""
     return Hooks(
         on_epoch=lambda state: context.report(state.history[-1], state.save),
         on_step=lambda state: context.report(None, state.save),
@@ -197,18 +119,18 @@ def advance(
     until: int,
     hooks: Hooks = NO_HOOKS,
 ) -> TrainState:
-    """Train until epoch number `until` is reached, from wherever it is.
+    """Train from the current epoch of a state until epoch `until`.
 
-    Before each epoch heads that fell under the threshold go, and with the end of the search all but each task's
-    likeliest; after each epoch the hard network is validated.
+    Before each epoch the heads with a probability below the threshold are pruned. At the end of the search all
+    heads but the likeliest of each task are pruned. After each epoch the hard network is validated.
 
     Raises:
-        NonFiniteLossError: When a step had to be refused.
+        NonFiniteLossError: If a step was refused.
         ValueError: As `prepare_network` and `WeighedLoss`.
     """
     state.network.to(context.device)
     module: nn.Module | None = None
-    while state.epoch < until and not hooks.enough(state):
+    while state.epoch < until and not hooks.should_stop(state):
         if _prune(state, settings) or module is None:
             prepare_network(state.network, settings, context)
             loss = WeighedLoss(state.network, settings.entropy_weight, settings.precision, settings.aggregator)
@@ -219,7 +141,7 @@ def advance(
         metrics = evaluate(state.network, data, "val", batch_size=settings.batch_size, context=context)
         state.epoch += 1
         score = score_of(metrics)
-        # while tasks have several heads the network is not yet what it will be, unless it is never made hard
+        # a network with several heads for a task is not a candidate, unless it is never made hard
         hard = len(state.network.pairs) == len(state.network.tasks)
         if hard or settings.search_epochs == settings.epochs:
             state.consider(score)
@@ -238,10 +160,10 @@ def advance(
 
 
 def _prune(state: TrainState, settings: TrainSettings) -> bool:
-    """Remove the heads that have to go before the next epoch; whether any did."""
+    """Prune heads before the next epoch. Return whether any head was pruned."""
     hard = state.epoch >= settings.search_epochs
     survivors = state.network.gate.survivors(2.0 if hard else settings.prune_threshold)
-    # an epoch that is under way goes on with the heads that it began with
+    # a resumed epoch keeps the heads that it started with
     if state.epoch == 0 or state.partial or bool((survivors == state.network.gate.alive).all()):
         return False
     state.keep(survivors, settings)
@@ -281,11 +203,11 @@ def _train_epoch(
         if (due or state.step % CHECK_EVERY == 0) and float(sums.figures.refused):
             break
         if due and hooks.on_step is not None and state.step < last:
-            _average_statistics(state.network, context)  # or only one worker's would be in the checkpoint
+            _average_statistics(state.network, context)  # otherwise the checkpoint has those of one worker
             state.partial = sums.share(context)
             hooks.on_step(state)
-    assert batch is not None, "an epoch under way has a step left"
-    total = sums.total(context)  # the epoch's one look at the device
+    assert batch is not None, "a resumed epoch has a step left"
+    total = sums.total(context)  # the only synchronisation with the device in an epoch
     losses = (total.by_task / steps).tolist()
     if float(total.refused):
         raise _non_finite(state, losses, round(float(total.refused)))
@@ -304,13 +226,13 @@ def _train_epoch(
 
 
 def _total(record: Mapping[str, Any]) -> float:
-    """The training loss of an epoch."""
+    """Total training loss of an epoch."""
     return float(sum(record["train_loss"].values()))
 
 
 @dataclass
 class _Sums:
-    """What an epoch has come to so far, on this worker; with one that was interrupted, before that as well."""
+    """Sums of an epoch on this worker, including those from before an interruption."""
 
     figures: StepFigures
     samples: float = 0.0
@@ -320,13 +242,13 @@ class _Sums:
 
     @classmethod
     def of(cls, state: TrainState, context: TrainContext) -> _Sums:
-        """Nothing, or what the checkpoint holds."""
+        """Start from zero, or from the sums of the checkpoint."""
         tasks, pairs = len(state.network.tasks), len(state.network.pairs)
         held = state.partial or {"by_task": [0.0] * tasks, "by_pair": [0.0] * pairs, "gate_gradient": 0.0}
         values = {
             key: torch.tensor(held[key], device=context.device) for key in ("by_task", "by_pair", "gate_gradient")
         }
-        if context.rank:  # the figures of all workers will be summed
+        if context.rank:  # the figures are summed over all workers later
             values = {key: torch.zeros_like(value) for key, value in values.items()}
         figures = StepFigures(**values, refused=torch.zeros((), device=context.device))
         if not state.partial:
@@ -334,12 +256,12 @@ class _Sums:
         return cls(figures, held["samples"] / context.world_size, held["waited"], held["seconds"])
 
     def add(self, figures: StepFigures, samples: int) -> None:
-        """A step."""
+        """Add a step."""
         self.figures += figures
         self.samples += samples
 
     def total(self, context: TrainContext) -> StepFigures:
-        """The figures of all workers, in one message. A worker goes on with what it would be given back."""
+        """Sum the figures over all workers, in one message. Rank 0 continues with the sum, others with zero."""
         held = self.figures
         parts = (held.by_task, held.by_pair, held.gate_gradient.reshape(1), held.refused.reshape(1))
         flat = context.sum(torch.cat(parts)).split([len(part) for part in parts])
@@ -350,18 +272,18 @@ class _Sums:
         return total
 
     def seconds(self) -> float:
-        """How long the epoch has taken."""
+        """Return the duration of the epoch so far."""
         return self.before + time.perf_counter() - self.started
 
     def share(self, context: TrainContext) -> dict[str, Any]:
-        """What a checkpoint holds of an epoch that is under way."""
+        """Return the sums of an unfinished epoch for a checkpoint."""
         total = self.total(context)
         values = {key: getattr(total, key).tolist() for key in ("by_task", "by_pair", "gate_gradient")}
         samples = self.samples * context.world_size
         return values | {"samples": samples, "waited": self.waited, "seconds": self.seconds()}
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches; what they are waited for is added up."""
+        """Iterate over batches and sum the time spent waiting for them."""
         while True:
             asked = time.perf_counter()
             batch = next(batches, None)
@@ -381,7 +303,7 @@ def _non_finite(state: TrainState, losses: list[float], refused: int) -> NonFini
 
 
 def _average_statistics(network: nn.Module, context: TrainContext) -> None:
-    """Give all workers the mean of their running statistics, in one message."""
+    """Average the running statistics over all workers, in one message."""
     if context.world_size == 1:
         return
     buffers = [b for b in network.buffers() if b.is_floating_point()]
@@ -395,13 +317,13 @@ def _average_statistics(network: nn.Module, context: TrainContext) -> None:
 def fit(
     network: GroupingNetwork, data: Data, settings: TrainSettings, context: TrainContext | None = None
 ) -> TrainState:
-    """Train one network from its first epoch to its last: search, prune, fine-tune, best epoch kept.
+    """Train a network for all epochs: search, prune, fine-tune. The weights of the best epoch are kept.
 
-    Goes on from the context's latest checkpoint when there is one. The network is trained in place unless a
-    checkpoint replaces it: use the one of the returned state.
+    Training resumes from the context's latest checkpoint if there is one. The network is trained in place unless a
+    checkpoint replaces it: use the network of the returned state.
 
     Raises:
-        NonFiniteLossError: When the loss stops being finite.
+        NonFiniteLossError: If the loss is not finite.
     """
     context = context or LocalContext()
     latest = context.latest()

@@ -1,7 +1,7 @@
-"""Losses as sums over what is annotated, for all live heads at once.
+"""Losses as sums over the labels of each sample, for all live heads at once.
 
-Everything here returns a sum for each sample and leaves the division to the caller, who knows how many labels
-the global batch holds. Missing labels (see `dmtg_core.tasks`) add nothing to sum or count.
+All functions return a sum for each sample. The caller divides by the number of labels in the global batch. Missing
+labels (see `dmtg_core.tasks`) do not change sums or counts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dmtg_core.network.grouping_network import PairOutputs
 from dmtg_core.tasks import Task
 
-# (output, target) → error of each element; NaN targets have been replaced
+# (output, target) → error of each element; targets have no NaN
 _ELEMENTWISE: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "binary_cross_entropy": lambda o, t: F.binary_cross_entropy_with_logits(o, t, reduction="none"),
     "mse": lambda o, t: F.mse_loss(o, t, reduction="none"),
@@ -25,7 +25,7 @@ _ELEMENTWISE: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def valid(task: Task, target: Tensor) -> Tensor:
-    """Where `target` holds a label: bool of its shape, for probabilities of classes without their axis."""
+    """Mask of the labels: bool of the shape of `target`, without the class axis for class probabilities."""
     if not task.classes:
         return ~target.isnan()
     if target.is_floating_point():
@@ -34,12 +34,12 @@ def valid(task: Task, target: Tensor) -> Tensor:
 
 
 def label_counts(tasks: Sequence[Task], targets: Mapping[str, Tensor]) -> Tensor:
-    """Number of labels of each task in a batch, float32 `(N,)`: pixels × channels for a dense regression."""
+    """Count the labels of each task in a batch, float32 `(N,)`: pixels × channels for dense regression."""
     return torch.stack([label_count(task, targets[task.name]) for task in tasks]).float()
 
 
 def label_count(task: Task, target: Tensor) -> Tensor:
-    """Number of labels of one task in a batch, int64 `()`."""
+    """Count the labels of one task in a batch, int64 `()`."""
     return _interior(task, valid(task, target)).sum()
 
 
@@ -48,27 +48,28 @@ def _interior(task: Task, mask: Tensor) -> Tensor:
 
 
 def masked_elementwise(loss: str, output: Tensor, target: Tensor) -> Tensor:
-    """Error of each element, 0 where the target is NaN. Shapes broadcast."""
+    """Compute the error of each element; 0 if the target is NaN. Shapes broadcast."""
     known = ~target.isnan()
     return _ELEMENTWISE[loss](output, target.masked_fill(~known, 0.0).expand_as(output)) * known
 
 
 def shifted_l1(output: Tensor, target: Tensor) -> Tensor:
-    """L1 against the best of the nine one-pixel shifts of each whole output image, summed over its pixels.
+    """Compute the smallest L1 loss over nine shifts of each output image by at most one pixel, summed over pixels.
 
-    The "rotate loss" of Standley et al. (2020) for depth and normals: labels rendered from a mesh can be a pixel
-    off the photograph. The shift is chosen for an image, as they do; chosen for each pixel it would reward
-    outputs that alternate between guesses. The border has no full neighbourhood and is left out.
+    This is the "rotate loss" of Standley et al. (2020) for depth and normals. Labels that are rendered from a mesh
+    can differ from the photograph by one pixel. As in their code, one shift is selected for each image: a shift
+    for each pixel would reward outputs that alternate between values. The border has no full neighbourhood and is
+    omitted.
 
     Args:
-        output, target: `(B, C, H, W)`; NaN in the target is not annotated.
+        output, target: `(B, C, H, W)`. NaN in the target means not annotated.
 
     Returns:
-        `(B,)`, to be divided by the annotated values inside the border.
+        `(B,)`, to be divided by the number of annotated values inside the border.
     """
     inner = target[:, :, 1:-1, 1:-1]
     known = ~inner.isnan()
-    inner = inner.masked_fill(~known, 0.0)  # an infinite label stays, and makes the loss refuse the step
+    inner = inner.masked_fill(~known, 0.0)  # an infinite label stays: the step is refused
     height, width = inner.shape[2:]
     with torch.no_grad():
         sums = [
@@ -77,14 +78,14 @@ def shifted_l1(output: Tensor, target: Tensor) -> Tensor:
             for x in range(3)
         ]
         best = torch.stack(sums).argmin(0)  # (B,)
-        # the target is moved, not the output: only one difference is left to go backward through
+        # the target is shifted, not the output: the backward pass has a single difference
         row, column = best // 3, best % 3
         moved, weight = _moved(inner, row, column), _moved(known.to(inner.dtype), row, column)
     return ((output - moved).abs() * weight).flatten(1).sum(1)
 
 
 def _moved(image: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Each image of `(B, C, H, W)` at its `row` and `column` `(B,)` of an image of zeros two pixels larger."""
+    """Place each image of `(B, C, H, W)` at `row`, `column` `(B,)` in a zero image that is two pixels larger."""
     height, width = image.shape[2] + 2, image.shape[3] + 2
     padded = F.pad(image, (2, 2, 2, 2))
     rows = torch.arange(height, device=image.device) + 2 - row.unsqueeze(1)  # (B, H + 2)
@@ -95,7 +96,7 @@ def _moved(image: Tensor, row: Tensor, column: Tensor) -> Tensor:
 
 
 def dense_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
-    """Sum over the annotated pixels of each sample, `(B,)`, of one dense output `(B, C, H, W)`."""
+    """Compute the loss sum of each sample, `(B,)`, of a dense output `(B, C, H, W)`."""
     output = _full(output)
     if task.loss == "l1_shift":
         return shifted_l1(output, target)
@@ -103,19 +104,19 @@ def dense_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
 
 
 def _full(output: Tensor) -> Tensor:
-    """An output in float32, or in float64 where it is."""
+    """Convert an output to float32. Keep float64."""
     return output if output.dtype == torch.float64 else output.float()
 
 
 def sample_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
-    """Sum over the labels of each sample, `(B,)`, of one output as `GroupingNetwork.forward` gives it."""
+    """Compute the loss sum of each sample, `(B,)`, of an output of `GroupingNetwork.forward`."""
     if task.dense:
         return dense_loss(task, output, target)
     return _by_label(task, _full(output), target).reshape(len(target), -1).sum(1)
 
 
 def _by_label(task: Task, output: Tensor, target: Tensor) -> Tensor:
-    """The loss of each label; targets may be class ids or, never missing, probabilities of classes `(B, C, …)`."""
+    """Compute the loss of each label. Targets are class ids or complete class probabilities `(B, C, …)`."""
     if not task.classes:
         return masked_elementwise(task.loss, output, target)
     if target.is_floating_point():
@@ -124,10 +125,10 @@ def _by_label(task: Task, output: Tensor, target: Tensor) -> Tensor:
 
 
 class PairLosses(nn.Module):
-    """The loss of every live (branch, task) pair on every sample.
+    """The loss of each live pair (branch, task) on each sample.
 
-    Heads of one loss and width are computed together, so that N small tasks cost a few tensor operations and
-    not N. Make it anew after pruning.
+    Heads with the same loss and width are computed together, so that N small tasks need a few tensor operations
+    instead of N. Build a new object after pruning.
 
     Args:
         tasks: The N tasks.
@@ -157,17 +158,17 @@ class PairLosses(nn.Module):
             )
         self.members = [sorted({n for _, _, n in members}) for members in families.values()]
         places += range(len(places), len(pairs))
-        # families come out one after the other; this puts them back into the order of the pairs
+        # families are computed one after the other; this is the order of the pairs
         order = torch.tensor(places).argsort()
         self.in_order: list[int] = order.tolist()
         self.register_buffer("order", order, persistent=False)
 
     def forward(self, outputs: PairOutputs, targets: Mapping[str, Tensor]) -> Tensor:
-        """Loss sums `(P, B)` in the order of the pairs; see `label_counts` for what to divide by."""
+        """Compute loss sums `(P, B)` in the order of the pairs. Divide them by `label_counts`."""
         return torch.cat(self._parts(outputs, targets)).index_select(0, self.get_buffer("order"))
 
-    def apart(self, outputs: PairOutputs, targets: Mapping[str, Tensor]) -> list[Tensor]:
-        """The rows of `forward`, `(B,)` each, such that going backward from one enters no other's decoder."""
+    def separate(self, outputs: PairOutputs, targets: Mapping[str, Tensor]) -> list[Tensor]:
+        """Compute the rows of `forward` as tensors `(B,)`. The backward pass of a row uses only its decoder."""
         rows = [row for part in self._parts(outputs, targets) for row in part.unbind()]
         return [rows[place] for place in self.in_order]
 

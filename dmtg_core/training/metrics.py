@@ -1,8 +1,8 @@
-"""Metrics as sums and counts: added up on the device, summed over workers once, divided once.
+"""Metrics as sums and counts, accumulated on the device and summed over workers once.
 
-`MetricSums` never averages batch means, so batch sizes, workers and missing labels cannot change a figure. AUROC
-and average precision are no sums: their scores are gathered, see `dmtg_core.training.ranking`. All figures are
-computed in float64.
+`MetricSums` does not average batch means. Batch sizes, workers and missing labels therefore do not change a
+metric. AUROC and average precision are not sums: their scores are gathered, see `dmtg_core.training.ranking`. All
+metrics are computed in float64.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ log = logging.getLogger(__name__)
 
 Metrics = dict[str, dict[str, float]]  # task → metric → value
 
-# Metrics that are errors already; every other is a score in [0, 1] whose error is 1 - score.
+# Metrics that are errors. All others are scores in [0, 1] with the error 1 - score.
 ERRORS = ("loss", "rmse", "mae", "mean_angle")
 
-# Share of the pixels whose direction is at most so many degrees off.
+# Metric → largest angle in degrees. The metric is the share of pixels with at most this angle.
 WITHIN: Mapping[str, float] = {"within_11": 11.25, "within_22": 22.5, "within_30": 30.0}
 
-# What a change of a score is divided by: the error (1 - score) of the reference, or its score.
+# Divisor of the change of a score: the error (1 - score) of the reference, or its score.
 GAIN_FORMS = ("error", "score")
 
 
 def _class_sums(task: Task, output: Tensor, target: Tensor) -> Tensor:
-    """Labels of each class that were predicted right, its labels, and its predictions, flattened `(3·C,)`.
+    """Correct predictions, labels and predictions of each class, flattened `(3·C,)`.
 
-    Where the mask leaves a label out, its prediction is left out too.
+    Predictions without a label are omitted.
     """
     known, guess = valid(task, target).double(), output.argmax(1)
     truth = target.clamp(0, task.channels - 1)
@@ -58,9 +58,9 @@ def _binary_sums(task: Task, output: Tensor, target: Tensor) -> Tensor:
 
 
 def _value_sums(task: Task, output: Tensor, target: Tensor) -> Tensor:
-    """Count, Σe², Σ|e|, Σd, Σd² in raw units, then what `_angle_sums` and `_positive_sums` give, if they apply.
+    """Count, Σe², Σ|e|, Σd, Σd² in raw units, then `_angle_sums` and `_positive_sums` if they apply.
 
-    d is the value's distance to the task's offset: a variance from squares of large values would lose its digits.
+    d is the difference of the value to the task's offset: a variance from squares of large values loses precision.
     """
     axis = [1, -1] + [1] * (target.dim() - 2) if target.dim() > 1 else [-1]
     scale = target.new_tensor(task.scale).reshape(axis)
@@ -72,14 +72,14 @@ def _value_sums(task: Task, output: Tensor, target: Tensor) -> Tensor:
     if task.metric in ANGLES:
         sums += _angle_sums(output, target, known)
     if task.threshold is not None:
-        # in float32, as `Task.encode`, so that it is met exactly
+        # in float32 as in `Task.encode`, so that equal values compare as equal
         level = (torch.tensor(task.threshold, device=target.device) - offset.float()) / scale.float()
         sums += _positive_sums(output >= level, target >= level, known)
     return torch.stack(sums)
 
 
 def _angle_sums(output: Tensor, target: Tensor, known: Tensor) -> list[Tensor]:
-    """Annotated pixels, the sum of their angles in degrees, and how many are within each limit of `WITHIN`."""
+    """Annotated pixels, the sum of their angles in degrees, and the number within each limit of `WITHIN`."""
     cosine = torch.cosine_similarity(output, target.masked_fill(~known, 0.0), dim=1).clamp(-1, 1)
     angle = torch.rad2deg(torch.acos(cosine))
     pixel = known.all(1).double()
@@ -136,7 +136,7 @@ def _class_metrics(task: Task, sums: Tensor) -> dict[str, float]:
 def _value_metrics(task: Task, sums: Tensor) -> dict[str, float]:
     count, squared, absolute, total, total_squared = sums[:5].tolist()
     spread = total_squared - _ratio(total**2, count)
-    if spread <= 1e-12 * total_squared:  # nothing but rounding: a constant has no spread to explain
+    if spread <= 1e-12 * total_squared:  # only rounding: the values are constant
         spread = 0.0
     found = {
         "rmse": math.sqrt(_ratio(squared, count)) if count else math.nan,
@@ -162,26 +162,27 @@ METRICS_OF: Mapping[str, Callable[[Task, Tensor], dict[str, float]]] = {
 
 
 class MetricSums:
-    """Sums of every task's metrics over the samples seen.
+    """Sums of the metrics of all tasks over samples.
 
-    Metrics: "loss" for every task (mean over labels); binary: accuracy, balanced_accuracy, f1, auroc and
-    average_precision (see `ranking`); multiclass: accuracy, balanced_accuracy (mean recall over the
-    classes present); dense classification: those and miou (mean over the classes present); regression kinds: rmse,
-    mae, r2 in raw units. Three channels with one of `ANGLES` as headline metric have all of them: within_11,
-    within_22 and within_30 (share of pixels at most 11.25°, 22.5°, 30° off) and mean_angle in degrees. A task with
-    a threshold has f1. A figure that is not defined (no label, one class only for auroc) is NaN.
+    All tasks have "loss" (mean over labels). Binary tasks have accuracy, balanced_accuracy, f1, auroc and
+    average_precision (see `ranking`). Multiclass tasks have accuracy and balanced_accuracy (mean recall over the
+    classes present). Dense classification also has miou (mean over the classes present). Regression kinds have
+    rmse, mae and r2 in raw units. A task with three channels and one of `ANGLES` as headline metric has all of
+    `ANGLES`: within_11, within_22 and within_30 (share of pixels with an angle of at most 11.25°, 22.5°, 30°) and
+    mean_angle in degrees. A task with a threshold has f1. A metric that is not defined (no label, or only one
+    class for auroc) is NaN.
 
-    f1 of a dense task (keypoints, edges) is 2·TP / (2·TP + FN + FP) over all annotated pixels of a split, where
-    raw values from `Task.threshold` on are positive, in the target and in the output. Gao et al. 2024 print a
-    keypoint F1 and an edge F1 without the threshold, and their published code holds losses, accuracy and IoU
-    only, so that their rule is not known; and their figures seem to come from constant targets, where F1 tells
-    nothing. Counted over a split and not averaged over images, it is defined as soon as one pixel is positive in
-    target or output, and an image without a keypoint only adds its false positives; it is NaN where no pixel is.
-    miou differs from their code too: the mean is over the classes present, not over all 18.
+    f1 of a dense task (keypoints, edges) is 2·TP / (2·TP + FN + FP) over all annotated pixels of a split. Raw
+    values of at least `Task.threshold` are positive, in the target and in the output. Gao et al. 2024 report a
+    keypoint F1 and an edge F1 without a threshold, and their published code has only losses, accuracy and IoU, so
+    their definition is not known. Their values seem to come from constant targets, for which F1 has no meaning. f1
+    is counted over a split, not averaged over images. It is defined if at least one pixel is positive in target or
+    output, and NaN otherwise. An image without a keypoint only adds its false positives. miou also differs from
+    their code: the mean is over the classes present, not over all 18.
 
     Args:
-        tasks: What is measured.
-        exact: Scores of each binary task for which auroc and average_precision are exact.
+        tasks: The tasks.
+        exact: Number of scores of each binary task up to which auroc and average_precision are exact.
     """
 
     def __init__(self, tasks: Sequence[Task], exact: int = EXACT) -> None:
@@ -191,7 +192,7 @@ class MetricSums:
         self.scores = {task.name: Scores(exact) for task in tasks if task.kind == "binary"}
 
     def update(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
-        """Add a batch: outputs as `GroupingNetwork.forward` gives them, encoded targets."""
+        """Add a batch: outputs of `GroupingNetwork.forward` and encoded targets."""
         for task in self.tasks:
             output, target = outputs[task.name].double(), targets[task.name]
             target = target.double() if target.is_floating_point() else target
@@ -204,9 +205,9 @@ class MetricSums:
                 self.scores[task.name].add(outputs[task.name], targets[task.name])
 
     def reduce(self, context: TrainContext) -> None:
-        """Sum over workers, with one message and two for each binary task.
+        """Sum over workers, with one message, and two messages for each binary task.
 
-        Every worker must have seen at least one sample.
+        Each worker must have at least one sample.
         """
         if context.world_size == 1:
             return
@@ -220,7 +221,7 @@ class MetricSums:
             self.scores[name] = Scores.joined(packs, self.exact)
 
     def compute(self) -> Metrics:
-        """Task → metric → value."""
+        """Compute task → metric → value."""
         found: Metrics = {}
         for task in self.tasks:
             sums = self.sums[task.name].cpu()
@@ -241,30 +242,31 @@ def _ranking_metrics(task: Task, scores: Scores) -> dict[str, float]:
 
 
 def error_of(metric: str, value: float) -> float:
-    """The error that belongs to a metric: the metric itself, or 1 - score."""
+    """Convert a metric to an error: the metric itself, or 1 - score."""
     return value if metric in ERRORS else 1 - value
 
 
 def normalized_gain(
     tasks: Sequence[Task], metrics: Metrics, reference: Metrics, *, metric: str = "", form: str = "error"
 ) -> float:
-    """Mean relative improvement over a reference, in per cent.
+    """Compute the mean relative gain over a reference, in per cent. Positive is better.
 
     The form "error" is `100 · mean_n((err_ref[n] - err[n]) / err_ref[n])`, where the error of a score is
-    1 - score: the formula of Gao et al. 2024, their code for CelebA, and their table of losses against
+    1 - score. It is the formula of Gao et al. 2024, of their code for CelebA, and of their table of losses against
     single-task.
-    The form "score" divides the change of a score by the reference's score, `(s[n] - s_ref[n]) / s_ref[n]`, and
-    is the same for errors: it is what their Taskonomy table of evaluation metrics against naive MTL prints.
+    The form "score" divides the change of a score by the reference's score, `(s[n] - s_ref[n]) / s_ref[n]`. For
+    errors both forms are the same. It is the formula of their Taskonomy table of evaluation metrics against naive
+    MTL.
 
     Args:
-        metric: One metric for all tasks ("loss"); by default each task's headline metric.
+        metric: One metric for all tasks ("loss"). The default is the headline metric of each task.
         form: One of `GAIN_FORMS`.
 
     Returns:
-        NaN when what a task is divided by is not positive or not defined.
+        The gain; NaN if the divisor of a task is not positive or not defined.
 
     Raises:
-        KeyError: When a task is missing in either: values are paired by name, never by order.
+        KeyError: If a task is missing in one of the two. Values are paired by name, never by order.
         ValueError: For an unknown form.
     """
     if form not in GAIN_FORMS:
@@ -280,9 +282,9 @@ def normalized_gain(
 
 
 def total_error(tasks: Sequence[Task], metrics: Metrics) -> float:
-    """`100 · Σ_n (1 - accuracy_n)`, as the CelebA tables print it, each accuracy over all samples of the split.
+    """Compute `100 · Σ_n (1 - accuracy_n)` as in the CelebA tables, each accuracy over all samples of the split.
 
     Raises:
-        KeyError: When a task or its accuracy is missing.
+        KeyError: If a task or its accuracy is missing.
     """
     return 100 * sum(1 - metrics[task.name]["accuracy"] for task in tasks)

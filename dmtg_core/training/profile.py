@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: a trace, and each part's share."""
+"""Profile of training steps: a trace, and the share of each part in the time of a step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
 from dmtg_core.training.checkpoint import write_json
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Batch, Data
-from dmtg_core.training.loop import TrainState, advance
+from dmtg_core.training.loop import advance
 from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import BACKWARD, COMMUNICATION, FORWARD, OPTIMIZER
 
 DATA = "data"
@@ -27,13 +28,13 @@ OPERATORS_SHOWN = 40
 
 
 class ProfiledData:
-    """So many training batches of a data set, the last of them watched by a profiler.
+    """A fixed number of training batches of a data set. The profiler records the last of them.
 
     Args:
         data: The data set.
-        warm_up: Steps that are not watched: the first ones allocate, choose algorithms and compile.
-        steps: Steps that are.
-        device: Where they run.
+        warm_up: Number of steps before the profile, which allocate memory, select algorithms and compile.
+        steps: Number of profiled steps.
+        device: Device of the steps.
     """
 
     def __init__(self, data: Data, warm_up: int, steps: int, device: torch.device) -> None:
@@ -47,7 +48,7 @@ class ProfiledData:
         return self.warm_up + self.watched
 
     def train(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
-        """See `Data.train`; what is needed of a small data set comes again."""
+        """See `Data.train`. The batches of a small data set are repeated."""
         batches = self._endless(epoch, batch_size)
         for _ in range(start, self.warm_up):
             yield next(batches)
@@ -68,7 +69,7 @@ class ProfiledData:
             epoch += 1
 
     def evaluate(self, split: str, batch_size: int) -> Iterator[Batch]:
-        """One batch: an evaluation is not what is asked for."""
+        """Return one batch: the evaluation is not profiled."""
         yield next(self.data.evaluate(split, batch_size))
 
     def _wait(self) -> None:
@@ -86,14 +87,14 @@ def profile_steps(
     warm_up: int = 5,
     steps: int = 10,
 ) -> dict[str, Any]:
-    """Train a fresh network for a few steps and write where their time went into `folder`.
+    """Train a fresh network for a few steps and write their profile into `folder`.
 
-    All workers call it, each with its part of the data; each writes what it saw itself. Parts of a step are told
-    apart by waiting for the device between them, which costs a little of what is measured.
+    All workers call it, each with its part of the data. Each writes its own profile. The profile synchronises with
+    the device after each part of a step, which takes a little time.
 
     Returns:
-        `seconds_per_step`, `samples_per_second` of all workers, `shares` of `PARTS` and "other", which add up to
-        1, and `all_reduce_share`: what the sums over workers took, most of it beside the backward pass.
+        `seconds_per_step`, `samples_per_second` of all workers, `shares` of `PARTS` and "other", which sum to 1,
+        and `all_reduce_share`, the share of the sums over workers, which mostly overlap with the backward pass.
     """
     device = context.device
     watched = ProfiledData(data, warm_up, steps, device)

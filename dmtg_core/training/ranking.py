@@ -1,10 +1,10 @@
-"""Metrics of the order that scores put samples in: AUROC and average precision of a binary task.
+"""Ranking metrics of a binary task: AUROC and average precision.
 
-Both are exact for up to `EXACT` scores of a split. Beyond that, neighbouring scores are counted in bins, each with
-at most a share of 1 / `BINS` of the positives and of the negatives that were there when it was made. A bin is an
-interval of numbers that have their leading bits in common. Two bins therefore never overlap in part, and the bins
-of several workers can be joined. Scores of one bin count as tied, which changes AUROC by half of a bin's share at
-most. `Bins.error_bounds` gives the bounds that hold for the scores at hand, and `MetricSums` logs them.
+Both are exact for up to `EXACT` scores of a split. For more scores, neighbouring scores are counted in bins. When
+a bin is created, it has at most a share of 1 / `BINS` of the positives and of the negatives. A bin is an interval
+of numbers with common leading bits. Two bins are therefore disjoint or nested, and the bins of several workers can
+be joined. Scores of one bin count as tied, which changes AUROC by at most half of a bin's share.
+`Bins.error_bounds` computes bounds for given scores, and `MetricSums` logs them.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-EXACT = 10_000_000  # scores of a split that are kept one by one
+EXACT = 10_000_000  # scores of a split that are stored individually
 BINS = 2**16
-TAKEN = 2**20  # scores that may wait on the device before they are moved to the host
+TAKEN = 2**20  # scores that are collected on the device before they are moved to the host
 
 AUROC, AVERAGE_PRECISION = "auroc", "average_precision"
 
 
 @dataclass(frozen=True)
 class Bins:
-    """Labels of scores that are counted in disjoint intervals, by ascending score; arrays are int64 `(n,)`.
+    """Label counts of scores in disjoint intervals, by ascending score. Arrays are int64 `(n,)`.
 
     Args:
         start, end: First and last score of each interval, see `ordered`. They are equal for a single score.
-        positive, negative: Labels of either sort in each interval, at least one in all.
+        positive, negative: Number of positive and of negative labels in each interval, at least one in total.
     """
 
     start: np.ndarray
@@ -43,7 +43,7 @@ class Bins:
 
     @classmethod
     def of(cls, scores: np.ndarray, labels: np.ndarray) -> Bins:
-        """An interval for each different score.
+        """Build an interval for each different score.
 
         Args:
             scores: Without NaN, `(n,)`.
@@ -53,7 +53,7 @@ class Bins:
         if np.bitwise_or.reduce(key, initial=0) & 1:
             order = key.argsort()
             key, label = key[order], labels[order]
-        else:  # float32 scores leave the last bit free: with the label in it, numbers alone have to be sorted
+        else:  # the last bit of float32 scores is free: it holds the label, so that only one array is sorted
             key = np.sort(key + labels)
             label = (key & 1).astype(bool)
             key -= label
@@ -63,35 +63,35 @@ class Bins:
         return cls(key[first], key[first], positive, count - positive)
 
     def auroc(self) -> float:
-        """Share of the pairs of a positive and a negative that are in order; a tie counts half.
+        """Compute the share of correctly ordered pairs of a positive and a negative. A tie counts half.
 
-        Hanley and McNeil 1982. NaN where there is no pair.
+        Hanley and McNeil 1982. NaN if there is no pair.
         """
         pairs = float(self.positive.sum()) * float(self.negative.sum())
         below = np.cumsum(self.negative) - self.negative / 2
         return float(self.positive @ below) / pairs if pairs else math.nan
 
     def average_precision(self) -> float:
-        """Sum over the different scores of precision times the step of recall, as scikit-learn defines it.
+        """Sum precision times the step of recall over the different scores, as in scikit-learn.
 
-        NaN where there is no positive.
+        NaN if there is no positive.
         """
         total = int(self.positive.sum())
         found, wrong = self._above()
         return float(self.positive @ (found / (found + wrong))) / total if total else math.nan
 
     def _above(self) -> tuple[np.ndarray, np.ndarray]:
-        """Positives and negatives from each interval on upwards."""
+        """Positives and negatives in each interval and all higher ones."""
         return np.cumsum(self.positive[::-1])[::-1], np.cumsum(self.negative[::-1])[::-1]
 
     def error_bounds(self) -> dict[str, float]:
-        """By how much each metric can differ, at most, from that of the scores themselves; 0 where it is exact."""
+        """Bound the difference of each metric to its value for the individual scores; 0 if it is exact."""
         wide = self.end > self.start
         positive, negative = self.positive[wide], self.negative[wide]
         pairs = float(self.positive.sum()) * float(self.negative.sum())
         found, wrong = (above[wide] for above in self._above())
         before, ahead = found - positive, wrong - negative  # of higher intervals
-        # the precision at a positive of an interval lies between these, whatever the order within
+        # bounds of the precision at a positive of an interval, for any order within the interval
         with np.errstate(invalid="ignore"):
             used, most = found / (found + wrong), np.nan_to_num(found / (found + ahead))
             least = (before + 1) / (before + 1 + wrong)
@@ -103,14 +103,16 @@ class Bins:
         }
 
     def coarser(self, bins: int = BINS) -> Bins:
-        """Neighbouring intervals joined while each holds at most 1/bins of the positives and of the negatives.
+        """Join neighbouring intervals while each has at most 1/bins of the positives and of the negatives.
 
-        Intervals are joined to one whose scores have the same leading bits, and no other.
+        Only intervals whose scores have common leading bits are joined.
         """
         most = self.positive.sum() / bins, self.negative.sum() / bins
         done, rest = [], self
-        large = np.zeros(len(rest), dtype=bool)  # stays in `rest` so that nothing is joined across it
-        level = _trailing_zeros(int(np.bitwise_or.reduce(self.start, initial=0)))  # no two share more bits
+        large = np.zeros(len(rest), dtype=bool)  # stays in `rest` so that no intervals are joined across it
+        level = _trailing_zeros(
+            int(np.bitwise_or.reduce(self.start, initial=0))
+        )  # no two scores have more common bits
         while not large.all() and level < 62:
             level += 1
             first = _starts(rest.start >> level)
@@ -132,15 +134,15 @@ class Bins:
         return Bins(self.start[chosen], self.end[chosen], self.positive[chosen], self.negative[chosen])
 
     def added(self, first: np.ndarray) -> Bins:
-        """Neighbours added up; `first` are the places where a sum begins."""
+        """Sum neighbouring intervals. `first` are the positions where a sum begins."""
         last = np.append(first, len(self))[1:] - 1
         return Bins(self.start[first], self.end[last], _sums(self.positive, first), _sums(self.negative, first))
 
 
 def joined_bins(parts: Sequence[Bins]) -> tuple[Bins, np.ndarray]:
-    """All scores of several parts, and for each interval of the parts, one part after the other, where it went.
+    """Join the intervals of several parts. Also return the new position of each interval, part by part.
 
-    Intervals of two parts are apart or one lies in the other: the larger one stays.
+    Intervals of two parts are disjoint or nested. Of nested intervals the larger one is kept.
     """
     start, end, positive, negative = (
         np.concatenate([getattr(part, name) for part in parts])
@@ -160,13 +162,13 @@ class Scores:
     """Scores of a binary task with their labels, added batch by batch and joined over workers.
 
     Args:
-        exact: How many are kept one by one; see the module for what happens beyond.
+        exact: Number of scores that are stored individually. More scores are counted in bins, see the module.
     """
 
     def __init__(self, exact: int = EXACT) -> None:
         self.exact = exact
         self.undefined = 0  # labelled scores that are NaN
-        self.held = 0  # scores that are kept one by one
+        self.held = 0  # scores that are stored individually
         self._waiting: list[Tensor] = []
         self._wait = 0
         self._chunks: list[tuple[np.ndarray, np.ndarray]] = []
@@ -177,7 +179,7 @@ class Scores:
 
         Args:
             score: `(B,)`, higher for the positive class.
-            target: `(B,)`, positive above 0.5; NaN without a label.
+            target: `(B,)`, positive above 0.5; NaN for a missing label.
         """
         score = score.detach() if score.dtype == torch.float64 else score.detach().float()
         self._waiting.append(torch.stack([score, target.to(score)]))
@@ -186,7 +188,7 @@ class Scores:
             self._take()
 
     def _take(self) -> None:
-        """Move what waits to the host."""
+        """Move the collected scores to the host."""
         if not self._waiting:
             return
         score, target = torch.cat([w.to(self._waiting[0]) for w in self._waiting], 1).cpu().numpy()
@@ -205,22 +207,22 @@ class Scores:
 
     @property
     def count(self) -> int:
-        """Labelled scores."""
+        """Number of labelled scores."""
         self._take()
         return self.held + self.undefined + sum(int(b.positive.sum() + b.negative.sum()) for b in self._bins)
 
     def bins(self) -> Bins:
-        """All scores that are numbers."""
+        """Return all scores that are not NaN."""
         self._take()
         scores, labels = (np.concatenate(columns) for columns in zip(_NO_SCORES, *self._chunks, strict=True))
         parts = [*self._bins, Bins.of(scores, labels)]
         return joined_bins(parts)[0] if self._bins else parts[0]
 
     def metrics(self, bins: Bins | None = None) -> dict[str, float]:
-        """Metric → value; NaN where a score is NaN, or a class is missing.
+        """Compute metric → value; NaN if a score is NaN or a class is missing.
 
         Args:
-            bins: What `bins` gave, where it is at hand already: to sort the scores is what takes time.
+            bins: Result of `bins` if it is available, because sorting the scores takes time.
         """
         bins = self.bins() if bins is None else bins
         if self.undefined:
@@ -228,7 +230,7 @@ class Scores:
         return {AUROC: bins.auroc(), AVERAGE_PRECISION: bins.average_precision()}
 
     def packed(self, *, coarse: bool) -> Tensor:
-        """Everything in int64 numbers, `(m,)`, for another worker; `joined` reads it back.
+        """Pack all scores into int64 numbers, `(m,)`, for another worker. `joined` reads them.
 
         Args:
             coarse: Count the scores in bins first.
@@ -243,7 +245,7 @@ class Scores:
 
     @classmethod
     def joined(cls, packs: Sequence[Tensor], exact: int = EXACT) -> Scores:
-        """The scores of several workers, from what each has packed."""
+        """Join the packed scores of several workers."""
         whole, parts = cls(exact), []
         for pack in packs:
             undefined, size = pack[:2].tolist()
@@ -259,16 +261,16 @@ _NO_SCORES = (np.zeros(0, np.float32), np.zeros(0, dtype=bool))
 
 
 def ordered(scores: np.ndarray) -> np.ndarray:
-    """Whole numbers in the order of the scores, int64: equal for equal scores, -0 and 0 among them.
+    """Map scores to int64 numbers in the same order. Equal scores have equal numbers, also -0 and 0.
 
-    They are the bits of the float64 numbers, those below zero turned round.
+    The numbers are the bits of the float64 scores, reversed in order for negative scores.
     """
     bits = scores.astype(np.float64).view(np.int64)
     return np.where(bits < 0, np.iinfo(np.int64).min - bits, bits)
 
 
 def _starts(values: np.ndarray) -> np.ndarray:
-    """Where a new value begins in sorted ones."""
+    """Positions in a sorted array where a new value begins."""
     new = np.ones(len(values), dtype=bool)
     new[1:] = values[1:] != values[:-1]
     return np.flatnonzero(new)

@@ -1,4 +1,4 @@
-"""How to train: the numbers and options of a run, checked when they are made."""
+"""Settings of a training, with schedules of the learning rate and of the temperature."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ import torch
 
 from dmtg_core.training.aggregation import AGGREGATORS
 from dmtg_core.training.augment import AUGMENTATIONS
-from dmtg_core.training.schedules import TemperatureSchedule
 
 OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
-PLATEAU_DROP = 0.1  # relative fall of the training loss that counts as progress, as the published code has it
+PLATEAU_DROP = 0.1  # relative decrease of the training loss that counts as progress, as in the published code
 
 
 def _plateau(losses: Sequence[float], patience: int) -> float:
-    """Halved whenever the loss has made no progress for more than `patience` epochs."""
+    """Halve the factor after more than `patience` epochs without progress of the loss."""
     factor, best, waited = 1.0, math.inf, 0
     for loss in losses:
         waited += 1
@@ -32,9 +31,9 @@ def _plateau(losses: Sequence[float], patience: int) -> float:
     return factor
 
 
-# (epoch, settings, training losses of the epochs before) → factor of the learning rate. As functions of what a
-# checkpoint holds they go on after a restart as if nothing had happened. The paper has "halving" on CelebA and
-# "plateau" on Taskonomy.
+# (epoch, settings, training losses of the epochs before) → factor of the learning rate. All arguments are in a
+# checkpoint, so that a resumed run has the same learning rates. The paper uses "halving" on CelebA and "plateau"
+# on Taskonomy.
 LR_SCHEDULES: Mapping[str, Callable[[int, TrainSettings, Sequence[float]], float]] = {
     "constant": lambda _epoch, _settings, _losses: 1.0,
     "cosine": lambda epoch, settings, _losses: 0.5 * (1 + math.cos(math.pi * epoch / settings.epochs)),
@@ -43,43 +42,87 @@ LR_SCHEDULES: Mapping[str, Callable[[int, TrainSettings, Sequence[float]], float
 }
 PRECISIONS = ("fp32", "bf16")
 
+# name → (start, end, progress in [0, 1]) → temperature
+FAMILIES: dict[str, Callable[[float, float, float], float]] = {
+    "constant": lambda start, _end, _t: start,
+    "linear": lambda start, end, t: start + (end - start) * t,
+    "cosine": lambda start, end, t: end + (start - end) * 0.5 * (1 + math.cos(math.pi * t)),
+    "exponential": lambda start, end, t: start * (end / start) ** t,
+}
+
+
+@dataclass(frozen=True)
+class TemperatureSchedule:
+    """Temperature τ of the gate over a run, as a function of progress alone.
+
+    Args:
+        family: A key of `FAMILIES`.
+        start: τ at the beginning. The paper uses a constant 2.5 on CelebA and 4 on Taskonomy.
+        end: τ at the end. "constant" does not use it.
+        warmup: Share of the run, in [0, 1), in which τ is `start`.
+
+    Raises:
+        ValueError: For an unknown family, a temperature that is not positive, or a warm-up outside [0, 1).
+    """
+
+    family: str = "constant"
+    start: float = 2.5
+    end: float = 0.5
+    warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(
+                f"unknown temperature schedule {self.family!r}, expected one of {', '.join(FAMILIES)}"
+            )
+        if not (self.start > 0 and self.end > 0):
+            raise ValueError(f"temperatures must be positive, got start={self.start}, end={self.end}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a share of the run in [0, 1), got {self.warmup}")
+
+    def __call__(self, progress: float) -> float:
+        """Compute τ at `progress`, the completed share of the run. It is clamped to [0, 1]."""
+        t = (min(max(progress, 0.0), 1.0) - self.warmup) / (1 - self.warmup)
+        return FAMILIES[self.family](self.start, self.end, max(t, 0.0))
+
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train.
+    """Settings of a training.
 
     Args:
-        epochs: Passes over the training data, search and fine-tuning together.
-        search_share: Share of the epochs in which the gate learns; then every task keeps its likeliest head and
-            the rest fine-tunes the hard groups. 1 keeps learning to the end, as the published code does.
+        epochs: Number of epochs, search and fine-tuning together.
+        search_share: Share of the epochs in which the gate is trained. Then each task keeps its likeliest head,
+            and the hard groups are fine-tuned in the remaining epochs. With 1 the gate is trained to the end, as
+            in the published code.
         batch_size: Samples of a global batch, over all workers.
         optimizer: A key of `OPTIMIZERS`.
-        learning_rate: Of stem, branches and heads, whatever the number of workers.
-        gate_learning_rate: Of θ; None takes `learning_rate`.
-        weight_decay: Of everything but θ.
+        learning_rate: Learning rate of stem, branches and heads. It does not depend on the number of workers.
+        gate_learning_rate: Learning rate of θ. None means `learning_rate`.
+        weight_decay: Weight decay of all parameters except θ.
         lr_schedule: A key of `LR_SCHEDULES`.
         lr_every: Epochs between two halvings ("halving").
-        lr_patience: Epochs without progress before one ("plateau").
-        lr_min: The learning rate falls no further.
+        lr_patience: Epochs without progress before a halving ("plateau").
+        lr_min: Lower limit of the learning rate.
         clip_norm: Largest norm of the gradient; 0 for no limit.
         temperature: τ over the search.
-        entropy_weight: Factor of the gate's mean entropy in the loss; positive pushes to a decision.
-        prune_threshold: A head whose probability falls under it goes at the next epoch; 0 prunes at the end of
-            the search only.
-        aggregator: "sum", or a key of `AGGREGATORS` by which the gradients of a group's tasks are combined once
-            every task has a single head. Its weights are read by the host.
-        accumulate: Parts that a batch is computed in, one after the other, to save memory. The gradient is that of
-            the whole batch; batch normalisation sees the parts.
-        recompute: Compute activations again in the backward pass instead of keeping them: less memory, more time.
-        compile: Compile the network with `torch.compile`; None does on a GPU. The first steps wait for it.
-        cuda_graphs: Replay the compiled parts as CUDA graphs: the host no longer launches each kernel, which is
-            what bounds a step of small batches, for more memory. Not with `accumulate` or `recompute`; without a
-            GPU it changes nothing.
-        sync_batchnorm: Normalise over the batches of all workers, which have to be on GPUs.
+        entropy_weight: Factor of the gate's mean entropy in the loss. A positive factor makes the gate converge.
+        prune_threshold: A head with a smaller probability is pruned before the next epoch. With 0, heads are
+            pruned only at the end of the search.
+        aggregator: "sum", or a key of `AGGREGATORS`, which combines the gradients of a group's tasks as soon as
+            each task has a single head. The host reads its weights.
+        accumulate: Number of parts of a batch that are computed one after the other to save memory. The gradient
+            is that of the whole batch. Batch normalisation uses the parts.
+        recompute: Compute activations again in the backward pass instead of storing them: less memory, more time.
+        compile: Compile the network with `torch.compile`. None compiles on a GPU. The first steps wait for it.
+        cuda_graphs: Replay the compiled parts as CUDA graphs. The host does not launch single kernels, which is
+            the bottleneck of steps with small batches. It needs more memory. It excludes `accumulate` and
+            `recompute`. Without a GPU it has no effect.
+        sync_batchnorm: Normalise over the batches of all workers. The workers must be on GPUs.
         precision: "fp32", or "bf16" for autocast of the encoders with gate and losses in float32.
-        augment: Keys of `AUGMENTATIONS`: what is done to training batches, never to those of an evaluation.
-        checkpoint_every: Steps between two checkpoints within an epoch; 0 for none but at its end.
-        seed: Of data order, gate noise and anything else that is drawn.
+        augment: Keys of `AUGMENTATIONS`, applied to training batches and never in an evaluation.
+        checkpoint_every: Steps between two checkpoints within an epoch; 0 for checkpoints only at the end.
+        seed: Seed of data order, gate noise and all other random numbers.
 
     Raises:
         ValueError: For an unknown option or a number out of range.
@@ -135,16 +178,16 @@ class TrainSettings:
             raise ValueError(f"prune_threshold must be in [0, 1), got {self.prune_threshold}")
 
     def _check_together(self) -> None:
-        """Raise for options that exclude each other."""
+        """Raise ValueError for options that exclude each other."""
         if self.aggregator != "sum" and self.accumulate > 1:
             raise ValueError("an aggregator needs the gradients of a whole batch: set accumulate to 1")
         if self.cuda_graphs and (self.accumulate > 1 or self.recompute or self.compile is False):
             raise ValueError(
-                "cuda_graphs needs compile, and goes with neither accumulate nor recompute: leave those three at "
+                "cuda_graphs needs compile, and excludes accumulate and recompute: leave those three at "
                 "their defaults, or set cuda_graphs to false"
             )
 
     @property
     def search_epochs(self) -> int:
-        """Epochs in which the gate learns, at least one."""
+        """Number of epochs in which the gate is trained, at least one."""
         return max(round(self.epochs * self.search_share), 1)

@@ -1,4 +1,4 @@
-"""One training step: the gated loss, its noise, the optimiser, and an update that can be refused on the device."""
+"""The training step: gated loss, gate noise, optimiser, and an update that can be refused on the device."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from dmtg_core.training.data import Batch
 from dmtg_core.training.losses import PairLosses, label_counts
 from dmtg_core.training.settings import OPTIMIZERS, TrainSettings
 
-# names under which a profile finds the parts of a step
+# names of the parts of a step in a profile
 FORWARD, BACKWARD, OPTIMIZER, COMMUNICATION = "forward", "backward", "optimizer", "communication"
-COMPILE_LIMIT = 64  # compiled forms of one piece of code: stem, branches and decoders share some, by their shapes
+COMPILE_LIMIT = 64  # compiled variants of one function: stem, branches and decoders share code
 
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What a step came to on this worker, on the device; the figures of all workers are their sum.
+    """Figures of a step on this worker, on the device. The figures of all workers are their sum.
 
     Args:
         by_task: Gated loss of each task, `(N,)`.
-        by_pair: Loss of each live (branch, task) before gate and weights, `(P,)`.
-        gate_gradient: Norm of θ's gradient, `()`; it is that of all workers, divided by their number.
-        refused: 1 where the step was refused because loss or gradient were not finite, else 0; as that before.
+        by_pair: Loss of each live pair (branch, task) before gate and weights, `(P,)`.
+        gate_gradient: Norm of θ's gradient over all workers, divided by the number of workers, `()`.
+        refused: 1 if the step was refused because loss or gradient were not finite, else 0, also divided by the
+            number of workers.
     """
 
     by_task: Tensor
@@ -55,14 +56,15 @@ class WeighedLoss(nn.Module):
     With `NetworkSpec.task_weighting` "uncertainty" a task's part L becomes `exp(-s_n) · L + s_n / 2` with a
     learned s_n, the logarithm of a variance (Kendall et al. 2018, equation 10, with one form for all losses).
 
-    This is the module that data-parallel training wraps. Make it anew after pruning.
+    Data-parallel training wraps this module. Build a new object after pruning.
 
     Args:
-        network: What to train.
+        network: The network to train.
         entropy_weight, precision, aggregator: See `TrainSettings`.
 
     Raises:
-        ValueError: For an aggregator whose library is missing, or beside learned task weights.
+        ValueError: If the library of the aggregator is missing, or if an aggregator is used with learned task
+            weights.
     """
 
     task_of: Tensor
@@ -78,7 +80,7 @@ class WeighedLoss(nn.Module):
     ) -> None:
         super().__init__()
         if aggregator != "sum" and network.log_variance is not None:
-            raise ValueError("task_weighting 'uncertainty' and an aggregator both weigh the tasks: choose one")
+            raise ValueError("task_weighting 'uncertainty' and an aggregator both weight the tasks: choose one")
         hard = len(network.pairs) == len(network.tasks)
         self.weigh = load_aggregator(aggregator) if aggregator != "sum" and hard else None
         self.network = network
@@ -95,16 +97,17 @@ class WeighedLoss(nn.Module):
     def forward(
         self, batch: Batch, temperature: float, noise: Tensor, counts: Tensor, share: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of a batch, or of one of the equal parts that it is computed in.
+        """Compute the loss of a batch or of a part of a batch.
 
         Args:
             batch: Input and targets.
             temperature, noise: See `GroupGate.forward`.
-            counts: Labels of each task to divide by, `(N,)`.
-            share: What part of the terms without data (entropy, uncertainty) to add.
+            counts: Number of labels of each task, the divisor of the loss, `(N,)`.
+            share: Factor of the terms without data (entropy, uncertainty).
 
         Returns:
-            The loss to differentiate; detached, each task's gated loss `(N,)` and each pair's loss `(P,)`.
+            The loss to differentiate, and detached the gated loss of each task `(N,)` and the loss of each pair
+            `(P,)`.
         """
         with autocast(self.precision, batch.inputs.device):
             outputs = self.network.forward_pairs(batch.inputs)
@@ -120,26 +123,27 @@ class WeighedLoss(nn.Module):
             loss = loss + share * self.entropy_weight * self.network.gate.entropy().mean()
         return loss, by_task.detach(), losses.detach().sum(1)
 
-    def apart(self, batch: Batch, counts: Tensor) -> list[Tensor]:
-        """A scalar for each pair, where every task has a single head and so a gate of 1; not weighed by task."""
+    def separate(self, batch: Batch, counts: Tensor) -> list[Tensor]:
+        """Compute a scalar loss for each pair of a hard network, without task weights."""
         with autocast(self.precision, batch.inputs.device):
             outputs = self.network.forward_pairs(batch.inputs)
-        rows = self.pair_losses.apart(outputs, batch.targets)
+        rows = self.pair_losses.separate(outputs, batch.targets)
         return [row.sum() / counts[n] for row, (_, n) in zip(rows, self.network.pairs, strict=True)]
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """What the encoders are computed in, see `TrainSettings.precision`."""
+    """Return the autocast context of the encoders. See `TrainSettings.precision`."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def build_optimizer(network: GroupingNetwork, settings: TrainSettings) -> torch.optim.Optimizer:
-    """The optimiser of a network: θ has its own learning rate, and like learned variances no weight decay.
+    """Build the optimiser of a network.
 
-    Fused optimisers are the ones that can refuse a step on the device, without the host looking at a number.
+    θ has its own learning rate. θ and learned variances have no weight decay. Only fused optimisers can refuse a
+    step on the device without synchronisation with the host.
     """
-    apart = {"gate.logits", "log_variance"}
-    weights = [p for name, p in network.named_parameters() if name not in apart]
+    special = {"gate.logits", "log_variance"}
+    weights = [p for name, p in network.named_parameters() if name not in special]
     gate_lr = settings.learning_rate if settings.gate_learning_rate is None else settings.gate_learning_rate
     groups = [
         {"params": weights, "lr": settings.learning_rate, "base_lr": settings.learning_rate},
@@ -153,16 +157,16 @@ def build_optimizer(network: GroupingNetwork, settings: TrainSettings) -> torch.
     optimizer = OPTIMIZERS[settings.optimizer](groups, **options)
     if settings.optimizer == "sgd":
         for parameter in network.parameters():
-            # left to a first step that is refused, it would start from memory that nobody wrote
+            # after a refused first step the buffer would be uninitialised memory
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     cast("Any", optimizer).grad_scale = None
     return optimizer
 
 
 def step_noise(network: GroupingNetwork, settings: TrainSettings, step: int, rank: int, samples: int) -> Tensor:
-    """Gate noise as a function of seed and step: equal on all workers, and on any device.
+    """Draw the gate noise of a step. It depends on seed and step, and is equal on all workers and devices.
 
-    Noise for every sample depends on the worker as well.
+    Noise for each sample also depends on the worker.
     """
     per_sample = network.gate.sampling == "gumbel_per_sample"
     seed = (settings.seed * 1_000_003 + step) * 4099 + (rank + 1 if per_sample else 0)
@@ -172,7 +176,7 @@ def step_noise(network: GroupingNetwork, settings: TrainSettings, step: int, ran
 
 @contextmanager
 def part(name: str, device: torch.device) -> Iterator[None]:
-    """A part of a step under its name in a profile; only there the device is waited for, to tell parts apart."""
+    """Record a part of a step in a profile. Only in a profile it waits for the device at its end."""
     with record_function(name):
         yield
         if device.type == "cuda" and cast("Any", torch.autograd)._profiler_enabled():  # noqa: SLF001 - no public way to ask
@@ -190,14 +194,14 @@ def train_step(
     *,
     step: int = 0,
 ) -> StepFigures:
-    """One update, without the host ever waiting for the device (but for an aggregator).
+    """Run one update. The host does not wait for the device, except with an aggregator.
 
     Args:
-        module: A `WeighedLoss`, as `context.prepare` gave it back.
-        step: Its number in the run, which an aggregator that draws numbers depends on.
+        module: A `WeighedLoss`, prepared by `context.prepare`.
+        step: Number of the step in the run. It seeds aggregators that draw random numbers.
     """
     loss_module, device = cast("WeighedLoss", getattr(module, "module", module)), batch.inputs.device
-    statistics = _by_kind(loss_module.network.buffers())  # a forward pass moves those of its normalisation layers
+    statistics = _by_kind(loss_module.network.buffers())  # the forward pass changes running statistics
     before = [_flat(buffers) for buffers in statistics]
     with part(COMMUNICATION, device):
         counts = context.sum(label_counts(loss_module.network.tasks, batch.targets)).clamp_min(1)
@@ -206,7 +210,7 @@ def train_step(
         seed = settings.seed * 1_000_003 + step
         loss, by_task, by_pair = _aggregated(loss_module, loss_module.weigh, batch, counts, seed, context)
     else:
-        # data-parallel training averages gradients over workers, and what is wanted is their sum
+        # data-parallel training averages gradients over workers, but the update needs their sum
         loss, by_task, by_pair = _gradients(
             module, batch, noise, temperature, counts / context.world_size, settings.accumulate
         )
@@ -228,7 +232,7 @@ def train_step(
 
 
 def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Tensors of one type together: hundreds of small ones are handled as one, which a GPU is much faster at."""
+    """Group tensors by dtype: a GPU handles one large tensor much faster than hundreds of small ones."""
     kinds: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault(tensor.dtype, []).append(tensor)
@@ -236,12 +240,12 @@ def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
-    """All their numbers in one tensor."""
+    """Concatenate tensors into one flat tensor."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def _refill(tensors: list[Tensor], flat: Tensor) -> None:
-    """The reverse of `_flat`."""
+    """Copy a flat tensor back into tensors, the inverse of `_flat`."""
     parts = flat.split([tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
 
@@ -249,12 +253,12 @@ def _refill(tensors: list[Tensor], flat: Tensor) -> None:
 def _gradients(
     module: nn.Module, batch: Batch, noise: Tensor, temperature: float, counts: Tensor, parts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Leave the gradients of a batch, computed in some parts, with the parameters; its loss and figures."""
+    """Compute the gradients of a batch in `parts` parts. Return its loss and figures."""
     loss_module, device = cast("WeighedLoss", getattr(module, "module", module)), batch.inputs.device
     split = list(_split(batch, noise, parts))
     total: tuple[Tensor, ...] = ()
     for number, (piece, piece_noise) in enumerate(split):
-        # called without its wrapping, the module leaves its gradients for the last part to take to other workers
+        # without the wrapper, gradients accumulate locally; the last part sums them over the workers
         called = module if number == len(split) - 1 else loss_module
         with part(FORWARD, device):
             loss, *figures = called(piece, temperature, piece_noise, counts, 1 / len(split))
@@ -269,10 +273,10 @@ def _gradients(
 def _aggregated(
     module: WeighedLoss, weigh: Weigh, batch: Batch, counts: Tensor, seed: int, context: TrainContext
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_gradients`, with the gradients of a group's tasks combined by an aggregator."""
+    """Like `_gradients`, with an aggregator that combines the gradients of a group's tasks."""
     device = batch.inputs.device
     with part(FORWARD, device):
-        losses = module.apart(batch, counts)
+        losses = module.separate(batch, counts)
     weights = module.task_weights[module.task_of]
     with part(BACKWARD, device):
         weighed = [loss * weight for loss, weight in zip(losses, weights, strict=True)]
@@ -289,7 +293,7 @@ def _aggregated(
 
 
 def _split(batch: Batch, noise: Tensor, parts: int) -> Iterator[tuple[Batch, Tensor]]:
-    """The batch in at most `parts` pieces, with the noise of each."""
+    """Split a batch into at most `parts` pieces, each with its noise."""
     rows = len(batch.inputs)
     size = math.ceil(rows / parts)
     for start in range(0, rows, size):
@@ -299,10 +303,10 @@ def _split(batch: Batch, noise: Tensor, parts: int) -> Iterator[tuple[Batch, Ten
 
 
 def prepare_network(network: GroupingNetwork, settings: TrainSettings, context: TrainContext) -> None:
-    """Make a network compute the way the settings say; its weights and results stay what they are.
+    """Apply the settings of computation to a network. Weights and results do not change.
 
     Raises:
-        ValueError: For batch normalisation over workers that are not on GPUs.
+        ValueError: If batch normalisation is over workers that are not on GPUs.
     """
     network.recompute = settings.recompute
     if settings.sync_batchnorm and context.world_size > 1:
@@ -314,9 +318,9 @@ def prepare_network(network: GroupingNetwork, settings: TrainSettings, context: 
 
 
 def _compile(network: GroupingNetwork, mode: str) -> None:
-    """Compile stem, branches and decoders each on its own.
+    """Compile stem, branches and decoders separately.
 
-    Branches then share one compiled form, and pruning, which removes some of them, compiles nothing anew.
+    Branches then share one compiled form, and pruning causes no compilation.
     """
     import torch.compiler.config
 

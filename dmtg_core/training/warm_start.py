@@ -1,8 +1,8 @@
-"""Networks that start from trained ones: one model for all branches, or a model for each branch.
+"""Warm start: initialise a network from trained models, one model for all branches or a model for each branch.
 
-Gao et al. 2024 start some runs so: from a naive MTL network, every branch a copy of its branch, or from
-single-task networks, one a branch. An encoder is a list of stages, so weights find their place by the number of
-their stage: where a model was cut into stem and branch does not matter.
+Gao et al. 2024 start some runs from a naive MTL network, whose branch is copied to all branches, or from
+single-task networks, one for each branch. An encoder is a list of stages. Weights are copied stage by stage, so
+the size of the stem may differ.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from dmtg_core.tasks import Task
 
 
 class WarmStart:
-    """Trained models, and what of a network starts from which.
+    """Trained models for the initialisation of a network.
 
-    A single model gives the stem, every branch, and on every branch its heads. Of several, model k gives branch k
-    and its heads there; the stem is the one that all of them share. Further branches stay as they were drawn, and
-    so do the heads of tasks that a branch's model does not have: a head that was trained on the features of one
-    model reads noise in those of another. The gate is never changed.
+    A single model initialises the stem, all branches, and its heads on all branches. Of several models, model k
+    initialises branch k and its heads there, and the stem is common to all models. Further branches keep their
+    random weights. So do the heads of tasks that a branch's model does not have: a head that was trained on the
+    features of one model cannot use those of another. The gate does not change.
 
-    Copies of one branch are exact, as published: at the first step θ has no gradient, but the gate's noise weighs
-    what each copy learns, and they part. Noise on the weights, or new heads on all but one branch, did not lead to
-    better groups on the planted problem of the tests.
+    Copies of one branch are exact, as published. θ has no gradient in the first step, but the gate's noise weights
+    the gradients of the copies differently, and they diverge. Noise on the weights, or new heads on all but one
+    branch, did not lead to better groups on the planted problem of the tests.
 
-    A head is taken over where the task's name, kind, channels, units and classes are those it was trained for.
+    A head is copied if the task's name, kind, channels, units and classes are the same.
 
     Args:
-        models: One, or at most K.
-        names: What messages call them.
+        models: One model, or at most K models.
+        names: Names of the models in messages.
 
     Raises:
-        ValueError: For no model.
+        ValueError: If there is no model.
     """
 
     def __init__(self, models: Sequence[GroupModel], names: Sequence[str] = ()) -> None:
@@ -52,12 +52,12 @@ class WarmStart:
 
     @property
     def single(self) -> bool:
-        """Whether one model gives every branch."""
+        """Whether one model initialises all branches."""
         return len(self.models) == 1
 
     @torch.no_grad()
-    def give(self, network: GroupingNetwork) -> None:
-        """Put the weights, and the running statistics that belong to them, into a fresh network.
+    def apply(self, network: GroupingNetwork) -> None:
+        """Copy weights and running statistics into a fresh network.
 
         Raises:
             ValueError: As `check`.
@@ -76,16 +76,16 @@ class WarmStart:
                 network.copy_head((k, n), model.network, (0, m))
 
     def _of(self, k: int) -> GroupModel | None:
-        """What branch `k` starts from; None where it starts fresh."""
+        """Model of branch `k`; None if the branch keeps its random weights."""
         number = 0 if self.single else k
         return self.models[number] if number < len(self.models) else None
 
     def check(self, spec: NetworkSpec) -> None:
-        """Whether a network of this spec can start from the models.
+        """Check that a network of this spec can start from the models.
 
         Raises:
-            ValueError: As `check_encoder`; for an input of another kind or shape, a model that has none of the
-                tasks, or decoders that differ.
+            ValueError: As `check_encoder`, and for an input of another kind or shape, a model with none of the
+                tasks, or different decoders.
         """
         self.check_encoder(spec.encoder, spec.groups)
         for name, model in zip(self.names, self.models, strict=True):
@@ -93,10 +93,10 @@ class WarmStart:
             _check_tasks(name, model.spec, spec)
 
     def check_encoder(self, encoder: EncoderSpec, groups: int) -> None:
-        """The part of `check` for which neither input nor tasks have to be known.
+        """Run the part of `check` that needs neither input nor tasks.
 
         Raises:
-            ValueError: For another encoder, more models than groups, or models whose stems differ.
+            ValueError: For another encoder, more models than groups, or models with different stems.
         """
         if len(self.models) > groups:
             raise ValueError(
@@ -121,14 +121,14 @@ class WarmStart:
                     )
 
     def notes(self, spec: NetworkSpec) -> list[str]:
-        """A line for each model: what starts from it, what of it starts fresh, and how its input differs."""
+        """Return lines for each model: the parts that start from it, new heads, and differences of the input."""
         lines = []
         for k, (name, model) in enumerate(zip(self.names, self.models, strict=True)):
             taken = [task.name for task in spec.tasks if _head_for(task, model) is not None]
-            drawn = [task.name for task in spec.tasks if task.name not in taken]
+            fresh = [task.name for task in spec.tasks if task.name not in taken]
             where = "every branch" if self.single else f"branch {k}"
             line = f"{where} starts from {name} with its heads of {listed(taken) or 'no task'}"
-            lines.append(line + (f"; new heads for {listed(drawn)}" if drawn else ""))
+            lines.append(line + (f"; new heads for {listed(fresh)}" if fresh else ""))
             found, wanted = model.spec.input, spec.input
             if (found.mean, found.std) != (wanted.mean, wanted.std):
                 lines.append(
@@ -138,7 +138,7 @@ class WarmStart:
         return lines
 
     def digest(self) -> str:
-        """Hex digits that change with every weight."""
+        """Return a hash of all specs and weights in hex digits."""
         total = hashlib.sha256()
         for model in self.models:
             total.update(json.dumps(model.spec.to_dict(), sort_keys=True).encode())
@@ -149,7 +149,7 @@ class WarmStart:
 
 
 def _stages(network: GroupingNetwork, branch: int = 0) -> list[nn.Module]:
-    """The whole encoder of a branch, wherever it is cut."""
+    """Return all stages of a branch's encoder, stem included."""
     return [*network.stem, *cast("nn.Sequential", network.branches[branch])]
 
 
@@ -159,19 +159,19 @@ def _equal(a: nn.Module, b: nn.Module) -> bool:
 
 
 def _head_for(task: Task, model: GroupModel) -> int | None:
-    """The number of the model's task whose head can be that of `task`."""
+    """Return the number of the model's task whose head fits `task`, or None."""
     same = ("name", "kind", "channels", "offset", "scale", "labels")
     fits = (all(getattr(own, key) == getattr(task, key) for key in same) for own in model.tasks)
     return next((m for m, fit in enumerate(fits) if fit), None)
 
 
 def _described(encoder: EncoderSpec) -> str:
-    """Name and options, defaults included, without those that only say where pretrained weights come from."""
+    """Describe name and options of an encoder, with defaults and without the source of pretrained weights."""
     build = ENCODERS[encoder.name][0] if encoder.name in ENCODERS else lambda: None
     known = inspect.signature(build).parameters.items()
     defaults = {key: option.default for key, option in known if option.kind == option.KEYWORD_ONLY}
     options = EncoderSpec(encoder.name, 0, defaults | dict(encoder.options or {})).without_weights().options
-    # through JSON, as a model's folder has it: tuples become lists
+    # through JSON, as in the folder of a model: tuples become lists
     shown = ", ".join(f"{key}={json.dumps(value)}" for key, value in sorted((options or {}).items()))
     return f"{encoder.name}({shown})"
 
@@ -203,5 +203,5 @@ def _check_tasks(name: str, trained: NetworkSpec, spec: NetworkSpec) -> None:
 
 
 def _short(values: Sequence[float]) -> str:
-    """Numbers to read: all of them, or the first three of many."""
+    """Format numbers: all of them, or the first three of many."""
     return ", ".join(f"{value:g}" for value in values[:3]) + (", …" if len(values) > 3 else "")

@@ -27,9 +27,10 @@ from dmtg_core.search.feature_overlap import cluster
 from dmtg_core.search.search import search
 from dmtg_core.training.context import LocalContext
 from dmtg_core.training.data import Data
-from dmtg_core.training.loop import TrainState, score_of
+from dmtg_core.training.loop import score_of
 from dmtg_core.training.metrics import Metrics
 from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
 from pipelines.cluster import user_error
 from pipelines.config.loading import Config
 from pipelines.data.ingest import open_data

@@ -14,7 +14,7 @@ import yaml
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.encoders import WIDTHS
-from dmtg_core.search.search import SearchOptions
+from dmtg_core.search.options import SearchOptions
 from dmtg_core.tasks import Task
 from pipelines.cluster import session
 from pipelines.compare.cells import NAIVE, Cell, CellJob, Result, train_cells

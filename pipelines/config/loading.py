@@ -15,10 +15,9 @@ from pydantic import Field
 
 from dmtg_core.network.encoders import EncoderSpec
 from dmtg_core.network.grouping_network import NetworkSpec
-from dmtg_core.search.search import SearchOptions
+from dmtg_core.search.options import SearchOptions
 from dmtg_core.tasks import InputSpec, Task
-from dmtg_core.training.schedules import TemperatureSchedule
-from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.settings import TemperatureSchedule, TrainSettings
 from pipelines.config.sections import (
     CompareSection,
     DataSection,

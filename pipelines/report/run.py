@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from dmtg_core.names import listed
-from dmtg_core.search.search import DISTILLED, WIDE
+from dmtg_core.search.options import DISTILLED, WIDE
 from dmtg_core.training.metrics import error_of
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked

@@ -67,7 +67,7 @@ def check_models(config: Config, run: Location) -> None:
     Raises:
         UserError: For the first of them.
     """
-    if config.network.groups > checkpoint.RIGHT_UP_TO:
+    if config.network.groups > checkpoint.CORRECT_UP_TO:
         for name in (run / MODELS).folders():
             read_model(run / MODELS / name)
 

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from dmtg_core.network.cost import inference_cost
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.training.context import LocalContext, Save
-from dmtg_core.training.loop import TrainState, advance, evaluate, reporting, score_of
+from dmtg_core.training.loop import advance, evaluate, reporting, score_of
+from dmtg_core.training.state import TrainState
 from pipelines.cluster import user_error
 from pipelines.config.loading import Config
 from pipelines.data.ingest import open_data

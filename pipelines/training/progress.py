@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.text import Text
 
 from dmtg_core.network.grouping_network import NetworkSpec
-from dmtg_core.search.search import AFFINITY, BASELINE, DISTILLED, GUIDED, RETRAINED, WIDE
+from dmtg_core.search.options import AFFINITY, BASELINE, DISTILLED, GUIDED, RETRAINED, WIDE
 from pipelines.config.loading import Config
 
 Record = Mapping[str, Any]

@@ -12,7 +12,7 @@ SYNCS = {
 
 
 class HostSyncs(TorchDispatchMode):
-    """Counts the operations that make the host wait for a GPU, wherever they run."""
+    """Counts the operations that make the host wait for a GPU, on any device."""
 
     def __init__(self) -> None:
         super().__init__()

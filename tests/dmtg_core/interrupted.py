@@ -1,15 +1,15 @@
-"""What kills a run in a test, and what two runs that ended alike have in common."""
+"""Helpers of tests that interrupt and resume runs."""
 
 TIMES = ("seconds", "samples_per_second", "data_share")
 
 
 def without_times(history):
-    """Records without what a clock says."""
+    """Records without durations."""
     return [{key: value for key, value in record.items() if key not in TIMES} for record in history]
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error of the program
-    """What a killed run raises here."""
+    """Raised in place of the end of a killed run."""
 
 
 def interrupt_at(epoch: int):

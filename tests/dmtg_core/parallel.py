@@ -1,4 +1,4 @@
-"""Two training processes on one machine: a minimal data-parallel context, and what each process runs."""
+"""Two training processes on one machine: a minimal data-parallel context and the function of each process."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ProcessContext:
 
 
 class ThreadContext:
-    """A worker that is a thread: enough for code that only adds tensors up.
+    """A worker in a thread, for code whose only collective is a sum.
 
     Args:
         rank: Its number.
@@ -86,7 +86,7 @@ class ThreadContext:
 
 
 def in_threads(workers: int, work: Callable[[Any], Any]) -> list[Any]:
-    """What `work(context)` returns on each of so many workers, by rank."""
+    """Results of `work(context)` on all workers, by rank."""
     shared = threading.Barrier(workers), [None] * workers
 
     def run(rank: int) -> Any:
@@ -101,7 +101,7 @@ def in_threads(workers: int, work: Callable[[Any], Any]) -> list[Any]:
 
 
 def in_group(workers: int, work: Callable[..., None], folder: Path, *options: Any) -> None:
-    """Run `work(rank, workers, folder, *options)` in each of so many processes of a gloo group, and wait."""
+    """Run `work(rank, workers, folder, *options)` in each of `workers` processes of a gloo group, and wait."""
     context = multiprocessing.get_context("spawn")
     given = [(rank, workers, folder, work, options) for rank in range(workers)]
     processes = [context.Process(target=_enter, args=one) for one in given]
@@ -120,13 +120,13 @@ def _enter(rank: int, workers: int, folder: Path, work: Callable[..., None], opt
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    # DistributedDataParallel holds the group for ever, so its threads outlive it, and one that lets a tensor go
-    # while the interpreter ends aborts the process: leave without ending the interpreter.
+    # DistributedDataParallel never releases the group. A thread of the group that frees a tensor while the
+    # interpreter ends aborts the process, so the process ends without ending the interpreter.
     os._exit(0)
 
 
 def train(rank: int, workers: int, folder: Path, sampling: str) -> None:
-    """What one process runs: train its part, write what it holds at the end."""
+    """The function of one process: train its part and write its state."""
     spec = spec_for(sampling)
     data = samples.data(spec.input, spec.tasks, ROWS, missing=MISSING, rank=rank, world_size=workers)
     state = fit(GroupingNetwork(spec), data, SETTINGS, ProcessContext())

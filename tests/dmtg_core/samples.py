@@ -14,7 +14,7 @@ from dmtg_core import ArrayData, Arrays, Batch, EncoderSpec, GroupingNetwork, In
 FEATURES = InputSpec("features", (6,), mean=(0.5,), std=(2.0,))
 IMAGE = InputSpec("image", (16, 16, 3), "uint8", mean=(127.5, 120.0, 130.0), std=(60.0, 61.0, 62.0))
 
-# Several heads of one loss and width beside several that differ, so that batching by family is exercised.
+# Several heads have the same loss and width, and several differ, so that batching by family is tested.
 SAMPLEWISE = (
     Task("smiling", "binary"),
     Task("colour", "multiclass", 3),
@@ -38,7 +38,7 @@ ONE_OF_EACH = (SAMPLEWISE[0], SAMPLEWISE[1], SAMPLEWISE[6], DENSE[0], DENSE[2])
 
 
 def raw_labels(task: Task, rows: int, rng: np.random.Generator, size: tuple[int, int] = (16, 16)) -> np.ndarray:
-    """Stored labels of a task, as its files would hold them."""
+    """Stored labels of a task, as in its files."""
     area = size if task.dense else ()
     if task.classes:
         return rng.integers(0, task.channels, (rows, *area)).astype(np.uint8)
@@ -93,7 +93,7 @@ def image_spec(
     return NetworkSpec(IMAGE, tuple(tasks), EncoderSpec(encoder, stem, chosen), groups, decoder_width=8, **options)
 
 
-def decided(network: GroupingNetwork, branches: Sequence[int], *, by: float = 3.0) -> GroupingNetwork:
+def assigned(network: GroupingNetwork, branches: Sequence[int], *, by: float = 3.0) -> GroupingNetwork:
     """The network with its gate set so that task n prefers `branches[n]`."""
     with torch.no_grad():
         network.gate.logits.zero_()
@@ -103,7 +103,7 @@ def decided(network: GroupingNetwork, branches: Sequence[int], *, by: float = 3.
 
 
 def learn_statistics(network: GroupingNetwork, inputs: Tensor) -> GroupingNetwork:
-    """The network in evaluation mode, with running statistics and biases that are no longer the initial ones."""
+    """The network in evaluation mode, with changed running statistics and biases."""
     network.train()
     with torch.no_grad():
         network.forward_pairs(inputs)
@@ -114,12 +114,12 @@ def learn_statistics(network: GroupingNetwork, inputs: Tensor) -> GroupingNetwor
 
 
 def snapshot(network: torch.nn.Module) -> dict[str, Tensor]:
-    """A copy of everything that a network's state holds."""
+    """A copy of the state of a network."""
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 
 def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Bit for bit the same under the same names."""
+    """Assert that two states have the same names and equal bits."""
     assert found.keys() == expected.keys()
     different = [name for name in found if not torch.equal(found[name], expected[name])]
     assert not different, f"differ: {different}"

@@ -1,4 +1,4 @@
-"""What tests of a search share: a small problem, and what makes two results the same."""
+"""Helpers of tests of a search: a small problem, and the comparison of two results."""
 
 from dmtg_core import LocalContext, TemperatureSchedule, TrainSettings
 from tests.dmtg_core import samples

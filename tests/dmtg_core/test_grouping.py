@@ -34,7 +34,7 @@ assignments = st.integers(1, 8).flatmap(lambda n: st.lists(st.integers(0, 3), mi
 
 
 @given(assignment=assignments, data=st.data())
-def test_adjusted_rand_index_is_symmetric_bounded_and_blind_to_order(assignment, data):
+def test_adjusted_rand_index_is_symmetric_bounded_and_independent_of_order(assignment, data):
     names = [f"t{n}" for n in range(len(assignment))]
     other = data.draw(st.lists(st.integers(0, 3), min_size=len(names), max_size=len(names)))
     order = data.draw(st.permutations(range(len(names))))
@@ -85,7 +85,7 @@ def test_the_name_depends_on_the_partition_and_not_on_any_order():
     assert one.name.startswith("g2-")
 
 
-def test_empty_groups_are_legal_and_vanish():
+def test_empty_groups_are_dropped():
     assert Grouping.of([[], ["b"], [], ["a"]]) == Grouping.of([["b"], ["a"]])
     assert Grouping.of([[], ["b"], ["a"]]).to_dict() == {"group_0": ["b"], "group_1": ["a"]}
 
@@ -106,7 +106,7 @@ def test_published_grouping_of_celeba_reads_as_published():
         ([["a"]], ["a", "a"], "a"),
     ],
 )
-def test_what_is_not_a_partition_is_refused(groups, tasks, message):
+def test_invalid_partitions_are_refused(groups, tasks, message):
     with pytest.raises(ValueError, match=message):
         Grouping.of(groups, tasks)
 
@@ -139,6 +139,6 @@ def test_tasks_that_moved_are_those_outside_the_largest_overlaps(before, after, 
     assert first.moved(second) == list(moved)
 
 
-def test_a_partition_among_fewer_tasks_keeps_who_is_with_whom():
+def test_a_restricted_partition_keeps_its_pairs():
     found = Grouping.of([["a", "b"], ["c"], ["d", "e"]]).among(["e", "b", "a", "x"])
     assert found == Grouping.of([["a", "b"], ["e"]])

@@ -1,4 +1,4 @@
-"""The core stands alone: without anything that only the drivers need it trains, cuts, saves and loads."""
+"""The core trains, specialises, saves and loads without the dependencies of the drivers."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Tasks: what is refused, how stored values become targets, and the way back."""
+"""Tasks: validation, encoding of stored values, and decoding."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_each_kind_has_its_default_loss_and_metric(kind, channels, loss, metric)
         ({"kind": "dense_regression", "metric": "mean_angle"}, r"mean_angle needs 3 channels, got 1"),
     ],
 )
-def test_what_does_not_fit_the_kind_is_refused_with_what_was_found(values, message):
+def test_values_that_do_not_fit_the_kind_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Task("t", **values)
 
@@ -125,7 +125,7 @@ def test_targets_have_the_layout_of_the_outputs(task):
 
 
 def _output_of(task: Task, target: torch.Tensor) -> torch.Tensor:
-    """The network output that says exactly `target`."""
+    """The network output that predicts exactly `target`."""
     if task.classes:
         logits = torch.nn.functional.one_hot(target, task.channels).float() * 50
         return logits.movedim(-1, 1)

@@ -1,4 +1,4 @@
-"""One regression test for each trap that published implementations of the method fell into."""
+"""One regression test for each error of published implementations of the method."""
 
 import math
 from dataclasses import fields, is_dataclass, replace
@@ -104,7 +104,7 @@ def test_a_target_without_any_label_gives_no_loss_and_no_crash(task):
     assert all(math.isnan(value) for value in measure(task, output.detach(), target).values())
 
 
-def test_a_batch_without_any_label_trains_on_nothing():
+def test_a_batch_without_labels_changes_no_weights():
     spec, settings = mlp_spec(), TrainSettings(optimizer="sgd")
     state = TrainState.fresh(GroupingNetwork(spec), settings)
     before = samples.snapshot(state.network)
@@ -168,8 +168,8 @@ STRING_OPTIONS = [
     [(made, valid, option) for made, valid, options in STRING_OPTIONS for option in options],
     ids=lambda value: value.__name__ if isinstance(value, type) else (value if isinstance(value, str) else ""),
 )
-def test_an_unknown_option_value_is_refused_by_what_it_is(made, valid, option):
-    """They fell through to whatever the last `else` did."""
+def test_an_unknown_option_value_is_refused(made, valid, option):
+    """They were handled by the last `else`."""
 
     def build():
         built = made(**{**valid, option: "nonsense"})
@@ -254,7 +254,7 @@ def test_no_layer_zeroes_whole_samples(spec):
     assert not any(isinstance(module, torch.nn.modules.dropout._DropoutNd) for module in network.modules())
 
 
-def test_a_step_makes_the_host_wait_for_nothing_whatever_the_number_of_heads():
+def test_the_host_does_not_wait_in_a_step_whatever_the_number_of_heads():
     """There were K·N + 2 synchronisations a step."""
     spec, settings = mlp_spec(groups=4), TrainSettings(clip_norm=1.0)
     state = TrainState.fresh(GroupingNetwork(spec), settings)
@@ -274,7 +274,7 @@ def test_a_checkpoint_holds_no_pickled_module(tmp_path):
 
 
 def test_a_second_network_changes_nothing_in_the_first():
-    """Module globals held options of whatever was built last."""
+    """Module globals had the options of the last network."""
     spec = mlp_spec()
     inputs = samples.batch(spec.input, spec.tasks).inputs
     first = GroupingNetwork(spec).eval()

@@ -1,6 +1,6 @@
-"""Encoders as lists of stages, cut into a stem that all groups share and a branch that each group has.
+"""Encoders as lists of stages, split into a stem that all groups share and a branch for each group.
 
-A new encoder is a function `(input, **options) -> list of modules` and one line in `ENCODERS`.
+To add an encoder, write a function `(input, **options) -> list of modules`, and add one line to `ENCODERS`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dmtg_core.network.encoders.vit import vit, vit_b_16
 from dmtg_core.network.encoders.xception import xception_taskonomy
 from dmtg_core.tasks import InputSpec
 
-# name → (stages of one encoder, kind of input it reads)
+# name → (function that builds the stages of one encoder, kind of its input)
 ENCODERS: Mapping[str, tuple[Callable[..., list[nn.Module]], str]] = {
     "mlp": (mlp, "features"),
     "convnet": (convnet, "image"),
@@ -38,7 +38,7 @@ ENCODERS: Mapping[str, tuple[Callable[..., list[nn.Module]], str]] = {
     "transformers": (transformers, "tokens"),
 }
 
-# encoder → the options that are its widths: one for every stage, or a single one for all of them
+# encoder → options that set its widths, either one for each stage or a single one for all stages
 WIDTHS: Mapping[str, tuple[str, ...]] = {
     "mlp": ("widths",),
     "convnet": ("widths",),
@@ -49,13 +49,13 @@ WIDTHS: Mapping[str, tuple[str, ...]] = {
     "text_transformer": ("width",),
 }
 
-# options that say where pretrained weights come from
+# options that select pretrained weights
 PRETRAINED = ("weights", "path")
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Parameters made inside depend on `seed` alone; the caller's random state is left as it was."""
+    """Seed the parameters that are created inside. The caller's random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -63,15 +63,15 @@ def seeded(seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """An encoder by name, and where it is cut.
+    """The name of an encoder, its options, and the size of its stem.
 
     Args:
         name: A key of `ENCODERS`.
-        stem: How many stages all groups share; 0 for an empty stem.
+        stem: Number of stages that all groups share; 0 for an empty stem.
         options: Keyword arguments of the encoder function.
 
     Raises:
-        ValueError: When the options name a folder that does not hold a model.
+        ValueError: If the options name a folder without a model.
     """
 
     name: str
@@ -83,17 +83,18 @@ class EncoderSpec:
             object.__setattr__(self, "options", with_config(self.options or {}))
 
     def without_weights(self) -> EncoderSpec:
-        """The same architecture with initial weights, for which nothing has to be at hand."""
+        """Return the same architecture with random initial weights, which needs no files of weights."""
         kept = {key: value for key, value in (self.options or {}).items() if key not in PRETRAINED}
         return replace(self, options=kept)
 
     def widened(self, factor: float) -> EncoderSpec:
-        """The same with all widths times `factor`; a stem whose stages have widths of their own keeps them.
+        """Return a copy with all widths multiplied by `factor`.
 
-        Widths are rounded, to multiples of the attention heads where there are some.
+        The widths of the stem do not change if the encoder has a width for each stage. Widths are rounded to
+        integers, or to multiples of the number of attention heads.
 
         Raises:
-            ValueError: For an encoder whose widths are fixed.
+            ValueError: If the widths of the encoder are fixed.
         """
         if self.name not in WIDTHS:
             raise ValueError(f"encoder {self.name} has fixed widths; those of {', '.join(WIDTHS)} can be changed")
@@ -114,10 +115,10 @@ class EncoderSpec:
         return replace(self, options={**(self.options or {}), **widened})
 
     def stages(self, spec: InputSpec) -> list[nn.Module]:
-        """Freshly initialised stages of one encoder.
+        """Build the stages of one encoder with initial weights.
 
         Raises:
-            ValueError: For an unknown name or option, an input of the wrong kind, or a cut outside the encoder.
+            ValueError: For an unknown name or option, an input of the wrong kind, or a stem of too many stages.
         """
         if self.name not in ENCODERS:
             raise ValueError(f"unknown encoder {self.name!r}, expected one of {', '.join(ENCODERS)}")
@@ -137,7 +138,12 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class Features:
-    """Shape of what a branch gives: channels, and pixels of the input a feature pixel spans (0: no map)."""
+    """Shape of the output of a branch.
+
+    Args:
+        channels: Number of features.
+        stride: Input pixels that a feature pixel spans; 0 if the features are not a map.
+    """
 
     channels: int
     stride: int
@@ -146,7 +152,7 @@ class Features:
 def build_encoder(
     encoder: EncoderSpec, spec: InputSpec, groups: int, seed: int
 ) -> tuple[nn.Sequential, list[nn.Sequential], Features]:
-    """The shared stem, `groups` independently initialised branches, and the shape of their features.
+    """Return the shared stem, `groups` independently initialised branches, and the shape of their features.
 
     Raises:
         ValueError: As `EncoderSpec.stages`.
@@ -164,7 +170,7 @@ def _features(spec: InputSpec, stem: nn.Module, branch: nn.Module) -> Features:
     shape = (1, spec.shape[2], *spec.shape[:2]) if spec.kind == "image" else (1, *spec.shape)
     probe = torch.zeros(shape, dtype=torch.int64 if spec.kind == "tokens" else torch.float32)
     modes = [(m, m.training) for part in (stem, branch) for m in part.modules()]
-    stem.eval(), branch.eval()  # normalisation layers must not learn from the probe
+    stem.eval(), branch.eval()  # the probe must not change running statistics
     out = branch(stem(probe))
     for module, mode in modes:
         module.training = mode

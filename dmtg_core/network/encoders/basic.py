@@ -1,4 +1,4 @@
-"""Small encoders without a model to follow: an MLP for features and a residual network for images."""
+"""Small encoders: an MLP for features and a residual network for images."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from dmtg_core.tasks import InputSpec
 
 
 def mlp(spec: InputSpec, *, widths: Sequence[int] = (64, 32)) -> list[nn.Module]:
-    """Linear layers with ReLU: one stage a width."""
+    """Linear layers with ReLU, one stage for each width."""
     sizes = [*spec.shape, *widths]
     return [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(sizes)]
 
 
 def convnet(spec: InputSpec, *, widths: Sequence[int] = (32, 64, 128), dense_stride: int = 0) -> list[nn.Module]:
-    """A small residual network: one stage a width, each halving the resolution.
+    """A small residual network with one stage for each width. Each stage halves the resolution.
 
     Args:
         spec: An image input.
         widths: Channels of the stages.
-        dense_stride: Resolution is not halved below this stride (0: always halved), for dense targets.
+        dense_stride: Stride from which the resolution is no longer halved, for dense targets; 0 for no limit.
     """
     stages: list[nn.Module] = []
     channels, stride = spec.shape[-1], 1
@@ -45,7 +45,7 @@ class _ConvBlock(nn.Module):
             nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
             nn.BatchNorm2d(outputs),
         )
-        # pooled, not strided (He et al. 2019, ResNet-D): it loses no pixel, and oneDNN's gradient of a strided
+        # pooled, not strided (He et al. 2019, ResNet-D): all pixels are used, and oneDNN's gradient of a strided
         # 1×1 convolution writes out of bounds for three channels-last input channels (torch 2.15)
         pool = nn.Identity() if stride == 1 else nn.AvgPool2d(stride, ceil_mode=True)
         project = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)

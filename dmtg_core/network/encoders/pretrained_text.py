@@ -1,4 +1,4 @@
-"""Text encoders of the `transformers` library, from a local folder or from the configuration alone."""
+"""Text encoders of the `transformers` library, from a local folder or from a configuration."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from torch import Tensor, nn
 from dmtg_core.network.encoders.text import Mean, Tokens, read
 from dmtg_core.tasks import InputSpec
 
-# model type of the library → where its layers are; all of them give tokens `(B, L, F)` from tokens and a mask
+# model type of the library → path of its layers. A layer maps tokens and a mask to tokens `(B, L, F)`.
 LAYERS: Mapping[str, str] = {"bert": "encoder.layer", "distilbert": "transformer.layer"}
 
 
 def transformers(
     spec: InputSpec, *, path: str = "", config: Mapping[str, Any] | None = None, dropout: float = 0.0
 ) -> list[nn.Module]:
-    """A BERT or DistilBERT of the `transformers` library: a stage for the embedding and one for each layer.
+    """A BERT or DistilBERT of the `transformers` library, with a stage for the embedding and one for each layer.
 
-    The last stage ends in the mean over the tokens that are not padding. A text of padding alone is read as one
-    token of padding. Nothing is downloaded.
+    The last stage ends in the mean over the tokens that are not padding. A text that is only padding is read as
+    one padding token. Nothing is downloaded.
 
     Args:
-        spec: A token input, of ids of the model's own tokenizer.
-        path: Folder that `save_pretrained` wrote: `config.json` and safetensors. Empty for random weights.
-        config: The library's configuration of the architecture. `EncoderSpec` reads it from `path` when it is
-            missing, so that a saved network can be built where the folder is not.
-        dropout: Share of values dropped while training, whatever `config` says; see `text_transformer`.
+        spec: A token input with ids of the model's own tokenizer.
+        path: Folder written by `save_pretrained`, with `config.json` and safetensors. Empty for random weights.
+        config: The library's configuration of the architecture. By default `EncoderSpec` reads it from `path`, so
+            that a saved network can be built without the folder.
+        dropout: Share of values dropped during training. It replaces that of `config`. See `text_transformer`.
 
     Raises:
-        ValueError: When the library or the folder is missing, the architecture is another one, or the input's
-            vocabulary, length or padding does not fit the model's.
+        ValueError: If the library or the folder is missing, if the architecture is not supported, or if the
+            input's vocabulary, length or padding does not fit the model.
     """
     described = with_config({"path": path, "config": config})["config"]
     if not described:
@@ -57,10 +57,10 @@ def transformers(
 
 
 def with_config(options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` of `transformers` with the configuration that its folder holds, unless they have one.
+    """Return the options of `transformers` with the configuration of their folder, unless they contain one.
 
     Raises:
-        ValueError: When the folder does not hold one.
+        ValueError: If the folder has no configuration.
     """
     path = options.get("path")
     if not path or options.get("config"):
@@ -107,7 +107,7 @@ def _model(library: ModuleType, architecture: Any, path: str) -> Any:
 
 
 class _Embedding(nn.Module):
-    """Ids `(B, L)` to tokens with their positions."""
+    """The embedding of ids `(B, L)` with positions."""
 
     def __init__(self, embeddings: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Residual networks: torchvision's, and the small one that the method was published with for CelebA."""
+"""Residual networks: those of torchvision, and the small one of the published experiments on CelebA."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dmtg_core.tasks import InputSpec
 
 
 def resnet(depth: int) -> Callable[..., list[nn.Module]]:
-    """The encoder function of torchvision's ResNet of `depth` layers."""
+    """Return the encoder function of torchvision's ResNet with `depth` layers."""
 
     def stages(spec: InputSpec, *, weights: str | None = None) -> list[nn.Module]:
-        from torchvision import models  # takes longer to import than torch itself, in every worker
+        from torchvision import models  # the import takes longer than that of torch, in every worker
 
         net = getattr(models, f"resnet{depth}")(weights=weights)
         if spec.shape[-1] != 3:
@@ -21,25 +21,23 @@ def resnet(depth: int) -> Callable[..., list[nn.Module]]:
         first = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
         return [first, net.layer1, net.layer2, net.layer3, net.layer4]
 
-    stages.__doc__ = (
-        f"torchvision's ResNet-{depth} in five stages; `weights` names weights that torchvision has at hand."
-    )
+    stages.__doc__ = f"torchvision's ResNet-{depth} in five stages; `weights` names weights of torchvision."
     return stages
 
 
 def celeba_resnet(spec: InputSpec, *, width: int = 64) -> list[nn.Module]:
     """The network of the paper's experiments on CelebA (Gao et al. 2024), in two stages.
 
-    A 3×3 convolution to 64 channels with pooling, then one residual block with pooling. Every pixel of the last
-    map is a feature of its own: 64·15·15 = 14,400 of them at 64×64, so there is no map for dense tasks. A stem of
-    1 is what the authors' "shared" configurations share, 0 what the others do.
+    The first stage is a 3×3 convolution to 64 channels with pooling, the second a residual block with pooling. The
+    last map is flattened: 64·15·15 = 14,400 features at 64×64. There is no map for dense tasks. The authors'
+    "shared" configurations have a stem of 1, all others a stem of 0.
 
     Args:
         spec: An image input of at least 5×5 pixels.
-        width: Channels; 64 are published.
+        width: Channels. The published value is 64.
 
     Raises:
-        ValueError: For a smaller image, of which the pooling leaves nothing.
+        ValueError: For a smaller image, which the pooling reduces to nothing.
     """
     if min(spec.shape[:2]) < 5:
         raise ValueError(f"encoder celeba_resnet needs images of 5×5 pixels or more, got {spec.shape}")
@@ -53,7 +51,7 @@ def celeba_resnet(spec: InputSpec, *, width: int = 64) -> list[nn.Module]:
 
 
 class _Residual(nn.Module):
-    """Two 3×3 convolutions beside the identity."""
+    """Two 3×3 convolutions with an identity shortcut."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

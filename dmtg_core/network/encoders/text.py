@@ -1,6 +1,6 @@
-"""Text encoders that are trained from scratch on token ids, of which 0 is padding.
+"""Text encoders that are trained from scratch on token ids. The id 0 is padding.
 
-Between their stages a pair goes along: tokens `(B, L, F)` and, bool `(B, L)`, which of them are read.
+A stage passes a pair to the next: tokens `(B, L, F)`, and a mask, bool `(B, L)`, of the tokens that are read.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Tokens = tuple[Tensor, Tensor]  # (B, L, F) and (B, L)
 
 
 def embedding_bag(spec: InputSpec, *, embedding: int = 64, widths: Sequence[int] = (64, 32)) -> list[nn.Module]:
-    """The mean of the tokens' embeddings, then linear layers with ReLU: a stage for the mean, one for each width.
+    """The mean of the tokens' embeddings, and linear layers with ReLU. The mean is a stage, and so is each layer.
 
     Args:
-        spec: A token input. A text of padding alone has a mean of zero.
+        spec: A token input. The mean of a text that is only padding is zero.
         embedding: Width of an embedding.
         widths: Widths of the layers.
     """
@@ -32,21 +32,21 @@ def embedding_bag(spec: InputSpec, *, embedding: int = 64, widths: Sequence[int]
 def text_transformer(
     spec: InputSpec, *, width: int = 128, layers: int = 4, heads: int = 4, dropout: float = 0.0
 ) -> list[nn.Module]:
-    """A pre-norm transformer with learned positions: a stage for the embedding and one for each layer.
+    """A pre-norm transformer with learned positions, with a stage for the embedding and one for each layer.
 
-    The last stage ends in a norm and the mean over the tokens that are not padding. A text of padding alone is
-    read as one token of padding.
+    The last stage ends in a norm and the mean over the tokens that are not padding. A text that is only padding
+    is read as one padding token.
 
     Args:
         spec: A token input.
         width: Channels of a token, a multiple of `heads`.
-        layers: Transformer layers, each with a hidden layer of four times `width`.
+        layers: Number of transformer layers. Each has a hidden layer of four times `width`.
         heads: Attention heads of a layer.
-        dropout: Share of values dropped while training. They are drawn from torch's global random state, so that
-            only runs without dropout are repeated bit for bit.
+        dropout: Share of values dropped during training. They are drawn from torch's global random state, so that
+            only runs without dropout are reproducible bit for bit.
 
     Raises:
-        ValueError: For a width that `heads` does not divide, and for no layer at all.
+        ValueError: If `heads` does not divide the width, or if there is no layer.
     """
     if layers < 1 or width % heads:
         raise ValueError(
@@ -59,9 +59,9 @@ def text_transformer(
 
 
 def read(ids: Tensor) -> Tensor:
-    """Which tokens of `(B, L)` are read: all but padding, and one of a text of padding alone.
+    """Return the mask of the tokens of `(B, L)` that are read: all that are not padding.
 
-    Attention over nothing is not a number, so that an empty text keeps its first token.
+    Attention over no token is not a number. A text that is only padding therefore keeps its first token.
     """
     present = ids != 0
     empty = ~present.any(1, keepdim=True)  # (B, 1)
@@ -78,7 +78,7 @@ class Mean(nn.Module):
 
 
 class _Embedding(nn.Module):
-    """Ids `(B, L)` to tokens with their positions."""
+    """The embedding of ids `(B, L)` with positions."""
 
     def __init__(self, spec: InputSpec, width: int, dropout: float) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class _Embedding(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Attention and a hidden layer, each normalised before and added to what came in."""
+    """Attention and a hidden layer, each with a norm before it and a residual connection."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()

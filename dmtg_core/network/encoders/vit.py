@@ -1,4 +1,4 @@
-"""Vision transformers in torchvision's parts, cut between their blocks."""
+"""Vision transformers built from torchvision's modules, split between their blocks."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from dmtg_core.tasks import InputSpec
 def vit(
     spec: InputSpec, *, patch: int = 16, width: int = 192, layers: int = 12, heads: int = 3
 ) -> list[nn.Module]:
-    """A vision transformer from scratch (Dosovitskiy et al. 2021); by default the tiny one of Touvron et al. 2021.
+    """A vision transformer (Dosovitskiy et al. 2021), by default the tiny one of Touvron et al. 2021.
 
-    The first stage embeds patches and adds their positions, then every block is a stage; the final norm goes with
-    the last. The class token takes part in all blocks, as pretrained weights expect, and is dropped at the end:
-    the features are the map of the patches, `(B, width, H/patch, W/patch)`, which heads of samples average.
+    The first stage embeds the patches and adds their positions. Each block is a stage. The last stage includes the
+    final norm. The class token is in all blocks, as pretrained weights expect, and is dropped at the end. The
+    features are the map of the patches, `(B, width, H/patch, W/patch)`. Heads of sample-wise tasks average them.
 
     Args:
-        spec: An image input whose sides `patch` divides.
-        patch: Pixels of a patch's side.
+        spec: An image input. `patch` divides its sides.
+        patch: Side of a patch in pixels.
         width: Channels of a token, a multiple of `heads`.
-        layers: Blocks.
+        layers: Number of blocks.
         heads: Attention heads of a block.
 
     Raises:
-        ValueError: When the sizes do not fit each other.
+        ValueError: If the sizes do not fit each other.
     """
     from torchvision.models import VisionTransformer  # slow to import
 
@@ -41,16 +41,16 @@ def vit(
 
 
 def vit_b_16(spec: InputSpec, *, weights: str | None = None) -> list[nn.Module]:
-    """ViT-B/16 of torchvision in thirteen stages as those of `vit`, for the paper's experiments at 256×256.
+    """ViT-B/16 of torchvision in thirteen stages like those of `vit`, for the paper's experiments at 256×256.
 
-    The embedding of the patches is a stage: a stem of 7 shares it and the six blocks that the paper shares.
+    The embedding of the patches is the first stage. A stem of 7 has it and the six blocks that the paper shares.
 
     Args:
-        spec: An image input whose sides 16 divides.
-        weights: Weights that torchvision has at hand; their positions are interpolated to the size of the input.
+        spec: An image input. Its sides are multiples of 16.
+        weights: Name of weights of torchvision. Their positions are interpolated to the size of the input.
 
     Raises:
-        ValueError: When 16 does not divide the sides of the image.
+        ValueError: If a side of the image is no multiple of 16.
     """
     from torchvision import models  # slow to import
 
@@ -68,7 +68,7 @@ def _stages(net: Any, spec: InputSpec, *, pretrained: bool) -> list[nn.Module]:
 
 
 class _Patches(nn.Module):
-    """Images to tokens with their positions, the class token first: `(B, C, H, W)` to `(B, 1 + h·w, F)`."""
+    """The embedding of patches with positions, class token first: `(B, C, H, W)` to `(B, 1 + h·w, F)`."""
 
     def __init__(self, net: Any, channels: int, grid: tuple[int, int], pretrained: bool) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class _Patches(nn.Module):
 
 
 def _positions(trained: Tensor, grid: tuple[int, int], pretrained: bool) -> Tensor:
-    """Position embedding `(1, 1 + h·w, F)`: drawn as torchvision does, or `trained` brought to another grid."""
+    """Position embedding `(1, 1 + h·w, F)`: random as in torchvision, or `trained` interpolated to the grid."""
     if not pretrained:
         return trained.new_empty(1, 1 + grid[0] * grid[1], trained.shape[2]).normal_(std=0.02)
     side = round((trained.shape[1] - 1) ** 0.5)
@@ -96,7 +96,7 @@ def _positions(trained: Tensor, grid: tuple[int, int], pretrained: bool) -> Tens
 
 
 class _Map(nn.Module):
-    """Normalised tokens without the class token as a map: `(B, 1 + h·w, F)` to `(B, F, h, w)`."""
+    """The map of the normalised tokens without the class token: `(B, 1 + h·w, F)` to `(B, F, h, w)`."""
 
     def __init__(self, net: Any, grid: tuple[int, int]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The Xception variant of Standley et al. 2020, which the method was published with for Taskonomy."""
+"""The Xception variant of Standley et al. 2020, used in the published experiments on Taskonomy."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ WIDTHS = (32, 64, 128, 256, 728, 728, 728, 728, 728, 728, 728, 728, 728)
 
 
 def xception_taskonomy(spec: InputSpec, *, widths: Sequence[int] = WIDTHS, features: int = 512) -> list[nn.Module]:
-    """One stage for each layer as the paper counts them, and a last one that gives the features.
+    """The Xception variant with one stage for each layer of the paper, and a last stage for the features.
 
-    The thirteen layers are two convolutions and eleven blocks of separable convolutions, so a stem of 0, 2, 3, 6
-    or 9 stages shares what the paper shares under that number; its main results are with 6. At 256×256 the
-    features are 512 maps of 16×16.
+    The thirteen layers are two convolutions and eleven blocks of separable convolutions. A stem of 0, 2, 3, 6 or 9
+    stages has the layers that the paper shares under that number. The main results of the paper have a stem of 6.
+    At 256×256 the features are 512 maps of 16×16.
 
     Args:
         spec: An image input.
-        widths: Channels of the layers. The first, and every block that changes the width, halves the resolution.
-            The half-size networks of Standley et al. are 24, 48, 96, 192 and nine times 512.
+        widths: Channels of the layers. The first layer and each block that changes the width halve the resolution.
+            The half-size networks of Standley et al. have 24, 48, 96, 192 and nine times 512.
         features: Channels of the last stage.
     """
     first, second = widths[:2]
@@ -40,9 +40,9 @@ def xception_taskonomy(spec: InputSpec, *, widths: Sequence[int] = WIDTHS, featu
 
 
 class _Block(nn.Module):
-    """Separable convolutions beside a shortcut: two that halve the resolution, or three that keep the shape.
+    """Separable convolutions with a shortcut: two that halve the resolution, or three that keep the shape.
 
-    The published block before the first change of width leaves its first ReLU out, where nothing is negative.
+    The published block before the first change of width omits its first ReLU, because its input is not negative.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -63,7 +63,7 @@ class _Block(nn.Module):
 
 
 class _Halving(nn.Conv2d):
-    """A 2×2 convolution of stride 2 that keeps the last row and column of an odd size, as the shortcut does."""
+    """A 2×2 convolution with stride 2. Like the shortcut, it keeps the last row and column of an odd size."""
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2] % 2, x.shape[3] % 2
@@ -71,7 +71,7 @@ class _Halving(nn.Conv2d):
 
 
 def _separable(inputs: int, outputs: int, *, inplace: bool = False) -> list[nn.Module]:
-    # the first one of a block must leave its input as it is, for the shortcut and for the other branches
+    # the first ReLU of a block must not change its input: the shortcut and the other branches read it
     depthwise = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
     return [nn.ReLU(inplace), depthwise, nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
 

@@ -1,4 +1,4 @@
-"""Paired bootstrap: against the textbook's standard errors, and on what must not change an answer."""
+"""Paired bootstrap: against standard errors of textbooks, and invariances of the result."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_interval_has_the_width_of_the_standard_error_of_a_ratio() -> None:
     assert found.low < found.value < found.high
 
 
-def test_pairing_takes_out_what_is_hard_for_both() -> None:
+def test_pairing_removes_the_effect_of_samples_that_are_hard_for_both() -> None:
     hard = torch.distributions.Exponential(1.0).sample((400,)) + 0.1
     found = errors([VALUE], hard, hard * 0.99)
     assert found.gain.value == pytest.approx(1.0, abs=1e-4)
@@ -72,7 +72,7 @@ def test_pairing_takes_out_what_is_hard_for_both() -> None:
     assert found.likely == 1.0
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+def test_intervals_cover_the_true_value_with_their_confidence() -> None:
     generator = torch.Generator().manual_seed(3)
     held = 0
     for trial in range(100):
@@ -82,7 +82,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert 80 <= held <= 98
 
 
-def test_same_seed_same_answer_and_same_models_no_gain() -> None:
+def test_a_comparison_is_reproducible_and_equal_models_have_no_gain() -> None:
     off = torch.arange(1.0, 60.0)
     first, again = (errors([VALUE], off, off + 1, seed=4) for _ in range(2))
     assert (first.gain, first.by_task, first.likely) == (again.gain, again.by_task, again.likely)
@@ -90,13 +90,13 @@ def test_same_seed_same_answer_and_same_models_no_gain() -> None:
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
-def test_an_error_that_was_zero_counts_as_infinitely_worse() -> None:
+def test_the_gain_over_an_error_of_zero_is_minus_infinity() -> None:
     nothing, some = torch.zeros(50), torch.ones(50)
     assert errors([VALUE], nothing, some).gain.value == -math.inf
     assert errors([VALUE], nothing, nothing).gain.value == 0
 
 
-def test_a_class_too_rare_for_some_resamples_leaves_an_interval_of_the_others() -> None:
+def test_resamples_without_a_rare_class_are_omitted_from_the_interval() -> None:
     generator = torch.Generator().manual_seed(5)
     target = torch.zeros(60)
     target[:2] = 1
@@ -107,7 +107,7 @@ def test_a_class_too_rare_for_some_resamples_leaves_an_interval_of_the_others() 
     assert gain.low <= gain.value <= gain.high
 
 
-def test_what_cannot_be_compared_is_refused() -> None:
+def test_incomparable_models_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 samples, got 1"):
         BlockSums([VALUE], 1)
     short = BlockSums([VALUE], 10)

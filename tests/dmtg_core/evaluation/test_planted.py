@@ -1,4 +1,4 @@
-"""The planted problem: nine tasks in three true groups, which a search has to find from the data alone."""
+"""The planted problem: nine tasks in three true groups, which a search finds from the data alone."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def context() -> LocalContext:
 
 
 def mean_accuracy(metrics) -> float:
-    """Over the tasks."""
+    """Mean over the tasks."""
     return float(np.mean([found["accuracy"] for found in metrics.values()]))
 
 
@@ -56,7 +56,7 @@ def test_the_problem_is_a_function_of_its_seed_with_balanced_tasks_and_splits_ap
         planted(0, groups=9)
 
 
-def test_the_true_groups_serve_the_tasks_better_than_groups_across_them():
+def test_the_true_groups_are_better_than_mixed_groups():
     spec, tasks, data, truth = planted_data(0)
     names = [task.name for task in tasks]
     across = Grouping.from_assignment(names, [n // 3 for n in range(9)])
@@ -73,12 +73,13 @@ def test_the_true_groups_serve_the_tasks_better_than_groups_across_them():
 
 @pytest.mark.parametrize(("data_seed", "seed"), [(0, 0), (3, 100)])
 def test_the_start_chosen_on_validation_has_the_true_groups_and_beats_naive_mtl(data_seed, seed):
-    """The two of the runs tried in which the search finds the groups; it does not in most.
+    """Two runs in which the search finds the groups. In most runs it does not.
 
-    Tried: data seeds 0 to 5, each with the seeds 0 and 100 of network and settings. Mean adjusted Rand index of
-    the start chosen: 0.52 of four starts (1.0 in these two runs, 0.07 to 0.64 in the others), 0.47 of eight (1.0
-    in one run). Test accuracy was 0.84 to 0.87 in all of them, naive MTL's 0.68 to 0.75. In four of the runs of
-    eight one start had the true groups, but another had a better validation score at the end of its search.
+    Measured with data seeds 0 to 5, each with the seeds 0 and 100 of network and settings. The mean adjusted Rand
+    index of the selected start was 0.52 with four starts (1.0 in these two runs, 0.07 to 0.64 in the others) and
+    0.47 with eight (1.0 in one run). Test accuracy was 0.84 to 0.87 in all of them, and 0.68 to 0.75 with naive
+    MTL. In four of the runs with eight starts one start had the true groups, but another had a better validation
+    score at the end of its search.
     """
     spec, tasks, data, truth = planted_data(data_seed)
     settings = TrainSettings(
@@ -109,7 +110,7 @@ def test_the_start_chosen_on_validation_has_the_true_groups_and_beats_naive_mtl(
 
 
 @pytest.mark.parametrize("data_seed", [1])
-def test_the_guided_search_finds_the_true_groups_for_less_than_three_plain_runs(data_seed):
+def test_the_guided_search_finds_the_true_groups_for_less_than_three_runs_of_naive_mtl(data_seed):
     """One of the seeds of docs/results.md."""
     spec, tasks, data, truth = planted_data(data_seed)
     settings = TrainSettings(epochs=60, search_share=0.25, batch_size=128, learning_rate=1e-2, seed=data_seed)

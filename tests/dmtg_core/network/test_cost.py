@@ -1,4 +1,4 @@
-"""Operations and parameters of inference, beside what can be counted by hand."""
+"""Operations and parameters of inference, against counts by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dmtg_core.network.cost import (
     training_flops,
     wide_spec,
 )
-from tests.dmtg_core.samples import DENSE, SAMPLEWISE, decided, image_spec, mlp_spec, snapshot
+from tests.dmtg_core.samples import DENSE, SAMPLEWISE, assigned, image_spec, mlp_spec, snapshot
 
 TASKS = (Task("a", "binary"), Task("b", "multiclass", 3), Task("c", "regression"))
 MLP = 2 * (6 * 8 + 8 * 4)  # operations of an encoder 6 → 8 → 4
@@ -25,18 +25,18 @@ def spec(groups: int = 1, stem: int = 0) -> NetworkSpec:
     return mlp_spec(TASKS, groups, stem=stem)
 
 
-def test_an_mlp_costs_what_its_matrices_say() -> None:
+def test_the_cost_of_an_mlp_is_that_of_its_matrices() -> None:
     heads = 4 * (1 + 3 + 1)
     found = inference_cost(GroupingNetwork(spec()))
     assert found.flops == MLP + 2 * heads
     assert found.parameters == (6 * 8 + 8) + (8 * 4 + 4) + heads + (1 + 3 + 1)
 
 
-def test_a_convolution_costs_its_kernel_at_every_pixel() -> None:
+def test_the_cost_of_a_convolution_is_its_kernel_at_each_pixel() -> None:
     image = InputSpec("image", (8, 8, 3), "uint8")
     encoder = EncoderSpec("convnet", options={"widths": [5]})
     found = inference_cost(GroupingNetwork(NetworkSpec(image, (TASKS[0],), encoder, 1)))
-    # halved once: 4×4 pixels; two residual blocks of two 3×3 convolutions, a 1×1 one where the channels change
+    # halved once: 4×4 pixels; two residual blocks of two 3×3 convolutions, one 1×1 if the channels change
     first = 4 * 4 * (9 * 3 * 5 + 9 * 5 * 5 + 3 * 5)
     second = 4 * 4 * 2 * 9 * 5 * 5
     assert found.flops == 2 * (first + second + 5 * 1)
@@ -52,23 +52,23 @@ def test_attention_is_counted_in_evaluation_too() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
-def test_every_group_costs_an_encoder_more_than_naive_mtl(groups: int) -> None:
+def test_each_group_adds_the_cost_of_an_encoder(groups: int) -> None:
     naive = inference_cost(GroupingNetwork(spec()))
-    network = decided(GroupingNetwork(spec(groups)), [n % groups for n in range(3)])
+    network = assigned(GroupingNetwork(spec(groups)), [n % groups for n in range(3)])
     found = inference_cost(network)
     encoder = (6 * 8 + 8) + (8 * 4 + 4)
     assert found == Cost(naive.flops + (groups - 1) * MLP, naive.parameters + (groups - 1) * encoder)
 
 
 def test_a_stem_is_computed_once_by_a_hard_network_and_by_each_model_of_its_own() -> None:
-    network = decided(GroupingNetwork(spec(2, stem=1)), [0, 1, 1])
+    network = assigned(GroupingNetwork(spec(2, stem=1)), [0, 1, 1])
     apart, together = inference_cost(network.specialise()), inference_cost(network)
     assert apart.flops - together.flops == 2 * 6 * 8
     assert apart.parameters - together.parameters == 6 * 8 + 8
 
 
-def test_the_likeliest_branches_alone_count_and_the_network_stays_as_it_was() -> None:
-    network = decided(GroupingNetwork(spec(3)), [1, 1, 1]).train()
+def test_only_the_likeliest_branches_count_and_the_network_does_not_change() -> None:
+    network = assigned(GroupingNetwork(spec(3)), [1, 1, 1]).train()
     before, pairs = snapshot(network), network.pairs
     assert inference_cost(network) == inference_cost(GroupingNetwork(spec()))
     assert network.training
@@ -79,7 +79,7 @@ def test_the_likeliest_branches_alone_count_and_the_network_stays_as_it_was() ->
 @pytest.mark.parametrize("share_stem", [True, False])
 def test_a_grouping_has_a_cost_before_it_is_trained(share_stem: bool) -> None:
     described = image_spec((*SAMPLEWISE[:2], DENSE[0]), 4, stem=1)
-    network = decided(GroupingNetwork(described), [2, 0, 2])
+    network = assigned(GroupingNetwork(described), [2, 0, 2])
     network.keep(network.gate.survivors(2.0))
     grouping = Grouping.of([["smiling", "segments"], ["colour"]], ["smiling", "colour", "segments"])
     assert network.grouping() == grouping
@@ -103,7 +103,7 @@ def test_a_grouping_has_a_cost_before_it_is_trained(share_stem: bool) -> None:
     ],
     ids=lambda spec: spec.encoder.name,
 )  # fmt: skip
-def test_the_wide_encoder_costs_what_the_groups_do_and_no_more(spec: NetworkSpec) -> None:
+def test_the_wide_encoder_has_at_most_the_cost_of_the_groups(spec: NetworkSpec) -> None:
     names = [task.name for task in spec.tasks]
     groups = min(spec.groups, len(names))
     spread = Grouping.from_assignment(names, [n % groups for n in range(len(names))])
@@ -134,7 +134,7 @@ def test_a_training_step_counts_every_live_head_three_times() -> None:
     assert network.training
 
 
-def test_epochs_cost_what_was_live_in_each() -> None:
+def test_the_cost_of_an_epoch_is_that_of_its_live_heads() -> None:
     every, pruned = [[0.5, 0.5]] * 3, [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]
     heads = (4 * (2 * 1 + 2 * 3 + 2 * 1), 4 * (1 + 2 * 3 + 1))
     history = [{"probabilities": shape} for shape in (every, pruned, every)]

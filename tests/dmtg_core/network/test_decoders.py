@@ -1,4 +1,4 @@
-"""Decoders: every one gives a map of the input's size."""
+"""Decoders: each returns a map of the input's size."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 from dmtg_core import EncoderSpec, GroupingNetwork, NetworkSpec
 from dmtg_core.network.decoders import DECODERS, DenseDecoder, Doubling, XceptionDecoder
 from tests.dmtg_core import samples
-from tests.dmtg_core.samples import decided, image_spec
+from tests.dmtg_core.samples import assigned, image_spec
 
 every_decoder = pytest.mark.parametrize("name", DECODERS)
 
@@ -15,7 +15,7 @@ every_decoder = pytest.mark.parametrize("name", DECODERS)
 @every_decoder
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
 @pytest.mark.parametrize("size", [(16, 16), (24, 8), (13, 10)])
-def test_a_decoder_gives_a_map_of_the_size_of_the_input(name, stride, size):
+def test_a_decoder_returns_a_map_of_the_size_of_the_input(name, stride, size):
     decoder = DECODERS[name](6, 3, stride, 8)
     coarse = torch.randn(2, 6, -(-size[0] // stride), -(-size[1] // stride))
     assert decoder(coarse, size).shape == (2, 3, *size)
@@ -23,7 +23,7 @@ def test_a_decoder_gives_a_map_of_the_size_of_the_input(name, stride, size):
 
 @every_decoder
 @pytest.mark.parametrize("stride", [1, 2, 4, 32])
-def test_a_decoder_learns_its_way_up_to_the_stride(name, stride):
+def test_a_decoder_upsamples_by_the_stride(name, stride):
     decoder = DECODERS[name](4, 1, stride, 8).eval()
     assert decoder.body(torch.zeros(1, 4, 2, 3)).shape == (1, 1, 2 * stride, 3 * stride)
 
@@ -38,7 +38,7 @@ def test_gradients_reach_every_parameter(name, stride):
 
 
 @every_decoder
-def test_a_decoder_sees_where_in_the_map_something_is(name):
+def test_a_decoder_keeps_positions(name):
     torch.manual_seed(0)
     decoder = DECODERS[name](1, 1, 4, 8).eval()
     blank, spot = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
@@ -63,11 +63,11 @@ def test_the_published_decoder_has_the_widths_of_its_description():
     assert double == [256, 128, 96, 64, 64]
 
 
-def test_a_network_takes_the_decoder_of_its_spec():
+def test_a_network_has_the_decoder_of_its_spec():
     chosen = {name: GroupingNetwork(image_spec(samples.DENSE, decoder=name)) for name in DECODERS}
     assert {type(d) for d in chosen["subpixel"].decoders.values()} == {DenseDecoder}
     assert {type(d) for d in chosen["xception"].decoders.values()} == {XceptionDecoder}
-    network = decided(chosen["xception"], [0, 1, 0, 1]).eval()
+    network = assigned(chosen["xception"], [0, 1, 0, 1]).eval()
     batch = samples.batch(network.spec.input, network.tasks)
     hard = network(batch.inputs)
     for model in network.specialise().values():
@@ -75,7 +75,7 @@ def test_a_network_takes_the_decoder_of_its_spec():
         assert all(torch.equal(value, hard[name]) for name, value in model(batch.inputs).items())
 
 
-def test_a_spec_carries_its_decoder_and_one_stored_without_it_still_loads():
+def test_a_spec_stores_its_decoder_and_specs_without_one_can_be_loaded():
     spec = image_spec(samples.DENSE, decoder="xception")
     stored = spec.to_dict()
     assert NetworkSpec.from_dict(stored) == spec

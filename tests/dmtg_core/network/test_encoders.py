@@ -1,4 +1,4 @@
-"""Encoders: every one, at every cut, gives what the network builds on."""
+"""Encoders: the contract of each encoder with any stem."""
 
 import subprocess
 import sys
@@ -23,19 +23,19 @@ STAGES = {
     "mlp": 2, "convnet": 3, "resnet18": 5, "resnet34": 5, "resnet50": 5, "celeba_resnet": 2,
     "xception_taskonomy": 7, "vit": 4, "embedding_bag": 3, "text_transformer": 4, "transformers": 3,
 }  # fmt: skip
-# small ones of those whose defaults are large
+# small versions of encoders whose defaults are large
 OPTIONS = {
     "xception_taskonomy": {"widths": [4, 6, 8, 10, 10, 12], "features": 5},
     "vit": {"patch": 8, "width": 12, "layers": 3, "heads": 2},
     "text_transformer": {"width": 8, "layers": 3, "heads": 2},
     "transformers": {"config": TINY_BERT},
 }
-# those that the tests of the network walk through, at every cut
+# encoders of the tests of the network, with any stem
 CUTS = [(n, s) for n in ("mlp", "convnet", "resnet18", "resnet34", "resnet50") for s in range(STAGES[n])]
 
 
 def inputs_for(name: str, rows: int = 3) -> torch.Tensor:
-    """Network input for an encoder; texts end in padding."""
+    """Network input for an encoder. Texts end in padding."""
     generator = torch.Generator().manual_seed(0)
     if ENCODERS[name][1] == "tokens":
         ids = torch.randint(1, VOCABULARY, (rows, LENGTH), generator=generator)
@@ -44,7 +44,7 @@ def inputs_for(name: str, rows: int = 3) -> torch.Tensor:
 
 
 def encoder(name: str, stem: int = 0, **options) -> EncoderSpec:
-    """A small encoder of that name."""
+    """A small encoder of this name."""
     if name == "transformers":
         pytest.importorskip("transformers")
     return EncoderSpec(name, stem, {**OPTIONS.get(name, {}), **options})
@@ -56,12 +56,12 @@ def build(name: str, stem: int = 0, groups: int = 1, seed: int = 0, **options):
 
 
 def test_every_encoder_is_tested():
-    # the large one is the tiny one with other numbers; test_encoders_published.py counts its operations
+    # vit_b_16 is the tiny one with other sizes; test_encoders_published.py counts its operations
     assert {*STAGES, "vit_b_16"} == ENCODERS.keys()
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_cut_moves_stages_between_stem_and_branch_and_changes_nothing_else(name):
+def test_the_size_of_the_stem_does_not_change_the_encoder(name):
     x = inputs_for(name)
     outputs, parameters = [], []
     cuts = range(STAGES[name]) if not name.startswith("resnet") else (0, 1, 4)
@@ -80,7 +80,7 @@ def test_a_cut_moves_stages_between_stem_and_branch_and_changes_nothing_else(nam
 
 
 @pytest.mark.parametrize("name", [name for name in STAGES if not name.startswith("resnet")])
-def test_branches_start_different_and_are_repeated_by_the_seed_at_every_cut(name):
+def test_branches_differ_and_are_reproducible_for_any_stem(name):
     for stem in range(STAGES[name]):
         made, again, other = (build(name, stem, groups=3, seed=seed)[1] for seed in (5, 5, 6))
         first, second, third = made
@@ -103,7 +103,7 @@ def test_gradients_reach_every_parameter(name):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_in_evaluation_a_sample_does_not_depend_on_those_beside_it(name):
+def test_in_evaluation_a_sample_does_not_depend_on_the_rest_of_the_batch(name):
     stem, (branch,), _ = build(name, 1)
     x = inputs_for(name)
     stem(x), branch(stem(x))
@@ -131,7 +131,7 @@ def test_building_leaves_the_random_state_of_the_gpu():
     assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
-def test_the_seed_holds_inside_and_the_outer_state_goes_on_after():
+def test_the_seed_applies_inside_and_the_outer_state_is_restored():
     torch.manual_seed(1)
     undisturbed = torch.rand(2)
     torch.manual_seed(1)
@@ -143,7 +143,7 @@ def test_the_seed_holds_inside_and_the_outer_state_goes_on_after():
 
 
 @pytest.mark.parametrize("name", ["convnet", "resnet18", "celeba_resnet", "xception_taskonomy"])
-def test_finding_the_shape_teaches_the_normalisation_nothing(name):
+def test_the_probe_of_the_shape_does_not_change_running_statistics(name):
     stem, (branch,), _ = build(name, 1)
     for part in (stem, branch):
         for module in part.modules():
@@ -213,12 +213,12 @@ def test_a_residual_block_without_change_of_shape_adds_its_input(name, stage):
         ("tokens", EncoderSpec("text_transformer", 0, {"layers": 0}), "0 layers"),
     ],
 )
-def test_impossible_encoders_are_refused_with_what_was_found(kind, spec, message):
+def test_impossible_encoders_are_refused(kind, spec, message):
     with pytest.raises(ValueError, match=message):
         spec.stages(SHAPES[kind])
 
 
-def test_an_image_that_pooling_would_use_up_is_refused():
+def test_an_image_that_is_too_small_for_pooling_is_refused():
     with pytest.raises(ValueError, match=r"5×5 pixels or more, got \(4, 64, 3\)"):
         EncoderSpec("celeba_resnet").stages(InputSpec("image", (4, 64, 3)))
 

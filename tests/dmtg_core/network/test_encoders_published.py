@@ -1,4 +1,4 @@
-"""Encoders that are published: their operations and parameters are those of the publications."""
+"""Published encoders: operations and parameters are those of the publications."""
 
 from itertools import pairwise
 
@@ -12,24 +12,24 @@ from dmtg_core import EncoderSpec, GroupGate, GroupingNetwork, InputSpec, Networ
 from dmtg_core.network.decoders import XceptionDecoder
 from dmtg_core.network.encoders import Features, build_encoder
 from dmtg_core.network.grouping_network import clone
-from tests.dmtg_core.samples import decided
+from tests.dmtg_core.samples import assigned
 
 PIXELS = 256
 # GFLOP (two for each multiply-add) of stem and branch at 256×256 by the number of shared layers
 XCEPTION_COST = {2: (0.63, 12.36), 3: (2.10, 10.89), 6: (7.03, 5.96), 9: (9.50, 3.49)}
-DECODER_COST = 2.47  # of 18 classes, the dearest task
+DECODER_COST = 2.47  # of 18 classes, the most expensive task
 WIDTHS = [32, 64, 128, 256, *[728] * 9]
 
 
 def gflop(run, *inputs) -> float:
-    """Operations that torch counts while `run` works on `inputs`, in 10⁹."""
+    """Operations of `run` on `inputs`, counted by torch, in 10⁹."""
     with FlopCounterMode(display=False) as counter:
         run(*inputs)
     return counter.get_total_flops() / 1e9
 
 
 def meta(name: str, stem: int, size: int = PIXELS, **options):
-    """Stem, branch and features of an encoder that takes no memory, and an image for it."""
+    """Stem, branch and features of an encoder on the meta device, and an image for it."""
     spec = InputSpec("image", (size, size, 3))
     with torch.device("meta"):
         stem, (branch,), features = build_encoder(EncoderSpec(name, stem, options), spec, 1, 0)
@@ -37,19 +37,19 @@ def meta(name: str, stem: int, size: int = PIXELS, **options):
 
 
 def parameters(*parts: nn.Module) -> int:
-    """How many numbers are learnt."""
+    """Number of trained parameters."""
     return sum(p.numel() for part in parts for p in part.parameters())
 
 
 @pytest.mark.parametrize("layers", XCEPTION_COST)
-def test_xception_costs_what_the_reference_table_says(layers):
+def test_the_cost_of_xception_is_that_of_the_reference_table(layers):
     stem, branch, features, image = meta("xception_taskonomy", layers)
     assert features == Features(512, 16)
     found = gflop(stem, image), gflop(branch, stem(image))
     assert found == pytest.approx(XCEPTION_COST[layers], abs=0.005)
 
 
-def test_the_decoder_of_the_published_network_costs_what_the_reference_table_says():
+def test_the_cost_of_the_published_decoder_is_that_of_the_reference_table():
     with torch.device("meta"):
         decoder, features = XceptionDecoder(512, 18, 16), torch.zeros(1, 512, 16, 16)
     assert gflop(decoder, features, (PIXELS, PIXELS)) == pytest.approx(DECODER_COST, abs=0.005)
@@ -57,7 +57,7 @@ def test_the_decoder_of_the_published_network_costs_what_the_reference_table_say
     assert encoder + 5 * DECODER_COST == pytest.approx(25.3, abs=0.05)
 
 
-def test_a_whole_network_costs_what_the_reference_table_says_before_and_after_pruning():
+def test_the_cost_of_a_network_is_that_of_the_reference_table_before_and_after_pruning():
     tasks = tuple(Task(name, "dense_classification", 18) for name in "abcde")
     spec = InputSpec("image", (PIXELS, PIXELS, 3), "uint8")
     encoder = EncoderSpec("xception_taskonomy", 6)
@@ -65,7 +65,7 @@ def test_a_whole_network_costs_what_the_reference_table_says_before_and_after_pr
         network = GroupingNetwork(NetworkSpec(spec, tasks, encoder, 3, decoder="xception", decoder_width=128))
         image = torch.zeros(1, *spec.shape)
     network.gate = GroupGate(len(tasks), 3)  # pruning reads it
-    pruned = clone(decided(network, [0, 1, 2, 0, 1]))
+    pruned = clone(assigned(network, [0, 1, 2, 0, 1]))
     pruned.prune(2.0)
     costs = [gflop(net.forward_pairs, image) for net in (network, pruned)]
     assert costs == pytest.approx([61.9, 37.2], abs=0.05)
@@ -100,7 +100,7 @@ def test_the_half_size_networks_are_a_choice_of_widths():
     assert 0.4 < gflop(branch, image) / whole < 0.6
 
 
-def test_xception_starts_with_the_spread_that_keeps_the_size_of_what_passes_through():
+def test_the_initialisation_of_xception_keeps_the_variance_of_activations():
     stages = EncoderSpec("xception_taskonomy").stages(InputSpec("image", (16, 16, 3)))
     depthwise, pointwise = stages[8].body[1], stages[8].body[2]
     assert depthwise.weight.std().item() == pytest.approx((2 / (9 * 728)) ** 0.5, rel=0.05)
@@ -138,7 +138,7 @@ def test_vit_b_16_has_the_operations_and_parameters_of_its_description(blocks):
 
 
 def small_vit(size: int) -> models.VisionTransformer:
-    """A small transformer of torchvision, as if it had been trained."""
+    """A small transformer of torchvision with random weights instead of trained ones."""
     torch.manual_seed(0)
     net = models.VisionTransformer(
         image_size=size, patch_size=16, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=32, num_classes=3
@@ -148,7 +148,7 @@ def small_vit(size: int) -> models.VisionTransformer:
 
 
 def with_weights(monkeypatch, size: int, wanted: tuple[int, int]):
-    """A pretrained small transformer, and the stages made of it for images of another size."""
+    """A pretrained small transformer, and its stages for images of another size."""
     net = small_vit(size)
     monkeypatch.setattr(models, "vit_b_16", lambda weights: small_vit(size) if weights == "LOCAL" else None)
     stages = EncoderSpec("vit_b_16", 0, {"weights": "LOCAL"}).stages(InputSpec("image", (*wanted, 3)))
@@ -156,7 +156,7 @@ def with_weights(monkeypatch, size: int, wanted: tuple[int, int]):
 
 
 @torch.no_grad()
-def test_pretrained_vit_gives_the_tokens_of_torchvision_without_the_class_token(monkeypatch):
+def test_pretrained_vit_returns_the_tokens_of_torchvision_without_the_class_token(monkeypatch):
     net, stages = with_weights(monkeypatch, 48, (48, 48))
     x = torch.randn(2, 3, 48, 48)
     tokens = {}
@@ -167,7 +167,7 @@ def test_pretrained_vit_gives_the_tokens_of_torchvision_without_the_class_token(
 
 
 @torch.no_grad()
-def test_pretrained_positions_are_brought_to_the_size_of_the_input(monkeypatch):
+def test_pretrained_positions_are_interpolated_to_the_size_of_the_input(monkeypatch):
     net, stages = with_weights(monkeypatch, 64, (128, 96))
     positions, trained = stages[0].positions, net.encoder.pos_embedding
     assert positions.shape == (1, 1 + 8 * 6, 8)

@@ -1,4 +1,4 @@
-"""Text encoders: padding has no influence, an empty text is legal, and pretrained ones come from a folder."""
+"""Text encoders: padding has no effect, an empty text is legal, pretrained encoders are read from a folder."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ from tests.dmtg_core.network.test_encoders import (
     encoder,
     inputs_for,
 )
-from tests.dmtg_core.samples import SAMPLEWISE, assert_same_tensors, decided
+from tests.dmtg_core.samples import SAMPLEWISE, assert_same_tensors, assigned
 
 TOKENS = SHAPES["tokens"]
 TEXT = ("embedding_bag", "text_transformer", "transformers")
@@ -46,15 +46,15 @@ every_text = pytest.mark.parametrize("name", TEXT)
 
 
 def whole(name: str, **options) -> nn.Sequential:
-    """An encoder in one piece."""
+    """All stages of an encoder."""
     torch.manual_seed(0)
     return nn.Sequential(*encoder(name, **options).stages(TOKENS)).eval()
 
 
 def text_network(name: str, stem: int = 1, **options) -> GroupingNetwork:
-    """Three branches with a decided gate, in evaluation mode."""
+    """Three branches with a converged gate, in evaluation mode."""
     spec = NetworkSpec(TOKENS, SAMPLEWISE[:4], encoder(name, stem), 3, **options)
-    return decided(GroupingNetwork(spec), [0, 2, 2, 0]).eval()
+    return assigned(GroupingNetwork(spec), [0, 2, 2, 0]).eval()
 
 
 # --- padding
@@ -72,7 +72,7 @@ def test_adding_padding_changes_nothing(name):
 
 @every_text
 @torch.no_grad()
-def test_what_padding_is_embedded_as_changes_nothing(name):
+def test_the_embedding_of_padding_changes_nothing(name):
     net, ids = whole(name), inputs_for(name)
     before = net(ids)
     (table,) = [m.weight for m in net.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)][:1]
@@ -81,7 +81,7 @@ def test_what_padding_is_embedded_as_changes_nothing(name):
 
 
 @every_text
-def test_padding_learns_nothing(name):
+def test_the_embedding_of_padding_is_not_trained(name):
     net, ids = whole(name), inputs_for(name)
     net.train()(ids).square().sum().backward()
     (table,) = [m.weight for m in net.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)][:1]
@@ -90,7 +90,7 @@ def test_padding_learns_nothing(name):
 
 
 @every_text
-def test_an_empty_text_gives_finite_features_and_gradients(name):
+def test_an_empty_text_has_finite_features_and_gradients(name):
     net = whole(name)
     ids = inputs_for(name)
     ids[1] = 0
@@ -137,7 +137,7 @@ def test_dropout_acts_in_training_only_and_on_demand_only(name):
 
 
 @pytest.mark.parametrize(("name", "stem"), [(n, s) for n in TEXT for s in range(STAGES[n])])
-def test_group_models_give_what_the_network_gives_bit_for_bit(name, stem):
+def test_group_models_equal_the_network_bit_for_bit(name, stem):
     network, ids = text_network(name, stem), inputs_for(name).int()
     with torch.no_grad():
         hard = network(ids)
@@ -162,8 +162,8 @@ def test_rescaling_scales_the_gradients_of_stages_that_pass_a_mask_on(stem):
         torch.testing.assert_close(gradients[1][name], gradient * factor, rtol=1e-5, atol=1e-7)
 
 
-def test_a_dense_task_has_no_place_on_a_text():
-    with pytest.raises(ValueError, match="'depth' is dense, but encoder embedding_bag gives no feature map"):
+def test_a_dense_task_on_text_is_refused():
+    with pytest.raises(ValueError, match="'depth' is dense, but encoder embedding_bag has no feature map"):
         GroupingNetwork(NetworkSpec(TOKENS, [Task("depth", "dense_regression")], EncoderSpec("embedding_bag"), 2))
 
 
@@ -174,7 +174,7 @@ def test_a_dense_task_has_no_place_on_a_text():
         ("text_transformer", {"width": 16, "layers": 1, "heads": 2, "dropout": 0.1}, "bf16"),
     ],
 )
-def test_a_network_learns_which_words_a_text_holds(name, options, precision):
+def test_a_network_learns_which_words_a_text_contains(name, options, precision):
     spec = InputSpec("tokens", (6,), "uint16", vocabulary=9)
     tasks = (Task("three", "binary"), Task("seven", "binary"))
     rng, splits = np.random.default_rng(0), {}
@@ -194,7 +194,7 @@ def test_a_network_learns_which_words_a_text_holds(name, options, precision):
 # --- the library of pretrained models
 
 
-def test_without_the_library_it_is_named_with_how_to_get_it(monkeypatch):
+def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match="needs the library of that name: pip install 'transformers>=5'"):
         EncoderSpec("transformers", 0, {"config": TINY_BERT}).stages(TOKENS)
@@ -233,7 +233,7 @@ def pretrained(request, tmp_path):
     library = pytest.importorskip("transformers")
     torch.manual_seed(5)
     model = library.AutoModel.from_config(library.AutoConfig.for_model(**request.param)).eval()
-    with torch.no_grad():  # far enough from the initial weights to tell words apart
+    with torch.no_grad():  # large weights, so that words differ
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.3)
     model.save_pretrained(tmp_path / "pretrained")
@@ -241,7 +241,7 @@ def pretrained(request, tmp_path):
 
 
 @torch.no_grad()
-def test_a_pretrained_model_gives_the_mean_of_its_own_last_tokens(pretrained):
+def test_a_pretrained_model_returns_the_mean_of_its_last_tokens(pretrained):
     folder, model = pretrained
     ids = inputs_for("transformers")
     stages = EncoderSpec("transformers", 0, {"path": str(folder)}).stages(TOKENS)
@@ -253,10 +253,10 @@ def test_a_pretrained_model_gives_the_mean_of_its_own_last_tokens(pretrained):
     assert expected.std(0).min() > 0.01
 
 
-def test_a_saved_network_needs_the_folder_of_its_pretrained_weights_no_more(pretrained, tmp_path):
+def test_a_saved_network_does_not_need_the_folder_of_its_pretrained_weights(pretrained, tmp_path):
     folder, _ = pretrained
     spec = NetworkSpec(TOKENS, SAMPLEWISE[:4], EncoderSpec("transformers", 1, {"path": str(folder)}), 2)
-    network = decided(GroupingNetwork(spec), [0, 1, 1, 0]).eval()
+    network = assigned(GroupingNetwork(spec), [0, 1, 1, 0]).eval()
     stored = spec.encoder.options["config"]
     assert stored == json.loads((folder / "config.json").read_text())
     save_network(tmp_path / "network", network)

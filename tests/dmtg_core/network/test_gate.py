@@ -1,4 +1,4 @@
-"""The gate, which learns a distribution over branches."""
+"""The gate, a trained distribution over branches."""
 
 import pytest
 import torch
@@ -150,7 +150,7 @@ def test_straight_through_is_one_hot_forward_with_the_soft_gradient():
     assert hard.logits.grad.abs().min() > 0
 
 
-def test_fixed_weights_are_the_probabilities_and_learn_nothing():
+def test_fixed_weights_are_the_probabilities_and_are_not_trained():
     gate = gate_with([[0.0, 1.0, 2.0]], sampling="fixed")
     weights = draw(gate, 0.1)
     torch.testing.assert_close(weights, torch.tensor([[0.0, 1.0, 2.0]]).softmax(1))
@@ -159,7 +159,7 @@ def test_fixed_weights_are_the_probabilities_and_learn_nothing():
 
 
 @pytest.mark.parametrize("sampling", [s for s in SAMPLINGS if s != "fixed"])
-def test_every_learning_gate_gets_a_gradient(sampling):
+def test_every_trained_gate_has_a_gradient(sampling):
     gate = GroupGate(3, 4, sampling=sampling)
     (draw(gate) * torch.arange(4.0)).sum().backward()
     assert gate.logits.grad.abs().sum() > 0
@@ -210,7 +210,7 @@ def test_entropy_of_a_saturated_row_has_a_finite_zero_gradient(saturation):
     dead=st.sets(st.tuples(st.integers(0, 4), st.integers(1, 2))),
     threshold=st.floats(0, 3),
 )
-def test_survivors_leave_every_task_a_head_and_raise_no_dead_one(logits, dead, threshold):
+def test_survivors_leave_each_task_a_head_and_no_dead_pair(logits, dead, threshold):
     gate = gate_with(logits)
     for n, k in dead:
         if n < len(logits):
@@ -224,7 +224,7 @@ def test_survivors_leave_every_task_a_head_and_raise_no_dead_one(logits, dead, t
         assert stay.sum() == len(logits)
 
 
-def test_survivors_at_threshold_zero_are_all_that_live():
+def test_survivors_at_threshold_zero_are_all_live_pairs():
     gate = gate_with([[90.0, -90.0, 0.0], [0.0, 0.0, 0.0]])
     assert gate.probabilities()[0, 1] == 0
     assert torch.equal(gate.survivors(0.0), gate.alive)
@@ -236,4 +236,4 @@ def test_the_branch_that_survives_is_the_one_that_is_assigned():
     assert kept == gate.assignment()
 
 
-# --- the hard result
+# --- the hard grouping

@@ -1,4 +1,4 @@
-"""The network of all heads, its pruning, and the models cut out of it."""
+"""`GroupingNetwork`, its pruning, and the models of its groups."""
 
 import copy
 import itertools
@@ -18,7 +18,7 @@ from tests.dmtg_core.samples import (
     ONE_OF_EACH,
     SAMPLEWISE,
     assert_same_tensors,
-    decided,
+    assigned,
     image_spec,
     mlp_spec,
 )
@@ -27,19 +27,19 @@ BRANCHES = [0, 2, 2, 0, 2]
 
 
 def built(name: str, stem: int) -> GroupingNetwork:
-    """A network on an encoder, with running statistics that have moved and a gate that is decided."""
+    """A network on an encoder, with changed running statistics and a converged gate."""
     if ENCODERS[name][1] == "image":
         spec = image_spec(ONE_OF_EACH, encoder=name, stem=stem)
     else:
         spec = mlp_spec(ONE_OF_EACH[:3], stem=stem)
     network = GroupingNetwork(spec)
     samples.learn_statistics(network, samples.batch(spec.input, spec.tasks, 4).inputs)
-    return decided(network, BRANCHES[: len(spec.tasks)])
+    return assigned(network, BRANCHES[: len(spec.tasks)])
 
 
 @pytest.fixture(scope="module", params=CUTS, ids=lambda cut: f"{cut[0]}-{cut[1]}")
 def network(request):
-    """One network for every encoder and legal cut; tests must leave it as it is."""
+    """One network for each encoder and stem. Tests must not change it."""
     return built(*request.param)
 
 
@@ -49,7 +49,7 @@ def inputs(network):
 
 
 def pair_outputs(network: GroupingNetwork, outputs: PairOutputs) -> dict[tuple[int, int], torch.Tensor]:
-    """Outputs by (branch, task number), each as the hard network would give it."""
+    """Outputs by (branch, task number), each computed like in the hard network."""
     rows, found = iter(outputs.rows), dict(outputs.dense)
     for k, n in network.pairs:
         if not network.tasks[n].dense:
@@ -61,7 +61,7 @@ def pair_outputs(network: GroupingNetwork, outputs: PairOutputs) -> dict[tuple[i
 
 
 @torch.no_grad()
-def test_every_encoder_and_cut_gives_outputs_of_the_layout_of_each_kind(network, inputs):
+def test_every_encoder_and_stem_has_outputs_of_the_layout_of_each_kind(network, inputs):
     outputs = network(inputs)
     shapes = {
         "binary": (3,), "multiclass": (3, 3), "regression": (3, 2),
@@ -89,7 +89,7 @@ def test_the_hard_network_its_pairs_and_its_group_models_agree_bit_for_bit(netwo
 
 
 @torch.no_grad()
-def test_pruning_leaves_the_outputs_of_what_stays(network, inputs):
+def test_pruning_does_not_change_the_outputs_of_kept_heads(network, inputs):
     before = pair_outputs(network, network.forward_pairs(inputs))
     hard = network(inputs)
     pruned = clone(network)
@@ -114,7 +114,7 @@ def mixed(request):
     """A fresh network of many tasks in evaluation mode."""
     spec = MIXED_SPECS[request.param]
     network = samples.learn_statistics(GroupingNetwork(spec), samples.batch(spec.input, spec.tasks, 4).inputs)
-    return decided(network, [n % spec.groups for n in range(len(spec.tasks))], by=6.0)
+    return assigned(network, [n % spec.groups for n in range(len(spec.tasks))], by=6.0)
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def test_pruning_at_zero_changes_nothing(mixed):
     assert mixed.pairs == pairs
 
 
-def test_pruning_takes_the_parameters_of_what_goes_away(mixed):
+def test_pruning_removes_the_parameters_of_pruned_heads(mixed):
     def count(network):
         return sum(p.numel() for p in network.parameters())
 
@@ -154,8 +154,8 @@ def test_pruning_takes_the_parameters_of_what_goes_away(mixed):
     assert len(mixed.pairs) == len(mixed.tasks)
 
 
-def test_a_branch_that_nobody_chose_is_dropped(mixed):
-    decided(mixed, [0] * len(mixed.tasks), by=20.0)
+def test_a_branch_without_tasks_is_dropped(mixed):
+    assigned(mixed, [0] * len(mixed.tasks), by=20.0)
     mixed.prune(0.5)
     assert list(mixed.branches) == [0]
     assert {k for k, _ in mixed.pairs} == {0}
@@ -171,7 +171,7 @@ def test_pairs_name_every_head_once_first_the_bank_then_the_dense(mixed):
 
 
 def test_more_branches_than_tasks_are_legal():
-    network = decided(GroupingNetwork(mlp_spec(SAMPLEWISE[:2], groups=5)), [4, 2])
+    network = assigned(GroupingNetwork(mlp_spec(SAMPLEWISE[:2], groups=5)), [4, 2])
     assert network.grouping() == Grouping.of([["smiling"], ["colour"]])
     assert len(network.pairs) == 10
     network.prune(2.0)
@@ -182,7 +182,7 @@ def test_more_branches_than_tasks_are_legal():
 
 def test_a_network_of_dense_tasks_alone_works():
     spec = image_spec(samples.DENSE)
-    network = decided(GroupingNetwork(spec), [0, 1, 0, 1]).eval()
+    network = assigned(GroupingNetwork(spec), [0, 1, 0, 1]).eval()
     batch = samples.batch(spec.input, spec.tasks)
     hard = network(batch.inputs)
     for model in network.specialise().values():
@@ -193,10 +193,10 @@ def test_a_network_of_dense_tasks_alone_works():
     ("alive", "message"),
     [
         (torch.ones(3, 10, dtype=torch.bool), r"shape \(10, 3\), got \(3, 10\)"),
-        (torch.zeros(10, 3, dtype=torch.bool), "none left for smiling, colour"),
+        (torch.zeros(10, 3, dtype=torch.bool), "none is left for smiling, colour"),
     ],
 )
-def test_keeping_what_cannot_be_kept_is_refused_and_changes_nothing(alive, message):
+def test_impossible_masks_are_refused_and_change_nothing(alive, message):
     network = GroupingNetwork(mlp_spec())
     before = samples.snapshot(network)
     with pytest.raises(ValueError, match=message):
@@ -204,8 +204,8 @@ def test_keeping_what_cannot_be_kept_is_refused_and_changes_nothing(alive, messa
     assert_same_tensors(samples.snapshot(network), before)
 
 
-def test_what_was_pruned_cannot_be_kept_again():
-    network = decided(GroupingNetwork(mlp_spec()), [0] * 10)
+def test_a_pruned_head_cannot_be_restored():
+    network = assigned(GroupingNetwork(mlp_spec()), [0] * 10)
     network.prune(2.0)
     alive = torch.zeros_like(network.gate.alive)
     alive[:, 1] = True
@@ -213,7 +213,7 @@ def test_what_was_pruned_cannot_be_kept_again():
         network.keep(alive)
 
 
-def test_keeping_a_grouping_gives_it_its_branches():
+def test_keep_grouping_assigns_groups_to_branches():
     network = GroupingNetwork(mlp_spec())
     names = [t.name for t in network.tasks]
     grouping = Grouping.from_assignment(names, [0, 1, 1, 0, 0, 1, 0, 1, 0, 1])
@@ -227,7 +227,7 @@ def test_keeping_a_grouping_gives_it_its_branches():
     ("grouping", "message"),
     [
         (Grouping.of([[t.name] for t in SAMPLEWISE]), "10 groups do not fit 3 branches"),
-        (Grouping.of([["smiling"], ["colour"]]), "does not fit tasks.*smiling"),
+        (Grouping.of([["smiling"], ["colour"]]), "does not fit the tasks.*smiling"),
     ],
 )
 def test_a_grouping_that_does_not_fit_is_refused(grouping, message):
@@ -245,7 +245,7 @@ def test_rescaling_scales_gradients_of_branches_and_stem_and_no_others(kept):
     inputs = samples.batch(spec.input, spec.tasks).inputs
     for network in (plain, scaled):
         if kept:
-            decided(network, kept).prune(2.0)
+            assigned(network, kept).prune(2.0)
         network.train().forward_pairs(inputs).rows.square().sum().backward()
     assert torch.equal(plain.forward_pairs(inputs).rows, scaled.forward_pairs(inputs).rows)
     tasks, groups = 1 / math.sqrt(10), 1 / math.sqrt(3)
@@ -260,7 +260,7 @@ def test_rescaling_scales_gradients_of_branches_and_stem_and_no_others(kept):
 @pytest.mark.parametrize(
     "spec", [mlp_spec(initial="gaussian"), image_spec(initial="gaussian")], ids=["mlp", "convnet"]
 )
-def test_weights_are_a_function_of_the_seed_and_building_draws_nothing_else(spec):
+def test_weights_depend_only_on_the_seed(spec):
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = GroupingNetwork(spec)
@@ -282,12 +282,12 @@ def test_input_is_normalised_with_the_constants_of_its_channels():
     torch.testing.assert_close(found[0, :, 3, 5], torch.tensor(expected))
 
 
-def test_input_of_another_shape_is_refused_with_what_was_found():
+def test_input_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"shape \(B, 16, 16, 3\), got \(2, 3, 16, 16\)"):
         GroupingNetwork(image_spec())(torch.zeros(2, 3, 16, 16))
 
 
-def test_input_whose_size_the_stride_does_not_divide_still_gives_whole_maps():
+def test_input_of_any_size_has_complete_maps():
     spec = NetworkSpec(
         InputSpec("image", (13, 11, 3)), samples.DENSE[:1], EncoderSpec("convnet", 0, {"widths": [4, 4]}), 2
     )
@@ -299,7 +299,7 @@ def test_input_whose_size_the_stride_does_not_divide_still_gives_whole_maps():
     [
         ({"tasks": ()}, "at least one task"),
         ({"tasks": (SAMPLEWISE[0], SAMPLEWISE[0])}, "unique, got smiling"),
-        ({"tasks": samples.DENSE[:1]}, "'segments' is dense, but encoder mlp gives no feature map"),
+        ({"tasks": samples.DENSE[:1]}, "'segments' is dense, but encoder mlp has no feature map"),
         ({"groups": 0}, "1 group, got 10 and 0"),
         ({"sampling": "hard"}, "unknown sampling 'hard'"),
         ({"initial": "zeros"}, "unknown initial logits 'zeros'"),
@@ -307,7 +307,7 @@ def test_input_whose_size_the_stride_does_not_divide_still_gives_whole_maps():
         ({"encoder": EncoderSpec("convnet")}, "convnet reads image input, got features"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused_with_what_was_found(options, message):
+def test_parts_that_do_not_fit_are_refused(options, message):
     parts = {"input": samples.FEATURES, "tasks": SAMPLEWISE, "encoder": EncoderSpec("mlp"), "groups": 3} | options
     with pytest.raises(ValueError, match=message):
         GroupingNetwork(NetworkSpec(**parts))
@@ -318,8 +318,8 @@ def test_json_round_trip_gives_an_equal_spec(spec):
     assert NetworkSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
-def test_a_group_model_is_independent_of_the_network_it_was_cut_from():
-    network = decided(GroupingNetwork(mlp_spec()), [n % 2 for n in range(10)]).eval()
+def test_a_group_model_is_independent_of_its_network():
+    network = assigned(GroupingNetwork(mlp_spec()), [n % 2 for n in range(10)]).eval()
     inputs = samples.batch(network.spec.input, network.tasks).inputs
     models = network.specialise()
     before = {name: model(inputs) for name, model in models.items()}
@@ -332,7 +332,7 @@ def test_a_group_model_is_independent_of_the_network_it_was_cut_from():
 
 
 def test_a_group_model_predicts_in_raw_units():
-    network = decided(GroupingNetwork(image_spec()), [0] * len(MIXED)).eval()
+    network = assigned(GroupingNetwork(image_spec()), [0] * len(MIXED)).eval()
     batch = samples.batch(network.spec.input, network.tasks)
     (model,) = network.specialise().values()
     outputs, predictions = model(batch.inputs), model.predict(batch.inputs)
@@ -344,7 +344,7 @@ def test_a_group_model_predicts_in_raw_units():
 
 
 def test_a_clone_shares_nothing():
-    network = decided(GroupingNetwork(mlp_spec()), [0] * 10)
+    network = assigned(GroupingNetwork(mlp_spec()), [0] * 10)
     network.prune(2.0)
     copied = clone(network)
     assert_same_tensors(samples.snapshot(copied), samples.snapshot(network))
@@ -369,7 +369,7 @@ def test_each_pair_learns_from_its_own_task_only():
 
 def test_two_tasks_with_equal_options_keep_their_own_heads():
     tasks = tuple(Task(name, "binary") for name in "abc")
-    network = decided(GroupingNetwork(mlp_spec(tasks, groups=2)), [1, 0, 1]).eval()
+    network = assigned(GroupingNetwork(mlp_spec(tasks, groups=2)), [1, 0, 1]).eval()
     inputs = samples.batch(network.spec.input, tasks).inputs
     hard = network(inputs)
     assert len({tuple(value.tolist()) for value in hard.values()}) == 3

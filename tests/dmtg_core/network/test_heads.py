@@ -1,4 +1,4 @@
-"""Heads: the bank gives what separate linear layers would."""
+"""Heads: the bank computes the same as separate linear layers."""
 
 import torch
 from hypothesis import given
@@ -27,7 +27,7 @@ def features(groups: int = GROUPS) -> dict[int, torch.Tensor]:
 
 
 def separate(bank: HeadBank, x: dict[int, torch.Tensor]) -> dict[tuple[int, str], torch.Tensor]:
-    """Each head on its own: (branch, task name) → `(B, C)`."""
+    """Each head separately: (branch, task name) → `(B, C)`."""
     out = {}
     for k, kept in bank.kept.items():
         row = 0
@@ -71,7 +71,7 @@ def test_the_batched_product_equals_separate_heads_in_any_pruned_shape(choices):
 
 
 @given(choices=choices)
-def test_in_evaluation_a_head_gives_the_same_bits_whatever_is_beside_it(choices):
+def test_in_evaluation_a_head_is_bit_identical_whatever_other_heads_exist(choices):
     bank, x = make_bank().eval(), features()
     before = {(k, t.name): bank.head(k, t, x[k]) for k in range(GROUPS) for t in SAMPLEWISE}
     kept = some_kept(choices)
@@ -86,7 +86,7 @@ def test_in_evaluation_a_head_gives_the_same_bits_whatever_is_beside_it(choices)
 
 
 @given(choices=choices)
-def test_keeping_tells_where_every_shrunk_parameter_came_from(choices):
+def test_keep_returns_the_origin_of_each_pruned_parameter(choices):
     bank = make_bank()
     before = dict(bank.named_parameters())
     values = {name: p.detach().clone() for name, p in before.items()}
@@ -127,7 +127,7 @@ def test_gradients_reach_every_head_through_the_padded_product():
     assert all(p.grad.abs().min() > 0 for p in bank.biases.values())
 
 
-def test_a_bank_without_tasks_holds_nothing():
+def test_a_bank_without_tasks_is_empty():
     bank = HeadBank([], WIDTH, GROUPS)
     assert list(bank.parameters()) == []
     assert bank.kept == {}

@@ -25,10 +25,10 @@ from dmtg_core.grouping import Grouping
 from dmtg_core.network.numbered import Numbered
 from dmtg_core.search.baselines import hard_network
 from dmtg_core.training.checkpoint import load_model, load_network, save_model, save_network
-from dmtg_core.training.loop import TrainState
 from dmtg_core.training.losses import PairLosses
+from dmtg_core.training.state import TrainState
 from tests.dmtg_core import samples
-from tests.dmtg_core.samples import FEATURES, IMAGE, decided, learn_statistics
+from tests.dmtg_core.samples import FEATURES, IMAGE, assigned, learn_statistics
 from tests.dmtg_core.searches import local
 
 KINDS = (*samples.SAMPLEWISE, Task("long", "multiclass", 12))
@@ -49,15 +49,15 @@ def pruned_at_random(network: GroupingNetwork, seed: int) -> GroupingNetwork:
     alive = drawn > torch.rand(1, generator=generator)
     alive[torch.arange(len(alive)), likeliest] = True
     network.keep(alive)
-    return decided(network, likeliest.tolist())
+    return assigned(network, likeliest.tolist())
 
 
 @st.composite
 def networks(draw) -> GroupingNetwork:
-    """K from 1 to 40, N from 1 to 120, of mixed kinds, pruned at random."""
+    """Networks with K from 1 to 40 and N from 1 to 120 of mixed kinds, pruned at random."""
     seed, groups, tasks = draw(st.integers(0, 2**16)), draw(st.integers(1, 40)), draw(st.integers(1, 120))
     if draw(st.integers(0, 4)) == 0:
-        groups, tasks = min(groups, 13), min(tasks, 6)  # of dense heads few, they take long
+        groups, tasks = min(groups, 13), min(tasks, 6)  # few dense heads, which are slow
         spec = samples.image_spec(tasks_of(tasks, seed, dense=True), groups, seed=seed)
     else:
         widths = {"widths": [5, 3]}
@@ -65,7 +65,7 @@ def networks(draw) -> GroupingNetwork:
             FEATURES, tasks_of(tasks, seed), EncoderSpec("mlp", seed % 2, widths), groups, seed=seed
         )
     network = learn_statistics(GroupingNetwork(spec), samples.batch(spec.input, spec.tasks).inputs)
-    return pruned_at_random(network, seed) if draw(st.booleans()) else decided(network, [seed % groups] * tasks)
+    return pruned_at_random(network, seed) if draw(st.booleans()) else assigned(network, [seed % groups] * tasks)
 
 
 def without_batch_statistics(network: GroupingNetwork) -> None:
@@ -157,7 +157,7 @@ def test_the_loss_of_a_head_reaches_its_own_branch_and_no_other(network, pick):
 
 @settings(max_examples=15)
 @given(network=networks(), seed=st.integers(0, 99))
-def test_the_state_of_the_optimiser_follows_every_head(network, seed):
+def test_the_state_of_the_optimiser_is_pruned_with_the_heads(network, seed):
     state = TrainState.fresh(network, TrainSettings(optimizer="adam"))
     for number, parameter in enumerate(network.parameters()):
         if parameter.requires_grad:
@@ -172,7 +172,7 @@ def test_the_state_of_the_optimiser_follows_every_head(network, seed):
 
 
 def linear_problem(tasks: int, rows: int = 600) -> tuple[InputSpec, list[Task], ArrayData]:
-    """Values that are linear in the input, each in a direction of its own."""
+    """Values that are linear in the input, each with its own direction."""
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(rows, 8, generator=rng)
     y = x @ torch.randn(8, tasks, generator=rng)
@@ -199,7 +199,7 @@ def test_twelve_single_task_networks_are_no_worse_than_one_for_all():
         assert found["single"][name]["rmse"] <= found["shared"][name]["rmse"] + 0.02, name
 
 
-def test_a_gate_over_twelve_branches_learns_what_is_evaluated():
+def test_a_gate_over_twelve_branches_is_trained_on_the_evaluated_heads():
     spec_input, tasks, data = linear_problem(12)
     spec = NetworkSpec(spec_input, tasks, EncoderSpec("mlp", options={"widths": [24]}), 12, initial="diagonal")
     state = fit(GroupingNetwork(spec), data, TrainSettings(epochs=30, batch_size=50, learning_rate=0.01), local())
@@ -227,7 +227,7 @@ def test_numbered_items_come_in_the_order_of_their_numbers(order, count):
 
 
 @pytest.mark.parametrize("call", [lambda n: n[10], lambda n: n.__delitem__(10), lambda n: n.__setitem__(10, n[2])])
-def test_a_number_that_is_not_there(call):
+def test_a_missing_number_is_a_key_error(call):
     with pytest.raises(KeyError, match="10"):
         call(Numbered({2: nn.Linear(1, 1), 3: nn.Linear(1, 1)}))
 
@@ -239,7 +239,7 @@ def test_pairs_are_named_and_ordered_by_both_numbers():
 
 
 def test_image_networks_of_more_than_ten_branches():
-    """Dense and sample-wise heads together, through the whole of a training."""
+    """Dense and sample-wise heads together, in a whole training."""
     spec = samples.image_spec(samples.ONE_OF_EACH, 12)
     data = samples.data(IMAGE, spec.tasks, 24)
     state = fit(GroupingNetwork(spec), data, TrainSettings(epochs=2, batch_size=12), local())

@@ -1,4 +1,4 @@
-"""What a search is compared with: hard networks whose groups are given, and what their selectors cost."""
+"""Baselines: hard networks with fixed groups, and the cost of their selectors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_costs_are_in_units_of_naive_mtl(data: ArrayData) -> None:
     assert 2 < wide.cost <= SPEC.groups
 
 
-def test_affinities_are_collected_beside_naive_mtl_without_changing_it(data: ArrayData) -> None:
+def test_measuring_affinities_does_not_change_naive_mtl(data: ArrayData) -> None:
     found, affinities, costs = train_naive_with_affinities(SPEC, data, SETTINGS, context=CPU)
     alone = train_hard(hard_network(SPEC, together(SPEC)), data, SETTINGS, context=CPU)
     assert_same_tensors(snapshot(found.network), snapshot(alone.network))
@@ -65,7 +65,7 @@ def test_affinities_are_collected_beside_naive_mtl_without_changing_it(data: Arr
     assert costs["tag"] > costs["cs"] == costs["etap"]
 
 
-def test_two_networks_of_one_seed_begin_alike() -> None:
+def test_two_networks_of_one_seed_have_the_same_initial_weights() -> None:
     first = hard_network(SPEC, together(SPEC))
     again = hard_network(replace(SPEC, groups=1), together(SPEC))
     other = hard_network(replace(SPEC, seed=SPEC.seed + 1), together(SPEC))

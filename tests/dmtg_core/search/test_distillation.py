@@ -1,4 +1,4 @@
-"""Learning on from several networks: what targets become, and that it helps."""
+"""Distillation: mixed targets, and the gain of distilling several networks."""
 
 import math
 from dataclasses import replace
@@ -11,7 +11,15 @@ from torch.nn import functional as F
 from dmtg_core import EncoderSpec, GroupingNetwork, LocalContext, NetworkSpec, Task, TrainSettings, evaluate
 from dmtg_core.network.cost import wide_spec
 from dmtg_core.search.baselines import hard_network, together, train_distilled, train_hard
-from dmtg_core.search.distillation import OVERFIT, WEIGHT, Teachers, learn_on, learner, mixed_target, share_of
+from dmtg_core.search.distillation import (
+    OVERFIT,
+    WEIGHT,
+    Teachers,
+    distil,
+    distillation_state,
+    mixed_target,
+    teacher_share,
+)
 from dmtg_core.training import loop as training
 from dmtg_core.training.loop import generalisation_gap, score_of
 from dmtg_core.training.losses import PairLosses, label_counts, sample_loss, valid
@@ -23,7 +31,7 @@ FLAG, COLOUR = Task("flag", "binary"), Task("colour", "multiclass", channels=3)
 PLACE, REGIONS = Task("place", "regression", channels=2), Task("regions", "dense_classification", channels=3)
 
 
-def test_a_labelled_flag_moves_towards_what_teachers_say_on_average_and_a_missing_one_is_that():
+def test_a_binary_label_is_mixed_with_the_mean_of_the_teachers_and_a_missing_one_replaced():
     outputs = [torch.tensor([0.0, 2.0, -1.0]), torch.tensor([1.0, 2.0, 3.0])]
     mean = (outputs[0].sigmoid() + outputs[1].sigmoid()) / 2
     found = mixed_target(FLAG, torch.tensor([1.0, 0.0, torch.nan]), outputs)
@@ -75,7 +83,7 @@ def test_losses_take_probabilities_and_count_a_label_for_each_sample_or_pixel():
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-4), task.name
 
 
-def test_teachers_change_the_targets_of_a_batch_alone_and_leave_no_label_missing():
+def test_teachers_change_only_targets_and_fill_missing_labels():
     spec = samples.mlp_spec()
     teach = Teachers([GroupingNetwork(replace(spec, seed=seed)) for seed in (1, 2)])
     batch = samples.batch(spec.input, spec.tasks, 16, missing=0.3)
@@ -88,10 +96,10 @@ def test_teachers_change_the_targets_of_a_batch_alone_and_leave_no_label_missing
         assert after.shape != before.shape or not torch.equal(after, before)
 
 
-def test_the_time_of_teachers_is_not_that_of_waiting_for_data(monkeypatch):
+def test_the_time_of_teachers_does_not_count_as_waiting_for_data(monkeypatch):
     spec, settings = samples.mlp_spec(), TrainSettings(epochs=1, search_share=1.0, batch_size=16)
     data, context = samples.data(spec.input, spec.tasks), LocalContext(device="cpu")
-    state, clock = learner(GroupingNetwork(spec), -9.0, settings), [0.0]
+    state, clock = distillation_state(GroupingNetwork(spec), -9.0, settings), [0.0]
     monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
     class Slow(GroupingNetwork):
@@ -99,17 +107,17 @@ def test_the_time_of_teachers_is_not_that_of_waiting_for_data(monkeypatch):
             clock[0] += 1
             return super().forward(raw)
 
-    learn_on(state, [Slow(spec)], data, settings, context, gap=0)
+    distil(state, [Slow(spec)], data, settings, context, gap=0)
     assert clock[0] == data.steps(16)
     assert state.history[-1]["data_share"] == 0
-    assert state.best_score == -9.0  # no epoch was better, so the network is the one that began
+    assert state.best_score == -9.0  # no epoch was better, so the initial network is kept
     assert_same_tensors(samples.snapshot(state.network), samples.snapshot(GroupingNetwork(spec)))
 
 
-def test_labels_come_back_unless_a_network_overfits():
-    assert [share_of(OVERFIT + 0.01, epoch, 5) for epoch in range(5)] == [WEIGHT] * 5
-    assert [share_of(OVERFIT, epoch, 5) for epoch in range(5)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0])
-    assert share_of(0, 0, 1) == WEIGHT
+def test_the_weight_of_the_teachers_decreases_unless_a_network_overfits():
+    assert [teacher_share(OVERFIT + 0.01, epoch, 5) for epoch in range(5)] == [WEIGHT] * 5
+    assert [teacher_share(OVERFIT, epoch, 5) for epoch in range(5)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0])
+    assert teacher_share(0, 0, 1) == WEIGHT
     targets = torch.tensor([1.0, torch.nan])
     assert mixed_target(FLAG, targets, [torch.zeros(2)], 0).tolist() == [1, 0.5]
 
@@ -119,7 +127,7 @@ def test_the_gap_is_the_mean_logarithm_of_validation_over_training_losses():
     assert generalisation_gap(record) == pytest.approx(2 * math.log(2))
 
 
-def test_teachers_that_know_no_more_do_not_hold_a_network_back():
+def test_teachers_that_are_no_better_do_not_limit_a_network():
     inputs, tasks, data, _ = planted_data(0)
     spec = wide_spec(NetworkSpec(inputs, tasks, EncoderSpec("mlp", options={"widths": [16, 4]}), groups=3, seed=0))
     settings = TrainSettings(epochs=2, batch_size=128, learning_rate=1e-2, seed=0, search_share=1.0)
@@ -128,20 +136,22 @@ def test_teachers_that_know_no_more_do_not_hold_a_network_back():
     assert max(one.gap for one in short) < OVERFIT
     scores = {}
     for gap in (short[0].gap, 1.0):
-        state = learner(short[0].network, short[0].score, replace(settings, epochs=6))
+        state = distillation_state(short[0].network, short[0].score, replace(settings, epochs=6))
         teachers = [one.network for one in short]
-        learn_on(state, teachers, data, replace(settings, epochs=6), LocalContext(), gap=gap)
+        distil(state, teachers, data, replace(settings, epochs=6), LocalContext(), gap=gap)
         scores[gap] = state.best_score
     assert scores[short[0].gap] < scores[1.0] < short[0].score
 
 
-def test_three_networks_taught_to_one_are_better_than_each_of_them_at_the_same_cost_of_inference():
+def test_three_networks_distilled_into_one_are_better_than_each_at_the_same_inference_cost():
     inputs, tasks, data, _ = planted_data(0)
     spec = wide_spec(NetworkSpec(inputs, tasks, EncoderSpec("mlp", options={"widths": [16, 4]}), groups=3, seed=0))
     settings = TrainSettings(epochs=6, batch_size=128, learning_rate=1e-2, seed=0)
     specs = [replace(spec, seed=seed) for seed in (0, 1, 2)]
     alone = [train_hard(hard_network(one, together(one)), data, settings) for one in specs]
-    taught = train_distilled(specs, data, settings, replace(settings, search_share=1.0))
-    assert taught.score < min(one.score for one in alone)
-    assert score_of(evaluate(taught.network, data, "test")) < min(score_of(one.metrics["test"]) for one in alone)
-    assert 4 < taught.cost <= 5  # three, one that learns, and what the three are asked: a forward pass each
+    distilled = train_distilled(specs, data, settings, replace(settings, search_share=1.0))
+    assert distilled.score < min(one.score for one in alone)
+    assert score_of(evaluate(distilled.network, data, "test")) < min(
+        score_of(one.metrics["test"]) for one in alone
+    )
+    assert 4 < distilled.cost <= 5  # three trainings, the distillation, and a forward pass of each teacher

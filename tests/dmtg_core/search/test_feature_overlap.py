@@ -1,4 +1,4 @@
-"""What tasks read of the features they share, and the groups that follow from it."""
+"""Feature overlap of tasks, and clusters of tasks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dmtg_core import (
     TrainSettings,
     fit,
 )
-from dmtg_core.search.feature_overlap import cluster, reading_overlap
+from dmtg_core.search.feature_overlap import cluster, feature_overlap
 from tests.dmtg_core.network.test_encoders import LENGTH, SHAPES, VOCABULARY
 from tests.dmtg_core.network.test_encoders import encoder as small
 from tests.dmtg_core.planted import planted_data
@@ -48,7 +48,7 @@ def test_a_short_run_of_one_wide_branch_shows_the_planted_groups(tasks: int, gro
     encoder = EncoderSpec("mlp", options={"widths": [64, 32]})
     spec = NetworkSpec(given_input, names, encoder, groups=1, sampling="fixed", seed=seed)
     settings = TrainSettings(epochs=5, learning_rate=0.01, seed=seed, lr_schedule="constant", search_share=1)
-    overlap = reading_overlap(fit(GroupingNetwork(spec), samples, settings).network, samples)
+    overlap = feature_overlap(fit(GroupingNetwork(spec), samples, settings).network, samples)
     assert torch.allclose(overlap.diagonal(), torch.ones(tasks, dtype=overlap.dtype))
     assert torch.allclose(overlap, overlap.T)
     assert float(overlap.min()) >= 0
@@ -56,19 +56,19 @@ def test_a_short_run_of_one_wide_branch_shows_the_planted_groups(tasks: int, gro
     assert found.adjusted_rand_index(truth) > 0.95
 
 
-def test_it_is_the_overlap_of_what_linear_tasks_read_whatever_the_sign() -> None:
+def test_linear_tasks_of_equal_features_overlap_whatever_the_sign() -> None:
     features = InputSpec("features", (2,))
     network = GroupingNetwork(
         NetworkSpec(features, READERS, EncoderSpec("mlp", options={"widths": [2]}), groups=1)
     )
     with torch.no_grad():
-        for parameter in network.branches.parameters():  # the identity, far from where ReLU cuts
+        for parameter in network.branches.parameters():  # the identity, in the positive range of ReLU
             parameter.copy_(torch.eye(2) if parameter.dim() == 2 else torch.full((2,), 1e3))
         for task, rows in zip(READERS, ([[1.0, 0.0]], [[-2.0, 0.0]], [[3.0, 0.0], [0.0, 3.0]]), strict=True):
             network.bank.weights[0][network.bank.rows(0, task)] = torch.tensor(rows)
-    overlap = reading_overlap(network, data(features, READERS, rows=1000))
+    overlap = feature_overlap(network, data(features, READERS, rows=1000))
     assert overlap[0, 1] == pytest.approx(1)
-    assert overlap[0, 2] == overlap[1, 2] == pytest.approx(0.5**0.5, rel=0.05)  # it reads another one beside it
+    assert overlap[0, 2] == overlap[1, 2] == pytest.approx(0.5**0.5, rel=0.05)  # it also reads another feature
 
 
 @pytest.mark.parametrize(
@@ -81,35 +81,35 @@ def test_it_is_the_overlap_of_what_linear_tasks_read_whatever_the_sign() -> None
         (image_spec(SAMPLEWISE, groups=1, encoder="celeba_resnet"), IMAGE),
     ],
 )
-def test_every_kind_of_task_and_cut_has_one_and_the_network_stays_as_it_is(
+def test_every_kind_of_task_and_stem_has_an_overlap_and_the_network_does_not_change(
     spec: NetworkSpec, kind: InputSpec
 ) -> None:
     network = GroupingNetwork(spec).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     samples = data(kind, spec.tasks, rows=40)
-    overlap = reading_overlap(network, samples, samples=30)
+    overlap = feature_overlap(network, samples, samples=30)
     assert overlap.shape == (len(spec.tasks), len(spec.tasks))
     assert torch.isfinite(overlap).all()
     assert torch.allclose(overlap.diagonal(), torch.ones(len(spec.tasks), dtype=overlap.dtype))
-    assert torch.equal(overlap, reading_overlap(network, samples, samples=30))
+    assert torch.equal(overlap, feature_overlap(network, samples, samples=30))
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["embedding_bag", "text_transformer"])
 @pytest.mark.parametrize("stem", [0, 1])
-def test_of_a_text_the_channels_are_compared(name: str, stem: int) -> None:
+def test_the_overlap_of_a_text_is_over_channels(name: str, stem: int) -> None:
     tokens, tasks = SHAPES["tokens"], SAMPLEWISE[:4]
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (30, LENGTH)).astype(np.int32)
     samples = ArrayData({"val": replace(arrays(FEATURES, tasks, 30), inputs=ids)}, tasks)
-    overlap = reading_overlap(GroupingNetwork(NetworkSpec(tokens, tasks, small(name, stem), 1)), samples)
+    overlap = feature_overlap(GroupingNetwork(NetworkSpec(tokens, tasks, small(name, stem), 1)), samples)
     assert torch.isfinite(overlap).all()
     assert torch.allclose(overlap.diagonal(), torch.ones(4, dtype=overlap.dtype))
 
 
 def test_a_network_of_several_branches_is_refused() -> None:
     with pytest.raises(ValueError, match="one branch, got 3"):
-        reading_overlap(GroupingNetwork(mlp_spec()), data(FEATURES, SAMPLEWISE))
+        feature_overlap(GroupingNetwork(mlp_spec()), data(FEATURES, SAMPLEWISE))
 
 
 @given(st.integers(2, 12), st.integers(0, 10_000))
@@ -132,10 +132,10 @@ def test_clusters_are_those_of_average_linkage(count: int, seed: int) -> None:
     [
         (torch.zeros(2, 3), 1, "square matrix"),
         (torch.full((2, 2), torch.nan), 1, "finite"),
-        (torch.eye(3), 4, "3 tasks make 1 to 3 groups, got 4"),
+        (torch.eye(3), 4, "3 tasks can form 1 to 3 groups, got 4"),
         (torch.eye(3), 0, "got 0"),
     ],
 )
-def test_what_cannot_be_clustered_is_refused(affinity: torch.Tensor, groups: int, what: str) -> None:
+def test_invalid_affinities_are_refused(affinity: torch.Tensor, groups: int, what: str) -> None:
     with pytest.raises(ValueError, match=what):
         cluster(affinity, groups)

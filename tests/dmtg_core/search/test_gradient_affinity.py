@@ -1,4 +1,4 @@
-"""What published selectors measure, beside what can be worked out by hand."""
+"""Gradient affinities of published selectors, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ VALUES = tuple(Task(name, "regression") for name in "abc")
 
 
 def linear() -> tuple[GroupingNetwork, Batch]:
-    """One linear layer that all tasks read: b asks for the opposite of a, c for something else."""
+    """One linear layer for all tasks: b has the labels of a inverted, c has other labels."""
     spec = NetworkSpec(InputSpec("features", (2,)), VALUES, EncoderSpec("mlp", options={"widths": [2]}), groups=1)
     network = GroupingNetwork(spec)
     with torch.no_grad():
-        for parameter in network.branches.parameters():  # the identity, far from where ReLU cuts
+        for parameter in network.branches.parameters():  # the identity, in the positive range of ReLU
             parameter.copy_(torch.eye(2) if parameter.dim() == 2 else torch.full((2,), 10.0))
         for task, row in zip(VALUES, ([1.0, 0.0], [1.0, 0.0], [0.0, 1.0]), strict=True):
             network.bank.weights[0][network.bank.rows(0, task)] = torch.tensor([row])
@@ -39,10 +39,10 @@ def linear() -> tuple[GroupingNetwork, Batch]:
     return network, Batch(x, targets)
 
 
-def test_of_tasks_that_ask_opposite_things_each_step_hurts_the_other() -> None:
+def test_a_step_on_one_of_two_opposite_tasks_hurts_the_other() -> None:
     network, batch = linear()
     affinities = GradientAffinities(VALUES)
-    affinities.look(network, batch, 1e-4)
+    affinities.update(network, batch, 1e-4)
     found = affinities.means()
     for value in found.values():
         assert value.shape == (3, 3)
@@ -57,7 +57,7 @@ def test_etap_is_the_first_order_of_tag() -> None:
     spec = mlp_spec(SAMPLEWISE[:4], groups=1, sampling="fixed")
     network, batch = GroupingNetwork(spec), samples.batch(spec.input, spec.tasks, 32)
     affinities = GradientAffinities(spec.tasks)
-    affinities.look(network, batch, 1e-3)
+    affinities.update(network, batch, 1e-3)
     found = affinities.means()
     assert torch.allclose(
         found["tag"] / 1e-3, found["etap"], rtol=0.05, atol=0.05 * float(found["etap"].abs().max())
@@ -68,7 +68,7 @@ def test_etap_and_cs_are_products_of_the_gradients_of_the_shared_weights() -> No
     spec = mlp_spec(SAMPLEWISE[:3], groups=1, sampling="fixed")
     network, batch = GroupingNetwork(spec), samples.batch(spec.input, spec.tasks, 16)
     affinities = GradientAffinities(spec.tasks)
-    affinities.look(network, batch, 1e-3)
+    affinities.update(network, batch, 1e-3)
     rows, losses = [], []
     from dmtg_core.training.losses import label_counts, sample_loss
 
@@ -88,16 +88,16 @@ def test_etap_and_cs_are_products_of_the_gradients_of_the_shared_weights() -> No
 
 
 @pytest.mark.parametrize("spec", [mlp_spec(SAMPLEWISE, groups=1), image_spec(ONE_OF_EACH, groups=1)])
-def test_looks_change_nothing_in_the_network_and_are_averaged(spec: NetworkSpec) -> None:
+def test_updates_do_not_change_the_network_and_are_averaged(spec: NetworkSpec) -> None:
     network = GroupingNetwork(replace(spec, sampling="fixed")).train()
     before = snapshot(network)
     first, second = (samples.batch(spec.input, spec.tasks, 6, seed=seed, missing=0.2) for seed in (0, 1))
     both = GradientAffinities(spec.tasks)
     alone = []
     for batch in (first, second):
-        both.look(network, batch, 1e-3)
+        both.update(network, batch, 1e-3)
         one = GradientAffinities(spec.tasks)
-        one.look(network, batch, 1e-3)
+        one.update(network, batch, 1e-3)
         alone.append(one.means())
     assert_same_tensors(snapshot(network), before)
     assert network.training
@@ -106,11 +106,11 @@ def test_looks_change_nothing_in_the_network_and_are_averaged(spec: NetworkSpec)
         assert torch.allclose(mean, (alone[0][name] + alone[1][name]) / 2)
 
 
-def test_the_projected_estimate_knows_that_a_task_is_better_off_without_its_opposite() -> None:
+def test_the_projected_estimate_separates_opposite_tasks() -> None:
     network, batch = linear()
     found = projected_affinity(network, batch, batch, directions=6)
     assert found.shape == (3, 3)
-    assert (found.diagonal() > -1).all()  # trained alone every task gets better than it is
+    assert (found.diagonal() > -1).all()  # training alone improves each task
     assert found[0, 1] < found[1, 1] - 0.1
     assert found[1, 0] < found[0, 0] - 0.1
 
@@ -140,7 +140,7 @@ def test_tasks_are_compared_in_encoders_of_text_too(encoder: EncoderSpec) -> Non
     ids = torch.randint(0, 40, (16, 7), generator=generator)
     batch = Batch(ids, {task.name: torch.randn(16, generator=generator) for task in VALUES})
     affinities = GradientAffinities(VALUES)
-    affinities.look(network, batch, 1e-2)
+    affinities.update(network, batch, 1e-2)
     for found in (*affinities.means().values(), projected_affinity(network, batch, batch, directions=4)):
         assert torch.isfinite(found).all()
 
@@ -164,6 +164,6 @@ def test_tasks_are_compared_in_one_branch() -> None:
     spec = mlp_spec(SAMPLEWISE[:2], groups=2)
     network, batch = GroupingNetwork(spec), samples.batch(spec.input, spec.tasks)
     with pytest.raises(ValueError, match="one branch, got 2"):
-        GradientAffinities(spec.tasks).look(network, batch, 0.1)
+        GradientAffinities(spec.tasks).update(network, batch, 0.1)
     with pytest.raises(ValueError, match="one branch, got 2"):
         projected_affinity(network, batch, batch)

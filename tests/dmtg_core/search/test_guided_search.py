@@ -1,4 +1,4 @@
-"""The guided search: candidates, whose groups are trained again, and who learns from whom."""
+"""The guided search: candidates, groups that are trained from scratch, and distillation."""
 
 from dataclasses import replace
 from itertools import cycle, pairwise
@@ -19,18 +19,18 @@ from dmtg_core import (
 )
 from dmtg_core.search import affinity_phase
 from dmtg_core.search.baselines import hard_network, train_hard
-from dmtg_core.search.search import _restless, _Search
+from dmtg_core.search.search import _score_noise, _Search
 from dmtg_core.training.loop import score_of
 from tests.dmtg_core import samples
 from tests.dmtg_core.interrupted import Interrupted, without_times
 from tests.dmtg_core.searches import SETTINGS, SPEC, assert_same_result, local
 
-# far apart or not, all go on
+# all candidates are trained to the end, whatever their scores
 GUIDED = SearchOptions(within=10.0, affinity_share=0.25, affinity_limit=0.25, distil_share=0.5)
 CANDIDATES = ("guided", "start_0", "wide")
 GUIDED_STAGES = [("naive_mtl", n) for n in (1, 2, 3, 4)] + [("affinity", 1)]
 GUIDED_STAGES += [(name, n) for epochs in ((1, 2), (3, 4)) for name in CANDIDATES for n in epochs]
-GUIDED_STAGES += [("retrained", n) for n in (1, 2, 3, 4)]  # the wide encoder is ahead on this problem
+GUIDED_STAGES += [("retrained", n) for n in (1, 2, 3, 4)]  # the wide encoder is best on this problem
 GUIDED_STAGES += [("distilled", n) for n in (1, 2)]
 
 
@@ -41,20 +41,20 @@ def data() -> ArrayData:
 
 @pytest.fixture(scope="module")
 def guided(data):
-    """A guided search that ran through, with its records."""
+    """A complete guided search with its records."""
     records = []
     result = search(SPEC, data, SETTINGS, GUIDED, context=local(on_record=records.append))
     return result, records
 
 
-def test_a_guided_search_compares_tasks_first_and_brings_all_near_candidates_to_their_end(guided):
+def test_a_guided_search_starts_with_the_affinity_phase_and_trains_all_near_candidates_to_the_end(guided):
     result, records = guided
     assert [(record["stage"], record["epoch"]) for record in records] == GUIDED_STAGES
     assert [candidate["stage"] for candidate in result.candidates] == [*CANDIDATES, "retrained"]
     finals = {candidate["stage"]: candidate["final"] for candidate in result.candidates}
     assert result.chosen == min(finals, key=finals.__getitem__)
     for name, final in finals.items():
-        every = name == "retrained"  # its groups never change: each of its epochs may be the best
+        every = name == "retrained"  # its groups never change: all epochs are candidates for the best
         ended = [r for r in records if r["stage"] == name and (every or r["phase"] == "finetune")]
         assert final == min(r["val_score"] for r in ended)
     assert result.distilled["teachers"] == [*CANDIDATES, "retrained"]
@@ -68,7 +68,7 @@ def test_a_guided_search_compares_tasks_first_and_brings_all_near_candidates_to_
     assert torch.allclose(affinity, affinity.T)
 
 
-def test_tasks_are_compared_until_the_groups_that_follow_are_at_rest(data):
+def test_the_affinity_phase_ends_when_the_groups_have_converged(data):
     settings = replace(SETTINGS, epochs=20)
     options = SearchOptions(affinity_share=0.1, affinity_limit=1.0)
     records = []
@@ -77,12 +77,12 @@ def test_tasks_are_compared_until_the_groups_that_follow_are_at_rest(data):
     assert 2 <= len(proposed) < 20
     names = [task.name for task in SPEC.tasks]
     groupings = [Grouping.from_assignment(names, groups) for groups in proposed]
-    alike = [a.adjusted_rand_index(b) >= 0.9 for a, b in pairwise(groupings)]
-    assert alike[-1]
-    assert not any(alike[:-1])
+    converged = [a.adjusted_rand_index(b) >= 0.9 for a, b in pairwise(groupings)]
+    assert converged[-1]
+    assert not any(converged[:-1])
 
 
-def test_the_comparison_ends_at_its_limit_where_groups_never_come_to_rest(data, monkeypatch):
+def test_the_affinity_phase_ends_at_its_limit_if_groups_do_not_converge(data, monkeypatch):
     tasks = len(SPEC.tasks)
     turns = cycle([[n % 3 for n in range(tasks)], [3 * n // tasks for n in range(tasks)]])
     monkeypatch.setattr(affinity_phase, "cluster", lambda *_: next(turns))
@@ -104,7 +104,7 @@ def test_the_guided_gate_starts_at_the_clusters_of_the_affinity(guided):
     assert sum(a == b for a, b in zip(likely, proposed, strict=True)) > len(proposed) / 2
 
 
-def test_candidates_far_behind_stop_when_the_search_ends(data, guided):
+def test_candidates_with_much_worse_scores_stop_at_the_end_of_the_search(data, guided):
     records = []
     options = replace(GUIDED, within=0.0, retrain=False)
     found = search(SPEC, data, SETTINGS, options, context=local(on_record=records.append))
@@ -112,10 +112,10 @@ def test_candidates_far_behind_stop_when_the_search_ends(data, guided):
     assert [c["stage"] for c in found.candidates if c["final"] is not None] == [best]
     assert {r["stage"] for r in records if r["epoch"] > 2} == {"naive_mtl", best}
     assert found.cost < guided[0].cost
-    assert found.distilled == {}  # nobody is left to learn from
+    assert found.distilled == {}  # there are no further teachers
 
 
-def test_without_distillation_the_result_is_the_best_candidate_as_it_was(data, guided):
+def test_without_distillation_the_result_is_the_best_candidate(data, guided):
     records = []
     options = replace(GUIDED, distil_share=0.0)
     found = search(SPEC, data, SETTINGS, options, context=local(on_record=records.append))
@@ -126,7 +126,7 @@ def test_without_distillation_the_result_is_the_best_candidate_as_it_was(data, g
     assert score_of(found.metrics["val"]) == pytest.approx(best["final"], abs=1e-6)
 
 
-def test_what_is_learned_counts_the_steps_and_what_the_teachers_are_asked(data, guided):
+def test_the_cost_of_distillation_includes_the_teachers(data, guided):
     plain = search(SPEC, data, SETTINGS, replace(GUIDED, distil_share=0.0), baseline=False, context=local())
     naive = training_flops(GroupingNetwork(replace(SPEC, groups=1)))
     spread = Grouping.from_assignment([t.name for t in SPEC.tasks], [n % 3 for n in range(len(SPEC.tasks))])
@@ -138,7 +138,7 @@ def test_what_is_learned_counts_the_steps_and_what_the_teachers_are_asked(data, 
 
 
 @pytest.mark.parametrize(("stage", "epoch"), GUIDED_STAGES)
-def test_a_guided_search_killed_in_any_stage_ends_like_one_that_was_not(tmp_path, data, guided, stage, epoch):
+def test_a_guided_search_interrupted_in_any_stage_has_the_same_result(tmp_path, data, guided, stage, epoch):
     expected, records = guided
 
     def kill(record):
@@ -153,7 +153,7 @@ def test_a_guided_search_killed_in_any_stage_ends_like_one_that_was_not(tmp_path
     assert without_times(rest) == without_times(records[GUIDED_STAGES.index((stage, epoch)) :])
 
 
-def test_one_branch_has_no_candidates_beside_it(data):
+def test_with_one_branch_there_are_no_further_candidates(data):
     result = search(replace(SPEC, groups=1), data, SETTINGS, baseline=False, context=local())
     assert [candidate["stage"] for candidate in result.candidates] == ["start_0"]
     assert result.affinity == []
@@ -162,7 +162,7 @@ def test_one_branch_has_no_candidates_beside_it(data):
 
 def test_where_the_wide_encoder_is_best_it_is_the_result_at_no_higher_cost(data, monkeypatch):
     results = {}
-    for name in ("guided", "start_0"):  # whatever the two gates come to, the wide encoder is to be better
+    for name in ("guided", "start_0"):  # the wide encoder is better than both gates
         results[name] = 1e3
     original = _Search._end
 
@@ -183,17 +183,17 @@ def test_where_the_wide_encoder_is_best_it_is_the_result_at_no_higher_cost(data,
         assert all(torch.equal(value, result.network(inputs)[name]) for name, value in model(inputs).items())
 
 
-def test_groups_of_the_best_gate_are_trained_from_scratch_before_the_wide_encoder_is_kept(data, guided):
+def test_groups_of_the_best_gate_are_trained_from_scratch_before_the_wide_encoder_is_selected(data, guided):
     by_name = {candidate["stage"]: candidate for candidate in guided[0].candidates}
     gates = [by_name["guided"], by_name["start_0"]]
     assert by_name["wide"]["final"] < min(gate["final"] for gate in gates)
     best = min(gates, key=lambda gate: gate["final"])
-    anew = by_name["retrained"]
-    assert (anew["gate"], anew["grouping"]) == (best["stage"], best["grouping"])
-    assert anew["probabilities"] == best["probabilities"]
+    retrained = by_name["retrained"]
+    assert (retrained["gate"], retrained["grouping"]) == (best["stage"], best["grouping"])
+    assert retrained["probabilities"] == best["probabilities"]
     grouping = Grouping.from_dict(best["grouping"], [task.name for task in SPEC.tasks])
     alone = train_hard(hard_network(SPEC, grouping), data, SETTINGS, splits=())
-    assert anew["final"] == alone.score
+    assert retrained["final"] == alone.score
     options = replace(GUIDED, retrain=False, distil_share=0.0)
     without = search(SPEC, data, SETTINGS, options, baseline=False, context=local())
     spent = search(SPEC, data, SETTINGS, replace(options, retrain=True), baseline=False, context=local()).cost
@@ -202,7 +202,7 @@ def test_groups_of_the_best_gate_are_trained_from_scratch_before_the_wide_encode
     assert spent - without.cost == pytest.approx(training_flops(alone.network) / unit)
 
 
-def test_groups_that_do_better_from_scratch_are_the_result(data, monkeypatch):
+def test_groups_that_are_better_from_scratch_are_the_result(data, monkeypatch):
     end = _Search._end
 
     def ended(self, name, state, **found):
@@ -218,7 +218,7 @@ def test_groups_that_do_better_from_scratch_are_the_result(data, monkeypatch):
 
 
 @pytest.mark.parametrize(("behind", "teaches"), [(0.19, True), (0.21, False)])
-def test_groups_that_are_far_behind_from_scratch_teach_nobody(data, monkeypatch, behind, teaches):
+def test_groups_that_are_much_worse_from_scratch_are_no_teachers(data, monkeypatch, behind, teaches):
     end = _Search._end
 
     def ended(self, name, state, **found):
@@ -227,13 +227,13 @@ def test_groups_that_are_far_behind_from_scratch_teach_nobody(data, monkeypatch,
             self.state.results[-1]["final"] = self._result("wide")["final"] + behind
 
     monkeypatch.setattr(_Search, "_end", ended)
-    monkeypatch.setattr(_Search, "_going_on", lambda *_: list(CANDIDATES))
+    monkeypatch.setattr(_Search, "_finalists", lambda *_: list(CANDIDATES))
     result = search(SPEC, data, SETTINGS, replace(GUIDED, within=0.1), baseline=False, context=local())
     assert result.distilled["teachers"] == [*CANDIDATES, *(["retrained"] if teaches else [])]
 
 
 @pytest.mark.parametrize(("ahead", "groups"), [("guided", None), ("wide", 1)])
-def test_nothing_is_trained_from_scratch_where_a_gate_is_ahead_or_has_one_group(data, monkeypatch, ahead, groups):
+def test_nothing_is_trained_from_scratch_if_a_gate_is_best_or_has_one_group(data, monkeypatch, ahead, groups):
     finish = _Search._finish
 
     def finished(self, name):
@@ -248,7 +248,7 @@ def test_nothing_is_trained_from_scratch_where_a_gate_is_ahead_or_has_one_group(
     assert [candidate["stage"] for candidate in result.candidates] == list(CANDIDATES)
 
 
-def test_who_is_a_little_too_far_behind_is_learned_from_and_is_not_the_result(data, monkeypatch):
+def test_a_slightly_worse_candidate_is_a_teacher_and_not_the_result(data, monkeypatch):
     given = {"guided": 0.0, "start_0": 0.15, "wide": 0.3}
     end, finish = _Search._end, _Search._finish
 
@@ -288,8 +288,8 @@ def test_options_out_of_range_are_refused(options, problem):
         SearchOptions(**options)
 
 
-def test_a_score_is_as_restless_as_the_second_half_of_its_search():
-    assert _restless([9.0, 0.0, 1.0, 3.0]) == 2.0
-    assert _restless([1.0, 2.0, 2.5, 3.5, 3.0, 3.25]) == 0.375
-    assert _restless([1.0]) == 0.0
-    assert _restless([0.0, 1.0, float("inf"), 2.0]) == 0.0
+def test_the_noise_of_a_score_is_that_of_the_second_half_of_its_search():
+    assert _score_noise([9.0, 0.0, 1.0, 3.0]) == 2.0
+    assert _score_noise([1.0, 2.0, 2.5, 3.5, 3.0, 3.25]) == 0.375
+    assert _score_noise([1.0]) == 0.0
+    assert _score_noise([0.0, 1.0, float("inf"), 2.0]) == 0.0

@@ -1,4 +1,4 @@
-"""The whole run: naive MTL, several starts, the best one fine-tuned; interrupted anywhere, it ends the same."""
+"""A whole search: naive MTL, several starts, the best one fine-tuned; interruptions do not change the result."""
 
 from collections import Counter
 from dataclasses import replace
@@ -37,7 +37,7 @@ def data() -> ArrayData:
 
 @pytest.fixture(scope="module")
 def undisturbed(data):
-    """A search that ran through, with its records."""
+    """A complete search with its records."""
     records = []
     result = search(SPEC, data, SETTINGS, options=DMTG, context=local(on_record=records.append))
     return result, records
@@ -59,7 +59,7 @@ def test_the_result_is_the_hard_network_with_its_metrics_on_every_split(undistur
     assert set(result.metrics["test"]) == {task.name for task in SPEC.tasks}
 
 
-def test_the_start_with_the_best_validation_goes_on(undisturbed):
+def test_the_start_with_the_best_validation_score_is_trained_to_the_end(undisturbed):
     result, _ = undisturbed
     scores = [start["score"] for start in result.candidates]
     assert [start["stage"] for start in result.candidates] == ["start_0", "start_1"]
@@ -80,7 +80,7 @@ def test_starts_differ_in_their_seeds(undisturbed, data):
         assert without_times([here | {"stage": ""}]) == without_times([there | {"stage": ""}])
 
 
-def test_one_start_without_a_baseline_is_a_plain_run(data):
+def test_one_start_without_a_baseline_is_a_single_training(data):
     result = search(SPEC, data, SETTINGS, SearchOptions("dmtg"), baseline=False, context=local())
     state = fit(GroupingNetwork(SPEC), data, SETTINGS, local())
     assert result.baseline == {}
@@ -96,7 +96,7 @@ def test_the_baseline_is_one_branch_trained_for_all_epochs(undisturbed, data):
 
 
 @pytest.mark.parametrize(("stage", "epoch"), STAGES)
-def test_a_search_killed_in_any_stage_ends_like_one_that_was_not(tmp_path, data, undisturbed, stage, epoch):
+def test_a_search_interrupted_in_any_stage_has_the_same_result(tmp_path, data, undisturbed, stage, epoch):
     expected, records = undisturbed
 
     def kill(record):
@@ -111,7 +111,7 @@ def test_a_search_killed_in_any_stage_ends_like_one_that_was_not(tmp_path, data,
     assert without_times(rest) == without_times(records[STAGES.index((stage, epoch)) :])
 
 
-def test_a_search_killed_at_every_epoch_in_turn_ends_like_one_that_was_not(tmp_path, data, undisturbed):
+def test_a_search_interrupted_at_each_epoch_has_the_same_result(tmp_path, data, undisturbed):
     seen: Counter = Counter()
 
     def kill_once(record):
@@ -130,7 +130,7 @@ def test_a_search_killed_at_every_epoch_in_turn_ends_like_one_that_was_not(tmp_p
     assert set(seen.values()) == {2}
 
 
-def test_a_finished_search_is_taken_up_without_training(tmp_path, data, undisturbed):
+def test_a_finished_search_resumes_without_training(tmp_path, data, undisturbed):
     search(SPEC, data, SETTINGS, options=DMTG, context=local(tmp_path))
     context = local(tmp_path, on_record=lambda _: pytest.fail("trained"))
     assert_same_result(search(SPEC, data, SETTINGS, options=DMTG, context=context), undisturbed[0])
@@ -143,7 +143,7 @@ def test_a_search_over_all_epochs_ends_with_hard_groups(data):
     assert result.grouping == result.network.grouping()
 
 
-def test_choices_use_validation_and_nothing_of_the_test_split(data, undisturbed):
+def test_selections_use_validation_data_and_not_the_test_split(data, undisturbed):
     test = data.splits["test"]
     shuffled = Arrays(test.inputs[::-1].copy(), {n: y.copy() for n, y in test.labels.items()}, test.present)
     other = ArrayData({**data.splits, "test": shuffled}, SPEC.tasks)
@@ -154,7 +154,7 @@ def test_choices_use_validation_and_nothing_of_the_test_split(data, undisturbed)
     assert found.metrics["test"] != expected.metrics["test"]
 
 
-def test_only_the_splits_asked_for_are_evaluated(data):
+def test_only_requested_splits_are_evaluated(data):
     splits = {name: data.splits[name] for name in ("train", "val")}
     result = search(SPEC, ArrayData(splits, SPEC.tasks), SETTINGS, splits=("val",), context=local())
     assert result.metrics.keys() == {"val"}

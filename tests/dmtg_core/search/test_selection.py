@@ -1,4 +1,4 @@
-"""The exact choice of networks, against trying every set of candidates, and on published tables."""
+"""The exact selection of networks, against brute force and published tables."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_table(file: Path) -> list[Candidate]:
 
 
 def least(candidates: Sequence[Candidate], budget: int) -> float:
-    """The lowest sum of losses, by trying every set of at most as many candidates as there are tasks."""
+    """The lowest sum of losses by brute force over sets of at most as many candidates as tasks."""
     tasks = sorted({task for one in candidates for task in one.losses})
     losses = np.array([[one.losses.get(task, np.inf) for task in tasks] for one in candidates])
     costs = np.array([one.cost for one in candidates])
@@ -61,7 +61,7 @@ tables = st.lists(st.builds(Candidate, losses, st.integers(1, 3)), min_size=1, m
 
 
 @given(tables, st.integers(1, 8))
-def test_nothing_is_better_than_what_is_chosen(candidates: list[Candidate], budget: int) -> None:
+def test_no_other_selection_is_better(candidates: list[Candidate], budget: int) -> None:
     best = least(candidates, budget)
     if best == np.inf:
         with pytest.raises(ValueError, match=f"total cost of {budget} serves all of"):
@@ -94,20 +94,20 @@ def test_of_equal_choices_the_cheaper_one_is_taken() -> None:
 
 @pytest.mark.parametrize(
     ("values", "cost", "what"),
-    [({}, 1, "without tasks"), ({"a": float("nan")}, 1, "finite losses"), ({"a": 1.0}, 0, "at least 1")],
+    [({}, 1, "needs at least one task"), ({"a": float("nan")}, 1, "finite losses"), ({"a": 1.0}, 0, "at least 1")],
 )
-def test_a_candidate_that_means_nothing_is_refused(values: dict[str, float], cost: int, what: str) -> None:
+def test_an_invalid_candidate_is_refused(values: dict[str, float], cost: int, what: str) -> None:
     with pytest.raises(ValueError, match=what):
         Candidate(values, cost)
 
 
-def test_more_tasks_than_can_be_tried_are_refused() -> None:
+def test_too_many_tasks_are_refused() -> None:
     with pytest.raises(ValueError, match=f"1 to {MOST_TASKS} tasks, got {MOST_TASKS + 1}"):
         select([Candidate({str(n): 0.0}) for n in range(MOST_TASKS + 1)], 3)
 
 
 def summed(affinity: torch.Tensor, assignment: Sequence[int]) -> float:
-    """What `best_partition` maximises, written out."""
+    """The objective of `best_partition`, written out."""
     total = 0.0
     for j, group in enumerate(assignment):
         others = [i for i, other in enumerate(assignment) if other == group and i != j]
@@ -127,7 +127,7 @@ def test_the_exact_partition_is_the_best_of_all(tasks: int, groups: int, seed: i
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_beam_comes_close_to_the_exact_partition_and_never_above(seed: int) -> None:
+def test_the_beam_is_close_to_the_exact_partition_and_never_better(seed: int) -> None:
     affinity = torch.from_numpy(np.random.default_rng(seed).normal(size=(10, 10)))
     exact, found = (summed(affinity, best_partition(affinity, 3, exact=e)) for e in (True, False))
     assert 0.9 * exact < found <= exact + 1e-9
@@ -148,7 +148,7 @@ def test_many_tasks_in_clear_groups_are_found_by_the_beam() -> None:
     [
         (torch.zeros(2, 3), 1, "square matrix"),
         (torch.full((2, 2), float("nan")), 1, "finite"),
-        (torch.zeros(2, 2), 3, "2 tasks make 1 to 2 groups, got 3"),
+        (torch.zeros(2, 2), 3, "2 tasks can form 1 to 2 groups, got 3"),
     ],
 )
 def test_a_partition_needs_a_square_affinity_and_groups_in_range(

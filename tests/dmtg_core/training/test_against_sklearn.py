@@ -1,4 +1,4 @@
-"""Every metric and loss equals scikit-learn's or scipy's, whatever the scores, the batches and the workers."""
+"""Metrics and losses equal those of scikit-learn and scipy for any scores, batches and workers."""
 
 import math
 from itertools import pairwise
@@ -70,7 +70,7 @@ def test_auroc_and_average_precision_of_any_scores_batches_and_workers(case, bat
 
 
 @given(case=scored(), missing=st.floats(0, 0.9), seed=st.integers(0, 2**32))
-def test_samples_without_a_label_take_no_part(case, missing, seed):
+def test_samples_without_a_label_are_omitted(case, missing, seed):
     score, label = case
     known = np.random.default_rng(seed).random(len(score)) >= missing
     known[:2] = True
@@ -87,7 +87,7 @@ def test_binary_metrics_and_loss(case):
     assert found["accuracy"] == pytest.approx(sk.accuracy_score(label, guess), abs=CLOSE)
     assert found["balanced_accuracy"] == pytest.approx(sk.balanced_accuracy_score(label, guess), abs=CLOSE)
     assert found["f1"] == pytest.approx(sk.f1_score(label, guess), abs=CLOSE)
-    if np.abs(score).max() < 30:  # beyond, scikit-learn's probabilities are rounded to 0 and 1
+    if np.abs(score).max() < 30:  # for larger scores scikit-learn's probabilities are rounded to 0 and 1
         chance = 1 / (1 + np.exp(-score.astype(np.float64)))
         assert found["loss"] == pytest.approx(
             sk.log_loss(label, chance, labels=[False, True]), rel=1e-8, abs=CLOSE

@@ -1,4 +1,4 @@
-"""Aggregators: the gradients that torchjd gives, whatever the grouping and the number of workers."""
+"""Aggregators: the gradients of torchjd for any grouping and number of workers."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def pair_losses(network: GroupingNetwork, batch: Batch, counts: Tensor | None = 
 
 
 def gradients(network: nn.Module) -> dict[str, Tensor]:
-    """What lies in `.grad`, by name."""
+    """Contents of `.grad` by name."""
     return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
 
 
@@ -147,7 +147,7 @@ def test_one_group_gets_the_gradients_of_torchjd(kind, name):
 @pytest.mark.parametrize("name", AGGREGATORS)
 @pytest.mark.parametrize("kind", ["two groups", "two groups of a convnet"])
 @quiet
-def test_groups_with_a_common_stem_are_weighed_apart_and_add_up_in_the_stem(kind, name):
+def test_groups_are_weighted_separately_and_summed_in_the_stem(kind, name):
     spec = SPECS[kind]
     names = [task.name for task in spec.tasks]
     batch = samples.batch(spec.input, spec.tasks, 12)
@@ -190,7 +190,7 @@ def test_the_mean_is_the_plain_gradient_divided_by_the_tasks_and_heads_are_not_w
     assert_close(scaled, plain(network, batch))
 
 
-def test_losses_may_come_apart():
+def test_losses_may_be_separate_tensors():
     spec = SPECS["convnet"]
     batch = samples.batch(spec.input, spec.tasks, 12)
     network = grouped(spec, [[task.name for task in spec.tasks]])
@@ -202,7 +202,7 @@ def test_losses_may_come_apart():
     samples.assert_same_tensors(gradients(network), expected)
 
 
-def test_gradients_are_added_to_those_that_are_there():
+def test_gradients_are_added_to_existing_ones():
     spec = SPECS["mlp"]
     batch = samples.batch(spec.input, spec.tasks, 12)
     network = grouped(spec, NO_GROUPS)
@@ -212,7 +212,7 @@ def test_gradients_are_added_to_those_that_are_there():
     assert_close(gradients(network), {k: 2 * v for k, v in once.items()})
 
 
-def test_the_jacobian_is_reduced_in_blocks_that_hold_all_of_it(monkeypatch):
+def test_the_jacobian_is_reduced_in_blocks(monkeypatch):
     spec = SPECS["mlp"]
     batch = samples.batch(spec.input, spec.tasks, 12)
     network = grouped(spec, NO_GROUPS)
@@ -236,14 +236,14 @@ def test_the_jacobian_is_reduced_in_blocks_that_hold_all_of_it(monkeypatch):
 # --- what a group shares
 
 
-def test_a_group_shares_its_branch_and_with_no_other_alive_the_stem():
+def test_a_group_shares_its_branch_and_alone_also_the_stem():
     network = grouped(SPECS["two groups"], TWO_GROUPS)
     assert shared_parameters(network) == {k: list(network.branches[k].parameters()) for k in (0, 1)}
     network = grouped(SPECS["two groups"], NO_GROUPS)
     assert shared_parameters(network) == {0: [*network.stem.parameters(), *network.branches[0].parameters()]}
 
 
-def test_a_branch_with_nothing_to_learn_is_weighed_over_the_stem():
+def test_a_branch_without_trainable_parameters_is_weighted_over_the_stem():
     spec = SPECS["two groups"]
     batch = samples.batch(spec.input, spec.tasks, 12)
     network = grouped(spec, TWO_GROUPS)
@@ -259,7 +259,7 @@ def test_a_branch_with_nothing_to_learn_is_weighed_over_the_stem():
         torch.testing.assert_close(weights[members], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_where_only_heads_learn_they_learn_as_ever():
+def test_if_only_heads_are_trained_their_gradients_do_not_change():
     spec = SPECS["mlp"]
     batch = samples.batch(spec.input, spec.tasks, 12)
     network = grouped(spec, NO_GROUPS)
@@ -270,7 +270,7 @@ def test_where_only_heads_learn_they_learn_as_ever():
     assert_close(found, plain(network, batch))
 
 
-def test_the_gate_gets_no_gradient_and_is_owed_none():
+def test_the_gradient_of_the_gate_is_zero():
     spec = SPECS["two groups"]
     batch = samples.batch(spec.input, spec.tasks, 12)
     network = grouped(spec, TWO_GROUPS)
@@ -288,11 +288,11 @@ def test_the_gate_gets_no_gradient_and_is_owed_none():
 
 
 @pytest.mark.parametrize("name", ["upgrad", "dualproj"])
-def test_a_step_hurts_no_task_where_the_sum_would(name):
-    """Labels and their opposite: whatever serves the heavy task by itself hurts the light one."""
+def test_a_step_hurts_no_task_in_a_conflict(name):
+    """Labels and their inverse: a step on the heavy task alone hurts the light one."""
     tasks = (Task("heavy", "binary", weight=2.0), Task("light", "binary"), Task("third", "binary"))
     network = grouped(NetworkSpec(FEATURES, tasks, mlp_spec().encoder, 1), [["heavy", "light", "third"]])
-    with torch.no_grad():  # heads that agree on what they read, for labels that do not
+    with torch.no_grad():  # equal heads for opposite labels
         network.bank.weights[0][1] = network.bank.weights[0][0]
     batch = samples.batch(FEATURES, tasks, 64)
     batch.targets["light"].copy_(1 - batch.targets["heavy"])
@@ -325,10 +325,10 @@ def test_each_branch_and_step_draws_its_own_order():
     assert len(seeds) == len(set(seeds)) == 6
 
 
-# --- steps that lack something
+# --- steps without labels or finite losses
 
 
-def test_a_batch_without_labels_of_one_task_still_moves_the_others():
+def test_a_batch_without_labels_of_one_task_trains_the_others():
     spec = SPECS["mlp"]
     batch = samples.batch(spec.input, spec.tasks, 12)
     batch.targets["age"].fill_(torch.nan)
@@ -341,7 +341,7 @@ def test_a_batch_without_labels_of_one_task_still_moves_the_others():
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
-def test_a_loss_that_is_not_finite_gives_gradients_that_a_step_refuses(name):
+def test_a_loss_that_is_not_finite_has_gradients_that_a_step_refuses(name):
     spec = SPECS["mlp"]
     batch = samples.batch(spec.input, spec.tasks, 12)
     batch.targets["age"][0] = torch.inf
@@ -380,7 +380,7 @@ def global_batch(spec: NetworkSpec) -> Batch:
 
 
 def work(rank: int, workers: int, folder: Path) -> None:
-    """A data-parallel step, then one with each of some aggregators, on this worker's part of the batch."""
+    """A data-parallel step, then a step with each aggregator, on this worker's part of the batch."""
     total = parallel.ProcessContext().sum
     spec = SPECS["two groups"]
     network = grouped(spec, TWO_GROUPS)
@@ -389,7 +389,7 @@ def work(rank: int, workers: int, folder: Path) -> None:
     batch = Batch(whole.inputs[mine], {key: value[mine] for key, value in whole.targets.items()})
     counts = label_counts(spec.tasks, whole.targets)
     module = DistributedDataParallel(Losses(network))
-    module(batch, counts).sum().backward()  # its hooks have been at work, and are not to be afterwards
+    module(batch, counts).sum().backward()  # its hooks ran here and must not run later
     for name in RANKED:
         network.zero_grad()
         losses, _ = pair_losses(network, batch, counts)
@@ -401,18 +401,18 @@ def work(rank: int, workers: int, folder: Path) -> None:
 
 
 class Losses(nn.Module):
-    """What data-parallel training wraps."""
+    """The module that data-parallel training wraps."""
 
     def __init__(self, network: GroupingNetwork) -> None:
         super().__init__()
         self.network = network
-        network.gate.logits.requires_grad_(requires_grad=False)  # unused here, and each one has to be used
+        network.gate.logits.requires_grad_(requires_grad=False)  # unused here, and all parameters have to be used
 
     def forward(self, batch: Batch, counts: Tensor) -> Tensor:
         return pair_losses(self.network, batch, counts)[0]
 
 
-def test_two_workers_give_the_gradients_of_one(tmp_path):
+def test_two_workers_have_the_gradients_of_one(tmp_path):
     parallel.in_group(2, work, tmp_path)
     spec = SPECS["two groups"]
     for name in RANKED:
@@ -421,5 +421,5 @@ def test_two_workers_give_the_gradients_of_one(tmp_path):
         expected, weights = aggregated(grouped(spec, TWO_GROUPS), global_batch(spec), name)
         torch.testing.assert_close(first["weights"], weights, rtol=1e-4, atol=1e-5)
         assert_close({key: first[key] for key in expected}, expected)
-        for key in expected:  # a worker holds its own share until somebody sums
+        for key in expected:  # a worker has its own share before the sum
             assert not torch.equal(first[f"local.{key}"], second[f"local.{key}"]), key

@@ -1,4 +1,4 @@
-"""Weights of aggregators: one function of Gramian and seed; what cannot be loaded is said."""
+"""Weights of aggregators: a function of Gramian and seed, and errors of loading."""
 
 import os
 import subprocess
@@ -64,7 +64,7 @@ def test_a_task_without_a_gradient_does_not_count(name):
     assert weigh(torch.zeros(3, 3), 3).tolist() == [0.0, 0.0, 0.0]
 
 
-def test_an_unknown_name_is_refused_with_those_there_are():
+def test_an_unknown_name_is_refused_with_the_known_names():
     with pytest.raises(ValueError, match="unknown aggregator 'upgrade', expected one of mean, upgrad, dualproj"):
         load_aggregator("upgrade")
 
@@ -91,7 +91,7 @@ for name in AGGREGATORS:
 """
 
 
-def test_what_is_missing_is_said_with_the_command_that_installs_it():
+def test_a_missing_library_is_reported_with_the_command_that_installs_it():
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", WITHOUT],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,

@@ -28,7 +28,7 @@ def generator(seed: int = 0, step: int = 0, rank: int = 0) -> torch.Generator:
 
 
 def images(rows: int) -> torch.Tensor:
-    """Stored images of 2×3 pixels and 2 channels, `(rows, 2, 3, 2)`: pixel values count up, the last one apart."""
+    """Stored images of 2×3 pixels and 2 channels, `(rows, 2, 3, 2)`: ascending values except the last."""
     one = torch.tensor([[[1, 2], [3, 4], [5, 6]], [[7, 8], [9, 10], [11, 255]]], dtype=torch.uint8)
     return one.expand(rows, 2, 3, 2).contiguous()
 
@@ -47,7 +47,7 @@ def hand_made(rows: int = 64) -> Batch:
     return Batch(images(rows), {name: t.expand(rows, *t.shape).contiguous() for name, t in targets.items()})
 
 
-# the same sample as in a mirror
+# the same sample mirrored
 MIRRORED = {
     "normals": [
         [[-0.3, -0.2, -0.1], [NAN, -0.5, -0.4]],
@@ -63,7 +63,7 @@ MIRRORED_IMAGE = [[[5, 6], [3, 4], [1, 2]], [[11, 255], [9, 10], [7, 8]]]
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal in dtype, shape and every bit of value, NaN included."""
+    """Equal in dtype, shape and all bits, NaN included."""
     return found.dtype == expected.dtype and torch.equal(
         found.double().nan_to_num(1e9), expected.double().nan_to_num(1e9)
     )
@@ -80,7 +80,7 @@ def flipped(batch: Batch) -> torch.Tensor:
     return batch.inputs[:, 0, 0, 0] == 5
 
 
-def test_a_sample_is_itself_or_its_mirror_image_with_all_its_targets():
+def test_a_sample_is_unchanged_or_mirrored_with_all_its_targets():
     batch = hand_made()
     found = augment(batch, TASKS, ("flip",), generator())
     mirrored = flipped(found)
@@ -92,7 +92,7 @@ def test_a_sample_is_itself_or_its_mirror_image_with_all_its_targets():
             assert same(found.targets[name][row], expected), name
 
 
-def test_the_batch_that_was_given_is_not_changed():
+def test_the_input_batch_is_not_changed():
     batch = hand_made()
     augment(batch, TASKS, ("flip",), generator())
     assert same_batch(batch, hand_made())
@@ -103,7 +103,7 @@ def test_without_an_augmentation_the_batch_is_the_same_object():
     assert augment(batch, TASKS, (), generator()) is batch
 
 
-def test_flipped_twice_by_the_same_draws_is_the_batch_again():
+def test_two_equal_flips_restore_the_batch():
     batch = samples.batch(IMAGE, MIXED, 16, missing=0.3)
     tasks = [replace(t, flip=(-1, 1, 1)) if t.name == "normals" else t for t in MIXED]
     once = augment(batch, tasks, ("flip",), generator())
@@ -142,7 +142,7 @@ def test_each_sample_is_flipped_in_half_of_the_steps(row):
     found = [bool(flipped(augment(batch, (), ("flip",), generator(22, step)))[row]) for step in range(1000)]
     assert 440 < sum(found) < 560  # 3.8 standard deviations
     changes = sum(a != b for a, b in zip(found[1:], found, strict=False))
-    assert 440 < changes < 560  # and a step tells nothing of the next
+    assert 440 < changes < 560  # steps are independent
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5])
@@ -181,7 +181,7 @@ def test_settings_refuse_an_unknown_augmentation():
     assert TrainSettings(augment=["flip"]) == TrainSettings(augment=tuple(AUGMENTATIONS))
 
 
-def test_the_host_never_waits():
+def test_the_host_does_not_wait():
     batch = samples.batch(IMAGE, MIXED, 8)
     tasks = [replace(t, flip=(-1, 1, 1)) if t.name == "normals" else t for t in MIXED]
     with HostSyncs() as counter:
@@ -194,7 +194,7 @@ def test_the_host_never_waits():
 
 
 class Seen:
-    """A data set that notes what it gives, beside what the network gets."""
+    """A data set that records its batches and the inputs of the network."""
 
     def __init__(self, data) -> None:
         self.data = data
@@ -229,7 +229,7 @@ def trained(augmentations: tuple[str, ...], epochs: int = 1) -> tuple[Seen, Trai
     return seen, advance(state, seen, settings, local(), until=epochs)
 
 
-def test_training_sees_mirrored_images_and_evaluation_only_what_is_stored():
+def test_training_uses_mirrored_images_and_evaluation_stored_ones():
     seen, _ = trained(("flip",), epochs=2)
     assert len(seen.got["train"]) == len(seen.given["train"]) == 4
     looked_at, evaluated = seen.got["eval"][::3], [x for i, x in enumerate(seen.got["eval"]) if i % 3]
@@ -242,12 +242,12 @@ def test_training_sees_mirrored_images_and_evaluation_only_what_is_stored():
     assert not all(torch.equal(*pair) for pair in zip(seen.given["train"], seen.got["train"], strict=True))
 
 
-def test_without_augmentation_training_sees_what_is_stored():
+def test_without_augmentation_training_uses_stored_images():
     seen, _ = trained(())
     assert all(torch.equal(*pair) for pair in zip(seen.given["train"], seen.got["train"], strict=True))
 
 
-def test_a_run_with_augmentation_repeats_itself_and_differs_from_one_without():
+def test_a_run_with_augmentation_is_reproducible_and_differs_from_one_without():
     losses = [trained(names)[1].history[0]["train_loss"] for names in (("flip",), ("flip",), ())]
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]

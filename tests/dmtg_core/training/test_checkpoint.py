@@ -1,4 +1,4 @@
-"""Checkpoints: what is written comes back as it was, and what is damaged is named."""
+"""Checkpoints: loading restores the saved state, and damaged files are named."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from dmtg_core.training import checkpoint as files
 from dmtg_core.training.context import LocalContext
 from dmtg_core.training.step import WeighedLoss, step_noise, train_step
 from tests.dmtg_core import samples
-from tests.dmtg_core.samples import assert_same_tensors, decided, image_spec, mlp_spec
+from tests.dmtg_core.samples import assert_same_tensors, assigned, image_spec, mlp_spec
 
 SPECS = {"mlp": mlp_spec(stem=1), "convnet": image_spec()}
 
@@ -24,7 +24,7 @@ def trained(name: str, *, pruned: bool = False, optimizer: str = "adam") -> tupl
     settings = TrainSettings(learning_rate=1e-2, optimizer=optimizer)
     state = TrainState.fresh(GroupingNetwork(spec), settings)
     if pruned:
-        decided(state.network, [n % 2 for n in range(len(spec.tasks))])
+        assigned(state.network, [n % 2 for n in range(len(spec.tasks))])
         alive = torch.ones_like(state.network.gate.alive)
         alive[::2, 1:] = False
         state.keep(alive, settings)
@@ -50,7 +50,7 @@ def moments(state: TrainState) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.parametrize("name", SPECS)
-def test_a_network_comes_back_as_it_was(tmp_path, name, pruned):
+def test_a_loaded_network_equals_the_saved_one(tmp_path, name, pruned):
     network = trained(name, pruned=pruned)[0].network.eval()
     files.save_network(tmp_path / "new" / "folder", network)
     loaded = files.load_network(tmp_path / "new" / "folder").eval()
@@ -63,9 +63,9 @@ def test_a_network_comes_back_as_it_was(tmp_path, name, pruned):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_group_model_comes_back_in_evaluation_mode_as_it_was(tmp_path, name):
+def test_a_loaded_group_model_equals_the_saved_one_in_evaluation_mode(tmp_path, name):
     network = trained(name)[0].network
-    decided(network, [n % 2 for n in range(len(network.tasks))]).eval()
+    assigned(network, [n % 2 for n in range(len(network.tasks))]).eval()
     inputs = samples.batch(network.spec.input, network.tasks).inputs
     for group, model in network.specialise().items():
         files.save_model(tmp_path / group, model)
@@ -78,7 +78,7 @@ def test_a_group_model_comes_back_in_evaluation_mode_as_it_was(tmp_path, name):
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize("pruned", [False, True])
-def test_a_training_state_comes_back_as_it_was(tmp_path, pruned, optimizer):
+def test_a_loaded_training_state_equals_the_saved_one(tmp_path, pruned, optimizer):
     state, settings = trained("convnet", pruned=pruned, optimizer=optimizer)
     state.save(tmp_path)
     loaded = TrainState.load(tmp_path, settings, torch.device("cpu"))
@@ -90,7 +90,7 @@ def test_a_training_state_comes_back_as_it_was(tmp_path, pruned, optimizer):
     assert repr(loaded.history) == repr(state.history)
 
 
-def test_a_state_without_a_best_epoch_comes_back_without_one(tmp_path):
+def test_a_state_without_a_best_epoch_can_be_loaded(tmp_path):
     settings = TrainSettings()
     TrainState.fresh(GroupingNetwork(mlp_spec()), settings).save(tmp_path)
     loaded = TrainState.load(tmp_path, settings, torch.device("cpu"))
@@ -135,7 +135,7 @@ def test_an_unknown_format_is_refused_with_both_numbers(tmp_path):
 
 
 def written_before(folder) -> None:
-    """A saved network as the version before wrote it."""
+    """A saved network in the format of the version before."""
     described = json.loads((folder / "network.json").read_text())
     (folder / "network.json").write_text(json.dumps(described | {"format": 1}))
 
@@ -155,7 +155,7 @@ def test_networks_of_more_than_ten_branches_from_the_version_before_are_refused(
 
 
 def test_a_group_of_more_than_ten_branches_from_the_version_before_is_refused(tmp_path):
-    network = decided(GroupingNetwork(mlp_spec(groups=12)), list(range(10)))
+    network = assigned(GroupingNetwork(mlp_spec(groups=12)), list(range(10)))
     files.save_model(tmp_path, network.specialise()["group_0"])
     files.load_model(tmp_path, branches=12)
     written_before(tmp_path)
@@ -164,7 +164,7 @@ def test_a_group_of_more_than_ten_branches_from_the_version_before_is_refused(tm
         files.load_model(tmp_path, branches=12)
 
 
-def test_dense_heads_of_the_version_before_were_right_with_any_number_of_branches(tmp_path):
+def test_dense_heads_of_the_version_before_are_correct_with_any_number_of_branches(tmp_path):
     files.save_network(tmp_path, GroupingNetwork(image_spec(samples.DENSE[:2], 11)))
     written_before(tmp_path)
     assert len(files.load_network(tmp_path).branches) == 11
@@ -197,7 +197,7 @@ def test_a_damaged_file_is_refused_by_its_name(tmp_path, name, damage):
     [("network.json", {"format": 1}), ("network.json", []), ("loop.json", {"epoch": 1})],
     ids=str,
 )
-def test_json_that_holds_something_else_is_refused_by_its_name(tmp_path, name, content):
+def test_unexpected_json_is_refused_by_its_name(tmp_path, name, content):
     state, settings = trained("mlp")
     state.save(tmp_path)
     (tmp_path / name).write_text(json.dumps(content))

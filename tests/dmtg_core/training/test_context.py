@@ -1,4 +1,4 @@
-"""`LocalContext`: checkpoints appear whole, and only the last ones stay."""
+"""`LocalContext`: checkpoints are complete, and only the last ones are kept."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def local(folder, **options) -> LocalContext:
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_last_checkpoints_stay_and_nothing_else(tmp_path, keep):
+def test_only_the_last_checkpoints_are_kept(tmp_path, keep):
     context = local(tmp_path / "run", keep=keep)
     for n in range(5):
         context.report({"epoch": n}, writer(str(n)))
@@ -28,14 +28,14 @@ def test_the_last_checkpoints_stay_and_nothing_else(tmp_path, keep):
     assert context.latest() == kept[-1]
 
 
-def test_two_checkpoints_stay_by_default(tmp_path):
+def test_two_checkpoints_are_kept_by_default(tmp_path):
     context = local(tmp_path)
     for n in range(4):
         context.report({}, writer(str(n)))
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_numbers_go_on_where_another_context_stopped(tmp_path):
+def test_numbers_continue_after_those_of_another_context(tmp_path):
     local(tmp_path).report({}, writer("first"))
     context = local(tmp_path)
     context.report({}, writer("second"))
@@ -43,7 +43,7 @@ def test_numbers_go_on_where_another_context_stopped(tmp_path):
     assert [(f / "content").read_text() for f in sorted(tmp_path.iterdir())] == ["first", "second"]
 
 
-def test_numbers_that_outgrow_their_zeros_are_the_newest(tmp_path):
+def test_numbers_with_more_digits_are_the_newest(tmp_path):
     context = local(tmp_path, keep=3)
     context.report({}, writer("before"))
     (tmp_path / "checkpoint_000000").rename(tmp_path / "checkpoint_999998")
@@ -54,7 +54,7 @@ def test_numbers_that_outgrow_their_zeros_are_the_newest(tmp_path):
     assert (local(tmp_path).latest() / "content").read_text() == "2"
 
 
-def test_a_write_that_fails_leaves_the_last_whole_checkpoint(tmp_path):
+def test_a_failed_write_leaves_the_last_complete_checkpoint(tmp_path):
     context = local(tmp_path)
     context.report({}, writer("whole"))
 
@@ -70,7 +70,7 @@ def test_a_write_that_fails_leaves_the_last_whole_checkpoint(tmp_path):
     assert not (tmp_path / ".part").exists()
 
 
-def test_what_a_killed_writer_left_is_ignored_and_cleared(tmp_path):
+def test_files_of_a_killed_writer_are_ignored_and_removed(tmp_path):
     (tmp_path / ".part").mkdir()
     (tmp_path / ".part" / "old").write_text("stale")
     context = local(tmp_path)
@@ -80,7 +80,7 @@ def test_what_a_killed_writer_left_is_ignored_and_cleared(tmp_path):
     assert not (tmp_path / ".part").exists()
 
 
-def test_without_a_folder_nothing_is_written_and_records_are_handed_on(tmp_path, monkeypatch):
+def test_without_a_folder_nothing_is_written_and_records_are_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = []
     context = local(None, on_record=seen.append)
@@ -102,16 +102,16 @@ def test_one_process_sums_to_itself():
     assert (context.rank, context.world_size) == (0, 1)
 
 
-def test_what_is_passed_over_on_the_way_to_a_whole_checkpoint_is_told(tmp_path, caplog):
+def test_skipped_damaged_checkpoints_are_reported(tmp_path, caplog):
     context = local(tmp_path, keep=3)
     for n in range(3):
         context.report({}, writer(str(n)))
     oldest, *damaged = sorted(tmp_path.iterdir())
     for folder in damaged:
         (folder / "content").write_text("changed")
-    told = []
-    assert newest_whole(reversed([oldest, *damaged]), told.append) == oldest
-    assert told == [f"{folder}: missing or damaged: content" for folder in reversed(damaged)]
+    damages = []
+    assert newest_whole(reversed([oldest, *damaged]), damages.append) == oldest
+    assert damages == [f"{folder}: missing or damaged: content" for folder in reversed(damaged)]
     assert caplog.text == ""
     assert context.latest() == oldest
-    assert "going back to the checkpoint before" in caplog.text
+    assert "skipped a damaged checkpoint" in caplog.text

@@ -1,4 +1,4 @@
-"""A data set in memory: every sample once, on one worker, in an order that the seed and the epoch decide."""
+"""A data set in memory: each sample once, on one worker, in an order of the seed and the epoch."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ def numbered(rows: int, **options) -> ArrayData:
 
 
 def drawn(data: ArrayData, epoch: int, batch_size: int) -> list[list[int]]:
-    """Sample numbers of every batch; labels must belong to their inputs."""
+    """Sample numbers of each batch. Labels must belong to their inputs."""
     batches = []
     for batch in data.train(epoch, batch_size):
         assert torch.equal(batch.inputs[:, 0], batch.targets["t"])
@@ -36,7 +36,7 @@ def drawn(data: ArrayData, epoch: int, batch_size: int) -> list[list[int]]:
 
 
 @given(rows=st.integers(3, 70), batch_size=st.integers(3, 40), workers=st.integers(1, 3), epoch=st.integers(0, 3))
-def test_every_sample_comes_once_an_epoch_on_any_number_of_workers(rows, batch_size, workers, epoch):
+def test_every_sample_occurs_once_in_an_epoch_on_any_number_of_workers(rows, batch_size, workers, epoch):
     parts = [drawn(numbered(rows, rank=r, world_size=workers), epoch, batch_size) for r in range(workers)]
     steps = numbered(rows, world_size=workers).steps(batch_size)
     assert [len(part) for part in parts] == [steps] * workers
@@ -64,13 +64,13 @@ def test_workers_share_the_global_batches_of_one_worker(rows, batch_size, worker
 
 
 @given(rows=st.integers(2, 70), batch_size=st.integers(2, 40), workers=st.integers(1, 3))
-def test_no_worker_gets_a_last_batch_of_a_single_sample_when_it_can_be_helped(rows, batch_size, workers):
+def test_a_remainder_of_single_samples_joins_the_last_batch(rows, batch_size, workers):
     if min(rows, batch_size) >= 2 * workers:
         parts = [drawn(numbered(rows, rank=r, world_size=workers), 0, batch_size) for r in range(workers)]
         assert min(len(batch) for part in parts for batch in part) >= 2
 
 
-def test_the_order_changes_with_epoch_and_seed_and_is_repeated_by_them():
+def test_the_order_depends_on_epoch_and_seed():
     def order(seed: int, epoch: int) -> list[int]:
         return [i for batch in drawn(numbered(50, seed=seed), epoch, 8) for i in batch]
 
@@ -81,7 +81,7 @@ def test_the_order_changes_with_epoch_and_seed_and_is_repeated_by_them():
     assert [i for batch in drawn(data, 1, 8) for i in batch] == order(1, 1)
 
 
-def test_the_order_takes_nothing_from_global_random_state():
+def test_the_order_does_not_depend_on_global_random_state():
     before = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002 - it is the global state that counts
     drawn(numbered(50), 0, 8)
     assert (np.random.get_state()[1] == before[0]).all()  # noqa: NPY002
@@ -147,7 +147,7 @@ def test_missing_labels_become_nan_or_the_ignore_index(task):
         assert not missing[1].any()
 
 
-def test_a_task_that_is_not_asked_for_is_not_read():
+def test_a_task_that_is_not_requested_is_not_read():
     arrays = Arrays(
         np.zeros((2, 3), np.float32), {"t": np.zeros(2, np.float32), "other": np.array(["a", "b"])}, {}
     )
@@ -202,7 +202,7 @@ def test_device_arrays_keep_the_whole_range_of_16_bits():
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_an_epoch_taken_up_in_the_middle_has_the_batches_that_are_left(world_size: int):
+def test_a_resumed_epoch_has_the_remaining_batches(world_size: int):
     for rank in range(world_size):
         data = numbered(40, rank=rank, world_size=world_size)
         whole = [batch.inputs.tolist() for batch in data.train(2, 8)]
@@ -216,18 +216,18 @@ def test_overlapped_batches_are_the_same_in_the_same_order():
     assert [batch.inputs.tolist() for batch in overlapped(data.train(0, 8), CPU)] == plain
 
 
-def test_overlapped_raises_what_its_thread_met_after_the_batches_before_it():
+def test_overlapped_raises_the_error_of_its_thread_after_the_batches_before_it():
     def broken():
         yield next(numbered(8).train(0, 8))
-        raise OSError("the disk is gone")
+        raise OSError("the disk failed")
 
     batches = overlapped(broken(), CPU)
     next(batches)
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(OSError, match="the disk failed"):
         next(batches)
 
 
-def test_overlapped_makes_no_more_than_its_depth_ahead_and_stops_when_left():
+def test_overlapped_prefetches_at_most_its_depth_and_stops_with_its_consumer():
     made = []
 
     def counted():
@@ -240,4 +240,4 @@ def test_overlapped_makes_no_more_than_its_depth_ahead_and_stops_when_left():
     assert [next(batches).inputs.item() for _ in range(5)] == list(range(5))
     batches.close()
     assert threading.active_count() == threads
-    assert len(made) <= 5 + 3 + 1  # taken, in the queue, and the one that waits for room
+    assert len(made) <= 5 + 3 + 1  # taken, in the queue, and the one that waits for space in the queue

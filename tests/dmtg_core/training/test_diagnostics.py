@@ -1,4 +1,4 @@
-"""What an epoch shows about its gate and groups, and what it warns of."""
+"""Diagnostics of an epoch: figures of the gate, conflicts of groups, and warnings."""
 
 import math
 
@@ -10,14 +10,14 @@ from dmtg_core.network.grouping_network import pooled
 from dmtg_core.training.diagnostics import gate_figures, gradient_cosines, warnings
 from dmtg_core.training.losses import sample_loss
 from tests.dmtg_core import samples
-from tests.dmtg_core.samples import decided, image_spec, mlp_spec
+from tests.dmtg_core.samples import assigned, image_spec, mlp_spec
 from tests.dmtg_core.training.test_step import local
 
 SETTINGS = TrainSettings(epochs=20, search_share=0.5)
 
 
 def record(**over) -> dict:
-    """An epoch of two tasks on two branches in which nothing is wrong."""
+    """An epoch of two tasks on two branches without a problem."""
     plain = {
         "epoch": 5,
         "phase": "search",
@@ -37,7 +37,7 @@ def gate(**over) -> dict:
 
 
 def test_the_gate_s_figures_follow_their_definitions():
-    network = decided(GroupingNetwork(mlp_spec(groups=3)), [0] * 10, by=math.log(2))  # π = (1/2, 1/4, 1/4)
+    network = assigned(GroupingNetwork(mlp_spec(groups=3)), [0] * 10, by=math.log(2))  # π = (1/2, 1/4, 1/4)
     losses = [float(k + 1) for k, _ in network.pairs]
     found = gate_figures(network, losses, 0.25)
     assert found["entropy"] == pytest.approx(1.5 * math.log(2) / math.log(3))
@@ -71,7 +71,7 @@ def test_training_records_figures_of_every_epoch():
 @pytest.mark.parametrize("spec", [mlp_spec(groups=2), image_spec(groups=2)], ids=["mlp", "convnet"])
 def test_cosines_are_those_of_the_gradients_with_respect_to_the_shared_features(spec):
     choice = [n % 2 for n in range(len(spec.tasks))]
-    network = decided(GroupingNetwork(spec), choice)
+    network = assigned(GroupingNetwork(spec), choice)
     batch = samples.batch(spec.input, spec.tasks, missing=0.2)
     before = samples.snapshot(network.train())
     found = gradient_cosines(network, batch, local())
@@ -97,11 +97,11 @@ def test_cosines_are_those_of_the_gradients_with_respect_to_the_shared_features(
                 assert found[a][b] == pytest.approx(expected, abs=1e-4)
 
 
-def test_two_tasks_of_opposite_labels_pull_apart_and_two_of_the_same_together():
+def test_gradients_of_opposite_labels_conflict_and_of_equal_labels_agree():
     tasks = [Task(name, "regression") for name in ("x", "same", "opposite")]
     network = GroupingNetwork(mlp_spec(tasks, 1))
     with torch.no_grad():
-        network.bank.weights[0][:] = network.bank.weights[0][0]  # heads that read the features alike
+        network.bank.weights[0][:] = network.bank.weights[0][0]  # equal heads
     batch = samples.batch(network.spec.input, tasks, 8)
     x = torch.full_like(batch.targets["x"], 100.0)
     batch.targets.update(x=x, same=x.clone(), opposite=-x)
@@ -113,7 +113,7 @@ def test_two_tasks_of_opposite_labels_pull_apart_and_two_of_the_same_together():
 # --- warnings
 
 
-def test_nothing_is_said_where_nothing_is_wrong():
+def test_there_is_no_warning_without_a_problem():
     assert warnings([record()], ["a", "b"], SETTINGS) == []
     assert (
         warnings([record(probabilities=[[1.0], [1.0]], gate=gate(gradient_norm=0.0))], ["a", "b"], SETTINGS) == []
@@ -121,16 +121,19 @@ def test_nothing_is_said_where_nothing_is_wrong():
 
 
 @pytest.mark.parametrize(
-    ("over", "said"),
+    ("over", "message"),
     [
-        ({"gate": gate(gradient_norm=1e-7)}, "the gate gets no gradient"),
-        ({"epoch": 2, "gate": gate(entropy=0.01)}, "decided after 2 of 10 epochs"),
-        ({"epoch": 10, "probabilities": [[0.7, 0.3, 0], [0.4, 0.3, 0.3]]}, "before it decided on b (probability"),
+        ({"gate": gate(gradient_norm=1e-7)}, "the gate has no gradient"),
+        ({"epoch": 2, "gate": gate(entropy=0.01)}, "converged after 2 of 10 epochs"),
+        (
+            {"epoch": 10, "probabilities": [[0.7, 0.3, 0], [0.4, 0.3, 0.3]]},
+            "before the gate converged for b (probability",
+        ),
     ],
 )
-def test_a_search_that_goes_wrong_is_warned_of(over, logged):
+def test_problems_of_a_search_are_warned_of(over, message):
     (found,) = warnings([record(**over)], ["a", "b"], SETTINGS)
-    assert logged in found
+    assert message in found
 
 
 @pytest.mark.parametrize(
@@ -141,19 +144,19 @@ def test_a_search_that_goes_wrong_is_warned_of(over, logged):
         {"epoch": 12, "phase": "finetune", "gate": gate(gradient_norm=0.0, entropy=0.0)},
     ],
 )
-def test_a_gate_that_has_done_its_work_is_not_warned_of(over):
+def test_a_converged_gate_is_not_warned_of(over):
     assert warnings([record(**over)], ["a", "b"], SETTINGS) == []
 
 
-def test_groups_that_were_there_from_the_start_are_no_decision():
+def test_fixed_groups_are_not_warned_of():
     hard = {"probabilities": [[1.0, 0.0], [0.0, 1.0]], "gate": gate(entropy=0.0)}
     assert warnings([record(epoch=1, **hard)], ["a", "b"], SETTINGS) == []
     assert warnings([record(epoch=1, **hard), record(epoch=2, **hard)], ["a", "b"], SETTINGS) == []
-    # one that had a choice has decided
+    # a gate with several heads has converged
     assert warnings([record(epoch=1), record(epoch=2, **hard)], ["a", "b"], SETTINGS)
 
 
-def test_tasks_that_hurt_each_other_are_named_at_the_end_by_the_mean_of_the_epochs():
+def test_conflicting_tasks_are_named_at_the_end_by_the_mean_of_the_epochs():
     def tuned(epoch, cosine):
         return record(epoch=epoch, phase="finetune", cosines=[[1.0, cosine], [cosine, 1.0]])
 
@@ -163,7 +166,7 @@ def test_tasks_that_hurt_each_other_are_named_at_the_end_by_the_mean_of_the_epoc
         tuned(20, -0.1),
     ]
     (found,) = warnings(history, ["a", "b"], SETTINGS)
-    assert "a and b share a group and hurt each other (mean gradient cosine -0.28)" in found
+    assert "a and b share a group and conflict (mean gradient cosine -0.28)" in found
     assert warnings(history[:-1], ["a", "b"], SETTINGS) == []
     assert warnings([tuned(20, -0.1)], ["a", "b"], SETTINGS) == []
 
@@ -177,4 +180,4 @@ def test_identical_branches_are_warned_of():
     data = samples.data(spec.input, spec.tasks, 16)
     settings = TrainSettings(epochs=2, search_share=1.0, batch_size=16, learning_rate=1e-12)
     state = fit(network, data, settings, local())
-    assert "the gate gets no gradient" in state.history[0]["warnings"][0]
+    assert "the gate has no gradient" in state.history[0]["warnings"][0]

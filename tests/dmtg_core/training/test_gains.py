@@ -1,4 +1,4 @@
-"""Gains: those of the published tables, paired by name, whatever the order of the values."""
+"""Gains: values of the published tables, paired by name whatever their order."""
 
 import math
 from decimal import Decimal
@@ -49,12 +49,12 @@ EVALUATIONS = {
 
 
 def half_digit(printed: str) -> Decimal:
-    """How far a figure can be from what was printed of it."""
+    """Largest rounding error of a printed figure."""
     return Decimal(5).scaleb(int(Decimal(printed).as_tuple().exponent) - 1)
 
 
 def as_metrics(tasks, row: str, metric: str, better: int):
-    """The metrics of a printed row, each half a digit better (1) or worse (-1) than it says, or as it says (0)."""
+    """The metrics of a printed row, each half a digit better (1), half a digit worse (-1), or unchanged (0)."""
     found = {}
     for task, printed in zip(tasks, row.split(), strict=True):
         name = metric or task.metric
@@ -86,15 +86,15 @@ def fits(printed: str, bounds: tuple[float, float]) -> bool:
 
 @pytest.mark.parametrize("form", GAIN_FORMS)
 @pytest.mark.parametrize("method", LOSSES)
-def test_either_form_gives_every_gain_of_the_published_table_of_losses(method, form):
+def test_both_forms_reproduce_the_published_table_of_losses(method, form):
     row, printed = LOSSES[method]
     bounds = gain_bounds(LOSS_TASKS, row, SINGLE_TASK_LOSSES, metric="loss", form=form)
     assert fits(printed, bounds)
-    assert bounds[1] - bounds[0] < max(1.2, 0.02 * abs(float(printed)))  # narrow enough to say something
+    assert bounds[1] - bounds[0] < max(1.2, 0.02 * abs(float(printed)))  # a narrow range
 
 
 @pytest.mark.parametrize("method", EVALUATIONS)
-def test_the_score_form_gives_every_gain_of_the_published_table_of_evaluation_metrics(method):
+def test_the_score_form_reproduces_the_published_table_of_evaluation_metrics(method):
     row, printed = EVALUATIONS[method]
     bounds = gain_bounds(EVALUATED, row, NAIVE_METRICS, form="score")
     assert fits(printed, bounds)
@@ -174,7 +174,7 @@ def test_gain_over_itself_is_zero_and_over_perfection_a_hundred(scores):
      ("loss", 0.1, 0.1), ("r2", 0.4, 0.6), ("within_30", 0.9, 0.1), ("within_11", 0.3, 0.7),
      ("auroc", 0.75, 0.25), ("f1", 1.0, 0.0)],
 )  # fmt: skip
-def test_errors_stay_and_scores_turn_around(metric, value, error):
+def test_errors_are_unchanged_and_scores_are_inverted(metric, value, error):
     assert error_of(metric, value) == pytest.approx(error)
 
 

@@ -1,4 +1,4 @@
-"""What a training step reads back: nothing that makes the host wait for the device."""
+"""A training step without synchronisation: the host does not wait for the device."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ def syncs(monkeypatch):
         lambda t: t.index_put_((t > 0,), torch.tensor(1.0)), lambda t: t.clone().__setitem__(t > 0, t[:0]),
     ],
 )  # fmt: skip
-def test_the_counter_finds_what_waits(syncs, read):
+def test_the_counter_finds_operations_that_wait(syncs, read):
     value = torch.tensor([0.0, 0.0])
     with syncs:
         read(value)
@@ -70,7 +70,7 @@ def test_a_step_of_160_heads_reads_nothing_back(syncs, sampling):
     module, context = WeighedLoss(state.network, 0.1).train(), local()
     noise = step_noise(state.network, settings, 0, 0, len(batch.inputs))
     assert len(state.network.pairs) == 160
-    syncs.found.clear()  # of making the batch
+    syncs.found.clear()  # operations of the creation of the batch
     with syncs:
         train_step(module, state.optimizer, batch, noise, 1.0, settings, context)
     assert not syncs.found

@@ -1,4 +1,4 @@
-"""A run over epochs: pruning, learning rates, what is refused, and several processes."""
+"""The training loop: pruning, learning rates, refused steps, and several processes."""
 
 import json
 import math
@@ -73,7 +73,7 @@ def test_fit_stops_with_the_weights_of_the_good_steps_and_its_last_checkpoint(tm
     assert state.epoch == 4
 
 
-def test_an_endless_epoch_of_refused_steps_is_cut_short():
+def test_an_epoch_of_refused_steps_ends_early():
     spec = mlp_spec(SAMPLEWISE[:1])
     drawn = []
 
@@ -96,7 +96,7 @@ def test_an_endless_epoch_of_refused_steps_is_cut_short():
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("spec", [mlp_spec(stem=1), image_spec(MIXED[:8])], ids=["mlp", "convnet"])
-def test_moments_of_what_survives_a_pruning_are_kept_and_training_goes_on(spec, optimizer):
+def test_moments_of_kept_heads_survive_pruning_and_training_continues(spec, optimizer):
     settings = TrainSettings(optimizer=optimizer, learning_rate=1e-2)
     state = fresh(spec, settings)
     batch = samples.batch(spec.input, spec.tasks)
@@ -124,9 +124,9 @@ def test_moments_of_what_survives_a_pruning_are_kept_and_training_goes_on(spec, 
         assert torch.equal(value, kept), name
     weights = samples.snapshot(network)
     assert run_step(state, settings, batch, step=2).refused == 0
-    learnt = [name for name, p in network.named_parameters() if not torch.equal(p, weights[name])]
-    assert "bank.weights.0" in learnt
-    assert "gate.logits" in learnt
+    trained = [name for name, p in network.named_parameters() if not torch.equal(p, weights[name])]
+    assert "bank.weights.0" in trained
+    assert "gate.logits" in trained
 
 
 def test_a_pruning_that_removes_nothing_changes_nothing_in_the_next_step():
@@ -148,7 +148,7 @@ SEARCHING = TrainSettings(
 )  # fmt: skip
 
 
-def test_heads_go_as_the_gate_decides_and_only_the_likeliest_stay_after_the_search():
+def test_heads_are_pruned_by_the_gate_and_only_the_likeliest_stay_after_the_search():
     spec = mlp_spec()
     state = fit(GroupingNetwork(spec), samples.data(spec.input, spec.tasks), SEARCHING, local())
     heads = [record["heads"] for record in state.history]
@@ -170,7 +170,7 @@ def test_the_grouping_at_the_end_of_the_search_is_the_grouping_of_the_result():
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.25])
-def test_a_search_to_the_end_gives_its_best_epoch_whatever_was_pruned_since(threshold):
+def test_a_search_to_the_end_returns_its_best_epoch_despite_later_pruning(threshold):
     """With the labels of the validation turned around the first epoch is the best one."""
     tasks = [task for task in SAMPLEWISE if task.kind == "binary"]
     train = samples.arrays(samples.FEATURES, tasks, 48)
@@ -222,10 +222,10 @@ def test_plateau_halves_after_epochs_without_progress():
     assert plateau(10, settings, falling) == 1
     stuck = [*falling, *[falling[-1] * 0.95] * 9]  # five per cent is no progress
     assert [plateau(0, settings, stuck[: 10 + n]) for n in range(10)] == [1, 1, 1, *[0.5] * 3, *[0.25] * 3, 0.125]
-    assert plateau(0, settings, [*stuck, falling[-1] / 2, 1.0, 1.0]) == 0.125  # progress begins the count anew
+    assert plateau(0, settings, [*stuck, falling[-1] / 2, 1.0, 1.0]) == 0.125  # progress resets the counter
 
 
-def test_plateau_is_followed_in_training_and_the_rate_stays_above_its_least():
+def test_plateau_is_used_in_training_and_the_rate_stays_above_its_minimum():
     spec = mlp_spec(SAMPLEWISE[:2])
     settings = replace(
         SEARCHING,
@@ -235,7 +235,7 @@ def test_plateau_is_followed_in_training_and_the_rate_stays_above_its_least():
         learning_rate=1e-9,
         lr_min=2e-10,
         search_share=1.0,
-    )  # a rate at which nothing is learnt
+    )  # a rate without progress
     state = fit(GroupingNetwork(spec), samples.data(spec.input, spec.tasks), settings, local())
     assert [r["learning_rate"] for r in state.history] == pytest.approx([1e-9, 1e-9, 5e-10, 2.5e-10, 2e-10])
 
@@ -250,7 +250,7 @@ def test_temperature_runs_over_the_search_and_not_over_the_epochs():
 
 
 @pytest.mark.parametrize(("epochs", "share", "expected"), [(20, 0.5, 10), (1, 0.1, 1), (3, 1.0, 3), (10, 0.04, 1)])
-def test_the_search_takes_its_share_and_at_least_one_epoch(epochs, share, expected):
+def test_the_search_has_its_share_of_the_epochs_and_at_least_one(epochs, share, expected):
     assert TrainSettings(epochs=epochs, search_share=share).search_epochs == expected
 
 
@@ -282,7 +282,7 @@ def test_the_score_is_the_mean_logarithm_of_the_losses(losses, score):
     assert score_of(metrics) == pytest.approx(score, abs=1e-3)
 
 
-def test_evaluation_leaves_the_network_as_it_was():
+def test_evaluation_does_not_change_the_network():
     spec = image_spec(MIXED[:5])
     network = GroupingNetwork(spec).train()
     data = samples.data(spec.input, spec.tasks, 8)
@@ -306,7 +306,7 @@ def test_bf16_trains_and_stays_near_fp32():
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
 
 
-def test_a_run_is_repeated_by_its_seeds_and_draws_nothing_from_global_state():
+def test_a_run_is_reproducible_and_independent_of_global_random_state():
     spec = image_spec(MIXED[:6])
     runs = []
     for state in (1, 2):
@@ -322,7 +322,7 @@ def test_a_run_is_repeated_by_its_seeds_and_draws_nothing_from_global_state():
 
 
 @pytest.mark.parametrize("sampling", ["gumbel"])
-def test_two_processes_give_the_weights_of_one_on_the_same_global_batches(tmp_path, sampling):
+def test_two_processes_have_the_weights_of_one_on_the_same_global_batches(tmp_path, sampling):
     spec = parallel.spec_for(sampling)
     data = samples.data(spec.input, spec.tasks, parallel.ROWS, missing=parallel.MISSING)
     single = fit(GroupingNetwork(spec), data, parallel.SETTINGS, local())
@@ -346,8 +346,8 @@ def test_two_processes_give_the_weights_of_one_on_the_same_global_batches(tmp_pa
 # --- the method
 
 
-def test_a_gate_moves_a_task_to_the_branch_that_serves_it():
-    """Two tasks of opposite labels on one branch of a single feature: the gate must part them."""
+def test_a_gate_moves_a_task_to_its_better_branch():
+    """Two tasks of opposite labels on one branch of a single feature: the gate must separate them."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(512, 2)).astype(np.float32)
     labels = {"left": (x[:, 0] > 0).astype(np.uint8), "right": (x[:, 1] > 0).astype(np.uint8)}

@@ -1,4 +1,4 @@
-"""Losses: fixed values, missing labels, and all heads at once against a plain double loop."""
+"""Losses: fixed values, missing labels, and all heads at once against a double loop."""
 
 import math
 
@@ -104,7 +104,7 @@ def test_every_loss_but_the_shifted_one_is_in_the_table():
 
 
 @pytest.mark.parametrize("case", TABLE)
-def test_missing_labels_give_no_gradient_and_others_a_finite_one(case):
+def test_missing_labels_have_no_gradient_and_others_a_finite_one(case):
     task, output, target, _, _ = TABLE[case]
     values, labels = torch.tensor(output, requires_grad=True), torch.tensor(target)
     sample_loss(task, values, labels).sum().backward()
@@ -145,7 +145,7 @@ def test_a_target_shifted_by_two_pixels_has_a_loss():
 
 def test_the_shift_is_one_for_all_pixels_and_channels_of_an_image_and_each_image_has_its_own():
     corners = torch.zeros(2, 2, 3, 3)
-    corners[0, 0, 0, 0], corners[0, 1, 2, 2] = 1.0, 1.0  # what each channel wants lies in opposite corners
+    corners[0, 0, 0, 0], corners[0, 1, 2, 2] = 1.0, 1.0  # the values of the channels are in opposite corners
     corners[1, :, 0, 0] = 1.0
     assert shifted_l1(corners, torch.ones(2, 2, 3, 3)).tolist() == [1.0, 0.0]
     alternating = torch.tensor([[0.0, 1.0] * 3] * 5).reshape(1, 1, 5, 6)

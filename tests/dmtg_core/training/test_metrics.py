@@ -1,4 +1,4 @@
-"""Metrics: fixed values, and sums that no batch size or worker can change."""
+"""Metrics: fixed values, and sums that do not depend on batch sizes or workers."""
 
 import math
 from dataclasses import replace
@@ -260,7 +260,7 @@ ROWS = 12
 
 
 @given(edges=st.lists(st.integers(1, ROWS - 1), max_size=5, unique=True), missing=st.sampled_from([0.0, 0.5, 1.0]))
-def test_uneven_batches_give_the_metrics_of_the_whole(edges, missing):
+def test_uneven_batches_have_the_metrics_of_the_whole(edges, missing):
     batch = samples.batch(IMAGE, MIXED, ROWS, missing=missing)
     outputs = outputs_like(batch, MIXED)
     whole, parts = MetricSums(MIXED), MetricSums(MIXED)
@@ -271,7 +271,7 @@ def test_uneven_batches_give_the_metrics_of_the_whole(edges, missing):
 
 
 @given(split=st.integers(1, ROWS - 1), missing=st.sampled_from([0.0, 0.5]))
-def test_two_workers_give_the_metrics_of_the_whole(split, missing):
+def test_two_workers_have_the_metrics_of_the_whole(split, missing):
     batch = samples.batch(IMAGE, MIXED, ROWS, missing=missing)
     outputs = outputs_like(batch, MIXED)
     whole = MetricSums(MIXED)

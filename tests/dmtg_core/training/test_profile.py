@@ -13,9 +13,9 @@ from tests.dmtg_core.samples import mlp_spec
 from tests.dmtg_core.training.test_step import local
 
 
-def test_a_profile_has_a_trace_a_table_and_shares_that_add_up(tmp_path):
+def test_a_profile_has_a_trace_a_table_and_shares_that_sum_to_1(tmp_path):
     spec = mlp_spec()
-    data = samples.data(spec.input, spec.tasks, 40)  # three batches an epoch, fewer than are asked for
+    data = samples.data(spec.input, spec.tasks, 40)  # three batches an epoch, fewer than requested
     settings = TrainSettings(batch_size=16, clip_norm=1.0)
     found = profile_steps(spec, data, settings, local(), tmp_path, warm_up=2, steps=4)
     assert read_json(tmp_path / SHARES) == json.loads(json.dumps(found))
@@ -32,7 +32,7 @@ def test_a_profile_has_a_trace_a_table_and_shares_that_add_up(tmp_path):
     assert "aten::" in table
 
 
-def test_waiting_for_data_shows_as_such(tmp_path):
+def test_waiting_for_data_is_in_the_profile(tmp_path):
     spec = mlp_spec()
 
     class Slow(ArrayData):

@@ -1,4 +1,4 @@
-"""Beyond the number of scores that are kept one by one, figures stay within the bounds that are given."""
+"""Ranking metrics of more scores than are stored individually are within their error bounds."""
 
 import logging
 
@@ -16,7 +16,7 @@ from tests.dmtg_core.training.test_against_sklearn import scored
 
 
 @given(case=scored(), bins=st.sampled_from([1, 2, 7, 50, 1000]))
-def test_bins_hold_their_share_and_figures_stay_within_their_bounds(case, bins):
+def test_bins_have_at_most_their_share_and_metrics_are_within_their_bounds(case, bins):
     score, label = case
     exact = Bins.of(score, label)
     coarse = exact.coarser(bins)
@@ -35,7 +35,7 @@ def test_bins_hold_their_share_and_figures_stay_within_their_bounds(case, bins):
 
 
 @given(case=scored(), workers=st.integers(2, 5), bins=st.sampled_from([2, 20, 200]))
-def test_joined_bins_of_workers_lose_no_label_and_stay_within_their_bounds(case, workers, bins):
+def test_joined_bins_of_workers_lose_no_label_and_are_within_their_bounds(case, workers, bins):
     score, label = case
     exact = Bins.of(score, label)
     parts = [Bins.of(score[i::workers], label[i::workers]) for i in range(workers)]
@@ -62,7 +62,7 @@ ROWS, KEPT = 400_000, 60_000
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_more_scores_than_are_kept_one_by_one(workers, caplog):
+def test_more_scores_than_are_stored_individually(workers, caplog):
     rng = np.random.default_rng(0)
     label = rng.random(ROWS) < 0.4
     score = (0.01 * (rng.normal(size=ROWS) + label) - 3).astype(np.float32)

@@ -1,4 +1,4 @@
-"""A run that was put down, at an epoch or within one, or whose newest checkpoint is damaged, ends as it should."""
+"""Resuming runs: at an epoch, within an epoch, and with a damaged newest checkpoint."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ SETTINGS = replace(SEARCHING, epochs=3, search_share=0.6, augment=())
 
 
 def stopping_after(context, writes: int):
-    """A context that kills the run once it has written so many checkpoints."""
+    """A context that kills the run after a number of checkpoints."""
     plain, count = context.report, iter(range(1, writes + 1))
 
     def report(record, save):
@@ -37,7 +37,7 @@ def assert_ends_alike(found, expected):
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("spec", [mlp_spec(stem=1), image_spec(MIXED[:6])], ids=["mlp", "convnet"])
-def test_a_run_killed_at_any_epoch_ends_like_one_that_was_not(tmp_path, spec, optimizer):
+def test_a_run_interrupted_at_any_epoch_has_the_same_result(tmp_path, spec, optimizer):
     settings = replace(SEARCHING, epochs=5, search_share=0.6, optimizer=optimizer, lr_schedule="cosine")
     data = samples.data(spec.input, spec.tasks, 32, missing=0.2)
     expected = fit(GroupingNetwork(spec), data, settings, local())
@@ -53,7 +53,7 @@ def test_a_run_killed_at_any_epoch_ends_like_one_that_was_not(tmp_path, spec, op
         assert_same_tensors(moments(resumed), moments(expected))
 
 
-def test_a_run_killed_at_every_epoch_in_turn_ends_like_one_that_was_not(tmp_path):
+def test_a_run_interrupted_at_each_epoch_has_the_same_result(tmp_path):
     spec, settings = mlp_spec(), replace(SEARCHING, epochs=5)
     data = samples.data(spec.input, spec.tasks)
     expected = fit(GroupingNetwork(spec), data, settings, local())
@@ -66,7 +66,7 @@ def test_a_run_killed_at_every_epoch_in_turn_ends_like_one_that_was_not(tmp_path
     assert without_times(resumed.history) == without_times(expected.history)
 
 
-def test_a_finished_run_is_taken_up_without_training(tmp_path):
+def test_a_finished_run_resumes_without_training(tmp_path):
     spec, settings = mlp_spec(), replace(SEARCHING, epochs=3)
     data = samples.data(spec.input, spec.tasks)
     first = fit(GroupingNetwork(spec), data, settings, local(tmp_path))
@@ -84,7 +84,7 @@ def test_a_checkpoint_holds_the_network_of_its_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("spec", [mlp_spec(stem=1), image_spec(MIXED[:6])], ids=["mlp", "convnet"])
-def test_a_run_killed_at_any_step_ends_like_one_that_was_not(tmp_path, spec):
+def test_a_run_interrupted_at_any_step_has_the_same_result(tmp_path, spec):
     data = samples.data(spec.input, spec.tasks, 32, missing=0.2)
     every_step = replace(SETTINGS, checkpoint_every=1)
     expected = fit(GroupingNetwork(spec), data, SETTINGS, local())
@@ -99,7 +99,7 @@ def test_a_run_killed_at_any_step_ends_like_one_that_was_not(tmp_path, spec):
 
 
 @pytest.mark.parametrize("aggregator", ["pcgrad", "upgrad"])
-def test_a_run_with_an_aggregator_ends_alike_too_and_unlike_one_with_the_sum(tmp_path, aggregator):
+def test_an_interrupted_run_with_an_aggregator_has_the_same_result(tmp_path, aggregator):
     spec = mlp_spec(groups=2, stem=1)
     data = samples.data(spec.input, spec.tasks, 32, missing=0.2)
     settings = replace(SETTINGS, search_share=0.3, checkpoint_every=1, aggregator=aggregator)
@@ -113,7 +113,7 @@ def test_a_run_with_an_aggregator_ends_alike_too_and_unlike_one_with_the_sum(tmp
 
 
 @pytest.mark.parametrize(("every", "within"), [(0, 0), (1, 6), (2, 3), (4, 2), (100, 0)])
-def test_checkpoints_within_an_epoch_are_as_many_as_asked_for(tmp_path, every, within):
+def test_checkpoints_within_an_epoch_have_the_requested_number(tmp_path, every, within):
     spec = mlp_spec()
     data = samples.data(spec.input, spec.tasks, 48)
     settings = replace(SETTINGS, checkpoint_every=every, batch_size=16)
@@ -127,7 +127,7 @@ def test_checkpoints_within_an_epoch_are_as_many_as_asked_for(tmp_path, every, w
     assert len(written) == within + settings.epochs
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path, caplog):
+def test_a_damaged_newest_checkpoint_is_skipped(tmp_path, caplog):
     spec = mlp_spec()
     data = samples.data(spec.input, spec.tasks)
     settings = replace(SETTINGS, checkpoint_every=1)
@@ -137,14 +137,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path,
     before, newest = sorted(tmp_path.iterdir())
     weights = newest / "network.safetensors"
     damaged = bytearray(weights.read_bytes())
-    damaged[-1] ^= 1  # a changed weight: only a checksum can tell
+    damaged[-1] ^= 1  # a changed weight, which only a checksum detects
     weights.write_bytes(bytes(damaged))
     assert local(tmp_path).latest() == before
     assert "network.safetensors" in caplog.text
     assert_ends_alike(fit(GroupingNetwork(spec), data, settings, local(tmp_path)), expected)
 
 
-def test_a_run_without_a_whole_checkpoint_does_not_start_anew_in_silence(tmp_path):
+def test_a_run_with_only_damaged_checkpoints_does_not_start_from_scratch(tmp_path):
     context = local(tmp_path)
     for name in ("first", "second"):
         context.report({}, lambda folder, name=name: (folder / "content").write_text(name))
@@ -155,7 +155,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_anew_in_silence(tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["change", "lose", "unseal"])
-def test_a_seal_tells_damage_by_the_name_of_the_file(tmp_path, damage):
+def test_a_seal_names_the_damaged_file(tmp_path, damage):
     (tmp_path / "inner").mkdir()
     file = tmp_path / "inner" / "a"
     file.write_text("a")

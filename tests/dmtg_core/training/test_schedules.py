@@ -1,11 +1,11 @@
-"""Temperature schedules: fixed values, limits and what is refused."""
+"""Temperature schedules: fixed values, limits and validation."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dmtg_core import TemperatureSchedule
-from dmtg_core.training.schedules import FAMILIES
+from dmtg_core.training.settings import FAMILIES
 
 # family → values from 4 to 1 at progress 0, 1/4, 1/2, 1
 TABLE = {
@@ -23,7 +23,7 @@ def test_values_at_fixed_moments(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_warmup_holds_the_start_and_then_runs_the_whole_way(family):
+def test_warmup_keeps_the_start_and_then_reaches_the_end(family):
     schedule = TemperatureSchedule(family, 4.0, 1.0, warmup=0.5)
     assert [schedule(t) for t in (0, 0.3, 0.5)] == [4.0] * 3
     assert schedule(0.75) == pytest.approx(TABLE[family][2])

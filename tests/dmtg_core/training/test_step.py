@@ -21,7 +21,7 @@ from dmtg_core.training.losses import label_counts, sample_loss
 from dmtg_core.training.step import WeighedLoss, build_optimizer, prepare_network, step_noise, train_step
 from tests.dmtg_core import samples
 from tests.dmtg_core.network.test_grouping_network import pair_outputs
-from tests.dmtg_core.samples import MIXED, SAMPLEWISE, assert_same_tensors, decided, image_spec, mlp_spec
+from tests.dmtg_core.samples import MIXED, SAMPLEWISE, assert_same_tensors, assigned, image_spec, mlp_spec
 from tests.dmtg_core.training.test_checkpoint import moments
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -79,10 +79,10 @@ def test_task_weights_may_be_whole_numbers(weights):
     assert not refused
 
 
-def test_a_pruned_head_takes_no_part_in_the_step():
+def test_a_pruned_head_is_not_in_the_step():
     spec, settings = mlp_spec(), TrainSettings()
     state = fresh(spec, settings)
-    decided(state.network, [1] * 10)
+    assigned(state.network, [1] * 10)
     state.keep(state.network.gate.survivors(2.0), settings)
     run_step(state, settings, samples.batch(spec.input, spec.tasks))
     assert {name.split(".")[1] for name, _ in state.network.named_parameters() if name.startswith("branches")} == {
@@ -117,11 +117,11 @@ def test_the_gradient_is_clipped_to_its_norm():
     assert norms[0.5] == pytest.approx(0.5, rel=1e-4)
 
 
-def test_weight_decay_leaves_the_gate_alone():
+def test_weight_decay_does_not_change_the_gate():
     spec = mlp_spec(initial="gaussian")
     settings = TrainSettings(optimizer="sgd", weight_decay=0.5, learning_rate=0.1)
     state = fresh(spec, settings)
-    batch = samples.batch(spec.input, spec.tasks, missing=1.0)  # no label: the only pull is the decay
+    batch = samples.batch(spec.input, spec.tasks, missing=1.0)  # no labels: only the weight decay changes weights
     before = samples.snapshot(state.network)
     run_step(state, settings, batch)
     after = samples.snapshot(state.network)
@@ -139,7 +139,7 @@ def test_the_gate_has_its_own_learning_rate(rate, expected):
     assert len(weights["params"]) == len(list(network.parameters())) - 1
 
 
-# --- the same step, computed otherwise
+# --- the same step, computed in other ways
 
 
 def gradients(state: TrainState) -> dict[str, torch.Tensor]:
@@ -148,7 +148,7 @@ def gradients(state: TrainState) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 100])
 @pytest.mark.parametrize("sampling", ["gumbel", "gumbel_per_sample"])
-def test_a_batch_in_parts_gives_the_gradient_of_the_whole(sampling, parts):
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(sampling, parts):
     spec = mlp_spec(sampling=sampling, initial="gaussian", initial_scale=1.0, task_weighting="uncertainty")
     batch = samples.batch(spec.input, spec.tasks, 7, missing=0.3)
     found = []
@@ -166,7 +166,7 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole(sampling, parts):
 
 
 def bytes_kept(state: TrainState, settings: TrainSettings, batch) -> int:
-    """Size of what a step keeps for its backward pass, each tensor counted once."""
+    """Size of the tensors that a step stores for its backward pass, each counted once."""
     kept: dict[int, int] = {}
 
     def pack(tensor):
@@ -196,7 +196,7 @@ def test_activations_computed_again_change_nothing_but_the_memory(decoder):
     assert kept[1] < 0.5 * kept[0]
 
 
-def test_a_compiled_network_takes_the_same_steps_and_pruning_compiles_nothing_anew():
+def test_a_compiled_network_has_the_same_steps_and_pruning_causes_no_compilation():
     spec = mlp_spec(SAMPLEWISE[:3], groups=2)
     batch = samples.batch(spec.input, spec.tasks)
     found = []
@@ -208,7 +208,7 @@ def test_a_compiled_network_takes_the_same_steps_and_pruning_compiles_nothing_an
             run_step(state, settings, batch)
         count = counters["stats"]["unique_graphs"]
         assert (count > 0) == compiled
-        state.keep(decided(state.network, [0, 1, 0]).gate.survivors(0.5), settings)
+        state.keep(assigned(state.network, [0, 1, 0]).gate.survivors(0.5), settings)
         prepare_network(state.network, settings, local())
         run_step(state, settings, batch, step=1)
         assert counters["stats"]["unique_graphs"] == count
@@ -219,7 +219,7 @@ def test_a_compiled_network_takes_the_same_steps_and_pruning_compiles_nothing_an
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_cuda_graphs_take_the_same_steps():
+def test_cuda_graphs_have_the_same_steps():
     spec, found = image_spec(), []
     for graphs in (False, True):
         settings = TrainSettings(cuda_graphs=graphs, optimizer="sgd")
@@ -238,8 +238,8 @@ def test_cuda_graphs_take_the_same_steps():
 
 
 @pytest.mark.parametrize("beside", [{"accumulate": 2}, {"recompute": True}, {"compile": False}])
-def test_cuda_graphs_name_what_they_do_not_go_with(beside):
-    with pytest.raises(ValueError, match="cuda_graphs needs compile, and goes with neither"):
+def test_cuda_graphs_name_the_options_that_they_exclude(beside):
+    with pytest.raises(ValueError, match="cuda_graphs needs compile, and excludes"):
         TrainSettings(cuda_graphs=True, **beside)
 
 
@@ -253,7 +253,7 @@ def test_normalising_over_workers_without_gpus_is_refused():
 # --- learned weights of the tasks
 
 
-def test_uncertainty_weighs_each_task_by_the_formula():
+def test_uncertainty_weights_each_task_by_the_formula():
     spec = mlp_spec(task_weighting="uncertainty")
     network = GroupingNetwork(spec)
     with torch.no_grad():
@@ -269,7 +269,7 @@ def test_uncertainty_weighs_each_task_by_the_formula():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_learned_variance_settles_at_twice_the_loss(optimizer):
+def test_a_learned_variance_converges_to_twice_the_loss(optimizer):
     """Where exp(-s) · L + s / 2 is least, exp(s) = 2 L; weight decay would pull s to 0."""
     tasks = [Task("noise", "regression")]
     spec = mlp_spec(tasks, 1, task_weighting="uncertainty")
@@ -377,11 +377,11 @@ def test_gate_noise_of_each_sample_differs_between_workers_too():
 # --- aggregators
 
 
-def test_an_aggregator_is_used_once_every_task_has_one_head():
+def test_an_aggregator_is_used_when_every_task_has_one_head():
     spec, settings = mlp_spec(groups=2), TrainSettings(aggregator="mgda")
     soft = GroupingNetwork(spec)
     assert WeighedLoss(soft, aggregator="mgda").weigh is None
-    hard = decided(soft, [0, 1] * 5)
+    hard = assigned(soft, [0, 1] * 5)
     hard.prune(2.0)
     assert WeighedLoss(hard, aggregator="mgda").weigh is not None
     batch = samples.batch(spec.input, spec.tasks)
@@ -397,7 +397,7 @@ def test_an_aggregator_is_used_once_every_task_has_one_head():
     torch.testing.assert_close(figures[0].by_pair, figures[1].by_pair)
 
 
-def test_an_aggregator_beside_learned_weights_or_parts_is_refused():
+def test_an_aggregator_with_learned_weights_or_parts_is_refused():
     with pytest.raises(ValueError, match="choose one"):
         WeighedLoss(GroupingNetwork(mlp_spec(task_weighting="uncertainty")), aggregator="upgrad")
     with pytest.raises(ValueError, match="set accumulate to 1"):

@@ -1,4 +1,4 @@
-"""Networks that start from trained models: every weight in its place, and what does not fit refused."""
+"""Warm start: all weights are copied to their place, and models that do not fit are refused."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from dmtg_core import (
 )
 from dmtg_core.training import warm_start
 from dmtg_core.training.context import LocalContext
-from dmtg_core.training.loop import TrainState
+from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import WeighedLoss, step_noise, train_step
 from tests.dmtg_core import samples
 from tests.dmtg_core.interrupted import Interrupted
@@ -27,7 +27,7 @@ from tests.dmtg_core.samples import (
     ONE_OF_EACH,
     SAMPLEWISE,
     assert_same_tensors,
-    decided,
+    assigned,
     image_spec,
     mlp_spec,
 )
@@ -47,7 +47,7 @@ def spec_of(name: str, tasks=ONE_OF_EACH, groups: int = 3, *, stem: int = 0, **o
 
 
 def model_of(spec: NetworkSpec, *, seed: int = 7, **changes) -> GroupModel:
-    """One group's model with statistics and biases that have moved."""
+    """One group's model with changed statistics and biases."""
     model = GroupModel(replace(spec, **{"groups": 1, "seed": seed, **changes}))
     samples.learn_statistics(model.network, samples.batch(spec.input, spec.tasks, 4, seed=seed).inputs)
     return model.eval()
@@ -56,7 +56,7 @@ def model_of(spec: NetworkSpec, *, seed: int = 7, **changes) -> GroupModel:
 def started(spec: NetworkSpec, *models: GroupModel) -> GroupingNetwork:
     """A network of `spec` that starts from the models, in evaluation mode."""
     network = GroupingNetwork(spec)
-    WarmStart(models).give(network)
+    WarmStart(models).apply(network)
     return network.eval()
 
 
@@ -72,7 +72,7 @@ def inputs_of(spec: NetworkSpec) -> torch.Tensor:
 @torch.no_grad()
 def through(network: GroupingNetwork, k: int, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     """Every task's output on branch `k`."""
-    return decided(network, [k] * len(network.tasks))(inputs)
+    return assigned(network, [k] * len(network.tasks))(inputs)
 
 
 CUTS = [("mlp", a, b) for a, b in ((0, 0), (1, 0), (0, 1))]
@@ -81,7 +81,7 @@ CUTS += [("xception_taskonomy", a, b) for a, b in ((0, 4), (3, 1))]
 
 
 @pytest.mark.parametrize(("name", "cut", "stem"), CUTS)
-def test_one_model_gives_every_branch_its_weights_wherever_it_was_cut(name, cut, stem):
+def test_one_model_initialises_all_branches_for_any_stem(name, cut, stem):
     spec = spec_of(name, stem=stem)
     model = model_of(spec_of(name, stem=cut))
     network, fresh = started(spec, model), GroupingNetwork(spec)
@@ -107,7 +107,7 @@ def test_the_gate_starts_as_it_would_without_models(initial):
 
 
 @torch.no_grad()
-def test_single_task_models_are_a_branch_each_and_a_diagonal_gate_gives_each_task_its_own():
+def test_single_task_models_initialise_a_branch_each_and_a_diagonal_gate_assigns_each_task_its_own():
     spec = spec_of("convnet", groups=len(ONE_OF_EACH), initial="diagonal", initial_scale=1.0)
     models = [model_of(spec, seed=30 + i, tasks=(task,)) for i, task in enumerate(spec.tasks)]
     network = started(spec, *models)
@@ -120,7 +120,7 @@ def test_single_task_models_are_a_branch_each_and_a_diagonal_gate_gives_each_tas
 
 
 @torch.no_grad()
-def test_of_several_models_each_gives_its_branch_and_its_heads_and_the_rest_is_drawn():
+def test_of_several_models_each_initialises_its_branch_and_heads_and_the_rest_is_random():
     spec = spec_of("convnet", MIXED, groups=3)
     models = [model_of(spec, seed=1, tasks=MIXED[:6]), model_of(spec, seed=2, tasks=MIXED[4:])]
     network, fresh = started(spec, *models), GroupingNetwork(spec).eval()
@@ -139,18 +139,18 @@ def test_of_several_models_each_gives_its_branch_and_its_heads_and_the_rest_is_d
 
 
 @torch.no_grad()
-def test_models_of_one_network_bring_their_shared_stem_back():
+def test_models_of_one_network_restore_its_shared_stem():
     spec = spec_of("convnet", groups=3, stem=1)
     source = GroupingNetwork(replace(spec, seed=9))
     samples.learn_statistics(source, inputs_of(spec))
-    decided(source, [0, 2, 2, 0, 1])
+    assigned(source, [0, 2, 2, 0, 1])
     network = started(spec, *source.specialise().values())
     expected = source(inputs_of(spec))
-    found = decided(network, source.grouping().assignment)(inputs_of(spec))
+    found = assigned(network, source.grouping().assignment)(inputs_of(spec))
     assert all(torch.equal(found[task], value) for task, value in expected.items())
 
 
-def test_a_head_of_another_meaning_is_drawn_and_the_notes_say_so():
+def test_a_head_of_another_task_is_new_and_noted():
     spec = spec_of("mlp")
     own, other, last = spec.tasks
     changed = replace(spec, tasks=(own, replace(other, labels=("a", "b", "c")), replace(last, scale=(1.0, 1.0))))
@@ -200,14 +200,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_a_model_that_does_not_fit_is_refused_with_what_was_found_and_expected(what):
+def test_a_model_that_does_not_fit_is_refused(what):
     changes, message = WRONG[what]
     spec = replace(SPEC, **changes)
     with pytest.raises(ValueError, match=message):
         WarmStart([model_of(SPEC)], ["m"]).check(spec)
 
 
-def test_a_decoder_does_not_matter_where_no_dense_task_is_shared():
+def test_a_decoder_does_not_matter_without_a_common_dense_task():
     spec = replace(SPEC, tasks=SAMPLEWISE[:1], decoder_width=16)
     WarmStart([model_of(SPEC)]).check(spec)
 
@@ -245,8 +245,8 @@ def test_the_digest_changes_with_every_weight():
     assert len(set(digests)) == 4
 
 
-def test_copies_of_one_branch_are_told_apart_by_the_noise_of_the_gate():
-    """At first all branches have the same losses, and θ no gradient; but noise weighs what each of them learns."""
+def test_copies_of_one_branch_diverge_by_the_noise_of_the_gate():
+    """At first all branches have equal losses and θ no gradient. The noise weights their gradients differently."""
     spec = mlp_spec(SAMPLEWISE, groups=3)
     settings = TrainSettings(learning_rate=1e-2)
     state = TrainState.fresh(started(spec, model_of(spec)), settings)
@@ -263,7 +263,7 @@ def test_copies_of_one_branch_are_told_apart_by_the_noise_of_the_gate():
     assert float((first - second).norm() / first.norm()) > 0.01
 
 
-STILL = TrainSettings(epochs=2, batch_size=16, learning_rate=1e-9)  # what is measured is where a stage starts
+STILL = TrainSettings(epochs=2, batch_size=16, learning_rate=1e-9)  # measures where a stage starts
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def data():
     return samples.data(samples.FEATURES, SAMPLEWISE[:3])
 
 
-def test_every_start_of_a_search_and_naive_mtl_begin_with_the_one_model(data):
+def test_every_start_of_a_search_and_naive_mtl_start_from_the_single_model(data):
     spec = mlp_spec(SAMPLEWISE[:3])
     model = model_of(spec)
     losses = {}
@@ -286,7 +286,7 @@ def test_every_start_of_a_search_and_naive_mtl_begin_with_the_one_model(data):
         assert found == pytest.approx({task: metrics["loss"] for task, metrics in expected.items()}, rel=1e-4)
 
 
-def test_naive_mtl_begins_afresh_beside_several_models(data):
+def test_with_several_models_naive_mtl_starts_from_scratch(data):
     spec = mlp_spec(SAMPLEWISE[:3], initial="diagonal")
     models = [model_of(spec, seed=i, tasks=(task,)) for i, task in enumerate(spec.tasks)]
     records = []
@@ -300,7 +300,7 @@ def test_naive_mtl_begins_afresh_beside_several_models(data):
             assert first["naive_mtl"][task]["loss"] == pytest.approx(naive[task]["loss"], rel=1e-4)
 
 
-def test_a_search_goes_on_with_its_models_and_with_no_others(tmp_path, data):
+def test_a_search_resumes_with_its_models_and_with_no_others(tmp_path, data):
     spec, settings = mlp_spec(SAMPLEWISE[:3]), TrainSettings(epochs=2, batch_size=16, learning_rate=1e-2)
     start = WarmStart([model_of(spec)])
     expected = search(spec, data, settings, context=LocalContext(device="cpu"), warm_start=start)

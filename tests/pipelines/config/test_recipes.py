@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dmtg_core import ArrayData, GroupingNetwork, LocalContext
-from dmtg_core.training.loop import TrainState
+from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import WeighedLoss, step_noise, train_step
 from pipelines.config.loading import Config, load_config
 from pipelines.data.manifest import Manifest

@@ -17,7 +17,8 @@ from PIL import Image
 
 from dmtg_core import NetworkSpec, TrainSettings
 from dmtg_core.network.cost import inference_cost, naive_flops
-from dmtg_core.search.search import SearchOptions, SearchResult, search
+from dmtg_core.search.options import SearchOptions
+from dmtg_core.search.search import SearchResult, search
 from dmtg_core.training.metrics import normalized_gain
 from pipelines.data.manifest import read_manifest
 from pipelines.data.reader import Reader

@@ -1,0 +1,92 @@
+"""`TrainState`: a network in training, its optimiser and its history, with reading and writing of checkpoints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmtg_core.network.grouping_network import GroupingNetwork, clone
+from dmtg_core.training import checkpoint
+from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.step import build_optimizer
+
+
+@dataclass
+class TrainState:
+    """A network in training: the contents of a checkpoint.
+
+    `history` has one record for each epoch. `best` is the network after the best epoch (the lowest score), with
+    the heads that it had then. `take_best` replaces the network with it. `partial` has the sums of an unfinished
+    epoch. It is empty between epochs.
+    """
+
+    network: GroupingNetwork
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_score: float = math.inf
+    best: GroupingNetwork | None = None
+    partial: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def fresh(cls, network: GroupingNetwork, settings: TrainSettings) -> TrainState:
+        """Return the state at the beginning of a run."""
+        return cls(network, build_optimizer(network, settings))
+
+    def save(self, folder: Path) -> None:
+        """Write the state into `folder`."""
+        checkpoint.save_network(folder, self.network)
+        checkpoint.save_optimizer(folder / "optimizer.safetensors", self.optimizer, self.network)
+        if self.best is not None:
+            checkpoint.save_network(folder / "best", self.best)
+        score = self.best_score if math.isfinite(self.best_score) else None
+        loop = {"epoch": self.epoch, "step": self.step, "best_score": score, "history": self.history}
+        checkpoint.write_json(folder / "loop.json", loop | {"partial": self.partial})
+
+    @classmethod
+    def load(cls, folder: Path, settings: TrainSettings, device: torch.device) -> TrainState:
+        """Read the state that `save` wrote.
+
+        Raises:
+            ValueError: If a file is missing or damaged.
+        """
+        network = checkpoint.load_network(folder, device)
+        state = cls.fresh(network, settings)
+        checkpoint.load_optimizer(folder / "optimizer.safetensors", state.optimizer, network)
+        loop = checkpoint.read_json(folder / "loop.json", "epoch", "step", "history", "best_score", "partial")
+        state.epoch, state.step, state.history = loop["epoch"], loop["step"], loop["history"]
+        state.partial = loop["partial"]
+        state.best_score = math.inf if loop["best_score"] is None else loop["best_score"]
+        if loop["best_score"] is not None:
+            state.best = checkpoint.load_network(folder / "best", device)
+        return state
+
+    def take_best(self) -> None:
+        """Replace the network with that of the best epoch."""
+        if self.best is not None:
+            self.network = self.best
+
+    def consider(self, score: float) -> None:
+        """Copy the network if `score` is the lowest so far."""
+        if score < self.best_score:
+            self.best_score = score
+            self.best = clone(self.network)
+
+    def keep(self, alive: Tensor, settings: TrainSettings) -> None:
+        """Prune network and optimiser together. The moments of the kept parameters stay."""
+        before = {name: self.optimizer.state.get(p, {}) for name, p in self.network.named_parameters()}
+        old_names = {p: name for name, p in self.network.named_parameters()}
+        followed = self.network.keep(alive)
+        self.optimizer = build_optimizer(self.network, settings)
+        for name, parameter in self.network.named_parameters():
+            old, rows = followed.get(parameter, (parameter, None))
+            held = before.get(old_names.get(old, name), {})
+            for key, value in held.items():
+                moved = value[rows].clone() if rows is not None and value.dim() else value
+                self.optimizer.state[parameter][key] = moved
