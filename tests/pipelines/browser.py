@@ -1,4 +1,4 @@
-"""A page in a real browser: what it says on its console, and what it asks the network for."""
+"""A page in a real browser: its messages on the console, and its requests to the network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PHONE, DESK = 375, 1100
 
 @dataclass
 class Opened:
-    """A page that is open, and what it complained of or asked for so far."""
+    """An open page, with its warnings, errors and network requests so far."""
 
     page: Page
     complaints: list[str] = field(default_factory=list)
@@ -27,7 +27,7 @@ class Opened:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """The machine's own Chromium, without a window; the test is skipped where there is none."""
+    """The machine's Chromium without a window; the test is skipped without one."""
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip(f"no browser here: none of {', '.join(NAMES)} is on PATH")
@@ -39,7 +39,7 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def opened(browser: Browser, file: Path, *, width: int = DESK, **options: Any) -> Iterator[Opened]:
-    """A file in a window of its own, once its scripts have run; `options` are those of a browser context."""
+    """A file in its own window, after its scripts have run; `options` are those of a browser context."""
     context = browser.new_context(viewport={"width": width, "height": 900}, **options)
     found = Opened(context.new_page())
     found.page.on("console", lambda m: found.complaints.append(m.text) if m.type in ("error", "warning") else None)

@@ -33,8 +33,8 @@ from pipelines.storage import Location, locate
 from pipelines.training.driver import Trained, train
 from pipelines.training.publish import register_run
 from tests.pipelines.conftest import make_config
-from tests.pipelines.door import Door, door_to
 from tests.pipelines.mlflow_server import address, serving
+from tests.pipelines.proxy import Proxy, proxy_to
 from tests.pipelines.s3_server import free_port
 
 SECRET = "swordfish"  # noqa: S105 - the server of the tests asks for none
@@ -45,13 +45,13 @@ EPOCHS = {"naive_mtl": [1, 2, 3, 4], "start_0": [1, 2, 3, 4]}
 class Server:
     """An MLflow server behind a proxy, and a client that connects to it directly."""
 
-    door: Door
+    proxy: Proxy
     client: mlflow.MlflowClient
 
     @property
     def uri(self) -> str:
         """The address of the proxy, with credentials."""
-        return f"http://someone:{SECRET}@127.0.0.1:{self.door.port}"
+        return f"http://someone:{SECRET}@127.0.0.1:{self.proxy.port}"
 
     def epochs(self, run_id: str, stage: str) -> list[int]:
         """The epochs of a stage that the server has."""
@@ -76,8 +76,8 @@ def _figures(record: dict[str, Any]) -> list[tuple[str, float]]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     port = free_port()
-    with serving(port, tmp_path_factory.mktemp("server")), door_to(port) as door:
-        yield Server(door, mlflow.MlflowClient(address(port)))
+    with serving(port, tmp_path_factory.mktemp("server")), proxy_to(port) as proxy:
+        yield Server(proxy, mlflow.MlflowClient(address(port)))
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,9 @@ class Delivered:
 def delivered(
     images: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None, server: Server
 ) -> Iterator[Delivered]:
-    config = make_config(images, tmp_path_factory.mktemp("run"), track={"uri": server.uri, "experiment": "door"})
+    config = make_config(
+        images, tmp_path_factory.mktemp("run"), track={"uri": server.uri, "experiment": "unreachable"}
+    )
     run = locate(config.run.root) / config.run_name()
     logged: list[str] = []
 
@@ -129,23 +131,23 @@ def delivered(
             with pytest.raises(UserError) as caught:
                 train(config, lambda line: on(
                     line,
-                    ("naive_mtl epoch 2", server.door.shut),
-                    ("naive_mtl epoch 3", lambda: until(lambda: server.door.refused)),
-                    ("start_0 epoch 1", server.door.open),
+                    ("naive_mtl epoch 2", server.proxy.refuse),
+                    ("naive_mtl epoch 3", lambda: until(lambda: server.proxy.refused)),
+                    ("start_0 epoch 1", server.proxy.open),
                     ("start_0 epoch 3", lambda: until(delivered_again)),
-                    ("start_0 epoch 3", server.door.shut),
+                    ("start_0 epoch 3", server.proxy.refuse),
                 ))  # fmt: skip
             assert (run / "result.json").exists()
             assert (run / "report.html").exists()
             assert (run / "models").folders()
-            server.door.open()
+            server.proxy.open()
             monkeypatch.setattr(storage, "PATIENCE_S", 600.0)
             done = train(config, lambda line: on(
-                line, ("registering the grouping", server.door.shut), ("retrying for", server.door.open)
+                line, ("registering the grouping", server.proxy.refuse), ("retrying for", server.proxy.open)
             ))  # fmt: skip
         finally:
             logger.removeHandler(messages)
-            server.door.open()
+            server.proxy.open()
         yield Delivered(config, done, logged, caught.value, "\n".join(messages.held))
 
 
@@ -197,7 +199,7 @@ class TestUnreachable:
         for file in delivered.done.run.files():
             assert SECRET.encode() not in (delivered.done.run / file).read_bytes(), file
         stored = server.client.get_run(delivered.done.run_id)
-        assert stored.data.params["track.uri"] == f"http://127.0.0.1:{server.door.port}"
+        assert stored.data.params["track.uri"] == f"http://127.0.0.1:{server.proxy.port}"
         assert not [text for text in [*shown_by, str(stored.to_dictionary())] if SECRET in text]
 
     def test_a_run_folder_registers_later(
@@ -208,10 +210,10 @@ class TestUnreachable:
         for name in (tracking.TRACKING, tracking.REGISTERED):
             (folder / name).unlink()
         monkeypatch.setattr(storage, "PATIENCE_S", 0.0)
-        server.door.shut()
+        server.proxy.refuse()
         with pytest.raises(UserError, match="training is done") as caught:
             register_run(str(folder))
-        server.door.open()
+        server.proxy.open()
         assert "dmtg models register" in caught.value.remedy
         first = register_run(str(folder))
         assert first.run_id != delivered.done.run_id
@@ -251,15 +253,15 @@ def test_an_interruption_does_not_wait_for_a_request_that_hangs(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = _tracker(tmp_path, server.uri)
-    server.door.silence()
+    server.proxy.silence()
     tracker.record(_record("start_0", 1))
-    while not server.door.waiting:
+    while not server.proxy.waiting:
         time.sleep(0.02)
     monkeypatch.setattr(tracking, "FAREWELL_S", 0.1)
     tracker.fail()
-    assert len(server.door.waiting) == 1  # the request hangs as before
-    server.door.shut()
-    server.door.open()
+    assert len(server.proxy.waiting) == 1  # the request hangs as before
+    server.proxy.refuse()
+    server.proxy.open()
 
 
 @pytest.fixture(scope="module")
