@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from pipelines.runs.files import METRICS, read_jsonl
 from pipelines.storage import Location, locate
 from pipelines.training.driver import Trained, train
 from pipelines.training.publish import register_run
+from tests.paths import ROOT
 from tests.pipelines.conftest import make_config
 from tests.pipelines.mlflow_server import address, serving
 from tests.pipelines.proxy import Proxy, proxy_to
@@ -378,3 +381,22 @@ def test_a_configuration_is_shown_without_credentials() -> None:
     config = _config(f"http://me:{SECRET}@host:5000")
     assert shown(config)["track"]["uri"] == "http://host:5000"
     assert config.track.uri.endswith(f"{SECRET}@host:5000")
+
+
+ENVIRONMENT = """
+import os
+before = dict(os.environ)
+from pipelines.registry import aliases, models, tracking, versions
+assert os.environ == before
+from pipelines.registry.environment import mlflow_environment
+mlflow_environment()
+print(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"], os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"])
+"""
+
+
+def test_variables_of_mlflow_are_not_set_at_import_and_given_ones_are_kept() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", ENVIRONMENT], capture_output=True, text=True, cwd=ROOT, check=True,
+        env={"PYTHONPATH": str(ROOT), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "7"},
+    )  # fmt: skip
+    assert found.stdout.split() == ["20", "7"]

@@ -7,6 +7,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,6 +141,61 @@ def test_a_timeout_of_a_broadcast_is_a_timeout_of_a_collective() -> None:
     assert issubclass(find(f"{ERRORS}.BroadcastCollectiveTimeoutError", TIMEOUT), base), (
         f"BroadcastCollectiveTimeoutError is not a {base}, needed for {TIMEOUT}"
     )
+
+
+def test_a_missing_name_is_named_with_what_needs_it() -> None:
+    with pytest.raises(
+        pytest.fail.Exception, match=r"worker_group\.WorkerGroup has no attribute _begin, needed for x"
+    ):
+        find(f"{GROUP}._begin", "x")
+
+
+# ---------------------------------------------------------------- a start that fails
+
+
+def callback(reported: list[str]) -> Any:
+    """A callback that reports connection errors only."""
+    from pipelines.training.ray.adapter import StartFailureCallback
+
+    class Callback(StartFailureCallback):
+        def after_start_failure(self, error: Exception) -> str:
+            if not isinstance(error, ConnectionError):
+                return ""
+            reported.append(str(error))
+            return str(error)
+
+    return Callback()
+
+
+@pytest.mark.parametrize(
+    ("error", "started", "raised", "freed"),
+    [
+        (ConnectionError("lost"), True, "WorkerGroupError", True),
+        (ConnectionError("lost"), False, "ConnectionError", False),
+        (ValueError("wrong"), True, "ValueError", True),
+    ],
+)
+def test_a_failed_start_frees_the_workers_and_is_retried_if_they_were_lost(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, started: bool, raised: str, freed: bool
+) -> None:
+    from pipelines.training.ray import adapter
+
+    def fail(group: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(adapter.WorkerGroup, "_start", fail)
+    reported: list[str] = []
+    shutdowns: list[int] = []
+    group = object.__new__(adapter.RetriableWorkerGroup)
+    state = SimpleNamespace(shutdown=lambda: shutdowns.append(1))
+    group._worker_group_state = state if started else None
+    run_config = SimpleNamespace(callbacks=[object(), callback(reported)])
+    group._train_run_context = SimpleNamespace(run_config=run_config)
+    with pytest.raises(Exception, match="lost|wrong") as found:
+        group._start()
+    assert type(found.value).__name__ == raised
+    assert bool(shutdowns) is freed
+    assert reported == (["lost"] if raised == "WorkerGroupError" else [])
 
 
 # ---------------------------------------------------------------- the imports of this project
