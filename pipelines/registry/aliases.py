@@ -1,8 +1,9 @@
-"""Which version serves: the aliases champion and challenger, and the champions there have been.
+"""The aliases champion and challenger, and the history of champions.
 
-The alias `champion` of the composite is the truth, and it moves in one step; those of the group models follow. The
-champions before are a list in a tag of the registered composite, written before the alias moves: what comes after
-the version that the alias has is a promotion or a rollback that was not finished, and is not read.
+The alias `champion` of the composite decides which version serves. It is set in one step; the aliases of the group
+models are set after it. The history is a list in a tag of the registered composite and is written before the alias
+is set. Entries after the version of the alias come from a promotion or a rollback that was interrupted; they are
+ignored.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ KEEP = 500  # champions; a tag of a registered model holds 5000 characters
 
 
 def champion(section: TrackSection, name: str) -> dict[str, Any] | None:
-    """The version that serves, as `show_model` gives it; None where there is none yet."""
+    """The champion as returned by `show_model`; None without one."""
     client = connect(section)
     model = registered(client, name)
     if model is None or CHAMPION not in model.aliases:
@@ -39,7 +40,7 @@ def champion(section: TrackSection, name: str) -> dict[str, Any] | None:
 
 
 def set_challenger(section: TrackSection, name: str, version: int) -> None:
-    """Let the alias `challenger` of a composite and of its group models be that version and its members.
+    """Set the alias `challenger` of a composite and its group models to a version and its members.
 
     Raises:
         UserError: When there is no such version, or it is not a composite.
@@ -47,11 +48,11 @@ def set_challenger(section: TrackSection, name: str, version: int) -> None:
     client = connect(section)
     held = _composite(client, name, version)
     client.set_registered_model_alias(name, CHALLENGER, str(version))
-    _follow(client, held, CHALLENGER)
+    _set_member_aliases(client, held, CHALLENGER)
 
 
 def promote(section: TrackSection, name: str, version: int | None = None) -> dict[str, Any]:
-    """Make a version of a composite the champion; one that was killed half-way is completed by the same words.
+    """Make a version of a composite the champion. The same call completes a promotion that was interrupted.
 
     Args:
         version: The challenger by default.
@@ -71,21 +72,21 @@ def promote(section: TrackSection, name: str, version: int | None = None) -> dic
         history.append(version)
         _write(client, name, history)
         client.set_registered_model_alias(name, CHAMPION, str(version))
-    _follow(client, held, CHAMPION)
+    _set_member_aliases(client, held, CHAMPION)
     return _outcome(held, history[-2] if len(history) > 1 else None)
 
 
 def rollback(section: TrackSection, name: str) -> dict[str, Any]:
-    """Make the champion before the present one serve again.
+    """Make the previous champion the champion again.
 
-    A rollback that was killed may or may not have moved the alias: look at `dmtg models list`, then promote the
-    version that is to serve, which also completes what was left.
+    A rollback that was interrupted may or may not have set the alias. `dmtg models list` shows it; promoting the
+    right version completes the rest.
 
     Returns:
         As `promote`; `before` is the version that was rolled back.
 
     Raises:
-        UserError: When there is no champion, or none before it that still exists.
+        UserError: When there is no champion, or no previous one that still exists.
     """
     client = connect(section)
     find(client, name)
@@ -97,16 +98,14 @@ def rollback(section: TrackSection, name: str) -> dict[str, Any]:
             remedy=f"dmtg models promote {name} --version N makes another version champion",
         )
     held = _composite(client, name, history[-2])
-    _write(
-        client, name, history
-    )  # without a rest that could be mistaken for the present, once the alias is elsewhere
+    _write(client, name, history)  # removes ignored entries, which could match the new version of the alias
     client.set_registered_model_alias(name, CHAMPION, str(held.version))
-    _follow(client, held, CHAMPION)
+    _set_member_aliases(client, held, CHAMPION)
     return _outcome(held, history[-1])
 
 
 def champions(section: TrackSection, name: str) -> list[int]:
-    """The versions that have served and were not rolled back, the present one last."""
+    """The versions that were champion and were not rolled back, the current one last."""
     return _history(connect(section), name)
 
 
@@ -128,16 +127,16 @@ def _composite(client: Any, name: str, version: int) -> Any:
 
 
 def _history(client: Any, name: str) -> list[int]:
-    """The list in the tag as far as it is true: it ends with what the alias has, and holds what exists."""
+    """The valid part of the list in the tag: up to the version of the alias, and only existing versions."""
     model = registered(client, name)
     if model is None or CHAMPION not in model.aliases:
         return []
-    present = int(model.aliases[CHAMPION])
+    current = int(model.aliases[CHAMPION])
     held = json.loads(model.tags.get(HISTORY, "[]"))
-    if present in held:
-        held = held[: len(held) - held[::-1].index(present)]
+    if current in held:
+        held = held[: len(held) - held[::-1].index(current)]
     else:
-        held.append(present)
+        held.append(current)
     existing = {int(version.version) for version in versions(client, name)}
     return _without_repeats([number for number in held if number in existing])
 
@@ -150,8 +149,8 @@ def _write(client: Any, name: str, history: Sequence[int]) -> None:
     client.set_registered_model_tag(name, HISTORY, json.dumps(history[-KEEP:]))
 
 
-def _follow(client: Any, composite: Any, alias: str) -> None:
-    """Let an alias of the group models be that of the members of a composite, and of no group that it has not."""
+def _set_member_aliases(client: Any, composite: Any, alias: str) -> None:
+    """Set an alias of the group models to the members of a composite, and remove it from all other groups."""
     members = facts_of(composite, "members")["members"]
     for name, version in members.items():
         client.set_registered_model_alias(name, alias, str(version))

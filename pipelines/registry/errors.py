@@ -1,4 +1,4 @@
-"""What goes wrong on the way to MLflow, as the one error that a command shows; and trying again."""
+"""Errors of MLflow and its services, converted to errors for the user; and retries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.storage import Location
 
-# what MLflow goes through
+# packages whose errors MLflow raises
 SERVICES = {"mlflow", "requests", "urllib3", "sqlalchemy", "alembic", "boto3", "botocore"}
 CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
 SECRETS = re.compile(r"(?i)([?&][^=&\s]*(?:password|token|secret|key)[^=&\s]*)=[^&\s]+")
@@ -23,19 +23,19 @@ T = TypeVar("T")
 
 
 def without_credentials(text: str) -> str:
-    """An address, or a text that quotes some, without `user:password@` and without what `?token=` says."""
+    """An address, or a text with addresses, without `user:password@` and secrets in its query."""
     return SECRETS.sub(r"\1=…", CREDENTIALS.sub("", text))
 
 
 @contextlib.contextmanager
 def reached(uri: str) -> Iterator[None]:
-    """What MLflow, and the services behind it, raise, as one error that names the server.
+    """Convert errors of MLflow and the services behind it to one error that names the server.
 
     Args:
         uri: The tracking address.
 
     Raises:
-        UserError: `storage.is_transient` tells of it whether the same may succeed a little later.
+        UserError: `storage.is_transient` of it is whether a retry can succeed.
     """
     try:
         yield
@@ -44,36 +44,36 @@ def reached(uri: str) -> Iterator[None]:
     except Exception as error:
         if _service(error) not in SERVICES and not isinstance(error, OSError):
             raise
-        away = _away(error)
+        unreachable = _unreachable(error)
         reason = without_credentials(str(error).partition("\n")[0])[:200]
         raise UserError(
-            f"the tracking server {'does not answer' if away else 'refuses'}: {reason}",
+            f"the tracking server {'does not answer' if unreachable else 'refuses'}: {reason}",
             where=f"track.uri = {without_credentials(uri)}",
             remedy="start it, correct track.uri, or set track.uri=none to go without",
-        ) from (_passing(error, reason) if away else error)
+        ) from (_transient(error, reason) if unreachable else error)
 
 
 def _service(error: BaseException) -> str:
     return type(error).__module__.partition(".")[0]
 
 
-def _passing(error: Exception, reason: str) -> OSError:
-    """What `storage.is_transient` knows, for an error that it does not know."""
+def _transient(error: Exception, reason: str) -> OSError:
+    """An error that `storage.is_transient` recognises, in place of one that it does not."""
     known = OSError(errno.EHOSTUNREACH, reason)
     known.__cause__ = error
     return known
 
 
-def _away(error: Exception) -> bool:
-    """Whether a server did not answer, or said that it cannot at the moment."""
+def _unreachable(error: Exception) -> bool:
+    """Whether a server did not answer, or answered that it is unavailable."""
     from mlflow.exceptions import MlflowException, RestException
 
     response = getattr(error, "response", None)
     if isinstance(error, MlflowException):
         code = error.get_http_status_code()
-        if code == 500 and not isinstance(error, RestException):  # MLflow's word for any error on this side, too
+        if code == 500 and not isinstance(error, RestException):  # MLflow uses it for errors of the client, too
             return str(error).startswith("API request to")
-    elif isinstance(response, dict):  # that of an S3 server
+    elif isinstance(response, dict):  # the answer of an S3 server
         code = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     else:
         code = getattr(response, "status_code", 0)
@@ -82,37 +82,40 @@ def _away(error: Exception) -> bool:
     return _service(error) in SERVICES or storage.is_transient(error)
 
 
-def patiently(call: Callable[[], T], run: Location, log: Callable[[str], None] = logger.info) -> T:
-    """What `call` gives, which hands a finished run to MLflow; tried for a while where MLflow is away.
+def retry_while_unreachable(call: Callable[[], T], run: Location, log: Callable[[str], None] = logger.info) -> T:
+    """Publish a finished run to MLflow; retry for `storage.PATIENCE_S` while MLflow is unreachable.
 
     Args:
-        call: Can be called again when it got to its middle.
+        call: Publishes the run. It can be called again after it has failed.
         run: The run folder.
-        say: Told once that it has to be tried.
+        log: Called once, before the first retry.
+
+    Returns:
+        The result of `call`.
 
     Raises:
-        UserError: That training is done, where its result is, and what registers it later.
+        UserError: It names the run folder and the command that publishes the run later.
     """
     until = time.monotonic() + storage.PATIENCE_S
-    told = False
+    logged = False
     for pause in storage.retry_delays():
         try:
             return call()
         except UserError as error:
             if not storage.is_transient(error) or time.monotonic() + pause > until:
-                raise late(error, run) from error
-            if not told:
-                log(f"{error.what}; trying for {storage.PATIENCE_S:.0f} s more")
-            told = True
+                raise not_published(error, run) from error
+            if not logged:
+                log(f"{error.what}; retrying for {storage.PATIENCE_S:.0f} s")
+            logged = True
         time.sleep(pause)
     raise AssertionError
 
 
-def late(error: UserError, run: Location) -> UserError:
-    """The error of a run that is finished, but not in MLflow."""
+def not_published(error: UserError, run: Location) -> UserError:
+    """The error of a run that is finished but not published to MLflow."""
     return UserError(
         f"training is done, its result and models are in {run}, but not all of it is in MLflow: {error.what}",
         where=error.where,
-        remedy=f"when that is mended: dmtg models register {run}; the same dmtg train words do it too",
+        remedy=f"correct it, then run dmtg models register {run}, or the same dmtg train command again",
         wrong_use=error.wrong_use,
     )

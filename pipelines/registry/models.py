@@ -1,11 +1,10 @@
-"""What goes into the MLflow model registry and is loaded from it: a model for each group, and their composite."""
+"""Registers and loads models: one for each group, and their composite."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -33,13 +32,12 @@ from pipelines.runs.files import GROUPING, MODELS
 from pipelines.runs.models import branches_of, outdated
 from pipelines.storage import Location, locate
 
-os.environ.setdefault("MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK", "true")
-LOGGED = re.compile(r"models:/m-[0-9a-f]{32}")  # a model that MLflow has logged, registered or not
+LOGGED = re.compile(r"models:/m-[0-9a-f]{32}")  # address of a logged model, registered or not
 CODE = Path(__file__).parent / "pyfunc_model.py"
 
 
 def _pinned(name: str) -> str:
-    # no pip finds the local part of a version (torch's +cu130) on an index
+    # package indexes do not have the local part of a version (torch's +cu130)
     return f"{name}=={version(name).split('+')[0]}"
 
 
@@ -48,7 +46,7 @@ REQUIREMENTS = [_pinned(name) for name in ("dmtg", "torch", "numpy", "safetensor
 
 @dataclass(frozen=True)
 class Registered:
-    """A registered model: its name, and the address that loads this very version."""
+    """A registered model: its name, and the address of this version."""
 
     name: str
     uri: str
@@ -61,12 +59,13 @@ class Registered:
 
 @dataclass(frozen=True)
 class _Origin:
-    """What all models of a run share.
+    """The common inputs of all models of a run.
 
     Args:
         example: At least two stored input samples.
-        preparation: How raw input becomes stored input; empty where they are the same.
-        facts: What is known of the run.
+        preparation: Conversion of raw to stored input; empty if they are the same.
+        result: The contents of `result.json`.
+        facts: Facts of the run.
     """
 
     client: Any
@@ -82,8 +81,8 @@ def register(
 ) -> list[Registered]:
     """Register a model for each group and the composite, which becomes the challenger.
 
-    It takes up what a call before it left: versions that this run has registered are taken, tags that they lack
-    are set. The composite comes last, as it names the versions of its groups.
+    It resumes a call that was interrupted: versions that this run has registered are kept, and missing tags are
+    set. The composite is registered last, as it names the versions of its groups.
 
     Args:
         example: At least two stored input samples.
@@ -118,7 +117,7 @@ def register(
 
 
 def _register(origin: _Origin, name: str, groups: Path, members: Sequence[Registered] = ()) -> Registered:
-    """One model of the groups in a folder; with `members` it is their composite."""
+    """Register the model of the groups in a folder; with `members`, as their composite."""
     models = _loaded(groups.iterdir())
     facts = {**origin.facts, **_facts(origin.result, models, members)}
     tags = tags_of(facts)
@@ -133,7 +132,7 @@ def _register(origin: _Origin, name: str, groups: Path, members: Sequence[Regist
 def _facts(
     result: Mapping[str, Any], models: Mapping[str, GroupModel], members: Sequence[Registered]
 ) -> dict[str, Any]:
-    """What is known of a model beside its origin."""
+    """Facts of a model that are not those of its run."""
     groups = {group: [task.name for task in model.tasks] for group, model in models.items()}
     tasks = [task for group in groups.values() for task in group]
     listed = ", ".join(tasks)
@@ -156,52 +155,52 @@ def _log(
     facts: Mapping[str, Any],
     tags: Mapping[str, str],
 ) -> str:
-    """Log a model and make it a version; its number. The version comes with its tags, or not at all."""
+    """Log a model and create a version with its tags in one request; the number of the version."""
     import mlflow
 
     how = load_preparation(origin.preparation) if origin.preparation else None
-    # a run is only taken up in the experiment that MLflow was last told of, which may be another one's
+    # `start_run` resumes a run only in the active experiment, which may be another one
     mlflow.set_experiment(experiment_id=mlflow.get_run(origin.run_id).info.experiment_id)
     with (
-        tempfile.TemporaryDirectory() as beside,
+        tempfile.TemporaryDirectory() as extra,
         mlflow.start_run(run_id=origin.run_id),
         contextlib.redirect_stderr(io.StringIO()),
-    ):  # MLflow's own chatter
+    ):  # MLflow's own messages
         logged = mlflow.pyfunc.log_model(
-            name=name.replace(".", "_"),  # a logged model may have no dot, a registered one may
+            name=name.replace(".", "_"),  # the name of a logged model cannot contain a dot
             python_model=str(CODE),
-            artifacts={"groups": str(groups)} | _beside(origin, facts, Path(beside)),
+            artifacts={"groups": str(groups)} | _artifacts(origin, facts, Path(extra)),
             signature=_signature(models, origin.example, how),
             input_example=origin.example if how is None else [how.example()] * 2,
             pip_requirements=REQUIREMENTS + [_pinned(name) for name in (how.libraries if how else ())],
             metadata={"grouping": origin.result["grouping"], "groups_served": facts["groups"]},
-            registered_model_name=None if _registry_is_apart() else name,
+            registered_model_name=None if _separate_registry() else name,
             tags=dict(tags),
         )
-    return str(logged.registered_model_version or _enter(origin, name, logged.model_id, tags))
+    return str(logged.registered_model_version or _create_version(origin, name, logged.model_id, tags))
 
 
-def _registry_is_apart() -> bool:
-    """Whether the registry is a server of its own, which knows nothing of the tracking server's models."""
+def _separate_registry() -> bool:
+    """Whether the registry is a separate server, which does not have the models of the tracking server."""
     import mlflow
 
     registry = mlflow.get_registry_uri()
     return registry.startswith("http") and registry != mlflow.get_tracking_uri()
 
 
-def _enter(origin: _Origin, name: str, model_id: str, tags: Mapping[str, str]) -> str:
-    """Make a model of the tracking server a version on a registry server, which is told where its files are.
+def _create_version(origin: _Origin, name: str, model_id: str, tags: Mapping[str, str]) -> str:
+    """Create a version on a separate registry server, with the address of the model's files.
 
     Raises:
-        UserError: When that is a place that only the tracking server can reach.
+        UserError: When only the tracking server can access the files.
     """
     place = origin.client.get_logged_model(model_id).artifact_location
     if place.startswith("mlflow-artifacts:"):
         raise UserError(
-            "a registry server of its own cannot reach files that pass through the tracking server",
+            "a separate registry server cannot access artifacts that are served by the tracking server",
             where=f"track.registry_uri; {place}",
-            remedy="leave out the registry's address where it is the same server, or let the experiment keep its "
-            "artifacts in a bucket (mlflow server --no-serve-artifacts --default-artifact-root s3://…)",
+            remedy="leave out the registry's address if it is the same server, or store the artifacts of the "
+            "experiment in a bucket (mlflow server --no-serve-artifacts --default-artifact-root s3://…)",
         )
     if registered(origin.client, name) is None:
         origin.client.create_registered_model(name)
@@ -209,8 +208,8 @@ def _enter(origin: _Origin, name: str, model_id: str, tags: Mapping[str, str]) -
     return str(made.version)
 
 
-def _beside(origin: _Origin, facts: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """JSON artifacts beside the weights: the grouping, what is known of the version, the preparation if any."""
+def _artifacts(origin: _Origin, facts: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Write the JSON artifacts: the grouping, the facts of the version, and the preparation if there is one."""
     groups = Grouping.from_dict(origin.result["grouping"])
     texts = {"grouping": groups.to_json(), DETAILS.removesuffix(".json"): json.dumps(facts, indent=2)}
     if origin.preparation:
@@ -239,17 +238,17 @@ def _raw_columns(how: Preparation) -> list[Any]:
     from mlflow.types.schema import AnyType
 
     if how.kind != "table":
-        return [ColSpec("string")]  # without a name, so that a plain list of strings is taken too
-    # MLflow takes no column of integers for one of doubles; our preparation checks the cells itself
+        return [ColSpec("string")]  # without a name, so that a list of strings is accepted too
+    # MLflow rejects integers in a column of doubles; the preparation checks the cells itself
     return [ColSpec(AnyType(), name) for name in how.columns]
 
 
 def load_groups(uri: str, section: TrackSection) -> dict[str, GroupModel]:
-    """The group models behind a registered model's address, or behind a run folder.
+    """The group models of a registered model, or of a run folder.
 
     Args:
         uri: `models:/name/version`, `models:/name@alias`, `models:/name` for the newest version, another address
-            of a model as MLflow has them (`runs:/…`, `models:/m-…`), or a run folder.
+            that MLflow accepts (`runs:/…`, `models:/m-…`), or a run folder.
 
     Raises:
         UserError: When there is nothing to load.
@@ -260,7 +259,7 @@ def load_groups(uri: str, section: TrackSection) -> dict[str, GroupModel]:
 
 
 def load_registered(uri: str, section: TrackSection) -> tuple[dict[str, GroupModel], dict[str, Any]]:
-    """The group models behind a registered model's address, and the preparation of their input, empty for none.
+    """The group models of a registered model, and the preparation of their input; empty for none.
 
     Raises:
         UserError: When there is nothing to load.
@@ -278,7 +277,7 @@ def load_registered(uri: str, section: TrackSection) -> tuple[dict[str, GroupMod
             raise UserError(
                 f"cannot load {uri}: {str(error).splitlines()[0][:200]}",
                 where="MLflow registry",
-                remedy="dmtg models list shows what there is",
+                remedy="dmtg models list shows the registered models",
             ) from error
         file = path / "artifacts" / "preparation.json"
         preparation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -290,7 +289,7 @@ def load_registered(uri: str, section: TrackSection) -> tuple[dict[str, GroupMod
 
 
 def _branches(client: Any, model: Path) -> int:
-    """K of the network that a registered model was cut out of: from its run, or at least as many as its groups."""
+    """K of the network of a registered model: that of its run, or else the number of its groups."""
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model
 
@@ -325,7 +324,7 @@ def _loaded(folders: Iterable[Path], branches: int = 1) -> dict[str, GroupModel]
 
 
 def _fetch_models(run: Location, folder: Path) -> None:
-    """Copy the group models of a run to the local disk."""
+    """Copy the group models of a run to a local folder."""
     for file in (run / MODELS).files():
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)

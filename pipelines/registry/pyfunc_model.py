@@ -1,6 +1,12 @@
-"""The code of a registered model, run by MLflow where the model is loaded. Needs the base install, not Ray.
+"""The code of a registered model, which MLflow runs when the model is loaded. Needs the base install, not Ray.
 
-MLflow copies this file beside the weights. Of this package it imports only what the base install can run.
+MLflow copies this file into every registered model, and later versions of DMTG run the copy with its imports.
+Therefore it imports only these names of DMTG, which are stable: a version that moves one of them keeps the old
+name importable.
+
+- `dmtg_core.names.by_number`
+- `dmtg_core.training.checkpoint.load_model`
+- `pipelines.data.preprocessing.load_preparation` and `prepare`
 """
 
 from __future__ import annotations
@@ -20,11 +26,11 @@ from pipelines.data.preprocessing import load_preparation, prepare
 
 
 class GroupPredictor(mlflow.pyfunc.PythonModel):
-    """What a user has in, decoded predictions out: a dictionary of arrays, one a task.
+    """Decoded predictions for the user's input: a dictionary with an array for each task.
 
     The artifact "groups" is a folder with a sub-folder for each group: one for a group's own model, all of them
-    for the composite. The artifact "preparation" says how raw input becomes stored input; without it the stored
-    input is taken as it is. An answer has the tasks of the signature and nothing else: which group serves each
+    for the composite. The artifact "preparation" describes the conversion of raw to stored input; without
+    it, the input is stored input. The result has the tasks of the signature and nothing else. The group of each
     task is in the metadata of the model, `mlflow.models.get_model_info(uri).metadata["groups_served"]`.
     """
 
@@ -36,21 +42,21 @@ class GroupPredictor(mlflow.pyfunc.PythonModel):
         file = context.artifacts.get("preparation")
         self.preparation = load_preparation(json.loads(Path(file).read_text(encoding="utf-8"))) if file else None
 
-    # MLflow reads annotations here as a schema of its own; the signature in the registry is the schema
+    # MLflow would read annotations as a schema; the schema is the signature in the registry
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
         """Predict.
 
         Args:
             context: Not read.
-            model_input: What `pipelines.data.preprocessing.prepare` takes (a DataFrame, a list of strings);
+            model_input: Input of `pipelines.data.preprocessing.prepare` (a DataFrame, a list of strings);
                 without a preparation `(B, H, W, C)` as stored in the shards.
             params: Not read.
 
         Returns:
-            Task name → what `Task.decode` gives.
+            Task name → result of `Task.decode`.
 
         Raises:
-            ValueError: For a column that is missing, or a sample that cannot be used, with its number.
+            ValueError: For a missing column, or an invalid sample, with its number.
         """
         stored = np.array(model_input) if self.preparation is None else prepare(self.preparation, model_input)
         found: dict[str, np.ndarray] = {}

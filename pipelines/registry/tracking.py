@@ -1,7 +1,7 @@
-"""MLflow runs, and a tracker that does nothing where tracking is off.
+"""Tracking of runs in MLflow, and a tracker that does nothing.
 
-The run folder is the truth and MLflow its copy. A server that is away costs a training run nothing: figures are
-delivered in a thread, now or later, and MLflow is asked what it has before anything is sent again.
+MLflow has a copy of the run folder. An unreachable server does not stop training: metrics are sent by a background
+writer, which retries, and before anything is sent again MLflow is asked which metrics it has.
 """
 
 from __future__ import annotations
@@ -19,69 +19,65 @@ from typing import Any, Protocol
 from pipelines.config.loading import Config
 from pipelines.config.sections import TrackSection
 from pipelines.data.manifest import Manifest
+from pipelines.registry.environment import mlflow_environment
 from pipelines.registry.errors import reached, without_credentials
 from pipelines.runs.files import METRICS, REGISTERED, TRACKING, read_jsonl
 from pipelines.runs.writer import BackgroundWriter, PendingWrite
 from pipelines.storage import Location
 
 GROUPING_TAG, PARENT_TAG = "dmtg.grouping", "mlflow.parentRunId"
-FAREWELL_S = 10.0  # how long a run that was interrupted waits for MLflow to hear of it
+FAREWELL_S = 10.0  # an interrupted run waits so long for MLflow to receive its status
 logger = logging.getLogger(__name__)
-
-# A server that does not answer is found out in seconds, not after MLflow's default of many retries.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
 class Tracker(Protocol):
-    """Where a run's figures go."""
+    """Receives the metrics of a run."""
 
     run_id: str
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """The figures of one epoch of one stage. It does not wait for anything."""
+        """Add the metrics of an epoch of a stage, without waiting."""
         ...
 
     def deliver(self) -> None:
-        """Wait until all figures of the run have been taken."""
+        """Wait until all metrics of the run have been sent."""
         ...
 
     def finish(self, result: Mapping[str, Any], files: Mapping[str, str]) -> None:
-        """Final figures, and small text files (name → text) as artifacts."""
+        """Send the final metrics, and small text files (name → text) as artifacts; mark the run as finished."""
         ...
 
     def fail(self) -> None:
-        """The run stopped before its end; it may be taken up again."""
+        """Mark the run as failed; it may be resumed."""
         ...
 
 
 class NullTracker:
-    """Tracking is off."""
+    """A tracker that does nothing, for tracking that is off."""
 
     run_id = ""
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def deliver(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def finish(self, result: Mapping[str, Any], files: Mapping[str, str]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def fail(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class MlflowTracker:
-    """One MLflow run, taken up again where the run folder knows it and MLflow still has it.
+    """An MLflow run. It is resumed if the run folder names one that still exists in MLflow.
 
     Args:
-        config: What is described in MLflow.
-        run: The run folder; figures that it holds and MLflow does not are delivered.
+        config: The configuration.
+        run: The run folder; metrics in it that MLflow lacks are sent.
         manifest: The data, for the run's lineage.
-        parent: The MLflow run that this one is a part of.
+        parent: MLflow run of which this one is a part.
 
     Raises:
         UserError: When the server does not answer.
@@ -91,16 +87,16 @@ class MlflowTracker:
         self.uri, self.run = tracking_uri(config.track), run
         self.client = connect(config.track)
         self.records: dict[tuple[str, int], Mapping[str, Any]] = {}  # by stage and epoch
-        self.there: dict[str, set[int]] = {}  # stage → epochs that MLflow has, once it was asked
+        self.received: dict[str, set[int]] = {}  # stage → epochs that MLflow has, once it has been asked
         self.sending = threading.Lock()
         with reached(self.uri):
-            self.run_id: str = self._taken_up() or self._created(config, manifest, parent)
+            self.run_id: str = self._resumed() or self._created(config, manifest, parent)
         self.writer = BackgroundWriter(lambda _, message: logger.warning(message))
-        self._hold(read_jsonl(run / METRICS))
+        self._add(read_jsonl(run / METRICS))
         self._send_later()
 
-    def _taken_up(self) -> str:
-        """The MLflow run that the folder knows; empty where there is none any more."""
+    def _resumed(self) -> str:
+        """The MLflow run that the run folder names; empty if it does not exist."""
         from mlflow.exceptions import MlflowException
 
         note = self.run / TRACKING
@@ -113,7 +109,7 @@ class MlflowTracker:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return ""
-        if info.lifecycle_stage != "active":  # somebody has deleted it
+        if info.lifecycle_stage != "active":  # it has been deleted
             return ""
         if info.status == "FAILED":
             self.client.update_run(run_id, status="RUNNING")
@@ -128,7 +124,7 @@ class MlflowTracker:
             experiment.experiment_id, run_name=self.run.name, tags=tags
         ).info.run_id
         self._describe(run_id, config, manifest)
-        (self.run / REGISTERED).delete()  # models of a run that MLflow has no more
+        (self.run / REGISTERED).delete()  # models of a run that MLflow does not have any more
         note = {"run_id": run_id, "uri": without_credentials(self.uri), "data_digest": manifest.digest()}
         (self.run / TRACKING).write_json(note)
         return run_id
@@ -141,61 +137,63 @@ class MlflowTracker:
         flat = _flatten({section: value for section, value in values.items() if section != "ray"})
         self.client.log_batch(run_id, params=[Param(k, str(v)[:5000]) for k, v in flat.items()])
         self.client.set_tag(run_id, "dmtg.data_digest", manifest.digest())
-        with warnings.catch_warnings():  # a local path is a path to several of MLflow's kinds; any will do
+        with (
+            warnings.catch_warnings()
+        ):  # several kinds of MLflow's sources accept a local path; any of them is right
             warnings.simplefilter("ignore", UserWarning)
             source = mlflow.data.dataset_source_registry.resolve_dataset_source(config.data.shards)
         entity = Dataset(
             config.name,
             manifest.digest(),
-            source_type=source._get_source_type(),  # noqa: SLF001 - the public way is bound to the active run
+            source_type=source._get_source_type(),  # noqa: SLF001 - the public function needs an active run
             source=source.to_json(),
         )
         self.client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """One batch of metrics, `<stage>/<task>/<metric>`, delivered in a thread, with all that still waits."""
-        self._hold([record])
+        """Add the metrics of an epoch, `<stage>/<task>/<metric>`; the background writer sends them."""
+        self._add([record])
         self._send_later()
 
-    def _hold(self, records: Iterable[Mapping[str, Any]]) -> None:
+    def _add(self, records: Iterable[Mapping[str, Any]]) -> None:
         for record in records:
             self.records.setdefault((record["stage"], record["epoch"]), record)
 
     def _send_later(self) -> None:
-        self.writer.put("MLflow's copy of the figures", PendingWrite(self._send))
+        self.writer.put("MLflow's copy of the metrics", PendingWrite(self._send))
 
     def deliver(self) -> None:
-        """Send all figures of the run folder that MLflow does not have.
+        """Send all metrics of the run folder that MLflow does not have.
 
         Raises:
-            UserError: When the server does not answer; see `mlflow_errors.patiently`.
+            UserError: When the server does not answer; see `registry.errors.retry_while_unreachable`.
         """
-        self._hold(read_jsonl(self.run / METRICS))
+        self._add(read_jsonl(self.run / METRICS))
         self._send()
 
     def _send(self) -> None:
         with self.sending, reached(self.uri):
             try:
                 for (stage, epoch), record in list(self.records.items()):
-                    if stage not in self.there:
+                    if stage not in self.received:
                         history = self.client.get_metric_history(self.run_id, f"{stage}/val_score")
-                        self.there[stage] = {metric.step for metric in history}
-                    if epoch not in self.there[stage]:
+                        self.received[stage] = {metric.step for metric in history}
+                    if epoch not in self.received[stage]:
                         self.client.log_batch(self.run_id, metrics=_metrics(record))
-                        self.there[stage].add(epoch)
+                        self.received[stage].add(epoch)
             except BaseException:
-                self.there.clear()  # what was sent last may have arrived or not
+                self.received.clear()  # it is unknown whether the last request arrived
                 raise
 
     def finish(self, result: Mapping[str, Any], files: Mapping[str, str]) -> None:
-        """Test figures and artifacts, and the run is marked finished; nothing of it is done twice.
+        """Send test metrics and artifacts and mark the run as finished, unless it has been done before.
 
         Args:
-            result: As in `result.json`; what it does not have is left out.
+            result: As in `result.json`; missing entries are left out.
             files: Name → text of the artifacts.
 
         Raises:
-            UserError: When the server does not answer; see `mlflow_errors.patiently`.
+            UserError: When the server does not answer; see `registry.errors.retry_while_unreachable`.
         """
         self.deliver()
         with reached(self.uri):
@@ -209,10 +207,10 @@ class MlflowTracker:
         self.writer.close()
 
     def fail(self) -> None:
-        """The run is marked failed, unless MLflow does not answer right now."""
+        """Mark the run as failed, unless MLflow is unreachable."""
 
         def write() -> None:
-            with contextlib.suppress(Exception):  # the error that ended the run is the one to show
+            with contextlib.suppress(Exception):  # the user sees the error that ended the run
                 self.client.set_terminated(self.run_id, status="FAILED")
 
         self.writer.put("the end of the run", PendingWrite(write))
@@ -221,7 +219,7 @@ class MlflowTracker:
 
 
 def _metrics(record: Mapping[str, Any]) -> list[Any]:
-    """The figures of an epoch. The last one is always there: where MLflow has it, it has them all."""
+    """The metrics of an epoch. The validation score is the last one: if MLflow has it, it has them all."""
     from mlflow.entities import Metric
 
     values: dict[str, float | None] = {}
@@ -236,7 +234,7 @@ def _metrics(record: Mapping[str, Any]) -> list[Any]:
 
 
 def _final(result: Mapping[str, Any], held: Mapping[str, float]) -> list[Any]:
-    """The figures of a result that MLflow does not hold yet."""
+    """The metrics of a result that MLflow does not have."""
     from mlflow.entities import Metric
 
     values = {
@@ -255,14 +253,14 @@ def tracking_uri(section: TrackSection) -> str:
 
 
 def enabled(section: TrackSection) -> bool:
-    """Whether there is tracking at all."""
+    """Whether tracking is on."""
     return section.uri != "none"
 
 
 def shown(config: Config) -> dict[str, Any]:
-    """The configuration as it may be written and shown: without credentials, and without where verdicts are sent.
+    """The configuration without credentials, to be written and shown. The webhook is left out.
 
-    The address of a webhook often is the secret.
+    The address of a webhook often is a secret.
     """
 
     def clean(value: Any) -> Any:
@@ -277,11 +275,12 @@ def shown(config: Config) -> dict[str, Any]:
 
 
 def connect(section: TrackSection) -> Any:
-    """An MLflow client that has been answered once. The registry is where the section says, for all of MLflow.
+    """Connect to MLflow: a client whose first request has been answered. The registry is set for all of MLflow.
 
     Raises:
         UserError: When the server does not answer.
     """
+    mlflow_environment()
     import mlflow
 
     for name in ("mlflow", "alembic"):
@@ -292,14 +291,14 @@ def connect(section: TrackSection) -> Any:
     with reached(uri):
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(registry)
-        os.environ["MLFLOW_REGISTRY_URI"] = given  # MLflow writes there too, and the next section may have none
+        os.environ["MLFLOW_REGISTRY_URI"] = given  # MLflow sets it too, and the next section may have none
         client = mlflow.MlflowClient(uri, registry or uri)
         client.search_experiments(max_results=1)
     return client
 
 
 def open_tracker(config: Config, run: Location, manifest: Manifest, parent: str = "") -> Tracker:
-    """The tracker of a run, which can be a part of the MLflow run `parent`.
+    """The tracker of a run, optionally as a part of the MLflow run `parent`.
 
     Raises:
         UserError: When the server does not answer.

@@ -1,11 +1,9 @@
-"""What the model registry holds: its versions by address, what is known of each, and two of them side by side."""
+"""Versions of registered models: found by address, listed with their facts, and compared in pairs."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -18,30 +16,28 @@ from pipelines.config.sections import TrackSection
 from pipelines.errors import UserError
 from pipelines.registry.tracking import connect
 
-# in a log, a bar for every download would hide what is said
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", str(sys.stderr.isatty()).lower())
 CHAMPION, CHALLENGER = "champion", "challenger"
 PREFIX = "dmtg."
-LONGEST_TAG = 5000  # characters; what is longer is in DETAILS only
-DETAILS = "details.json"  # all that is known of a version, beside its weights
+LONGEST_TAG = 5000  # characters; longer values are only in DETAILS
+DETAILS = "details.json"  # artifact with all facts of a version
 TEXTS = ("kind", "composite", "grouping", "data_digest", "config_digest", "code_version", "run", "split")
 OBJECTS = ("groups", "members", "metrics", "baseline", "headline")
 
 
 def tags_of(facts: Mapping[str, Any]) -> dict[str, str]:
-    """What is known of a version as its tags, without what is too long for one.
+    """The tags of a version, without values that are too long for one.
 
     Args:
-        facts: Texts, and what is written as JSON. What does not fit is read from the artifact `DETAILS`.
+        facts: Texts, and values that are written as JSON. Those that are too long are read from `DETAILS`.
     """
     tags = {PREFIX + key: v if isinstance(v, str) else json.dumps(v) for key, v in facts.items()}
     return {key: value for key, value in tags.items() if len(value) <= LONGEST_TAG}
 
 
 def facts_of(version: Any, *keys: str) -> dict[str, Any]:
-    """Some of what is known of an MLflow model version: of `TEXTS` and `OBJECTS`, empty where it is not known.
+    """Facts of an MLflow model version, of `TEXTS` and `OBJECTS`; unknown ones are empty.
 
-    The artifact is read only for what did not fit into a tag; a version that this project has not made has none.
+    The artifact is read only for values that are too long for a tag. Only versions of DMTG have it.
     """
     tags = {key: version.tags.get(PREFIX + key) for key in keys}
     if None in tags.values() and PREFIX + "kind" in version.tags:
@@ -61,7 +57,7 @@ def _details(version: Any) -> dict[str, Any]:
 
 
 def registered(client: Any, name: str) -> Any:
-    """The registered model of a name, with its aliases and tags; None where there is none."""
+    """A registered model with its aliases and tags; None if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -84,13 +80,13 @@ def registered_models(client: Any, name: str = "") -> list[Any]:
 
 
 def find(client: Any, address: str) -> tuple[Any, dict[str, str]]:
-    """The version that an address means, and the aliases of its model.
+    """The version of an address, and the aliases of its model.
 
     Args:
         address: `name` for the newest version, `name/version` or `name@alias`, with or without `models:/`.
 
     Raises:
-        UserError: When there is no such model, version or alias, with those that come nearest.
+        UserError: When there is no such model, version or alias; it lists the closest matches.
     """
     path = address.removeprefix("models:/")
     name, _, alias = path.partition("@")
@@ -148,7 +144,7 @@ def _last(client: Any, name: str) -> list[Any]:
 
 
 def _version(client: Any, name: str, number: str) -> Any:
-    """One version, None where there is none."""
+    """A version; None if it does not exist."""
     from mlflow.exceptions import MlflowException
 
     if not number.isdecimal():
@@ -172,7 +168,7 @@ def _missing(what: str, wanted: str, held: Iterable[str], otherwise: str) -> Use
 
 
 def list_models(section: TrackSection, name: str = "") -> list[dict[str, Any]]:
-    """The newest version of every registered model whose name starts with `name`, and all that have an alias."""
+    """The newest version and those with an alias of each registered model whose name starts with `name`."""
     client = connect(section)
     found = []
     for model in registered_models(client, name):
@@ -200,7 +196,7 @@ def _shown(version: Any, aliases: Mapping[str, str]) -> dict[str, Any]:
 
 
 def show_model(section: TrackSection, address: str) -> dict[str, Any]:
-    """What is known of one version: an entry of `list_models` with groups, metrics and where it comes from.
+    """One version: an entry of `list_models` with its groups, metrics and origin.
 
     Raises:
         UserError: When there is no such version.
@@ -210,20 +206,21 @@ def show_model(section: TrackSection, address: str) -> dict[str, Any]:
 
 
 def entry(version: Any, aliases: Mapping[str, str]) -> dict[str, Any]:
-    """What `show_model` gives, of an MLflow model version."""
+    """An MLflow model version as returned by `show_model`."""
     return _shown(version, aliases) | facts_of(version, *TEXTS, *OBJECTS)
 
 
 def diff_models(section: TrackSection, before: str, after: str = "") -> dict[str, Any]:
-    """Two composite versions side by side.
+    """Compare two versions of a composite.
 
     Args:
-        before: An address; with nothing in `after` the name of a composite, for its champion and challenger.
+        before: An address. If `after` is empty, the name of a composite, for its champion and challenger.
+        after: The other address.
 
     Returns:
-        `before` and `after` as `show_model` gives them; `tasks` that both have; `only_before`, `only_after`;
+        `before` and `after` as returned by `show_model`; `tasks` that both have; `only_before`, `only_after`;
         `adjusted_rand_index` of the groupings of the common tasks and the tasks that `moved`; `metrics`, a row for
-        each common task and metric; `notes` on what stands in the way of comparing them.
+        each common task and metric; `notes` on differences that limit the comparison.
 
     Raises:
         UserError: When there is no such version, one of them is not a composite, or they have no task in common.
@@ -279,7 +276,7 @@ def _notes(
 ) -> list[str]:
     notes = []
     if set(tasks) != set(others):
-        notes.append("the two answer different tasks; only those that both have are compared")
+        notes.append("the two have different tasks; only those that both have are compared")
     if old["split"] != new["split"]:
         notes.append(f"metrics are of different splits: {old['split']} and {new['split']}")
     if old["data_digest"] != new["data_digest"]:

@@ -1,1 +1,1 @@
-"""The run folder: the names of its files, and their contents."""
+"""The run folder: names and contents of its files."""

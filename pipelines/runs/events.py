@@ -1,4 +1,4 @@
-"""What happened to a run: workers lost, checkpoints damaged, writes that failed. Kept in `events.jsonl`."""
+"""Events of a run: lost workers, damaged checkpoints, failed writes. They are stored in `events.jsonl`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 DAMAGED, RESIZED, LOST = "damaged", "resized", "lost"
 RESUMED, UNWRITTEN, HUNG, WAITING = "resumed", "unwritten", "hung", "waiting"
-FOR_RESULT = (DAMAGED, RESIZED, LOST, HUNG)  # kinds that are still worth knowing when the run is done
+FOR_RESULT = (DAMAGED, RESIZED, LOST, HUNG)  # kinds that are stored with the result
 
 Emit = Callable[[str, str], None]  # kind and message
 Event = dict[str, Any]
@@ -20,5 +20,5 @@ def event(kind: str, message: str) -> Event:
 
 
 def for_result(events: Sequence[Event]) -> list[str]:
-    """The messages that belong beside a result, each once."""
-    return list(dict.fromkeys(told["message"] for told in events if told["kind"] in FOR_RESULT))
+    """The messages that are stored with the result, each once."""
+    return list(dict.fromkeys(one["message"] for one in events if one["kind"] in FOR_RESULT))

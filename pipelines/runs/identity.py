@@ -1,4 +1,4 @@
-"""Which folder belongs to a configuration: of a run, of a comparison, of a grouping signal."""
+"""Folders of a configuration: for a run, a comparison and a grouping signal."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ SIGNAL = "signal.json"
 
 
 def folder_name(config: Config, what: str) -> str:
-    """The folder of a comparison or pre-flight: it follows from all that changes what is trained there."""
+    """The folder of a comparison or a grouping signal; its name follows from the digest of the configuration."""
     return f"{config.name}-{what}-{config.digest()}"
 
 
 def earlier_verdict(config: Config) -> str:
-    """The verdict of `dmtg signal` with the same configuration; empty where it was not asked."""
+    """The verdict of `dmtg signal` with the same configuration; empty if it has not been run."""
     file = locate(config.run.root) / folder_name(config, "signal") / SIGNAL
     return str(file.read_json()["verdict"]) if file.exists() else ""
 
 
 def open_run(config: Config) -> Location:
-    """The run folder of a configuration: it can be written to, and is that of no other configuration.
+    """The run folder of a configuration.
 
     Raises:
-        UserError: When it cannot, or is.
+        UserError: When it cannot be written to, or belongs to another configuration.
     """
     run = locate(config.run.root) / config.run_name()
     run.check_writable()

@@ -1,4 +1,4 @@
-"""The models of the groups of a run: written to its folder, and read from it."""
+"""Reads and writes the group models of a run folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.storage import Location
 
 
 def write_model(place: Location, model: GroupModel) -> None:
-    """One group's model into a folder anywhere."""
+    """Write a group model into a local or remote folder."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save_model(Path(folder), model)
         for file in sorted(Path(folder).iterdir()):
@@ -26,10 +26,10 @@ def write_model(place: Location, model: GroupModel) -> None:
 
 
 def read_model(place: Location) -> GroupModel:
-    """What `write_model` wrote.
+    """Read a model that `write_model` has written.
 
     Raises:
-        UserError: When a file is missing or damaged, it is no group's model, or it has to be trained again.
+        UserError: When a file is missing or damaged, it is not a group model, or it has to be trained again.
     """
     branches = branches_of(place.parent.parent)
     with tempfile.TemporaryDirectory() as folder:
@@ -48,24 +48,24 @@ def read_model(place: Location) -> GroupModel:
 
 
 def branches_of(run: Location) -> int:
-    """K of the network that a run was configured with; 1 where its folder does not say."""
+    """K of the network of a run; 1 without a configuration in its folder."""
     file = run / CONFIG
     values = yaml.safe_load(file.read_text()) if file.exists() else {}
     return int(values.get("network", {}).get("groups", 1))
 
 
 def outdated(error: checkpoint.OutdatedNetworkError, where: str) -> UserError:
-    """What the user is told of a network that an earlier version trained wrongly."""
+    """The error for the user of a network that an earlier version trained wrongly."""
     return UserError(
         str(error).partition(": ")[2], where=where, remedy="train it again with dmtg train and another run.name"
     )
 
 
 def check_models(config: Config, run: Location) -> None:
-    """Stop at group models in a run folder that an earlier version trained wrongly.
+    """Check that no group model of a run folder is one that an earlier version trained wrongly.
 
     Raises:
-        UserError: For the first of them.
+        UserError: For the first such model.
     """
     if config.network.groups > checkpoint.CORRECT_UP_TO:
         for name in (run / MODELS).folders():
@@ -73,7 +73,7 @@ def check_models(config: Config, run: Location) -> None:
 
 
 def warm_start(places: Sequence[tuple[str, Location]]) -> WarmStart | None:
-    """The models at some places, by their names; None where there are no places.
+    """The models of some places with their names; None without places.
 
     Raises:
         UserError: When one of them is damaged.

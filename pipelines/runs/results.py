@@ -1,4 +1,4 @@
-"""The result of a run: gains, and the files that say what was found."""
+"""The result of a run: gains over naive MTL, and the files of the result."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipelines.runs.files import GROUPING, MODELS, RESULT
 from pipelines.runs.models import write_model
 from pipelines.storage import Location
 
-# rows of the inference cost of a run, beside one a group
+# rows of the table of inference cost, besides one for each group
 ALL, NAIVE, SINGLE = "all groups", "naive MTL", "single-task networks"
 
 
 def gains(tasks: Sequence[Task], metrics: Metrics, baseline: Metrics) -> dict[str, float]:
-    """The gain over naive MTL in per cent: of errors, and the published forms, of scores and of losses."""
+    """The gain over naive MTL in per cent: of errors, and in the published forms of scores and of losses."""
     return {
         "error": normalized_gain(tasks, metrics, baseline),
         "score": normalized_gain(tasks, metrics, baseline, form="score"),
@@ -29,7 +29,7 @@ def gains(tasks: Sequence[Task], metrics: Metrics, baseline: Metrics) -> dict[st
 
 
 def write_result(run: Location, result: SearchResult, notes: Sequence[str] = (), file: str = RESULT) -> None:
-    """Group models, grouping and figures into the run folder; the file comes last and says that all is there."""
+    """Write group models, grouping and metrics; `file` is written last and marks the result as complete."""
     for name, model in result.network.specialise().items():
         write_model(run / MODELS / name, model)
     (run / GROUPING).write_text(result.grouping.to_json())
@@ -61,12 +61,12 @@ def write_result(run: Location, result: SearchResult, notes: Sequence[str] = (),
 def gain_of(
     tasks: Sequence[Task], metrics: Mapping[str, Any], reference: Mapping[str, Any], *, metric: str = ""
 ) -> float | None:
-    """The normalized gain in per cent, of headline metrics or of one metric; None where it is not defined."""
+    """The normalized gain in per cent, of headline metrics or of one metric; None if it is not defined."""
     return finite_or_none(normalized_gain(tasks, numbers(metrics), numbers(reference), metric=metric))
 
 
 def numbers(metrics: Mapping[str, Any]) -> Metrics:
-    """Metrics as they were before they were written: what is not defined is NaN."""
+    """Metrics as before they were written: undefined values are NaN."""
     return {
         task: {name: math.nan if value is None else value for name, value in found.items()}
         for task, found in metrics.items()
@@ -74,5 +74,5 @@ def numbers(metrics: Mapping[str, Any]) -> Metrics:
 
 
 def finite_or_none(value: float) -> float | None:
-    """The value, or None where JSON has no number for it."""
+    """The value, or None if JSON cannot represent it."""
     return value if math.isfinite(value) else None

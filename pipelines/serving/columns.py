@@ -1,12 +1,12 @@
-"""The columns of a file of predictions: made to be read by `pandas.read_parquet` as they are.
+"""The columns of a file of predictions, for `pandas.read_parquet`.
 
 | task | columns |
 |---|---|
 | all | `id`, as in the shards |
 | binary | `<task>`: probability of class 1 |
-| multiclass | `<task>`: name of the likeliest class, its id where classes have no names; |
-|  | `<task>.<class>`: probability of each; of more than `MOST_CLASSES` only `<task>.probability`, the highest |
-| regression | `<task>`: value in the task's unit; `<task>.<channel>` where there are several |
+| multiclass | `<task>`: name of the most likely class, or its id if classes have no names; |
+|  | `<task>.<class>`: probability of each; with more than `MOST_CLASSES` only `<task>.probability`, the highest |
+| regression | `<task>`: value in the task's unit; `<task>.<channel>` if there are several |
 | dense | `<task>`: the pixels' raw bytes, class ids or values; `_predictions.json` has their dtype and shape |
 """
 
@@ -21,7 +21,7 @@ import pyarrow as pa
 from dmtg_core.tasks import Task
 
 ID = "id"
-MOST_CLASSES = 1000  # that have a column each: Parquet is slow with more, and a file of them large
+MOST_CLASSES = 1000  # with a column each; with more, Parquet is slow and files are large
 
 
 def schema(tasks: Sequence[Task]) -> pa.Schema:
@@ -33,7 +33,7 @@ def schema(tasks: Sequence[Task]) -> pa.Schema:
 
 
 def columns_of(task: Task) -> dict[str, pa.DataType]:
-    """Names and types of a task's columns; see this file's head."""
+    """Names and types of a task's columns; see the module's docstring."""
     if task.dense:
         return {task.name: pa.binary()}
     if task.kind == "multiclass":
@@ -52,7 +52,7 @@ def arrays_of(task: Task, decoded: np.ndarray) -> list[pa.Array]:
 
     Args:
         task: The task.
-        decoded: What `Task.decode` gives for it, `(B, …)`.
+        decoded: Result of `Task.decode`, `(B, …)`.
     """
     if task.dense:
         pixels = decoded.astype(dense_dtype(task))
@@ -67,17 +67,17 @@ def arrays_of(task: Task, decoded: np.ndarray) -> list[pa.Array]:
 
 
 def dense_dtype(task: Task) -> np.dtype[Any]:
-    """Of a pixel's value, little-endian: the narrowest that holds all class ids, or float32."""
+    """Type of a pixel's value, little-endian: the narrowest for all class ids, or float32."""
     kind = np.min_scalar_type(task.channels - 1) if task.classes else np.dtype(np.float32)
     return kind.newbyteorder("<")
 
 
 def described(tasks: Mapping[str, tuple[Task, str]], shape: Sequence[int]) -> dict[str, Any]:
-    """Task → what its columns mean, and which group serves it.
+    """Task → description of its columns, and its group.
 
     Args:
         tasks: Task name → task and group.
-        shape: Of a stored input; that of a dense task's pixels begins with the same height and width.
+        shape: Shape of a stored input; pixels of a dense task have the same height and width.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, (task, group) in tasks.items():

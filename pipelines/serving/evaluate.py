@@ -1,4 +1,4 @@
-"""`dmtg evaluate`: registered models, or a finished run, on the shards of a configuration."""
+"""`dmtg evaluate`: metrics of a registered model or a finished run on the shards of a configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def evaluate(config: Config, model: str, split: str = "test") -> Metrics:
         model: `models:/…` address or a run folder.
 
     Raises:
-        UserError: When model and shards do not fit, or the split holds nothing.
+        UserError: When model and shards do not fit, or the split is empty.
     """
     folder = locate(config.data.shards)
     manifest = read_manifest(folder)
@@ -49,9 +49,9 @@ def evaluate(config: Config, model: str, split: str = "test") -> Metrics:
 def outputs_for(
     tasks: Sequence[Task], groups: Iterable[GroupModel], inputs: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """What group models say to stored input, for some tasks in the network units of these.
+    """Outputs of group models for stored input, for some tasks and in the network units of these.
 
-    A model has the units of the shards that it was trained on.
+    The outputs of a model have the units of the shards that it was trained on.
     """
     wanted = {task.name: task for task in tasks}
     return {

@@ -1,9 +1,9 @@
-"""`dmtg predict`: what a model says to every sample of a split, as one Parquet file for each shard.
+"""`dmtg predict`: predictions for every sample of a split, as one Parquet file for each shard.
 
-A Ray Data job: actors load the model once, which comes to them from the driver, as workers may not reach the
-registry. A file is a pure function of model and shard, written whole, with a note beside it; a job that was killed
-keeps every file that has one and makes the rest. `_predictions.json` comes last and says what the columns mean, as
-`pipelines.serving.columns` does.
+It is a Ray Data job. The driver loads the model and sends it to the actors, which may not be able to access the
+registry. A file depends only on model and shard. It is written as a whole, followed by a note. A job that is
+resumed keeps each file that has a note and writes the others. `_predictions.json` is written last. It describes
+the columns; see `pipelines.serving.columns`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Predicted:
-    """What `predict` left in `out`: rows, files, how many of these were there before, and what they hold."""
+    """The result of `predict`: rows, files, the number of files that were kept, the folder, and the columns."""
 
     rows: int
     files: int
@@ -62,8 +62,8 @@ class Served:
 
     Args:
         groups: Group → model.
-        address: The version that a changing address meant at the start, or the run folder.
-        digest: Changes with weights, tasks and groups.
+        address: The address with the number of the version, or the run folder.
+        digest: Digest of weights, tasks and groups.
     """
 
     groups: Mapping[str, GroupModel]
@@ -72,21 +72,21 @@ class Served:
 
     @property
     def tasks(self) -> dict[str, tuple[Task, str]]:
-        """Task name → task, and the group that serves it."""
+        """Task name → task, and its group."""
         return {task.name: (task, name) for name, model in self.groups.items() for task in model.tasks}
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything an actor needs beside the model.
+    """The input of an actor besides the model.
 
     Args:
-        reader: Of the input alone; its manifest lists no shards.
-        out: Where files go.
+        reader: Reader of the input only; its manifest lists no shards.
+        out: The folder for the files.
         plan: Digest of model and data.
-        batch_size: Samples that are computed at once.
-        checksums: Compare every shard with its checksum.
-        gpu: Whether a GPU was reserved.
+        batch_size: Samples in a batch.
+        checksums: Whether to compare every shard with its checksum.
+        gpu: Whether a GPU is reserved.
     """
 
     reader: Reader
@@ -100,16 +100,16 @@ class Job:
 def predict(
     config: Config, model: str, out: str, split: str = "test", log: Callable[[str], None] = logger.info
 ) -> Predicted:
-    """Predict every sample of a split; files that are whole are kept.
+    """Predict every sample of a split; complete files are kept.
 
     Args:
-        config: Names the shards; how many workers, and on what, is in its `ray` section.
+        config: Names the shards; its `ray` section has the number and resources of the workers.
         model: `models:/…` address or a run folder.
         out: Folder for the files, local or s3://.
         split: train, val, test or all.
 
     Raises:
-        UserError: When model and shards do not fit, or the folder holds something else.
+        UserError: When model and shards do not fit, or the folder has other contents.
     """
     folder, place = locate(config.data.shards), locate(out)
     manifest = read_manifest(folder)
@@ -135,8 +135,8 @@ def predict(
             reader, place, plan, config.train.batch_size, config.data.verify_checksums,
             config.ray.gpus_per_worker > 0,
         )  # fmt: skip
-        with session(config.ray), closing(_run(job, served, todo, config.ray)) as made:
-            for done, part in enumerate(made, start=1):
+        with session(config.ray), closing(_run(job, served, todo, config.ray)) as written:
+            for done, part in enumerate(written, start=1):
                 parts[part["file"]] = part
                 log(f"shard {done}/{len(todo)}: {part['file']}, {part['rows']} samples")
     files = [{k: v for k, v in parts[shard.file].items() if k != "plan"} for shard in shards]
@@ -147,7 +147,7 @@ def predict(
 
 
 def _chosen(manifest: Manifest, split: str, folder: Location) -> Manifest:
-    """The manifest with the shards of the chosen splits alone."""
+    """The manifest with only the shards of the chosen splits."""
     if split not in (*SPLITS, "all"):
         raise UserError(
             f"there is no split {split!r}",
@@ -164,10 +164,10 @@ def _chosen(manifest: Manifest, split: str, folder: Location) -> Manifest:
 
 
 def open_model(model: str, track: TrackSection) -> Served:
-    """A model with the address of the very version, for an alias may point to another one tomorrow.
+    """A model, with the number of its version in the address, as aliases change.
 
     Raises:
-        UserError: When there is nothing to load.
+        UserError: When there is no such model.
     """
     address = model
     if model.startswith("models:/") and not model.startswith("models:/m-"):
@@ -187,18 +187,18 @@ def _digest(groups: Mapping[str, GroupModel]) -> str:
 
 
 def check_fits(served: Served, stored: InputSpec, folder: Location) -> None:
-    """Stop where the model reads something else than the shards hold, or two columns would have one name.
+    """Check that the shards have the input of the model, and that all columns have different names.
 
     Raises:
-        UserError: Naming both inputs, or the columns.
+        UserError: It names both inputs, or the columns.
     """
     for name, model in served.groups.items():
         wanted = model.spec.input
         if any(getattr(wanted, key) != getattr(stored, key) for key in ("kind", "shape", "dtype", "vocabulary")):
             raise UserError(
-                f"{name} of the model reads {_input(wanted)}, the shards hold {_input(stored)}",
+                f"{name} of the model reads {_input(wanted)}, the shards have {_input(stored)}",
                 where=str(folder),
-                remedy="make shards with the options that the model was trained with, or use another model",
+                remedy="write shards with the options of the model's training data, or use another model",
             )
     counted = Counter([ID, *(name for task, _ in served.tasks.values() for name in columns_of(task))])
     twice = [name for name, count in counted.items() if count > 1]
@@ -215,10 +215,10 @@ def _input(spec: InputSpec) -> str:
 
 
 def _claim(place: Location, about: Mapping[str, Any]) -> str:
-    """Write down what the folder is for, before anything else goes there; the digest of that.
+    """Write the plan of the folder before any other file; its digest.
 
     Raises:
-        UserError: When it holds something else.
+        UserError: When the folder has other contents.
     """
     mine = _identity(about)
     file = place / PLAN
@@ -226,7 +226,7 @@ def _claim(place: Location, about: Mapping[str, Any]) -> str:
         held = file.read_json()
         if _identity(held) != mine:
             raise UserError(
-                f"this folder holds predictions of {_told(held)}, not of {_told(about)}",
+                f"this folder has predictions of {_described(held)}, not of {_described(about)}",
                 where=str(place),
                 remedy="give another --out, or delete the folder",
                 wrong_use=True,
@@ -235,7 +235,7 @@ def _claim(place: Location, about: Mapping[str, Any]) -> str:
     others = [name for name in place.files(recursive=False) if name == FILE or name.endswith(".parquet")]
     if others:
         raise UserError(
-            f"this folder holds something else than predictions: {', '.join(others[:3])}",
+            f"this folder has other contents than predictions: {', '.join(others[:3])}",
             where=str(place),
             remedy="give another --out",
             wrong_use=True,
@@ -244,7 +244,7 @@ def _claim(place: Location, about: Mapping[str, Any]) -> str:
     return mine
 
 
-def _told(about: Mapping[str, Any]) -> str:
+def _described(about: Mapping[str, Any]) -> str:
     model, data = about["model"], about["data"]
     return f"{model['address']} ({model['digest']}) on {data['split']} of {data['shards']} ({data['digest']})"
 
@@ -256,7 +256,7 @@ def _identity(about: Mapping[str, Any]) -> str:
 
 
 def _finished(place: Location, shard: Shard, plan: str) -> dict[str, Any] | None:
-    """What is known of a file that is whole and of this plan; None where it has to be made."""
+    """The note of a complete file of this plan; None if the file has to be written."""
     note = place / PARTS / f"{shard.file}.json"
     if not note.exists():
         return None
@@ -266,7 +266,7 @@ def _finished(place: Location, shard: Shard, plan: str) -> dict[str, Any] | None
 
 
 def _run(job: Job, served: Served, shards: Sequence[Shard], section: RaySection) -> Generator[dict[str, Any]]:
-    """Predict shards in an actor pool; the note of each, as they finish."""
+    """Predict shards in an actor pool; yields the note of each shard."""
     import ray
 
     models = ray.put(dict(served.groups))
@@ -289,11 +289,11 @@ def _run(job: Job, served: Served, shards: Sequence[Shard], section: RaySection)
 
 
 class Predictor:
-    """An actor of Ray Data: the model, loaded once.
+    """An actor of Ray Data with the model.
 
     Args:
-        job: What to do.
-        models: A list with the reference of the group models.
+        job: The job.
+        models: A list with the object reference of the group models.
     """
 
     def __init__(self, job: Job, models: Sequence[Any]) -> None:
@@ -311,15 +311,15 @@ class Predictor:
     def _predict(self, shard: Shard) -> dict[str, Any]:
         try:
             return predict_shard(self.job, self.models, shard)
-        except UserError as error:  # Ray Data would pass on its text alone
+        except UserError as error:  # Ray Data keeps only the text of an error
             return {"error": error.to_dict()}
 
 
 def predict_shard(job: Job, models: Mapping[str, GroupModel], shard: Shard) -> dict[str, Any]:
-    """Write the predictions of a shard, then the note beside them; a row group is held at a time.
+    """Write the predictions of a shard, then its note; only one row group is in memory at a time.
 
     Raises:
-        UserError: When the shard is not what the manifest says.
+        UserError: When the shard differs from the manifest.
     """
     source = pq.ParquetFile(pa.BufferReader(_whole(job, shard)))
     tasks = [task for model in models.values() for task in model.tasks]
@@ -344,7 +344,7 @@ def predict_shard(job: Job, models: Mapping[str, GroupModel], shard: Shard) -> d
 
 
 def _whole(job: Job, shard: Shard) -> bytes:
-    """The bytes of a shard, which are those of the manifest."""
+    """The bytes of a shard, checked against the manifest."""
     try:
         data = (job.reader.folder / shard.file).read_bytes()
     except FileNotFoundError as error:
@@ -358,7 +358,7 @@ def _not_as_written(job: Job, shard: Shard, found: str) -> UserError:
     return UserError(
         f"the shard has {found}",
         where=str(job.reader.folder / shard.file),
-        remedy="delete it and run dmtg shard again: it makes only what is missing",
+        remedy="delete it and run dmtg shard again: it writes only missing shards",
     )
 
 
@@ -368,7 +368,9 @@ def predicted(job: Job, models: Mapping[str, GroupModel], table: pa.Table) -> pa
     tasks = [task for model in models.values() for task in model.tasks]
     pieces = []
     for start in range(0, len(table), job.batch_size):
-        raw = torch.from_numpy(np.array(inputs[start : start + job.batch_size]))  # a view of the file is read-only
+        raw = torch.from_numpy(
+            np.array(inputs[start : start + job.batch_size])
+        )  # the view of the file is read-only
         found: dict[str, np.ndarray] = {}
         for model in models.values():
             device = next(model.parameters()).device

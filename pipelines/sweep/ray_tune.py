@@ -31,7 +31,7 @@ from pipelines.sweep.trials import FAILED, STOPPED, Trial
 from pipelines.training.driver import train_job
 from pipelines.training.monitor import monitoring
 from pipelines.training.ray.controller import end_workers
-from pipelines.training.ray.failures import explained, training_failed
+from pipelines.training.ray.failures import describe_failure, training_failed
 from pipelines.training.worker import Job
 
 NAME, EPOCH, SCORE, RECORD, REASON = "trial", "epoch", "val_score", "record", "reason"
@@ -94,7 +94,7 @@ class Driven(tune.Trainable):
                     notes = (*self.job.notes, *for_result(earlier))
                     train_job(replace(self.job, event_log=event_log, notes=notes), _silent)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other trials go on
-            self.reason = explained(error)
+            self.reason = describe_failure(error)
         finally:
             self.records.put(None)
 
@@ -220,7 +220,7 @@ class Told(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """The process of a trial was lost too often."""
         error = trial.get_pickled_error()
-        self._failed(trial.config[NAME], explained(error) if error is not None else "its process was lost")
+        self._failed(trial.config[NAME], describe_failure(error) if error is not None else "its process was lost")
 
     def _failed(self, name: str, reason: str) -> None:
         (self.trials[name].run / FAILED).write_json({"reason": reason})

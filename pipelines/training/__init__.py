@@ -1,1 +1,1 @@
-"""Training a configuration to its end: the driver, the workers, and what is published."""
+"""Training of a configuration: driver, workers, monitoring and publishing."""

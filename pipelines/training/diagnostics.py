@@ -1,4 +1,4 @@
-"""What a run's page shows beside the result, measured when training ends: intervals, costs, samples."""
+"""Details of a run's page, measured at the end of training: confidence intervals, inference cost, samples."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from pipelines.data.stream import Unit, all_units
 from pipelines.report.contact_sheet import Sample, Sheet, ids_of, in_words
 from pipelines.training.latency import costs
 
-EXAMINED = 2**30  # bytes of samples that are looked at one by one; of larger splits a part that is drawn
+EXAMINED = 2**30  # most bytes of samples that are examined; of a larger split a random part
 RESAMPLES, CONFIDENCE = 1000, 0.95
-ROWS_EACH = 3  # of a task in the table of the worst labels
+ROWS_EACH = 3  # rows of a task in the table of the worst labels
 PACKAGES = ("dmtg", "torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")
 Place = tuple[Unit, int]  # a row of a row group
 
@@ -36,31 +36,31 @@ Place = tuple[Unit, int]  # a row of a row group
 def details_of(
     result: SearchResult, reader: Reader, spec: NetworkSpec, *, samples: int, batch_size: int, seed: int
 ) -> dict[str, Any]:
-    """All of it, JSON-ready.
+    """The details as JSON values.
 
     Args:
-        result: The search, on the device that it is to be measured on.
-        reader: Of the run's tasks.
-        spec: The network that was configured.
-        samples: How many to keep as pictures, of either sort; 0 keeps no data at all.
-        batch_size: Samples that are computed at once.
-        seed: Of what is drawn.
+        result: The search, on the device of the measurement.
+        reader: Reader of the run's tasks.
+        spec: The configured network.
+        samples: Number of random and of worst samples to store as pictures; 0 stores no data at all.
+        batch_size: Samples in a batch.
+        seed: Seed of the random choices.
     """
     split = "test" if "test" in result.metrics else "val"
-    # copies are not compiled: they are used with batches of other sizes, and beside networks that are not either
+    # clones are not compiled: batches have other sizes here, and the other networks are not compiled either
     network, naive = clone(result.network), result.naive and clone(result.naive)
-    look = Look(network, naive, reader, split, batch_size, seed)
+    analysis = SplitAnalysis(network, naive, reader, split, batch_size, seed)
     return {
         "versions": versions(),
         "data": data_of(reader),
         "cost": costs(network, spec),
-        "intervals": look.intervals(),
-        "samples": look.samples(samples) if samples else None,
+        "intervals": analysis.intervals(),
+        "samples": analysis.samples(samples) if samples else None,
     }
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that a result can depend on."""
+    """Versions of Python and of the packages that a result can depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -69,7 +69,7 @@ def versions() -> dict[str, str]:
 
 
 def data_of(reader: Reader) -> dict[str, Any]:
-    """The data set in short: samples of each split, and of each task what the training labels are."""
+    """Summary of the data set: samples of each split, and the training labels of each task."""
     manifest = reader.manifest
     splits = [split for split in SPLITS if manifest.rows(split)]
     return {
@@ -81,7 +81,7 @@ def data_of(reader: Reader) -> dict[str, Any]:
             {
                 "name": task.name,
                 "kind": task.kind.replace("_", " "),
-                "labels": labels_in_words(task, manifest.sums["train"][task.name]),
+                "labels": label_summary(task, manifest.sums["train"][task.name]),
                 "missing": statistics.summary(manifest.sums["train"][task.name])["missing_rate"],
             }
             for task in reader.tasks
@@ -89,8 +89,8 @@ def data_of(reader: Reader) -> dict[str, Any]:
     }
 
 
-def labels_in_words(task: Task, sums: statistics.Sums) -> str:
-    """The labels of a split: the most frequent classes, or mean, deviation and range."""
+def label_summary(task: Task, sums: statistics.Sums) -> str:
+    """Summary of the labels of a split: the most frequent classes, or mean, deviation and range."""
     if not sums["values"]:
         return "none"
     if "classes" in sums:
@@ -102,8 +102,8 @@ def labels_in_words(task: Task, sums: statistics.Sums) -> str:
     return "mean {mean:.4g}, deviation {std:.4g}, {min:.4g} to {max:.4g}".format(**found) + unit
 
 
-class Together(nn.Module):
-    """The models of all groups as the one network that they are.
+class MergedGroups(nn.Module):
+    """The models of all groups as one network.
 
     Args:
         models: Group → model.
@@ -119,16 +119,16 @@ class Together(nn.Module):
 
 
 @dataclass(frozen=True)
-class Look:
-    """A look at the samples of a split, one by one.
+class SplitAnalysis:
+    """Losses and predictions of the samples of a split.
 
     Args:
-        network: The result, as `GroupingNetwork` or `Together`.
+        network: The result, as `GroupingNetwork` or `MergedGroups`.
         naive: The network of naive MTL.
-        reader: Of the run's tasks.
-        split: Which samples.
-        batch_size: Samples that are computed at once.
-        seed: Of what is drawn.
+        reader: Reader of the run's tasks.
+        split: The split.
+        batch_size: Samples in a batch.
+        seed: Seed of the random choices.
     """
 
     network: nn.Module
@@ -139,7 +139,7 @@ class Look:
     seed: int
 
     def units(self) -> list[Unit]:
-        """Row groups to look at: all of the split, or so many that are drawn."""
+        """The examined row groups: all of the split, or a random part of it."""
         units = all_units(self.reader, self.split)
         rows = max(EXAMINED // self.reader.row_bytes(), 1)
         drawn = np.random.default_rng(self.seed).permutation(len(units))
@@ -147,7 +147,7 @@ class Look:
         return [units[i] for i in sorted(drawn[before < rows])]
 
     def batches(self, units: Sequence[Unit]) -> Iterator[tuple[list[Place], Batch]]:
-        """The samples of some row groups in their order, encoded on the network's device, with where they are."""
+        """The samples of row groups in their order, encoded on the network's device, with their places."""
         for unit in units:
             arrays = self.reader.read(unit.file, unit.group)
             for start in range(0, unit.rows, self.batch_size):
@@ -159,7 +159,7 @@ class Look:
 
     @torch.inference_mode()
     def intervals(self) -> dict[str, Any] | None:
-        """The gain over naive MTL with a paired bootstrap over the samples; None where only some are looked at."""
+        """The gain over naive MTL with a paired bootstrap over the samples; None if only a part is examined."""
         units, rows = self.units(), self.reader.manifest.rows(self.split)
         if self.naive is None or rows < 2 or sum(unit.rows for unit in units) < rows:
             return None
@@ -173,12 +173,12 @@ class Look:
 
     @torch.inference_mode()
     def losses(self) -> tuple[list[Place], np.ndarray]:
-        """Every sample that is looked at, and its loss in each task over the mean of all, NaN without a label."""
+        """Every examined sample, and its loss in each task relative to the mean; NaN without a label."""
         places: list[Place] = []
         found = []
-        for where, batch in self.batches(self.units()):
+        for batch_places, batch in self.batches(self.units()):
             outputs = self.network(batch.inputs)
-            places += where
+            places += batch_places
             found.append(
                 torch.stack([_loss(task, outputs, batch.targets) for task in self.reader.tasks], 1).cpu().numpy()
             )
@@ -188,7 +188,7 @@ class Look:
         return places, losses / np.where(mean > 0, mean, 1)
 
     def samples(self, count: int) -> dict[str, Any]:
-        """Some samples and the worst ones: pictures of dense tasks, a table of the labels of the others."""
+        """Random and worst samples: pictures of dense tasks, and a table of the labels of the others."""
         places, losses = self.losses()
         dense = [n for n, task in enumerate(self.reader.tasks) if task.dense]
         plain = [n for n, task in enumerate(self.reader.tasks) if not task.dense]
@@ -225,7 +225,7 @@ class Look:
 
     @torch.inference_mode()
     def _pair(self, unit: Unit, row: int) -> tuple[Sample, Sample]:
-        """A stored sample, and the same with what the network says in the place of its labels."""
+        """A stored sample, and the same sample with predictions instead of labels."""
         arrays = self.reader.read(unit.file, unit.group)
         outputs = self.network(self._batch(arrays, np.array([row])).inputs)
         labels = {name: values[row] for name, values in arrays.labels.items()}
@@ -235,7 +235,7 @@ class Look:
         return sample, Sample(f"{sample.id}, predicted", sample.inputs, guesses, {})
 
     def _labels(self, places: Sequence[Place], losses: np.ndarray, columns: Sequence[int]) -> list[dict[str, Any]]:
-        """The labels of sample-wise tasks that the network is farthest from, a few of each task."""
+        """The labels of sample-wise tasks with the highest losses, `ROWS_EACH` of each task."""
         rows = []
         for n in columns:
             worst = [i for i in np.argsort(-np.nan_to_num(losses[:, n], nan=-1.0)) if not np.isnan(losses[i, n])]
@@ -248,7 +248,7 @@ class Look:
                         "id": sample.id,
                         "task": task.name,
                         "target": in_words(task, sample.labels[task.name]),
-                        "prediction": logged(task, guess.labels[task.name]),
+                        "prediction": prediction_text(task, guess.labels[task.name]),
                         "loss": float(losses[i, n]),
                         "input": asdict(shown),
                     }
@@ -256,8 +256,8 @@ class Look:
         return rows
 
 
-def logged(task: Task, guess: np.ndarray) -> str:
-    """A prediction of a sample-wise task: the likeliest class and how likely, or numbers with their unit."""
+def prediction_text(task: Task, guess: np.ndarray) -> str:
+    """A prediction of a sample-wise task: the most likely class with its probability, or numbers and unit."""
     if task.kind == "binary":
         return f"{in_words(task, np.asarray(guess > 0.5))} ({max(float(guess), 1 - float(guess)):.0%})"
     if task.classes:
@@ -266,14 +266,14 @@ def logged(task: Task, guess: np.ndarray) -> str:
 
 
 def _loss(task: Task, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
-    """Mean loss of each sample's labels; NaN where it has none."""
+    """Mean loss of each sample's labels; NaN without labels."""
     target = targets[task.name]
     count = valid(task, target).reshape(len(target), -1).sum(1)
     return sample_loss(task, outputs[task.name], target) / count.where(count > 0, torch.nan)
 
 
 def _worst_first(losses: np.ndarray) -> list[int]:
-    """Samples by their mean over the tasks in which they have labels; those without any are left out."""
+    """Samples by their mean loss over the tasks with labels, worst first; samples without labels are left out."""
     known = np.flatnonzero(~np.isnan(losses).all(1))
     means = np.nanmean(losses[known], 1)
     return [int(i) for i in known[np.argsort(-means, kind="stable")]]

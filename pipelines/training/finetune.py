@@ -1,4 +1,4 @@
-"""Each group trained further on its own after the search, all at once where the cluster has room."""
+"""Training of each group on its own after the search, in parallel if the cluster has the resources."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ GROUPS, MODEL, DONE = "groups", "model", "done.json"
 def train_groups(job: Job, log: Callable[[str], None]) -> None:
     """Train every group of a search for `search.group_epochs` epochs more and write the run's result.
 
-    A group is a Ray task with the resources of one worker: they run at the same time as far as there is room. What
-    an earlier call has finished is not trained again.
+    A group is a Ray task with the resources of one worker. Groups run in parallel if resources are available. A
+    group that an earlier call has finished is not trained again.
 
     Raises:
         UserError: When a group could not be trained.
@@ -53,27 +53,27 @@ def train_groups(job: Job, log: Callable[[str], None]) -> None:
                for name, members in names.items()}  # fmt: skip
     while waiting:
         (ready, *_), _ = ray.wait(list(waiting))
-        before, after = _got(ready, job)
+        before, after = _result(ready, job)
         log(f"{waiting.pop(ready):>10} trained on its own: validation score {before:.4f} → {after:.4f}")
     _finish(job, searched)
 
 
 def _remote(work: Callable[..., Any], config: Config) -> Any:
-    """Work as a Ray task with the resources of one worker."""
+    """A function as a Ray task with the resources of one worker."""
     import ray
 
     return ray.remote(work).options(
         num_cpus=config.ray.cpus_per_worker, num_gpus=config.ray.gpus_per_worker or None,
         max_retries=config.ray.max_failures, retry_exceptions=False,
-        scheduling_strategy="DEFAULT",  # a trial of a sweep would put them where it has room for itself alone
+        scheduling_strategy="DEFAULT",  # a trial of a sweep would put them into its own resources
     )  # fmt: skip
 
 
-def _got(reference: Any, job: Job) -> Any:
-    """What a task gave.
+def _result(reference: Any, job: Job) -> Any:
+    """The result of a task.
 
     Raises:
-        UserError: When it gave nothing.
+        UserError: When it failed.
     """
     import ray
 
@@ -84,14 +84,14 @@ def _got(reference: Any, job: Job) -> Any:
 
 
 def score_before(searched: Mapping[str, Any], members: Sequence[str]) -> float:
-    """The validation score of a group as it came out of the search."""
+    """The validation score of a group at the end of the search."""
     return score_of({name: searched["validation"][name] for name in members})
 
 
 def train_group(job: Job, name: str, members: Sequence[str], before: float) -> tuple[float, float]:
-    """Train one group, in a process of its own; goes on from its last checkpoint.
+    """Train one group in its own process; resumes from its last checkpoint.
 
-    The best epoch is kept, and the model that came out of the search where none was better on validation data.
+    The model of the best epoch is written. If none has a better validation score, it is the model of the search.
 
     Returns:
         Validation score before and after.
@@ -120,7 +120,7 @@ def train_group(job: Job, name: str, members: Sequence[str], before: float) -> t
 
 
 def group_settings(config: Config) -> Any:
-    """How a group is trained: all epochs are alike, for there is no gate left to learn."""
+    """The settings of a group: without a gate, all epochs are the same."""
     rate = config.search.group_learning_rate or config.train.learning_rate / 10
     return replace(
         config.settings(), epochs=config.search.group_epochs, search_share=1.0, learning_rate=rate,
@@ -139,7 +139,7 @@ def _state(job: Job, name: str, context: GroupContext, before: float) -> TrainSt
 
 
 class GroupContext(LocalContext):
-    """One process, checkpoints in the run folder; one that cannot be written is told and not waited for."""
+    """`TrainContext` of one process with checkpoints in the run folder; a failed checkpoint is only reported."""
 
     def __init__(self, folder: Location, scratch: Path, emit: Emit) -> None:
         super().__init__(device="cuda" if torch.cuda.is_available() else "cpu")
@@ -154,7 +154,7 @@ class GroupContext(LocalContext):
             save(local)
             self.checkpoints.add(local)
         except (OSError, SafetensorError, UserError) as error:
-            self.emit(UNWRITTEN, f"{local.name} of a group is lost, training goes on ({error})")
+            self.emit(UNWRITTEN, f"{local.name} of a group is lost, training continues ({error})")
         finally:
             shutil.rmtree(local, ignore_errors=True)
 
@@ -168,7 +168,7 @@ def _done(run: Location, name: str) -> Location:
 
 
 def _finish(job: Job, searched: Mapping[str, Any]) -> None:
-    """The models of the groups in the place of those of the search, then the result."""
+    """Replace the group models of the search, then write the result."""
     result = dict(searched)
     metrics, validation, scores = dict(searched["metrics"]), dict(searched["validation"]), {}
     for name in searched["grouping"]:
@@ -189,18 +189,18 @@ def _finish(job: Job, searched: Mapping[str, Any]) -> None:
         "normalized_gain": found.get("error"), "notes": notes if found else searched["notes"],
     }  # fmt: skip
     if job.details:
-        _got(_remote(look_again, job.config).remote(job, searched["split"]), job)
+        _result(_remote(rewrite_samples, job.config).remote(job, searched["split"]), job)
     (job.run / RESULT).write_json(result)
 
 
-def look_again(job: Job, split: str) -> None:
-    """The samples of the run's page, as the groups answer now; naive MTL is not at hand, so no intervals."""
-    from pipelines.training.diagnostics import Look, Together
+def rewrite_samples(job: Job, split: str) -> None:
+    """Replace the samples of the run's page by predictions of the new models; without naive MTL, no intervals."""
+    from pipelines.training.diagnostics import MergedGroups, SplitAnalysis
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {name: read_model(job.run / MODELS / name) for name in (job.run / MODELS).folders()}
-    config, network = job.config, Together(models).to(device).eval()
-    look = Look(network, None, job.reader, split, config.train.batch_size, config.train.seed)
-    held = (job.run / DETAILS).read_json() if (job.run / DETAILS).exists() else {}
-    samples = look.samples(config.run.samples) if config.run.samples else None
-    (job.run / DETAILS).write_json(held | {"intervals": None, "samples": samples})
+    config, network = job.config, MergedGroups(models).to(device).eval()
+    analysis = SplitAnalysis(network, None, job.reader, split, config.train.batch_size, config.train.seed)
+    details = (job.run / DETAILS).read_json() if (job.run / DETAILS).exists() else {}
+    samples = analysis.samples(config.run.samples) if config.run.samples else None
+    (job.run / DETAILS).write_json(details | {"intervals": None, "samples": samples})

@@ -1,4 +1,4 @@
-"""What an answer costs: parameters, operations and measured time of a run's models and what they stand beside."""
+"""Inference cost: parameters, operations and measured time of a run's models and of the baselines."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
 from dmtg_core.tasks import InputSpec, Task
 from pipelines.runs.results import ALL, NAIVE, SINGLE
 
-SECONDS, FEWEST = 0.05, 3  # that a measurement lasts at least, and answers in it
+SECONDS, FEWEST = 0.05, 3  # least duration of a measurement, and least number of passes
 LARGE = 32  # samples of the larger batch
 
 
 def costs(network: GroupingNetwork, spec: NetworkSpec) -> dict[str, Any]:
-    """Cost of each group, of all together, of naive MTL, and of a network for each task, on the network's device.
+    """Cost of each group, of all groups, of naive MTL, and of single-task networks, on the network's device.
 
     Args:
         network: A hard network in evaluation mode.
-        spec: What the run was configured with; naive MTL and single-task networks have its encoder.
+        spec: The configured network; naive MTL and single-task networks have its encoder.
     """
     device = network.gate.logits.device
     alone = replace(spec.without_weights(), groups=1, sampling="fixed")
@@ -51,7 +51,7 @@ def measured(network: Any, spec: InputSpec, device: torch.device) -> dict[str, A
 
 @torch.inference_mode()
 def milliseconds(network: nn.Module, spec: InputSpec, device: torch.device, size: int) -> float:
-    """Median time of a batch that lies on the device already."""
+    """Median time of a batch that is on the device."""
     inputs = torch.ones(size, *spec.shape, dtype=getattr(torch, spec.dtype), device=device)
 
     def once() -> float:
@@ -61,7 +61,7 @@ def milliseconds(network: nn.Module, spec: InputSpec, device: torch.device, size
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    once()  # warms up
+    once()  # warm-up
     times: list[float] = []
     while len(times) < FEWEST or sum(times) < SECONDS:
         times.append(once())
@@ -69,7 +69,7 @@ def milliseconds(network: nn.Module, spec: InputSpec, device: torch.device, size
 
 
 def name_of(device: torch.device) -> str:
-    """The device as a person calls it."""
+    """The name of a device."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"CPU ({platform.machine()})"
@@ -80,13 +80,13 @@ def _fresh(spec: NetworkSpec, device: torch.device) -> GroupingNetwork:
 
 
 def _single(alone: NetworkSpec, device: torch.device) -> dict[str, Any]:
-    """The sum over the tasks, one after the other; those of one kind and width have equal networks."""
-    alike: dict[tuple[str, int], list[Task]] = {}
+    """Sum over the tasks; tasks of one kind and width have equal networks."""
+    equal: dict[tuple[str, int], list[Task]] = {}
     for task in alone.tasks:
-        alike.setdefault((task.kind, task.channels), []).append(task)
+        equal.setdefault((task.kind, task.channels), []).append(task)
     found = [
         (len(tasks), measured(_fresh(replace(alone, tasks=(tasks[0],)), device), alone.input, device))
-        for tasks in alike.values()
+        for tasks in equal.values()
     ]
     return {
         "parameters": _sum((count, one["parameters"]) for count, one in found),

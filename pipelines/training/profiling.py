@@ -1,4 +1,4 @@
-"""`dmtg train --profile`: where the time of a training step goes, measured on the workers that would train."""
+"""`dmtg train --profile`: the time of each part of a training step, measured on the workers of a run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from pipelines.data.reader import Reader
 from pipelines.data.shards import ensure_shards
 from pipelines.runs.files import PROFILE
 from pipelines.storage import Location, locate
-from pipelines.training.driver import check_all, run_workers
+from pipelines.training.driver import check_all
 from pipelines.training.ray.events import start_event_log
+from pipelines.training.ray.trainer import run_workers
 from pipelines.training.worker import Job
 
 
 @dataclass(frozen=True)
 class Profiled:
-    """What was measured, as `dmtg_core.training.profile.profile_steps` gives it, and where the files are."""
+    """Measurements as returned by `dmtg_core.training.profile.profile_steps`, and the folder of their files."""
 
     found: dict[str, Any]
     folder: Location
@@ -38,7 +39,7 @@ class Profiled:
 
 
 def profile(config: Config, log: Callable[[str], None]) -> Profiled:
-    """Train a fresh network for a few steps, as `train` would, and leave the run itself as it is.
+    """Train a new network for a few steps, as `train` would, without a change to the run.
 
     Raises:
         UserError: As `train`.

@@ -1,4 +1,4 @@
-"""Where a run stands, drawn in place on a terminal. A log has the lines of `follow`, and nothing of this."""
+"""The progress bar of a run on a terminal. A log file has only the lines of `monitor`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dmtg_core.search.options import AFFINITY, BASELINE, DISTILLED, GUIDED, RETR
 from pipelines.config.loading import Config
 
 Record = Mapping[str, Any]
-SPEED_S = 600.0  # over which the speed is averaged that the end is estimated from
+SPEED_S = 600.0  # the remaining time is estimated from the mean speed over so many seconds
 
 
 @dataclass(frozen=True)
@@ -26,26 +26,26 @@ class Plan:
     """The epochs of all stages of a search.
 
     Args:
-        stages: Those before candidates are told apart, with the most epochs of each.
-        candidates: In the order in which they are trained.
-        search: Epochs of a candidate's search.
-        rest: Epochs of a candidate after it.
-        going: The most candidates that can have these.
-        retrained: Epochs of groups that may be trained from scratch; 0 where they never are.
-        distilled: Epochs of the last stage; 0 for none.
+        stages: Stages before the candidates, with the most epochs of each.
+        candidates: Candidates in the order in which they are trained.
+        search: Epochs of a candidate's search phase.
+        rest: Epochs of a candidate after its search phase.
+        finalists: The most candidates that can be trained to their end.
+        retrained: Epochs of groups that may be trained from scratch; 0 if they never are.
+        distilled: Epochs of the distillation; 0 for none.
     """
 
     stages: tuple[tuple[str, int], ...]
     candidates: tuple[str, ...]
     search: int
     rest: int
-    going: int
+    finalists: int
     retrained: int
     distilled: int
 
     @classmethod
     def of(cls, config: Config, spec: NetworkSpec) -> Plan:
-        """What a configuration trains."""
+        """The plan of a configuration."""
         settings, options = config.settings(), config.search_options()
         candidates = tuple(options.candidates(spec))
         stages = [(BASELINE, settings.epochs)] if config.search.baseline else []
@@ -62,15 +62,15 @@ class Plan:
         )
 
     def total(self, records: Sequence[Record]) -> int:
-        """The most epochs that there can be, by what has been trained so far: candidates stop on the way."""
+        """The most epochs of the run, given the epochs so far: stages can end early and candidates can stop."""
         most = (
-            sum(self._of_stage(name, epochs, records) for name, epochs in self.stages)
+            sum(self._stage_epochs(name, epochs, records) for name, epochs in self.stages)
             + len(self.candidates) * self.search
         )
-        most += self.going * self.rest + self.distilled
-        if self.going == 1:
+        most += self.finalists * self.rest + self.distilled
+        if self.finalists == 1:
             return most
-        finished = [name for name in self.candidates if self._has_gone_on(name, records)]
+        finished = [name for name in self.candidates if self._is_finalist(name, records)]
         last = records[-1]["stage"] if records else ""
         if last != DISTILLED or any(record["stage"] == RETRAINED for record in records):
             most += self.retrained
@@ -85,12 +85,12 @@ class Plan:
             return self.retrained
         return dict(self.stages).get(record["stage"], self.search + self.rest)
 
-    def _of_stage(self, name: str, most: int, records: Sequence[Record]) -> int:
-        """Epochs of a stage before the candidates: it may end before its most are over."""
+    def _stage_epochs(self, name: str, most: int, records: Sequence[Record]) -> int:
+        """Epochs of a stage before the candidates, which may end early."""
         own = sum(record["stage"] == name for record in records)
         return own if own and records[-1]["stage"] != name else most
 
-    def _has_gone_on(self, name: str, records: Sequence[Record]) -> bool:
+    def _is_finalist(self, name: str, records: Sequence[Record]) -> bool:
         return any(record["stage"] == name and record["epoch"] > self.search for record in records)
 
     def _place(self, finished: Sequence[str]) -> int:
@@ -98,22 +98,22 @@ class Plan:
 
 
 class Display(Protocol):
-    """What a follower shows between the lines that it prints."""
+    """What a monitor shows below the lines that it prints."""
 
     live: bool
 
-    def show(self, records: Sequence[Record], gate: Sequence[Record], moved: tuple[int, int]) -> None:
-        """All epochs so far with the gate's probabilities, and step and steps of the one that is under way."""
+    def show(self, records: Sequence[Record], gate: Sequence[Record], current: tuple[int, int]) -> None:
+        """Show all epochs so far, the gate's probabilities, and step and steps of the current epoch."""
         ...
 
 
 class NoDisplay:
-    """Lines alone."""
+    """No display."""
 
     live = False
 
-    def show(self, records: Sequence[Record], gate: Sequence[Record], moved: tuple[int, int]) -> None:
-        """Nothing."""
+    def show(self, records: Sequence[Record], gate: Sequence[Record], current: tuple[int, int]) -> None:
+        """Do nothing."""
 
 
 class _Bar(Progress):
@@ -127,10 +127,10 @@ class _Bar(Progress):
 
 
 class LiveDisplay:
-    """A bar over all epochs, and the figures of the last one.
+    """A bar over all epochs, and the metrics of the last one.
 
     Args:
-        plan: What is trained.
+        plan: The epochs of the run.
         console: The terminal.
     """
 
@@ -149,11 +149,11 @@ class LiveDisplay:
         self.task = self.bar.add_task("starting", total=plan.total(()), step="")
         self.known, self.stale = 0, (0, 0)
 
-    def show(self, records: Sequence[Record], gate: Sequence[Record], moved: tuple[int, int]) -> None:
+    def show(self, records: Sequence[Record], gate: Sequence[Record], current: tuple[int, int]) -> None:
         """See `Display`."""
-        if len(records) != self.known:  # what was told of steps belongs to the epoch that has ended
-            self.known, self.stale = len(records), moved
-        step, steps = (0, 0) if moved == self.stale else moved
+        if len(records) != self.known:  # the reported step belongs to the epoch that has ended
+            self.known, self.stale = len(records), current
+        step, steps = (0, 0) if current == self.stale else current
         total = self.plan.total(records)
         done = len(records) + (step / steps if steps else 0)
         self.bar.figures = figures(self.plan, records[-1], gate) if records else ""
@@ -164,7 +164,7 @@ class LiveDisplay:
 
 
 def figures(plan: Plan, record: Record, gate: Sequence[Record]) -> str:
-    """The last epoch in a line: stage, loss, entropy of the gate, groups so far, speed."""
+    """The last epoch in one line: stage, loss, entropy of the gate, current groups, speed."""
     loss = sum(record["train_loss"].values()) / len(record["train_loss"])
     parts = [f"{record['stage']} {record['epoch']} of {plan.epochs_of(record)}: loss {loss:.4g}"]
     key = (record["stage"], record["epoch"])
@@ -177,10 +177,10 @@ def figures(plan: Plan, record: Record, gate: Sequence[Record]) -> str:
 
 @contextmanager
 def display(plan: Plan) -> Iterator[Display]:
-    """A live display where stderr is a terminal, for the time of the block; what is printed stands above it."""
+    """A live display for the time of the block if stderr is a terminal; printed lines appear above it."""
     if not sys.stderr.isatty():
         yield NoDisplay()
         return
-    shown = LiveDisplay(plan, Console(stderr=True))
-    with shown.bar:
-        yield shown
+    live = LiveDisplay(plan, Console(stderr=True))
+    with live.bar:
+        yield live

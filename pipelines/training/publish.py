@@ -1,7 +1,6 @@
-"""A finished run handed to MLflow: its report, then its figures, its models, and its end.
+"""Publishes a finished run: writes its report, and sends metrics, models and artifacts to MLflow.
 
-That is the end of `dmtg train`, of the same words again, and `dmtg models register`; what MLflow has taken before
-is not sent again.
+`dmtg train` and `dmtg models register` end with it. What MLflow has received before is not sent again.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pipelines.config.loading import Config
 from pipelines.config.validation import checked
 from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.errors import UserError
-from pipelines.registry.errors import late, patiently, reached, without_credentials
+from pipelines.registry.errors import not_published, reached, retry_while_unreachable, without_credentials
 from pipelines.registry.models import Registered, register
 from pipelines.registry.tracking import Tracker, enabled, open_tracker, tracking_uri
 from pipelines.runs.files import CONFIG, GROUPING, LABELS, REGISTERED, REPORT, RESULT, TRACKING
@@ -30,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Published:
-    """A run that MLflow has: its folder, its MLflow run, its registered models, and the server."""
+    """A published run: its folder, its MLflow run, its registered models, and the server."""
 
     run: Location
     run_id: str
@@ -41,10 +40,10 @@ class Published:
 def publish(
     config: Config, run: Location, tracker: Tracker, manifest: Manifest, log: Callable[[str], None] = logger.info
 ) -> list[Registered]:
-    """Write the report of a finished run, hand the run to MLflow, and give its registered models.
+    """Write the report of a finished run and publish the run to MLflow; the registered models.
 
     Raises:
-        UserError: When MLflow does not take it; by then all is in the run folder.
+        UserError: When MLflow is unreachable or refuses. The run folder is complete by then.
     """
     from pipelines.report.run import write_report
 
@@ -55,20 +54,20 @@ def publish(
     if registers and not (run / REGISTERED).exists():
         log("registering the grouping and its group models")
 
-    def all_of_it() -> list[Registered]:
+    def send() -> list[Registered]:
         tracker.deliver()
         models = _registered(config, run, tracker.run_id, manifest, result) if registers else []
         files = {name: (run / name).read_text() for name in (REPORT, GROUPING, CONFIG)}
         tracker.finish(result, files | {LABELS: json.dumps(manifest.sums["train"])})
         return models
 
-    return patiently(all_of_it, run, log)
+    return retry_while_unreachable(send, run, log)
 
 
 def _registered(
     config: Config, run: Location, run_id: str, manifest: Manifest, result: dict[str, Any]
 ) -> list[Registered]:
-    """The registered models of a run; they are registered where they are not."""
+    """Register the models of a run if they are not registered; the registered models."""
     if (run / REGISTERED).exists():
         return [Registered(**entry) for entry in (run / REGISTERED).read_json()]
     example = stored_example(locate(config.data.shards), manifest)
@@ -78,27 +77,28 @@ def _registered(
     return models
 
 
-def opened(config: Config, run: Location, manifest: Manifest) -> Tracker:
-    """The tracker of a run that is finished.
+def reopen_tracker(config: Config, run: Location, manifest: Manifest) -> Tracker:
+    """The tracker of a finished run.
 
     Raises:
-        UserError: That it is, and that the server does not answer.
+        UserError: When the server is unreachable; it names the command that publishes the run later.
     """
     try:
         return open_tracker(config, run, manifest)
     except UserError as error:
-        raise late(error, run) from error
+        raise not_published(error, run) from error
 
 
 def register_run(run_dir: str, uri: str = "", log: Callable[[str], None] = logger.info) -> Published:
-    """Hand a finished run to MLflow: its figures, its models and its end, as far as they are not there.
+    """Publish a finished run to MLflow.
 
     Args:
-        run_dir: The run folder; its `config.yaml` and `tracking.json` say where to.
+        run_dir: The run folder; its `config.yaml` and `tracking.json` name the server.
         uri: Another tracking server, or the same with credentials.
+        log: Called with each line.
 
     Raises:
-        UserError: When there is no finished run, its shards are gone, or the server does not take it.
+        UserError: When the run is not finished, its shards are missing, or MLflow does not accept it.
     """
     run = locate(run_dir).retrying()
     missing = [name for name in (CONFIG, RESULT) if not (run / name).exists()]
@@ -106,7 +106,7 @@ def register_run(run_dir: str, uri: str = "", log: Callable[[str], None] = logge
         raise UserError(
             f"no finished run: there is no {' and no '.join(missing)}",
             where=str(run),
-            remedy="give the folder of a run that dmtg train has finished, or run dmtg train again with its words",
+            remedy="give the folder of a run that dmtg train has finished, or run its dmtg train command again",
         )
     held = checked(Config, yaml.safe_load((run / CONFIG).read_text()))
     track = held.track.model_copy(update={"uri": uri or _address(held, run), "register_models": True})
@@ -114,16 +114,16 @@ def register_run(run_dir: str, uri: str = "", log: Callable[[str], None] = logge
     if not enabled(track):
         raise UserError("the run was not tracked", where=f"{run / CONFIG}: track.uri=none", remedy="give --uri")
     manifest = _data_of(config, run)
-    tracker = opened(config, run, manifest)
+    tracker = reopen_tracker(config, run, manifest)
     models = publish(config, run, tracker, manifest, log)
     return Published(run, tracker.run_id, models, without_credentials(tracking_uri(track)))
 
 
 def _data_of(config: Config, run: Location) -> Manifest:
-    """The manifest of the shards that a run was trained on, which say what a model's input looks like.
+    """The manifest of the shards that a run was trained on; it describes the input of a model.
 
     Raises:
-        UserError: When they are not there any more, or there are others in their place.
+        UserError: When the shards are missing, or have been replaced by others.
     """
     shards, note = locate(config.data.shards), run / TRACKING
     remedy = "put the shards of the run back"
@@ -140,7 +140,7 @@ def _data_of(config: Config, run: Location) -> Manifest:
 
 
 def _address(config: Config, run: Location) -> str:
-    """The tracking server that a run was tracked by; with the credentials where they are at hand."""
+    """The tracking server of a run, with credentials if they are available."""
     given, note = tracking_uri(config.track), run / TRACKING
     if not enabled(config.track) or not note.exists():
         return given

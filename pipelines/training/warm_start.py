@@ -1,7 +1,7 @@
-"""The trained models that a run starts from: found, checked, and kept in the run folder.
+"""The trained models that a run starts from: finds, checks and copies them into the run folder.
 
-A run reads the places it was given once. It goes on from its own copies, so that it can be taken up again, on any
-machine, when those places are gone or hold something else.
+A run reads the given models only once. It resumes from its own copies, on any machine, even if the given models
+have been removed or replaced.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from pipelines.runs.files import MODELS, RESULT
 from pipelines.runs.models import warm_start, write_model
 from pipelines.storage import Location, locate
 
-START, LISTING = "start", "models.json"  # the listing comes last and says that all copies are there
+START, LISTING = "start", "models.json"  # the listing is written last: it marks all copies as complete
 NETWORK = "network.json"
 Held = tuple[tuple[str, Location], ...]  # names and places of models
 
 
 def open_models(config: Config, run: Location) -> WarmStart | None:
-    """The models of `network.start_from`; None where there are none, or the run has its copies of them.
+    """The models of `network.start_from`; None without any, or if the run has its copies of them.
 
     Raises:
-        UserError: For a place that holds no model, and a model that cannot be used whatever the data is.
+        UserError: For a folder without a model, and a model that cannot be used with any data.
     """
     if not config.network.start_from or (run / START / LISTING).exists():
         return None
     places = [place for uri in config.network.start_from for place in _models_at(locate(uri))]
     models = warm_start([(str(place), place) for place in places])
     assert models is not None
-    with explained():
+    with warm_start_errors():
         models.check_encoder(config.encoder_spec(), config.network.groups)
     return models
 
 
 def _models_at(place: Location) -> list[Location]:
-    """The folder of a model itself, or those of all group models of a run."""
+    """The folders of the models of a place: the place itself, or all group models of a run."""
     if (place / NETWORK).exists():
         return [place]
     place.check_bucket()
@@ -48,15 +48,15 @@ def _models_at(place: Location) -> list[Location]:
         raise UserError(
             f"nothing to start from: {found}",
             where=str(place),
-            remedy="name run folders that dmtg train has finished, or folders models/group_<k> of them",
+            remedy="name run folders that dmtg train has finished, or folders models/group_<k> in them",
             wrong_use=True,
         )
     return [place / MODELS / name for name in groups]
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """What the core refuses, as the error that the command shows."""
+def warm_start_errors() -> Iterator[None]:
+    """Convert a ValueError of `dmtg_core` to the error for the user."""
     try:
         yield
     except ValueError as error:
@@ -69,7 +69,7 @@ def explained() -> Iterator[None]:
 
 
 def keep_models(models: WarmStart | None, run: Location) -> Held:
-    """Copy into the run folder what `open_models` gave, and name all that the folder holds."""
+    """Copy the models of `open_models` into the run folder; names and places of all copies there."""
     listing = run / START / LISTING
     if models is not None:
         for i, model in enumerate(models.models):
@@ -79,9 +79,10 @@ def keep_models(models: WarmStart | None, run: Location) -> Held:
     return tuple((name, run / START / str(i)) for i, name in enumerate(names))
 
 
-def fairness_notes(config: Config, held: Held) -> list[str]:
-    """What has to be known to read the gain over naive MTL of a run that starts from several models."""
+def baseline_notes(config: Config, held: Held) -> list[str]:
+    """A note on the gain over naive MTL, for a run that starts from several models."""
     if len(held) < 2 or not config.search.baseline:
         return []
-    note = f"the groups started from {len(held)} trained models, naive MTL from scratch: part of the gain is that"
-    return [note]
+    return [
+        f"the groups started from {len(held)} trained models, naive MTL from scratch: this is part of the gain"
+    ]

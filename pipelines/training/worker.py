@@ -1,4 +1,4 @@
-"""What each training worker does: data, search, results. It runs inside Ray Train."""
+"""The training function of each worker of Ray Train: data, search and results."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from pipelines.training.ray.watchdog import MonitoredData, StepReporter
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs, sent to it whole.
+    """The input of a worker.
 
     Args:
         held: References to the tables of each split in shared memory; None to stream.
-        notes: Warnings to keep beside the result, such as tasks with thin support.
-        start: Names and places of the models to start from, kept in the run folder.
-        board: Where to tell the driver what happens.
+        notes: Warnings to store with the result, such as tasks with low support.
+        start: Names and places of the models to start from, in the run folder.
+        event_log: Receives the events of the worker.
         profile: Only measure some steps.
-        details: Also write what the run's page shows beside the result.
+        details: Also write the details of the run's page.
     """
 
     config: Config
@@ -60,28 +60,28 @@ def work(values: dict[str, Any]) -> None:
     """The training function of Ray Train.
 
     Raises:
-        LastingError: For what other workers would meet again.
+        PermanentError: For an error that retrying cannot help.
     """
     job: Job = values["job"]
     context = RayContext(job.run, emitter(job.event_log), job.config.ray.hung_after_s)
     try:
-        # each worker on a machine gets its share of the cores
+        # the workers of a machine share its cores
         torch.set_num_threads(max((os.cpu_count() or 1) // context.local_world_size, 1))
         if job.profile:
-            with _explaining(job, context):
+            with _permanent_errors(job, context):
                 _profile(job, context)
             return
-        with _explaining(job, context):
+        with _permanent_errors(job, context):
             result = _search(job, context)
         if context.rank == 0:
-            _keep(job, context, result)
+            _write(job, context, result)
     finally:
         context.close()
 
 
 @contextmanager
-def _explaining(job: Job, context: RayContext) -> Iterator[None]:
-    """Errors that come from the configuration, as what they are."""
+def _permanent_errors(job: Job, context: RayContext) -> Iterator[None]:
+    """Convert errors whose cause is the configuration to a `PermanentError`."""
     try:
         yield
     except (RuntimeError, MemoryError, checkpoint.OutdatedNetworkError) as error:
@@ -120,11 +120,11 @@ def _profile(job: Job, context: RayContext) -> None:
                 (job.run / PROFILE / file.name).write_bytes(file.read_bytes())
 
 
-def _keep(job: Job, context: RayContext, result: SearchResult) -> None:
-    """The result in the run folder, after the checkpoint from which another call would come to the same."""
+def _write(job: Job, context: RayContext, result: SearchResult) -> None:
+    """Write the result into the run folder, after the checkpoint from which another call gets the same result."""
     whole = context.flush()
     last = "the last checkpoint, without training again" if whole else "the last whole checkpoint"
-    run = job.run if whole else job.run.retrying(0)  # it has been waited for long enough
+    run = job.run if whole else job.run.retrying(0)  # `flush` has waited long enough
     try:
         if job.details:
             write_details(job, run, result)
@@ -134,13 +134,13 @@ def _keep(job: Job, context: RayContext, result: SearchResult) -> None:
         raise PermanentError(
             f"training is done, its result {error.what.removeprefix('cannot write: ')}",
             where=error.where,
-            remedy=f"{error.remedy}; then run the same words again: they go on from {last}",
+            remedy=f"{error.remedy}; then run the same command again: it resumes from {last}",
         ) from error
 
 
 def write_details(job: Job, run: Location, result: SearchResult) -> None:
-    """What the run's page shows beside the result."""
-    from pipelines.training.diagnostics import details_of  # the report reads what is written here
+    """Write the details of the run's page."""
+    from pipelines.training.diagnostics import details_of  # imports the report
 
     config = job.config
     spec = config.network_spec(job.reader.manifest.description.input, job.reader.tasks)
@@ -152,6 +152,6 @@ def write_details(job: Job, run: Location, result: SearchResult) -> None:
 
 
 def warnings_of(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the epochs of a run have warned of, each once, with the stage."""
-    logged = [f"{record['stage']}: {warning}" for record in records for warning in record.get("warnings", ())]
-    return list(dict.fromkeys(logged))
+    """The warnings of all epochs, each once, with the stage."""
+    found = [f"{record['stage']}: {warning}" for record in records for warning in record.get("warnings", ())]
+    return list(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""A small image set that can be learned in seconds, its configuration, and one Ray session."""
+"""A small set of images that trains in seconds, its configuration, and one Ray session."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def write_images(root: Path, rows: int = 96) -> Path:
-    """Patches of one colour with noise: which colour, whether bright, and how bright."""
+    """Write patches of one colour with noise; the tasks are colour, bright (binary) and level of brightness."""
     rng = np.random.default_rng(0)
     (root / "images").mkdir(parents=True)
     colours = {"red": (1.0, 0.2, 0.2), "green": (0.2, 1.0, 0.2), "blue": (0.2, 0.2, 1.0)}
@@ -46,7 +46,7 @@ TASKS = [
 
 
 def config_values(root: Path, work: Path, **sections: object) -> dict[str, object]:
-    """A configuration of the small set with everything below `work`; sections are laid over it."""
+    """A configuration of the small set with all folders below `work`; sections override it."""
     values: dict[str, object] = {
         "name": "patches",
         "source": {
@@ -57,9 +57,7 @@ def config_values(root: Path, work: Path, **sections: object) -> dict[str, objec
         "data": {"shards": str(work / "shards"), "rows_per_shard": 16, "min_support": 2},
         "network": {"encoder": "convnet", "groups": 2, "options": {"widths": [8, 16]}},
         "train": {"epochs": 4, "batch_size": 16, "learning_rate": 0.01},
-        "search": {
-            "method": "dmtg"
-        },  # what is tested about a run does not depend on it, and it is the shorter one
+        "search": {"method": "dmtg"},  # the faster method; tests of a run do not depend on it
         "track": {"uri": f"sqlite:///{work / 'mlflow.db'}"},
         "run": {"root": str(work / "runs")},
         "ray": {"object_store_mib": 128},
@@ -76,13 +74,13 @@ def make_config(root: Path, work: Path, **sections: object) -> Config:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Raw images and labels, not to be changed by a test."""
+    """Raw images and labels; tests do not change them."""
     return write_images(tmp_path_factory.mktemp("raw"))
 
 
 @pytest.fixture(scope="session")
 def s3_port() -> Iterator[int]:
-    """Where the S3 server of the tests will listen; set before Ray starts, as its workers inherit what it says."""
+    """The port of the S3 server; the environment is set before Ray starts, as its workers inherit it."""
     port = free_port()
     with pytest.MonkeyPatch.context() as patch:
         for key, value in settings(port).items():
@@ -99,7 +97,7 @@ def s3(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def mlflow_server(s3: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a running MLflow server that keeps its files on the S3 server."""
+    """The address of a running MLflow server that stores its files on the S3 server."""
     with mlflow_servers.serving(free_port(), tmp_path_factory.mktemp("mlflow"), s3) as uri:
         yield uri
 
@@ -118,7 +116,7 @@ def ray_session(s3_port: int):
 def run(
     images: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None
 ) -> tuple[Config, Trained, list[str]]:
-    """A finished run on two workers, its configuration, and what it said."""
+    """A finished run on two workers, its configuration, and its log lines."""
     from pipelines.training.driver import train
 
     logged: list[str] = []

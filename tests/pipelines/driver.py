@@ -1,4 +1,4 @@
-"""`dmtg train` as a process of its own: started, lost, waited for, and compared with an undisturbed run."""
+"""`dmtg train` in its own process: started, killed, waited for, and compared with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Driver:
     Args:
         root: Where configuration, log and run folder are.
         values: The configuration.
-        before: Words before the command, such as those that give it a namespace of its own.
-        place: The folder of its runs as it is seen from here, where that is not below `root`.
+        before: Arguments before the command, such as those that start it in its own namespace.
+        place: The folder of its runs as seen from this process, if it is not below `root`.
     """
 
     root: Path
@@ -50,33 +50,33 @@ class Driver:
 
     @property
     def log(self) -> str:
-        """All that the commands said so far."""
+        """The output of all commands so far."""
         return (self.root / "log").read_text()
 
     def command(self) -> list[str]:
-        """Its words."""
+        """The arguments of the command."""
         config = self.root / "config.yaml"
         config.write_text(yaml.safe_dump(dict(self.values)))
         return [*self.before, sys.executable, "-m", "pipelines.cli", "train", "-c", str(config), "--json"]
 
     def start(self, **environment: str) -> subprocess.Popen[bytes]:
-        """The command, not waited for."""
-        return self.start_words(self.command(), **environment)
+        """Start the command and do not wait for it."""
+        return self.start_command(self.command(), **environment)
 
-    def start_words(self, words: Sequence[str], **environment: str) -> subprocess.Popen[bytes]:
-        """Another command, not waited for."""
+    def start_command(self, arguments: Sequence[str], **environment: str) -> subprocess.Popen[bytes]:
+        """Start another command and do not wait for it."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
         # in the background a suite ignores Ctrl-C, which a command would inherit
         kept = signal.signal(signal.SIGINT, signal.default_int_handler)
         with (self.root / "log").open("ab") as out:
             self.process = subprocess.Popen(
-                words, stdout=out, stderr=subprocess.STDOUT, env=inherited | environment
+                arguments, stdout=out, stderr=subprocess.STDOUT, env=inherited | environment
             )
         signal.signal(signal.SIGINT, kept)
         return self.process
 
     def finish(self) -> dict:
-        """What the command gave at its end."""
+        """Run the command to its end; its JSON object."""
         assert self.start().wait() == 0, self.log
         return self.outcome()
 
@@ -86,7 +86,7 @@ class Driver:
         return found
 
     def wait_for(self, condition: Callable[[], object]) -> None:
-        """Until the condition is met, or the command has ended, which is a failure."""
+        """Wait until the condition is met; fail if the command ends before."""
         assert self.process is not None
         while not condition():
             assert self.process.poll() is None, self.log
@@ -102,27 +102,27 @@ class Driver:
             return []
 
     def lose(self) -> None:
-        """SIGKILL to the command and to every Ray process below it, as a lost machine would."""
+        """Send SIGKILL to the command and to every Ray process below it, like the loss of a machine."""
         kill(self.family())
         assert self.process is not None
         self.process.wait()
 
     def epochs(self) -> list[tuple[str, int]]:
-        """The epochs whose figures are in the run folder."""
+        """The epochs whose metrics are in the run folder."""
         return [(record["stage"], record["epoch"]) for record in lines(self.folder / "metrics.jsonl")]
 
     def checkpoints(self) -> list[Path]:
-        """Those with a seal, the newest one last."""
+        """The checkpoints with a seal, the newest one last."""
         found = (self.folder / "checkpoints").glob("checkpoint_*")
         return sorted(folder for folder in found if (folder / "sha256.json").exists())
 
     def newest(self) -> int:
-        """The number of the newest one."""
+        """The number of the newest checkpoint."""
         return max((int(folder.name.split("_")[1]) for folder in self.checkpoints()), default=0)
 
     def events(self, *kinds: str) -> list[Event]:
-        """What the run told, of some kinds."""
-        return [told for told in lines(self.folder / "events.jsonl") if told["kind"] in kinds]
+        """The events of the run of some kinds."""
+        return [event for event in lines(self.folder / "events.jsonl") if event["kind"] in kinds]
 
 
 def lines(file: Path) -> list[dict]:
@@ -136,7 +136,7 @@ def kill(processes: list[psutil.Process]) -> None:
 
 
 def workers(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those of them that train."""
+    """The training workers among some processes."""
     found = []
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -146,7 +146,7 @@ def workers(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def disturbed(undisturbed: Undisturbed, root: Path, **sections: Mapping[str, object]) -> Driver:
-    """A run with the configuration of an undisturbed one, in a folder of its own; sections are laid over it."""
+    """A run with the configuration of an undisturbed one, in its own folder; sections override it."""
     values = undisturbed[0].model_dump(mode="json")
     own = {"run": {"root": str(root / "runs"), "name": "disturbed"}, "track": {"uri": "none"}}
     for name, section in {**own, **sections}.items():
@@ -155,7 +155,7 @@ def disturbed(undisturbed: Undisturbed, root: Path, **sections: Mapping[str, obj
 
 
 def same(found: Mapping, undisturbed: Mapping) -> None:
-    """Two results have the same grouping and figures."""
+    """Check that two results have the same grouping and metrics."""
     assert found["grouping"] == undisturbed["grouping"]
     for kind in ("metrics", "baseline"):
         for task, figures in undisturbed[kind].items():
@@ -163,9 +163,9 @@ def same(found: Mapping, undisturbed: Mapping) -> None:
 
 
 def in_own_mounts() -> list[str]:
-    """Words that give a command a namespace in which it may mount; skips where there is none to have."""
-    words = ["unshare", "--user", "--map-root-user", "--mount"]
-    tried = subprocess.run([*words, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False)
+    """Arguments that start a command in a namespace in which it can mount; skips without permission."""
+    arguments = ["unshare", "--user", "--map-root-user", "--mount"]
+    tried = subprocess.run([*arguments, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, check=False)
     if tried.returncode:
-        pytest.skip(f"no mounts of its own here: {tried.stderr.decode().strip()}")
-    return words
+        pytest.skip(f"no own mounts here: {tried.stderr.decode().strip()}")
+    return arguments

@@ -31,15 +31,15 @@ def serving(port: int, folder: Path, s3_port: int | None = None) -> Iterator[str
 
 
 def address(port: int) -> str:
-    """What `track.uri` is set to."""
+    """The value of `track.uri`."""
     return f"http://127.0.0.1:{port}"
 
 
 def begin(port: int, folder: Path, s3_port: int | None = None) -> subprocess.Popen[bytes]:
-    """Start the server, with what it held before, and wait until it answers.
+    """Start the server with its former contents, and wait until it answers.
 
     Args:
-        folder: Holds `mlflow.db` and `server.log`, and the artifacts where there is no S3 server.
+        folder: Folder of `mlflow.db` and `server.log`, and of the artifacts without an S3 server.
     """
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **QUICK}
@@ -54,7 +54,7 @@ def begin(port: int, folder: Path, s3_port: int | None = None) -> subprocess.Pop
 
 
 def start(command: list[str], environment: dict[str, str], log: Path, url: str) -> subprocess.Popen[bytes]:
-    """Start a server in a process group of its own, and wait until `url` answers or the process is gone."""
+    """Start a server in its own process group, and wait until `url` answers or the process has ended."""
     with log.open("ab") as output:
         server = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
     while not _answers(url):
@@ -65,7 +65,7 @@ def start(command: list[str], environment: dict[str, str], log: Path, url: str) 
 
 
 def end(server: subprocess.Popen[bytes]) -> None:
-    """Stop a server and the processes it started; what it holds stays."""
+    """Stop a server and the processes it started; its contents stay."""
     with contextlib.suppress(ProcessLookupError):  # a test may have ended it
         os.killpg(server.pid, signal.SIGTERM)
     try:

@@ -1,4 +1,4 @@
-"""Small data sets in the exact form in which their authors give them out, with random values."""
+"""Small data sets in the published form of their authors, with random values."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_celeba(root: Path, rows: int = 6, *, folders: Sequence[str] = ("", "",
     """CelebA: aligned images, attributes and partition.
 
     Args:
-        folders: Where images, attributes and partition lie below the root; ("Img", "Anno", "Eval") as in the
+        folders: Folders of images, attributes and partition below the root; ("Img", "Anno", "Eval") as in the
             whole download.
     """
     images, attributes, partition = (root / folder for folder in folders)
@@ -79,7 +79,7 @@ def write_taskonomy(root: Path, *, buildings: Sequence[str] = ("alpha", "beta", 
 
 
 def write_clothing(root: Path, rows: int = 22) -> Path:
-    """The clothing set: every class of garment, photos of any shape."""
+    """The clothing data set: every class of garment, photos of any shape."""
     (root / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
     with (root / "labels.csv").open("w", newline="") as file:
@@ -92,13 +92,13 @@ def write_clothing(root: Path, rows: int = 22) -> Path:
 
 
 def write_three_cameras(root: Path) -> Path:
-    """What `bench.three_cameras` makes of a clothing set."""
+    """The data set that `bench.three_cameras` writes from a clothing set."""
     three_cameras.write(write_clothing(root / "photos"), root)
     return root
 
 
 def write_nuclei(root: Path, rows: int = 6, side: int = 128) -> Path:
-    """The nuclei set: 8-bit images, 16-bit instance ids, and counts."""
+    """The nuclei data set: 8-bit images, 16-bit instance ids, and counts."""
     (root / "images").mkdir(parents=True)
     (root / "masks").mkdir()
     rng = np.random.default_rng(0)
@@ -129,7 +129,7 @@ def write_tox21(root: Path, rows: int = 20) -> Path:
 
 
 def write_goemotions(root: Path, rows: int = 12) -> Path:
-    """GoEmotions: texts with ids of emotions, a file a split."""
+    """GoEmotions: texts with ids of emotions, a file for each split."""
     root.mkdir(parents=True)
     rng = np.random.default_rng(0)
     (root / "labels.txt").write_text("\n".join(EMOTIONS) + "\n")

@@ -1,4 +1,4 @@
-"""A real S3 server on loopback, and a faulty road to it."""
+"""A real S3 server on loopback, and a faulty proxy in front of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECRET = "only-for-tests-1b9f"  # noqa: S105 - of a server that lives as long as
 
 
 def free_port() -> int:
-    """A port below those that the kernel gives to connections, that nobody listens on.
+    """A free port outside the range that the kernel assigns to connections.
 
     A server may be started on it half an hour later: no connection of another process may have taken it by then.
     """
@@ -42,7 +42,7 @@ def free_port() -> int:
 
 
 def settings(port: int) -> dict[str, str]:
-    """What the AWS chain finds in the environment."""
+    """Environment variables for AWS clients."""
     return {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "test:tester",
@@ -72,16 +72,16 @@ def serving(port: int, folder: Path) -> Iterator[None]:
 
 
 def environment(port: int, folder: Path) -> dict[str, str]:
-    """What the server's script is told."""
+    """Environment variables of the server's script."""
     own = {"S3_PORT": str(port), "S3_DATA_DIR": str(folder / "data"), "S3_SECRET_KEY": SECRET}
     return {**os.environ, **own, "S3_START_TIMEOUT": "300"}
 
 
 def begin(port: int, folder: Path) -> None:
-    """Start the server, with what it held before."""
+    """Start the server with its former contents."""
     path = folder / "start.log"
     with path.open("w") as log:
-        # it writes to the log for as long as it lives, so its output is not a pipe to wait for
+        # the server writes to the log until it ends, so its output is not a pipe
         done = subprocess.run(
             [str(SCRIPT), "start"], env=environment(port, folder), stdout=log, stderr=log, check=False
         )
@@ -89,13 +89,13 @@ def begin(port: int, folder: Path) -> None:
 
 
 def end(port: int, folder: Path) -> None:
-    """Stop the server; what it holds stays."""
+    """Stop the server; its contents stay."""
     subprocess.run([str(SCRIPT), "stop"], env=environment(port, folder), capture_output=True, check=False)
 
 
 @dataclass
-class Road:
-    """A relay in front of a server that hangs up on every `drop`th request."""
+class FaultyProxy:
+    """A proxy in front of a server that closes the connection at every `drop`th request."""
 
     target: int
     drop: int
@@ -104,7 +104,7 @@ class Road:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fails(self, data: bytes) -> bool:
-        """Whether these bytes begin a request that is to be dropped."""
+        """Whether these bytes are the start of a request that is dropped."""
         if not data.startswith(METHODS):
             return False
         with self.lock:
@@ -115,18 +115,18 @@ class Road:
 
 
 @contextmanager
-def faulty(target: int, drop: int) -> Iterator[tuple[Road, int]]:
-    """A `Road` to a server on loopback, and the port it listens on."""
-    road = Road(target, drop)
+def faulty(target: int, drop: int) -> Iterator[tuple[FaultyProxy, int]]:
+    """A `FaultyProxy` of a server on loopback, and the port it listens on."""
+    proxy = FaultyProxy(target, drop)
 
     class Relay(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            with socket.create_connection(("127.0.0.1", road.target)) as server:
+            with socket.create_connection(("127.0.0.1", proxy.target)) as server:
                 other = {self.request: server, server: self.request}
                 while True:
                     for source in select.select(list(other), [], [])[0]:
                         data = source.recv(65536)
-                        if not data or (source is self.request and road.fails(data)):
+                        if not data or (source is self.request and proxy.fails(data)):
                             return
                         other[source].sendall(data)
 
@@ -134,13 +134,13 @@ def faulty(target: int, drop: int) -> Iterator[tuple[Road, int]]:
         daemon_threads = True
 
         def handle_error(self, *_: object) -> None:
-            """A side that has gone is what this is for."""
+            """Ignore a closed connection."""
 
     with Server(("127.0.0.1", 0), Relay) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
-            yield road, server.server_address[1]
+            yield proxy, server.server_address[1]
         finally:
             server.shutdown()
             thread.join()

@@ -1,4 +1,4 @@
-"""Shards of arrays that a test makes up, and what each of two processes runs that train from them."""
+"""Shards of arrays for tests, and the training function of processes that train from them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NUMBER = Task("number", "regression")
 def write_arrays(
     folder: Path, spec: InputSpec, tasks: Sequence[Task], splits: Mapping[str, Sequence[Arrays]], group_rows: int
 ) -> Reader:
-    """One shard for each of the arrays of a split, as `write_shard` makes it of images."""
+    """One shard for each of the arrays of a split, as `write_shard` writes it for images."""
     first = splits["train"][0]
     columns = {INPUT: Column(str(first.inputs.dtype), first.inputs.shape[1:])}
     for name, values in first.labels.items():
@@ -66,37 +66,37 @@ def write_numbers(folder: Path, rows: Sequence[int], group_rows: int, width: int
 def streamed(
     reader: Reader, shuffle_rows: float, *, seed: int = 1, rank: int = 0, world_size: int = 1
 ) -> StreamData:
-    """A worker that mixes so many rows."""
+    """The data of a worker that shuffles so many rows."""
     data = DataSection(shards="x", shuffle_mib=shuffle_rows * reader.row_bytes() / 2**20)
     return StreamData(reader, data, seed=seed, rank=rank, world_size=world_size, device=torch.device("cpu"))
 
 
-class Keeping(ProcessContext):
-    """Keeps the checkpoints of rank 0, and begins with one when it is given."""
+class CheckpointContext(ProcessContext):
+    """Stores the checkpoints of rank 0, and starts from a given one."""
 
     def __init__(self, folder: Path, begin: Path | None = None) -> None:
         super().__init__()
         self.folder, self.begin = folder, begin
 
     def report(self, record, save) -> None:
-        """Write each into a folder of its own."""
+        """Write a checkpoint into its own folder."""
         if self.rank == 0:
             place = self.folder / f"checkpoint_{len(list(self.folder.iterdir())):06d}"
             place.mkdir()
             save(place)
 
     def latest(self) -> Path | None:
-        """The one to begin with."""
+        """The checkpoint to start from."""
         return self.begin
 
 
 def train_streamed(
     rank: int, workers: int, folder: Path, reader: Reader, settings: TrainSettings, rows: int, begin: Path
 ) -> None:
-    """What one process runs: train from the start, then once more from a checkpoint of another run."""
+    """The function of a process: train from the start, then again from a checkpoint of another run."""
     for name, first in (("whole", None), ("rest", begin)):
         kept = folder / f"{name}_checkpoints"
         kept.mkdir(exist_ok=True)
         data = streamed(reader, rows, rank=rank, world_size=workers)
-        state = fit(GroupingNetwork(spec_for("gumbel")), data, settings, Keeping(kept, first))
+        state = fit(GroupingNetwork(spec_for("gumbel")), data, settings, CheckpointContext(kept, first))
         save_network(folder / f"{name}_{rank}", state.network)

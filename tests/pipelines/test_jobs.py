@@ -1,4 +1,4 @@
-"""`ray job submit` on a cluster of its own with token authentication: what ends well, what fails, what is read."""
+"""`ray job submit` on a separate cluster with token authentication: jobs that succeed or fail, and their logs."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Head:
     """The head of a cluster, started as an operator would, and its jobs.
 
     Args:
-        folder: For its files; short, for its sockets.
+        folder: Folder for its files. Its path is short, because of sockets.
     """
 
     def __init__(self, folder: Path) -> None:
         self.port, self.dashboard = free_port(), free_port()
-        first = 10000 + self.port % 8000  # apart from what `free_port` gives
+        first = 10000 + self.port % 8000  # different from those of `free_port`
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -41,7 +41,7 @@ class Head:
             "RAY_AUTH_TOKEN": secrets.token_hex(16),
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
         }
-        words = [
+        arguments = [
             str(BIN / "ray"), "start", "--head", "--block", f"--port={self.port}", "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={free_port()}",
             f"--dashboard-agent-listen-port={free_port()}", f"--min-worker-port={first}",
@@ -51,30 +51,30 @@ class Head:
         self.log = folder.parent / "head.log"
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
-                words, env=self.environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                arguments, env=self.environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
         while self.ray("job", "list").returncode:
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.5)
 
-    def ray(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def ray(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """A `ray` command of this cluster."""
         return subprocess.run(
-            [str(BIN / "ray"), *words],
+            [str(BIN / "ray"), *arguments],
             env=self.environment | environment,
             capture_output=True,
             text=True,
             check=False,
         )
 
-    def submit(self, folder: Path, name: str, *words: str) -> subprocess.CompletedProcess[str]:
-        """`ray job submit` of a command in a folder that is sent along, until it has ended."""
+    def submit(self, folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Submit a command with a working directory by `ray job submit`, and wait for its end."""
         return self.ray(
-            "job", "submit", f"--working-dir={folder}", f"--submission-id={name}", "--", "dmtg", *words
+            "job", "submit", f"--working-dir={folder}", f"--submission-id={name}", "--", "dmtg", *arguments
         )
 
     def details(self, name: str) -> tuple[JobDetails, str]:
-        """What the cluster knows of a job, and its log."""
+        """Details of a job, and its log."""
         headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
         client = JobSubmissionClient(self.environment["RAY_API_SERVER_ADDRESS"], headers=headers)
         return client.get_job_info(name), client.get_job_logs(name)
@@ -93,7 +93,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def job(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The folder that is sent along, and where the jobs leave what they make."""
+    """The working directory of the jobs, and the folder of their outputs."""
     folder, work = tmp_path_factory.mktemp("job"), tmp_path_factory.mktemp("made")
     values = config_values(images, work, train={"epochs": 2})
     values.pop("ray")
@@ -108,18 +108,18 @@ def outcome(log: str) -> Mapping[str, object]:
     return found
 
 
-def reads_well(log: str) -> bool:
-    """No traceback, no warning of a library, no progress bar."""
+def is_clean(log: str) -> bool:
+    """Whether a log has no traceback, no warning of a library and no progress bar."""
     return not any(word in log for word in ("Traceback", "Warning", "WARNING", "it/s", "\r", "(pid="))
 
 
-def test_without_the_token_nothing_is_answered(head: Head) -> None:
+def test_requests_without_the_token_are_refused(head: Head) -> None:
     refused = head.ray("job", "list", RAY_AUTH_TOKEN="0" * 32)
     assert refused.returncode != 0
     assert "401" in refused.stderr or "authenticat" in refused.stderr.lower()
 
 
-def test_a_training_job_succeeds_and_its_log_reads_well(head: Head, job: tuple[Path, Path]) -> None:
+def test_a_training_job_succeeds_and_its_log_is_clean(head: Head, job: tuple[Path, Path]) -> None:
     done = head.submit(job[0], "train", "train", "-c", "config.yaml", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     details, log = head.details("train")
@@ -129,10 +129,10 @@ def test_a_training_job_succeeds_and_its_log_reads_well(head: Head, job: tuple[P
     assert Path(str(found["report"])).exists()
     assert "naive_mtl epoch   1" in log
     assert "Grouping g" in log
-    assert reads_well(log), log
+    assert is_clean(log), log
 
 
-def test_a_failing_job_says_why_in_its_last_line(head: Head, job: tuple[Path, Path]) -> None:
+def test_the_last_line_of_a_failing_job_is_its_error(head: Head, job: tuple[Path, Path]) -> None:
     done = head.submit(job[0], "fails", "train", "-c", "config.yaml", "data.tasks=[colour, shape]")
     assert done.returncode == 1
     details, log = head.details("fails")
@@ -141,7 +141,7 @@ def test_a_failing_job_says_why_in_its_last_line(head: Head, job: tuple[Path, Pa
     assert "the shards have no task shape" in (details.message or "")
 
 
-def test_a_sweep_job_and_a_night_succeed(head: Head, job: tuple[Path, Path]) -> None:
+def test_a_sweep_job_and_a_nightly_job_succeed(head: Head, job: tuple[Path, Path]) -> None:
     swept = head.submit(job[0], "sweep", "sweep", "-c", "config.yaml", "sweep.groups=[2, 3]", "--json")
     assert swept.returncode == 0, swept.stdout + swept.stderr
     best = str(outcome(head.details("sweep")[1])["best_config"])
@@ -152,7 +152,7 @@ def test_a_sweep_job_and_a_night_succeed(head: Head, job: tuple[Path, Path]) -> 
     for name in ("sweep", "night"):
         details, log = head.details(name)
         assert details.status == JobStatus.SUCCEEDED
-        assert reads_well(log), log
+        assert is_clean(log), log
     assert outcome(head.details("night")[1])["verdict"] == "promoted"
     again = head.submit(job[0], "again", *night)
     assert again.returncode == 0

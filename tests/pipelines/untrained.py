@@ -1,4 +1,4 @@
-"""Finished runs of networks that have learnt nothing, as training would leave them, and in no time."""
+"""Finished runs of untrained networks, created without training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXPERIMENT = "untrained"
 
 @dataclass
 class Finished:
-    """A run folder, and what `register` is told of it."""
+    """A run folder, and the arguments of `register` for it."""
 
     config: Config
     run: Path
@@ -36,7 +36,7 @@ class Finished:
     models: dict[str, GroupModel]
 
     def register(self) -> list[Registered]:
-        """As training does at its end."""
+        """Register the run as training does at its end."""
         run = locate(str(self.run))
         return register(self.config, run, self.run_id, self.manifest, self.example, self.result)
 
@@ -66,8 +66,8 @@ def finish(
     """A run whose task n is in group n mod `groups`, and an MLflow run for it.
 
     Args:
-        root: Holds the run folder, and MLflow's files where `track` leads to an SQLite file.
-        files: Where MLflow's files are instead, when that is the first run of the experiment.
+        root: Folder of the run folder, and of MLflow's files if `track` is an SQLite file.
+        files: Another place for MLflow's files, if it is the first run of the experiment.
     """
     description = source.describe()
     spec = NetworkSpec(description.input, description.tasks, encoder, groups=groups, initial="diagonal",

@@ -1,7 +1,7 @@
-"""Checkpoints in the run folder: the newest whole one is found, new ones are written while training goes on.
+"""Checkpoints in the run folder: finds the newest whole one, and writes new ones.
 
-Ray Train could do the writing, and does not here: a copy that fails makes it start all workers anew, a list of the
-checkpoints that it cannot write ends the run, and it reads that list before it reads a checkpoint.
+Ray Train's own checkpoint storage is not used: it restarts all workers after a copy that fails, ends the run if it
+cannot write its list of checkpoints, and cannot read a checkpoint without that list.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ KEEP = 2  # so that one can be damaged
 
 
 class Checkpoints:
-    """The checkpoints of a run. Only one process adds some; each has a name of its own, whoever wrote it.
+    """The checkpoints of a run. Only one process adds checkpoints, and no name is used twice.
 
-    A checkpoint without its seal, which is written last, was left by a writer that did not get to its end: it does
-    not count, and goes when the next one is whole.
+    The seal of a checkpoint is written last. A checkpoint without it comes from a writer that was interrupted: it
+    is ignored, and removed after the next one has been written.
 
     Args:
-        folder: Where they are, in a local folder or an object store.
+        folder: Their folder, local or in an object store.
         scratch: Local folder for copies of those that are not local.
-        tell: Hears of damage.
+        emit: Called for a damaged checkpoint.
     """
 
     def __init__(self, folder: Location, scratch: Path, emit: Emit) -> None:
@@ -40,16 +40,16 @@ class Checkpoints:
         self.whole = [name for name in names if (folder / name / SEAL).exists()]
 
     def newest(self) -> Path | None:
-        """The newest whole one as a local folder, None where there is none.
+        """The newest whole checkpoint as a local folder, None without one.
 
         Raises:
             ValueError: When there are checkpoints and all of them are damaged.
         """
-        return newest_whole((self.fetch(name) for name in reversed(list(self.whole))), self._passed_over)
+        return newest_whole((self.fetch(name) for name in reversed(list(self.whole))), self._skip_damaged)
 
-    def _passed_over(self, problem: str) -> None:
-        damaged = self.whole.pop()  # it does not count among those that are kept
-        self.emit(DAMAGED, f"{damaged} is passed over: {problem.partition(': ')[2]}")
+    def _skip_damaged(self, problem: str) -> None:
+        damaged = self.whole.pop()  # it is not one of the KEEP checkpoints
+        self.emit(DAMAGED, f"{damaged} is skipped: {problem.partition(': ')[2]}")
 
     def fetch(self, name: str) -> Path:
         """A checkpoint as a local folder; `forget` removes the copy."""
@@ -64,35 +64,35 @@ class Checkpoints:
         return self.fetched
 
     def fetch_whole(self, name: str) -> Path:
-        """`fetch` of the one that another worker has chosen.
+        """Fetch the checkpoint that another worker has chosen.
 
         Raises:
-            ValueError: When it is not what was written.
+            ValueError: When it is damaged.
         """
         folder = self.fetch(name)
         check_seal(folder)
         return folder
 
     def forget(self) -> None:
-        """Remove the local copy of what was fetched."""
+        """Remove the local copy that `fetch` has made."""
         if self.fetched is not None:
             shutil.rmtree(self.fetched, ignore_errors=True)
             self.fetched = None
 
     def next_name(self) -> str:
-        """A name after those of all that there are."""
+        """A name that follows those of all checkpoints."""
         self.number += 1
         return f"{PREFIX}{self.number:08d}_{uuid.uuid4().hex[:6]}"
 
     def add(self, local: Path) -> None:
-        """Write a local folder under its name, its seal last; then remove all but the newest whole ones.
+        """Write a local folder under its name, its seal last; then remove all but the newest whole checkpoints.
 
         Raises:
-            OSError, UserError: When it could not be written; nothing of it stays where that can be helped.
+            OSError, UserError: When it could not be written. Its files are removed if that is possible.
         """
         if not (local / SEAL).exists():
             seal(local)
-        folder = self.folder.retrying(0)  # it is for the caller to try again, or not
+        folder = self.folder.retrying(0)  # the caller retries
         place = folder / local.name
         files = sorted(file for file in local.rglob("*") if file.is_file() and file.name != SEAL)
         try:
@@ -108,7 +108,7 @@ class Checkpoints:
 
 
 def _delete(place: Location) -> None:
-    """Remove what is not needed; where that fails now, it goes after the next checkpoint."""
+    """Remove a folder; if that fails, it is removed after the next checkpoint."""
     try:
         place.delete()
     except (OSError, UserError):

@@ -1,4 +1,4 @@
-"""The training loop's view of Ray Train, and of the run folder: what it writes there never stops it."""
+"""`TrainContext` on Ray Train: workers, checkpoints and metrics. A write that fails does not stop training."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from pipelines.training.ray.checkpoints import Checkpoints
 from pipelines.training.ray.failures import PermanentError
 from pipelines.training.ray.watchdog import STACKS, Scratch, Watchdog
 
-CLOSING_S = 5.0  # no longer: Ray ends the process
-PROGRESS = "progress.json"  # in a checkpoint: the records of all epochs before it, and how many workers wrote it
+CLOSING_S = 5.0  # Ray then ends the process
+PROGRESS = "progress.json"  # in a checkpoint: the records of all epochs before it, and the number of workers
 
 
 class RayContext:
     """`TrainContext` on Ray Train: data-parallel workers, checkpoints in the run folder.
 
-    Rank 0 also writes the figures of every epoch into the run folder, where the driver and anyone else can follow.
+    Rank 0 also writes the metrics of every epoch into the run folder.
 
     Args:
         run: The run folder.
-        tell: Hears what the user should know.
+        emit: Emits an event of the run.
         hung_after_s: See `Watchdog`.
     """
 
@@ -57,14 +57,14 @@ class RayContext:
         self.writer = BackgroundWriter(emit)
 
     def prepare(self, module: nn.Module) -> nn.Module:
-        """On the device, under DDP when there are several workers."""
+        """Move a module to the device, and wrap it in DDP if there are several workers."""
         import ray.train.torch
 
-        self.checkpoints.forget()  # what was fetched has been read
-        # running statistics are averaged once an epoch, not sent around at every step
+        self.checkpoints.forget()  # the fetched checkpoint has been read
+        # running statistics are averaged once an epoch, not synchronised at every step
         accepted = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         option = "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
-        # the same heads take part in every step until the next pruning, which wraps anew
+        # every step uses the same heads until the next pruning, after which the module is wrapped again
         options = {option: False, "static_graph": True, "gradient_as_bucket_view": True}
         prepared: nn.Module = ray.train.torch.prepare_model(module, parallel_strategy_kwargs=options)
         return prepared
@@ -77,7 +77,7 @@ class RayContext:
         return tensor
 
     def report(self, record: Mapping[str, Any] | None, save: Save) -> None:
-        """Checkpoint to the run folder, while training goes on; then the figures of an epoch, if there are any."""
+        """Write a checkpoint, and the metrics of an epoch if it has ended, in the background."""
         import ray.train
 
         self.watchdog.progress()
@@ -86,8 +86,8 @@ class RayContext:
                 self.records.append(dict(record) | {"time": time.time()})
             self._checkpoint(save)
             if record is not None:
-                self._figures()
-        if record is not None:  # for Ray's own pages
+                self._write_metrics()
+        if record is not None:  # for Ray's dashboard
             ray.train.report({key: record[key] for key in ("stage", "epoch", "val_score")})
 
     def _checkpoint(self, save: Save) -> None:
@@ -101,12 +101,12 @@ class RayContext:
             (folder / PROGRESS).write_text(json.dumps(progress, allow_nan=False))
         except (OSError, SafetensorError) as error:
             remove()
-            self.emit(UNWRITTEN, f"{name} is lost, training goes on ({error} at {self.scratch.path.parent})")
+            self.emit(UNWRITTEN, f"{name} is lost, training continues ({error} at {self.scratch.path.parent})")
             return
         self.writer.put("the checkpoint", PendingWrite(partial(self.checkpoints.add, folder), remove))
 
-    def _figures(self) -> None:
-        """The records as files, the gate's probabilities apart; they come first, for a reader wants both."""
+    def _write_metrics(self) -> None:
+        """Write the records: the gate's probabilities, then the metrics, as a reader of metrics needs both."""
         keys = ("stage", "epoch", "phase", "temperature", "probabilities")
         gate = [{key: record[key] for key in keys} for record in self.records]
         plain = [{k: v for k, v in record.items() if k != "probabilities"} for record in self.records]
@@ -117,7 +117,7 @@ class RayContext:
     def latest(self) -> Path | None:
         """See `TrainContext.latest`.
 
-        Rank 0 chooses, for a worker that was given up could still be writing while the others look.
+        Rank 0 chooses: a worker of an earlier attempt could still be writing while the others search.
         """
         from ray.train.collective import broadcast_from_rank_zero
 
@@ -135,30 +135,30 @@ class RayContext:
             progress = read_json(found / PROGRESS, "records", "workers")
         except ValueError as error:
             raise PermanentError(
-                str(error), where=str(self.checkpoints.folder), remedy="delete them to train anew from the start"
+                str(error), where=str(self.checkpoints.folder), remedy="delete them to train again from the start"
             ) from error
         self.records = progress["records"]
-        self._figures()  # the checkpoint was written first
-        self._resumed(self.checkpoints.whole[-1], progress["workers"])
+        self._write_metrics()  # the checkpoint may have been written before them
+        self._emit_resumed(self.checkpoints.whole[-1], progress["workers"])
         return found
 
-    def _resumed(self, name: str, before: int) -> None:
+    def _emit_resumed(self, name: str, before: int) -> None:
         last = self.records[-1] if self.records else None
         after = f" after epoch {last['epoch']} of {last['stage']}" if last else ""
         workers = f"{self.world_size} worker{'s' * (self.world_size > 1)}"
         if before != self.world_size:
-            self.emit(RESIZED, f"going on from {name}{after} with {workers} (it was written by {before})")
+            self.emit(RESIZED, f"resuming from {name}{after} with {workers} (it was written by {before})")
         else:
-            self.emit(RESUMED, f"going on from {name}{after} with {workers}")
+            self.emit(RESUMED, f"resuming from {name}{after} with {workers}")
 
     def flush(self) -> bool:
-        """Wait until the last checkpoint is in the run folder, and no longer than for any other file."""
+        """Wait until the last checkpoint is in the run folder, at most `PATIENCE_S`; whether it is."""
         self.watchdog.progress()
         return self.writer.flush(PATIENCE_S)
 
     def close(self) -> None:
-        """Leave nothing behind on this machine."""
+        """Stop the threads and remove the local folder."""
         self.watchdog.close()
-        self.writer.flush(CLOSING_S)  # the others may have been lost while it was being written
+        self.writer.flush(CLOSING_S)  # other workers may have been lost while the checkpoint was being written
         self.writer.close()
         self.scratch.close()

@@ -1,7 +1,6 @@
-"""What happened to a run that its user should know: told by its processes, printed and kept by the driver.
+"""The event log: an actor that collects the events of a run's processes, and the driver's side of it.
 
-It goes through a small actor beside the driver and not through the run folder: a disk that is full, or a server
-that is away, is what there is most to tell about.
+Events do not go through the run folder: most of them report that its disk is full or its server is unreachable.
 """
 
 from __future__ import annotations
@@ -16,32 +15,32 @@ from pipelines.storage import Location
 
 
 class EventLog:
-    """Where processes put what they have to tell. It runs as a Ray actor."""
+    """Events of a run, the current training step and the controller's actor. It runs as a Ray actor."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.at = (0, 0)
+        self.step = (0, 0)
         self.controller: Any = None
 
-    def led_by(self, controller: Any) -> None:
-        """Keep the actor that leads the workers."""
+    def set_controller(self, controller: Any) -> None:
+        """Store the actor of Ray Train's controller."""
         self.controller = controller
 
-    def leader(self) -> Any:
-        """The actor that leads the workers; None before it has started."""
+    def get_controller(self) -> Any:
+        """The actor of Ray Train's controller; None before it has started."""
         return self.controller
 
-    def move(self, step: int, steps: int) -> None:
-        """Keep how far the epoch is that is under way."""
-        self.at = step, steps
+    def set_step(self, step: int, steps: int) -> None:
+        """Store the step of the current epoch, and its number of steps."""
+        self.step = step, steps
 
-    def moved(self) -> tuple[int, int]:
-        """Step, and steps of the epoch."""
-        return self.at
+    def get_step(self) -> tuple[int, int]:
+        """Step of the current epoch, and its number of steps."""
+        return self.step
 
-    def put(self, told: Event) -> None:
+    def put(self, one: Event) -> None:
         """Add an event."""
-        self.events.append(told)
+        self.events.append(one)
 
     def after(self, count: int) -> list[Event]:
         """All events but the first `count`."""
@@ -49,7 +48,7 @@ class EventLog:
 
 
 def start_event_log() -> Any:
-    """A board on the node of the driver, which ends with it."""
+    """Start an event log on the node of the driver, with which it ends."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -58,7 +57,7 @@ def start_event_log() -> Any:
 
 
 def emitter(event_log: Any) -> Emit:
-    """A function that puts something on the board, without waiting for it."""
+    """A function that adds an event to the event log and does not wait for it."""
 
     def emit(kind: str, message: str) -> None:
         event_log.put.remote(event(kind, message))
@@ -67,7 +66,7 @@ def emitter(event_log: Any) -> Emit:
 
 
 def events_after(event_log: Any, count: int = 0) -> list[Event]:
-    """All that the board holds but the first `count`; nothing where it has been lost."""
+    """All events of the event log but the first `count`; none if the event log has been lost."""
     import ray
 
     try:
@@ -77,42 +76,42 @@ def events_after(event_log: Any, count: int = 0) -> list[Event]:
     return found
 
 
-def moved_on(event_log: Any) -> tuple[int, int]:
-    """Step and steps of the epoch that is under way; none where the board has been lost."""
+def current_step(event_log: Any) -> tuple[int, int]:
+    """Step of the current epoch and its number of steps; zeros if the event log has been lost."""
     import ray
 
     try:
-        at: tuple[int, int] = ray.get(event_log.moved.remote(), timeout=10)
+        step: tuple[int, int] = ray.get(event_log.get_step.remote(), timeout=10)
     except (ray.exceptions.RayError, TimeoutError):
         return 0, 0
-    return at
+    return step
 
 
 class EventWriter:
-    """The driver's end: takes what is new from the board, and keeps all of it in the run folder.
+    """Copies the events of an event log into the run folder.
 
     Args:
-        file: Where to keep it.
-        board: See `start_event_log`.
-        earlier: What earlier sessions of the run kept there.
+        file: The file of the run folder.
+        event_log: See `start_event_log`.
+        earlier: The events of earlier calls, which the file holds already.
     """
 
     def __init__(self, file: Location, event_log: Any, earlier: Sequence[Event] = ()) -> None:
         self.file, self.event_log, self.earlier = file.retrying(0), event_log, len(earlier)
         self.events = list(earlier)
-        self.kept = len(self.events)
+        self.written = len(self.events)
 
     def new(self) -> list[Event]:
-        """What came since the last call."""
+        """The events since the last call."""
         found = events_after(self.event_log, len(self.events) - self.earlier)
         self.events += found
-        if self.kept < len(self.events):
-            self._keep()
+        if self.written < len(self.events):
+            self._write()
         return found
 
-    def _keep(self) -> None:
+    def _write(self) -> None:
         try:
-            self.file.write_text("".join(json.dumps(told) + "\n" for told in self.events))
+            self.file.write_text("".join(json.dumps(one) + "\n" for one in self.events))
         except UserError:
-            return  # the storage is away or full: with the next call
-        self.kept = len(self.events)
+            return  # the storage is unreachable or full: the next call writes them
+        self.written = len(self.events)

@@ -1,4 +1,4 @@
-"""Why workers fail: what another try would meet again, what it would not, and what the user can do about it."""
+"""Failures of workers: which of them are permanent, their causes, and the error for the user."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LESS_HOST_MEMORY = (
 
 
 class PermanentError(UserError):
-    """An error that other workers would meet again: the run ends with it, instead of starting them."""
+    """An error that retrying cannot help: the run ends with it and no other workers are started."""
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        # raised in a worker, it must arrive in the controller and in the driver as what it is
+        # raised in a worker, it keeps its class when it is sent to the controller and the driver
         return _rebuild, (self.what, self.where, self.remedy)
 
 
@@ -35,13 +35,13 @@ def _rebuild(what: str, where: str, remedy: str) -> PermanentError:
 
 
 def permanent_error(error: Exception, config: Config, run: str, workers: int) -> PermanentError | None:
-    """What to tell the user of an error that comes from the configuration; None for any other.
+    """The error for the user if the configuration is its cause; None for any other error.
 
     Args:
-        error: What training raised.
+        error: The error that training raised.
         config: The configuration.
-        run: Where the run is.
-        workers: How many there are.
+        run: The run folder.
+        workers: Number of workers.
     """
     if isinstance(error, NonFiniteLossError):
         problem, _, remedy = str(error).partition(": ")
@@ -61,7 +61,7 @@ def permanent_error(error: Exception, config: Config, run: str, workers: int) ->
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or this machine, had no room for a tensor."""
+    """Whether a device, or this machine, had no memory for a tensor."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
@@ -78,72 +78,72 @@ def _died(error: BaseException) -> bool:
     return any(isinstance(one, RayActorError) for one in causes(error))
 
 
-def _lost_the_others(error: BaseException) -> bool:
+def _lost_connection(error: BaseException) -> bool:
     words = ("gloo", "nccl", "connection reset", "connection closed", "broken pipe")
-    logged = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
-    return logged or isinstance(error, torch.distributed.DistError)
+    named = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    return named or isinstance(error, torch.distributed.DistError)
 
 
-def _late(error: BaseException) -> bool:
-    from ray.train.v2._internal.exceptions import CollectiveTimeoutError
+def _timed_out(error: BaseException) -> bool:
+    from pipelines.training.ray.adapter import is_collective_timeout
 
-    if any(isinstance(one, CollectiveTimeoutError) for one in causes(error)):
+    if any(is_collective_timeout(one) for one in causes(error)):
         return True
-    return _lost_the_others(error) and any(word in str(error).lower() for word in ("timed out", "timeout"))
+    return _lost_connection(error) and any(word in str(error).lower() for word in ("timed out", "timeout"))
 
 
-Signs = tuple[tuple[Callable[[BaseException], bool], str], ...]
-DEATHS: Signs = (
+Causes = tuple[tuple[Callable[[BaseException], bool], str], ...]
+DEATHS: Causes = (
     (killed_for_memory, "Ray ended it because its machine was running out of memory"),
     (lambda error: _died(error) and "node has died" in str(error), "its machine was lost"),
     (_died, "its process was lost; the system ends processes like this when memory runs out"),
-    (lambda error: "health check has been hanging" in str(error), "it did not answer"),
+    (lambda error: "health check has been hanging" in str(error), "it did not respond"),
 )
-# what the workers meet that are left
-COLLATERAL: Signs = (
-    (_late, "it waited for the others longer than ray.timeout_s"),
-    (_lost_the_others, "it lost the others"),
+# failures of workers that follow from the loss of another worker
+COLLATERAL: Causes = (
+    (_timed_out, "it waited for the other workers longer than ray.timeout_s"),
+    (_lost_connection, "it lost its connection to the other workers"),
 )
 
 
-def _how_lost(*errors: BaseException) -> str:
-    found = (words for sign, words in (*DEATHS, *COLLATERAL) if any(sign(one) for one in errors))
+def _cause(*errors: BaseException) -> str:
+    found = (text for applies, text in (*DEATHS, *COLLATERAL) if any(applies(one) for one in errors))
     return next(found, "")
 
 
-def explained(error: BaseException) -> str:
-    """One line on why a worker failed, as far as that is known."""
-    how = _how_lost(error)
-    if how:
-        return how
+def describe_failure(error: BaseException) -> str:
+    """One line with the cause of a worker's failure, as far as it is known."""
+    cause = _cause(error)
+    if cause:
+        return cause
     found = user_error(error)
     return found.what if found is not None else f"{type(error).__name__}: {_first_line(error)}"
 
 
 def reason(failures: Mapping[int, BaseException]) -> str:
-    """One line on why workers were lost, from the one whose failure explains those of the others."""
+    """One line with the cause of a loss of workers: the failure that caused those of the others."""
 
     def order(rank: int) -> tuple[int, int]:
-        collateral = any(sign(failures[rank]) for sign, _ in COLLATERAL)
-        dead = any(sign(failures[rank]) for sign, _ in DEATHS)
+        collateral = any(applies(failures[rank]) for applies, _ in COLLATERAL)
+        dead = any(applies(failures[rank]) for applies, _ in DEATHS)
         return (0 if dead else 2 if collateral else 1), rank
 
     rank = min(failures, key=order)
-    return f"worker {rank}: {explained(failures[rank])}"
+    return f"worker {rank}: {describe_failure(failures[rank])}"
 
 
 def lost_at_start(error: BaseException) -> str:
-    """One line on how workers were lost before they trained; empty for any other error."""
-    how = _how_lost(*causes(error))
-    return how and f"while they started: {how}"
+    """One line with the cause of a loss of workers before they trained; empty for any other error."""
+    cause = _cause(*causes(error))
+    return cause and f"while they started: {cause}"
 
 
 def training_failed(error: BaseException, run: str) -> UserError:
-    """What to tell the user of a run whose workers were lost once too often, or that Ray could not start."""
+    """The error for the user of a run whose retries are used up, or that Ray could not start."""
     from ray.train import WorkerGroupError
 
     lost = next((one for one in causes(error) if isinstance(one, WorkerGroupError)), None)
-    again = "run the same words again to go on from the last checkpoint"
+    again = "run the same command again to resume from the last checkpoint"
     if lost is None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return UserError(
@@ -155,7 +155,7 @@ def training_failed(error: BaseException, run: str) -> UserError:
     if "memory" in why:
         again = f"if it was memory: {LESS_HOST_MEMORY}; then {again}"
     return UserError(
-        f"training failed, and ray.max_failures allows no more tries: {why}",
+        f"training failed, and ray.max_failures allows no more retries: {why}",
         where=run,
         remedy=f"{again}; --debug shows where it failed",
     )

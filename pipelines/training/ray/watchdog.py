@@ -1,4 +1,4 @@
-"""A worker's own eyes on itself: its local folder, which goes with it, and a clock that ends it when it hangs."""
+"""A worker's local folder, its watchdog against hanging, and its progress reports."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from pipelines.runs.events import HUNG, Emit
 from pipelines.storage import Location
 
 STACKS = "stacks.txt"
-REARM_S = 1.0  # no more often: a timer is a thread, and what is told is a message
+REARM_S = 1.0  # least seconds between two timers, which are threads, and between two progress reports
 
 
 class Scratch:
-    """A worker's folder for files on their way, and those of workers that were killed before they could remove it.
+    """A worker's temporary folder. Creating it removes the folders of workers that were killed.
 
-    The folder is locked for as long as its process lives, however it ends: one that can be locked has no owner.
+    The process holds a lock on its folder. A folder that can be locked therefore has no owner.
 
     Args:
         run: The run folder. Workers of other runs on this machine are left alone.
-        tell: Hears of a worker that hung.
+        emit: Called for a worker that hung.
 
     Raises:
-        UserError: When no folder can be made.
+        UserError: When no folder can be created.
     """
 
     def __init__(self, run: Location, emit: Emit) -> None:
         temporary = Path(tempfile.gettempdir())
         prefix = f"dmtg-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}-"
         try:
-            with _locked(temporary):  # or another worker would take a folder that is not locked yet for a left one
+            with _locked(temporary):  # or another worker could remove the folder before it is locked
                 for left in temporary.glob(f"{prefix}*"):
                     _clear(left, run, emit)
                 self.path = Path(tempfile.mkdtemp(prefix=prefix))
@@ -48,20 +48,20 @@ class Scratch:
                 fcntl.flock(self.lock, fcntl.LOCK_EX)
         except OSError as error:
             raise UserError(
-                f"cannot make a folder for temporary files: {error}",
+                f"cannot create a folder for temporary files: {error}",
                 where=str(temporary),
-                remedy="make room there, or set TMPDIR to another folder",
+                remedy="free disk space there, or set TMPDIR to another folder",
             ) from error
 
     def close(self) -> None:
-        """Remove it."""
+        """Remove the folder."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self.lock)
 
 
 @contextmanager
 def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
-    """Raises BlockingIOError where `flags` say not to wait."""
+    """Hold a lock on a folder; `fcntl.LOCK_NB` in `flags` raises BlockingIOError instead of waiting."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
@@ -71,28 +71,30 @@ def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
 
 
 def _clear(left: Path, run: Location, emit: Emit) -> None:
-    """Remove the folder of a worker that is gone; where it left because it hung, keep where it stood."""
+    """Remove the folder of a worker that has ended; keep its stacks if it hung."""
     try:
         with _locked(left, fcntl.LOCK_NB):
             stacks = left / STACKS
             if stacks.exists() and stacks.stat().st_size:
                 kept = run / f"hung_{stacks.stat().st_mtime_ns}.txt"
                 kept.write_file(stacks)
-                emit(HUNG, f"a worker made no progress for ray.hung_after_s and was given up; it stood at {kept}")
+                emit(
+                    HUNG, f"a worker made no progress for ray.hung_after_s and was ended; its stacks are in {kept}"
+                )
             shutil.rmtree(left, ignore_errors=True)
     except (OSError, UserError):
-        return  # it has an owner, or goes next time
+        return  # it has an owner, or is removed next time
 
 
 class Watchdog:
-    """Ends this process when nothing moves for too long, so that Ray Train starts the workers anew.
+    """Ends this process if it makes no progress for too long, so that Ray Train restarts the workers.
 
-    The stacks of all threads go to a file first. It works without Python: a thread that holds the interpreter's
-    lock for ever cannot stop it.
+    The stacks of all threads are written to a file first. The timer does not need Python: it also works if a
+    thread holds the interpreter's lock for ever.
 
     Args:
-        hung_after_s: Seconds without progress; 0 to wait for ever.
-        stacks: The file.
+        hung_after_s: Seconds without progress; 0 for no limit.
+        stacks: The file for the stacks.
     """
 
     def __init__(self, hung_after_s: float, stacks: Path) -> None:
@@ -102,40 +104,40 @@ class Watchdog:
         self.progress()
 
     def progress(self) -> None:
-        """Something has moved."""
+        """Restart the timer."""
         now = time.monotonic()
         if self.hung_after_s and now - self.armed >= REARM_S:
             faulthandler.dump_traceback_later(self.hung_after_s, exit=True, file=self.file)
             self.armed = now
 
     def close(self) -> None:
-        """Let the process be."""
+        """Stop the timer."""
         if self.hung_after_s:
             faulthandler.cancel_dump_traceback_later()
         self.file.close()
 
 
 class StepReporter:
-    """Tells a board how far an epoch is, at most once a second, and waits for nothing."""
+    """Reports the step of an epoch to the event log, at most once a second, and does not wait."""
 
     def __init__(self, event_log: Any) -> None:
-        self.event_log, self.told = event_log, -REARM_S
+        self.event_log, self.reported = event_log, -REARM_S
 
     def __call__(self, step: int, steps: int) -> None:
-        """A step has begun."""
+        """Report that a step has begun."""
         now = time.monotonic()
-        if now - self.told >= REARM_S:
-            self.event_log.move.remote(step, steps)
-            self.told = now
+        if now - self.reported >= REARM_S:
+            self.event_log.set_step.remote(step, steps)
+            self.reported = now
 
 
 class MonitoredData:
-    """Data whose every batch is progress; see `dmtg_core.training.data.Data`.
+    """Data that reports every batch as progress; see `dmtg_core.training.data.Data`.
 
     Args:
-        data: What is read.
-        watchdog: Is told of every batch.
-        pulse: Is told of every training step; None to tell nobody.
+        data: The data.
+        watchdog: Its timer restarts at every batch.
+        step_reporter: Called for every training step; None for no reports.
     """
 
     def __init__(self, data: Data, watchdog: Watchdog, step_reporter: StepReporter | None = None) -> None:
@@ -148,16 +150,16 @@ class MonitoredData:
     def train(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """See `Data.train`."""
         steps = self.data.steps(batch_size)
-        for step, batch in enumerate(self._seen(self.data.train(epoch, batch_size, start)), start + 1):
+        for step, batch in enumerate(self._watched(self.data.train(epoch, batch_size, start)), start + 1):
             if self.step_reporter is not None:
                 self.step_reporter(step, steps)
             yield batch
 
     def evaluate(self, split: str, batch_size: int) -> Iterator[Batch]:
         """See `Data.evaluate`."""
-        return self._seen(self.data.evaluate(split, batch_size))
+        return self._watched(self.data.evaluate(split, batch_size))
 
-    def _seen(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
             self.watchdog.progress()
             yield batch

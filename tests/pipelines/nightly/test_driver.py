@@ -351,7 +351,7 @@ def outcome_of(driver: Driver, words: list[str]) -> Callable[[], Any]:
     """The command of a night as a process of its own."""
     command = driver.command()
     at = command.index("train")
-    return lambda: driver.start_words([*command[:at], "regroup", *command[at + 1 :], *words])
+    return lambda: driver.start_command([*command[:at], "regroup", *command[at + 1 :], *words])
 
 
 @pytest.mark.soak

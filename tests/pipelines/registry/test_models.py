@@ -1,5 +1,5 @@
-"""The model registry: versions and what they say, aliases that survive any end of a process, the same commands on
-every kind of store."""
+"""The model registry: versions and their facts, aliases after any end of a process, and the commands on every kind
+of store."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds run folders, and the SQLite file that tests share under names of their own: making one is slow."""
+    """Run folders, and an SQLite file that the tests share with different names: creating one is slow."""
     return tmp_path_factory.mktemp("registry")
 
 
@@ -61,7 +61,7 @@ def section(embedded: dict[str, str]) -> TrackSection:
 
 
 def add_version(section: TrackSection, name: str, groups: list[list[str]]) -> int:
-    """A version of a composite and of its group models as `register` makes them, without models behind them."""
+    """A version of a composite and of its group models as `register` creates them, without the files of models."""
     client = connect(section)
     served = {f"group_{i}": tasks for i, tasks in enumerate(groups)}
     held = {model.name for model in registered_models(client)}
@@ -89,7 +89,7 @@ def aliases(section: TrackSection, name: str) -> dict[str, dict[str, int]]:
 TWO, THREE = [["sick", "cost"], ["days"]], [["sick"], ["cost"], ["days"]]
 
 
-def test_the_champion_of_the_groups_follows_that_of_the_composite(section) -> None:
+def test_the_aliases_of_the_groups_are_set_with_those_of_the_composite(section) -> None:
     assert champion(section, "a") is None
     assert add_version(section, "a", THREE) == 1
     assert champion(section, "a") is None
@@ -171,7 +171,7 @@ def test_more_models_than_the_registry_has_on_a_page_are_listed(section) -> None
     assert [model.name for model in registered_models(client, "paged")] == names
 
 
-def test_twelve_groups_are_loaded_and_answer_in_the_order_of_their_numbers(root: Path, embedded) -> None:
+def test_twelve_groups_are_loaded_and_predict_in_the_order_of_their_numbers(root: Path, embedded) -> None:
     names = [f"t{n}" for n in range(12)]
     lines = [f"{i},{i},{','.join('01'[(i + n) % 2] for n in range(12))},train" for i in range(4)]
     (root / "twelve.csv").write_text("\n".join([f"id,age,{','.join(names)},split", *lines]) + "\n")
@@ -190,7 +190,7 @@ def test_twelve_groups_are_loaded_and_answer_in_the_order_of_their_numbers(root:
     assert list(predictor.predict(None, made.example)) == names
 
 
-def test_rollbacks_go_back_through_all_champions_that_still_exist(section) -> None:
+def test_rollbacks_visit_all_previous_champions_that_still_exist(section) -> None:
     for _ in range(4):
         add_version(section, "b", TWO)
     for version in (1, 2, 1, 3, 4):
@@ -205,12 +205,12 @@ def test_rollbacks_go_back_through_all_champions_that_still_exist(section) -> No
 
 
 class KilledError(BaseException):
-    """The process ends here."""
+    """The process ends."""
 
 
 @pytest.fixture
 def killer() -> Iterator[Any]:
-    """`killer(n)`: the process ends when it has written n times to the registry; `killer(None)`: it lives on."""
+    """`killer(n)`: the process ends after n writes to the registry; `killer(None)`: it does not end."""
     left: list[int | None] = [None]
 
     def counted(write: Any) -> Any:
@@ -230,7 +230,7 @@ def killer() -> Iterator[Any]:
 
 
 def ends_after(killer: Any, writes: int, body: Any) -> bool:
-    """Whether the process ended before `body` did."""
+    """Whether the process ended before `body` returned."""
     killer(writes)
     try:
         body()
@@ -241,7 +241,7 @@ def ends_after(killer: Any, writes: int, body: Any) -> bool:
     return False
 
 
-def test_a_promotion_that_is_killed_at_any_point_is_completed_by_the_same_words(section, killer) -> None:
+def test_a_promotion_that_is_killed_at_any_point_is_completed_by_the_same_command(section, killer) -> None:
     def served(version: int) -> dict[str, int]:
         return {"": version, ".group_0": version, ".group_1": version} | ({".group_2": 1} if version == 1 else {})
 
@@ -296,8 +296,8 @@ def test_a_rollback_that_is_killed_at_any_point_loses_no_champion(section, kille
 
 @pytest.fixture(params=["embedded", "server", "apart"])
 def store(request: pytest.FixtureRequest, embedded: dict[str, str]) -> dict[str, str]:
-    """Where the commands work: an SQLite file; a server with its files on S3; runs in the SQLite file, their files
-    on S3, and the registry on the server."""
+    """The store of the commands: an SQLite file; a server with its files on S3; or runs in the SQLite file, their
+    files on S3, and the registry on the server."""
     if request.param == "embedded":
         return embedded
     server = request.getfixturevalue("mlflow_server")
@@ -313,15 +313,15 @@ def made(source: Source, root: Path, store: dict[str, str], name: str, groups: i
     return finish(source, EncoderSpec("mlp"), root, store, name=name, groups=groups, files=files)
 
 
-def test_a_registry_that_cannot_reach_the_files_says_so(source, root, mlflow_server) -> None:
+def test_a_registry_that_cannot_access_the_files_is_an_error(source, root, mlflow_server) -> None:
     other = mlflow_server.replace("127.0.0.1", "localhost")  # for MLflow a server of its own
     run = made(source, root, apart(mlflow_server, other), "unreached", 1)
-    with pytest.raises(UserError, match="cannot reach files that pass through the tracking server"):
+    with pytest.raises(UserError, match="cannot access artifacts that are served by the tracking server"):
         run.register()
     assert not list_models(TrackSection(uri=mlflow_server), "unreached")
 
 
-def test_the_commands_say_and_do_the_same_on_every_store(source, store, root, tmp_path) -> None:
+def test_the_commands_have_the_same_results_on_every_store(source, store, root, tmp_path) -> None:
     name = "ills" if "registry_uri" not in store else "ails"
     first, second = (made(source, root, store, name, groups) for groups in (2, 3))
     second.result["metrics"]["cost"] |= {f"quantile_{i}": i / 7 for i in range(500)}  # too long for a tag
@@ -386,7 +386,7 @@ def registered(source: Source, embedded: dict[str, str], root: Path) -> Finished
     return done
 
 
-def test_names_that_are_nearly_right_are_answered_with_the_right_ones(registered) -> None:
+def test_misspelt_names_are_answered_with_the_closest_ones(registered) -> None:
     section = registered.config.track
     for address, what, nearest in (
         ("patient", "no registered model 'patient'", "patients"),
@@ -407,20 +407,20 @@ def test_names_that_are_nearly_right_are_answered_with_the_right_ones(registered
     assert (code, found["error"]["what"]) == (2, "models:/patients.group_1/1 is not the composite of a grouping")
 
 
-def test_models_of_other_tasks_are_compared_on_those_that_both_have(section) -> None:
+def test_models_of_different_tasks_are_compared_on_the_common_ones(section) -> None:
     add_version(section, "wide", THREE)
     add_version(section, "wide", [["cost", "sick"], ["height"]])
     add_version(section, "other", [["height"]])
     code, found, logged = call("models", "diff", "wide/1", "wide/2", "--uri", section.uri)
     assert code == 0
     assert (found["tasks"], found["only_before"], found["only_after"]) == (["sick", "cost"], ["days"], ["height"])
-    assert found["notes"] == ["the two answer different tasks; only those that both have are compared"]
+    assert found["notes"] == ["the two have different tasks; only those that both have are compared"]
     assert found["notes"][0] in logged
     code, found, _ = call("models", "diff", "wide/1", "other/1", "--uri", section.uri)
     assert (code, found["error"]["what"]) == (2, "models:/wide/1 and models:/other/1 have no task in common")
 
 
-def test_a_version_carries_its_grouping_and_says_which_group_serves_each_task(registered) -> None:
+def test_a_version_has_its_grouping_and_the_group_of_each_task(registered) -> None:
     connect(registered.config.track)
     folder = Path(mlflow.artifacts.download_artifacts("models:/patients/1"))
     held = json.loads((folder / "artifacts" / "grouping.json").read_text())

@@ -1,10 +1,12 @@
-"""MLflow servers that are away: during training, at its end, at registration, while a driver was killed."""
+"""Unreachable MLflow servers: during training, at its end, at registration, and after a driver was killed."""
 
 from __future__ import annotations
 
 import json
 import logging
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,9 +34,10 @@ from pipelines.runs.files import METRICS, read_jsonl
 from pipelines.storage import Location, locate
 from pipelines.training.driver import Trained, train
 from pipelines.training.publish import register_run
+from tests.paths import ROOT
 from tests.pipelines.conftest import make_config
-from tests.pipelines.door import Door, door_to
 from tests.pipelines.mlflow_server import address, serving
+from tests.pipelines.proxy import Proxy, proxy_to
 from tests.pipelines.s3_server import free_port
 
 SECRET = "swordfish"  # noqa: S105 - the server of the tests asks for none
@@ -43,22 +46,22 @@ EPOCHS = {"naive_mtl": [1, 2, 3, 4], "start_0": [1, 2, 3, 4]}
 
 @dataclass
 class Server:
-    """An MLflow server behind a door, and a client that does not go through it."""
+    """An MLflow server behind a proxy, and a client that connects to it directly."""
 
-    door: Door
+    proxy: Proxy
     client: mlflow.MlflowClient
 
     @property
     def uri(self) -> str:
-        """Through the door, with credentials."""
-        return f"http://someone:{SECRET}@127.0.0.1:{self.door.port}"
+        """The address of the proxy, with credentials."""
+        return f"http://someone:{SECRET}@127.0.0.1:{self.proxy.port}"
 
     def epochs(self, run_id: str, stage: str) -> list[int]:
         """The epochs of a stage that the server has."""
         return [metric.step for metric in self.client.get_metric_history(run_id, f"{stage}/val_score")]
 
     def holds_all_once(self, run_id: str, run: Location) -> bool:
-        """Whether every figure of the run folder is there, and none twice."""
+        """Whether the server has every metric of the run folder exactly once."""
         for record in read_jsonl(run / METRICS):
             stage = record["stage"]
             for name, value in [("val_score", record["val_score"]), *_figures(record)]:
@@ -76,13 +79,13 @@ def _figures(record: dict[str, Any]) -> list[tuple[str, float]]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     port = free_port()
-    with serving(port, tmp_path_factory.mktemp("server")), door_to(port) as door:
-        yield Server(door, mlflow.MlflowClient(address(port)))
+    with serving(port, tmp_path_factory.mktemp("server")), proxy_to(port) as proxy:
+        yield Server(proxy, mlflow.MlflowClient(address(port)))
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that is away is not asked three times for every request; what MLflow sets is set back."""
+    """No retries of requests to an unreachable server; variables that MLflow sets are restored."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", "")
@@ -90,7 +93,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Delivered:
-    """A run whose server was away in its middle, at its end, and at registration."""
+    """A run whose server was unreachable during training, at its end, and at registration."""
 
     config: Config
     done: Trained
@@ -103,7 +106,9 @@ class Delivered:
 def delivered(
     images: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None, server: Server
 ) -> Iterator[Delivered]:
-    config = make_config(images, tmp_path_factory.mktemp("run"), track={"uri": server.uri, "experiment": "door"})
+    config = make_config(
+        images, tmp_path_factory.mktemp("run"), track={"uri": server.uri, "experiment": "unreachable"}
+    )
     run = locate(config.run.root) / config.run_name()
     logged: list[str] = []
 
@@ -129,28 +134,28 @@ def delivered(
             with pytest.raises(UserError) as caught:
                 train(config, lambda line: on(
                     line,
-                    ("naive_mtl epoch 2", server.door.shut),
-                    ("naive_mtl epoch 3", lambda: until(lambda: server.door.refused)),
-                    ("start_0 epoch 1", server.door.open),
+                    ("naive_mtl epoch 2", server.proxy.refuse),
+                    ("naive_mtl epoch 3", lambda: until(lambda: server.proxy.refused)),
+                    ("start_0 epoch 1", server.proxy.open),
                     ("start_0 epoch 3", lambda: until(delivered_again)),
-                    ("start_0 epoch 3", server.door.shut),
+                    ("start_0 epoch 3", server.proxy.refuse),
                 ))  # fmt: skip
             assert (run / "result.json").exists()
             assert (run / "report.html").exists()
             assert (run / "models").folders()
-            server.door.open()
+            server.proxy.open()
             monkeypatch.setattr(storage, "PATIENCE_S", 600.0)
             done = train(config, lambda line: on(
-                line, ("registering the grouping", server.door.shut), ("trying for", server.door.open)
+                line, ("registering the grouping", server.proxy.refuse), ("retrying for", server.proxy.open)
             ))  # fmt: skip
         finally:
             logger.removeHandler(messages)
-            server.door.open()
+            server.proxy.open()
         yield Delivered(config, done, logged, caught.value, "\n".join(messages.held))
 
 
 class Messages(logging.Handler):
-    """What was logged."""
+    """The logged messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,22 +166,24 @@ class Messages(logging.Handler):
 
 
 @pytest.mark.ray
-class TestAway:
-    def test_training_goes_on_and_every_figure_arrives_once(self, delivered: Delivered, server: Server) -> None:
-        assert "MLflow's copy of the figures cannot be written, training goes on without it" in delivered.messages
+class TestUnreachable:
+    def test_training_continues_and_every_metric_arrives_once(self, delivered: Delivered, server: Server) -> None:
+        assert (
+            "MLflow's copy of the metrics cannot be written, training continues without it" in delivered.messages
+        )
         assert "could be written again" in delivered.messages
         assert sum("epoch" in line and "score" in line for line in delivered.logged) == 8
         assert server.holds_all_once(delivered.done.run_id, delivered.done.run)
 
-    def test_at_the_end_it_says_that_training_is_done_and_what_registers_later(self, delivered: Delivered) -> None:
+    def test_the_error_at_the_end_names_the_command_that_publishes_later(self, delivered: Delivered) -> None:
         run = delivered.done.run
         assert f"training is done, its result and models are in {run}" in delivered.error.what
         assert f"dmtg models register {run}" in delivered.error.remedy
         assert not delivered.error.wrong_use
 
-    def test_the_same_words_do_the_rest_and_wait(self, delivered: Delivered, server: Server) -> None:
+    def test_the_same_command_retries_and_publishes(self, delivered: Delivered, server: Server) -> None:
         assert delivered.done.resumed
-        assert sum("trying for" in line for line in delivered.logged) == 2
+        assert sum("retrying for" in line for line in delivered.logged) == 2
         stored = server.client.get_run(delivered.done.run_id)
         assert stored.info.status == "FINISHED"
         assert stored.data.metrics["normalized_gain"] == pytest.approx(delivered.done.result["normalized_gain"])
@@ -195,21 +202,21 @@ class TestAway:
         for file in delivered.done.run.files():
             assert SECRET.encode() not in (delivered.done.run / file).read_bytes(), file
         stored = server.client.get_run(delivered.done.run_id)
-        assert stored.data.params["track.uri"] == f"http://127.0.0.1:{server.door.port}"
+        assert stored.data.params["track.uri"] == f"http://127.0.0.1:{server.proxy.port}"
         assert not [text for text in [*shown_by, str(stored.to_dictionary())] if SECRET in text]
 
     def test_a_run_folder_registers_later(
         self, delivered: Delivered, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        folder = tmp_path / "copy"  # of a run that MLflow has never heard of
+        folder = tmp_path / "copy"  # a run that MLflow does not have
         shutil.copytree(str(delivered.done.run), folder)
-        for name in (tracking.NOTE, tracking.REGISTERED):
+        for name in (tracking.TRACKING, tracking.REGISTERED):
             (folder / name).unlink()
         monkeypatch.setattr(storage, "PATIENCE_S", 0.0)
-        server.door.shut()
+        server.proxy.refuse()
         with pytest.raises(UserError, match="training is done") as caught:
             register_run(str(folder))
-        server.door.open()
+        server.proxy.open()
         assert "dmtg models register" in caught.value.remedy
         first = register_run(str(folder))
         assert first.run_id != delivered.done.run_id
@@ -222,11 +229,11 @@ class TestAway:
         assert SECRET not in again.output
         found = json.loads(again.stdout.splitlines()[-1])
         assert (found["run_id"], found["models"]) == (first.run_id, [model.uri for model in first.models])
-        (folder / tracking.REGISTERED).unlink()  # as after a kill between the registry and this note
+        (folder / tracking.REGISTERED).unlink()  # as after a kill before this file was written
         assert register_run(str(folder)).models == first.models
         assert server.holds_all_once(first.run_id, locate(str(folder)))
 
-    def test_registering_says_what_is_missing(self, delivered: Delivered, tmp_path: Path) -> None:
+    def test_registering_names_what_is_missing(self, delivered: Delivered, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"no finished run: there is no config.yaml and no result.json"):
             register_run(str(tmp_path))
         folder = tmp_path / "copy"
@@ -237,8 +244,8 @@ class TestAway:
         with pytest.raises(UserError, match="no dataset here") as caught:
             register_run(str(folder))
         assert "data.shards is relative" in caught.value.remedy
-        note = json.loads((folder / tracking.NOTE).read_text())
-        (folder / tracking.NOTE).write_text(json.dumps(note | {"data_digest": "another"}))
+        note = json.loads((folder / tracking.TRACKING).read_text())
+        (folder / tracking.TRACKING).write_text(json.dumps(note | {"data_digest": "another"}))
         values["data"]["shards"] = delivered.config.data.shards
         (folder / "config.yaml").write_text(yaml.safe_dump(values))
         with pytest.raises(UserError, match="not the shards that the run was trained on"):
@@ -249,25 +256,25 @@ def test_an_interruption_does_not_wait_for_a_request_that_hangs(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracker = _tracker(tmp_path, server.uri)
-    server.door.silence()
+    server.proxy.silence()
     tracker.record(_record("start_0", 1))
-    while not server.door.waiting:
+    while not server.proxy.waiting:
         time.sleep(0.02)
     monkeypatch.setattr(tracking, "FAREWELL_S", 0.1)
     tracker.fail()
-    assert len(server.door.waiting) == 1  # the request hangs as before
-    server.door.shut()
-    server.door.open()
+    assert len(server.proxy.waiting) == 1  # the request hangs as before
+    server.proxy.refuse()
+    server.proxy.open()
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An SQLite file, without a server before it."""
+    """An SQLite file, without a server."""
     return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
 
 
 class TestStore:
-    def test_what_a_killed_driver_left_is_delivered_by_the_next_one(self, store: str, tmp_path: Path) -> None:
+    def test_metrics_of_a_killed_driver_are_sent_by_the_next_one(self, store: str, tmp_path: Path) -> None:
         killed = _tracker(tmp_path, store)
         killed.record(_record("start_0", 1))
         assert killed.writer.flush(600)
@@ -276,7 +283,7 @@ class TestStore:
         tracker = _tracker(tmp_path, store)
         assert tracker.run_id == killed.run_id
         assert tracker.writer.flush(600)
-        tracker.record(_record("start_0", 3) | {"time": 77.0})  # an epoch that was done again
+        tracker.record(_record("start_0", 3) | {"time": 77.0})  # an epoch that was trained again
         tracker.finish({"split": "test", "metrics": {"task": {"accuracy": 0.5}}, "grouping_name": "all"}, {})
         for _ in range(2):
             history = tracker.client.get_metric_history(tracker.run_id, "start_0/val_score")
@@ -289,23 +296,23 @@ class TestStore:
             tracker.finish({"split": "test", "metrics": {"task": {"accuracy": 0.5}}, "grouping_name": "all"}, {})
         assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
 
-    def test_a_run_that_mlflow_has_no_more_is_made_anew(self, store: str, tmp_path: Path) -> None:
+    def test_a_run_that_was_deleted_in_mlflow_is_created_again(self, store: str, tmp_path: Path) -> None:
         tracker = _tracker(tmp_path, store)
         (tmp_path / METRICS).write_text(json.dumps(_record("start_0", 1)) + "\n")
         (tmp_path / tracking.REGISTERED).write_text("[]")
         tracker.client.delete_run(tracker.run_id)
-        anew = _tracker(tmp_path, store)
-        assert anew.run_id != tracker.run_id
+        again = _tracker(tmp_path, store)
+        assert again.run_id != tracker.run_id
         assert not (tmp_path / tracking.REGISTERED).exists()
-        anew.deliver()
-        assert [m.step for m in anew.client.get_metric_history(anew.run_id, "start_0/val_score")] == [1]
+        again.deliver()
+        assert [m.step for m in again.client.get_metric_history(again.run_id, "start_0/val_score")] == [1]
 
     def test_a_run_can_be_a_part_of_another(self, store: str, tmp_path: Path) -> None:
         whole = _tracker(tmp_path / "whole", store)
         part = _tracker(tmp_path / "part", store, whole.run_id)
         assert part.client.get_run(part.run_id).data.tags["mlflow.parentRunId"] == whole.run_id
 
-    def test_the_registry_can_be_elsewhere(self, store: str, tmp_path: Path) -> None:
+    def test_the_registry_can_have_another_address(self, store: str, tmp_path: Path) -> None:
         registry = f"sqlite:///{tmp_path / 'registry.db'}"
         connect(TrackSection(uri=store, registry_uri=registry)).create_registered_model("there")
         assert mlflow.get_registry_uri() == registry
@@ -328,11 +335,11 @@ def test_addresses_lose_their_credentials(raw: str, clean: str) -> None:
     assert without_credentials(raw) == clean
 
 
-def test_what_is_refused_is_not_tried_again() -> None:
+def test_a_refusal_is_not_retried() -> None:
     from mlflow.exceptions import MlflowException, RestException
     from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, PERMISSION_DENIED
 
-    away = [
+    unreachable = [
         MlflowException("API request to http://host failed with exception"),
         RestException({"error_code": "TEMPORARILY_UNAVAILABLE", "message": "later"}),
         ConnectionRefusedError(111, "Connection refused"),
@@ -340,14 +347,14 @@ def test_what_is_refused_is_not_tried_again() -> None:
     refused = [
         MlflowException("bad name", INVALID_PARAMETER_VALUE),
         MlflowException("not you", PERMISSION_DENIED),
-        MlflowException("an error on this side"),
+        MlflowException("an error of the client"),
         PermissionError(13, "Permission denied"),
     ]
-    for error in away + refused:
+    for error in unreachable + refused:
         with pytest.raises(UserError) as caught, reached("http://host"):
             raise error
-        assert storage.is_transient(caught.value) == (error in away)
-        assert ("does not answer" if error in away else "refuses") in caught.value.what
+        assert storage.is_transient(caught.value) == (error in unreachable)
+        assert ("does not answer" if error in unreachable else "refuses") in caught.value.what
     with pytest.raises(KeyError), reached("http://host"):
         raise KeyError("a mistake of ours")
 
@@ -365,7 +372,7 @@ def _tracker(folder: Path, uri: str, parent: str = "") -> MlflowTracker:
 
 
 def _record(stage: str, epoch: int, score: float | None = 0.5) -> dict[str, Any]:
-    """The figures of an epoch that ended `epoch` seconds after the beginning of time."""
+    """The record of an epoch that ended at `epoch` seconds since 1970."""
     return {"stage": stage, "epoch": epoch, "val_score": score, "val": {"task": {"accuracy": 0.25, "auroc": None}},
             "train_loss": {"task": 1.0}, "time": float(epoch)}  # fmt: skip
 
@@ -374,3 +381,22 @@ def test_a_configuration_is_shown_without_credentials() -> None:
     config = _config(f"http://me:{SECRET}@host:5000")
     assert shown(config)["track"]["uri"] == "http://host:5000"
     assert config.track.uri.endswith(f"{SECRET}@host:5000")
+
+
+ENVIRONMENT = """
+import os
+before = dict(os.environ)
+from pipelines.registry import aliases, models, tracking, versions
+assert os.environ == before
+from pipelines.registry.environment import mlflow_environment
+mlflow_environment()
+print(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"], os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"])
+"""
+
+
+def test_variables_of_mlflow_are_not_set_at_import_and_given_ones_are_kept() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", ENVIRONMENT], capture_output=True, text=True, cwd=ROOT, check=True,
+        env={"PYTHONPATH": str(ROOT), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "7"},
+    )  # fmt: skip
+    assert found.stdout.split() == ["20", "7"]

@@ -1,4 +1,4 @@
-"""Networks of more than ten branches that an earlier version trained wrongly are refused wherever they are met."""
+"""Networks of more than ten branches that an earlier version trained wrongly are refused everywhere."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def source(tmp_path: Path) -> Source:
 
 
 def outdated(run: Path) -> None:
-    """Rewrite the networks of a folder in the form of the version before."""
+    """Rewrite the networks of a folder in the format of the previous version."""
     for file in run.rglob("network.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
 
 
 def finished(source, root: Path, branches: int) -> Finished:
-    """A run of the version before whose configuration had so many branches, and whose tasks are in two groups."""
+    """A run of the previous version, configured with so many branches, with tasks in two groups."""
     store = {"uri": f"sqlite:///{root}/mlflow.db"}
     done = finish(source, EncoderSpec("mlp"), root, store, name=f"before{branches}", groups=2)
     outdated(done.run)
@@ -70,7 +70,7 @@ def test_a_run_and_its_registered_models(source, tmp_path, branches) -> None:
         read_model(locate(str(done.run / "models" / "group_0")))
 
 
-def test_a_finished_run_is_not_shown_as_done(source, tmp_path) -> None:
+def test_a_finished_run_with_such_models_is_refused(source, tmp_path) -> None:
     done = finished(source, tmp_path, 12)
     config = done.config.model_copy(update={"network": done.config.network.model_copy(update={"groups": 12})})
     with pytest.raises(UserError, match="on 12 branches"):
@@ -78,7 +78,7 @@ def test_a_finished_run_is_not_shown_as_done(source, tmp_path) -> None:
     check_models(done.config, locate(str(tmp_path / "no run")))
 
 
-def test_a_registered_model_of_more_than_ten_groups_says_so_where_it_is_served(tmp_path) -> None:
+def test_a_registered_model_of_more_than_ten_groups_is_refused_when_it_is_loaded(tmp_path) -> None:
     from pipelines.registry.pyfunc_model import GroupPredictor
 
     network = GroupingNetwork(mlp_spec(groups=11, initial="diagonal", initial_scale=5.0))
@@ -96,7 +96,7 @@ def test_a_registered_model_of_more_than_ten_groups_says_so_where_it_is_served(t
         GroupPredictor().load_context(context)
 
 
-def test_training_that_goes_on_from_such_a_checkpoint_ends_with_what_to_do(source, tmp_path) -> None:
+def test_training_that_resumes_from_such_a_checkpoint_ends_with_a_remedy(source, tmp_path) -> None:
     config = finish(source, EncoderSpec("mlp"), tmp_path, {"uri": f"sqlite:///{tmp_path}/m.db"}, name="x").config
     error = OutdatedNetworkError("/run/checkpoint: an earlier version trained this")
     found = permanent_error(error, config, "/run", 1)
@@ -105,7 +105,7 @@ def test_training_that_goes_on_from_such_a_checkpoint_ends_with_what_to_do(sourc
     assert "another run.name" in found.remedy
 
 
-def test_results_of_a_comparison_from_the_version_before_are_not_mixed_with_new_ones(tmp_path) -> None:
+def test_results_of_a_comparison_by_the_previous_version_are_not_mixed_with_new_ones(tmp_path) -> None:
     class TrainedAgainError(Exception):
         """The cell is not read."""
 
@@ -126,12 +126,12 @@ def test_results_of_a_comparison_from_the_version_before_are_not_mixed_with_new_
     assert logged[0] == "1 results are of an earlier version, whose figures differ: trained again"
 
 
-def test_the_run_of_a_model_is_asked_and_without_one_its_groups_are_counted(source, tmp_path) -> None:
+def test_the_branches_of_a_model_are_those_of_its_run_or_else_its_number_of_groups(source, tmp_path) -> None:
     done = finished(source, tmp_path, 11)
     done.register()
     client = connect(done.config.track)
     place = Path(mlflow.artifacts.download_artifacts("models:/before11/1", dst_path=str(tmp_path / "model")))
     assert _branches(client, place) == 11
     client.delete_run(done.run_id)
-    assert _branches(client, place) == 11  # it can still be asked
+    assert _branches(client, place) == 11  # a deleted run can still be read
     assert _branches(connect(TrackSection(uri=f"sqlite:///{tmp_path}/other.db")), place) == 2

@@ -1,4 +1,4 @@
-"""Batch prediction: what is in the files is what the model says, for every kind of task, once for every sample."""
+"""Batch prediction: the files have the predictions of the model, for every kind of task, once for every sample."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def arrays(rng: np.random.Generator, rows: int) -> Arrays:
 
 
 def write_run(folder: Path, seed: int) -> dict[str, GroupModel]:
-    """A finished run of a network that has learnt nothing, in two groups."""
+    """A finished run of an untrained network, in two groups."""
     spec = NetworkSpec(INPUT, TASKS, EncoderSpec("convnet", options={"widths": [4, 8]}), groups=2,
                        initial="diagonal", initial_scale=1.0, decoder_width=4, seed=seed)  # fmt: skip
     network = GroupingNetwork(spec)
@@ -69,7 +69,7 @@ def write_run(folder: Path, seed: int) -> dict[str, GroupModel]:
     return {name: model.eval() for name, model in models.items()}
 
 
-class Made:
+class Prepared:
     """Shards, two runs, and a configuration."""
 
     def __init__(self, root: Path) -> None:
@@ -101,32 +101,32 @@ class Made:
         return predict(self.config, str(self.root / model), str(self.root / out), split, log)
 
     def by_hand(self, split: str) -> dict[str, np.ndarray]:
-        """Task → what the models say to all samples of a split."""
+        """Task → predictions of the models for all samples of a split."""
         raw = torch.from_numpy(self.inputs[split])
         found = (model.predict(raw) for model in self.models.values())
         return {task: value.numpy() for held in found for task, value in held.items()}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return Made(tmp_path_factory.mktemp("made"))
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return Prepared(tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture(scope="module")
-def predicted(made: Made) -> Predicted:
+def predicted(prepared: Prepared) -> Predicted:
     """All splits."""
-    return made.predict("all", "all")
+    return prepared.predict("all", "all")
 
 
-def test_predictions_are_what_the_model_says(made: Made, predicted: Predicted) -> None:
+def test_the_files_have_the_predictions_of_the_model(prepared: Prepared, predicted: Predicted) -> None:
     assert (predicted.rows, predicted.files, predicted.kept) == (52, 6, 0)
-    about = json.loads((made.root / "all" / PREDICTIONS).read_text())
+    about = json.loads((prepared.root / "all" / PREDICTIONS).read_text())
     for split, counts in ROWS.items():
-        files = [made.root / "all" / shard.file for shard in made.manifest.shards[split]]
+        files = [prepared.root / "all" / shard.file for shard in prepared.manifest.shards[split]]
         frame = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
         ids = [f"{file.name}/{i}" for file, rows in zip(files, counts, strict=True) for i in range(rows)]
         assert list(frame["id"]) == ids
-        expected = made.by_hand(split)
+        expected = prepared.by_hand(split)
         check_rows(frame, expected)
         for name in ("thing", "depth", "normal"):
             entry = about["tasks"][name]
@@ -148,81 +148,81 @@ def check_rows(frame: pd.DataFrame, expected: dict[str, np.ndarray]) -> None:
     assert np.allclose(frame[["corner.0", "corner.1"]], expected["corner"], atol=1e-6)
 
 
-def test_the_last_file_says_what_there_is(made: Made, predicted: Predicted) -> None:
-    about = json.loads((made.root / "all" / PREDICTIONS).read_text())
-    assert about["model"]["address"] == str(made.root / "run")
+def test_the_last_file_describes_the_others(prepared: Prepared, predicted: Predicted) -> None:
+    about = json.loads((prepared.root / "all" / PREDICTIONS).read_text())
+    assert about["model"]["address"] == str(prepared.root / "run")
     assert about["data"] == {
-        "shards": str(made.root / "shards"), "digest": made.manifest.digest(), "split": "all"
+        "shards": str(prepared.root / "shards"), "digest": prepared.manifest.digest(), "split": "all"
     }  # fmt: skip
     assert about["rows"] == 52
     served = {name: entry["group"] for name, entry in about["tasks"].items()}
-    assert served == {task.name: group for group, model in made.models.items() for task in model.tasks}
+    assert served == {task.name: group for group, model in prepared.models.items() for task in model.tasks}
     assert about["tasks"]["size"]["unit"] == "m"
     for held in about["files"]:
-        data = (made.root / "all" / held["file"]).read_bytes()
+        data = (prepared.root / "all" / held["file"]).read_bytes()
         assert (hashlib.sha256(data).hexdigest(), len(data)) == (held["sha256"], held["bytes"])
         assert pq.read_table(pa.BufferReader(data)).num_rows == held["rows"]
 
 
-def test_interrupted_it_goes_on_and_keeps_what_is_whole(made: Made) -> None:
+def test_an_interrupted_job_resumes_and_keeps_complete_files(prepared: Prepared) -> None:
     def interrupt(line: str) -> None:
         if line.startswith("shard 1/"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        made.predict("torn", log=interrupt)
-    assert (made.root / "torn" / PLAN).exists()
-    assert not (made.root / "torn" / PREDICTIONS).exists()
-    whole = [note.name.removesuffix(".json") for note in (made.root / "torn" / "_parts").iterdir()]
+        prepared.predict("torn", log=interrupt)
+    assert (prepared.root / "torn" / PLAN).exists()
+    assert not (prepared.root / "torn" / PREDICTIONS).exists()
+    whole = [note.name.removesuffix(".json") for note in (prepared.root / "torn" / "_parts").iterdir()]
     assert whole
-    broken = made.root / "torn" / whole[0]
+    broken = prepared.root / "torn" / whole[0]
     good = broken.read_bytes()
     broken.write_bytes(good[:-1])
-    stamps = {name: (made.root / "torn" / name).stat().st_mtime_ns for name in whole[1:]}
+    stamps = {name: (prepared.root / "torn" / name).stat().st_mtime_ns for name in whole[1:]}
 
-    done = made.predict("torn")
+    done = prepared.predict("torn")
     assert (done.rows, done.files) == (23, 3)
     assert done.kept >= len(whole) - 1
     assert broken.read_bytes() == good
-    assert stamps == {name: (made.root / "torn" / name).stat().st_mtime_ns for name in whole[1:]}
-    again = made.predict("torn")
+    assert stamps == {name: (prepared.root / "torn" / name).stat().st_mtime_ns for name in whole[1:]}
+    again = prepared.predict("torn")
     assert (again.rows, again.files, again.kept) == (23, 3, 3)
 
 
-def test_what_belongs_to_something_else_is_refused(made: Made, predicted: Predicted) -> None:
-    with pytest.raises(UserError, match="this folder holds predictions of .*/run .* not of .*/other") as caught:
-        made.predict("all", "all", "other")
+def test_a_folder_with_other_contents_is_refused(prepared: Prepared, predicted: Predicted) -> None:
+    with pytest.raises(UserError, match="this folder has predictions of .*/run .* not of .*/other") as caught:
+        prepared.predict("all", "all", "other")
     assert caught.value.wrong_use
     with pytest.raises(UserError, match="on all of .* not of .* on test of"):
-        made.predict("all")
-    with pytest.raises(UserError, match="holds something else than predictions: _manifest.json"):
-        made.predict("shards")
-    shards = {split: held[:1] for split, held in made.manifest.shards.items()}
-    made.write(replace(made.manifest, shards=shards))
+        prepared.predict("all")
+    with pytest.raises(UserError, match="has other contents than predictions: _manifest.json"):
+        prepared.predict("shards")
+    shards = {split: held[:1] for split, held in prepared.manifest.shards.items()}
+    prepared.write(replace(prepared.manifest, shards=shards))
     try:
         with pytest.raises(UserError, match="not of"):
-            made.predict("all", "all")
+            prepared.predict("all", "all")
     finally:
-        made.write(made.manifest)
+        prepared.write(prepared.manifest)
 
 
-def test_what_does_not_fit_is_refused(made: Made, tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_the_shards_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no split 'tests'"):
-        made.predict("none", "tests")
+        prepared.predict("none", "tests")
     spec = NetworkSpec(InputSpec("features", (4,)), TASKS[:1], EncoderSpec("mlp"), groups=1)
     (model,) = GroupingNetwork(spec).specialise().values()
     save_model(tmp_path / "models" / "group_0", model)
     (tmp_path / "grouping.json").write_text("{}")
-    with pytest.raises(UserError, match=r"reads features of float32 \(4,\), the shards hold image of uint8"):
-        predict(made.config, str(tmp_path), str(tmp_path / "out"))
-    held = made.manifest.shards
+    with pytest.raises(UserError, match=r"reads features of float32 \(4,\), the shards have image of uint8"):
+        predict(prepared.config, str(tmp_path), str(tmp_path / "out"))
+    held = prepared.manifest.shards
     wrong = replace(held["test"][0], rows=12)
-    made.write(replace(made.manifest, shards=held | {"test": [wrong, *held["test"][1:]]}))
+    prepared.write(replace(prepared.manifest, shards=held | {"test": [wrong, *held["test"][1:]]}))
     try:
         with pytest.raises(UserError, match="the shard has 11 rows, the manifest says 12"):
-            predict(made.config, str(made.root / "run"), str(tmp_path / "rows"))
+            predict(prepared.config, str(prepared.root / "run"), str(tmp_path / "rows"))
     finally:
-        made.write(made.manifest)
+        prepared.write(prepared.manifest)
 
 
 def test_a_registered_model_predicts_into_a_bucket(run, s3: int, tmp_path: Path) -> None:
@@ -232,9 +232,9 @@ def test_a_registered_model_predicts_into_a_bucket(run, s3: int, tmp_path: Path)
     client = mlflow.MlflowClient(config.track.uri)
     client.set_registered_model_alias("patches", "served", done.models[0].uri.rpartition("/")[2])
     out = f"s3://{BUCKET}/predictions"
-    words = ["predict", "models:/patches@served", "-c", str(file), "--out", out, "--json"]
+    arguments = ["predict", "models:/patches@served", "-c", str(file), "--out", out, "--json"]
     try:
-        result = CliRunner().invoke(app, words)
+        result = CliRunner().invoke(app, arguments)
     finally:
         client.delete_registered_model_alias("patches", "served")
     assert result.exit_code == 0, result.stderr

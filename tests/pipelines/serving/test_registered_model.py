@@ -1,5 +1,5 @@
-"""Registered models take what a user has, images, texts or rows of a table, and answer as on stored input: loaded,
-where there is no Ray, and over HTTP."""
+"""Registered models: predictions for images, texts and rows of a table equal those for stored input, when loaded,
+without Ray, and over HTTP."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ FRAME = pd.DataFrame(
 
 @dataclass
 class Served:
-    """The source of a kind, its loaded composite and group models, and where the composite is."""
+    """The source of a kind, its loaded composite and group models, and the address of the composite."""
 
     source: Source
     composite: Any
@@ -72,7 +72,7 @@ class Served:
 
 
 def save_and_register(kind: str, root: Path, store: dict[str, str]) -> Served:
-    """A network that has learnt nothing, registered as training would: images in two groups, the rest in one."""
+    """Register an untrained network as training does: images in two groups, the others in one."""
     source_kind, options, encoder = KINDS[kind]
     source = build_source(source_kind, str(root), options)
     run = finish(source, encoder, root, store, name=kind, groups=2 if kind == "pictures" else 1)
@@ -86,13 +86,13 @@ def save_and_register(kind: str, root: Path, store: dict[str, str]) -> Served:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Where the models of this file are registered."""
+    """The store of the registered models of this file."""
     return {"uri": f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"}
 
 
 @pytest.fixture(scope="module")
 def served(store: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
-    """What is registered, for each kind."""
+    """The registered models of each kind."""
     root = tmp_path_factory.mktemp("served")
     write_images(root, rows=12)
     FRAME.to_csv(root / "t.csv", index=False)
@@ -104,8 +104,8 @@ def stored(source: Source) -> np.ndarray:
     return np.stack([source.read(entry)[INPUT] for entry in list(source.entries())[:4]])
 
 
-def answers(source: Source, model: Any) -> dict[str, np.ndarray]:
-    """What the networks say to the stored input."""
+def predictions(source: Source, model: Any) -> dict[str, np.ndarray]:
+    """Predictions of the networks for the stored input."""
     found: dict[str, np.ndarray] = {}
     for network in model.unwrap_python_model().models:
         predicted = network.predict(torch.from_numpy(stored(source)))
@@ -118,20 +118,20 @@ def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
 
 
 @pytest.mark.parametrize("kind", RAW)
-def test_a_frame_gives_what_the_stored_input_gives(served, kind) -> None:
+def test_predictions_for_a_frame_equal_those_for_stored_input(served, kind) -> None:
     source, composite, (single,) = served[kind].source, served[kind].composite, served[kind].singles
     column = {"rows": ["age", "work"], "texts": ["note"]}[kind]
-    expected = answers(source, composite)
+    expected = predictions(source, composite)
     assert len({value.tobytes() for value in expected["cost"]}) == 4
     for model in (composite, single):
         assert same(model.predict(FRAME[column]), expected)
         assert same(model.predict(FRAME[column].to_dict("records")), expected)
 
 
-def test_the_composite_answers_what_its_groups_answer(served) -> None:
+def test_the_composite_predicts_what_its_groups_predict(served) -> None:
     pictures = served["pictures"]
     images = stored(pictures.source)
-    expected = answers(pictures.source, pictures.composite)
+    expected = predictions(pictures.source, pictures.composite)
     assert set(expected) == {"colour", "bright", "level"}
     assert same(pictures.composite.predict(images), expected)
     found: dict[str, np.ndarray] = {}
@@ -142,9 +142,9 @@ def test_the_composite_answers_what_its_groups_answer(served) -> None:
     assert same(found, expected)
 
 
-def test_plain_strings_do_where_there_is_one_column(served) -> None:
+def test_plain_strings_are_accepted_for_one_column(served) -> None:
     source, composite = served["texts"].source, served["texts"].composite
-    expected = answers(source, composite)
+    expected = predictions(source, composite)
     texts = list(FRAME["note"])
     for raw in (texts, np.array(texts), np.array(texts, object)):
         assert same(composite.predict(raw), expected)
@@ -155,7 +155,7 @@ def test_rows_may_have_other_columns_and_whole_numbers(served) -> None:
     source, composite = served["rows"].source, served["rows"].composite
     whole = FRAME.assign(age=[20, 40, 30, 30])[["split", "work", "age"]]
     found = composite.predict(whole)
-    expected = answers(source, composite)
+    expected = predictions(source, composite)
     assert found["cost"][3] == expected["cost"][3]
     assert found["cost"][0] != expected["cost"][0]
 
@@ -188,7 +188,7 @@ def test_signature_requirements_and_preparation_travel_with_the_model(served) ->
 
 WITHOUT_RAY = """
 import json, sys
-sys.modules |= dict.fromkeys(("ray", "typer", "boto3", "pydantic_settings"))  # None: not to be imported
+sys.modules |= dict.fromkeys(("ray", "typer", "boto3", "pydantic_settings"))  # None: cannot be imported
 import mlflow, numpy as np
 for name, images in json.load(sys.stdin).items():
     found = mlflow.pyfunc.load_model(name).predict(np.array(images, "uint8"))
@@ -203,24 +203,24 @@ def test_loading_needs_neither_ray_nor_pickles(served, store) -> None:
     environment = {
         **os.environ, "MLFLOW_TRACKING_URI": store["uri"], "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     }  # fmt: skip
-    asked = dict.fromkeys(("models:/pictures@champion", "models:/pictures.group_1@champion"), images.tolist())
+    requests = dict.fromkeys(("models:/pictures@champion", "models:/pictures.group_1@champion"), images.tolist())
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_RAY], input=json.dumps(asked), env=environment,
+        [sys.executable, "-c", WITHOUT_RAY], input=json.dumps(requests), env=environment,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     *found, modules = (json.loads(line) for line in done.stdout.splitlines())
-    expected = answers(pictures.source, pictures.composite)
+    expected = predictions(pictures.source, pictures.composite)
     for answered, tasks in zip(found, (set(expected), {"bright"}), strict=True):
         assert set(answered) == tasks
         for task in tasks:
             np.testing.assert_allclose(answered[task], expected[task], rtol=1e-6, atol=1e-7)
-    assert modules == ["pipelines", "pipelines.data.preprocessing", "ray"]
+    assert modules == ["pipelines", "pipelines.data", "pipelines.data.preprocessing", "ray"]
 
 
 @contextlib.contextmanager
 def http(uri: str, store: dict[str, str], folder: Path) -> Iterator[str]:
-    """`mlflow models serve` for a registered model: where to send requests, once it answers."""
+    """`mlflow models serve` for a registered model; yields the address for requests when it answers."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", uri, "--env-manager", "local",
                "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]  # fmt: skip
@@ -250,7 +250,7 @@ def test_mlflow_serves_images_and_rows_over_http(served, store, tmp_path) -> Non
     pictures, rows = served["pictures"], served["rows"]
     with http("models:/pictures@champion", store, tmp_path) as url:
         found = ask(url, {"inputs": stored(pictures.source).tolist()})
-    expected = answers(pictures.source, pictures.composite)
+    expected = predictions(pictures.source, pictures.composite)
     assert set(found) == set(expected)
     for task, values in expected.items():
         np.testing.assert_allclose(found[task], values, rtol=1e-6, atol=1e-7)
@@ -258,6 +258,6 @@ def test_mlflow_serves_images_and_rows_over_http(served, store, tmp_path) -> Non
         cells = FRAME[["age", "work"]].astype(object).where(FRAME[["age", "work"]].notna(), None)
         found = ask(url, {"dataframe_split": cells.to_dict("split")})
         again = ask(url, {"dataframe_records": cells.to_dict("records")})
-    for task, values in answers(rows.source, rows.composite).items():
+    for task, values in predictions(rows.source, rows.composite).items():
         np.testing.assert_allclose(found[task], values, rtol=1e-6, atol=1e-7)
         np.testing.assert_array_equal(again[task], found[task])

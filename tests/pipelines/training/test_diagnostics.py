@@ -1,4 +1,4 @@
-"""What a run writes for its page when it ends, on hand-made shards whose labels are known."""
+"""Details of a run's page, on hand-made shards with known labels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pipelines.runs.results import ALL, NAIVE, SINGLE
 from pipelines.storage import locate
 from pipelines.training import diagnostics as details
 from pipelines.training import latency
-from pipelines.training.diagnostics import Look, details_of, logged
+from pipelines.training.diagnostics import SplitAnalysis, details_of, prediction_text
 from tests.pipelines.report.test_inspect import IMAGES, TASKS, image_samples, write
 
 VAL = 12
@@ -58,9 +58,9 @@ def found(known: tuple[SearchResult, Reader, NetworkSpec]) -> dict[str, Any]:
     return details_of(result, reader, spec, samples=2, batch_size=5, seed=1)
 
 
-def look(known: tuple[SearchResult, Reader, NetworkSpec], **changed: Any) -> Look:
+def analyse(known: tuple[SearchResult, Reader, NetworkSpec], **changed: Any) -> SplitAnalysis:
     result, reader, _ = known
-    return replace(Look(result.network, result.naive, reader, "val", 5, 1), **changed)
+    return replace(SplitAnalysis(result.network, result.naive, reader, "val", 5, 1), **changed)
 
 
 def test_intervals_are_of_the_gain_that_the_run_reports(
@@ -71,27 +71,27 @@ def test_intervals_are_of_the_gain_that_the_run_reports(
     assert set(by_task) == {task.name for task in TASKS}
     for task in TASKS:
         gain = normalized_gain([task], result.metrics["val"], result.baseline["val"])
-        if not math.isnan(gain):  # the normals are all the same, and learned at once
+        if not math.isnan(gain):  # all normals are equal and are learned at once
             assert by_task[task.name]["value"] == pytest.approx(gain, abs=1e-3)
             assert by_task[task.name]["low"] <= by_task[task.name]["value"] <= by_task[task.name]["high"]
     assert by_task["level"]["low"] < by_task["level"]["high"]
     assert found["intervals"]["samples"] == VAL
 
 
-def test_there_are_no_intervals_of_a_part_or_without_naive_mtl(
+def test_there_are_no_intervals_for_a_part_of_the_split_or_without_naive_mtl(
     known: tuple[SearchResult, Reader, NetworkSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert look(known, naive=None).intervals() is None
+    assert analyse(known, naive=None).intervals() is None
     monkeypatch.setattr(details, "EXAMINED", 5 * known[1].row_bytes())
-    assert look(known).intervals() is None
-    assert look(known).samples(1)["examined"] == 8  # two row groups of four hold the five
-    assert look(known).samples(1)["of"] == VAL
+    assert analyse(known).intervals() is None
+    assert analyse(known).samples(1)["examined"] == 8  # two row groups of four hold the five
+    assert analyse(known).samples(1)["of"] == VAL
 
 
 def test_losses_are_relative_to_the_mean_and_undefined_without_a_label(
     known: tuple[SearchResult, Reader, NetworkSpec],
 ) -> None:
-    places, losses = look(known).losses()
+    places, losses = analyse(known).losses()
     assert len(places) == VAL
     assert np.nanmean(losses, 0) == pytest.approx(np.ones(len(TASKS)))
     missing = [(ids_of(known[1], unit.file, unit.group)[row], n)
@@ -102,7 +102,7 @@ def test_losses_are_relative_to_the_mean_and_undefined_without_a_label(
 def test_the_worst_samples_are_those_with_the_highest_loss_and_are_shown_once(
     known: tuple[SearchResult, Reader, NetworkSpec], found: dict[str, Any]
 ) -> None:
-    _, losses = look(known).losses()
+    _, losses = analyse(known).losses()
     dense = [n for n, task in enumerate(TASKS) if task.dense]
     ranked = sorted(np.nanmean(losses[:, dense], 1), reverse=True)
     samples = found["samples"]
@@ -123,7 +123,7 @@ def test_a_dense_task_shows_target_and_prediction_beside_each_other(found: dict[
         assert images[0].size == images[1].size
 
 
-def test_the_worst_labels_are_told_with_what_was_said_instead(found: dict[str, Any]) -> None:
+def test_the_worst_labels_are_listed_with_their_predictions(found: dict[str, Any]) -> None:
     rows = found["samples"]["labels"]
     assert [row["task"] for row in rows] == [name for name in ("colour", "bright", "level") for _ in range(3)]
     for row in rows:
@@ -137,11 +137,11 @@ def test_the_worst_labels_are_told_with_what_was_said_instead(found: dict[str, A
         assert first["task"] != second["task"] or first["loss"] >= second["loss"]
 
 
-def test_predictions_in_words() -> None:
+def test_predictions_as_text() -> None:
     colour, bright, level = TASKS[:3]
-    assert logged(colour, np.array([0.2, 0.5, 0.3])) == "green (50%)"
-    assert logged(bright, np.asarray(0.25)) == "no (75%)"
-    assert logged(level, np.asarray(12.5)) == "12.5 cd"
+    assert prediction_text(colour, np.array([0.2, 0.5, 0.3])) == "green (50%)"
+    assert prediction_text(bright, np.asarray(0.25)) == "no (75%)"
+    assert prediction_text(level, np.asarray(12.5)) == "12.5 cd"
 
 
 def test_costs_are_those_of_the_networks(
@@ -156,7 +156,7 @@ def test_costs_are_those_of_the_networks(
     assert all(0 < time < math.inf for row in rows.values() for time in row["milliseconds"])
 
 
-def test_a_page_without_data_has_none(
+def test_without_samples_no_data_is_stored(
     known: tuple[SearchResult, Reader, NetworkSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result, reader, spec = known
@@ -164,7 +164,7 @@ def test_a_page_without_data_has_none(
     assert details_of(result, reader, spec, samples=0, batch_size=5, seed=1)["samples"] is None
 
 
-def test_the_data_in_short(found: dict[str, Any]) -> None:
+def test_the_summary_of_the_data_set(found: dict[str, Any]) -> None:
     data = found["data"]
     assert data["splits"] == {"train": 12, "val": VAL}
     tasks = {task["name"]: task for task in data["tasks"]}

@@ -1,4 +1,4 @@
-"""The whole path on a small set, in one run: shards → Ray Train on two workers → registry → report."""
+"""A run on a small data set from end to end: shards, Ray Train on two workers, registry and report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_result_is_better_than_chance_and_has_naive_mtl_beside_it(run) -> None:
     assert {t for group in done.result["grouping"].values() for t in group} == {"colour", "bright", "level"}
 
 
-def test_run_folder_holds_what_the_plan_says(run) -> None:
+def test_the_run_folder_has_all_files_and_records(run) -> None:
     config, done, _ = run
     files = set(done.run.files())
     assert {"config.yaml", "metrics.jsonl", "gate.jsonl", "grouping.json", "result.json", "report.html"} <= files
@@ -54,13 +54,13 @@ def test_run_folder_holds_what_the_plan_says(run) -> None:
     assert 1 <= len(kept) <= 2
 
 
-def test_it_says_every_epoch_and_which_tasks_have_thin_support(run) -> None:
+def test_every_epoch_and_tasks_with_low_support_are_logged(run) -> None:
     _, _, logged = run
     assert sum("epoch" in line and "score" in line for line in logged) == 8
     assert any(line.startswith("note: task colour has too little support in val") for line in logged)
 
 
-def test_models_answer_alone_what_the_training_run_gave(run) -> None:
+def test_registered_models_predict_what_the_models_of_the_run_predict(run) -> None:
     config, done, _ = run
     mlflow.set_tracking_uri(config.track.uri)
     assert [m.name for m in done.models] == ["patches", *(f"patches.{g}" for g in done.result["grouping"])]
@@ -91,7 +91,7 @@ def test_no_registered_file_is_a_pickle(run) -> None:
             assert file.suffix not in (".pkl", ".pickle", ".pt", ".pth", ".bin"), file
 
 
-def test_evaluate_repeats_the_figures_of_the_run(run) -> None:
+def test_evaluate_repeats_the_metrics_of_the_run(run) -> None:
     config, done, _ = run
     for uri in (done.models[0].uri, str(done.run)):
         found = evaluate(config, uri, "test")
@@ -102,7 +102,7 @@ def test_evaluate_repeats_the_figures_of_the_run(run) -> None:
     assert sorted(only) == sorted(done.result["grouping"]["group_0"])
 
 
-def test_evaluate_refuses_what_is_not_there(run) -> None:
+def test_evaluate_refuses_a_model_that_does_not_exist(run) -> None:
     config, _, _ = run
     with pytest.raises(UserError, match="no registered model 'no-such'"):
         evaluate(config, "models:/no-such/1")
@@ -110,7 +110,7 @@ def test_evaluate_refuses_what_is_not_there(run) -> None:
         evaluate(config, str(Path(config.run.root) / "nothing"))
 
 
-def test_run_again_it_reads_the_result_and_registers_nothing_twice(run) -> None:
+def test_the_same_call_reads_the_result_and_registers_nothing_twice(run) -> None:
     config, done, _ = run
     logged: list[str] = []
     again = train(config, logged.append)
@@ -152,7 +152,7 @@ def test_tracking_holds_parameters_metrics_data_and_report(run) -> None:
 
 def test_report_is_one_page_without_a_network(run) -> None:
     _, done, _ = run
-    # what the library's script could ask for is seen in a browser, by test_pages
+    # requests of the library's script are tested in a browser, by test_browser
     html = re.sub(r"<script.*?</script>", "", page(done.run), flags=re.DOTALL)
     assert not re.search(r'(src|href)="(?!#|data:)', html)
     assert html.count('<svg role="img"') == 4
@@ -162,7 +162,7 @@ def test_report_is_one_page_without_a_network(run) -> None:
     assert verdict(done.result).split(".")[0] in html
 
 
-def test_streaming_reaches_a_result_too(images: Path, tmp_path: Path) -> None:
+def test_a_run_that_streams_has_a_result(images: Path, tmp_path: Path) -> None:
     config = make_config(
         images, tmp_path, data={"cache": "stream"}, track={"uri": "none"}, search={"baseline": False},
         train={"epochs": 2},

@@ -1,4 +1,4 @@
-"""What can follow a search: groups trained on their own; and a profile in the place of one."""
+"""Groups trained on their own after a search; and profiles."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_groups_train_on_and_are_never_worse_on_validation(run, tmp_path: Path) 
         tuned = load_model(folder / GROUPS / name / "model")
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tuned.parameters(), strict=True))
 
-    # the page shows how the groups answer now, which naive MTL cannot be compared with
+    # the page has samples of the new models and no comparison with naive MTL
     before, now = (json.loads((place / DETAILS).read_text()) for place in (Path(run[1].run.local), folder))
     assert now["intervals"] is None
     assert now["samples"]["labels"] != before["samples"]["labels"]
     assert now["cost"] == before["cost"]
 
-    # a group that is done is not trained again
+    # a finished group is not trained again
     (folder / RESULT).unlink()
     name = next(iter(result["grouping"]))
     done = folder / GROUPS / name / DONE
@@ -82,7 +82,7 @@ def test_a_profile_measures_the_workers_and_leaves_the_run_alone(run, tmp_path: 
     assert not (tmp_path / "profiled" / "checkpoints").exists()
 
 
-def test_an_aggregator_is_looked_for_before_anything_starts(images: Path, tmp_path: Path) -> None:
+def test_an_aggregator_is_checked_before_anything_starts(images: Path, tmp_path: Path) -> None:
     config = make_config(images, tmp_path, train={"aggregator": "upgrad", "task_weighting": "uncertainty"})
     with pytest.raises(UserError) as caught:
         train(config, [].append)

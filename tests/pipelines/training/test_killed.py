@@ -1,4 +1,4 @@
-"""A run that is killed goes on where it was and ends where an undisturbed one does."""
+"""A run that is killed resumes and ends with the figures of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.mark.soak
 @pytest.mark.parametrize("after", [0, 1, 4, 5, 7])
-def test_killed_run_goes_on_and_ends_with_the_same_figures(tmp_path: Path, run: Undisturbed, after: int) -> None:
+def test_a_killed_run_resumes_and_ends_with_the_same_figures(tmp_path: Path, run: Undisturbed, after: int) -> None:
     driver = disturbed(run, tmp_path)
     process = driver.start()
     driver.wait_for(lambda: len(driver.epochs()) >= after and (driver.folder / "config.yaml").exists())
@@ -24,6 +24,6 @@ def test_killed_run_goes_on_and_ends_with_the_same_figures(tmp_path: Path, run: 
 
     resumed = driver.finish()
     if after:
-        assert "going on from the last checkpoint" in driver.log
+        assert "resuming from the last checkpoint" in driver.log
     assert len(driver.epochs()) == len(set(driver.epochs())) == 8
     same(resumed, run[1].result)

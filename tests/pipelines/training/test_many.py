@@ -48,7 +48,7 @@ def write_table(root: Path, numbers: Sequence[int], places: Sequence[int], flags
 
 
 def config_of(root: Path, tasks: Sequence[dict[str, Any]], data: dict[str, Any], **training: Any) -> Config:
-    """Each task begins in a branch of its own and stays there."""
+    """Each task starts in its own branch and stays there."""
     options = {
         "file": "t.csv",
         "id_column": "id",
@@ -72,7 +72,7 @@ def config_of(root: Path, tasks: Sequence[dict[str, Any]], data: dict[str, Any],
 
 
 def predictions(config: Config, model: str, out: Path) -> tuple[dict[str, Any], pd.DataFrame]:
-    """What `_predictions.json` says of the test split, and the rows."""
+    """The tasks of `_predictions.json` for the test split, and the rows."""
     done = predict(config, model, str(out))
     files = [pd.read_parquet(out / file["file"]) for file in (done.out / PREDICTIONS).read_json()["files"]]
     return dict(done.tasks), pd.concat(files, ignore_index=True)
@@ -105,18 +105,18 @@ def test_every_listing_has_the_groups_in_the_order_of_their_numbers(many) -> Non
     assert re.findall(r"</span>(group_\d+)\s*</td>", page) == NAMES
 
 
-def test_the_terminal_has_them_in_that_order_too(many, tmp_path: Path) -> None:
+def test_the_terminal_lists_the_groups_in_that_order(many, tmp_path: Path) -> None:
     config, _ = many
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
-    for words in (["train", "-c", str(file)], ["models", "show", "many", "--uri", config.track.uri]):
-        called = CliRunner().invoke(app, words)
+    for arguments in (["train", "-c", str(file)], ["models", "show", "many", "--uri", config.track.uri]):
+        called = CliRunner().invoke(app, arguments)
         assert called.exit_code == 0, called.stderr
         lines = [line for line in called.stderr.splitlines() if re.search("flag_|number", line)]
         assert [name for line in lines for name in re.findall(r"\b(group_\d+)\b(?!/)", line)][:GROUPS] == NAMES
 
 
-def test_served_and_predicted_in_files_the_answers_are_the_same(many, tmp_path: Path) -> None:
+def test_served_predictions_equal_those_in_files(many, tmp_path: Path) -> None:
     config, done = many
     about, frame = predictions(config, done.models[0].uri, tmp_path / "out")
     assert [entry["group"] for entry in about.values()] == NAMES
@@ -143,7 +143,7 @@ def test_seventy_thousand_classes_from_a_table_to_predictions(tmp_path: Path) ->
     done = train(config)
     assert inspect(config)["problems"] == []
     about, frame = predictions(config, done.models[0].uri, tmp_path / "out")
-    assert set(frame["number"]) <= {str(i) for i in EDGES}  # it has learnt that no others occur
+    assert set(frame["number"]) <= {str(i) for i in EDGES}  # it has learned that no others occur
     assert about["number"]["columns"] == ["number", "number.probability"]
     assert frame["number.probability"].between(0, 1).all()
     assert (done.run / "report.html").size() < 20_000_000

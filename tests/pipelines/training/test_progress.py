@@ -1,4 +1,4 @@
-"""What a terminal shows of a run: how far it is of how much, whatever stops on the way."""
+"""The progress bar of a run: its number of epochs, also if stages or candidates stop early."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def plan_of(config: Config) -> Plan:
 
 
 def records(*stages: tuple[str, int]) -> list[dict[str, Any]]:
-    """Stages with their epochs, in order; a stage that comes again goes on."""
+    """Stages with their epochs, in order; a repeated stage continues its count."""
     seen: dict[str, int] = {}
     found = []
     for stage, epochs in stages:
@@ -40,7 +40,7 @@ def records(*stages: tuple[str, int]) -> list[dict[str, Any]]:
 SEARCHED = (("naive_mtl", 10), ("affinity", 3), ("guided", 5), ("start_0", 5), ("wide", 5))
 
 
-def test_before_anything_is_known_all_epochs_that_there_can_be_count(tmp_path: Path) -> None:
+def test_at_the_start_the_most_possible_epochs_are_counted(tmp_path: Path) -> None:
     plan = plan_of(config_of(tmp_path))
     assert plan.total([]) == 10 + 5 + 3 * 10 + 10 + 10
     assert plan_of(config_of(tmp_path, baseline=False, distil_share=0)).total([]) == 5 + 3 * 10 + 10
@@ -49,40 +49,40 @@ def test_before_anything_is_known_all_epochs_that_there_can_be_count(tmp_path: P
     assert plan_of(config_of(tmp_path, method="dmtg", starts=3)).total([]) == 10 + 3 * 5 + 5
 
 
-def test_what_ends_early_or_stops_is_counted_no_more(tmp_path: Path) -> None:
+def test_epochs_of_stages_that_end_early_and_candidates_that_stop_are_not_counted(tmp_path: Path) -> None:
     plan = plan_of(config_of(tmp_path))
     assert plan.total(records(*SEARCHED[:2])) == 10 + 5 + 3 * 10 + 10 + 10
     assert plan.total(records(*SEARCHED)) == 10 + 3 + 3 * 10 + 10 + 10
-    gone_on = records(*SEARCHED, ("wide", 5))  # the two before it stopped with the search
-    assert plan.total(gone_on) == 10 + 3 + 3 * 5 + 5 + 10 + 10
+    continued = records(*SEARCHED, ("wide", 5))  # the two before it stopped with the search
+    assert plan.total(continued) == 10 + 3 + 3 * 5 + 5 + 10 + 10
     for last in ([("distilled", 10)], [("retrained", 10), ("distilled", 10)]):
         ended = records(*SEARCHED, ("guided", 5), ("wide", 5), *last)
         assert plan.total(ended) == len(ended)
-    anew = records(*SEARCHED, ("guided", 5), ("wide", 5), ("retrained", 4))
-    assert plan.total(anew) == len(anew) + 6 + 10
-    assert plan.epochs_of(anew[-1]) == 10
+    retrained = records(*SEARCHED, ("guided", 5), ("wide", 5), ("retrained", 4))
+    assert plan.total(retrained) == len(retrained) + 6 + 10
+    assert plan.epochs_of(retrained[-1]) == 10
 
 
-def test_the_bar_is_where_the_run_is_and_steps_of_an_ended_epoch_are_not_counted_twice(tmp_path: Path) -> None:
+def test_the_bar_counts_epochs_and_steps_and_no_step_of_an_ended_epoch_twice(tmp_path: Path) -> None:
     plan, out = plan_of(config_of(tmp_path)), io.StringIO()
-    shown = LiveDisplay(plan, Console(file=out, force_terminal=True, width=120))
+    live = LiveDisplay(plan, Console(file=out, force_terminal=True, width=120))
     done = [r | {"train_loss": {"a": 0.5}, "samples_per_second": 80.0} for r in records(("naive_mtl", 2))]
-    shown.show(done[:1], [], (8, 10))
-    shown.show(done[:1], [], (4, 10))
-    (task,) = shown.bar.tasks
+    live.show(done[:1], [], (8, 10))
+    live.show(done[:1], [], (4, 10))
+    (task,) = live.bar.tasks
     assert (task.completed, task.total) == (1.4, 65)
-    shown.show(done, [], (9, 10))
+    live.show(done, [], (9, 10))
     assert task.completed == 2
-    with shown.bar:
+    with live.bar:
         pass
     assert "epoch 3 of 65" in out.getvalue()
     assert "naive_mtl 2 of 10: loss 0.5, 80 samples/s" in out.getvalue()
 
 
-def test_the_figures_tell_entropy_and_groups_where_there_is_a_gate(tmp_path: Path) -> None:
+def test_the_figures_have_entropy_and_groups_if_there_is_a_gate(tmp_path: Path) -> None:
     plan = plan_of(config_of(tmp_path))
     record = {"stage": "guided", "epoch": 2, "train_loss": {"a": 1.0, "b": 3.0}, "gate": {"entropy": 0.7},
               "samples_per_second": 12.0}  # fmt: skip
     gate = [{"stage": "guided", "epoch": 2, "probabilities": [[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]]}]
-    logged = figures(plan, record, gate)
-    assert logged == "guided 2 of 10: loss 2, gate entropy 0.70, 2 groups so far, 12 samples/s"
+    line = figures(plan, record, gate)
+    assert line == "guided 2 of 10: loss 2, gate entropy 0.70, 2 groups so far, 12 samples/s"

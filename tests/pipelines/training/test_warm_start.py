@@ -1,4 +1,4 @@
-"""Runs that start from the models of earlier runs: found anywhere, checked first, and kept in the run folder."""
+"""Runs that start from models of earlier runs: these are found, checked, and copied into the run folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.runs.files import METRICS, RESULT, read_jsonl
 from pipelines.runs.models import warm_start
 from pipelines.storage import Location, locate
 from pipelines.training.driver import Trained, train
-from pipelines.training.warm_start import START, fairness_notes, keep_models, open_models
+from pipelines.training.warm_start import START, baseline_notes, keep_models, open_models
 from tests.pipelines.conftest import make_config
 from tests.pipelines.s3_server import BUCKET
 
@@ -33,7 +33,7 @@ def write_model(folder: Path, *tasks: Task, image: InputSpec = IMAGE, seed: int 
 
 
 def write_run(folder: Path, *models: int) -> str:
-    """The folder of a finished run with these group models, as far as a start needs it."""
+    """The folder of a finished run with these group models, as far as it is needed for a start."""
     for number in models:
         write_model(folder / "models" / f"group_{number}", seed=number)
     (folder / RESULT).write_text("{}")
@@ -64,7 +64,7 @@ def test_models_are_found_in_the_order_of_places_and_of_groups(images: Path, tmp
 
 
 @pytest.mark.usefixtures("s3")
-def test_models_in_a_bucket_are_those_of_the_files(images: Path, tmp_path: Path) -> None:
+def test_models_in_a_bucket_equal_local_ones(images: Path, tmp_path: Path) -> None:
     folder = Path(write_run(tmp_path / "run", 0, 1))
     place = locate(f"s3://{BUCKET}/starting")
     for file in folder.rglob("*.*"):
@@ -86,7 +86,7 @@ def damage(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
 
 
-def test_what_cannot_be_started_from_is_refused_before_shards_are_made(images: Path, tmp_path: Path) -> None:
+def test_unusable_models_are_refused_before_shards_are_written(images: Path, tmp_path: Path) -> None:
     model, empty, unfinished = write_model(tmp_path / "model"), tmp_path / "empty", tmp_path / "unfinished"
     empty.mkdir()
     write_model(unfinished / "models" / "group_0")
@@ -129,16 +129,16 @@ def test_a_model_for_other_data_is_refused_before_training(run: Run, images: Pat
         assert not (run_of(config) / START).exists()
 
 
-def test_naive_mtl_that_started_from_none_of_several_models_is_noted(images: Path, tmp_path: Path) -> None:
+def test_naive_mtl_that_did_not_start_from_the_models_is_noted(images: Path, tmp_path: Path) -> None:
     config = starting(images, tmp_path)
     one, two = (("a", locate("a")),), (("a", locate("a")), ("b", locate("b")))
-    assert "started from 2 trained models, naive MTL from scratch" in fairness_notes(config, two)[0]
+    assert "started from 2 trained models, naive MTL from scratch" in baseline_notes(config, two)[0]
     alone = config.model_copy(update={"search": config.search.model_copy(update={"baseline": False})})
-    assert fairness_notes(config, ()) == fairness_notes(config, one) == fairness_notes(alone, two) == []
+    assert baseline_notes(config, ()) == baseline_notes(config, one) == baseline_notes(alone, two) == []
 
 
 @pytest.mark.ray
-def test_a_run_starts_where_another_ended_and_needs_it_only_once(run: Run, tmp_path: Path) -> None:
+def test_a_run_starts_from_another_and_reads_it_only_once(run: Run, tmp_path: Path) -> None:
     config, done, _ = run
     before = tmp_path / "before"
     assert done.run.local is not None

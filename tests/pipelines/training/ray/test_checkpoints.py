@@ -1,4 +1,4 @@
-"""What a worker does so that storage, memory and its own hanging cost no run: each part for itself."""
+"""Parts of a worker that keep a run alive when storage fails, memory runs out or the worker hangs."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from tests.pipelines.conftest import make_config
 from tests.pipelines.driver import in_own_mounts
 
 
-class Told(list[tuple[str, str]]):
-    """What was told, as kind and message."""
+class Recorded(list[tuple[str, str]]):
+    """The emitted events, as kind and message."""
 
     def __call__(self, kind: str, message: str) -> None:
         self.append((kind, message))
@@ -41,7 +41,7 @@ class Told(list[tuple[str, str]]):
 
 
 @pytest.mark.parametrize(
-    ("call", "passes"),
+    ("call", "transient"),
     [
         (lambda: Path("/dev/full").write_text("x"), True),
         (lambda: Path("/no/such/file").read_text(), False),
@@ -49,13 +49,13 @@ class Told(list[tuple[str, str]]):
         (lambda: Path("/proc/self/stat").chmod(0), False),  # refused to root as well
     ],
 )
-def test_a_full_disk_can_pass_and_a_refusal_cannot(call: Callable[[], object], passes: bool) -> None:
+def test_a_full_disk_is_transient_and_a_refusal_is_not(call: Callable[[], object], transient: bool) -> None:
     with pytest.raises(OSError) as found:  # noqa: PT011 - which one is what is tested
         call()
-    assert is_transient(found.value) is passes
+    assert is_transient(found.value) is transient
 
 
-def test_a_server_that_is_away_can_pass_and_is_waited_for_only_by_the_patient(
+def test_an_unreachable_server_is_transient_and_only_a_retrying_location_retries(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
@@ -63,29 +63,29 @@ def test_a_server_that_is_away_can_pass_and_is_waited_for_only_by_the_patient(
     monkeypatch.setattr(storage, "S3_ATTEMPTS", 1)
     storage._s3.cache_clear()
     place = locate("s3://bucket/x")
-    retry_delays: list[float] = []
-    monkeypatch.setattr(storage.time, "sleep", retry_delays.append)
+    delays: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", delays.append)
     with pytest.raises(UserError, match="connect") as found:
         place.write_bytes(b"")
     assert is_transient(found.value)
-    assert retry_delays == []
+    assert delays == []
     with pytest.raises(UserError, match="connect"):
         place.retrying(3).read_bytes()
     storage._s3.cache_clear()
-    assert retry_delays[:3] == [0.5, 1.0, 2.0]
+    assert delays[:3] == [0.5, 1.0, 2.0]
 
 
 FULL = """
 import shutil, subprocess, threading
 from pathlib import Path
 from pipelines.training.ray.checkpoints import Checkpoints
-from pipelines.runs.writer import Errand, Outbox
+from pipelines.runs.writer import BackgroundWriter, PendingWrite
 from pipelines.errors import UserError
 from pipelines.storage import locate
 
 disk = Path({disk!r})
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], check=True)
-filler, told = disk / "filler", []
+filler, events = disk / "filler", []
 filler.write_bytes(bytes(900_000))
 local = Path({disk!r} + "-local")
 
@@ -94,7 +94,7 @@ def staged(name):
     (local / name / "weights").write_bytes(bytes(300_000))
     return local / name
 
-held = Checkpoints(locate(str(disk / "checkpoints")), local, lambda *event: told.append(event))
+held = Checkpoints(locate(str(disk / "checkpoints")), local, lambda *event: events.append(event))
 first = staged(held.next_name())
 try:
     held.add(first)
@@ -106,11 +106,11 @@ try:
 except UserError as error:
     print("small:", error.what)
 
-outbox = Outbox(lambda *event: (told.append(event), filler.unlink(missing_ok=True)))  # told, the user makes room
-outbox.put("the checkpoint", Errand(lambda: held.add(first), lambda: shutil.rmtree(first)))
-(locate(str(disk)) / "small").patient(60).write_bytes(bytes(100_000))
-assert outbox.flush(60)
-print("told:", [kind for kind, _ in told], told[0][1])
+writer = BackgroundWriter(lambda *event: (events.append(event), filler.unlink(missing_ok=True)))  # frees space
+writer.put("the checkpoint", PendingWrite(lambda: held.add(first), lambda: shutil.rmtree(first)))
+(locate(str(disk)) / "small").retrying(60).write_bytes(bytes(100_000))
+assert writer.flush(60)
+print("events:", [kind for kind, _ in events], events[0][1])
 print("whole:", held.whole == [first.name], (disk / "checkpoints" / first.name / "sha256.json").exists())
 print("staged:", list(local.iterdir()))
 """
@@ -124,14 +124,14 @@ def test_on_a_full_disk_nothing_half_written_stays_and_it_is_tried_again(tmp_pat
         capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
-    logged = dict(line.split(": ", 1) for line in found.stdout.splitlines())
-    assert "No space left on device" in logged["refused"]
-    assert logged["left"] == "[]"
-    assert "No space left on device" in logged["small"]
-    assert logged["told"].startswith("['unwritten', 'unwritten'] the checkpoint cannot be written")
-    assert "No space left on device" in logged["told"]
-    assert logged["whole"] == "True True"
-    assert logged["staged"] == "[]"
+    printed = dict(line.split(": ", 1) for line in found.stdout.splitlines())
+    assert "No space left on device" in printed["refused"]
+    assert printed["left"] == "[]"
+    assert "No space left on device" in printed["small"]
+    assert printed["events"].startswith("['unwritten', 'unwritten'] the checkpoint cannot be written")
+    assert "No space left on device" in printed["events"]
+    assert printed["whole"] == "True True"
+    assert printed["staged"] == "[]"
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -143,13 +143,13 @@ def folder_of(root: Path, name: str, content: str = "weights") -> Path:
     return root / name
 
 
-def held(root: Path, told: Told) -> Checkpoints:
-    return Checkpoints(locate(str(root / "run")), root / "scratch", told)
+def held(root: Path, events: Recorded) -> Checkpoints:
+    return Checkpoints(locate(str(root / "run")), root / "scratch", events)
 
 
 def test_only_the_newest_whole_checkpoints_stay(tmp_path: Path) -> None:
     left = folder_of(tmp_path / "run", "checkpoint_00000007_killed")  # by a writer that was killed
-    store = held(tmp_path, Told())
+    store = held(tmp_path, Recorded())
     assert store.newest() is None
     names = [store.next_name() for _ in range(3)]
     for name in names:
@@ -157,7 +157,7 @@ def test_only_the_newest_whole_checkpoints_stay(tmp_path: Path) -> None:
     assert [int(name.split("_")[1]) for name in names] == [8, 9, 10]
     assert not left.exists()
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names[1:]
-    newest = held(tmp_path, Told()).newest()
+    newest = held(tmp_path, Recorded()).newest()
     assert newest is not None
     assert (newest / "network.safetensors").read_text() == names[2]
 
@@ -165,7 +165,7 @@ def test_only_the_newest_whole_checkpoints_stay(tmp_path: Path) -> None:
 def test_the_newest_is_that_of_the_highest_number_whatever_its_digits(tmp_path: Path) -> None:
     for number, mark in ((99_999_998, "abc123"), (99_999_999, "9e9999"), (100_000_000, "1e5000")):
         seal(folder_of(tmp_path / "run", f"checkpoint_{number:08d}_{mark}"))
-    store = held(tmp_path, Told())
+    store = held(tmp_path, Recorded())
     newest = store.newest()
     assert newest is not None
     assert newest.name == "checkpoint_100000000_1e5000"
@@ -175,44 +175,44 @@ def test_the_newest_is_that_of_the_highest_number_whatever_its_digits(tmp_path: 
     assert {f.name for f in (tmp_path / "run").iterdir()} == {newest.name, name}
 
 
-def test_a_damaged_checkpoint_is_passed_over_told_and_not_counted(tmp_path: Path) -> None:
-    store = held(tmp_path, Told())
+def test_a_damaged_checkpoint_is_skipped_reported_and_not_counted(tmp_path: Path) -> None:
+    store = held(tmp_path, Recorded())
     names = [store.next_name() for _ in range(2)]
     for name in names:
         store.add(folder_of(tmp_path / "scratch", name))
     (tmp_path / "run" / names[1] / "network.safetensors").write_text("Weights")
-    told = Told()
-    again = held(tmp_path, told)
+    events = Recorded()
+    again = held(tmp_path, events)
     found = again.newest()
     assert found is not None
     assert found.name == names[0]
-    assert told == [(DAMAGED, f"{names[1]} is passed over: missing or damaged: network.safetensors")]
+    assert events == [(DAMAGED, f"{names[1]} is skipped: missing or damaged: network.safetensors")]
     new = again.next_name()
     again.add(folder_of(tmp_path / "scratch", new))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [names[0], new]
     for name in (names[0], new):
         (tmp_path / "run" / name / "network.safetensors").unlink()
     with pytest.raises(ValueError, match="no checkpoint is whole"):
-        held(tmp_path, Told()).newest()
+        held(tmp_path, Recorded()).newest()
 
 
-def test_what_is_newer_takes_the_place_of_what_waits_and_of_what_fails() -> None:
-    told, written, gone = Told(), [], []
-    begun, go_on = threading.Event(), threading.Event()
+def test_a_newer_write_replaces_one_that_waits_or_fails() -> None:
+    events, written, gone = Recorded(), [], []
+    begun, resume = threading.Event(), threading.Event()
 
     def slow() -> None:
         begun.set()
-        go_on.wait()
+        resume.wait()
         written.append("slow")
 
-    writer = BackgroundWriter(told)
+    writer = BackgroundWriter(events)
     writer.put("a", PendingWrite(slow, lambda: gone.append("slow")))
     begun.wait()
     writer.put("a", PendingWrite(lambda: written.append("old"), lambda: gone.append("old")))
     writer.put("b", PendingWrite(lambda: written.append("b")))
     writer.put("a", PendingWrite(lambda: written.append("new"), lambda: gone.append("new")))
     assert not writer.flush(0)
-    go_on.set()
+    resume.set()
     assert writer.flush(60)
     assert written == ["slow", "b", "new"]
     assert gone == ["old", "slow", "new"]
@@ -229,22 +229,22 @@ def test_what_is_newer_takes_the_place_of_what_waits_and_of_what_fails() -> None
     assert writer.flush(60)
     assert gone[-1] == "full"
     assert written[-1] == "newest"
-    assert [kind for kind, _ in told] == [UNWRITTEN, UNWRITTEN]
-    assert "No space left on device" in told[0][1]
-    assert "again" in told[1][1]
+    assert [kind for kind, _ in events] == [UNWRITTEN, UNWRITTEN]
+    assert "No space left on device" in events[0][1]
+    assert "again" in events[1][1]
 
 
-def test_what_is_refused_is_not_tried_again() -> None:
-    told, tries = Told(), []
+def test_a_refused_write_is_not_retried() -> None:
+    events, tries = Recorded(), []
 
     def refused() -> None:
         tries.append(1)
         Path("/proc/self/stat").chmod(0)
 
-    writer = BackgroundWriter(told)
+    writer = BackgroundWriter(events)
     writer.put("a", PendingWrite(refused))
     assert writer.flush(60)
-    assert len(tries) == len(told) == 1
+    assert len(tries) == len(events) == 1
     writer.close()
 
 
@@ -256,12 +256,12 @@ import numpy as np, torch
 from dmtg_core.training.data import ArrayData, Arrays
 from dmtg_core.tasks import Task
 from pipelines.storage import locate
-from pipelines.training.ray.watchdog import STACKS, Scratch, Watchdog, Watched
+from pipelines.training.ray.watchdog import STACKS, MonitoredData, Scratch, Watchdog
 
 scratch = Scratch(locate({run!r}), print)
 watchdog = Watchdog({seconds}, scratch.path / STACKS)
 rows = Arrays(np.zeros((80, 4), "float32"), {{"a": np.zeros(80, "uint8")}}, {{}})
-data = Watched(ArrayData({{"train": rows, "val": rows}}, [Task("a", "binary")]), watchdog)
+data = MonitoredData(ArrayData({{"train": rows, "val": rows}}, [Task("a", "binary")]), watchdog)
 started = time.monotonic()
 for batch in data.train(0, 1):
     if time.monotonic() - started > 1.5 * {seconds}:
@@ -276,36 +276,36 @@ stuck_in_a_driver()
 """
 
 
-def test_a_worker_that_hangs_leaves_and_where_it_stood_is_kept(tmp_path: Path) -> None:
+def test_a_worker_that_hangs_is_ended_and_its_stacks_are_kept(tmp_path: Path) -> None:
     script = HANGS.format(run=str(tmp_path / "run"), seconds=4)
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     found = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT, env=environment
     )
-    assert found.returncode == 1, found.stderr  # of its own, neither a signal nor Python
+    assert found.returncode == 1, found.stderr  # from the watchdog, neither a signal nor Python
     assert found.stdout.startswith("trained"), found.stderr
     left = Path(found.stdout.split()[-1])
     assert "stuck_in_a_driver" in (left / STACKS).read_text()
 
-    told = Told()
+    events = Recorded()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tempfile.tempdir", str(tmp_path))
-        own = Scratch(locate(str(tmp_path / "run")), told)
-        other = Scratch(locate(str(tmp_path / "run")), told)  # one that is in use is left alone
+        own = Scratch(locate(str(tmp_path / "run")), events)
+        other = Scratch(locate(str(tmp_path / "run")), events)  # a folder in use is left alone
     assert not left.exists()
     kept = next((tmp_path / "run").glob("hung_*.txt"))
     assert "stuck_in_a_driver" in kept.read_text()
-    assert [(kind, str(kept) in message) for kind, message in told] == [("hung", True)]
+    assert [(kind, str(kept) in message) for kind, message in events] == [("hung", True)]
     assert own.path.is_dir()
     own.close()
     other.close()
     assert not list(tmp_path.glob("dmtg-*"))
 
 
-# ---------------------------------------------------------------- what the user is told
+# ---------------------------------------------------------------- errors for the user
 
 
-def test_errors_of_the_configuration_are_not_met_again_and_name_what_to_change(tmp_path: Path) -> None:
+def test_errors_of_the_configuration_are_permanent_and_name_what_to_change(tmp_path: Path) -> None:
     config = make_config(tmp_path, tmp_path, ray={"workers": [1, 2]})
     with pytest.raises(RuntimeError) as found:
         torch.empty(2**60)

@@ -1,4 +1,4 @@
-"""The command, its disk and its storage are lost: the run ends as if nothing had happened."""
+"""The command, its disk and its storage are lost: the run ends with the figures of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.ray
         (signal.SIGKILL, -9, True),
     ],
 )
-def test_a_command_that_is_ended_goes_on_with_the_same_words(
+def test_a_command_that_is_ended_resumes_with_the_same_command(
     run: Undisturbed, tmp_path: Path, sent: signal.Signals, code: int, damaged: bool
 ) -> None:
     track = {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}
@@ -63,7 +63,7 @@ def test_a_command_that_is_ended_goes_on_with_the_same_words(
     if damaged:
         newest = driver.checkpoints()[-1]
         weights = next(newest.rglob("network.safetensors"))
-        expected = [f"{newest.name} is passed over: missing or damaged: {weights.relative_to(newest)}"]
+        expected = [f"{newest.name} is skipped: missing or damaged: {weights.relative_to(newest)}"]
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
         weights.write_bytes(content)
@@ -72,10 +72,10 @@ def test_a_command_that_is_ended_goes_on_with_the_same_words(
     same(found, run[1].result)
     assert len(driver.epochs()) == len(set(driver.epochs())) == 8
     assert driver.newest() <= CHECKPOINTS + 1 + damaged
-    passed = [told["message"] for told in driver.events(DAMAGED)]
-    assert passed == expected
-    assert set(passed) <= set(found["notes"])
-    assert all(f"note: {message}" in driver.log for message in passed)
+    skipped = [event["message"] for event in driver.events(DAMAGED)]
+    assert skipped == expected
+    assert set(skipped) <= set(found["notes"])
+    assert all(f"note: {message}" in driver.log for message in skipped)
     assert tracked.get_run(run_id).info.status == "FINISHED"
     assert {model["version"] for model in list_models(run[0].track.model_copy(update=track))} == {1}
 
@@ -107,14 +107,14 @@ def test_a_result_that_cannot_be_written_is_written_later_without_training_again
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[tuple[tuple[str, ...], Path, Path]]:
-    """A disk of a few MiB in a namespace: words to be there, and the disk as seen from here and from there."""
+    """A disk of a few MiB in a namespace: arguments to enter it, and the disk as seen from here and from there."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=6m none '{disk}' && echo ready && exec sleep infinity"
     with subprocess.Popen([*in_own_mounts(), "sh", "-c", mount], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"ready\n"
-        words = (
+        arguments = (
             "nsenter",
             f"--target={holder.pid}",
             "--user",
@@ -122,12 +122,12 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[tuple[str, ...], Path, Path]]:
             "--preserve-credentials",
             f"--wd={ROOT}",
         )
-        yield words, Path(f"/proc/{holder.pid}/root{disk}"), disk
+        yield arguments, Path(f"/proc/{holder.pid}/root{disk}"), disk
         holder.kill()
 
 
 def fill(disk: Path) -> Path:
-    """A file that takes all the room there is."""
+    """A file that takes all free disk space."""
     filler = disk / "filler"
     with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
         while True:
@@ -136,12 +136,12 @@ def fill(disk: Path) -> Path:
 
 
 @pytest.mark.soak
-def test_a_disk_that_is_full_costs_checkpoints_and_no_training(
+def test_a_full_disk_costs_checkpoints_and_no_training(
     run: Undisturbed, tmp_path: Path, small_disk: tuple[tuple[str, ...], Path, Path]
 ) -> None:
-    words, here, there = small_disk
+    arguments, here, there = small_disk
     driver = disturbed(run, tmp_path, train=OFTEN, run={"root": str(there / "runs"), "name": "disturbed"})
-    driver.before, driver.place = words, here
+    driver.before, driver.place = arguments, here
     driver.start()
     driver.wait_for(lambda: driver.newest() >= 4)
     filler = fill(here)
@@ -155,22 +155,22 @@ def test_a_disk_that_is_full_costs_checkpoints_and_no_training(
     assert driver.newest() == CHECKPOINTS  # the numbers of those that were lost are not used again
     assert len(list((driver.folder / "checkpoints").iterdir())) == 2
     assert driver.events(RESUMED, LOST) == []
-    first, last = (told["message"] for told in driver.events(UNWRITTEN))
+    first, last = (event["message"] for event in driver.events(UNWRITTEN))
     assert "No space left on device" in first
     assert "again" in last
 
 
 @pytest.mark.soak
-def test_no_room_for_temporary_files_costs_checkpoints_and_no_training(
+def test_no_disk_space_for_temporary_files_costs_checkpoints_and_no_training(
     run: Undisturbed, tmp_path: Path, small_disk: tuple[tuple[str, ...], Path, Path]
 ) -> None:
-    words, here, there = small_disk
+    arguments, here, there = small_disk
     driver = disturbed(run, tmp_path, train=OFTEN)
-    driver.before = words
+    driver.before = arguments
     driver.start(TMPDIR=str(there), RAY_TMPDIR="/tmp")  # noqa: S108 - Ray's own files are not what is tested
     driver.wait_for(lambda: driver.newest() >= 4)
     filler = fill(here)
-    driver.wait_for(lambda: "is lost, training goes on" in driver.log)
+    driver.wait_for(lambda: "is lost, training continues" in driver.log)
     filler.unlink()
     assert driver.process is not None
     assert driver.process.wait() == 0, driver.log
@@ -181,10 +181,10 @@ def test_no_room_for_temporary_files_costs_checkpoints_and_no_training(
 
 
 @pytest.mark.soak
-def test_storage_that_is_away_for_half_a_minute_is_waited_for(
+def test_storage_that_is_unreachable_for_half_a_minute_is_retried(
     run: Undisturbed, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    port, data = free_port(), tmp_path_factory.mktemp("s3-away")  # one of its own, which can be stopped
+    port, data = free_port(), tmp_path_factory.mktemp("s3-away")  # a separate server, which can be stopped
     with pytest.MonkeyPatch.context() as patch:
         for key, value in settings(port).items():
             patch.setenv(key, value)
@@ -195,7 +195,7 @@ def test_storage_that_is_away_for_half_a_minute_is_waited_for(
             driver.start(**settings(port))
             driver.wait_for(lambda: driver.log.count(" score ") >= 3)
             end(port, data)
-            time.sleep(30)  # as long as it is to be away
+            time.sleep(30)  # as long as it is unreachable
             begin(port, data)
             assert driver.process is not None
             assert driver.process.wait() == 0, driver.log
@@ -203,29 +203,31 @@ def test_storage_that_is_away_for_half_a_minute_is_waited_for(
             assert "cannot be written" in driver.log
             assert "could be written again" in driver.log
             folder = locate(f"{root}/disturbed")
-            told = read_jsonl(folder / "events.jsonl")
-            assert {event["kind"] for event in told} == {UNWRITTEN}
+            events = read_jsonl(folder / "events.jsonl")
+            assert {event["kind"] for event in events} == {UNWRITTEN}
             newest = sorted((folder / "checkpoints").folders())
             assert [name[:19] for name in newest][-1] == f"checkpoint_{CHECKPOINTS:08d}"
             assert len(newest) == 2
             assert len(read_jsonl(folder / "metrics.jsonl")) == 8
-            with pytest.raises(UserError, match="NO_SUCH_BUCKET|no bucket"):  # at once, however patient
+            with pytest.raises(
+                UserError, match="NO_SUCH_BUCKET|no bucket"
+            ):  # at once, whatever the time for retries
                 locate("s3://no-such-bucket/x").retrying(10_000).write_text("x")
     storage._s3.cache_clear()
 
 
 @pytest.mark.soak
-def test_a_job_that_is_stopped_ends_in_order(run: Undisturbed, tmp_path: Path) -> None:
+def test_a_job_that_is_stopped_marks_its_run_as_failed_and_resumes(run: Undisturbed, tmp_path: Path) -> None:
     from ray.cluster_utils import Cluster
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     ports = {"dashboard_port": free_port(), "dashboard_agent_listen_port": free_port()}
     head = {"num_cpus": 4, "object_store_memory": 128 * 2**20, "include_dashboard": True, **ports}
-    made = Cluster(initialize_head=True, head_node_args=head)
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         track = {"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}
         driver = disturbed(run, tmp_path, train=OFTEN, track=track)
-        client = JobSubmissionClient(f"http://{made.head_node.address_info['webui_url']}")
+        client = JobSubmissionClient(f"http://{cluster.head_node.address_info['webui_url']}")
         job = ""
         while not job:
             with contextlib.suppress(RuntimeError):  # its agent is still starting
@@ -240,5 +242,5 @@ def test_a_job_that_is_stopped_ends_in_order(run: Undisturbed, tmp_path: Path) -
         run_id = json.loads((driver.folder / "tracking.json").read_text())["run_id"]
         assert mlflow.MlflowClient(track["uri"]).get_run(run_id).info.status == "FAILED"
     finally:
-        made.shutdown()
+        cluster.shutdown()
     same(driver.finish(), run[1].result)

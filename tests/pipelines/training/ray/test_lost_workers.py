@@ -1,4 +1,4 @@
-"""Workers and their machines are lost: the run ends as if nothing had happened."""
+"""Workers and their machines are lost: the run resumes and ends with the figures of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from pipelines.data.manifest import read_manifest
 from pipelines.errors import UserError
 from pipelines.runs.events import HUNG, LOST, RESIZED, RESUMED
 from pipelines.storage import locate
-from pipelines.training.driver import check_workers, run_workers, train
+from pipelines.training.driver import check_workers, train
 from pipelines.training.ray.events import events_after, start_event_log
+from pipelines.training.ray.trainer import run_workers
 from pipelines.training.worker import Job
 from tests.paths import ROOT
 from tests.pipelines.driver import CHECKPOINTS, OFTEN, Undisturbed, disturbed, kill, same, workers
@@ -33,21 +34,21 @@ from tests.pipelines.driver import CHECKPOINTS, OFTEN, Undisturbed, disturbed, k
 pytestmark = pytest.mark.ray
 
 
-def test_numbers_of_workers_that_would_cut_other_epochs_are_refused(run: Undisturbed) -> None:
+def test_numbers_of_workers_with_different_epoch_lengths_are_refused(run: Undisturbed) -> None:
     manifest = read_manifest(locate(run[0].data.shards))
 
-    def asked(workers: object) -> Config:
+    def with_workers(workers: object) -> Config:
         return run[0].model_copy(update={"ray": checked(RaySection, {"workers": workers})})
 
     for fits in (1, 2, 8, [1, 5]):
-        check_workers(asked(fits), manifest)
+        check_workers(with_workers(fits), manifest)
     for wrong, match in (
         ([1, 8], "has 4 batches for 1 workers and 3 for 8"),
         (17, "batch of 16 cannot be shared by 17"),
         ([2, 20], "has 19 samples for 20 workers|batch of 16"),
     ):
         with pytest.raises(UserError, match=match):
-            check_workers(asked(wrong), manifest)
+            check_workers(with_workers(wrong), manifest)
 
 
 def test_a_worker_killed_in_the_middle_of_an_epoch_is_replaced(
@@ -57,7 +58,7 @@ def test_a_worker_killed_in_the_middle_of_an_epoch_is_replaced(
     driver = disturbed(run, tmp_path, train=OFTEN)
     victims: list[int] = []
 
-    def murder() -> None:
+    def kill_one() -> None:
         while driver.newest() < 5:  # in the third epoch
             if done.wait(0.02):
                 return
@@ -66,28 +67,28 @@ def test_a_worker_killed_in_the_middle_of_an_epoch_is_replaced(
         kill([victim])
 
     done, logged = threading.Event(), []
-    murderer = threading.Thread(target=murder)
-    murderer.start()
+    killer = threading.Thread(target=kill_one)
+    killer.start()
     try:
         config = type(run[0]).model_validate(driver.values)
         found = train(config, logged.append)
     finally:
         done.set()
-        murderer.join()
+        killer.join()
     assert victims
     same(found.result, run[1].result)
     assert len(driver.epochs()) == len(set(driver.epochs())) == 8
     assert driver.newest() <= CHECKPOINTS + 1
-    told = driver.events(LOST)
-    assert len(told) == 1
-    assert "its process was lost" in told[0]["message"]
-    assert f"note: {told[0]['message']}" in logged
-    assert told[0]["message"] in found.result["notes"]
+    lost = driver.events(LOST)
+    assert len(lost) == 1
+    assert "its process was lost" in lost[0]["message"]
+    assert f"note: {lost[0]['message']}" in logged
+    assert lost[0]["message"] in found.result["notes"]
     assert len(driver.events(RESUMED)) == 1
 
 
 @pytest.mark.soak
-def test_a_worker_that_is_stopped_is_replaced(run: Undisturbed, tmp_path: Path) -> None:
+def test_a_suspended_worker_is_replaced(run: Undisturbed, tmp_path: Path) -> None:
     driver = disturbed(run, tmp_path, train=OFTEN, ray={"timeout_s": 20})
     driver.start()
     driver.wait_for(lambda: driver.newest() >= 5)
@@ -98,39 +99,41 @@ def test_a_worker_that_is_stopped_is_replaced(run: Undisturbed, tmp_path: Path) 
     assert driver.process.wait() == 0, driver.log
     same(driver.outcome(), run[1].result)
     assert driver.newest() <= CHECKPOINTS + 1
-    assert ["longer than ray.timeout_s" in told["message"] for told in driver.events(LOST)] == [True]
+    assert ["longer than ray.timeout_s" in event["message"] for event in driver.events(LOST)] == [True]
     assert not victim.is_running()
 
 
-def losses_told(
+def lost_events(
     run: Undisturbed, folder: Path, work: Callable[[dict[str, Any]], None], **ray: object
 ) -> list[str]:
-    """What a job of two workers tells of those that were lost."""
+    """The messages of a job of two workers about those that were lost."""
     config = run[0].model_copy(update={"ray": checked(RaySection, {"workers": 2, **ray})})
     event_log = start_event_log()
     run_workers(Job(config, None, None, locate(str(folder / "run")), event_log=event_log), lambda line: None, work)
-    return [told["message"] for told in events_after(event_log) if told["kind"] == LOST]
+    return [event["message"] for event in events_after(event_log) if event["kind"] == LOST]
 
 
-def test_a_worker_that_is_stopped_between_steps_is_replaced(run: Undisturbed, tmp_path: Path) -> None:
+def test_a_worker_suspended_between_steps_is_replaced(run: Undisturbed, tmp_path: Path) -> None:
     again = tmp_path / "again"
 
     def work(values: dict[str, Any]) -> None:
         import ray.train
 
-        for _ in range(2):  # the second report waits until the first one was fetched: the start is over
+        for _ in range(2):  # the second report waits until the first one has been fetched: the start is over
             ray.train.report({})
         if ray.train.get_context().get_world_rank() == 0 and not again.exists():
             again.touch()
             os.kill(os.getpid(), signal.SIGSTOP)
-            threading.Event().wait()  # this thread can be on its way for a moment, and must not join the others
-        ray.train.report({})  # no collective of PyTorch, whose own limit would end the wait
+            threading.Event().wait()  # this thread can run on for a moment, and must not join the others
+        ray.train.report({})  # no collective of PyTorch: its own limit would end the wait
 
-    lost = losses_told(run, tmp_path, work, timeout_s=8)
-    assert lost == ["workers were lost (worker 1: it waited for the others longer than ray.timeout_s)"]
+    lost = lost_events(run, tmp_path, work, timeout_s=8)
+    assert lost == ["workers were lost (worker 1: it waited for the other workers longer than ray.timeout_s)"]
 
 
-def test_a_worker_killed_while_it_is_given_its_work_is_replaced(run: Undisturbed, tmp_path: Path) -> None:
+def test_a_worker_killed_while_it_receives_the_training_function_is_replaced(
+    run: Undisturbed, tmp_path: Path
+) -> None:
     again = tmp_path / "again"
 
     class Work:
@@ -151,11 +154,11 @@ def test_a_worker_killed_while_it_is_given_its_work_is_replaced(run: Undisturbed
 
     with pytest.raises(
         UserError,
-        match=r"(?s)allows no more tries: while they started: its process was lost.*run the same words again",
+        match=r"(?s)allows no more retries: while they started: its process was lost.*run the same command again",
     ):
-        losses_told(run, tmp_path, Work(), max_failures=0)
+        lost_events(run, tmp_path, Work(), max_failures=0)
     again.unlink()
-    lost = losses_told(run, tmp_path, Work(), max_failures=1)  # in the room of those that were lost
+    lost = lost_events(run, tmp_path, Work(), max_failures=1)  # with the resources of those that were lost
     assert len(lost) == 1
     assert lost[0].startswith("workers were lost (while they started: its process was lost")
 
@@ -166,7 +169,7 @@ def test_a_worker_killed_while_it_starts_is_replaced(run: Undisturbed, tmp_path:
     driver = disturbed(run, tmp_path, train=OFTEN)
     driver.start()
     driver.wait_for(lambda: workers(driver.family()))
-    time.sleep(after_s)  # its process comes up, joins the process group, is given its work, begins
+    time.sleep(after_s)  # its process starts, joins the process group, receives the training function, begins
     kill(workers(driver.family())[-1:])
     assert driver.process is not None
     assert driver.process.wait() == 0, driver.log
@@ -174,7 +177,7 @@ def test_a_worker_killed_while_it_starts_is_replaced(run: Undisturbed, tmp_path:
 
 
 @pytest.mark.soak
-def test_workers_that_hang_are_replaced_and_where_they_stood_is_kept(run: Undisturbed, tmp_path: Path) -> None:
+def test_hanging_workers_are_replaced_and_their_stacks_are_kept(run: Undisturbed, tmp_path: Path) -> None:
     stream = {"cache": "stream", "shards": str(tmp_path / "shards")}
     shutil.copytree(run[0].data.shards, stream["shards"])
     undisturbed = disturbed(run, tmp_path, data=stream, run={"root": str(tmp_path / "undisturbed"), "name": "s"})
@@ -191,10 +194,10 @@ def test_workers_that_hang_are_replaced_and_where_they_stood_is_kept(run: Undist
     assert driver.process.wait() == 0, driver.log
     same(driver.outcome(), expected)
     assert driver.newest() <= CHECKPOINTS + 1
-    told = driver.events(HUNG)
-    assert told
-    for found in told:
-        assert found["message"] in driver.outcome()["notes"]
+    hung = driver.events(HUNG)
+    assert hung
+    for event in hung:
+        assert event["message"] in driver.outcome()["notes"]
     stacks = "".join(file.read_text() for file in driver.folder.glob("hung_*.txt"))
     assert "in read" in stacks
     assert "ingest.py" in stacks
@@ -202,19 +205,19 @@ def test_workers_that_hang_are_replaced_and_where_they_stood_is_kept(run: Undist
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
-    """A Ray cluster of one machine that has room for a worker of two CPUs and a data task."""
+    """A Ray cluster of one machine with CPUs for a worker of two CPUs and a data task."""
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "object_store_memory": 128 * 2**20})
-    yield made
-    made.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "object_store_memory": 128 * 2**20})
+    yield cluster
+    cluster.shutdown()
 
 
 VIT = {"encoder": "vit", "options": {"patch": 8, "width": 24, "layers": 2, "heads": 2}}  # without batch statistics
 
 
 @pytest.mark.soak
-def test_a_machine_that_is_lost_leaves_the_run_with_one_worker_less(
+def test_a_lost_machine_leaves_the_run_with_one_worker_less(
     run: Undisturbed, tmp_path: Path, cluster: Any
 ) -> None:
     config = run[0].model_validate(
@@ -234,11 +237,13 @@ def test_a_machine_that_is_lost_leaves_the_run_with_one_worker_less(
     same(driver.outcome(), undisturbed)
     assert driver.newest() <= CHECKPOINTS + 1
     assert len(driver.events(LOST)) >= 1
-    assert ["with 1 worker (it was written by 2)" in told["message"] for told in driver.events(RESIZED)] == [True]
+    assert ["with 1 worker (it was written by 2)" in event["message"] for event in driver.events(RESIZED)] == [
+        True
+    ]
 
 
 @pytest.mark.soak
-def test_a_machine_that_comes_is_given_a_worker(run: Undisturbed, tmp_path: Path, cluster: Any) -> None:
+def test_a_new_machine_gets_a_worker(run: Undisturbed, tmp_path: Path, cluster: Any) -> None:
     place = {"address": cluster.address, "workers": [1, 2], "cpus_per_worker": 2, "resize_every_s": 5}
     driver = disturbed(run, tmp_path, network=VIT, train={"epochs": 100, **OFTEN}, ray=place)
     driver.start()
@@ -256,7 +261,7 @@ SHORT = """
 import ray
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from pipelines.training.ray.failures import gave_up
+from pipelines.training.ray.failures import training_failed
 
 ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
 
@@ -270,13 +275,14 @@ class Worker:
 try:
     ray.get(Worker.remote().train.remote())
 except ray.exceptions.RayError as error:
-    print(gave_up(WorkerGroupError("lost", {1: WorkerHealthCheckFailedError("it failed", error)}), "runs/x"))
+    failure = WorkerHealthCheckFailedError("it failed", error)
+    print(training_failed(WorkerGroupError("lost", {1: failure}), "runs/x"))
 """
 
 
 @pytest.mark.soak
-def test_a_worker_that_is_killed_for_memory_has_a_message_that_says_what_to_lower() -> None:
-    # Ray finds its machine short of memory whatever the machine has
+def test_the_error_of_a_worker_killed_for_memory_names_what_to_lower() -> None:
+    # Ray considers any machine short of memory
     little = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
     found = subprocess.run(
         [sys.executable, "-c", SHORT], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **little},

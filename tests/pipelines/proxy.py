@@ -1,4 +1,4 @@
-"""A door in front of a server on loopback: open, shut, or with nobody behind it who answers."""
+"""A proxy in front of a server on loopback, which can refuse connections or not answer them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Door:
-    """What is asked of its port goes to another one, or is hung up on, or waits for ever.
+class Proxy:
+    """Relays connections to a server, closes them, or leaves them without an answer.
 
     Args:
         target: Port of the server.
@@ -20,35 +20,35 @@ class Door:
 
     def __init__(self, target: int) -> None:
         self.target = target
-        self.way = "open"
+        self.mode = "open"
         self.refused = 0
-        self.waiting: set[socket.socket] = set()  # connections that nobody answers
-        self.inside: set[socket.socket] = set()
+        self.waiting: set[socket.socket] = set()  # connections without an answer
+        self.open_connections: set[socket.socket] = set()
         self.port = 0
 
     def open(self) -> None:
-        """Let through what comes."""
-        self.way = "open"
+        """Relay new connections."""
+        self.mode = "open"
 
-    def shut(self) -> None:
-        """Hang up on what is inside, and on what comes."""
-        self.way = "shut"
-        for connection in list(self.inside):
+    def refuse(self) -> None:
+        """Close all connections and refuse new ones."""
+        self.mode = "refuse"
+        for connection in list(self.open_connections):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def silence(self) -> None:
-        """Take what comes and answer nothing."""
-        self.shut()
-        self.way = "silent"
+        """Close all connections; accept new ones and do not answer them."""
+        self.refuse()
+        self.mode = "silent"
 
-    def let(self, client: socket.socket) -> None:
-        """What happens to a connection, until it ends."""
-        self.inside.add(client)
+    def handle(self, client: socket.socket) -> None:
+        """Handle a connection until it ends."""
+        self.open_connections.add(client)
         try:
-            if self.way == "shut":
+            if self.mode == "refuse":
                 self.refused += 1
-            elif self.way == "silent":
+            elif self.mode == "silent":
                 self.waiting.add(client)
                 while client.recv(65536):
                     pass
@@ -56,7 +56,7 @@ class Door:
             else:
                 self._relay(client)
         finally:
-            self.inside.discard(client)
+            self.open_connections.discard(client)
 
     def _relay(self, client: socket.socket) -> None:
         with socket.create_connection(("127.0.0.1", self.target)) as server:
@@ -70,26 +70,26 @@ class Door:
 
 
 @contextmanager
-def door_to(target: int) -> Iterator[Door]:
-    """A `Door`, for the time of the block."""
-    door = Door(target)
+def proxy_to(target: int) -> Iterator[Proxy]:
+    """A `Proxy` of a server, for the time of the block."""
+    proxy = Proxy(target)
 
-    class Way(socketserver.BaseRequestHandler):
+    class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            with contextlib.suppress(OSError):  # a side that has gone is what this is for
-                door.let(self.request)
+            with contextlib.suppress(OSError):  # a closed connection
+                proxy.handle(self.request)
 
     class Server(socketserver.ThreadingTCPServer):
         daemon_threads = True
         block_on_close = False
 
-    with Server(("127.0.0.1", 0), Way) as server:
-        door.port = server.server_address[1]
+    with Server(("127.0.0.1", 0), Handler) as server:
+        proxy.port = server.server_address[1]
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
-            yield door
+            yield proxy
         finally:
-            door.shut()
+            proxy.refuse()
             server.shutdown()
             thread.join()
