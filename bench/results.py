@@ -49,7 +49,7 @@ def take_in(file: Path, name: str, command: str) -> None:
 
 
 def take_in_signal(file: Path, name: str) -> None:
-    """Keep the verdict of a pre-flight beside the comparison."""
+    """Keep the verdict of a grouping signal beside the comparison."""
     found = json.loads((FOLDER / f"{name}.json").read_text())
     _write(name, found | {"signal": json.loads(file.read_text())["verdict"]})
 

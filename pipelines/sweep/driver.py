@@ -43,7 +43,7 @@ from pipelines.sweep.results import (
     status,
 )
 from pipelines.sweep.trials import STOPPED, Trial, best_config, sweep_name, trials
-from pipelines.training.driver import check_data, check_network
+from pipelines.training.checks import check_data, check_network
 from pipelines.training.warm_start import keep_models, open_models
 from pipelines.training.worker import Job
 

@@ -5,39 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import yaml
-
-from dmtg_core.network.grouping_network import GroupingNetwork
-from dmtg_core.tasks import Task
-from dmtg_core.training.aggregation import load_aggregator
-from dmtg_core.training.data import epoch_steps
-from dmtg_core.training.step import WeighedLoss
-from dmtg_core.training.warm_start import WarmStart
 from pipelines.cluster import session, user_error
 from pipelines.config.loading import Config
-from pipelines.data.ingest import keeps_in_memory, load_splits
-from pipelines.data.manifest import Manifest, check_shards, check_targets, support_notes
-from pipelines.data.reader import Reader
-from pipelines.data.shards import ensure_shards
-from pipelines.errors import UserError
 from pipelines.registry.models import Registered
-from pipelines.registry.tracking import connect, enabled, open_tracker, shown
+from pipelines.registry.tracking import connect, enabled, open_tracker
 from pipelines.runs.events import for_result
-from pipelines.runs.files import CONFIG, EVENTS, REPORT, RESULT, SEARCHED, read_jsonl
+from pipelines.runs.files import EVENTS, REPORT, RESULT, SEARCHED, read_jsonl
 from pipelines.runs.identity import open_run
 from pipelines.runs.models import check_models
 from pipelines.storage import Location, locate
+from pipelines.training.checks import check_network, prepare, write_config
 from pipelines.training.finetune import train_groups
 from pipelines.training.monitor import monitoring
 from pipelines.training.progress import Plan, display
 from pipelines.training.publish import opened, publish
 from pipelines.training.ray.failures import training_failed
-from pipelines.training.warm_start import explained, fairness_notes, keep_models, open_models
+from pipelines.training.warm_start import fairness_notes, keep_models, open_models
 from pipelines.training.worker import Job, work
 
 logger = logging.getLogger(__name__)
@@ -80,10 +69,8 @@ def train(config: Config, log: Callable[[str], None] = logger.info) -> Trained:
         connect(config.track)  # before shards are made, which can take hours
     models = open_models(config, run)
     with session_if_needed(config):
-        manifest = ensure_shards(config, log)
-        folder = locate(config.data.shards)
-        tasks = check_all(config, manifest, folder, models, log)
-        notes = support_notes(manifest, tasks, config.data.min_support)
+        data = prepare(config, log, partial(check_network, config, models=models, log=log))
+        manifest, notes = data.manifest, list(data.notes)
         for note in notes:
             log(f"note: {note}")
         finished = (run / RESULT).exists()
@@ -91,19 +78,18 @@ def train(config: Config, log: Callable[[str], None] = logger.info) -> Trained:
         if finished:
             log(f"this run is finished: {run} (another run.name trains anew)")
         else:
-            (run / CONFIG).write_text(yaml.safe_dump(shown(config), sort_keys=False))
-            reader = Reader(folder, manifest, tasks)
+            write_config(config, run)
             start = keep_models(models, run)
             notes += fairness_notes(config, start)
             earlier = read_jsonl(run / EVENTS)
             notes += for_result(earlier)
-            held = load_splits(reader) if keeps_in_memory(reader, config.data) else None
-            plan = Plan.of(config, config.network_spec(manifest.description.input, tasks))
+            held = data.samples()
+            plan = Plan.of(config, config.network_spec(manifest.description.input, data.tasks))
             with (
                 display(plan) as shown_there,
                 monitoring(run, config.ray, tracker, log, earlier, shown_there) as event_log,
             ):
-                train_job(Job(config, reader, held, run, tuple(notes), start, event_log, details=True), log)
+                train_job(Job(config, data.reader, held, run, tuple(notes), start, event_log, details=True), log)
     registered = publish(config, run, tracker, manifest, log)
     return Trained(run, tracker.run_id, (run / RESULT).read_json(), registered, finished)
 
@@ -129,99 +115,6 @@ def session_if_needed(config: Config) -> Iterator[None]:
         return
     with session(config.ray):
         yield
-
-
-def check_all(
-    config: Config,
-    manifest: Manifest,
-    folder: Location,
-    models: WarmStart | None = None,
-    log: Callable[[str], None] = logger.info,
-) -> tuple[Task, ...]:
-    """Everything about data and network that can be known before a worker starts; the chosen tasks.
-
-    Args:
-        models: What the network is to start from.
-
-    Raises:
-        UserError: For the first thing that is wrong.
-    """
-    tasks = check_data(config, manifest, folder)
-    check_network(config, manifest, tasks, models, log)
-    return tasks
-
-
-def check_data(config: Config, manifest: Manifest, folder: Location) -> tuple[Task, ...]:
-    """What can be known of the data; the chosen tasks.
-
-    Raises:
-        UserError: For the first thing that is wrong.
-    """
-    tasks = manifest.tasks(config.data.tasks, str(folder))
-    check_targets(manifest, tasks, str(folder))
-    check_shards(folder, manifest, checksums=config.data.verify_checksums)
-    check_workers(config, manifest)
-    return tasks
-
-
-def check_network(
-    config: Config,
-    manifest: Manifest,
-    tasks: Sequence[Task],
-    models: WarmStart | None = None,
-    log: Callable[[str], None] = logger.info,
-) -> None:
-    """What can be known of the network, and of the models that it is to start from.
-
-    Raises:
-        UserError: For the first thing that is wrong.
-    """
-    with _section("network"):
-        spec = config.network_spec(manifest.description.input, tasks)
-        network = GroupingNetwork(spec)
-    with _section("train"):
-        WeighedLoss(network, aggregator=config.train.aggregator)
-        if config.train.aggregator != "sum":
-            load_aggregator(config.train.aggregator)
-    if models is not None:
-        with explained():
-            models.check(spec)
-        for note in models.notes(spec):
-            log(note)
-
-
-def check_workers(config: Config, manifest: Manifest) -> None:
-    """Whether the data can be shared by as many workers as there may be, and an epoch is the same for all numbers.
-
-    Raises:
-        UserError: When it cannot, or is not.
-    """
-    fewest, most = config.ray.fewest, config.ray.most
-    few = [split for split in manifest.shards if 0 < manifest.rows(split) < most]
-    problem = f"split {few[0]} has {manifest.rows(few[0])} samples for {most} workers" if few else ""
-    try:
-        steps = [epoch_steps(manifest.rows("train"), config.train.batch_size, n) for n in (fewest, most)]
-    except ValueError as error:
-        problem = str(error)
-    else:
-        if steps[0] != steps[1]:
-            problem = (
-                f"an epoch of {manifest.rows('train')} samples has {steps[0]} batches for {fewest} workers and "
-                f"{steps[1]} for {most}, who could not share the last one"
-            )
-    if problem:
-        raise UserError(
-            problem, where="ray.workers", remedy="lower the number of workers, or change train.batch_size"
-        )
-
-
-@contextmanager
-def _section(name: str) -> Iterator[None]:
-    """What the core refuses, as an error of a section of the configuration."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error), where=name, remedy=f"correct the {name} section", wrong_use=True) from error
 
 
 def run_workers(job: Job, log: Callable[[str], None], work: Callable[[dict[str, Any]], None] = work) -> None:

@@ -123,7 +123,7 @@ def test_results_of_a_comparison_from_the_version_before_are_not_mixed_with_new_
 
     with pytest.raises(TrainedAgainError):
         train_cells(job, [cell], log)
-    assert logged[0] == "1 results are of an earlier version, whose figures differ: trained again"
+    assert logged[0] == "1 results are from an earlier version with other figures: trained again"
 
 
 def test_the_run_of_a_model_is_asked_and_without_one_its_groups_are_counted(source, tmp_path) -> None:
