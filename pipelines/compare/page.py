@@ -63,7 +63,7 @@ def gains(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
     """Plot the gain of every method over naive MTL with its interval, the best one on top."""
     known = [row for row in rows if math.isfinite(row["gain"]["value"]) and row["method"] != NAIVE]
     ranked = sorted(known, key=lambda row: -row["gain"]["value"])
-    words = "; ".join(f"{row['method']} {interval(row['gain'], ' %')}" for row in ranked)
+    figures = "; ".join(f"{row['method']} {interval(row['gain'], ' %')}" for row in ranked)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH - 1, 0.32 * len(ranked) + 0.6))
         axes = figure.subplots()
@@ -74,7 +74,7 @@ def gains(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
         label_rows(axes, [row["method"] for row in ranked])
         axes.axvline(0, linewidth=0.8, color="black")
         axes.set_xlabel("gain over naive MTL, %")
-        return svg(figure, f"Gain over naive MTL of every method, with intervals over seeds. {words}")
+        return svg(figure, f"Gain over naive MTL of every method, with intervals over seeds. {figures}")
 
 
 def by_task(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], reference: str) -> str:
