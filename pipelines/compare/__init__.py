@@ -1,1 +1,1 @@
-"""`dmtg compare` and `dmtg signal`: methods beside each other, over seeds."""
+"""`dmtg compare` and `dmtg signal`: comparison of methods over seeds, and the grouping signal."""

@@ -1,7 +1,7 @@
-"""The cells of a comparison: one network or one search, trained with one seed, as a Ray task that leaves a file.
+"""The cells of a comparison: a cell is one network or one search, trained with one seed by a Ray task.
 
-A cell that has its file is never trained again: a comparison that was killed goes on, and methods that come to the
-same grouping share its cell.
+Each cell writes its result to a file. A cell with a file is not trained again, so that a comparison resumes after
+it was killed, and methods that find the same grouping share its cell.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pipelines.storage import Location
 from pipelines.training.ray.failures import permanent_error, training_failed
 
 CELLS = "cells"
-FORMAT = 2  # 1: AUROC from bins, and more than ten branches in a wrong order
+FORMAT = 2  # format 1 had AUROC from bins, and the wrong order of more than ten branches
 NAIVE, AFFINITIES, WIDE, DISTILLED_WIDE, GROUPING, PAIR, PROPOSAL, SEARCH = (
     "naive_mtl", "affinities", "wide", "wide_distilled", "grouping", "pair", "proposal", "search"
 )  # fmt: skip
@@ -49,18 +49,18 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to train.
+    """One network or one search with one seed.
 
     Args:
-        kind: NAIVE, AFFINITIES (naive MTL again, with the affinities that published selectors collect on its way:
-            with many tasks they take far longer than the run), WIDE, DISTILLED_WIDE (the best of three wide
-            encoders, which learns on from all of them), GROUPING, PAIR, PROPOSAL (the groups that the guided
-            search starts from, trained as they are) or SEARCH.
-        seed: Of initial weights, order of data and gate noise.
-        epochs: How many, where it is not `train.epochs`; 0 for these.
-        groups: The groups of a GROUPING; the tasks of a PAIR.
-        options: What a SEARCH changes in the search section.
-        label: Of a SEARCH, for its name.
+        kind: NAIVE, AFFINITIES (naive MTL again, with the affinities of the published selectors; with many tasks
+            the affinities take far longer than the run), WIDE, DISTILLED_WIDE (the best of three wide encoders,
+            distilled from all three), GROUPING, PAIR, PROPOSAL (the groups at which the guided search starts,
+            trained as they are) or SEARCH.
+        seed: Seed of initial weights, data order and gate noise.
+        epochs: Number of epochs; 0 for `train.epochs`.
+        groups: Groups of a GROUPING, tasks of a PAIR.
+        options: Changes of a SEARCH to the search section.
+        label: Name of a SEARCH, for its file.
     """
 
     kind: str
@@ -72,23 +72,30 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The same for the same cell."""
-        what = self.label or self.kind
+        """Name of the file without its suffix. Equal cells have equal names."""
+        stem = self.label or self.kind
         if self.kind == GROUPING:
-            what = f"{self.kind}_{Grouping.of(self.groups).name}"
+            stem = f"{self.kind}_{Grouping.of(self.groups).name}"
         elif self.kind == PAIR:
-            what = f"{self.kind}_{Grouping.of(self.groups).name}_of_{len(self.groups[0])}"
-        return f"{what}{f'_{self.epochs}epochs' if self.epochs else ''}_seed{self.seed}"
+            stem = f"{self.kind}_{Grouping.of(self.groups).name}_of_{len(self.groups[0])}"
+        return f"{stem}{f'_{self.epochs}epochs' if self.epochs else ''}_seed{self.seed}"
 
     @classmethod
     def of(cls, grouping: Grouping, seed: int, epochs: int = 0) -> Cell:
-        """A grouping to be trained from scratch."""
+        """The cell that trains a grouping from scratch."""
         return cls(GROUPING, seed, epochs, grouping.groups)
 
 
 @dataclass(frozen=True)
 class CellJob:
-    """What every cell of a comparison needs, sent to it whole."""
+    """The input that all cells of a comparison share.
+
+    Args:
+        config: Configuration of the comparison.
+        reader: Reader of the shards.
+        held: Samples in shared memory; None if they are streamed.
+        run: Folder of the comparison.
+    """
 
     config: Config
     reader: Reader
@@ -97,22 +104,22 @@ class CellJob:
 
 
 def train_cells(job: CellJob, cells: Iterable[Cell], log: Callable[[str], None]) -> dict[Cell, Result]:
-    """The results of some cells, those that are there read and the others trained as Ray tasks.
+    """Read the results of finished cells and train the other cells as Ray tasks.
 
     Raises:
-        UserError: When a cell cannot be trained; those that can are trained first.
+        UserError: If a cell fails. All other cells are trained first.
     """
     import ray
 
     wanted = list(dict.fromkeys(cells))
     files = {cell: job.run / CELLS / f"{cell.name}.json" for cell in wanted}
-    there = {cell: file.read_json() for cell, file in files.items() if file.exists()}
-    found = {cell: result for cell, result in there.items() if result.get("format") == FORMAT}
+    stored = {cell: file.read_json() for cell, file in files.items() if file.exists()}
+    found = {cell: result for cell, result in stored.items() if result.get("format") == FORMAT}
     left = [cell for cell in wanted if cell not in found]
     if not left:
         return found
-    if len(found) < len(there):
-        log(f"{len(there) - len(found)} results are of an earlier version, whose figures differ: trained again")
+    if len(found) < len(stored):
+        log(f"{len(stored) - len(found)} results are from an earlier version with other figures: trained again")
     log(f"{len(left)} of {len(wanted)} networks and searches to train")
     task = ray.remote(train_cell).options(
         num_cpus=job.config.ray.cpus_per_worker, num_gpus=job.config.ray.gpus_per_worker or None,
@@ -126,7 +133,7 @@ def train_cells(job: CellJob, cells: Iterable[Cell], log: Callable[[str], None])
         cell = waiting.pop(ready)
         try:
             found[cell] = ray.get(ready)
-        except ray.exceptions.RayError as error:  # told below, once the others have ended
+        except ray.exceptions.RayError as error:  # raised below, after the other cells have ended
             failed.append(user_error(error) or training_failed(error, str(job.run)))
             log(f"{cell.name} failed: {failed[-1].what}")
             continue
@@ -138,11 +145,11 @@ def train_cells(job: CellJob, cells: Iterable[Cell], log: Callable[[str], None])
 
 
 def train_cell(job: CellJob, cell: Cell) -> Result:
-    """Train one cell, in a process of its own, and leave its file.
+    """Train one cell in its own process and write its file.
 
     Returns:
-        `grouping`, `score` (mean logarithm of the validation losses), `metrics` by split, `cost` in units of one
-        naive-MTL run, `flops` and `parameters` of inference, `seconds`; and what its kind adds.
+        `grouping`, `score` (mean logarithm of the validation losses), `metrics` by split, `cost` in runs of naive
+        MTL, `flops` and `parameters` of inference, `seconds`, and the keys that its kind adds.
     """
     context = LocalContext()
     config = job.config
@@ -163,7 +170,7 @@ def train_cell(job: CellJob, cell: Cell) -> Result:
     return result
 
 
-def _described(network: GroupingNetwork, score: float, metrics: Mapping[str, Metrics], cost: float) -> Result:
+def _result(network: GroupingNetwork, score: float, metrics: Mapping[str, Metrics], cost: float) -> Result:
     return {
         "grouping": network.grouping().to_dict(),
         "score": score,
@@ -173,21 +180,21 @@ def _described(network: GroupingNetwork, score: float, metrics: Mapping[str, Met
     }
 
 
-def _trained(done: Trained) -> Result:
-    return _described(done.network, done.score, done.metrics, done.cost)
+def _training_result(done: Trained) -> Result:
+    return _result(done.network, done.score, done.metrics, done.cost)
 
 
 def _naive(
     _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
 ) -> Result:
-    return _trained(train_hard(hard_network(spec, together(spec)), data, settings, splits=splits))
+    return _training_result(train_hard(hard_network(spec, together(spec)), data, settings, splits=splits))
 
 
 def _affinities(
     _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
 ) -> Result:
     done, affinities, costs = train_naive_with_affinities(spec, data, settings, splits=splits)
-    return _trained(done) | {
+    return _training_result(done) | {
         "affinities": {name: value.tolist() for name, value in affinities.items()},
         "affinity_costs": costs,
     }
@@ -198,17 +205,17 @@ def _wide(
 ) -> Result:
     network = hard_network(wide_spec(spec), together(spec))
     done = train_hard(network, data, settings, splits=splits, unit=naive_flops(spec))
-    return _trained(done)
+    return _training_result(done)
 
 
 def _distilled_wide(
     _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], config: Config
 ) -> Result:
-    # as many as a search has candidates
+    # a guided search has as many candidates
     specs = [replace(wide_spec(spec), seed=spec.seed + n) for n in range(3)]
-    longer = config.search_options().distilled(settings)
-    done = train_distilled(specs, data, settings, longer, splits=splits, unit=naive_flops(spec))
-    return _trained(done)
+    distillation = config.search_options().distilled(settings)
+    done = train_distilled(specs, data, settings, distillation, splits=splits, unit=naive_flops(spec))
+    return _training_result(done)
 
 
 def _grouping(
@@ -216,7 +223,7 @@ def _grouping(
 ) -> Result:
     network = hard_network(spec, Grouping.of(cell.groups, [task.name for task in spec.tasks]))
     done = train_hard(network, data, settings, splits=splits, unit=naive_flops(spec))
-    return _trained(done)
+    return _training_result(done)
 
 
 def _pair(
@@ -225,22 +232,22 @@ def _pair(
     own = replace(spec, tasks=tuple(task for task in spec.tasks if task.name in cell.groups[0]))
     network = hard_network(own, together(own))
     done = train_hard(network, data, settings, splits=splits, unit=naive_flops(spec))
-    return _trained(done)
+    return _training_result(done)
 
 
 def _proposal(
     _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], config: Config
 ) -> Result:
-    options, count = config.search_options(), min(spec.groups, len(spec.tasks))
+    options, groups = config.search_options(), min(spec.groups, len(spec.tasks))
     least, most = options.affinity_epochs(settings)
     wide, short = affinity_plan(spec, settings, most)
     compared = TrainState.fresh(GroupingNetwork(wide), short)
-    overlap = compare_tasks(compared, data, short, LocalContext(), groups=count, least=least)
-    grouping = Grouping.from_assignment([task.name for task in spec.tasks], cluster(overlap, count))
+    overlap = compare_tasks(compared, data, short, LocalContext(), groups=groups, least=least)
+    grouping = Grouping.from_assignment([task.name for task in spec.tasks], cluster(overlap, groups))
     unit = naive_flops(spec)
     done = train_hard(hard_network(spec, grouping), data, settings, splits=splits, unit=unit)
     share = training_flops(compared.network) * compared.epoch / (unit * settings.epochs)
-    return _described(done.network, done.score, done.metrics, done.cost + share) | {"affinity": overlap.tolist()}
+    return _result(done.network, done.score, done.metrics, done.cost + share) | {"affinity": overlap.tolist()}
 
 
 def _search(
@@ -251,7 +258,7 @@ def _search(
     own = replace(settings, search_share=section.share)
     found = search(spec, data, own, options, baseline=False, splits=splits)
     chosen = next(candidate for candidate in found.candidates if candidate["stage"] == found.chosen)
-    return _described(found.network, score_of(found.metrics["val"]), found.metrics, found.cost) | {
+    return _result(found.network, score_of(found.metrics["val"]), found.metrics, found.cost) | {
         "chosen": found.chosen,
         "distilled": found.distilled,
         "candidates": found.candidates,

@@ -1,22 +1,17 @@
-"""`dmtg compare`: the search beside all that it should beat, over seeds, and what that says."""
+"""`dmtg compare`: the search and its baselines over seeds, with paired intervals."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
-
-import yaml
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.encoders import WIDTHS
 from dmtg_core.search.options import SearchOptions
 from dmtg_core.tasks import Task
-from pipelines.cluster import session
 from pipelines.compare.cells import NAIVE, Cell, CellJob, Result, train_cells
 from pipelines.compare.methods import (
     EXHAUSTIVE_TASKS,
@@ -24,39 +19,35 @@ from pipelines.compare.methods import (
     GUIDED,
     LONG,
     LONGER,
-    Contest,
-    entries,
+    Comparison,
     first_cells,
     last_cells,
+    results_of,
     second_cells,
 )
-from pipelines.compare.results import comparison
+from pipelines.compare.preparation import cell_job, cells_session, open_cells_folder
+from pipelines.compare.results import summary
 from pipelines.config.loading import Config
 from pipelines.config.sections import SearchSection
 from pipelines.config.validation import checked
-from pipelines.data.ingest import keeps_in_memory, load_splits
-from pipelines.data.manifest import Manifest, support_notes
-from pipelines.data.reader import Reader
-from pipelines.data.shards import ensure_shards
 from pipelines.errors import UserError
-from pipelines.registry.tracking import connect, enabled, open_tracker, shown
+from pipelines.registry.tracking import connect, enabled, open_tracker
 from pipelines.runs.files import CONFIG
-from pipelines.runs.identity import earlier_verdict, folder_name, open_run
-from pipelines.storage import Location, locate
-from pipelines.training.driver import check_data, check_network
+from pipelines.runs.identity import earlier_verdict
+from pipelines.storage import Location
 
 FOUND, PAGE = "compare.json", "compare.html"
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Compared:
-    """What a comparison gave.
+class ComparisonResult:
+    """The result of a comparison.
 
     Args:
-        folder: Its folder.
-        run_id: Its MLflow run; empty without tracking.
-        found: The content of `compare.json`.
+        folder: Folder of the comparison.
+        run_id: MLflow run; empty without tracking.
+        found: Content of `compare.json`.
     """
 
     folder: Location
@@ -69,35 +60,37 @@ class Compared:
         return self.folder / PAGE
 
 
-def compare(config: Config, log: Callable[[str], None] = logger.info) -> Compared:
-    """Run a comparison to its end, from wherever an earlier call with the same configuration got to.
+def compare(config: Config, log: Callable[[str], None] = logger.info) -> ComparisonResult:
+    """Run a comparison to its end. It resumes where an earlier call with the same configuration stopped.
 
-    What has been trained is not trained again, also where methods or seeds were added since.
+    Finished cells are not trained again, also if methods or seeds were added.
 
     Raises:
-        UserError: For anything that stands in the way, before anything is trained where that can be known.
+        UserError: For every problem, before training if it can be known by then.
     """
     from pipelines.compare.page import write_page
 
-    described, folder = open_folder(config, "compare")
+    named, folder = open_cells_folder(config, "compare")
     if enabled(config.track):
         connect(config.track)
-    with cells_session(config):
-        manifest = ensure_shards(config, log)
-        tasks = check_cells(described, manifest, log)
-        methods = methods_of(config, tasks)
-        contest = Contest(config, tuple(task.name for task in tasks))
-        tracker = open_tracker(described, folder, manifest)
-        (folder / CONFIG).write_text(yaml.safe_dump(shown(described), sort_keys=False))
-        job = cell_job(config, manifest, tasks, folder)
-        results = train_both(contest, methods, job, log)
-        notes = support_notes(manifest, tasks, config.data.min_support)
-        found = comparison(contest, tasks, methods, results, notes)
+    with cells_session(named, log) as data:
+        methods = methods_of(config, data.tasks)
+        comparison = Comparison(config, tuple(task.name for task in data.tasks))
+        tracker = open_tracker(named, folder, data.manifest)
+        results = train_methods(comparison, methods, cell_job(data, folder), log)
+        found = summary(comparison, data.tasks, methods, results, data.notes)
         found |= {"name": folder.name, "signal": earlier_verdict(config)}
         write_page(folder / PAGE, found, config)
         (folder / FOUND).write_json(found)
-    ours = next((row for row in found["rows"] if row["method"] == GUIDED), found["rows"][0])
-    result = {
+    artifacts = {name: (folder / name).read_text() for name in (PAGE, FOUND, CONFIG)}
+    tracker.finish(_tracked(found), artifacts)
+    return ComparisonResult(folder, tracker.run_id, found)
+
+
+def _tracked(found: dict[str, Any]) -> dict[str, Any]:
+    """The figures that go to MLflow."""
+    guided = next((row for row in found["rows"] if row["method"] == GUIDED), found["rows"][0])
+    return {
         "split": found["split"],
         "metrics": {
             row["method"]: {
@@ -107,65 +100,16 @@ def compare(config: Config, log: Callable[[str], None] = logger.info) -> Compare
             }
             for row in found["rows"]
         },
-        "normalized_gain": ours["gain"]["value"],
+        "normalized_gain": guided["gain"]["value"],
         "grouping_name": "",
     }
-    tracker.finish(result, {name: (folder / name).read_text() for name in (PAGE, FOUND, CONFIG)})
-    return Compared(folder, tracker.run_id, found)
-
-
-def open_folder(config: Config, what: str) -> tuple[Config, Location]:
-    """The folder and the configuration that names it.
-
-    Raises:
-        UserError: When it cannot be written to, or belongs to another configuration; as `Config.check_options`.
-    """
-    config.check_options()
-    name = config.run.name or folder_name(config, what)
-    described = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
-    return described, open_run(described)
-
-
-@contextmanager
-def cells_session(config: Config) -> Iterator[None]:
-    """Ray with room for as many cells as the machine has cores for, and for the data tasks."""
-    cpus = config.ray.cpus_per_worker
-    at_once = config.ray.trials or max(int((os.cpu_count() or 1) // cpus), 1)
-    least = config.ray.fewest * cpus + min(config.ray.data_cpus, 1)  # what any session needs
-    with session(config.ray, max(at_once * cpus, least)):
-        yield
-
-
-def check_cells(config: Config, manifest: Manifest, log: Callable[[str], None]) -> tuple[Task, ...]:
-    """Everything that can be known before a cell is trained; the tasks.
-
-    Raises:
-        UserError: For the first thing that is wrong.
-    """
-    tasks = check_data(config, manifest, locate(config.data.shards))
-    check_network(config, manifest, tasks, None, log)
-    if config.network.groups < 2 or len(tasks) < 2:
-        raise UserError(
-            f"nothing to group: {len(tasks)} tasks, {config.network.groups} group",
-            where="data.tasks, network.groups",
-            remedy="give at least two tasks and two groups",
-            wrong_use=True,
-        )
-    if config.network.start_from:
-        raise UserError(
-            "a comparison trains every network from scratch",
-            where=f"network.start_from={list(config.network.start_from)}",
-            remedy="leave network.start_from out",
-            wrong_use=True,
-        )
-    return tasks
 
 
 def methods_of(config: Config, tasks: Sequence[Task]) -> list[str]:
-    """The methods in their order, naive MTL first, with the variants and what runs at an equal budget.
+    """The methods in order: naive MTL, the chosen methods, variants, groupings, and methods with an equal budget.
 
     Raises:
-        UserError: For a method that cannot be run on these tasks or this encoder, or a variant of a taken name.
+        UserError: For a method that cannot run with these tasks or this encoder, and for a name that is taken.
     """
     chosen = list(dict.fromkeys((NAIVE, *config.compare.methods)))
     if "exhaustive" in chosen and len(tasks) > EXHAUSTIVE_TASKS:
@@ -182,17 +126,17 @@ def methods_of(config: Config, tasks: Sequence[Task]) -> list[str]:
             remedy="leave wide and wide_distilled out of compare.methods",
             wrong_use=True,
         )
-    named = [*config.compare.variants, *config.compare.groupings]
-    taken = [name for name in named if name in FIRST or name.endswith(LONG) or named.count(name) > 1]
+    own = [*config.compare.variants, *config.compare.groupings]
+    taken = [name for name in own if name in FIRST or name.endswith(LONG) or own.count(name) > 1]
     if taken:
         raise UserError(
             f"there is more than one {taken[0]}",
             where="compare.variants, compare.groupings",
-            remedy="give what you add a name of its own",
+            remedy="give each variant and each grouping its own name",
             wrong_use=True,
         )
     for name, changes in config.compare.variants.items():
-        checked_variant(config, name, changes)
+        check_variant(config, name, changes)
     for name, groups in config.compare.groupings.items():
         try:
             Grouping.of(groups, [task.name for task in tasks])
@@ -203,49 +147,46 @@ def methods_of(config: Config, tasks: Sequence[Task]) -> list[str]:
                 remedy="put each task into one group",
                 wrong_use=True,
             ) from error
-    chosen += named
+    chosen += own
     if config.compare.equal_budget and GUIDED in chosen:
         chosen += [f"{name}{LONG}" for name, methods in LONGER.items() if {*methods} & {*chosen}]
     return chosen
 
 
-def checked_variant(config: Config, name: str, changes: dict[str, Any]) -> None:
-    """Whether a variant's changes make a search of a comparison.
+def check_variant(config: Config, name: str, changes: dict[str, Any]) -> None:
+    """Check that the changes of a variant are those of a search.
 
     Raises:
-        UserError: When not.
+        UserError: For an unknown key, and for a key that has no effect in a comparison.
     """
     where = f"compare.variants.{name}"
     section = checked(SearchSection, config.search.model_dump() | changes, where)
     config.model_copy(update={"search": section}).search_options(where)
-    able = {"share", *SearchOptions.__dataclass_fields__}
-    other = sorted(set(changes) - able)
+    allowed = {"share", *SearchOptions.__dataclass_fields__}
+    other = sorted(set(changes) - allowed)
     if other:
         raise UserError(
             f"a search of a comparison does not depend on {other[0]}",
             where=f"{where}.{other[0]}",
-            remedy=f"change one of {', '.join(sorted(able))}",
+            remedy=f"change one of {', '.join(sorted(allowed))}",
             wrong_use=True,
         )
 
 
-def cell_job(config: Config, manifest: Manifest, tasks: Sequence[Task], folder: Location) -> CellJob:
-    """What every cell needs; samples that fit are read once, into shared memory."""
-    reader = Reader(locate(config.data.shards), manifest, tuple(tasks))
-    held = load_splits(reader) if keeps_in_memory(reader, config.data) else None
-    return CellJob(config, reader, held, folder)
-
-
-def train_both(
-    contest: Contest, methods: Sequence[str], job: CellJob, log: Callable[[str], None]
+def train_methods(
+    comparison: Comparison, methods: Sequence[str], job: CellJob, log: Callable[[str], None]
 ) -> dict[str, dict[int, list[Result]]]:
-    """Method → seed → what it came to. First what needs nothing, then what follows from it, long runs last."""
-    seeds = contest.config.compare.seeds
+    """Train all cells: the first cells, then those that need their results, then the methods with an equal budget.
+
+    Returns:
+        Method → seed → results.
+    """
+    seeds = comparison.config.compare.seeds
     base = [method.removesuffix(LONG) for method in methods]
-    first: list[Cell] = list(chain.from_iterable(first_cells(contest, m, s) for s in seeds for m in base))
+    first: list[Cell] = list(chain.from_iterable(first_cells(comparison, m, s) for s in seeds for m in base))
     found = train_cells(job, first, log)
     for cells, names in ((second_cells, base), (last_cells, methods)):
         found |= train_cells(
-            job, chain.from_iterable(cells(contest, m, s, found) for s in seeds for m in names), log
+            job, chain.from_iterable(cells(comparison, m, s, found) for s in seeds for m in names), log
         )
-    return {method: {seed: entries(contest, method, seed, found) for seed in seeds} for method in methods}
+    return {method: {seed: results_of(comparison, method, seed, found) for seed in seeds} for method in methods}

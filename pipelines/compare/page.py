@@ -1,4 +1,4 @@
-"""`compare.html`: what a comparison found, as one page without a network, and its figures."""
+"""`compare.html`: the report of a comparison as one page that needs no network access, and its figures."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pipelines.report.formatting import cost
 from pipelines.report.render import render
 from pipelines.storage import Location
 
-NAIVE, SINGLE = "naive_mtl", "single_task"  # methods, as the comparison calls them
+NAIVE, SINGLE = "naive_mtl", "single_task"  # names of methods
 
 
 def write_page(target: Location, found: Mapping[str, Any], config: Config) -> None:
-    """Make the page of a comparison.
+    """Write the report of a comparison.
 
     Args:
-        target: The file.
-        found: The content of `compare.json`.
-        config: The configuration.
+        target: File of the report.
+        found: Content of `compare.json`.
+        config: Configuration of the comparison.
     """
-    drawn = {
+    plots = {
         "gains": gains(found["rows"], found["reference"]),
         "tasks": by_task(found["rows"], found["tasks"], found["reference"]),
         "together": together(found["tasks"], found["together"]),
@@ -40,13 +40,13 @@ def write_page(target: Location, found: Mapping[str, Any], config: Config) -> No
             filters={"cost": cost, "interval": interval, "two": two},
             found=found,
             config=yaml.safe_dump(shown(config), sort_keys=False),
-            figures=drawn,
+            figures=plots,
         )
     )
 
 
 def interval(mean: Mapping[str, Any], unit: str = "") -> str:
-    """A mean with half of its interval."""
+    """A mean ± half of its interval."""
     if not math.isfinite(mean["value"]):
         return "–"
     if not math.isfinite(mean["low"]):
@@ -55,32 +55,33 @@ def interval(mean: Mapping[str, Any], unit: str = "") -> str:
 
 
 def two(value: float | None) -> str:
-    """Two digits, or a dash."""
+    """A number with two decimals; a dash if it is not defined."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.2f}"
 
 
 def gains(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
-    """Gain over naive MTL of every method with its interval, the best on top."""
+    """Plot the gain of every method over naive MTL with its interval, the best one on top."""
     known = [row for row in rows if math.isfinite(row["gain"]["value"]) and row["method"] != NAIVE]
     ranked = sorted(known, key=lambda row: -row["gain"]["value"])
-    words = "; ".join(f"{row['method']} {interval(row['gain'], ' %')}" for row in ranked)
+    figures = "; ".join(f"{row['method']} {interval(row['gain'], ' %')}" for row in ranked)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH - 1, 0.32 * len(ranked) + 0.6))
         axes = figure.subplots()
         for place, row in enumerate(ranked):
             own = row["method"] == reference
             axes.barh(place, row["gain"]["value"], color=COLOURS[0] if own else NEUTRAL, height=0.7)
-            across(axes, row["gain"], place)
+            plot_interval(axes, row["gain"], place)
         label_rows(axes, [row["method"] for row in ranked])
         axes.axvline(0, linewidth=0.8, color="black")
-        axes.set_xlabel("gain over naive MTL, % of error")
-        return svg(figure, f"Gain over naive MTL of every method, with intervals over seeds. {words}")
+        axes.set_xlabel("gain over naive MTL, %")
+        return svg(figure, f"Gain over naive MTL of every method, with intervals over seeds. {figures}")
 
 
 def by_task(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], reference: str) -> str:
-    """Error of each task: the search beside naive MTL and single-task networks, in parts of naive MTL's.
+    """Plot the error of each task relative to naive MTL: the search, naive MTL and single-task networks.
 
-    Empty where naive MTL was not among the methods.
+    Returns:
+        The figure; empty if naive MTL is not among the methods.
     """
     found = {row["method"]: row["errors"] for row in rows}
     tints = {reference: COLOURS[0], NAIVE: NEUTRAL, SINGLE: COLOURS[1]}
@@ -98,23 +99,21 @@ def by_task(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], reference: 
                 place = n + (i - (len(shown) - 1) / 2) * thick
                 label = "" if n else name
                 axes.barh(place, error["value"], color=tints[name], height=0.9 * thick, label=label)
-                across(axes, error, place)
+                plot_interval(axes, error, place)
         label_rows(axes, tasks)
         axes.set_xlabel("error, % of naive MTL's mean (left is better)")
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9, borderaxespad=0)
         return svg(figure, f"Error of each task with intervals over seeds, of {', '.join(shown)}; see the table")
 
 
-def across(axes: Axes, mean: Mapping[str, Any], place: float) -> None:
-    """An interval as a line across its bar, where there is one."""
+def plot_interval(axes: Axes, mean: Mapping[str, Any], place: float) -> None:
+    """Plot an interval across its bar, if the interval is defined."""
     if math.isfinite(mean["low"]) and math.isfinite(mean["high"]):
         axes.plot([mean["low"], mean["high"]], [place] * 2, color="black", linewidth=1.2, marker="|", markersize=5)
 
 
 def together(tasks: Sequence[str], share: Sequence[Sequence[float]]) -> str:
-    """Share of the seeds in which two tasks are in one group, in an order that brings groups together."""
+    """Plot the share of the seeds with two tasks in one group. Tasks of one group are adjacent."""
     order = sorted(range(len(tasks)), key=lambda n: [-value for value in share[n]])
     values = [[share[a][b] for b in order] for a in order]
-    return heatmap(
-        values, [tasks[n] for n in order], "How often two tasks are in one group, over seeds", vmin=0, vmax=1
-    )
+    return heatmap(values, [tasks[n] for n in order], "Share of seeds with two tasks in one group", vmin=0, vmax=1)

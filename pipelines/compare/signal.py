@@ -1,9 +1,9 @@
-"""`dmtg signal`: whether grouping can matter on a data set, found out by short runs before a long one.
+"""`dmtg signal`: short runs that show whether the choice of groups has an effect on a data set.
 
-A few random groupings are trained with a few seeds each. If networks of one grouping differ among seeds as much as
-networks of different groupings do, chance finds none that is better. Good groups can be rare among random ones:
-those of tasks with a high feature overlap (`dmtg_core.search.feature_overlap`) are trained too. So is the wide
-encoder of equal cost: how far it is ahead says whether capacity counts, not grouping.
+The grouping signal trains a few random groupings with a few seeds each. If networks with the same grouping differ
+as much as networks with different groupings, no random grouping is better than the others. Good groups can be rare
+among random ones, so groups of tasks with a high feature overlap (`dmtg_core.search.feature_overlap`) are trained
+too. A wide encoder of equal cost shows how much of a gain comes from capacity alone.
 """
 
 from __future__ import annotations
@@ -16,79 +16,69 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import yaml
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.encoders import WIDTHS
 from dmtg_core.tasks import Task
 from pipelines.compare.cells import NAIVE, PROPOSAL, WIDE, Cell, Result, train_cells
-from pipelines.compare.driver import cell_job, cells_session, check_cells, open_folder
 from pipelines.compare.methods import random_groupings
+from pipelines.compare.preparation import cell_job, cells_session, open_cells_folder
 from pipelines.compare.significance import Correlation, agreement, intraclass_correlation, mean_of
 from pipelines.config.loading import Config
-from pipelines.data.shards import ensure_shards
-from pipelines.registry.tracking import shown
-from pipelines.runs.files import CONFIG
 from pipelines.runs.identity import SIGNAL
 from pipelines.runs.results import numbers
 from pipelines.storage import Location
 
-WEAK, STRONG = 0.3, 0.6  # of an intraclass correlation
+WEAK, STRONG = 0.3, 0.6  # thresholds of the intraclass correlation
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Signalled:
-    """What a pre-flight gave.
+class SignalResult:
+    """A grouping signal.
 
     Args:
-        folder: Its folder.
-        found: The content of `signal.json`.
+        folder: Folder of the grouping signal.
+        found: Content of `signal.json`.
     """
 
     folder: Location
     found: dict[str, Any]
 
 
-def signal(config: Config, log: Callable[[str], None] = logger.info) -> Signalled:
-    """Run a pre-flight to its end, from wherever an earlier call with the same configuration got to.
+def signal(config: Config, log: Callable[[str], None] = logger.info) -> SignalResult:
+    """Compute a grouping signal. It resumes where an earlier call with the same configuration stopped.
 
-    Everything is judged on validation data.
+    All figures are of the validation split.
 
     Raises:
-        UserError: For anything that stands in the way.
+        UserError: For every problem, before training if it can be known by then.
     """
-    described, folder = open_folder(config, "signal")
+    named, folder = open_cells_folder(config, "signal")
     section = config.signal
     epochs = max(round(section.share * config.train.epochs), 1)
-    with cells_session(config):
-        manifest = ensure_shards(config, log)
-        tasks = check_cells(described, manifest, log)
-        (folder / CONFIG).write_text(yaml.safe_dump(shown(described), sort_keys=False))
-        names = [task.name for task in tasks]
-        partitions = draw(names, min(config.network.groups, len(names)), section.partitions)
-        wide = config.network.encoder in WIDTHS
+    with cells_session(named, log) as data:
+        names = [task.name for task in data.tasks]
+        partitions = distinct_partitions(names, min(config.network.groups, len(names)), section.partitions)
+        kinds = (NAIVE, PROPOSAL, WIDE) if config.network.encoder in WIDTHS else (NAIVE, PROPOSAL)
         cells = [Cell.of(one, seed, epochs) for one in partitions for seed in section.seeds]
-        cells += [Cell(kind, seed, epochs) for kind in (NAIVE, PROPOSAL) for seed in section.seeds]
-        cells += [Cell(WIDE, seed, epochs) for seed in section.seeds] if wide else []
-        results = train_cells(cell_job(config, manifest, tasks, folder), cells, log)
+        cells += [Cell(kind, seed, epochs) for kind in kinds for seed in section.seeds]
+        results = train_cells(cell_job(data, folder), cells, log)
     grouped = [[results[Cell.of(one, seed, epochs)] for seed in section.seeds] for one in partitions]
-    naive = [results[Cell(NAIVE, seed, epochs)] for seed in section.seeds]
-    proposed = [results[Cell(PROPOSAL, seed, epochs)] for seed in section.seeds]
-    wides = [results[Cell(WIDE, seed, epochs)] for seed in section.seeds] if wide else []
+    of_kind = {kind: [results[Cell(kind, seed, epochs)] for seed in section.seeds] for kind in kinds}
     found = {
         "name": folder.name,
         "epochs": epochs,
         "partitions": [[list(group) for group in one.groups] for one in partitions],
         "seeds": list(section.seeds),
-        **judged(tasks, grouped, naive, proposed, wides),
+        **analyse(data.tasks, grouped, of_kind[NAIVE], of_kind[PROPOSAL], of_kind.get(WIDE, [])),
     }
     (folder / SIGNAL).write_json(found)
-    return Signalled(folder, found)
+    return SignalResult(folder, found)
 
 
-def draw(tasks: Sequence[str], groups: int, count: int) -> list[Grouping]:
-    """Different ones of `random_groupings`; fewer where there are no more."""
+def distinct_partitions(tasks: Sequence[str], groups: int, count: int) -> list[Grouping]:
+    """Different partitions of `random_groupings`. There are fewer than `count` if no more exist."""
     rng = np.random.default_rng([len(tasks), groups])
     found: dict[str, Grouping] = {}
     for one in islice(random_groupings(tasks, groups, rng), 100 * count):
@@ -98,81 +88,94 @@ def draw(tasks: Sequence[str], groups: int, count: int) -> list[Grouping]:
     return list(found.values())
 
 
-def judged(
+def analyse(
     tasks: Sequence[Task],
     grouped: Sequence[Sequence[Result]],
     naive: Sequence[Result],
     proposed: Sequence[Result],
     wide: Sequence[Result],
 ) -> dict[str, Any]:
-    """What the runs say: correlations, gains over naive MTL, and a verdict.
+    """Correlations, gains of the losses, and the verdict.
 
     Args:
         tasks: The tasks.
-        grouped: The results of each partition, seed by seed.
-        naive, proposed, wide: Those of naive MTL, of groups that read the same, and of the wide encoder.
+        grouped: Results of each partition, with one result for each seed.
+        naive, proposed, wide: Results over seeds of naive MTL, of groups with a high feature overlap, and of the
+            wide encoder.
     """
     overall = intraclass_correlation([[result["score"] for result in row] for row in grouped])
     by_task = {
         task.name: asdict(intraclass_correlation([[_log_loss(r, task.name) for r in row] for row in grouped]))
         for task in tasks
     }
-
-    def lead(results: Sequence[Sequence[float]]) -> dict[str, Any]:
-        """By how many per cent the first mean loss of a pair is lower than the second, over seeds."""
-        return asdict(mean_of([100 * (1 - math.exp(a - b)) for a, b in results]))
-
-    middle = [mean_of([row[i]["score"] for row in grouped]).value for i in range(len(naive))]
-    random = lead([(m, n["score"]) for m, n in zip(middle, naive, strict=True)])
-    ours = lead([(p["score"], m) for p, m in zip(proposed, middle, strict=True)])
-    wider = lead([(w["score"], n["score"]) for w, n in zip(wide, naive, strict=True)]) if wide else None
-    ahead = lead([(w["score"], m) for w, m in zip(wide, middle, strict=True)]) if wide else None
+    random = [mean_of([row[i]["score"] for row in grouped]).value for i in range(len(naive))]
+    single, ours, whole = ([result["score"] for result in results] for results in (naive, proposed, wide))
     names = [task.name for task in tasks]
-    found = {
+    gains = {
+        "random": _gain(random, single),
+        "proposed_over_random": _gain(ours, random),
+        "wide": _gain(whole, single) if wide else None,
+        "wide_over_random": _gain(whole, random) if wide else None,
+    }
+    return {
         "correlation": asdict(overall),
         "by_task": by_task,
-        "random": random,
-        "proposed_over_random": ours,
+        **gains,
         "agreement": agreement([Grouping.from_dict(p["grouping"], names) for p in proposed]),
-        "wide": wider,
-        "wide_over_random": ahead,
+        "verdict": verdict(overall, gains),
     }
-    return found | {"verdict": verdict(overall, random, ours, wider, ahead)}
 
 
 def _log_loss(result: Result, task: str) -> float:
     return math.log(max(numbers(result["metrics"]["val"])[task]["loss"], 1e-12))
 
 
-Lead = Mapping[str, Any]
+def _gain(scores: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
+    """Gain of the mean loss over a reference, in per cent, with its interval over seeds."""
+    return asdict(mean_of([100 * (1 - math.exp(a - b)) for a, b in zip(scores, reference, strict=True)]))
 
 
-def verdict(overall: Correlation, random: Lead, proposed: Lead, wide: Lead | None, ahead: Lead | None) -> str:
-    """Whether grouping matters, in words."""
+def verdict(overall: Correlation, gains: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """Whether the choice of groups has an effect, as text.
+
+    Args:
+        overall: Correlation of the validation scores.
+        gains: `random` and `wide` over naive MTL, `proposed_over_random` and `wide_over_random`; those of the wide
+            encoder are None if its widths are fixed.
+    """
     if not math.isfinite(overall.value):
-        return "Nothing varies: these runs say nothing."
-    share = (
-        f"among random groupings, which tasks go together explains {max(overall.value, 0):.0%} of the variation "
-        f"(intraclass correlation {overall.value:.2f}, 95 % interval {overall.low:.2f} to {overall.high:.2f}), "
-        f"and groups of tasks that read the same are {_words(proposed)} random ones"
-    )
+        return "All runs have the same validation score, so there is no grouping signal."
+    random, proposed = gains["random"], gains["proposed_over_random"]
+    assert random is not None
+    assert proposed is not None
+    ending = ""
     if proposed["low"] > 0 or overall.low > WEAK or overall.value > STRONG:
-        first = f"Grouping matters here: {share}."
+        effect = "Grouping matters here."
     elif overall.value < WEAK:
-        first = f"Grouping hardly matters here: {share}."
+        effect = "Grouping hardly matters here."
     else:
-        first = f"Grouping may matter here: {share}; more partitions or seeds would tell."
-    second = f" Random groups are {_words(random)} naive MTL"
-    if wide is None or ahead is None:
-        return f"{first}{second}."
-    return (
-        f"{first}{second}; one wide encoder of the same cost is {_words(wide)} naive MTL, and {_words(ahead)} "
-        "random groups."
+        effect = "Grouping may matter here."
+        ending = " More partitions or seeds would give a clearer answer."
+    text = (
+        f"{effect} The choice of groups explains {max(overall.value, 0):.0%} of the variation among random "
+        f"groupings (intraclass correlation {overall.value:.2f}, "
+        f"95 % interval {overall.low:.2f} to {overall.high:.2f}). "
+        f"Groups of tasks with a high feature overlap are {_relation(proposed, 'random groups')}. "
+        f"Random groups are {_relation(random, 'naive MTL')}."
     )
+    wide, over_random = gains["wide"], gains["wide_over_random"]
+    if wide is not None and over_random is not None:
+        text += (
+            f" One wide encoder of the same cost is {_relation(wide, 'naive MTL')} and "
+            f"{_relation(over_random, 'random groups')}."
+        )
+    return f"{text} The gains are of the losses.{ending}"
 
 
-def _words(lead: Lead) -> str:
-    """A lead in per cent of loss, as better, worse or neither."""
-    if not lead["low"] * lead["high"] > 0:
-        return f"not told apart from ({lead['value']:+.1f} % of loss)"
-    return f"{abs(lead['value']):.1f} % of loss {'better' if lead['value'] > 0 else 'worse'} than"
+def _relation(gain: Mapping[str, Any], reference: str) -> str:
+    """A gain as better than a reference, worse than it, or not significantly different from it."""
+    if not gain["low"] * gain["high"] > 0:
+        relation = "not significantly different from"
+    else:
+        relation = "better than" if gain["value"] > 0 else "worse than"
+    return f"{relation} {reference} (gain {gain['value']:+.1f} %)"

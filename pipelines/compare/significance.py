@@ -1,4 +1,4 @@
-"""How sure a difference is: intervals over seeds, and how much of a variation comes from what was varied."""
+"""Statistics over seeds: confidence intervals, intraclass correlation, and agreement of groupings."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dmtg_core.grouping import Grouping
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds with its interval.
+    """A mean over seeds with its confidence interval.
 
     Args:
         value: The mean; NaN for no values.
         low, high: Ends of Student's interval; NaN for fewer than two values.
-        count: How many values.
+        count: Number of values.
     """
 
     value: float
@@ -34,7 +34,7 @@ class Mean:
 
 
 def mean_of(values: Sequence[float], confidence: float = 0.95) -> Mean:
-    """The mean with Student's t interval, for values that are independent; of differences it is the paired one."""
+    """The mean of independent values with Student's t interval. For differences it is the paired interval."""
     known = np.asarray([value for value in values if math.isfinite(value)], dtype=float)
     if not len(known):
         return Mean(math.nan, math.nan, math.nan, 0)
@@ -47,12 +47,12 @@ def mean_of(values: Sequence[float], confidence: float = 0.95) -> Mean:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Share of a variance that lies between groups.
+    """An intraclass correlation: the share of the variance that lies between groups.
 
     Args:
-        value: The intraclass correlation; negative where groups differ less than their members.
+        value: The correlation. It is negative if groups differ less than their members.
         low, high: Ends of its interval.
-        between, within: Standard deviations, of the groups (0 where none is seen) and of their members.
+        between, within: Standard deviations between groups (at least 0) and within them.
     """
 
     value: float
@@ -66,10 +66,11 @@ def intraclass_correlation(values: Sequence[Sequence[float]], confidence: float 
     """ICC(1) of a one-way layout with its F interval (Shrout and Fleiss 1979, case 1).
 
     Args:
-        values: A row for each group (a partition of tasks), an entry for each member (a seed); rows of one length.
+        values: A row for each group (a partition of tasks) with a value for each member (a seed). All rows have
+            the same length.
 
     Returns:
-        All NaN where nothing varies.
+        The correlation; all its fields are NaN if the values do not vary.
 
     Raises:
         ValueError: For fewer than two groups, or fewer than two members in each.
@@ -90,13 +91,13 @@ def intraclass_correlation(values: Sequence[Sequence[float]], confidence: float 
 
 
 def agreement(groupings: Sequence[Grouping]) -> float:
-    """Mean adjusted Rand index of every two groupings; NaN for fewer than two."""
+    """Mean adjusted Rand index over all pairs of groupings; NaN for fewer than two groupings."""
     found = [a.adjusted_rand_index(b) for i, a in enumerate(groupings) for b in groupings[:i]]
     return sum(found) / len(found) if found else math.nan
 
 
 def together_share(groupings: Sequence[Grouping]) -> list[list[float]]:
-    """How often every two tasks are in one group, `(N, N)`, in the order of the first one's tasks."""
+    """Share of the groupings with two tasks in one group, `(N, N)`, in the task order of the first grouping."""
     tasks = groupings[0].tasks
     group_of = [dict(zip(g.tasks, g.assignment, strict=True)) for g in groupings]
     return [[sum(g[a] == g[b] for g in group_of) / len(group_of) for b in tasks] for a in tasks]

@@ -244,7 +244,7 @@ class CompareSection(Section):
     methods: tuple[
         Literal[
             "naive_mtl", "single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag",
-            "reading", "hoa", "exhaustive", "dmtg", "guided", "undistilled", "retrained",
+            "feature_overlap", "hoa", "exhaustive", "dmtg", "guided", "undistilled", "retrained",
         ],
         ...,
     ] = Field(

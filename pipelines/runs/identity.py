@@ -33,9 +33,7 @@ def open_run(config: Config) -> Location:
     run = locate(config.run.root) / config.run_name()
     run.check_writable()
     run = run.retrying()
-    if (run / CONFIG).exists() and checked(
-        Config, yaml.safe_load((run / CONFIG).read_text())
-    ).digest() != config.digest():
+    if (run / CONFIG).exists() and _stored_digest(run / CONFIG) != config.digest():
         raise UserError(
             "this run folder belongs to another configuration",
             where=str(run / CONFIG),
@@ -43,3 +41,13 @@ def open_run(config: Config) -> Location:
             wrong_use=True,
         )
     return run
+
+
+def _stored_digest(file: Location) -> str:
+    """Digest of a stored configuration.
+
+    The compare section is no part of the digest. It is not read, because its methods had other names in earlier
+    versions.
+    """
+    stored = yaml.safe_load(file.read_text())
+    return checked(Config, {name: section for name, section in stored.items() if name != "compare"}).digest()

@@ -1,1 +1,1 @@
-"""`dmtg sweep`: many settings of one configuration on Ray Tune."""
+"""`dmtg sweep`: the settings of a sweep as trials on Ray Tune."""

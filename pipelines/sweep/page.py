@@ -1,4 +1,4 @@
-"""`sweep.html`: what a sweep found, as one page without a network, and its figures."""
+"""`sweep.html`: the report of a sweep as one page that needs no network access, and its figures."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from pipelines.sweep.results import KNEE
 
 Row = Mapping[str, Any]
 FRONT, OTHER, NAIVE = COLOURS[0], COLOURS[1], NEUTRAL
-# from worse to better, between two colours of the palette that are told apart by all
+# from worse to better, between two colours that all forms of colour vision distinguish
 GAIN = LinearSegmentedColormap.from_list("gain", [COLOURS[1], "#b5b5b5", COLOURS[0]])
 
 
 def write_page(target: Location, found: Mapping[str, Any], config: Config) -> None:
-    """Make the page of a sweep.
+    """Write the report of a sweep.
 
     Args:
-        target: The file.
-        found: The content of `sweep.json`.
-        config: The sweep's configuration.
+        target: File of the report.
+        found: Content of `sweep.json`.
+        config: Configuration of the sweep.
     """
-    known = judged(found["settings"])
-    drawn = {"pareto": pareto(known, found["pareto"], found["knee"]), "parallel": parallel(known)} if known else {}
+    known = with_gain(found["settings"])
+    plots = {"pareto": pareto(known, found["pareto"], found["knee"]), "parallel": parallel(known)} if known else {}
     page = render(
         "sweep.html",
         filters={"cost": cost, "percent": percent, "number": number},
@@ -43,42 +43,41 @@ def write_page(target: Location, found: Mapping[str, Any], config: Config) -> No
         marks={row["label"]: ", ".join(marks_of(row["label"], found)) for row in found["settings"]},
         knee_rule=KNEE,
         config=yaml.safe_dump(shown(config), sort_keys=False),
-        figures=drawn,
+        figures=plots,
     )
     target.write_text(page)
 
 
 def marks_of(label: str, found: Mapping[str, Any]) -> list[str]:
-    """What a setting is: the best one, one of the front, its knee."""
+    """Marks of a setting in the table: best, front, knee."""
     marks = ["best"] if found["best"] and label == found["best"]["label"] else []
     marks += ["front"] if not marks and label in [row["label"] for row in found["pareto"]] else []
     return marks + (["knee"] if label == found["knee"] else [])
 
 
-def judged(settings: Sequence[Row]) -> list[Row]:
-    """The settings, naive MTL among them, that have a cost and a gain."""
+def with_gain(settings: Sequence[Row]) -> list[Row]:
+    """The settings with an inference cost and a gain, naive MTL included."""
     return [row for row in settings if row["flops"] is not None and row["gain_validation"] is not None]
 
 
 def verdict(found: Mapping[str, Any]) -> str:
-    """The result in one sentence, no stronger than its seeds allow."""
+    """The best setting with its gain and cost, and the number of seeds."""
     best = found["best"]
     if best is None:
-        return "No setting could be judged."
+        return "No setting has a gain."
     seeds = f"{best['finished']} seed{'s' * (best['finished'] > 1)}"
     gained = best["gain_validation"]
     if gained is None:
-        return f"Best setting: {best['label']} (mean of {seeds}); its gain over naive MTL is not defined."
-    direction = "lower" if gained >= 0 else "higher"
+        return f"Best setting: {best['label']} (mean of {seeds}). Its gain over naive MTL is not defined."
     return (
-        f"Best setting: {best['label']}. Its mean error on validation is {abs(gained):.1f} % {direction} than "
-        f"naive MTL's (mean of {seeds}), at {cost(best['flops'])} operations a sample."
+        f"Best setting: {best['label']}. Its gain over naive MTL on validation is {gained:+.1f} % "
+        f"(mean of {seeds}), at {cost(best['flops'])} operations per sample."
     )
 
 
 def pareto(settings: Sequence[Row], front: Sequence[Row], knee: str | None) -> str:
-    """Validation gain against operations of a sample; the settings that none beats in both are joined."""
-    words = "; ".join(f"{row['label']} {percent(row['gain_validation'])} at {cost(row['flops'])}" for row in front)
+    """Plot validation gain against operations per sample, with a line through the Pareto front."""
+    gains = "; ".join(f"{row['label']} {percent(row['gain_validation'])} at {cost(row['flops'])}" for row in front)
     best = {row["label"] for row in front}
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
@@ -96,22 +95,22 @@ def pareto(settings: Sequence[Row], front: Sequence[Row], knee: str | None) -> s
                 axes.plot(row["flops"] / 1e6, row["gain_validation"], marker="o", markersize=15, color="black",
                           fillstyle="none", clip_on=False)  # fmt: skip
         _numbers(axes, front)
-        axes.set(xlabel="million operations a sample", ylabel="gain over naive MTL on validation, %")
+        axes.set(xlabel="million operations per sample", ylabel="gain over naive MTL on validation, %")
         axes.margins(x=0.12, y=0.15)
         return svg(
-            figure, f"Gain over naive MTL against operations of a sample. The front, cheapest first: {words}"
+            figure, f"Gain over naive MTL against operations per sample. The front, cheapest first: {gains}"
         )
 
 
 def _numbers(axes: Axes, front: Sequence[Row]) -> None:
-    """The places of the settings in the table of the front, at their points."""
+    """Write the number of each setting in the table of the front at its point."""
     for i, row in enumerate(front, 1):
         place = (row["flops"] / 1e6, row["gain_validation"])
         axes.annotate(str(i), place, (-8, 8), textcoords="offset points", ha="right", va="bottom", fontsize=9)
 
 
 def parallel(settings: Sequence[Row]) -> str:
-    """A line for each setting through its values, its cost and its gain; the colour is the gain."""
+    """Plot each setting as a line through its values, its cost and its gain. The colour shows the gain."""
     rows = [row for row in settings if not row["naive"]] or list(settings)
     axes_of = [(key, *_categories(rows, key)) for key in rows[0]["setting"]]
     axes_of += [
@@ -123,7 +122,7 @@ def parallel(settings: Sequence[Row]) -> str:
         figure = Figure(figsize=(max(WIDTH, 1.3 * len(axes_of) + 0.4), 3.4), layout="constrained")
         axes = figure.add_subplot()
         for i in sorted(range(len(rows)), key=lambda i: gains[i]):
-            shift = 0.12 * ((i + 0.5) / len(rows) - 0.5)  # lines of one value lie beside each other
+            shift = 0.12 * ((i + 0.5) / len(rows) - 0.5)  # lines with the same value are shifted apart
             heights = [at[i] + (shift if n < len(axes_of) - 2 else 0) for n, (_, at, _) in enumerate(axes_of)]
             axes.plot(range(len(axes_of)), heights, color=GAIN(gains[i]), linewidth=1.8, alpha=0.9)
         for n, (_, _, marks) in enumerate(axes_of):
@@ -134,21 +133,21 @@ def parallel(settings: Sequence[Row]) -> str:
         axes.set_xticks(range(len(axes_of)), [name.rpartition(".")[2].replace("_", " ") for name, _, _ in axes_of])
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.tick_params(length=0)
-        words = "; ".join(f"{row['label']} {percent(row['gain_validation'])}" for row in rows)
-        return svg(figure, f"Settings as lines through their values, coloured by validation gain: {words}")
+        listed = "; ".join(f"{row['label']} {percent(row['gain_validation'])}" for row in rows)
+        return svg(figure, f"Settings as lines through their values, coloured by validation gain: {listed}")
 
 
 def _mark(axes: Axes, n: int, height: float, text: str, *, beside: bool) -> None:
-    """A value at an axis: at the end of the lines, or above those that go through it."""
+    """Write a value at an axis: beside the ends of the lines, or above the lines that pass through it."""
     shift, hold = ((5, 0), ("left", "center")) if beside else ((0, 13), ("center", "bottom"))
     axes.annotate(text, (n, height), shift, textcoords="offset points", ha=hold[0], va=hold[1], fontsize=9)
 
 
-Heights = tuple[list[float], dict[float, str]]  # of each row, and what to write where
+Heights = tuple[list[float], dict[float, str]]  # height of each row, and labels by height
 
 
 def _categories(rows: Sequence[Row], key: str) -> Heights:
-    """Values of a setting's key at equal distances, numbers in their order."""
+    """Place the values of a key at equal distances, numbers in ascending order."""
     values = [row["setting"][key] for row in rows]
     if not isinstance(values[0], Mapping):
         values.sort()
@@ -167,7 +166,7 @@ def _word(value: Any) -> str:
 
 
 def _scale(rows: Sequence[Row], key: str, text: Callable[[float], str]) -> Heights:
-    """Numbers between the least and the greatest."""
+    """Place numbers between the smallest and the largest."""
     values = [row[key] for row in rows]
     least, span = min(values), max(values) - min(values)
     if not span:

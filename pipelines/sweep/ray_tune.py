@@ -1,15 +1,14 @@
-"""What of a sweep Ray Tune runs: the process that drives a trial, the rule that stops poor ones, and what is told.
+"""The part of a sweep on Ray Tune: the trainable of a trial, the scheduler that stops poor trials, and the events.
 
-Ray Tune keeps nothing that a sweep needs. All of it is in the run folders of the trials, so that a sweep can be
-killed at any moment and go on: trials that have ended are only told to the rule, the others start where their run
-folders are.
+Ray Tune stores nothing that a sweep needs. All state is in the run folders of the trials, so that a sweep resumes
+after it was killed at any moment: the scheduler gets the epochs of finished trials, and the other trials resume
+from their run folders.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import queue
 import tempfile
 import threading
@@ -27,6 +26,7 @@ from pipelines.config.sections import RaySection, SweepSection
 from pipelines.registry.tracking import NullTracker
 from pipelines.runs.events import for_result
 from pipelines.runs.files import EVENTS, METRICS, RESULT, read_jsonl
+from pipelines.sweep.trackers import Trackers
 from pipelines.sweep.trials import FAILED, STOPPED, Trial
 from pipelines.training.driver import train_job
 from pipelines.training.monitor import monitoring
@@ -35,27 +35,22 @@ from pipelines.training.ray.failures import describe_failure, training_failed
 from pipelines.training.worker import Job
 
 NAME, EPOCH, SCORE, RECORD, REASON = "trial", "epoch", "val_score", "record", "reason"
-WORST = 1e9  # of a score that is not defined
-
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it ends the sweep as if it were done
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # files that nobody reads
-os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints tables to stdout, asked to be silent or not
+WORST = 1e9  # stands for a score that is not defined
 
 
-class Driven(tune.Trainable):
-    """A trial of its own: what `dmtg train` does, and every epoch's validation score as a result.
+class TrialRun(tune.Trainable):
+    """A trial: it trains as `dmtg train` does, and reports the validation score of each epoch to Ray Tune.
 
-    It is a class, and no function, so that Ray Tune asks for one epoch after the other: the epochs of an earlier
-    session come first, and a trial that is found poor by them starts no workers.
+    It is a class and no function, so that Ray Tune asks for each epoch. The epochs of an earlier session come
+    first. If the scheduler stops the trial because of them, no workers are started.
     """
 
     def setup(self, config: dict[str, Any], jobs: Mapping[str, Job] | None = None) -> None:
         """See `tune.Trainable`.
 
         Args:
-            config: Has the trial's name.
-            jobs: What each trial's workers need, by name.
+            config: Name of the trial.
+            jobs: Jobs of the workers, by name of the trial.
         """
         assert jobs is not None
         self.job = jobs[config[NAME]]
@@ -63,44 +58,44 @@ class Driven(tune.Trainable):
         for record in read_jsonl(self.job.run / METRICS):
             self.records.put(record)
         self.thread: threading.Thread | None = None
-        self.told: dict[str, Any] = {EPOCH: 0, SCORE: WORST}
+        self.last: dict[str, Any] = {EPOCH: 0, SCORE: WORST}
         self.reason = ""
         self.event_log: Any = None
 
     def cleanup(self) -> None:
-        """Stopped on the way, nothing of the trial stays behind."""
+        """End the workers of a trial that is stopped."""
         if self.thread is not None and self.thread.is_alive() and self.event_log is not None:
             end_workers(self.event_log)
 
     def step(self) -> dict[str, Any]:
-        """Wait for an epoch, or for the end."""
+        """Wait for the next epoch or the end of the trial, and report it."""
         if self.thread is None and self.records.empty():
             self.thread = threading.Thread(target=self._train, daemon=True)
             self.thread.start()
         record = self.records.get()
         if record is None:
-            return self.told | {DONE: True, REASON: self.reason}
-        self.told = {EPOCH: self.told[EPOCH] + 1, SCORE: score(record)}
-        return self.told | {RECORD: json.dumps(record)}
+            return self.last | {DONE: True, REASON: self.reason}
+        self.last = {EPOCH: self.last[EPOCH] + 1, SCORE: score(record)}
+        return self.last | {RECORD: json.dumps(record)}
 
     def _train(self) -> None:
         try:
             earlier = read_jsonl(self.job.run / EVENTS)
             with monitoring(
-                self.job.run, self.job.config.ray, _Queued(self.records), _silent, earlier
+                self.job.run, self.job.config.ray, _QueueTracker(self.records), _silent, earlier
             ) as event_log:
                 self.event_log = event_log
                 if not (self.job.run / RESULT).exists():
                     notes = (*self.job.notes, *for_result(earlier))
                     train_job(replace(self.job, event_log=event_log, notes=notes), _silent)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other trials go on
+        except Exception as error:  # noqa: BLE001 - the other trials continue after any error
             self.reason = describe_failure(error)
         finally:
             self.records.put(None)
 
 
-class _Queued(NullTracker):
-    """Passes on what a tracker is given."""
+class _QueueTracker(NullTracker):
+    """A tracker that puts the records of epochs into a queue."""
 
     def __init__(self, records: queue.Queue[Mapping[str, Any] | None]) -> None:
         self.records = records
@@ -111,20 +106,20 @@ class _Queued(NullTracker):
 
 
 def _silent(_: str) -> None:
-    """The driver of the sweep prints."""
+    """Log nothing: the driver of the sweep logs."""
 
 
 def score(record: Mapping[str, Any]) -> float:
-    """The validation score of an epoch, as a number in any case."""
+    """The validation score of an epoch; WORST if it is not defined."""
     found = record["val_score"]
     return WORST if found is None else float(found)
 
 
 class Halving(ASHAScheduler):
-    """Asynchronous successive halving (Li et al. 2020) over the trials but naive MTL, which is never stopped.
+    """Asynchronous successive halving (Li et al. 2020) over all trials except naive MTL, which is never stopped.
 
     Args:
-        section: Grace and reduction.
+        section: Grace epochs and reduction factor.
         trials: All trials of the sweep by name.
     """
 
@@ -138,76 +133,68 @@ class Halving(ASHAScheduler):
         )  # fmt: skip
 
     def replay(self, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Give trials that ended in an earlier session their places among the others, in the order of then."""
+        """Add the epochs of trials that ended in an earlier session, in their order in time."""
         for name in records:
             self.on_trial_add(None, _named(name))
         ended = [(one["time"], name, i, one) for name, held in records.items() for i, one in enumerate(held, 1)]
         for _, name, epoch, record in sorted(ended, key=lambda entry: entry[:3]):
-            self._judge(_named(name), {EPOCH: epoch, SCORE: score(record)})
+            self._decide(_named(name), {EPOCH: epoch, SCORE: score(record)})
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ARG002 - Ray's
-        """Whether a trial goes on. A stop is noted in its run folder before it happens."""
-        decision = self._judge(trial, result)
+        """Continue or stop a trial. The reason of a stop is written into its run folder first."""
+        decision = self._decide(trial, result)
         if decision == TrialScheduler.STOP:
             why = f"not among the best 1/{self.section.reduction} of the trials at epoch {result[EPOCH]}"
             found = {"epoch": result[EPOCH], "val_score": result[SCORE], "reason": why}
             (self.trials[trial.config[NAME]].run / STOPPED).write_json(found)
         return decision
 
-    def _judge(self, trial: Any, result: Mapping[str, Any]) -> str:
+    def _decide(self, trial: Any, result: Mapping[str, Any]) -> str:
         planned = self.trials[trial.config[NAME]]
-        if planned.naive or result[EPOCH] >= planned.reports:  # there is nothing to save any more
+        if planned.naive or result[EPOCH] >= planned.reports:  # the last epoch: nothing is saved by a stop
             return str(TrialScheduler.CONTINUE)
         return str(super().on_trial_result(None, trial, dict(result)))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Its epochs have been judged."""
+        """Do nothing: the epochs of the trial have been evaluated."""
 
 
 def _named(name: str) -> SimpleNamespace:
-    """What the rule sees of a trial."""
+    """A trial as the scheduler reads it."""
     return SimpleNamespace(trial_id=name, config={NAME: name})
 
 
-class Told(tune.Callback):
-    """What happens to the trials: said, noted in their run folders, and given to their trackers.
+class TrialEvents(tune.Callback):
+    """Callback of Ray Tune that logs the events of trials, and writes them to run folders and trackers.
 
     Args:
-        trials: By name.
-        trackers: Opened here as trials begin, by name.
-        open_one: Opens the tracker of a trial.
-        say: Takes a line.
+        trials: Trials of the sweep by name.
+        trackers: Trackers of the sweep.
+        log: Log callback.
     """
 
-    def __init__(
-        self,
-        trials: Mapping[str, Trial],
-        trackers: dict[str, Any],
-        open_one: Callable[[Trial], Any],
-        log: Callable[[str], None],
-    ) -> None:
-        self.trials, self.trackers, self.open_one, self.log = trials, trackers, open_one, log
+    def __init__(self, trials: Mapping[str, Trial], trackers: Trackers, log: Callable[[str], None]) -> None:
+        self.trials, self.trackers, self.log = trials, trackers, log
         self.ended = 0
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        """A trial begins, or begins again in another process."""
+        """A trial starts, or starts again in another process."""
         name = trial.config[NAME]
         (self.trials[name].run / FAILED).delete()
-        if name not in self.trackers:
-            self.trackers[name] = self.open_one(self.trials[name])
+        self.trackers.open(self.trials[name])
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any  # noqa: ARG002
     ) -> None:  # fmt: skip
-        """An epoch."""
+        """A trial has finished an epoch."""
         if RECORD in result:
             name, record = trial.config[NAME], json.loads(result[RECORD])
             shown = "not defined" if record["val_score"] is None else f"{record['val_score']:.4f}"
             self.log(f"{name}: epoch {result[EPOCH]} of {self.trials[name].reports}, score {shown}")
-            self.trackers[name].record(record)
+            self.trackers.open(self.trials[name]).record(record)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        """A trial is done, stopped, or has failed with a reason."""
+        """A trial has finished, was stopped, or has failed with a reason."""
         name = trial.config[NAME]
         run, reason = self.trials[name].run, trial.last_result.get(REASON, "")
         if reason:
@@ -218,7 +205,7 @@ class Told(tune.Callback):
             self._end(name, "finished")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-        """The process of a trial was lost too often."""
+        """The process of a trial was lost more often than Ray Tune restarts it."""
         error = trial.get_pickled_error()
         self._failed(trial.config[NAME], describe_failure(error) if error is not None else "its process was lost")
 
@@ -231,37 +218,42 @@ class Told(tune.Callback):
         self.log(f"{name}: {how} ({self.ended} of {len(self.trials)} trials)")
 
 
-def drive(
-    left: Sequence[Trial], jobs: Mapping[str, Job], told: Told, section: SweepSection, ray: RaySection, most: int
+def run_trials(
+    left: Sequence[Trial],
+    jobs: Mapping[str, Job],
+    events: TrialEvents,
+    section: SweepSection,
+    ray: RaySection,
+    at_once: int,
 ) -> None:
-    """Have Ray Tune bring trials to their end.
+    """Run trials on Ray Tune to their end.
 
     Args:
-        left: Those that have not ended.
-        jobs: What their workers need, by name.
-        told: Hears of them.
-        section: When they are stopped.
-        ray: What they need.
-        most: How many run at a time.
+        left: Trials that have not ended.
+        jobs: Jobs of their workers, by name of the trial.
+        events: Callback for the events of the trials.
+        section: Sweep section with the rule for early stops.
+        ray: Ray section with the resources of a trial.
+        at_once: Largest number of trials at a time.
 
     Raises:
-        UserError: When Ray Tune itself fails.
+        UserError: If Ray Tune itself fails.
     """
     names = [trial.name for trial in left]
-    rule = FIFOScheduler()
+    scheduler = FIFOScheduler()
     if section.stop_early:
-        rule = Halving(section, told.trials)
-        ended = [one for name, one in told.trials.items() if name not in names]
-        rule.replay({one.name: read_jsonl(one.run / METRICS) for one in ended})
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failed trials are told by us
+        scheduler = Halving(section, events.trials)
+        ended = [one for name, one in events.trials.items() if name not in names]
+        scheduler.replay({one.name: read_jsonl(one.run / METRICS) for one in ended})
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the callback logs failed trials
     with tempfile.TemporaryDirectory(prefix="dmtg-") as scratch:
-        trainable = tune.with_resources(tune.with_parameters(Driven, jobs=dict(jobs)), {"cpu": ray.tune_cpus})
+        trainable = tune.with_resources(tune.with_parameters(TrialRun, jobs=dict(jobs)), {"cpu": ray.tune_cpus})
         tuner = tune.Tuner(
             trainable,
             param_space={NAME: tune.grid_search(names)},
-            tune_config=tune.TuneConfig(scheduler=rule, max_concurrent_trials=most),
+            tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=at_once),
             run_config=tune.RunConfig(
-                name="sweep", storage_path=scratch, verbose=0, callbacks=[told],
+                name="sweep", storage_path=scratch, verbose=0, callbacks=[events],
                 failure_config=tune.FailureConfig(max_failures=ray.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the run folder has them
             ),

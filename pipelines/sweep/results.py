@@ -1,4 +1,4 @@
-"""What a sweep found: a row for each trial and each setting, the best of these, and those worth their cost."""
+"""The results of a sweep: a row for each trial and each setting, the best setting, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pipelines.sweep.trials import FAILED, STOPPED, Trial
 Row = dict[str, Any]
 DONE, ENDED_EARLY, BROKEN, OPEN = "finished", "stopped", "failed", "unfinished"
 RULE = (
-    "Best is the setting with the lowest mean validation score, less that of naive MTL of the same seed, among "
-    "those that finished most seeds; of equal ones the cheaper one. The score is the mean logarithm of the tasks' "
-    "losses. Test figures take no part in it."
+    "The best setting has the lowest mean difference between its validation score and that of naive MTL with the "
+    "same seed, among the settings with the most finished seeds. Of equal settings the cheaper one is best. The "
+    "score is the mean logarithm of the tasks' losses. Test figures are not used."
 )
 KNEE = (
-    "The knee is the setting of the front from which on more operations buy little gain: the point farthest above "
-    "the line between its cheapest and its best one, both axes scaled to the front."
+    "The knee is the setting on the Pareto front farthest above the line between its ends, with both axes scaled "
+    "to the front. Beyond it, more operations gain little."
 )
-EQUAL = 1e-6  # scores that differ by less are equal
+EQUAL = 1e-6  # scores with a smaller difference are equal
 
 
 def status(trial: Trial) -> str:
-    """How far a trial has come, by what its run folder holds."""
+    """The state of a trial, from the files in its run folder."""
     for file, found in ((RESULT, DONE), (STOPPED, ENDED_EARLY), (FAILED, BROKEN)):
         if (trial.run / file).exists():
             return found
@@ -34,11 +34,11 @@ def status(trial: Trial) -> str:
 
 
 def rows_of(trials: Sequence[Trial], tasks: Sequence[Task]) -> list[Row]:
-    """A row for each trial, in their order.
+    """A row for each trial, in the order of the trials.
 
     Args:
-        trials: All of a sweep.
-        tasks: Those of its data.
+        trials: All trials of a sweep.
+        tasks: Tasks of its data.
     """
     rows = [_row(trial) for trial in trials]
     naive = {row["seed"]: row for row in rows if row["naive"] and row["status"] == DONE}
@@ -82,9 +82,9 @@ def _score(metrics: Mapping[str, Any]) -> float | None:
 
 
 def by_setting(rows: Sequence[Row]) -> list[Row]:
-    """A row for each setting with the means over its seeds that can be judged; naive MTL first.
+    """A row for each setting with its means over seeds; naive MTL first.
 
-    These are the finished ones whose naive MTL has finished too.
+    A seed counts if the trial and naive MTL with this seed have finished.
     """
     labels = list(dict.fromkeys(row["label"] for row in rows))
     return [_setting([row for row in rows if row["label"] == label]) for label in labels]
@@ -99,25 +99,25 @@ def _setting(rows: Sequence[Row]) -> Row:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean; None where there is nothing, or something is not defined."""
+    """The mean; None without values or with an undefined value."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def best_setting(settings: Sequence[Row]) -> Row | None:
-    """The best setting by `RULE`, naive MTL aside; None when none finished."""
-    able = [row for row in settings if not row["naive"] and row["finished"]]
-    if not able:
+    """The best setting by `RULE`, without naive MTL; None if no setting has finished."""
+    finished = [row for row in settings if not row["naive"] and row["finished"]]
+    if not finished:
         return None
-    most = max(row["finished"] for row in able)
-    able = [row for row in able if row["finished"] == most]
-    lowest = min(row["score_to_naive"] for row in able)
-    tied = [row for row in able if row["score_to_naive"] - lowest <= EQUAL]
+    most = max(row["finished"] for row in finished)
+    candidates = [row for row in finished if row["finished"] == most]
+    lowest = min(row["score_to_naive"] for row in candidates)
+    tied = [row for row in candidates if row["score_to_naive"] - lowest <= EQUAL]
     return min(tied, key=lambda row: (row["flops"], row["parameters"]))
 
 
 def pareto_front(settings: Sequence[Row]) -> list[Row]:
-    """The settings that no other one beats in cost and in validation gain, the cheapest first."""
+    """The settings without another one of lower cost and higher validation gain, the cheapest first."""
     known = [row for row in settings if row["flops"] is not None and row["gain_validation"] is not None]
     front: list[Row] = []
     for row in sorted(known, key=lambda row: (row["flops"], -row["gain_validation"])):
@@ -127,10 +127,12 @@ def pareto_front(settings: Sequence[Row]) -> list[Row]:
 
 
 def knee_of(front: Sequence[Row]) -> Row | None:
-    """The setting from which on more cost buys little: the point farthest above the line between the ends.
+    """The knee of a Pareto front: the point farthest above the line between its ends.
 
-    Both axes run from 0 to 1 over the front (Satopää et al. 2011). There is none on a front of fewer than three
-    points, or where no point lies above the line.
+    Both axes run from 0 to 1 over the front (Satopää et al. 2011).
+
+    Returns:
+        The setting; None if the front has fewer than three points or no point lies above the line.
     """
     if len(front) < 3:
         return None
@@ -147,14 +149,14 @@ def knee_of(front: Sequence[Row]) -> Row | None:
 
 
 def notes_of(rows: Sequence[Row], best: Row | None) -> list[str]:
-    """What has to be known to read the result."""
+    """Notes about stopped and failed trials, and about a best setting with one seed or without a gain."""
     notes = []
     stopped = sum(row["status"] == ENDED_EARLY for row in rows)
     if stopped:
         notes.append(f"{stopped} of {len(rows)} trials were stopped early and have no gain")
     notes += [f"{row['trial']} failed: {row['reason']}" for row in rows if row["status"] == BROKEN]
     if best is not None and best["finished"] == 1:
-        notes.append("the best setting rests on one seed: sweep.seeds gives more")
+        notes.append("the best setting has one seed: set sweep.seeds for more")
     if best is not None and best["gain_validation"] is not None and best["gain_validation"] <= 0:
-        notes.append("no gain: on validation the best setting is no better than naive MTL")
+        notes.append("no gain: the best setting is not better than naive MTL on validation")
     return notes

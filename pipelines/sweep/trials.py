@@ -1,4 +1,4 @@
-"""What a sweep tries: settings, trials, their names and configurations. The same words give the same ones."""
+"""The settings and trials of a sweep, with names and configurations. The same command has the same trials."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipelines.storage import Location, locate
 TRIALS, STOPPED, FAILED = "trials", "stopped.json", "failed.json"
 GROUPS, STEM, TEMPERATURE, RATE = "network.groups", "network.stem", "gate.temperature", "gate.learning_rate"
 NAIVE = "naive_mtl"
-Setting = dict[str, Any]  # key of the configuration → value, network.groups always among them
+Setting = dict[str, Any]  # key of the configuration → value; network.groups is always present
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Trial:
     """One training run of a sweep.
 
     Args:
-        name: Of its run folder: the setting and the seed in readable words.
-        setting: What it tries; of naive MTL one group.
-        seed: Its `train.seed`.
-        naive: Whether it is naive MTL, which the others of its seed are measured against.
-        config: Its whole configuration.
+        name: Name of the run folder: setting and seed.
+        setting: The setting; one group for naive MTL.
+        seed: Value of `train.seed`.
+        naive: Whether it is naive MTL, the reference of all trials with the same seed.
+        config: Configuration of the trial.
     """
 
     name: str
@@ -45,47 +45,47 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """The setting in words."""
+        """The setting as text."""
         return NAIVE if self.naive else label(self.setting)
 
     @property
     def run(self) -> Location:
-        """Its run folder."""
+        """The run folder."""
         return (locate(self.config.run.root) / self.config.run.name).retrying()
 
     @property
     def reports(self) -> int:
-        """Epochs that it reports at most: those of every candidate, if all go on."""
+        """Largest number of epochs that the trial reports: those of all candidates, if none is stopped."""
         settings, options = self.config.settings(), self.config.search_options()
         gated = options.starts * settings.search_epochs
         if options.method == "dmtg" or self.config.network.groups == 1:
             return gated + settings.epochs - settings.search_epochs
         others = 1 + (options.wide and self.config.network.encoder in WIDTHS)
-        later = options.distilled(settings).epochs if options.distil_share else 0
-        return self.prelude + (options.starts + others) * settings.epochs + later
+        distillation = options.distilled(settings).epochs if options.distil_share else 0
+        return self.prelude + (options.starts + others) * settings.epochs + distillation
 
     @property
     def prelude(self) -> int:
-        """Epochs that it reports before the first candidate, at most."""
+        """Largest number of epochs that the trial reports before its first candidate."""
         settings, options = self.config.settings(), self.config.search_options()
         guided = options.method == "guided" and self.config.network.groups > 1
         return options.affinity_epochs(settings)[1] if guided else 0
 
 
 def sweep_name(config: Config) -> str:
-    """Name of a sweep's folder: it follows from configuration and sweep section."""
+    """Name of the folder of a sweep, from the configuration and the sweep section."""
     values = [config.digest(), config.sweep.model_dump(mode="json")]
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
     return config.run.name or f"{config.name}-sweep-{digest}"
 
 
 def settings(config: Config) -> list[Setting]:
-    """The settings that are tried: all combinations, or `sweep.samples` of them, always the same ones.
+    """The settings of a sweep: all combinations, or `sweep.samples` of them, drawn with a fixed seed.
 
-    One group is left out: that is naive MTL, which is trained anyway.
+    One group is left out: it is naive MTL, which every sweep trains.
 
     Raises:
-        UserError: When nothing is left to try, or nothing to compare.
+        UserError: If there is no setting, or nothing to compare.
     """
     sweep = config.sweep
     lists: dict[str, Iterable[Any]] = {
@@ -98,7 +98,7 @@ def settings(config: Config) -> list[Setting]:
     combined = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
     found = list({label(setting): setting for setting in combined if setting[GROUPS] > 1}.values())
     if not found or (len(found) == 1 and len(sweep.seeds) < 2):
-        why = "" if found else ": one group is naive MTL, which every sweep trains beside the others"
+        why = "" if found else ": one group is naive MTL, which every sweep trains"
         raise UserError(
             f"the sweep has nothing to compare{why}",
             where="sweep",
@@ -112,15 +112,15 @@ def settings(config: Config) -> list[Setting]:
 
 
 def label(setting: Mapping[str, Any]) -> str:
-    """A setting in words that a folder can be called."""
-    words = [f"groups{setting[GROUPS]}"]
+    """A setting as text that a folder name can hold."""
+    parts = [f"groups{setting[GROUPS]}"]
     if STEM in setting:
-        words.append(f"stem{setting[STEM]}")
+        parts.append(f"stem{setting[STEM]}")
     if TEMPERATURE in setting:
-        words.append(_temperature(setting[TEMPERATURE]))
+        parts.append(_temperature(setting[TEMPERATURE]))
     if RATE in setting:
-        words.append(f"rate{setting[RATE]:g}")
-    return "_".join(words)
+        parts.append(f"rate{setting[RATE]:g}")
+    return "_".join(parts)
 
 
 def _temperature(values: Mapping[str, Any]) -> str:
@@ -131,11 +131,12 @@ def _temperature(values: Mapping[str, Any]) -> str:
 
 
 def trials(config: Config, *, shared_start: bool = True) -> list[Trial]:
-    """All trials of a sweep: first naive MTL, then every setting, each with every seed.
+    """All trials of a sweep: naive MTL, then all settings, each with every seed.
 
     Args:
-        config: The configuration of the sweep.
-        shared_start: Whether naive MTL can start from the models of `network.start_from`; it cannot from several.
+        config: Configuration of the sweep.
+        shared_start: Whether naive MTL can start from the models of `network.start_from`. It cannot start from
+            several models.
 
     Raises:
         UserError: As `settings`.
@@ -154,17 +155,17 @@ def _trial(config: Config, setting: Setting, seed: int, naive: bool, shared_star
         "track.register_models": False,
         "run.root": str(locate(config.run.root) / sweep_name(config) / TRIALS),
         "run.name": name,
-        # with room for more workers another trial does more than another worker of one that runs
+        # if resources are available, another trial is worth more than another worker of a running trial
         "ray.workers": config.ray.fewest,
     }
-    if naive:  # as the core's own naive MTL: one branch from the first epoch to the last
+    if naive:  # as naive MTL of the core: one branch from the first epoch to the last
         over |= {"gate.sampling": "fixed", "search.method": "dmtg", "search.starts": 1, "search.group_epochs": 0}
         over |= {} if shared_start else {"network.start_from": []}
-    return Trial(name, setting, seed, naive, laid_over(config, over))
+    return Trial(name, setting, seed, naive, with_values(config, over))
 
 
-def laid_over(config: Config, over: Mapping[str, Any]) -> Config:
-    """A configuration with other values under some dotted keys, without what is for sweeps and nights."""
+def with_values(config: Config, over: Mapping[str, Any]) -> Config:
+    """A configuration with other values under some dotted keys, without the sections sweep and regroup."""
     values = config.model_dump(mode="json", exclude={"sweep", "regroup"})
     for key, value in over.items():
         section, name = key.split(".")
@@ -173,12 +174,12 @@ def laid_over(config: Config, over: Mapping[str, Any]) -> Config:
 
 
 def best_config(config: Config, setting: Setting) -> dict[str, Any]:
-    """What `dmtg train` takes to train a setting as this configuration would be: the content of `best.yaml`.
+    """The content of `best.yaml`: a configuration with which `dmtg train` trains a setting.
 
-    Of the ray and regroup sections only what differs from its defaults is kept: of ray nothing that has been
-    applied, of regroup no webhook, whose address often is a secret.
+    Of the sections ray and regroup it keeps the values that differ from the defaults, without the values of ray
+    that have been applied and without the webhook, whose address is often a secret.
     """
-    chosen = shown(laid_over(config, setting))
+    chosen = shown(with_values(config, setting))
     for section in ("sweep", "regroup", "ray"):
         del chosen[section]
     chosen["run"] = {"root": str(locate(config.run.root))}

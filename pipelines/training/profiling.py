@@ -9,12 +9,9 @@ from typing import Any
 from dmtg_core.training.profile import OPERATORS, SHARES, TRACE
 from pipelines.cluster import session
 from pipelines.config.loading import Config
-from pipelines.data.ingest import keeps_in_memory, load_splits
-from pipelines.data.reader import Reader
-from pipelines.data.shards import ensure_shards
 from pipelines.runs.files import PROFILE
 from pipelines.storage import Location, locate
-from pipelines.training.driver import check_all
+from pipelines.training.checks import prepare
 from pipelines.training.ray.events import start_event_log
 from pipelines.training.ray.trainer import run_workers
 from pipelines.training.worker import Job
@@ -48,9 +45,6 @@ def profile(config: Config, log: Callable[[str], None]) -> Profiled:
     run.check_writable()
     config.check_options()
     with session(config.ray):
-        manifest = ensure_shards(config, log)
-        folder = locate(config.data.shards)
-        reader = Reader(folder, manifest, check_all(config, manifest, folder))
-        held = load_splits(reader) if keeps_in_memory(reader, config.data) else None
-        run_workers(Job(config, reader, held, run, event_log=start_event_log(), profile=True), log)
+        data = prepare(config, log)
+        run_workers(Job(config, data.reader, data.samples(), run, event_log=start_event_log(), profile=True), log)
     return Profiled((run / PROFILE / SHARES).read_json(), run / PROFILE)

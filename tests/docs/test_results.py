@@ -1,10 +1,15 @@
 """The results page is what the comparisons beside it say."""
 
 import json
+import re
 
 import pytest
 
 from bench.results import FOLDER, PAGE, page, rounded
+from dmtg_core import Grouping
+from pipelines.compare.results import verdicts
+
+NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
 
 def test_the_page_is_made_from_the_files() -> None:
@@ -22,3 +27,25 @@ def test_each_file_names_its_command_and_is_small(file) -> None:
 
 def test_figures_are_rounded_and_nothing_else_is_changed() -> None:
     assert rounded({"a": [1.23456789, "x", None], "b": 3}) == {"a": [1.2346, "x", None], "b": 3}
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+def test_the_verdicts_of_each_file_follow_from_its_figures(file) -> None:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    groupings = [
+        Grouping.of(groups, found["tasks"])
+        for seed in found["per_seed"][found["reference"]].values()
+        for groups in seed["groupings"]
+    ]
+    now, published = (
+        "\n".join(sentences)
+        for sentences in (
+            verdicts(found["rows"], found["reference"], {found["reference"]: groupings}),
+            found["verdicts"],
+        )
+    )
+    assert NUMBER.sub("#", now) == NUMBER.sub("#", published)
+    # the figures of the file are rounded to five digits before they are rounded again
+    assert [float(n) for n in NUMBER.findall(now)] == pytest.approx(
+        [float(n) for n in NUMBER.findall(published)], abs=0.101
+    )

@@ -1,4 +1,4 @@
-"""`dmtg compare` and `dmtg signal` on the planted problem: cells, and what follows from them."""
+"""`dmtg compare` and `dmtg signal` on the planted problem: cells, methods, tables and verdicts."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dmtg_core import Grouping
 from pipelines.compare.cells import AFFINITIES, GROUPING, NAIVE, Cell
-from pipelines.compare.driver import Compared, compare, methods_of
+from pipelines.compare.driver import ComparisonResult, compare, methods_of
 from pipelines.compare.methods import (
     AFFINITY,
     FIRST,
     SELECTED,
-    Contest,
-    entries,
+    Comparison,
     first_cells,
     pair_affinity,
+    results_of,
     second_cells,
 )
+from pipelines.compare.preparation import open_cells_folder
 from pipelines.compare.results import TOO_SHORT, verdicts
-from pipelines.compare.signal import draw, judged, signal
+from pipelines.compare.signal import analyse, distinct_partitions, signal
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
 from pipelines.data.sources import build_source
@@ -33,8 +35,9 @@ from pipelines.errors import UserError
 from pipelines.runs.identity import earlier_verdict
 from tests.dmtg_core.planted import planted_data
 
-METHODS = ["single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag", "reading", "hoa",
-           "exhaustive", "dmtg", "guided", "undistilled", "retrained"]  # fmt: skip
+METHODS = ["single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag", "feature_overlap",
+           "hoa", "exhaustive", "dmtg", "guided", "undistilled", "retrained"]  # fmt: skip
+Finished = tuple[Config, ComparisonResult, list[str]]
 LONG = ["wide_long", "random_long", "affinity_long", "retrained_long"]
 
 
@@ -63,14 +66,14 @@ def config_of(work: Path, **sections: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[Config, Compared, list[str]]:
-    """A finished comparison of all methods, its configuration, and what it said."""
+def compared(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Finished:
+    """A finished comparison of all methods, its configuration, and its log."""
     logged: list[str] = []
     config = config_of(tmp_path_factory.mktemp("compare"))
     return config, compare(config, logged.append), logged
 
 
-def test_every_method_has_a_row_with_gain_costs_and_errors(compared: tuple[Config, Compared, list[str]]) -> None:
+def test_every_method_has_a_row_with_gain_costs_and_errors(compared: Finished) -> None:
     _, done, _ = compared
     rows = {row["method"]: row for row in done.found["rows"]}
     assert list(rows) == ["naive_mtl", *METHODS, "narrow", "truth", *LONG]
@@ -90,15 +93,15 @@ def test_every_method_has_a_row_with_gain_costs_and_errors(compared: tuple[Confi
     assert rows["undistilled"]["stability"] == rows["guided"]["stability"]
 
 
-def test_what_runs_at_an_equal_budget_costs_what_the_search_does(
-    compared: tuple[Config, Compared, list[str]],
+def test_methods_with_an_equal_budget_cost_as_much_as_the_search(
+    compared: Finished,
 ) -> None:
     config, done, _ = compared
     for seed in map(str, config.compare.seeds):
         own = done.found["per_seed"]["guided"][seed]["cost"][0]
         for method in LONG:
             spent = done.found["per_seed"][method][seed]["cost"][0]
-            before = own if method == "retrained_long" else 0.0  # finding the groups is not counted at the budget
+            before = own if method == "retrained_long" else 0.0  # the budget does not include finding the groups
             short = {"affinity_long": "random"}.get(method, method.removesuffix("_long"))  # affinities have a cost
             epoch = done.found["per_seed"][short][seed]["cost"][0] - before
             epoch /= config.train.epochs
@@ -106,7 +109,7 @@ def test_what_runs_at_an_equal_budget_costs_what_the_search_does(
 
 
 def test_the_best_affinity_at_an_equal_budget_is_the_best_on_validation_data(
-    compared: tuple[Config, Compared, list[str]],
+    compared: Finished,
 ) -> None:
     config, done, _ = compared
     for seed in config.compare.seeds:
@@ -120,23 +123,23 @@ def test_the_best_affinity_at_an_equal_budget_is_the_best_on_validation_data(
 
 
 def test_exhaustive_takes_the_partition_with_the_best_validation_score(
-    compared: tuple[Config, Compared, list[str]],
+    compared: Finished,
 ) -> None:
     config, done, _ = compared
-    contest = Contest(config, ("task_0", "task_1", "task_2", "task_3"))
-    assert len(contest.partitions()) == 8
+    comparison = Comparison(config, ("task_0", "task_1", "task_2", "task_3"))
+    assert len(comparison.partitions()) == 8
     for seed in config.compare.seeds:
-        files = [done.folder / "cells" / f"{Cell.of(one, seed).name}.json" for one in contest.partitions()]
+        files = [done.folder / "cells" / f"{Cell.of(one, seed).name}.json" for one in comparison.partitions()]
         scores = {
-            str(Grouping.from_dict(f.read_json()["grouping"], contest.tasks)): f.read_json()["score"]
+            str(Grouping.from_dict(f.read_json()["grouping"], comparison.tasks)): f.read_json()["score"]
             for f in files
         }
         (taken,) = done.found["per_seed"]["exhaustive"][str(seed)]["groupings"]
-        assert str(Grouping.of(taken, contest.tasks)) == min(scores, key=scores.__getitem__)
+        assert str(Grouping.of(taken, comparison.tasks)) == min(scores, key=scores.__getitem__)
 
 
-def test_the_same_words_train_nothing_again_and_say_the_same(
-    compared: tuple[Config, Compared, list[str]],
+def test_the_same_command_trains_nothing_again_and_returns_the_same(
+    compared: Finished,
 ) -> None:
     config, done, _ = compared
     logged: list[str] = []
@@ -146,8 +149,8 @@ def test_the_same_words_train_nothing_again_and_say_the_same(
     assert again.run_id == done.run_id
 
 
-def test_a_cell_that_was_lost_is_trained_again_to_the_same_result(
-    compared: tuple[Config, Compared, list[str]],
+def test_a_deleted_cell_is_trained_again_to_the_same_result(
+    compared: Finished,
 ) -> None:
     config, done, _ = compared
     lost = done.folder / "cells" / "guided_seed1.json"
@@ -164,17 +167,17 @@ def test_a_cell_that_was_lost_is_trained_again_to_the_same_result(
 
 
 def test_the_page_needs_no_network_and_holds_table_and_verdicts(
-    compared: tuple[Config, Compared, list[str]],
+    compared: Finished,
 ) -> None:
     _, done, _ = compared
     page = done.page.read_text()
     assert not re.search(r'<(script|link|img|iframe)|href="(?!#)http', page)
-    for text in ("guided", "gradtag", "Which tasks go together", *done.found["verdicts"]):
+    for text in ("guided", "gradtag", "Tasks in one group", *done.found["verdicts"]):
         assert text in page.replace("&#39;", "'")
     assert page.count("<svg") == 3  # gains, tasks, which tasks go together
 
 
-def test_mlflow_has_the_gain_and_the_files(compared: tuple[Config, Compared, list[str]]) -> None:
+def test_mlflow_has_the_gain_and_the_files(compared: Finished) -> None:
     import mlflow
 
     config, done, _ = compared
@@ -187,7 +190,7 @@ def test_mlflow_has_the_gain_and_the_files(compared: tuple[Config, Compared, lis
         assert run.data.metrics[f"test/{row['method']}/gain"] == pytest.approx(row["gain"]["value"])
 
 
-def test_a_further_seed_trains_its_own_cells_alone(compared: tuple[Config, Compared, list[str]]) -> None:
+def test_a_further_seed_trains_only_its_own_cells(compared: Finished) -> None:
     config, _, _ = compared
     section = config.compare.model_copy(update={"methods": ("wide", "random"), "seeds": (1, 3)})
     logged: list[str] = []
@@ -198,7 +201,7 @@ def test_a_further_seed_trains_its_own_cells_alone(compared: tuple[Config, Compa
     assert [row["method"] for row in found["rows"]] == ["naive_mtl", "wide", "random", "narrow", "truth"]
 
 
-def test_cells_are_shared_between_methods_that_come_to_the_same_grouping() -> None:
+def test_methods_with_the_same_grouping_share_its_cell() -> None:
     one = Grouping.of([["a", "b"], ["c"]])
     assert Cell.of(one, 1) == Cell.of(Grouping.of([["c"], ["b", "a"]], ["a", "b", "c"]), 1)
     names = {Cell.of(one, 1).name, Cell.of(one, 2).name, Cell.of(one, 1, 7).name, Cell(NAIVE, 1).name}
@@ -206,35 +209,37 @@ def test_cells_are_shared_between_methods_that_come_to_the_same_grouping() -> No
     assert Cell.of(one, 1).kind == GROUPING
 
 
-def test_affinities_are_collected_for_selectors_alone_and_change_nothing_in_the_run(
-    compared: tuple[Config, Compared, list[str]],
+def test_only_selectors_collect_affinities_and_the_run_stays_the_same(
+    compared: Finished,
 ) -> None:
     config, done, _ = compared
-    contest = Contest(config, ("task_0", "task_1", "task_2", "task_3"))
-    asked = {method for method in FIRST if {c.kind for c in first_cells(contest, method, 1)} == {AFFINITIES}}
-    assert asked == {*SELECTED, AFFINITY}
-    naive, looked = (
+    comparison = Comparison(config, ("task_0", "task_1", "task_2", "task_3"))
+    names = {method for method in FIRST if {c.kind for c in first_cells(comparison, method, 1)} == {AFFINITIES}}
+    assert names == {*SELECTED, AFFINITY}
+    naive, with_affinities = (
         (done.folder / "cells" / f"{Cell(kind, 1).name}.json").read_json() for kind in (NAIVE, AFFINITIES)
     )
-    assert set(looked["affinities"]) == set(SELECTED)
-    assert looked["metrics"] == naive["metrics"]
+    assert set(with_affinities["affinities"]) == set(SELECTED)
+    assert with_affinities["metrics"] == naive["metrics"]
 
 
-def test_a_variant_of_one_name_with_other_changes_is_another_cell(tmp_path: Path) -> None:
+def test_variants_of_one_name_with_other_changes_are_different_cells(tmp_path: Path) -> None:
     names = set()
     for starts in (2, 3):
-        contest = Contest(config_of(tmp_path, compare={"variants": {"mine": {"starts": starts}}}), ("a", "b"))
-        names |= {cell.name for cell in first_cells(contest, "mine", 1)}
+        comparison = Comparison(
+            config_of(tmp_path, compare={"variants": {"mine": {"starts": starts}}}), ("a", "b")
+        )
+        names |= {cell.name for cell in first_cells(comparison, "mine", 1)}
     assert len(names) == 2
 
 
-def test_plain_dmtg_has_an_undecided_gate_also_beside_a_search_that_has_none(tmp_path: Path) -> None:
+def test_the_published_method_has_a_uniform_gate_even_if_the_guided_search_has_none(tmp_path: Path) -> None:
     for starts, expected in ((0, 1), (1, 1), (3, 3)):
-        (cell,) = first_cells(Contest(config_of(tmp_path, search={"starts": starts}), ("a", "b")), "dmtg", 1)
+        (cell,) = first_cells(Comparison(config_of(tmp_path, search={"starts": starts}), ("a", "b")), "dmtg", 1)
         assert dict(cell.options) == {"method": "dmtg", "starts": expected}
 
 
-def test_what_options_exclude_is_said_before_anything_is_read(tmp_path: Path) -> None:
+def test_options_that_exclude_each_other_are_refused_before_data_is_read(tmp_path: Path) -> None:
     config = config_of(tmp_path, search={"method": "dmtg", "starts": 0})
     for command in (compare, signal):
         with pytest.raises(UserError, match="starts must be at least 1, got 0"):
@@ -242,27 +247,27 @@ def test_what_options_exclude_is_said_before_anything_is_read(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_draws_differ_by_seed_and_are_balanced(tmp_path: Path) -> None:
-    contest = Contest(config_of(tmp_path, compare={"random_draws": 5}), tuple("abcdefg"))
-    first, other = contest.draws(1), contest.draws(2)
-    assert first == contest.draws(1) != other
+def test_random_partitions_differ_by_seed_and_are_balanced(tmp_path: Path) -> None:
+    comparison = Comparison(config_of(tmp_path, compare={"random_draws": 5}), tuple("abcdefg"))
+    first, other = comparison.random_partitions(1), comparison.random_partitions(2)
+    assert first == comparison.random_partitions(1) != other
     assert {tuple(sorted(len(group) for group in one.groups)) for one in (*first, *other)} == {(3, 4)}
 
 
-def test_hoa_relates_what_a_task_loses_in_a_pair_to_what_it_loses_alone(tmp_path: Path) -> None:
-    contest = Contest(config_of(tmp_path), ("a", "b"))
+def test_hoa_divides_the_loss_of_a_task_in_a_pair_by_its_loss_alone(tmp_path: Path) -> None:
+    comparison = Comparison(config_of(tmp_path), ("a", "b"))
     losses: Mapping[tuple[str, ...], Mapping[str, float]] = {("a",): {"a": 2.0}, ("b",): {"b": 4.0},
                                                              ("a", "b"): {"a": 1.0, "b": 5.0}}  # fmt: skip
     found = {
         cell: {"metrics": {"val": {t: {"loss": v} for t, v in losses[cell.groups[0]].items()}}, "cost": 1.0}
-        for cell in first_cells(contest, "hoa", 1)
+        for cell in first_cells(comparison, "hoa", 1)
     }
-    affinity = pair_affinity(contest, 1, found)
+    affinity = pair_affinity(comparison, 1, found)
     assert affinity.tolist() == [[-1.0, -1.25], [-0.5, -1.0]]
-    (cell,) = second_cells(contest, "hoa", 1, found)
+    (cell,) = second_cells(comparison, "hoa", 1, found)
     assert sorted(cell.groups) == [("a", "b")]  # -1.75 together, -2 apart
     found[cell] = {"cost": 2.0, "grouping": {}, "metrics": {}}
-    (entry,) = entries(contest, "hoa", 1, found)
+    (entry,) = results_of(comparison, "hoa", 1, found)
     assert entry["cost"] == 2.0 + 3.0
 
 
@@ -278,7 +283,7 @@ def test_hoa_relates_what_a_task_loses_in_a_pair_to_what_it_loses_alone(tmp_path
         ({"compare": {"groupings": {"mine": [["task_0"]]}}}, "groups must cover the tasks"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(tmp_path: Path, sections: dict[str, Any], problem: str) -> None:
+def test_methods_that_cannot_run_are_refused(tmp_path: Path, sections: dict[str, Any], problem: str) -> None:
     tasks = planted_data(0, tasks=7, groups=2)[1]
     compared = {"methods": ["wide"], **sections.get("compare", {})}
     with pytest.raises(UserError, match=problem):
@@ -294,7 +299,7 @@ def test_one_group_or_one_task_has_nothing_to_compare(tmp_path: Path, ray_sessio
             compare(config_of(tmp_path, **changes), lambda _: None)
 
 
-def test_a_signal_is_found_beforehand_and_goes_on(tmp_path: Path, ray_session: None) -> None:
+def test_a_grouping_signal_resumes_and_is_found_by_a_comparison(tmp_path: Path, ray_session: None) -> None:
     config, logged = config_of(tmp_path, train={"epochs": 4}), []
     first = signal(config, logged.append)
     assert first.found["epochs"] == 2
@@ -314,25 +319,38 @@ def result(score: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("grouped", "said"),
+    ("grouped", "effect"),
     [
         ([[-1.0, -1.01], [-0.5, -0.51], [0.0, 0.01]], "Grouping matters here"),
         ([[-1.0, -0.5], [-0.5, -1.0], [-0.9, -0.6]], "Grouping hardly matters here"),
     ],
 )
-def test_the_verdict_follows_from_what_varies(grouped: list[list[float]], logged: str) -> None:
+def test_the_verdict_depends_on_the_variation_between_groupings(grouped: list[list[float]], effect: str) -> None:
     tasks = planted_data(0, tasks=1, groups=1)[1]
     named = [type(tasks[0])("a", "binary")]
     rows = [[result(score) for score in row] for row in grouped]
-    found = judged(named, rows, [result(0.0), result(0.01)], rows[0], [result(-1.5), result(-1.51)])
-    assert logged in found["verdict"]
-    assert "one wide encoder of the same cost is 77.9 % of loss better than naive MTL" in found["verdict"]
+    found = analyse(named, rows, [result(0.0), result(0.01)], rows[0], [result(-1.5), result(-1.51)])
+    assert found["verdict"].startswith(effect)
+    assert "One wide encoder of the same cost is better than naive MTL (gain +77.9 %)" in found["verdict"]
     assert found["correlation"]["value"] == found["by_task"]["a"]["value"]
 
 
-def test_draws_of_a_pre_flight_are_different_partitions() -> None:
-    assert len(draw(["a", "b", "c"], 2, 10)) == 3  # there are no more
-    assert len({one.name for one in draw([str(n) for n in range(9)], 3, 6)}) == 6
+def test_the_partitions_of_a_grouping_signal_differ() -> None:
+    assert len(distinct_partitions(["a", "b", "c"], 2, 10)) == 3  # there are no more
+    assert len({one.name for one in distinct_partitions([str(n) for n in range(9)], 3, 6)}) == 6
+
+
+def test_a_folder_of_an_earlier_version_with_other_names_of_methods_resumes(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    _, folder = open_cells_folder(config, "compare")
+    stored = config.model_dump(mode="json")
+    stored["compare"]["methods"] = ["wide", "reading"]  # the name of feature_overlap in earlier versions
+    (folder / "config.yaml").write_text(yaml.safe_dump(stored))
+    assert open_cells_folder(config, "compare")[1] == folder
+    stored["train"]["epochs"] = 9
+    (folder / "config.yaml").write_text(yaml.safe_dump(stored))
+    with pytest.raises(UserError, match="belongs to another configuration"):
+        open_cells_folder(config, "compare")
 
 
 def row(method: str, gain: float, low: float, high: float, count: int = 5) -> dict[str, Any]:
@@ -344,15 +362,15 @@ def row(method: str, gain: float, low: float, high: float, count: int = 5) -> di
     }
 
 
-def test_verdicts_are_no_stronger_than_their_intervals() -> None:
+def test_verdicts_claim_no_more_than_the_intervals_show() -> None:
     rows = [row("guided", 9, 8, 10), row("random", 1, 0, 2), row("wide", 8.5, 7, 10), row("tag", 12, 11, 13)]
     one, other = Grouping.of([["a", "b"], ["c", "d"]]), Grouping.of([["a", "c"], ["b", "d"]])
     logged = verdicts(rows, "guided", {"guided": [one, one, one]})
     assert "gains +9.0 % over naive MTL (95 % interval +8.0 to +10.0, 5 seeds)." in logged[0]
     assert logged[1].startswith("It is better than random groups")
-    assert logged[2].startswith("It is not told apart from one wide encoder")
-    assert logged[3].startswith("It is WORSE than the best affinity baseline (tag)")
-    assert "stable (mean adjusted Rand index 1.00)" in logged[-1]
+    assert logged[2].startswith("It is not significantly different from one wide encoder")
+    assert logged[3].startswith("It is worse than the best affinity baseline (tag)")
+    assert logged[-1] == "The grouping is stable over seeds (mean adjusted Rand index 1.00)."
     assert "not stable" in verdicts(rows, "guided", {"guided": [one, other]})[-1]
     assert TOO_SHORT not in verdicts([*rows, row("wide_long", 9.5, 8, 11)], "guided", {"guided": [one]})
     assert verdicts([*rows, row("wide_long", 12, 11, 13)], "guided", {"guided": [one]})[-2] == TOO_SHORT

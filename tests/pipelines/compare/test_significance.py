@@ -1,4 +1,4 @@
-"""Intervals and correlations, beside published and worked-out values."""
+"""Intervals and correlations, against published values and values calculated by hand."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from dmtg_core import Grouping
 from pipelines.compare.significance import agreement, intraclass_correlation, mean_of, together_share
 
 
-def test_the_interval_of_a_mean_is_student_s() -> None:
+def test_the_interval_of_a_mean_is_that_of_student() -> None:
     values = [1.0, 2.0, 4.0, 7.0]
     found = mean_of(values)
     low, high = stats.t.interval(0.95, 3, np.mean(values), stats.sem(values))
     assert (found.value, found.low, found.high, found.count) == (3.5, pytest.approx(low), pytest.approx(high), 4)
 
 
-def test_one_value_has_no_interval_and_what_is_not_defined_is_left_out() -> None:
+def test_one_value_has_no_interval_and_undefined_values_are_left_out() -> None:
     assert math.isnan(mean_of([2.0]).low)
     assert mean_of([2.0]).value == 2
     assert mean_of([1.0, math.nan, 3.0]).value == 2
     assert math.isnan(mean_of([]).value)
 
 
-def test_the_intraclass_correlation_is_that_of_shrout_and_fleiss() -> None:
+def test_the_intraclass_correlation_equals_that_of_shrout_and_fleiss() -> None:
     ratings = [
         [9, 2, 5, 8],
         [6, 1, 3, 2],
@@ -41,7 +41,7 @@ def test_the_intraclass_correlation_is_that_of_shrout_and_fleiss() -> None:
     assert found.high == pytest.approx(0.723, abs=0.005)
 
 
-def test_groups_that_differ_correlate_and_equal_ones_do_not() -> None:
+def test_different_groups_have_a_high_correlation_and_equal_ones_a_low_one() -> None:
     rng = np.random.default_rng(0)
     apart = np.arange(8)[:, None] + 0.1 * rng.normal(size=(8, 4))
     assert intraclass_correlation(apart.tolist()).low > 0.9

@@ -123,7 +123,7 @@ def test_results_of_a_comparison_by_the_previous_version_are_not_mixed_with_new_
 
     with pytest.raises(TrainedAgainError):
         train_cells(job, [cell], log)
-    assert logged[0] == "1 results are of an earlier version, whose figures differ: trained again"
+    assert logged[0] == "1 results are from an earlier version with other figures: trained again"
 
 
 def test_the_branches_of_a_model_are_those_of_its_run_or_else_its_number_of_groups(source, tmp_path) -> None:

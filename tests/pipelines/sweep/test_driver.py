@@ -1,4 +1,4 @@
-"""Sweeps that run: what they find, that nothing runs twice, and that they go on when they were killed."""
+"""Sweeps on Ray: their results, no trial twice, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipelines.config.loading import Config, load_config
 from pipelines.errors import UserError
 from pipelines.runs.files import read_jsonl
 from pipelines.storage import locate
-from pipelines.sweep.driver import Swept, sweep
+from pipelines.sweep.driver import SweepResult, sweep
 from pipelines.sweep.trials import trials
 from pipelines.training.driver import train
 from tests.pipelines.driver import Driver, Undisturbed, same, workers
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.ray
 FAR = {"family": "constant", "start": 1e-44}  # logits divided by it are not finite
 NEAR = {"family": "constant", "start": 2.5}
 NAIVE, GOOD, BAD = "naive_mtl_seed22", "groups2_constant2.5_seed22", "groups2_constant1e-44_seed22"
-Ran = tuple[Config, Swept, list[str]]
+Ran = tuple[Config, SweepResult, list[str]]
 
 
 def swept_config(undisturbed: Undisturbed, root: Path, **sections: dict[str, Any]) -> Config:
@@ -50,11 +50,11 @@ def swept(run: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return config, sweep(config, logged.append), logged
 
 
-def rows(done: Swept) -> dict[str, dict[str, Any]]:
+def rows(done: SweepResult) -> dict[str, dict[str, Any]]:
     return {row["trial"]: row for row in done.found["rows"]}
 
 
-def test_naive_mtl_and_the_settings_come_out_as_in_runs_of_their_own(swept: Ran, run: Undisturbed) -> None:
+def test_trials_have_the_results_of_separate_runs(swept: Ran, run: Undisturbed) -> None:
     found = rows(swept[1])
     assert list(found) == [NAIVE, GOOD, BAD]
     naive, trial = found[NAIVE], found[GOOD]
@@ -71,7 +71,7 @@ def test_naive_mtl_and_the_settings_come_out_as_in_runs_of_their_own(swept: Ran,
     assert (trial["epochs"], trial["status"]) == (4, "finished")
 
 
-def test_a_trial_that_fails_is_a_row_with_its_reason_and_the_others_go_on(swept: Ran) -> None:
+def test_a_failed_trial_is_a_row_with_its_reason_and_the_others_continue(swept: Ran) -> None:
     _, done, logged = swept
     found = rows(done)
     assert {name: row["status"] for name, row in found.items()} == {
@@ -83,9 +83,7 @@ def test_a_trial_that_fails_is_a_row_with_its_reason_and_the_others_go_on(swept:
 
 
 @pytest.mark.soak
-def test_a_trial_that_is_stopped_leaves_no_process_and_no_cpu_behind(
-    swept: Ran, run: Undisturbed, tmp_path: Path
-) -> None:
+def test_a_stopped_trial_frees_its_processes_and_cpus(swept: Ran, run: Undisturbed, tmp_path: Path) -> None:
     import ray
 
     section, long = {"groups": [2, 3], "grace_epochs": 1, "reduction": 2}, {"epochs": 1000}
@@ -100,13 +98,13 @@ def test_a_trial_that_is_stopped_leaves_no_process_and_no_cpu_behind(
     assert (found["status"], found["reason"]) == ("stopped", "not among the best 1/2 of the trials at epoch 1")
     assert 1 <= found["epochs"] < 1000
     assert "1 of 3 trials to train, 1 at a time with 2 workers each, samples in shared memory" in logged
-    while workers(psutil.Process().children(recursive=True)):  # their controller is given a moment to end them
+    while workers(psutil.Process().children(recursive=True)):  # their controller ends them a moment later
         time.sleep(0.1)
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
         time.sleep(0.1)
 
 
-def test_mlflow_has_a_run_for_the_sweep_and_one_below_it_for_each_trial(swept: Ran) -> None:
+def test_mlflow_has_a_run_for_the_sweep_and_a_child_run_for_each_trial(swept: Ran) -> None:
     config, done, _ = swept
     client = mlflow.MlflowClient(config.track.uri)
     parent = client.get_run(done.run_id)
@@ -122,7 +120,9 @@ def test_mlflow_has_a_run_for_the_sweep_and_one_below_it_for_each_trial(swept: R
     assert client.search_registered_models() == []
 
 
-def test_the_best_setting_is_what_train_takes(swept: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_accepts_the_best_configuration_of_a_sweep(
+    swept: Ran, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, done, _ = swept
     assert done.found["best"]["label"] == "groups2_constant2.5"
     monkeypatch.chdir(tmp_path)  # where no ray_config.yaml is
@@ -130,7 +130,7 @@ def test_the_best_setting_is_what_train_takes(swept: Ran, tmp_path: Path, monkey
     same(found.result, rows(done)[GOOD] | {"baseline": rows(done)[NAIVE]["metrics"]})
 
 
-def test_the_same_words_train_nothing_again_but_what_failed(swept: Ran) -> None:
+def test_the_same_command_trains_only_failed_trials_again(swept: Ran) -> None:
     config, done, _ = swept
     before = ended(Path(str(done.folder)))
     logged: list[str] = []
@@ -162,7 +162,7 @@ class SweepDriver(Driver):
     """`dmtg sweep` as a process of its own."""
 
     def command(self) -> list[str]:
-        """Its words."""
+        """Its command line."""
         config = self.root / "config.yaml"
         config.write_text(yaml.safe_dump(dict(self.values)))
         return [sys.executable, "-m", "pipelines.cli", "sweep", "-c", str(config), "--json"]
@@ -175,7 +175,9 @@ def in_progress(driver: SweepDriver) -> bool:
 
 
 @pytest.mark.soak
-def test_a_sweep_that_is_killed_and_terminated_goes_on_with_what_is_left(run: Undisturbed, tmp_path: Path) -> None:
+def test_a_sweep_that_was_killed_and_terminated_resumes_with_its_unfinished_trials(
+    run: Undisturbed, tmp_path: Path
+) -> None:
     section = {"seeds": [22, 23], "grace_epochs": 1, "reduction": 2}
     config = swept_config(run, tmp_path, sweep=section, ray={"workers": 1}, run={"name": "disturbed"} | {
         "root": str(tmp_path / "runs")})  # fmt: skip
@@ -190,20 +192,20 @@ def test_a_sweep_that_is_killed_and_terminated_goes_on_with_what_is_left(run: Un
     family = driver.family()
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143, driver.log
-    psutil.wait_procs(family)  # nothing of it stays
+    psutil.wait_procs(family)  # all its processes end
     assert f"dmtg sweep stopped\nwhat: terminated\nwhere: {driver.folder}\nremedy: the same command" in driver.log
     second = ended(driver.folder)
 
     found = driver.finish()
     last = ended(driver.folder)
-    assert first.items() <= second.items() <= last.items()  # what had ended was not run again
+    assert first.items() <= second.items() <= last.items()  # no ended trial runs again
     assert len(last) == len(found["rows"]) == 4
     assert {row["status"] for row in found["rows"]} <= {"finished", "stopped"}
     naive = {row["seed"]: row for row in found["rows"] if row["naive"]}
     assert {row["status"] for row in naive.values()} == {"finished"}
     for row in found["rows"]:
-        told = [record["epoch"] for record in read_jsonl(locate(row["run_dir"]) / "metrics.jsonl")]
-        assert told == list(range(1, row["epochs"] + 1))  # none is missing, none was trained twice
+        epochs = [record["epoch"] for record in read_jsonl(locate(row["run_dir"]) / "metrics.jsonl")]
+        assert epochs == list(range(1, row["epochs"] + 1))  # none is missing, none was trained twice
         assert row["epochs"] == 4 or row["status"] == "stopped"
     assert found["best"]["label"] == "groups2"
     tracked = mlflow.MlflowClient(config.track.uri)
@@ -211,14 +213,14 @@ def test_a_sweep_that_is_killed_and_terminated_goes_on_with_what_is_left(run: Un
 
 
 @pytest.mark.soak
-def test_a_sweep_of_rooms_that_is_killed_half_way_runs_no_finished_trial_again(tmp_path: Path) -> None:
-    words = [
+def test_a_sweep_of_rooms_that_was_killed_half_way_runs_no_finished_trial_again(tmp_path: Path) -> None:
+    overrides = [
         f"source.root={tmp_path / 'raw'}", f"data.shards={tmp_path / 'shards'}", f"run.root={tmp_path / 'runs'}",
         "source.options={buildings: 4, points: 16, resolution: 48, size: 32}", "train.epochs=3",
         "run.name=disturbed", "track.uri=none", "ray.workers=1", "ray.object_store_mib=128", "data.min_support=1",
         "sweep.grace_epochs=1", "sweep.groups=[2, 3, 4]", "sweep.stems=[0, 1]", "sweep.seeds=[1, 2]",
     ]  # fmt: skip
-    driver = SweepDriver(tmp_path, load_config("rooms", words).model_dump(mode="json"))
+    driver = SweepDriver(tmp_path, load_config("rooms", overrides).model_dump(mode="json"))
     driver.start()
     driver.wait_for(lambda: len(ended(driver.folder)) >= 7 and in_progress(driver))
     driver.lose()

@@ -1,4 +1,4 @@
-"""What a sweep tries, when it stops trials, what it makes of their results: all of it without a cluster."""
+"""Settings, trials, early stops, results and report of a sweep, without a cluster."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from pipelines.errors import UserError
 from pipelines.storage import locate
 from pipelines.sweep.page import verdict, write_page
 from pipelines.sweep.results import best_setting, by_setting, knee_of, notes_of, pareto_front, rows_of, status
+from pipelines.sweep.trackers import Trackers
 from pipelines.sweep.trials import Trial, best_config, settings, sweep_name, trials
 from tests.pipelines.conftest import make_config
 
@@ -40,7 +41,7 @@ def varied(config: Config, **values: Any) -> Config:
     return config.model_copy(update={"sweep": config.sweep.model_copy(update=values)})
 
 
-def test_every_value_is_tried_with_every_other_and_every_seed(config: Config) -> None:
+def test_all_combinations_are_tried_with_every_seed(config: Config) -> None:
     planned = trials(config)
     assert len(planned) == 2 + 2 * 2 * 2 * 2 * 2
     assert [trial.name for trial in planned[:3]] == [
@@ -61,7 +62,7 @@ def test_naive_mtl_is_one_branch_from_the_first_epoch_to_the_last(config: Config
     assert (first.reports, last.reports) == (4, 4 + 2 * 2)
 
 
-def test_the_same_words_lead_to_the_same_folder_and_others_to_another(config: Config) -> None:
+def test_the_same_command_has_the_same_folder_and_other_commands_have_others(config: Config) -> None:
     assert sweep_name(config) == sweep_name(varied(config))
     others = [varied(config, seeds=(1,)), config.model_copy(update={"name": "other"})]
     assert len({sweep_name(one) for one in (config, *others)}) == 3
@@ -92,7 +93,7 @@ def test_a_sweep_with_nothing_to_compare_is_refused(config: Config, values: dict
     assert "sweep.groups, sweep.stems" in found.value.remedy
 
 
-def test_the_best_configuration_is_taken_by_train_as_it_is(
+def test_train_accepts_the_best_configuration(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     regroup = config.regroup.model_copy(update={"margin": 3.0})
@@ -109,7 +110,7 @@ def test_the_best_configuration_is_taken_by_train_as_it_is(
     assert not loaded.run.name
 
 
-def test_a_cluster_holds_as_many_trials_as_there_is_room_for_beside_the_data_tasks() -> None:
+def test_a_cluster_holds_the_trials_that_its_resources_allow_beside_the_data_tasks() -> None:
     section = RaySection(workers=[2, 8], tune_cpus=0.5, data_cpus=2)
     assert trials_at_once(section, {"CPU": 12}) == 4
     assert trials_at_once(section, {"CPU": 11.9}) == 3
@@ -124,7 +125,7 @@ def test_a_cluster_holds_as_many_trials_as_there_is_room_for_beside_the_data_tas
 
 
 @pytest.mark.parametrize("resources", [{"CPU": 3.4, "GPU": 8}, {"CPU": 96, "GPU": 1}])
-def test_a_cluster_without_room_for_a_trial_is_refused_with_the_numbers(resources: dict[str, float]) -> None:
+def test_a_cluster_without_resources_for_a_trial_is_refused_with_the_numbers(resources: dict[str, float]) -> None:
     section = RaySection(workers=2, gpus_per_worker=1)
     with pytest.raises(UserError) as found:
         trials_at_once(section, resources)
@@ -133,7 +134,7 @@ def test_a_cluster_without_room_for_a_trial_is_refused_with_the_numbers(resource
 
 
 @pytest.mark.parametrize(("workers", "trials_of_two_cores"), [(1, 2), (2, 1), (4, 1)])
-def test_a_local_cluster_has_room_for_the_trials_that_keep_its_cores_busy(
+def test_a_local_cluster_has_resources_for_the_trials_that_keep_its_cores_busy(
     monkeypatch: pytest.MonkeyPatch, workers: int, trials_of_two_cores: int
 ) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
@@ -147,7 +148,7 @@ def tune_trial(name: str) -> Any:
     return SimpleNamespace(trial_id=f"id of {name}", config={"trial": name})
 
 
-def judged(rule: Any, name: str, scores: list[float]) -> int:
+def stopped_after(rule: Any, name: str, scores: list[float]) -> int:
     """The epoch after which a trial is stopped; 0 when it is not."""
     trial = tune_trial(name)
     rule.on_trial_add(None, trial)
@@ -162,45 +163,55 @@ def records(scores: list[float]) -> list[dict[str, Any]]:
     return [{"time": float(i), "val_score": score} for i, score in enumerate(scores)]
 
 
-def test_poor_trials_are_stopped_and_the_note_is_in_their_folders(config: Config) -> None:
+def test_poor_trials_are_stopped_with_the_reason_in_their_folders(config: Config) -> None:
     from pipelines.sweep.ray_tune import Halving
 
     planned = {trial.name: trial for trial in trials(varied(config, stems=(), temperatures=()))}
     rule = Halving(config.sweep, planned)
     good, poor, late, *_ = [name for name, trial in planned.items() if not trial.naive]
-    assert judged(rule, "naive_mtl_seed1", [9.0] * 4) == 0
-    assert judged(rule, good, [0.0, -1.0, -2.0, -3.0]) == 0
-    assert judged(rule, poor, [1.0, 1.0, 1.0, 1.0]) == 1
-    assert judged(rule, late, [-1.0, 5.0, 5.0, 5.0]) == 2
+    assert stopped_after(rule, "naive_mtl_seed1", [9.0] * 4) == 0
+    assert stopped_after(rule, good, [0.0, -1.0, -2.0, -3.0]) == 0
+    assert stopped_after(rule, poor, [1.0, 1.0, 1.0, 1.0]) == 1
+    assert stopped_after(rule, late, [-1.0, 5.0, 5.0, 5.0]) == 2
     assert status(planned[poor]) == "stopped"
     noted = (planned[poor].run / "stopped.json").read_json()
     assert noted == {"epoch": 1, "val_score": 1.0, "reason": "not among the best 1/2 of the trials at epoch 1"}
     assert {status(planned[name]) for name in (good, "naive_mtl_seed1")} == {"unfinished"}
 
 
-def test_nobody_is_stopped_at_the_last_epoch(config: Config) -> None:
+def test_ray_tune_can_pickle_the_callback(config: Config) -> None:
+    from ray import cloudpickle
+
+    from pipelines.sweep.ray_tune import TrialEvents
+
+    planned = {trial.name: trial for trial in trials(config)}
+    events = TrialEvents(planned, Trackers("parent", None, print), print)
+    assert set(cloudpickle.loads(cloudpickle.dumps(events)).trials) == set(planned)
+
+
+def test_no_trial_is_stopped_at_the_last_epoch(config: Config) -> None:
     from pipelines.sweep.ray_tune import Halving
 
     planned = {trial.name: trial for trial in trials(varied(config, stems=(), temperatures=()))}
     rule = Halving(config.sweep.model_copy(update={"grace_epochs": 9}), planned)
     names = [name for name, trial in planned.items() if not trial.naive]
-    assert [judged(rule, name, [float(i)] * 4) for i, name in enumerate(names)] == [0] * len(names)
+    assert [stopped_after(rule, name, [float(i)] * 4) for i, name in enumerate(names)] == [0] * len(names)
 
 
-def test_trials_of_an_earlier_session_keep_their_places_in_the_rule(config: Config) -> None:
+def test_the_scheduler_counts_trials_of_an_earlier_session(config: Config) -> None:
     from pipelines.sweep.ray_tune import Halving
 
     planned = {trial.name: trial for trial in trials(varied(config, stems=(), temperatures=()))}
     first, second, *_ = [name for name, trial in planned.items() if not trial.naive]
     rule = Halving(config.sweep, planned)
     rule.replay({first: records([0.0, -1.0, -2.0, -3.0]), "naive_mtl_seed1": records([-9.0] * 4)})
-    assert judged(rule, second, [0.5] * 4) == 1
+    assert stopped_after(rule, second, [0.5] * 4) == 1
     fresh = Halving(config.sweep, planned)
-    assert judged(fresh, second, [0.5] * 4) == 0
+    assert stopped_after(fresh, second, [0.5] * 4) == 0
 
 
 def finish(trial: Trial, loss: float, right: float, *, seconds: float = 2.0) -> None:
-    """A run folder as a finished run leaves it; `right` is the accuracy on validation, on test it is lower."""
+    """Write the run folder of a finished run. `right` is the accuracy on validation; on test it is lower."""
 
     def metrics(accuracy: float) -> dict[str, dict[str, float]]:
         return {task.name: {"loss": loss, "accuracy": accuracy} for task in TASKS}
@@ -220,7 +231,7 @@ def finish(trial: Trial, loss: float, right: float, *, seconds: float = 2.0) -> 
 
 @pytest.fixture
 def ended(config: Config) -> list[Trial]:
-    """A sweep of three settings and two seeds: one is best on all seeds, one on a single seed, one failed."""
+    """A sweep of three settings and two seeds: one finished both seeds, one a single seed, one failed."""
     planned = trials(varied(config, groups=(2, 3, 4), stems=(), temperatures=(), gate_learning_rates=()))
     by_name = {trial.name: trial for trial in planned}
     for seed, harder in ((1, 1.0), (2, 2.0)):
@@ -233,7 +244,7 @@ def ended(config: Config) -> list[Trial]:
     return planned
 
 
-def test_rows_measure_each_trial_against_naive_mtl_of_its_seed(ended: list[Trial]) -> None:
+def test_the_gain_of_a_trial_is_over_naive_mtl_of_its_seed(ended: list[Trial]) -> None:
     rows = {row["trial"]: row for row in rows_of(ended, TASKS)}
     assert [row["status"] for row in rows.values()] == [
         "finished", "finished", "finished", "finished", "finished", "stopped", "failed", "failed"
@@ -271,25 +282,25 @@ def test_of_equal_settings_the_cheaper_one_is_best(ended: list[Trial]) -> None:
     assert [row["label"] for row in pareto_front(found)] == ["naive_mtl", "groups2"]
 
 
-def test_the_knee_is_where_gain_stops_to_pay() -> None:
+def test_the_knee_is_where_further_cost_gains_little() -> None:
     def front(*points: tuple[int, float]) -> list[dict[str, Any]]:
         return [{"label": str(flops), "flops": flops, "gain_validation": gain} for flops, gain in points]
 
     found = knee_of(front((1, 0.0), (2, 8.0), (3, 9.0), (4, 10.0)))
     assert found is not None
     assert found["label"] == "2"
-    assert knee_of(front((1, 0.0), (2, 1.0), (3, 9.0))) is None  # the last step pays most
+    assert knee_of(front((1, 0.0), (2, 1.0), (3, 9.0))) is None  # the last step gains most
     assert knee_of(front((1, 0.0), (2, 8.0))) is None
 
 
-def test_without_naive_mtl_nothing_can_be_judged(ended: list[Trial]) -> None:
+def test_without_naive_mtl_there_is_no_best_setting(ended: list[Trial]) -> None:
     for trial in ended:
         if trial.naive:
             (trial.run / "result.json").delete()
     assert best_setting(by_setting(rows_of(ended, TASKS))) is None
 
 
-def test_page_needs_no_network_and_tells_front_best_and_failures(
+def test_page_needs_no_network_and_shows_front_best_setting_and_failures(
     ended: list[Trial], config: Config, tmp_path: Path
 ) -> None:
     rows = rows_of(ended, TASKS)
@@ -307,5 +318,5 @@ def test_page_needs_no_network_and_tells_front_best_and_failures(
     assert "groups2 (best, knee)" in page
     assert "groups3 (front)" in page
     assert "failed: memory ran out" in page
-    assert "25.0 % lower" in verdict(content)
+    assert "Its gain over naive MTL on validation is +25.0 % (mean of 2 seeds)" in verdict(content)
     assert "prefers-color-scheme: dark" in page

@@ -24,7 +24,8 @@ from pipelines.data.manifest import read_manifest
 from pipelines.errors import UserError
 from pipelines.runs.events import HUNG, LOST, RESIZED, RESUMED
 from pipelines.storage import locate
-from pipelines.training.driver import check_workers, train
+from pipelines.training.checks import check_workers
+from pipelines.training.driver import train
 from pipelines.training.ray.events import events_after, start_event_log
 from pipelines.training.ray.trainer import run_workers
 from pipelines.training.worker import Job

@@ -1,0 +1,84 @@
+"""Preparation of cells, which `dmtg compare` and `dmtg signal` share: folder, Ray session, checks, and samples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from dmtg_core.tasks import Task
+from pipelines.cluster import session
+from pipelines.compare.cells import CellJob
+from pipelines.config.loading import Config
+from pipelines.config.sections import RaySection
+from pipelines.data.manifest import Manifest
+from pipelines.errors import UserError
+from pipelines.runs.identity import folder_name
+from pipelines.storage import Location
+from pipelines.training.checks import Prepared, check_network, open_folder, prepare, write_config
+
+
+def open_cells_folder(config: Config, kind: str) -> tuple[Config, Location]:
+    """Check the options and open the folder of the cells.
+
+    Args:
+        config: Configuration of the command.
+        kind: `compare` or `signal`, a part of the folder's name.
+
+    Returns:
+        The configuration with the folder's name, and the folder.
+
+    Raises:
+        UserError: As `Config.check_options` and `open_folder`.
+    """
+    config.check_options()
+    return open_folder(config, config.run.name or folder_name(config, kind))
+
+
+@contextmanager
+def cells_session(config: Config, log: Callable[[str], None]) -> Iterator[Prepared]:
+    """Start Ray, prepare the data, and check everything that can be checked before a cell is trained.
+
+    Raises:
+        UserError: For the first problem.
+    """
+    with session(config.ray, cells_cpus(config.ray)):
+        yield prepare(config, log, partial(check_cells, config))
+
+
+def cells_cpus(section: RaySection) -> float:
+    """Logical CPUs of a local cluster: one cell for each core, and at least the resources of any session."""
+    cpus = section.cpus_per_worker
+    at_once = section.trials or max(int((os.cpu_count() or 1) // cpus), 1)
+    least = section.fewest * cpus + min(section.data_cpus, 1)
+    return max(at_once * cpus, least)
+
+
+def check_cells(config: Config, manifest: Manifest, tasks: tuple[Task, ...]) -> None:
+    """Check that cells can be trained: there are tasks to group, and every network is trained from scratch.
+
+    Raises:
+        UserError: For the first problem.
+    """
+    check_network(config, manifest, tasks)
+    if config.network.groups < 2 or len(tasks) < 2:
+        raise UserError(
+            f"nothing to group: {len(tasks)} tasks, {config.network.groups} group",
+            where="data.tasks, network.groups",
+            remedy="give at least two tasks and two groups",
+            wrong_use=True,
+        )
+    if config.network.start_from:
+        raise UserError(
+            "a comparison trains every network from scratch",
+            where=f"network.start_from={list(config.network.start_from)}",
+            remedy="leave network.start_from out",
+            wrong_use=True,
+        )
+
+
+def cell_job(data: Prepared, folder: Location) -> CellJob:
+    """Write the configuration into the folder, and load the input of the cells."""
+    write_config(data.config, folder)
+    return CellJob(data.config, data.reader, data.samples(), folder)

@@ -1,0 +1,181 @@
+"""Checks and preparation that every command that trains does first: folder, shards, tasks, networks, samples."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from dmtg_core.network.grouping_network import GroupingNetwork
+from dmtg_core.tasks import Task
+from dmtg_core.training.aggregation import load_aggregator
+from dmtg_core.training.data import epoch_steps
+from dmtg_core.training.step import WeighedLoss
+from dmtg_core.training.warm_start import WarmStart
+from pipelines.config.loading import Config
+from pipelines.data.ingest import keeps_in_memory, load_splits
+from pipelines.data.manifest import Manifest, check_shards, check_targets, support_notes
+from pipelines.data.reader import Reader
+from pipelines.data.shards import ensure_shards
+from pipelines.errors import UserError
+from pipelines.registry.tracking import shown
+from pipelines.runs.files import CONFIG
+from pipelines.runs.identity import open_run
+from pipelines.storage import Location, locate
+from pipelines.training.warm_start import warm_start_errors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A data set that passed all checks.
+
+    Args:
+        config: Configuration of the command.
+        reader: Reader of the chosen tasks.
+        notes: Notes about tasks with little support.
+    """
+
+    config: Config
+    reader: Reader
+    notes: tuple[str, ...]
+
+    @property
+    def manifest(self) -> Manifest:
+        """Manifest of the shards."""
+        return self.reader.manifest
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The chosen tasks."""
+        return self.reader.tasks
+
+    def samples(self) -> Mapping[str, Any] | None:
+        """Load the samples into shared memory; None if they do not fit and are streamed."""
+        return load_splits(self.reader) if keeps_in_memory(self.reader, self.config.data) else None
+
+
+def prepare(
+    config: Config,
+    log: Callable[[str], None],
+    check: Callable[[Manifest, tuple[Task, ...]], None] | None = None,
+) -> Prepared:
+    """Write the shards if they are missing, and check data and networks before a worker starts.
+
+    Args:
+        config: Configuration of the command.
+        log: Log callback.
+        check: Check of the networks, given manifest and tasks; by default `check_network`.
+
+    Raises:
+        UserError: For the first problem.
+    """
+    manifest = ensure_shards(config, log)
+    folder = locate(config.data.shards)
+    tasks = check_data(config, manifest, folder)
+    if check is None:
+        check_network(config, manifest, tasks, log=log)
+    else:
+        check(manifest, tasks)
+    notes = tuple(support_notes(manifest, tasks, config.data.min_support))
+    return Prepared(config, Reader(folder, manifest, tasks), notes)
+
+
+def open_folder(config: Config, name: str) -> tuple[Config, Location]:
+    """Open the folder of a comparison, a grouping signal or a sweep.
+
+    Args:
+        config: Configuration of the command.
+        name: Name of the folder.
+
+    Returns:
+        The configuration with this run name, and the folder.
+
+    Raises:
+        UserError: If the folder cannot be written or belongs to another configuration.
+    """
+    named = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    return named, open_run(named)
+
+
+def write_config(config: Config, folder: Location) -> None:
+    """Write a configuration into its folder, without secrets."""
+    (folder / CONFIG).write_text(yaml.safe_dump(shown(config), sort_keys=False))
+
+
+def check_data(config: Config, manifest: Manifest, folder: Location) -> tuple[Task, ...]:
+    """Check the data and return the chosen tasks.
+
+    Raises:
+        UserError: For the first problem.
+    """
+    tasks = manifest.tasks(config.data.tasks, str(folder))
+    check_targets(manifest, tasks, str(folder))
+    check_shards(folder, manifest, checksums=config.data.verify_checksums)
+    check_workers(config, manifest)
+    return tasks
+
+
+def check_network(
+    config: Config,
+    manifest: Manifest,
+    tasks: Sequence[Task],
+    models: WarmStart | None = None,
+    log: Callable[[str], None] = logger.info,
+) -> None:
+    """Check the network, and the models from which it starts.
+
+    Raises:
+        UserError: For the first problem.
+    """
+    with _section("network"):
+        spec = config.network_spec(manifest.description.input, tasks)
+        network = GroupingNetwork(spec)
+    with _section("train"):
+        WeighedLoss(network, aggregator=config.train.aggregator)
+        if config.train.aggregator != "sum":
+            load_aggregator(config.train.aggregator)
+    if models is not None:
+        with warm_start_errors():
+            models.check(spec)
+        for note in models.notes(spec):
+            log(note)
+
+
+def check_workers(config: Config, manifest: Manifest) -> None:
+    """Check that every number of workers can share the data, and that an epoch has as many batches with each.
+
+    Raises:
+        UserError: If a split has fewer samples than workers, or the number of batches depends on the workers.
+    """
+    fewest, most = config.ray.fewest, config.ray.most
+    few = [split for split in manifest.shards if 0 < manifest.rows(split) < most]
+    problem = f"split {few[0]} has {manifest.rows(few[0])} samples for {most} workers" if few else ""
+    try:
+        steps = [epoch_steps(manifest.rows("train"), config.train.batch_size, n) for n in (fewest, most)]
+    except ValueError as error:
+        problem = str(error)
+    else:
+        if steps[0] != steps[1]:
+            problem = (
+                f"an epoch of {manifest.rows('train')} samples has {steps[0]} batches for {fewest} workers and "
+                f"{steps[1]} for {most}, who could not share the last one"
+            )
+    if problem:
+        raise UserError(
+            problem, where="ray.workers", remedy="lower the number of workers, or change train.batch_size"
+        )
+
+
+@contextmanager
+def _section(name: str) -> Iterator[None]:
+    """Raise errors of the core as errors of a section of the configuration."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error), where=name, remedy=f"correct the {name} section", wrong_use=True) from error
