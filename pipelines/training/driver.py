@@ -18,7 +18,7 @@ from dmtg_core.training.aggregation import load_aggregator
 from dmtg_core.training.data import epoch_steps
 from dmtg_core.training.step import WeighedLoss
 from dmtg_core.training.warm_start import WarmStart
-from pipelines.cluster import session, user_error
+from pipelines.cluster import session, set_environment, user_error
 from pipelines.config.loading import Config
 from pipelines.data.ingest import keeps_in_memory, load_splits
 from pipelines.data.manifest import Manifest, check_shards, check_targets, support_notes
@@ -244,6 +244,7 @@ def run_workers(job: Job, log: Callable[[str], None], work: Callable[[dict[str, 
     fewest, most = config.ray.fewest, config.ray.most
     count = f"{most}" if fewest == most else f"{fewest} to {most}"
     log(f"training on {count} workers, samples {'streamed' if job.held is None else 'in shared memory'}")
+    set_environment()  # a trial of a sweep runs this in a process that may have joined a cluster
     # Ray Train's own collectives have no limit, and would wait for ever where PyTorch's give up
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(config.ray.timeout_s)
     with tempfile.TemporaryDirectory(prefix="dmtg-") as scratch:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.cluster import short_of_room
+from pipelines.cluster import missing_resources
 from pipelines.config.sections import RaySection
 from pipelines.errors import UserError
 from pipelines.registry.tracking import Tracker
@@ -88,7 +88,7 @@ class Monitor:
 
         if self.lost_at is None or time.monotonic() - self.lost_at < WAIT_S:
             return
-        short = short_of_room(self.section, ray.cluster_resources())
+        short = missing_resources(self.section, ray.cluster_resources())
         if short:
             emitter(self.event_log)(WAITING, f"waiting for room: {short}")
             self.lost_at = None

@@ -12,7 +12,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
-from pipelines.cluster import causes
+from pipelines.cluster import causes, set_environment
 from pipelines.runs.events import LOST
 from pipelines.training.ray.events import emitter
 from pipelines.training.ray.failures import PermanentError, lost_at_start, reason
@@ -79,6 +79,7 @@ class Lead(ControllerCallback):
 
     def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002 - Ray's name
         """In the controller's own process."""
+        set_environment()  # the controller of a cluster that was joined inherits none of the driver's variables
         TrainController.worker_group_cls = Workers
         ray.get(self.event_log.led_by.remote(ray.get_runtime_context().current_actor))
 

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.cli.app import app
-from pipelines.cluster import _starting
+from pipelines.cluster import _start_errors
 from pipelines.errors import UserError
 
 NEW = ("config", "new")
@@ -110,7 +110,7 @@ def test_words_that_no_command_has_are_wrong_use(words: list[str], logged: str) 
 
 @pytest.mark.parametrize(("address", "what"), [("10.0.0.1:6379", "does not answer"), (None, "does not start")])
 def test_ray_that_does_not_start_or_answer_names_the_next_thing_to_do(address: str | None, what: str) -> None:
-    with pytest.raises(UserError, match=what) as found, _starting(address):
+    with pytest.raises(UserError, match=what) as found, _start_errors(address):
         raise RuntimeError("timed out\nand more")
     assert "dmtg doctor" in found.value.remedy
     assert "and more" not in found.value.what

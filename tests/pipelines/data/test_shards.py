@@ -65,7 +65,7 @@ class TestJob:
         with pytest.raises(UserError, match="cannot write") as found:
             shard(config)
         assert found.value.where == str(in_the_way)
-        assert "disk with room" in found.value.remedy
+        assert "disk with free space" in found.value.remedy
 
     def test_too_many_bad_samples_stop_it_without_a_manifest(self, tmp_path: Path) -> None:
         raw = write_images(tmp_path / "raw")
