@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from pipelines.config.sections import RaySection
+from pipelines.config.ray_section import RaySection
 from pipelines.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from pipelines.config.sections import RaySection, TrackSection
+from pipelines.config.ray_section import RaySection
+from pipelines.config.sections import TrackSection
 from pipelines.errors import UserError
 from pipelines.storage import Location, locate
 

@@ -7,7 +7,7 @@ from typing import Any
 from dmtg_core.network.encoders import ENCODERS
 from dmtg_core.training.aggregation import AGGREGATORS
 from pipelines.config.loading import Config
-from pipelines.config.sections import RaySection
+from pipelines.config.ray_section import RaySection
 from pipelines.data.sources import SOURCES, options_model
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.cluster import missing_resources
-from pipelines.config.sections import RaySection
+from pipelines.config.ray_section import RaySection
 from pipelines.errors import UserError
 from pipelines.registry.tracking import Tracker
 from pipelines.runs.events import LOST, RESIZED, RESUMED, WAITING, Event

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipelines.cluster import missing_resources
-from pipelines.config.sections import RaySection
+from pipelines.config.ray_section import RaySection
 from tests.cluster.manifests import MOUNTED, Object, config_files, inside, objects, pods
 from tests.cluster.schemas import closed, problems
 from tests.paths import ROOT

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pipelines.cluster import ENVIRONMENT, session, set_environment
-from pipelines.config.sections import RaySection
+from pipelines.config.ray_section import RaySection
 
 
 def test_importing_the_module_changes_no_environment_variable() -> None:

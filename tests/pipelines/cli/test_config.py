@@ -32,8 +32,8 @@ RUNNER = CliRunner()
 SIX = ["churn", "upsell", "segment", "risk", "spend", "score"]
 
 
-def call(*words: str) -> tuple[int, str, str]:
-    found = RUNNER.invoke(app, list(words))
+def call(*arguments: str) -> tuple[int, str, str]:
+    found = RUNNER.invoke(app, list(arguments))
     return found.exit_code, found.stdout, found.stderr
 
 
@@ -47,12 +47,12 @@ def table(path: Path, columns: Mapping[str, Any]) -> str:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> str:
-    """Six targets of three kinds, some of their cells empty, on numbers, categories and what is neither."""
+    """Six targets of three kinds, some of them with empty cells, with numbers, categories and other columns."""
     rng, rows = np.random.default_rng(0), 400
     age, income = rng.normal(size=rows).round(3), rng.normal(size=rows).round(3)
 
-    def with_gaps(values: Any, word: str = "") -> list[str]:
-        return [word if hole else str(value) for value, hole in zip(values, rng.random(rows) < 0.1, strict=True)]
+    def with_gaps(values: Any, marker: str = "") -> list[str]:
+        return [marker if hole else str(value) for value, hole in zip(values, rng.random(rows) < 0.1, strict=True)]
 
     return table(
         tmp_path / "my data.csv",
@@ -84,25 +84,25 @@ class TestSchema:
     def errors(self, values: Any) -> list[str]:
         return [error.message for error in jsonschema.Draft202012Validator(self.schema).iter_errors(values)]
 
-    def test_it_is_a_schema_that_all_recipes_fit(self) -> None:
+    def test_all_recipes_match_the_schema(self) -> None:
         jsonschema.Draft202012Validator.check_schema(self.schema)
         for name in recipes():
             assert not self.errors(yaml.safe_load((RECIPES / f"{name}.yaml").read_text())), name
 
     @pytest.mark.parametrize(
-        "words",
+        "override",
         [
             "train.epoch=3", "train.epochs=0", "gate.sampling=gumble", "source.kind=tabel",
             "source.options.fiel=x.csv", "network.encoder=mpl", "train.aggregator=downgrad",
             "ray.workers=[1, 2, 3]",
         ],
     )  # fmt: skip
-    def test_what_commands_refuse_it_refuses(self, words: str, tmp_path: Path) -> None:
+    def test_it_refuses_the_values_that_commands_refuse(self, override: str, tmp_path: Path) -> None:
         values: dict[str, Any] = {
             "name": "x", "data": {"shards": "s"}, "source": {"kind": "table", "options": {"file": "x.csv"}},
         }  # fmt: skip
         assert not self.errors(values)
-        key, _, value = words.partition("=")
+        key, _, value = override.partition("=")
         *path, last = key.split(".")
         section = values
         for part in path:
@@ -110,19 +110,19 @@ class TestSchema:
         section[last] = yaml.safe_load(value)
         assert self.errors(values)
 
-    def test_with_a_base_nothing_else_is_needed(self) -> None:
+    def test_file_with_a_base_needs_no_other_key(self) -> None:
         assert self.errors({"data": {"shards": "s"}})
         assert self.errors({"name": "x", "data": {}})
         assert not self.errors({"base": "rooms", "data": {"cache": "stream"}, "source": {"root": "r"}})
 
-    def test_every_key_says_what_it_is_for(self) -> None:
+    def test_every_key_has_a_description(self) -> None:
         readers = {options_model(kind).__name__ for kind in SOURCES} | {"LabelTask"}  # described as a whole
         for name, section in self.schema["$defs"].items():
             assert section.get("description"), name
             for key, value in section["properties"].items() if name not in readers else ():
                 assert value.get("description") or "$ref" in value, f"{name}.{key}"
 
-    def test_ray_config_has_one_of_its_own(self) -> None:
+    def test_ray_config_has_its_own_schema(self) -> None:
         schema = json.loads(call("config", "schema", "--ray")[1])
         values = yaml.safe_load(Path("ray_config.yaml").read_text())
         jsonschema.validate(values, schema)
@@ -131,7 +131,7 @@ class TestSchema:
 
 
 class TestShow:
-    def test_it_is_the_configuration_that_commands_see(self, tmp_path: Path) -> None:
+    def test_it_prints_the_configuration_that_commands_use(self, tmp_path: Path) -> None:
         code, shown, _ = call("config", "show", "-c", "tox21", "train.epochs=3", "track.uri=none")
         assert code == 0
         (tmp_path / "shown.yaml").write_text(shown)
@@ -158,7 +158,7 @@ class TestShow:
 
 
 class TestNew:
-    def test_a_table_of_six_targets(self, mixed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_table_of_six_targets(self, mixed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         code, _, logged = call("config", "new", mixed, "--targets", ",".join(SIX), "-o", "mine.yaml")
         assert code == 0, logged
@@ -200,7 +200,7 @@ class TestNew:
         return alike and one.model_dump(exclude={"source"}) == other.model_dump(exclude={"source"})
 
     @pytest.mark.parametrize("kind", [kind for kind in SOURCES if kind not in ("table", "folder")])
-    def test_other_sources_are_laid_over_a_recipe(self, kind: str, tmp_path: Path) -> None:
+    def test_other_sources_have_a_recipe_as_base(self, kind: str, tmp_path: Path) -> None:
         file, all_on = tmp_path / "mine.yaml", tmp_path / "all.yaml"
         (tmp_path / "raw").mkdir()
         code, _, logged = call("config", "new", str(tmp_path / "raw"), "--source", kind, "-o", str(file))
@@ -211,7 +211,7 @@ class TestNew:
         all_on.write_text(uncommented(file.read_text()))
         assert self.same(str(file), str(all_on))
 
-    def test_an_image_folder(self, images: Path, tmp_path: Path) -> None:
+    def test_image_folder(self, images: Path, tmp_path: Path) -> None:
         file = tmp_path / "mine.yaml"
         assert call("config", "new", str(images), "--targets", "colour,bright,level", "-o", str(file))[0] == 0
         config = load_config(str(file))
@@ -222,7 +222,7 @@ class TestNew:
         }  # fmt: skip
         assert source.read(source.entries()[0])["input"] is not None
 
-    def test_a_table_of_texts(self, tmp_path: Path) -> None:
+    def test_table_of_texts(self, tmp_path: Path) -> None:
         pytest.importorskip("tokenizers")
         data = table(
             tmp_path / "texts.csv",
@@ -238,18 +238,18 @@ class TestNew:
         assert config.source.options["text_column"] == "body"
         assert len(build_source("text", config.source.root, config.source.options).entries()) == 100
 
-    def test_it_writes_over_nothing_unless_told(self, mixed: str, tmp_path: Path) -> None:
-        words = ("config", "new", mixed, "--targets", "churn,spend", "-o", str(tmp_path / "mine.yaml"))
+    def test_it_overwrites_a_file_only_with_force(self, mixed: str, tmp_path: Path) -> None:
+        arguments = ("config", "new", mixed, "--targets", "churn,spend", "-o", str(tmp_path / "mine.yaml"))
         (tmp_path / "mine.yaml").write_text("mine")
-        code, _, logged = call(*words)
+        code, _, logged = call(*arguments)
         assert code == 2
         assert "--force" in logged
         assert (tmp_path / "mine.yaml").read_text() == "mine"
-        assert call(*words, "--force")[0] == 0
+        assert call(*arguments, "--force")[0] == 0
         assert load_config(str(tmp_path / "mine.yaml")).name == "my_data"
 
     @pytest.mark.parametrize(
-        ("words", "said"),
+        ("arguments", "message"),
         [
             (["--targets", "churn,spent"], "no column spent"),
             (["--targets", "churn"], "two or more"),
@@ -261,10 +261,12 @@ class TestNew:
             (["--source", "rooms", "--targets", "churn,spend"], "no meaning for rooms"),
         ],
     )
-    def test_what_cannot_be_used_is_named(self, mixed: str, tmp_path: Path, words: list[str], logged: str) -> None:
-        code, _, shown = call("config", "new", mixed, *words, "-o", str(tmp_path / "mine.yaml"))
+    def test_unusable_argument_is_named(
+        self, mixed: str, tmp_path: Path, arguments: list[str], message: str
+    ) -> None:
+        code, _, shown = call("config", "new", mixed, *arguments, "-o", str(tmp_path / "mine.yaml"))
         assert code in (1, 2)
-        assert logged in shown
+        assert message in shown
         assert "remedy: " in shown
         assert not (tmp_path / "mine.yaml").exists()
 
@@ -308,7 +310,7 @@ class TestGuesses:
     def test_use_of_a_column(self, cells: list[object], use: str) -> None:
         assert feature(look(*cells)).use == use
 
-    def test_the_split_needs_train_and_val(self) -> None:
+    def test_split_needs_train_and_val(self) -> None:
         def of(*cells: str) -> str | None:
             found = split_use({"Subset": Look("Subset", cells)})
             return found and found.use
@@ -317,7 +319,7 @@ class TestGuesses:
         assert of("train", "test") == "left out"
         assert of("a", "b") is None
 
-    def test_the_id_has_a_value_of_its_own_in_every_row(self) -> None:
+    def test_id_is_unique_in_every_row(self) -> None:
         columns = {
             "a_id": ["1", "1"],
             "weight": ["1", "2"],
