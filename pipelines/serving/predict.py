@@ -359,7 +359,7 @@ def _not_as_written(job: Job, shard: Shard, found: str) -> UserError:
     return UserError(
         f"the shard has {found}",
         where=str(job.reader.folder / shard.file),
-        remedy="delete it and run dmtg shard again: it makes only what is missing",
+        remedy="delete it and run dmtg shard again: it creates only missing shards",
     )
 
 

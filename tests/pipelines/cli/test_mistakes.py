@@ -68,7 +68,7 @@ FILES: dict[str, bytes] = {
         ((*NEW, "semicolons.csv", "--targets", "a,b"), "separated by semicolons", "commas"),
         ((*NEW, "no.parquet", "--targets", "a,b"), "not a Parquet file", "write the file again"),
         ((*NEW, ".", "--targets", "a,b", "--source", "folder"), "none is named labels.csv", "add labels"),
-        (("inspect", "-c", "rooms", "data.shards=none"), "no dataset here", "dmtg shard"),
+        (("inspect", "-c", "rooms", "data.shards=none"), "no data set here", "dmtg shard"),
         (("train", "-c", "rooms", "train.cuda_graphs=true", "train.accumulate=2"), "cuda_graphs needs", "correct"),
         (("train", "-c", "rooms", "train.aggregator=upgrad", "train.accumulate=2"), "whole batch", "correct"),
         (

@@ -133,7 +133,7 @@ def test_what_is_told_of_them_fits_on_a_line(table: Config) -> None:
     found = inspect(table)
     (note,) = found["notes"]
     assert note == (
-        "task number has too little support in train to judge it: classes with fewer than 20 labels "
+        "task number has too few labels in train for a reliable result: classes with fewer than 20 labels "
         f"(0: 1, 1: 1, 2: 1, 3: 1, 4: 1 and {MANY - 5} more)"
     )
     assert all(len(row["classes"]) < 300 for row in found["table"])

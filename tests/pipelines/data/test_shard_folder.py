@@ -122,9 +122,9 @@ class TestRefused:
     ) -> None:
         raw = write_table(tmp_path / "raw" / "machines.parquet").parent
         monkeypatch.chdir(raw)
-        self.refuse(config_of(raw, written.format(raw)), tmp_path, "are the same place")
+        self.refuse(config_of(raw, written.format(raw)), tmp_path, "are the same folder")
         (tmp_path / "link").symlink_to(raw)
-        self.refuse(config_of(tmp_path / "link", written.format(raw)), tmp_path, "are the same place")
+        self.refuse(config_of(tmp_path / "link", written.format(raw)), tmp_path, "are the same folder")
 
     def test_shards_below_raw_data_that_is_read_however_deep_it_lies(self, tmp_path: Path) -> None:
         raw = write_table(tmp_path / "raw" / "deep" / "machines.parquet").parents[1]
@@ -190,7 +190,7 @@ def test_the_command_refuses_it_too(tmp_path: Path) -> None:
         [sys.executable, "-m", "pipelines.cli", *words], cwd=raw, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2, done.stderr
-    assert json.loads(done.stdout)["error"]["what"] == "data.shards and source.root are the same place"
+    assert json.loads(done.stdout)["error"]["what"] == "data.shards and source.root are the same folder"
     assert "Traceback" not in done.stderr
     assert tree(raw) == before
 

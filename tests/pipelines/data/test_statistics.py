@@ -49,7 +49,7 @@ def test_classes_are_counted_without_the_ignored_one() -> None:
         (Task("m", "multiclass", 3), [np.uint8(2)] * 3, "every label is class 2"),
         (Task("r", "regression"), [np.float32(4.5)] * 3, "every value is 4.5"),
         (Task("d", "dense_regression"), [np.full((2, 2), 255, np.uint16)] * 2, "every value is 255"),
-        (Task("n", "binary"), [None, None], "it has no label at all"),
+        (Task("n", "binary"), [None, None], "it has no label"),
         (Task("ok", "regression"), [np.float32(1), np.float32(2)], ""),
         (Task("nan", "regression"), [np.float32(1), np.float32("nan")], "every value is 1"),
     ],

@@ -18,7 +18,7 @@ from dmtg_core import Batch, GroupingNetwork, fit
 from dmtg_core.training.checkpoint import load_network
 from dmtg_core.training.context import LocalContext
 from pipelines.data.reader import Reader
-from pipelines.data.stream import Deal, StreamData
+from pipelines.data.stream import Division, StreamData
 from pipelines.errors import UserError
 from tests.dmtg_core import parallel, samples
 from tests.pipelines.shard_files import streamed, train_streamed, write_arrays, write_numbers
@@ -149,21 +149,21 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter:
 @example(24, 8, 2)
 @example(25, 8, 4)
 @example(26, 12, 6)
-def test_every_sample_of_a_batch_is_dealt_to_one_worker(size: int, streams: int, workers: int):
+def test_every_sample_of_a_batch_has_exactly_one_worker(size: int, streams: int, workers: int):
     assume(max(streams, workers) <= size)
-    deals = [Deal(streams, rank, workers) for rank in range(workers)]
-    parts = np.diff(deals[0].ends(np.array([size])))
-    portions = np.array([deal.portions(size) for deal in deals])  # (workers, streams, 3)
+    divisions = [Division(streams, rank, workers) for rank in range(workers)]
+    parts = np.diff(divisions[0].ends(np.array([size])))
+    portions = np.array([division.portions(size) for division in divisions])  # (workers, streams, 3)
     assert portions.min() >= 0
     assert (portions.sum(axis=2) == parts).all()
     assert (portions[:, :, 1].sum(axis=0) == parts).all()
     assert portions[:, :, 1].sum(axis=1).tolist() == [
         len(x) for x in np.split(np.arange(size), cuts(size, workers))
     ]
-    own = [stream for deal in deals for stream in deal.own(np.array([size]))]
+    own = [stream for division in divisions for stream in division.own(np.array([size]))]
     if streams % workers == 0:
         assert own == list(range(streams))
-    assert len(own) <= streams + workers - 1  # a stream is shared only where two workers meet
+    assert len(own) <= streams + workers - 1  # only streams at a boundary of two workers are shared
 
 
 def cuts(size: int, workers: int) -> list[int]:
@@ -171,7 +171,7 @@ def cuts(size: int, workers: int) -> list[int]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_a_worker_reads_its_streams_alone(numbered: Numbered, monkeypatch, world_size: int):
+def test_worker_reads_only_its_own_streams(numbered: Numbered, monkeypatch, world_size: int):
     reader = numbered((80,) * 4, 5)  # 64 row groups in 8 streams
     read = counted(monkeypatch)
     for worker in crew(reader, 40, world_size):

@@ -57,7 +57,7 @@ def test_run_folder_holds_what_the_plan_says(run) -> None:
 def test_it_says_every_epoch_and_which_tasks_have_thin_support(run) -> None:
     _, _, logged = run
     assert sum("epoch" in line and "score" in line for line in logged) == 8
-    assert any(line.startswith("note: task colour has too little support in val") for line in logged)
+    assert any(line.startswith("note: task colour has too few labels in val") for line in logged)
 
 
 def test_models_answer_alone_what_the_training_run_gave(run) -> None:
