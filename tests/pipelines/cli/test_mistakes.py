@@ -64,7 +64,7 @@ FILES: dict[str, bytes] = {
         ((*NEW, "targets.csv", "--targets", "a,b"), "no column is left to predict from", "fewer targets"),
         ((*NEW, "latin.csv", "--targets", "a,b"), "not a CSV file in UTF-8", "iconv"),
         ((*NEW, "ragged.csv", "--targets", "a,b"), "line 3 has 2 cells, expected 3", "needs quotes"),
-        ((*NEW, "twice.csv", "--targets", "a,x"), "column a is there more than once", "rename one"),
+        ((*NEW, "twice.csv", "--targets", "a,x"), "column a occurs more than once", "rename one"),
         ((*NEW, "semicolons.csv", "--targets", "a,b"), "separated by semicolons", "commas"),
         ((*NEW, "no.parquet", "--targets", "a,b"), "not a Parquet file", "write the file again"),
         ((*NEW, ".", "--targets", "a,b", "--source", "folder"), "none is named labels.csv", "add labels"),
