@@ -192,7 +192,7 @@ def test_a_large_vocabulary_is_stored_in_32_bits(root):
 
 def test_tokenizers_that_cannot_be_used(root):
     wordlevel(root / "tokenizer.json", "<s>", "[PAD]", "[UNK]")
-    with pytest.raises(UserError, match="its token 0 is '<s>'"):
+    with pytest.raises(UserError, match="token 0 of the tokenizer is '<s>'"):
         source(root, tokenizer="tokenizer.json").describe()
     wordlevel(root / "tokenizer.json", "[PAD]", "<pad>", "[UNK]", pad_id=1)
     with pytest.raises(UserError, match="must be padding"):
