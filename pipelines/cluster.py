@@ -1,4 +1,4 @@
-"""Ray started, or joined, the way the configuration says."""
+"""Ray sessions: start or join a cluster as the configuration says, and count its resources."""
 
 from __future__ import annotations
 
@@ -11,62 +11,77 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from pipelines.config.sections import RaySection
+from pipelines.config.ray_section import RaySection
 from pipelines.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Data source V2 starts dozens of one-CPU actors at every execution and makes small reads many times slower.
-os.environ.setdefault("RAY_DATA_USE_DATASOURCE_V2", "0")
-# A report of a worker is taken in when the controller polls; its default of 2 s is added to every epoch.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Workers that wait for one that was lost cannot leave their group in order; there is no use in waiting for it.
-os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
+ENVIRONMENT = {
+    # Data source V2 starts dozens of one-CPU actors at every execution and makes small reads many times slower.
+    # Ray Data reads the variable once, when it is imported.
+    "RAY_DATA_USE_DATASOURCE_V2": "0",
+    # The controller collects the reports of the workers when it polls. Its default of 2 s is added to every epoch.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Ray Train replaces `print` in its workers by a logger; workers report through the run folder instead.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # Workers that wait for a lost one cannot leave their process group in order. Waiting 30 s for it is useless.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+}
+
+
+def set_environment() -> None:
+    """Set the environment variables that Ray reads, except those that the user has set.
+
+    `session` calls it before it imports Ray. A local cluster inherits the variables. The processes
+    of a cluster that was joined inherit nothing from the driver, so those that start or control Ray Train call
+    this function too.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 @contextmanager
 def session(section: RaySection, cpus: float | None = None) -> Iterator[None]:
-    """Ray for the time of a command: the cluster at hand, or a local one that ends with the command.
+    """Ray for the time of a command: a cluster that is available, or a local one that ends with the command.
 
     Args:
-        cpus: Logical CPUs of a local one; by default those of the most workers and of the data tasks.
+        cpus: Logical CPUs of a local cluster; by default those of the most workers and of the data tasks.
 
     Raises:
         UserError: When the cluster cannot hold the workers and the data tasks at the same time.
     """
+    set_environment()
     import ray
 
     if ray.is_initialized():
-        _check_room(section, ray.cluster_resources())
+        _check_resources(section, ray.cluster_resources())
         yield
         return
     address = section.address or os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray").setLevel(logging.ERROR)  # Ray's notes on its own start-up
-    # what workers have to say reaches the driver through the run folder; their logs stay in Ray's own files
+    # messages of workers reach the driver through the run folder; their logs stay in Ray's own files
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    with _own_sigterm(), _starting(address):
+    with _kept_sigterm_handler(), _start_errors(address):
         if address:
             ray.init(address=address, **quiet)
         else:
-            # logical CPUs: workers and data tasks each have theirs, even where the machine has fewer
+            # logical CPUs: workers and data tasks each have their own, even if the machine has fewer
             cpus = cpus or section.most * section.cpus_per_worker + section.data_cpus
             store = section.object_store_mib and section.object_store_mib * 2**20
-            # left out, the address would be that of any cluster that Ray finds on this machine
+            # without address="local", Ray joins any cluster that it finds on this machine
             own = {"num_cpus": math.ceil(cpus), "object_store_memory": store, "include_dashboard": False}
             ray.init(address="local", **own, **quiet)
     try:
-        quieten()
-        _check_room(section, ray.cluster_resources())
+        silence_progress()
+        _check_resources(section, ray.cluster_resources())
         yield
     finally:
         ray.shutdown()
 
 
 @contextmanager
-def _starting(address: str | None) -> Iterator[None]:
-    """What Ray raises when it does not start or is not reached, which is of several kinds, as one error."""
+def _start_errors(address: str | None) -> Iterator[None]:
+    """Turn any error of Ray's start or of a connection to a cluster into one `UserError`."""
     try:
         yield
     except Exception as error:
@@ -74,17 +89,17 @@ def _starting(address: str | None) -> Iterator[None]:
         if address:
             raise UserError(
                 f"the Ray cluster does not answer: {reason}", where=f"ray.address = {address}",
-                remedy="correct ray.address or RAY_ADDRESS, or start the cluster; dmtg doctor tries it",
+                remedy="correct ray.address or RAY_ADDRESS, or start the cluster; dmtg doctor tests the address",
             ) from error  # fmt: skip
         raise UserError(
             f"Ray does not start: {reason}", where="this machine",
-            remedy="run the same words again when the machine is less busy; dmtg doctor looks at what Ray needs",
+            remedy="run the same command again when the machine is less busy; dmtg doctor checks what Ray needs",
         ) from error  # fmt: skip
 
 
 @contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep the handler of SIGTERM: Ray's would end the command with another exit code, and nothing said."""
+def _kept_sigterm_handler() -> Iterator[None]:
+    """Keep the handler of SIGTERM: Ray's handler ends the command with another exit code and without a message."""
     held = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -93,8 +108,8 @@ def _own_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, held)
 
 
-def quieten() -> None:
-    """Progress is printed by the commands themselves, a line an event."""
+def silence_progress() -> None:
+    """Turn off Ray Data's progress output: the commands print one line an event themselves."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -104,8 +119,8 @@ def quieten() -> None:
     context.execution_options.preserve_order = True
 
 
-def short_of_room(section: RaySection, resources: Mapping[str, float]) -> str:
-    """What is missing for the fewest workers and a data task; empty where nothing is."""
+def missing_resources(section: RaySection, resources: Mapping[str, float]) -> str:
+    """Resources that are missing for the fewest workers and a data task, as a sentence; empty if none are."""
     cpus = section.fewest * section.cpus_per_worker + min(section.data_cpus, 1)
     gpus = section.fewest * section.gpus_per_worker
     held = (resources.get("CPU", 0), resources.get("GPU", 0))
@@ -117,60 +132,60 @@ def short_of_room(section: RaySection, resources: Mapping[str, float]) -> str:
     )
 
 
-def _check_room(section: RaySection, resources: Mapping[str, float]) -> None:
-    short = short_of_room(section, resources)
-    if short and section.autoscaling:
-        logger.info("%s: machines are asked for as they are needed", short)
-    elif short:
+def _check_resources(section: RaySection, resources: Mapping[str, float]) -> None:
+    missing = missing_resources(section, resources)
+    if missing and section.autoscaling:
+        logger.info("%s: the cluster adds machines when they are needed", missing)
+    elif missing:
         raise UserError(
-            short,
+            missing,
             where="ray.workers, ray.cpus_per_worker, ray.gpus_per_worker",
             remedy="lower one of them, or use a larger cluster",
         )
 
 
 def trial_needs(section: RaySection) -> tuple[float, float]:
-    """CPUs and GPUs of a trial of a sweep: the process that drives it, and its workers."""
+    """CPUs and GPUs of one trial of a sweep: those of its driver process and of its workers."""
     cpus = section.tune_cpus + section.fewest * section.cpus_per_worker
     return cpus, section.fewest * section.gpus_per_worker
 
 
 def sweep_cpus(section: RaySection) -> float:
-    """Logical CPUs of a local cluster for a sweep: its trials keep the cores of this machine busy, no more."""
+    """Logical CPUs of a local cluster for a sweep: enough trials to keep the cores of this machine busy."""
     busy = (os.cpu_count() or 1) / (section.fewest * section.cpus_per_worker)
     trials = section.trials or max(math.floor(busy), 1)
     return trials * trial_needs(section)[0] + section.data_cpus
 
 
 def trials_at_once(section: RaySection, resources: Mapping[str, float]) -> int:
-    """How many trials a cluster can hold beside the data tasks; `ray.trials` at most.
+    """Number of trials that a cluster can hold beside the data tasks; `ray.trials` at most.
 
-    Nothing that runs waits then for room that another trial holds. A cluster that adds machines is asked for
-    `ray.trials` of them, or for as many as it can hold now.
+    With this number, no trial waits for resources that another trial holds. On a cluster that adds machines, the
+    number is `ray.trials`, or the number that the cluster can hold now.
 
     Raises:
-        UserError: When it cannot hold one.
+        UserError: When the cluster cannot hold one trial.
     """
     cpus, gpus = trial_needs(section)
     held = (resources.get("CPU", 0), resources.get("GPU", 0))
-    room = [(held[0] - section.data_cpus) / cpus] + ([held[1] / gpus] if gpus else [])
+    capacity = [(held[0] - section.data_cpus) / cpus] + ([held[1] / gpus] if gpus else [])
     if section.autoscaling:
-        return section.trials or max(math.floor(min(room) + 1e-6), 1)
-    if min(room) < 1:
-        least = cpus + min(section.data_cpus, 1)  # a single data task does, if slowly
+        return section.trials or max(math.floor(min(capacity) + 1e-6), 1)
+    if min(capacity) < 1:
+        least = cpus + min(section.data_cpus, 1)  # one data task is enough, but slow
         if held[0] < least or held[1] < gpus:
             raise UserError(
-                f"the cluster cannot hold a trial: {section.fewest} workers, the process that drives them and a "
+                f"the cluster cannot hold a trial: {section.fewest} workers, their driver process and a "
                 f"data task need {least:g} CPUs and {gpus:g} GPUs, it has {held[0]:g} and {held[1]:g}",
                 where="ray.workers, ray.cpus_per_worker, ray.gpus_per_worker, ray.tune_cpus",
                 remedy="lower one of them, or use a larger cluster",
             )
-    count = max(math.floor(min(room) + 1e-6), 1)
+    count = max(math.floor(min(capacity) + 1e-6), 1)
     return count if section.trials is None else min(count, section.trials)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and all that it wraps, in Python's way or in one of Ray's."""
+    """An error and every error that it wraps, by Python's chaining or in an attribute of Ray's errors."""
     seen: set[int] = set()
     todo: list[BaseException | None] = [error]
     while todo:
@@ -185,5 +200,5 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def user_error(error: BaseException) -> UserError | None:
-    """The `UserError` that a Ray task or worker raised, however deep it is wrapped."""
+    """The `UserError` that a Ray task or worker raised, at any depth of wrapping."""
     return next((one for one in causes(error) if isinstance(one, UserError)), None)

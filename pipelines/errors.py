@@ -1,16 +1,16 @@
-"""The one error that a command shows to its user."""
+"""The error that a command shows to its user."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something that the user can mend.
+    """An error that the user can correct.
 
     Args:
-        what: What was found, with the name of the thing.
-        where: The file, key or address it was found at.
-        remedy: What to do about it.
-        wrong_use: Whether the command was called wrongly (exit code 2) rather than failed (1).
+        what: The problem, with the name of what is affected.
+        where: The file, configuration key or address of the problem.
+        remedy: How to correct it.
+        wrong_use: Whether the command was called wrongly (exit code 2) or failed (exit code 1).
     """
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "", wrong_use: bool = False) -> None:
@@ -28,11 +28,11 @@ class UserError(Exception):
         )
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        # raised in a Ray worker, it must arrive in the driver as what it is
+        # the error of a Ray worker must arrive in the driver with its class and fields
         return _rebuild, (self.what, self.where, self.remedy, self.wrong_use)
 
     def to_dict(self) -> dict[str, str]:
-        """The `error` object of `--json`."""
+        """The `error` object of the `--json` output."""
         return {"what": self.what, "where": self.where, "remedy": self.remedy}
 
 

@@ -1,7 +1,7 @@
-"""One address (a local path or `s3://…`) as a pyarrow filesystem and a path.
+"""Storage: files and folders at a local path or an `s3://…` address.
 
-S3 credentials and region come from the standard AWS chain of each machine alone, and are never written or sent;
-`AWS_ENDPOINT_URL` (or `AWS_ENDPOINT_URL_S3`) names a server that is not Amazon's. An address that carries
+S3 credentials and the region come from the standard AWS chain of each machine alone. They are never written or
+sent. `AWS_ENDPOINT_URL` (or `AWS_ENDPOINT_URL_S3`) names a server that is not Amazon's. An address that carries
 credentials is refused.
 """
 
@@ -16,6 +16,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
@@ -27,32 +28,32 @@ import pyarrow.fs as pafs
 
 from pipelines.errors import UserError
 
-S3_ATTEMPTS = 6  # with growing pauses between them: about twenty seconds until a server counts as down
-PATIENCE_S = 120.0  # how long a run goes on trying to reach its folder, which it had reached before
+S3_ATTEMPTS = 6  # with growing pauses between them: a server counts as down after about twenty seconds
+PATIENCE_S = 120.0  # how long a run retries when its folder, which it has reached before, is unreachable
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
 TRANSIENT = frozenset({
     errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT,
     errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
     errno.ENETUNREACH,
 })  # fmt: skip
-PASSING_S3 = re.compile(
+TRANSIENT_S3 = re.compile(
     r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|THROTTLING)"
     r"|HTTP status (429|5\d\d)"
 )
-PIECE = 8 * 2**20  # bytes that are copied at once
+PIECE = 8 * 2**20  # bytes that are copied at a time
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder on some filesystem. Cheap to make, safe to send to a worker: it carries no credentials.
+    """A file or folder on some filesystem: cheap to create, and safe to send to a worker without credentials.
 
     Args:
         path: Absolute local path, or bucket and key.
         scheme: Empty for a local path, else "s3".
         endpoint: Address of the S3 server; empty for Amazon's.
-        patience_s: How long to try again where an error can pass: a server that is away, a disk that is full.
-            What is refused, or missing, is not asked for again.
+        patience_s: How long to retry after a transient error, such as a server that is unreachable or a full disk.
+            A request that is refused, or a file that is missing, is not retried.
     """
 
     path: str
@@ -62,7 +63,7 @@ class Location:
 
     @property
     def filesystem(self) -> pafs.FileSystem:
-        """What opens it; one a process."""
+        """The filesystem that opens it. Each process has one S3 client for each server."""
         return _s3(self.endpoint) if self.scheme else pafs.LocalFileSystem()
 
     def __truediv__(self, name: str) -> Location:
@@ -78,7 +79,7 @@ class Location:
 
     @property
     def local(self) -> Path | None:
-        """The local path, or None where the filesystem is remote."""
+        """The local path; None if the filesystem is remote."""
         return None if self.scheme else Path(self.path)
 
     @property
@@ -87,24 +88,24 @@ class Location:
         return replace(self, path=self.path.rstrip("/").rsplit("/", 1)[0])
 
     def exists(self) -> bool:
-        """Whether there is a file or a folder."""
+        """Whether the file or the folder exists."""
         return bool(self._info().type != pafs.FileType.NotFound)
 
     def is_dir(self) -> bool:
-        """Whether there is a folder."""
+        """Whether it exists and is a folder."""
         return bool(self._info().type == pafs.FileType.Directory)
 
     def size(self) -> int | None:
-        """Bytes of a file; None where there is none."""
+        """Bytes of the file; None if there is no such file."""
         info = self._info()
         return int(info.size) if info.type == pafs.FileType.File else None
 
     def retrying(self, seconds: float = PATIENCE_S) -> Location:
-        """The same place, and all below it, tried for `seconds`."""
+        """The same location, whose operations, and those of all paths below it, are retried for `seconds`."""
         return replace(self, patience_s=seconds)
 
-    def _tried(self, call: Callable[[], T]) -> T:
-        """What `call` gives, after as many tries as `patience_s` allows."""
+    def _retry(self, call: Callable[[], T]) -> T:
+        """The result of `call`, which is retried after transient errors for `patience_s`."""
         until = time.monotonic() + self.patience_s
         for pause in retry_delays():
             try:
@@ -116,61 +117,54 @@ class Location:
         raise AssertionError
 
     def check_bucket(self) -> None:
-        """Stop where the bucket of an s3:// address does not exist: a missing file is another mistake.
+        """Check that the bucket of an s3:// address exists, so that its absence is not reported as a missing file.
 
         Raises:
-            UserError: Naming the bucket.
+            UserError: When the bucket does not exist.
         """
         bucket = replace(self, path=self.path.split("/", 1)[0])
         if self.scheme and not bucket.exists():
             raise UserError(
                 f"there is no bucket {bucket.path} at {self.endpoint or 'Amazon S3'}",
                 where=str(self),
-                remedy="correct its name, or AWS_ENDPOINT_URL; a bucket is not made for you",
+                remedy="correct its name or AWS_ENDPOINT_URL, or create the bucket: dmtg does not",
             )
 
-    def _info(self) -> pafs.FileInfo:
+    def _info(self, of: str | pafs.FileSelector = "") -> Any:
+        """The `FileInfo` of this path, or those that a selector finds."""
         try:
-            return self._tried(lambda: self.filesystem.get_file_info(self.path))
+            return self._retry(lambda: self.filesystem.get_file_info(of or self.path))
         except OSError as error:
             raise self.unreachable(error) from error
 
     def unreachable(self, error: OSError) -> UserError:
-        """What to tell the user when reading here failed."""
+        """The `UserError` of a read that failed."""
         return UserError(
             f"cannot read from the storage: {_first_line(error)}", where=str(self), remedy=_remedy(self)
         )
 
     def files(self, *, recursive: bool = True) -> list[str]:
-        """Paths of the files below this folder, relative to it, `by_number`; empty where there is no folder."""
-        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
-        found = self._infos(selector)
+        """Paths of the files below this folder, relative to it, `by_number`; empty if there is no folder."""
+        found = self._info(pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive))
         files = [info.path[len(self.path.rstrip("/")) + 1 :] for info in found if info.type == pafs.FileType.File]
         return _by_number(files)
 
     def folders(self) -> list[str]:
         """Names of the folders directly below this one, `by_number`: group_10 comes after group_9."""
-        found = self._infos(pafs.FileSelector(self.path, allow_not_found=True))
+        found = self._info(pafs.FileSelector(self.path, allow_not_found=True))
         folders = [info.base_name for info in found if info.type == pafs.FileType.Directory]
         return _by_number(folders)
-
-    def _infos(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
-        try:
-            found: list[pafs.FileInfo] = self._tried(lambda: self.filesystem.get_file_info(selector))
-        except OSError as error:
-            raise self.unreachable(error) from error
-        return found
 
     def read_bytes(self) -> bytes:
         """The whole file.
 
         Raises:
-            FileNotFoundError: Where there is none.
-            PermissionError: Where this user may not read it.
-            UserError: When the storage does not answer, or refuses.
+            FileNotFoundError: When there is no such file.
+            PermissionError: When this user may not read it.
+            UserError: When the storage does not answer or refuses the request.
         """
         try:
-            return self._tried(self._read)
+            return self._retry(self._read)
         except (FileNotFoundError, PermissionError):
             raise
         except OSError as error:
@@ -194,26 +188,26 @@ class Location:
             return json.loads(self.read_text())
         except json.JSONDecodeError as error:
             raise UserError(
-                f"not a JSON file: {error}", where=str(self), remedy="restore the file or make it again"
+                f"not a JSON file: {error}", where=str(self), remedy="restore the file, or create it again"
             ) from error
 
     def write_bytes(self, data: bytes, *, sync: bool = True) -> None:
-        """Write the file whole or not at all: a reader never sees a part of it.
+        """Write the file atomically: a reader never sees a part of it.
 
         Args:
-            data: What to write.
-            sync: Wait until it is on the disk, so that it outlasts a power failure.
+            data: Content of the file.
+            sync: Wait until the content is on the disk, so that it survives a power failure.
 
         Raises:
-            UserError: When the place cannot be written to.
+            UserError: When the location cannot be written to.
         """
         self._written(lambda: self._write(BytesIO(data), sync))
 
     def create(self, text: str) -> bool:
-        """Write the file only where there is none; False where there is one. Of two at once, one succeeds.
+        """Create the file; return False if it already exists. Of two concurrent calls exactly one succeeds.
 
         Raises:
-            UserError: When the place cannot be written to.
+            UserError: When the location cannot be written to.
         """
         done = [False]
 
@@ -225,19 +219,16 @@ class Location:
 
     def _create_local(self, text: str) -> bool:
         assert self.local is not None
-        self.local.parent.mkdir(parents=True, exist_ok=True)
-        part = self.local.with_name(f".{self.local.name}.{uuid.uuid4().hex[:8]}.part")
         try:
-            part.write_text(text, encoding="utf-8")
-            os.link(part, self.local)  # with all it holds, or not at all
+            with _part_of(self.local) as part:
+                part.write_text(text, encoding="utf-8")
+                os.link(part, self.local)  # atomic: the file appears with its whole content
         except FileExistsError:
             return False
-        finally:
-            part.unlink(missing_ok=True)
         return True
 
     def _create_object(self, text: str) -> bool:
-        import boto3  # Arrow has no request with a condition
+        import boto3  # Arrow has no conditional request
         from botocore.exceptions import BotoCoreError, ClientError
 
         bucket, _, key = self.path.partition("/")
@@ -254,7 +245,7 @@ class Location:
         return True
 
     def write_file(self, source: Path) -> None:
-        """`write_bytes` of a local file, in pieces: it can be larger than what memory has room for."""
+        """`write_bytes` of a local file, in pieces: the file can be larger than the memory."""
 
         def copy() -> None:
             with source.open("rb") as file:
@@ -264,50 +255,46 @@ class Location:
 
     def _written(self, write: Callable[[], None]) -> None:
         try:
-            self._tried(write)
+            self._retry(write)
         except OSError as error:
             raise UserError(
                 f"cannot write: {_first_line(error)}", where=str(self), remedy=_remedy(self)
             ) from error
 
     def _write(self, source: BinaryIO, sync: bool) -> None:
-        if self.local is None:  # an object store shows an object only when it is whole
+        if self.local is None:  # an object store shows only complete objects
             with self.filesystem.open_output_stream(self.path) as file:
                 shutil.copyfileobj(source, file, PIECE)
             return
-        self.local.parent.mkdir(parents=True, exist_ok=True)
-        part = self.local.with_name(f".{self.local.name}.{uuid.uuid4().hex[:8]}.part")
-        try:
+        with _part_of(self.local) as part:
             with part.open("wb") as target:
                 shutil.copyfileobj(source, target, PIECE)
                 if sync:
                     target.flush()
                     os.fsync(target.fileno())
             part.replace(self.local)
-        finally:
-            part.unlink(missing_ok=True)
 
     def write_text(self, text: str) -> None:
         """`write_bytes` of UTF-8."""
         self.write_bytes(text.encode("utf-8"))
 
     def write_json(self, value: Any) -> None:
-        """`write_text` of indented JSON that ends with a newline; a figure that is not defined becomes null."""
+        """`write_text` of indented JSON that ends with a newline; NaN and infinity become null."""
         self.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
     def delete(self) -> None:
-        """Remove the file or the folder with all it holds; nothing happens where there is none."""
+        """Remove the file, or the folder with its content; do nothing if neither exists."""
         kind = self._info().type
         if kind == pafs.FileType.Directory:
-            self._tried(lambda: self.filesystem.delete_dir(self.path))
+            self._retry(lambda: self.filesystem.delete_dir(self.path))
         elif kind == pafs.FileType.File:
-            self._tried(lambda: self.filesystem.delete_file(self.path))
+            self._retry(lambda: self.filesystem.delete_file(self.path))
 
     def check_writable(self) -> None:
-        """Write and remove a small file, so that a job stops before its work rather than after it.
+        """Write and remove a small file, so that a job fails before its work and not after it.
 
         Raises:
-            UserError: When the place cannot be written to.
+            UserError: When the location cannot be written to.
         """
         self.check_bucket()
         probe = self / f".probe-{uuid.uuid4().hex[:8]}"
@@ -316,7 +303,7 @@ class Location:
 
 
 def finite(value: Any) -> Any:
-    """The same with null for NaN and infinity, which JSON does not have."""
+    """The value with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -345,7 +332,7 @@ def locate(uri: str) -> Location:
         raise UserError(
             "an address must not carry credentials",
             where=f"s3://…@{parts.netloc.rsplit('@', 1)[1]}{parts.path}",
-            remedy="take them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            remedy="remove them and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
             wrong_use=True,
         )
     if not parts.netloc:
@@ -356,7 +343,7 @@ def locate(uri: str) -> Location:
 
 @lru_cache
 def _s3(endpoint: str) -> pafs.S3FileSystem:
-    """The S3 client of this process: requests that fail are sent again, a server that is silent is given up."""
+    """The S3 client of this process. It repeats requests that fail and gives up on a silent server."""
     parts = urlsplit(endpoint)
     return pafs.S3FileSystem(
         endpoint_override=parts.netloc or None,
@@ -369,24 +356,35 @@ def _s3(endpoint: str) -> pafs.S3FileSystem:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same can succeed a little later: storage that is away or full, not one that refuses."""
+    """Whether a retry can succeed: the storage is unreachable or full, and does not refuse the request."""
     if isinstance(error, UserError):
         return error.__cause__ is not None and is_transient(error.__cause__)
     if not isinstance(error, OSError):
         return False
-    return error.errno in TRANSIENT or bool(PASSING_S3.search(str(error)))
+    return error.errno in TRANSIENT or bool(TRANSIENT_S3.search(str(error)))
 
 
 def retry_delays() -> Iterator[float]:
-    """Seconds to wait between tries, twice as long each time up to a limit, without end."""
+    """Seconds to wait between retries: an endless series that doubles up to a limit."""
     pause = FIRST_PAUSE_S
     while True:
         yield pause
         pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
+@contextmanager
+def _part_of(file: Path) -> Iterator[Path]:
+    """The path of a temporary file in the folder of `file`, which is created; the file is removed at the end."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        yield part
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _by_number(names: list[str]) -> list[str]:
-    from dmtg_core.names import by_number  # brings torch, which `dmtg --help` can do without
+    from dmtg_core.names import by_number  # imports torch, which `dmtg --help` does not need
 
     return sorted(names, key=by_number)
 
@@ -398,4 +396,4 @@ def _first_line(error: BaseException) -> str:
 def _remedy(location: Location) -> str:
     if location.local is None:
         return "check the bucket, AWS_ENDPOINT_URL and the AWS credentials of this machine"
-    return "choose a folder that this user may write to, on a disk with room"
+    return "choose a folder that this user may write to, on a disk with free space"

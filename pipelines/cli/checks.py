@@ -23,7 +23,8 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from pipelines.cli.probes import FAIL, WARN, Finding, Probe, run_in_processes, run_probe
-from pipelines.config.sections import RaySection, TrackSection
+from pipelines.config.ray_section import RaySection
+from pipelines.config.sections import TrackSection
 from pipelines.storage import Location, locate
 
 DISTRIBUTION, DRIVER = "dmtg", "nvidia-smi"

@@ -11,7 +11,7 @@ from dmtg_core.tasks import Task
 from pipelines.cluster import session
 from pipelines.compare.cells import CellJob
 from pipelines.config.loading import Config
-from pipelines.config.sections import RaySection
+from pipelines.config.ray_section import RaySection
 from pipelines.data.manifest import Manifest
 from pipelines.errors import UserError
 from pipelines.runs.identity import folder_name

@@ -1,1 +1,1 @@
-"""Strict configuration: its sections, and how YAML and overrides become one."""
+"""Strict configuration: its sections, and loading it from YAML files and overrides."""

@@ -18,12 +18,12 @@ from dmtg_core.network.grouping_network import NetworkSpec
 from dmtg_core.search.options import SearchOptions
 from dmtg_core.tasks import InputSpec, Task
 from dmtg_core.training.settings import TemperatureSchedule, TrainSettings
+from pipelines.config.ray_section import RaySection
 from pipelines.config.sections import (
     CompareSection,
     DataSection,
     GateSection,
     NetworkSection,
-    RaySection,
     RegroupSection,
     RunSection,
     SearchSection,

@@ -1,4 +1,4 @@
-"""The sections of a configuration: their keys, what each is for, and what values it takes."""
+"""The sections of a configuration: their keys, the meaning of each key, and the values it takes."""
 
 from __future__ import annotations
 
@@ -12,48 +12,59 @@ from pipelines.config.validation import Section
 
 
 class SourceSection(Section):
-    """Raw data to make shards from."""
+    """The raw data from which shards are created."""
 
     kind: str = Field(
-        description="reader of the raw format: celeba, folder, nuclei, planted, rooms, table, taskonomy or text"
+        description="Reader of the raw format: celeba, folder, nuclei, planted, rooms, table, taskonomy or text."
     )
-    root: str = Field("", description="local folder or s3:// address of the raw data")
-    options: dict[str, Any] = Field(default_factory=dict, description="options of the reader")
+    root: str = Field("", description="Local folder or s3:// address of the raw data.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the reader.")
 
     @property
     def given(self) -> bool:
-        """Whether there is something to read: the planted problem is made from its options alone."""
+        """Whether there is raw data to read: the planted problem is created from its options alone."""
         return bool(self.root) or self.kind == "planted"
 
 
 class DataSection(Section):
-    """Shards and how they are read."""
+    """The shards, and how they are created and read."""
 
-    shards: str = Field(description="local folder or s3:// address of the shards")
-    tasks: list[str] | None = Field(None, description="tasks to train on; all that the shards hold by default")
+    shards: str = Field(description="Local folder or s3:// address of the shards.")
+    tasks: list[str] | None = Field(None, description="Tasks to train on; by default all tasks of the shards.")
     like: str = Field(
         "",
-        description="earlier shards, whose tokenizer, categories, classes and units new ones are made with, so "
-        "that a model of either can be judged on both",
+        description="Earlier shards whose tokenizer, categories, classes and units are used for new shards, so "
+        "that models trained on either can be evaluated on both.",
     )
-    rows_per_shard: int | None = Field(None, ge=1, description="samples in one Parquet file; by default 64 MiB")
-    compression: Literal["none", "lz4", "zstd"] = Field("none", description="compression of the Parquet pages")
-    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="share of unusable samples that stops sharding")
-    verify_checksums: bool = Field(True, description="compare every shard with its checksum before training")
-    min_support: int = Field(20, ge=1, description="labels of a class below which a result says little")
+    rows_per_shard: int | None = Field(
+        None, ge=1, description="Samples in one Parquet file; by default as many as 64 MiB hold."
+    )
+    compression: Literal["none", "lz4", "zstd"] = Field("none", description="Compression of the Parquet pages.")
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="Largest share of unusable samples with which sharding continues."
+    )
+    verify_checksums: bool = Field(True, description="Compare every shard with its checksum before training.")
+    min_support: int = Field(
+        20,
+        ge=1,
+        description="Labels of a class below which a note says that its results are unreliable.",
+    )
     cache: Literal["auto", "memory", "device", "stream"] = Field(
         "auto",
-        description="keep the samples in shared memory or on the training device, stream them every epoch, or "
-        "choose between memory and stream by their size",
+        description="Where the samples are kept: in shared memory (memory), on the training device (device) or "
+        "nowhere, so that every epoch streams them (stream); auto chooses memory or stream by their size.",
     )
-    read_threads: int = Field(4, ge=1, description="shard parts that a streaming worker reads at once")
+    read_threads: int = Field(4, ge=1, description="Row groups that a streaming worker reads at the same time.")
     shuffle_mib: float = Field(
         128,
         gt=0,
-        description="decoded size of what a streamed global batch is drawn from; a worker holds up to three times "
-        "that. At 16 MiB for every worker, or a multiple, each reads a part of its own",
+        description="Decoded size in MiB of the samples from which a streamed global batch is drawn. A worker "
+        "holds up to three times this size. With 16 MiB for every worker, or a multiple, each reads its own "
+        "part.",
     )
-    cache_gib: float = Field(4.0, gt=0, description="decoded size up to which auto keeps samples in memory")
+    cache_gib: float = Field(
+        4.0, gt=0, description="Decoded size in GiB up to which data.cache=auto keeps the samples in memory."
+    )
 
     @field_validator("shards")
     @classmethod
@@ -64,182 +75,217 @@ class DataSection(Section):
 
 
 class NetworkSection(Section):
-    """The encoder, where it is cut, and the number of groups."""
+    """The encoder, its division into stem and branches, and the number of groups."""
 
-    encoder: str = Field("convnet", description=f"one of {', '.join(ENCODERS)}")
-    stem: int = Field(0, ge=0, description="stages of the encoder that all groups share")
-    groups: int = Field(3, ge=1, description="K, the most groups there can be")
-    options: dict[str, Any] = Field(default_factory=dict, description="options of the encoder")
-    decoder: Literal["subpixel", "xception"] = Field("subpixel", description="decoder of the dense tasks")
-    decoder_width: int = Field(64, ge=1, description="channels of the decoder's first layer")
-    rescale_gradients: bool = Field(False, description="scale gradients by 1/√N into branches, 1/√K into the stem")
+    encoder: str = Field("convnet", description=f"Encoder: one of {', '.join(ENCODERS)}.")
+    stem: int = Field(0, ge=0, description="Stages of the encoder that all groups share.")
+    groups: int = Field(3, ge=1, description="Largest number of groups, K.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Options of the encoder.")
+    decoder: Literal["subpixel", "xception"] = Field("subpixel", description="Decoder of the dense tasks.")
+    decoder_width: int = Field(64, ge=1, description="Channels of the first layer of the decoder.")
+    rescale_gradients: bool = Field(
+        False, description="Scale gradients by 1/√N into the branches and by 1/√K into the stem."
+    )
     start_from: tuple[str, ...] = Field(
         (),
-        description="folders of finished runs, or of single models, whose weights the network starts from: one "
-        "model for all branches, or a model for each",
+        description="Folders of finished runs, or of single models, whose weights initialise the network: one "
+        "model for all branches, or one model for each branch.",
     )
 
     @field_validator("start_from", mode="before")
     @classmethod
-    def _one_place(cls, value: object) -> object:
+    def _as_list(cls, value: object) -> object:
         return [value] if isinstance(value, str) and value else value or []
 
 
 class TemperatureSection(Section):
-    """Temperature of the gate over the search."""
+    """Temperature of the gate during the search."""
 
     family: Literal["constant", "linear", "cosine", "exponential"] = Field(
-        "constant", description="how it goes from start to end; a constant one stays at start"
+        "constant", description="Shape of the change from start to end; constant keeps the start temperature."
     )
-    start: float = Field(2.5, gt=0, description="when the search begins")
-    end: float = Field(0.5, gt=0, description="when the search ends")
-    warmup: float = Field(0.0, ge=0, lt=1, description="share of the search spent at the start temperature")
+    start: float = Field(2.5, gt=0, description="Temperature at the beginning of the search.")
+    end: float = Field(0.5, gt=0, description="Temperature at the end of the search.")
+    warmup: float = Field(0.0, ge=0, lt=1, description="Share of the search that uses the start temperature.")
 
 
 class GateSection(Section):
-    """The distribution over branches."""
+    """The gate: for each task, a distribution over the branches."""
 
     sampling: Literal["gumbel", "gumbel_per_sample", "softmax", "straight_through", "fixed"] = Field(
-        "gumbel", description="how the weights of the branches are drawn at every step"
+        "gumbel", description="How the weights of the branches follow from the logits at every step."
     )
     initial: Literal["uniform", "uniform_noise", "diagonal", "gaussian"] = Field(
-        "uniform", description="logits that the gate starts from"
+        "uniform", description="Initial logits of the gate."
     )
-    initial_scale: float = Field(0.01, description="size of these logits, where they are not uniform")
-    learning_rate: float | None = Field(None, gt=0, description="of the gate; train.learning_rate by default")
-    entropy_weight: float = Field(0.0, description="factor of the gate's entropy in the loss")
+    initial_scale: float = Field(0.01, description="Scale of the initial logits if they are not uniform.")
+    learning_rate: float | None = Field(
+        None, gt=0, description="Learning rate of the gate; by default train.learning_rate."
+    )
+    entropy_weight: float = Field(0.0, description="Weight of the entropy of the gate in the loss.")
     prune: bool = Field(
-        True, description="remove heads during the search; off keeps all K·N until it ends, as published"
+        True, description="Remove heads during the search; false keeps all K·N heads until it ends, as published."
     )
-    prune_threshold: float = Field(0.02, ge=0, lt=1, description="probability under which a head is removed")
+    prune_threshold: float = Field(0.02, ge=0, lt=1, description="Probability below which a head is removed.")
     temperature: TemperatureSection = TemperatureSection()
 
 
 class TrainSection(Section):
-    """The training run."""
+    """Training of the networks."""
 
-    epochs: int = Field(20, ge=1, description="search and fine-tuning together")
-    batch_size: int = Field(64, ge=1, description="samples of a global batch, over all workers")
-    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="of encoders, heads and gate")
-    learning_rate: float = Field(1e-3, gt=0, description="of the first epoch")
-    weight_decay: float = Field(0.0, ge=0, description="of the optimiser")
-    lr_schedule: Literal["constant", "cosine", "halving", "plateau"] = Field(
-        "cosine", description="how the learning rate falls over the epochs"
+    epochs: int = Field(20, ge=1, description="Epochs of search and fine-tuning together.")
+    batch_size: int = Field(64, ge=1, description="Samples of a global batch, over all workers.")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field(
+        "adam", description="Optimiser of the encoders, the heads and the gate."
     )
-    lr_every: int = Field(15, ge=1, description="epochs between two halvings (halving)")
-    lr_patience: int = Field(3, ge=0, description="epochs without progress before one (plateau)")
-    lr_min: float = Field(0.0, ge=0, description="the learning rate falls no further")
-    clip_norm: float = Field(0.0, ge=0, description="largest gradient norm; 0 for no limit")
+    learning_rate: float = Field(1e-3, gt=0, description="Learning rate in the first epoch.")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of the optimiser.")
+    lr_schedule: Literal["constant", "cosine", "halving", "plateau"] = Field(
+        "cosine", description="Schedule of the learning rate over the epochs."
+    )
+    lr_every: int = Field(15, ge=1, description="Epochs between two halvings of the learning rate (halving).")
+    lr_patience: int = Field(
+        3, ge=0, description="Epochs without progress after which the learning rate is halved (plateau)."
+    )
+    lr_min: float = Field(0.0, ge=0, description="Smallest learning rate of the schedule.")
+    clip_norm: float = Field(0.0, ge=0, description="Largest norm of the gradient; 0 for no limit.")
     task_weighting: Literal["fixed", "uncertainty"] = Field(
-        "fixed", description="learn weights of the tasks beside the fixed ones, or not"
+        "fixed", description="Weights of the tasks in the loss: fixed ones only, or in addition learned ones."
     )
     aggregator: str = Field(
         "sum",
-        description="how gradients of a group's tasks are combined once they have their branch: sum, or one of "
-        f"{', '.join(AGGREGATORS)} (needs the extra aggregators)",
+        description="How the gradients of a group's tasks are combined after every task has its branch: sum, or "
+        f"one of {', '.join(AGGREGATORS)} (these need the extra aggregators).",
     )
-    accumulate: int = Field(1, ge=1, description="parts that a batch is computed in, to save memory")
+    accumulate: int = Field(
+        1, ge=1, description="Parts in which a batch is computed, one after the other, to save memory."
+    )
     recompute: bool = Field(
-        False, description="compute activations again in the backward pass: less memory, more time"
+        False, description="Compute activations again in the backward pass: less memory, more time."
     )
-    compile: bool | None = Field(None, description="torch.compile; by default on a GPU only")
-    cuda_graphs: bool = Field(False, description="compiled parts as CUDA graphs: speed for memory")
-    sync_batchnorm: bool = Field(False, description="normalise over the batches of all workers (GPUs only)")
+    compile: bool | None = Field(
+        None, description="Compile the network with torch.compile; by default on a GPU only."
+    )
+    cuda_graphs: bool = Field(
+        False, description="Replay the compiled parts as CUDA graphs: faster, with more memory."
+    )
+    sync_batchnorm: bool = Field(
+        False, description="Batch normalisation over the batches of all workers (GPUs only)."
+    )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: autocast of the encoders, with gate and losses in float32"
+        "fp32", description="Precision; bf16 is autocast of the encoders, with the gate and the losses in float32."
     )
-    augment: tuple[Literal["flip"], ...] = Field((), description="done to training images: flip left to right")
+    augment: tuple[Literal["flip"], ...] = Field(
+        (), description="Augmentations of training images; flip mirrors an image left to right."
+    )
     checkpoint_every: int = Field(
-        500, ge=0, description="steps between two checkpoints within an epoch; 0 for none but at its end"
+        500, ge=0, description="Steps between two checkpoints within an epoch; 0 for a checkpoint at its end only."
     )
-    seed: int = Field(22, description="of initial weights, data order, gate noise and anything else that is drawn")
+    seed: int = Field(
+        22, description="Seed of initial weights, data order, gate noise and every other random choice."
+    )
 
 
 class SearchSection(Section):
-    """How the grouping is searched for."""
+    """The search for the grouping."""
 
     method: Literal["guided", "dmtg"] = Field(
         "guided",
-        description="guided: a gate that starts at groups of tasks which read the same, undecided ones and one "
-        "wide encoder beside it, the best on validation data is kept; dmtg: undecided gates, as published",
+        description="guided: the candidates are a gate that starts at groups of tasks with a high feature "
+        "overlap, uniform gates and a wide encoder; the one with the best validation score is kept. dmtg: "
+        "uniform gates, as published.",
     )
     starts: int = Field(
-        1, ge=0, description="undecided gates; with dmtg, at least one, the best on validation data is fine-tuned"
+        1,
+        ge=0,
+        description="Number of uniform gates. dmtg needs at least one and fine-tunes the gate with the best "
+        "validation score.",
     )
     wide: bool = Field(
-        True, description="guided: one wide encoder, at the inference cost of all groups, may be the result"
+        True, description="guided: add a wide encoder, at the inference cost of all groups, to the candidates."
     )
     affinity_share: float = Field(
-        0.1, gt=0, le=1, description="guided: share of train.epochs that tasks are compared for, at least"
+        0.1, gt=0, le=1, description="guided: smallest share of train.epochs used to measure the feature overlap."
     )
     affinity_limit: float = Field(
         0.3,
         gt=0,
         le=1,
-        description="guided: the same at most; it ends when the groups that follow no longer change",
+        description="guided: largest share of train.epochs used to measure the feature overlap. The measurement "
+        "ends earlier when the proposed groups no longer change.",
     )
     probability: float = Field(
-        0.9, gt=0, lt=1, description="guided: with which a task begins in the group that was proposed"
+        0.9, gt=0, lt=1, description="guided: initial probability of each task for its proposed group."
     )
     within: float = Field(
         0.03,
         ge=0,
-        description="guided: how much worse a candidate's validation score may be at the end of the search and "
-        "yet be the result, beside what the best one's changes in an epoch; up to twice as much it teaches",
+        description="guided: distance to the best validation score at the end of the search within which a "
+        "candidate can become the result; the noise of the validation score is added to it. Within twice this "
+        "distance a candidate joins the ensemble.",
     )
     retrain: bool = Field(
         True,
-        description="guided: before the wide encoder is kept, train the groups of the best gate from scratch",
+        description="guided: train the groups of the best gate from scratch before the wide encoder is kept.",
     )
     distil_share: float = Field(
         1.0,
         ge=0,
-        description="guided: for how many more epochs, as a share of train.epochs, the best candidate learns from "
-        "the mean prediction of all that were trained to their end; 0 for none",
+        description="guided: epochs of the distillation from the ensemble of candidates, as a share of "
+        "train.epochs; 0 for none. The student is the best candidate, the target the mean prediction of all "
+        "trained candidates.",
     )
-    share: float = Field(0.5, gt=0, le=1, description="share of the epochs in which the gate learns")
+    share: float = Field(0.5, gt=0, le=1, description="Share of the epochs in which the gate is trained.")
     group_epochs: int = Field(
-        0, ge=0, description="epochs that each group then trains on its own, all groups at once if there is room"
+        0,
+        ge=0,
+        description="Epochs that each group is trained on its own afterwards; groups are trained at the same "
+        "time if resources are available.",
     )
-    group_learning_rate: float | None = Field(None, gt=0, description="for these; a tenth of train.learning_rate")
-    baseline: bool = Field(True, description="train naive MTL beside it")
+    group_learning_rate: float | None = Field(
+        None, gt=0, description="Learning rate of search.group_epochs; by default a tenth of train.learning_rate."
+    )
+    baseline: bool = Field(True, description="Train naive MTL as well, as the baseline.")
 
 
 class TrackSection(Section):
-    """MLflow."""
+    """Tracking and model registry in MLflow."""
 
     uri: str = Field(
-        "", description="tracking server; empty for an SQLite file in the current folder, none for no tracking"
+        "", description="Tracking server; empty for an SQLite file in the current folder, none for no tracking."
     )
-    experiment: str = Field("dmtg", description="MLflow experiment")
-    registry_uri: str = Field("", description="model registry where it is not the tracking server")
-    register_models: bool = Field(True, description="register the grouping and one model a group")
+    experiment: str = Field("dmtg", description="MLflow experiment.")
+    registry_uri: str = Field("", description="Model registry, if it is not the tracking server.")
+    register_models: bool = Field(True, description="Register the grouping and one model for each group.")
 
 
 class SweepSection(Section):
-    """What a sweep varies, every value with every other; an empty list keeps what the configuration says."""
+    """The values of a sweep. All combinations are tried; an empty list keeps the value of the configuration."""
 
-    groups: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="values of network.groups")
-    stems: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="values of network.stem")
-    temperatures: tuple[TemperatureSection, ...] = Field((), description="values of gate.temperature")
+    groups: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="Values of network.groups.")
+    stems: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="Values of network.stem.")
+    temperatures: tuple[TemperatureSection, ...] = Field((), description="Values of gate.temperature.")
     gate_learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (), description="values of gate.learning_rate"
+        (), description="Values of gate.learning_rate."
     )
     seeds: tuple[int, ...] = Field(
-        (), description="values of train.seed; a setting is judged by the mean over them"
+        (), description="Values of train.seed; settings are ranked by the mean over the seeds."
     )
     samples: int | None = Field(
         None,
         ge=1,
-        description="settings to draw at random from all combinations, each with every seed; null for all",
+        description="Number of settings drawn at random from all combinations, each with every seed; null for "
+        "all.",
     )
-    stop_early: bool = Field(True, description="stop poor trials on the way (asynchronous successive halving)")
-    grace_epochs: int = Field(3, ge=1, description="epochs of a trial before it can be stopped")
-    reduction: int = Field(3, ge=2, description="of so many trials that came as far, one goes on")
+    stop_early: bool = Field(True, description="Stop poor trials early (asynchronous successive halving).")
+    grace_epochs: int = Field(3, ge=1, description="Epochs of a trial before it can be stopped.")
+    reduction: int = Field(
+        3, ge=2, description="Reduction factor: one of this many trials that reach a stage continues."
+    )
 
 
 class CompareSection(Section):
-    """What a comparison trains beside the search, and how often."""
+    """The methods of a comparison, and how often each is trained."""
 
     methods: tuple[
         Literal[
@@ -252,116 +298,84 @@ class CompareSection(Section):
             "single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag", "dmtg", "guided",
             "undistilled", "retrained",
         ),
-        description="what is compared; naive_mtl always is, for all are measured against it",
+        description="Methods of the comparison. naive_mtl is always trained, because every gain is relative to "
+        "it.",
     )  # fmt: skip
-    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1, description="values of train.seed")
-    random_draws: int = Field(3, ge=1, description="random groupings of every seed")
+    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1, description="Values of train.seed.")
+    random_draws: int = Field(3, ge=1, description="Random groupings for each seed.")
     equal_budget: bool = Field(
         True,
-        description="beside guided: wide encoder, random grouping, the best affinity's groups and its own groups "
-        "from scratch (those that are among the methods) for as many epochs as its search costs",
+        description="Also train baselines for as many epochs as the guided search costs: the wide encoder, a "
+        "random grouping, the groups of the best affinity and the groups of the search from scratch, each if its "
+        "method is compared.",
     )
     variants: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="further searches: name → changes to the search section"
+        default_factory=dict, description="Further searches: name → changes to the search section."
     )
     groupings: dict[str, tuple[tuple[str, ...], ...]] = Field(
-        default_factory=dict, description="groupings of your own: name → groups of task names"
+        default_factory=dict, description="Further groupings: name → groups of task names."
     )
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _renamed(cls, value: object) -> object:
+        if isinstance(value, list | tuple) and "reading" in value:
+            raise ValueError('the method "reading" is now called "feature_overlap"')
+        return value
 
 
 class SignalSection(Section):
-    """The pre-flight: short runs of random groupings."""
+    """The grouping signal (`dmtg signal`): short runs of random groupings."""
 
-    partitions: int = Field(6, ge=2, description="random groupings")
-    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=2, description="values of train.seed, each with each")
-    share: float = Field(0.5, gt=0, le=1, description="share of train.epochs that they are trained for")
+    partitions: int = Field(6, ge=2, description="Number of random groupings.")
+    seeds: tuple[int, ...] = Field(
+        (1, 2, 3), min_length=2, description="Values of train.seed; every grouping is trained with each."
+    )
+    share: float = Field(0.5, gt=0, le=1, description="Epochs of each run, as a share of train.epochs.")
 
 
 class RegroupSection(Section):
-    """The nightly job: where new data comes from, and what a challenger has to do to replace the champion."""
+    """The nightly run: its data sets, and the conditions under which a challenger replaces the champion."""
 
     shards: str = Field(
         "",
-        description="folder that holds a data set for each date, in <date> or date=<date>, or a JSON file with a "
-        'list of {"date": …, "shards": …}; the newest one is taken. Empty: data.shards',
+        description="Folder with a data set for each date, in <date> or date=<date>, or a JSON file with a list "
+        'of {"date": …, "shards": …}; the newest data set is used. Empty for data.shards.',
     )
     evaluation: str = Field(
-        "", description="shards whose split champion and challenger are judged on; empty: those of the night"
+        "",
+        description="Shards on whose split champion and challenger are evaluated; empty for those of the nightly "
+        "run.",
     )
-    split: Literal["test", "val"] = Field("test", description="split that they are judged on")
-    margin: float = Field(0.5, ge=0, description="per cent by which the mean error has to fall, at least")
+    split: Literal["test", "val"] = Field(
+        "test", description="Split on which champion and challenger are evaluated."
+    )
+    margin: float = Field(0.5, ge=0, description="Smallest gain of the challenger over the champion, in per cent.")
     confidence: float = Field(
-        0.95, gt=0, lt=1, description="of the bootstrap interval, which has to be above zero"
+        0.95,
+        gt=0,
+        lt=1,
+        description="Level of the bootstrap confidence interval; the interval of the gain must be above 0.",
     )
-    resamples: int = Field(2000, ge=100, description="of the bootstrap")
+    resamples: int = Field(2000, ge=100, description="Number of bootstrap resamples.")
     limit: float | None = Field(
-        5.0, ge=0, description="per cent by which the error of any task may rise; null for no limit"
+        5.0, ge=0, description="Largest increase of the error of any task, in per cent; null for no limit."
     )
     limits: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        default_factory=dict, description="the same for single tasks"
+        default_factory=dict, description="Values that replace regroup.limit for single tasks: task → per cent."
     )
-    warm_start: bool = Field(True, description="start from the champion's weights where they fit")
-    lease_s: float = Field(120, ge=5, description="silence of another regroup job after which it counts as dead")
-    webhook: str = Field("", description="http(s) address that is sent the verdict as JSON")
+    warm_start: bool = Field(True, description="Start from the weights of the champion where they fit.")
+    lease_s: float = Field(
+        120, ge=5, description="Seconds without a sign of another regroup job after which it counts as dead."
+    )
+    webhook: str = Field("", description="HTTP(S) address to which the verdict is sent as JSON.")
 
 
 class RunSection(Section):
-    """Where a run leaves its files."""
+    """The files of a run."""
 
-    root: str = Field("runs", description="local folder or s3:// address that holds run folders")
-    name: str = Field("", description="name of the run folder; by default it follows from the configuration")
+    root: str = Field("runs", description="Local folder or s3:// address that holds the run folders.")
+    name: str = Field("", description="Name of the run folder; by default it follows from the configuration.")
     samples: int = Field(
-        3, ge=0, le=20, description="samples on the page, of the worst and of the others; 0 for no data in it"
+        3, ge=0, le=20, description="Samples on the report page, worst ones and others each; 0 for no data on it."
     )
-
-
-class RaySection(Section):
-    """Where and how Ray runs (ray_config.yaml)."""
-
-    address: str = Field("", description="address of a cluster; empty for RAY_ADDRESS, else a local one")
-    workers: int | tuple[int, int] = Field(
-        2, description="data-parallel training workers; two numbers, the fewest and the most, follow the cluster"
-    )
-    cpus_per_worker: float = Field(1, gt=0, description="CPUs of a training worker")
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs of a training worker; 1 for training on GPUs")
-    data_cpus: float = Field(2, gt=0, description="CPUs that Ray Data can count on beside the workers")
-    object_store_mib: int | None = Field(
-        None, ge=80, description="shared memory of a local cluster; by default a third of the machine's memory"
-    )
-    tune_cpus: float = Field(0.5, gt=0, description="CPUs of the process that drives a trial of a sweep")
-    trials: int | None = Field(
-        None, ge=1, description="trials of a sweep at a time; by default as many as there is room for"
-    )
-    autoscaling: bool = Field(
-        False, description="the cluster adds machines that are needed, so what it has now says nothing about room"
-    )
-    storage: str = Field(
-        "", description="local folder or s3:// address that relative run.root and data.shards are below"
-    )
-    tracking_uri: str = Field("", description="MLflow server, where track.uri names none")
-    registry_uri: str = Field("", description="MLflow model registry, where it is not the tracking server")
-    max_failures: int = Field(2, ge=0, description="times that lost workers are replaced")
-    timeout_s: int = Field(300, ge=1, description="longest wait of a worker for the others")
-    resize_every_s: float = Field(60, gt=0, description="time between two looks at whether more workers have room")
-    hung_after_s: float = Field(
-        1800, ge=0, description="time without a batch after which a worker is given up; 0 for never"
-    )
-
-    @field_validator("workers", mode="before")
-    @classmethod
-    def _one_or_two(cls, value: object) -> object:
-        numbers = list(value) if isinstance(value, list | tuple) else [value]
-        counts = [n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and n >= 1]
-        if len(counts) != len(numbers) or len(counts) not in (1, 2) or counts != sorted(counts):
-            raise ValueError("expected a number from 1 on, or two such numbers [fewest, most]")
-        return tuple(counts) if len(counts) == 2 else counts[0]
-
-    @property
-    def fewest(self) -> int:
-        """With fewer workers than that, training waits."""
-        return self.workers if isinstance(self.workers, int) else self.workers[0]
-
-    @property
-    def most(self) -> int:
-        """There are never more workers than that."""
-        return self.workers if isinstance(self.workers, int) else self.workers[1]

@@ -1,4 +1,4 @@
-"""A section of the configuration, and the check of values against it."""
+"""The base class of configuration sections, and the validation of values."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ S = TypeVar("S", bound=BaseModel)
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are refused, values cannot be changed afterwards."""
+    """A part of the configuration. It refuses unknown keys and is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def checked(model: type[S], values: Mapping[str, Any], where: str = "") -> S:
-    """`values` as a `model`, or one error that names every key that is wrong.
+    """Validate `values` as a `model`; one error names every wrong key.
 
     Args:
-        where: Prefix of the keys in the message, as the user would write it (`source.options`).
+        where: Prefix of the keys in the message, as the user writes it (`source.options`).
 
     Raises:
-        UserError: With the nearest valid keys for an unknown one.
+        UserError: For a wrong key or value; the remedy names the nearest valid keys.
     """
     try:
         return model.model_validate(dict(values))
@@ -44,9 +44,9 @@ def _problem(model: type[BaseModel], found: dict[str, Any], where: str) -> tuple
     path = [str(part) for part in found["loc"]]
     name = ".".join([where, *path] if where else path)
     if found["type"] == "missing":
-        return f"{name} is missing", f"write it: {_meaning(model, path)}"
+        return f"{name} is missing", f"add {name}: {_meaning(model, path)}"
     if found["input"] is None and found["type"].startswith(("model", "dict")):
-        return f"there is nothing in {name}", f"give {name} a key, or take its line out"
+        return f"{name} is empty", f"give {name} a key, or remove its line"
     if found["type"] != "extra_forbidden":
         return f"{name}: {found['msg']}, got {_clip(repr(found['input']))}", "correct the value"
     valid = list(_keys_at(model, path[:-1]))
@@ -59,7 +59,7 @@ def _clip(text: str, most: int = 100) -> str:
 
 
 def _meaning(model: type[BaseModel], path: list[str]) -> str:
-    """What a key is for, in words."""
+    """The description of a key."""
     field = _section_at(model, path[:-1]).model_fields.get(path[-1])
     return (field.description if field is not None else None) or path[-1]
 

@@ -1,8 +1,8 @@
-"""Shards to batches.
+"""Ingest: shards to the batches of a worker.
 
-A data set that fits is read once by Ray Data into shared memory, from where every worker of a node takes its
-batches without a copy of the whole (or copies it onto its GPU); its global batches are the same for any number of
-workers. A larger one is streamed anew every epoch; see `pipelines.data.stream`.
+Ray Data reads a data set that fits into shared memory once. Every worker of a node takes its batches from there
+without a copy of the data set, or copies the data set to its GPU. The global batches are the same for any number
+of workers. A larger data set is streamed in every epoch; see `pipelines.data.stream`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pipelines.data.reader import Reader
 from pipelines.data.stream import StreamData
 from pipelines.errors import UserError
 
-STORE_SHARE = 0.7  # of Ray's shared memory that cached data may take
+STORE_SHARE = 0.7  # share of Ray's shared memory that cached data may use
 
 
 def keeps_in_memory(reader: Reader, data: DataSection) -> bool:
-    """Whether `data.cache`, the size of the data and Ray's shared memory say to read it once and keep it.
+    """Whether the data set is read once and kept in memory, by `data.cache`, its size and Ray's shared memory.
 
     Raises:
-        UserError: When it is to be kept and does not fit.
+        UserError: When `data.cache` requires it to be kept and it does not fit.
     """
     import ray
 
@@ -33,12 +33,12 @@ def keeps_in_memory(reader: Reader, data: DataSection) -> bool:
         return False
     needed = reader.row_bytes() * sum(reader.manifest.rows(split) for split in reader.manifest.shards)
     stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
-    room = STORE_SHARE * min(store for store in stores if store)
+    available = STORE_SHARE * min(store for store in stores if store)
     if data.cache == "auto":
-        return needed <= min(data.cache_gib * 2**30, room)
-    if needed > room:
+        return needed <= min(data.cache_gib * 2**30, available)
+    if needed > available:
         raise UserError(
-            f"the samples take {needed / 2**20:.0f} MiB, Ray's shared memory has room for {room / 2**20:.0f} MiB",
+            f"the samples need {needed / 2**20:.0f} MiB, Ray's shared memory can hold {available / 2**20:.0f} MiB",
             where="data.cache",
             remedy="raise ray.object_store_mib, or set data.cache=stream",
         )
@@ -46,10 +46,10 @@ def keeps_in_memory(reader: Reader, data: DataSection) -> bool:
 
 
 def load_splits(reader: Reader) -> dict[str, list[Any]]:
-    """Read every split into Ray's shared memory: split → references to its tables, in their order.
+    """Read every split into Ray's shared memory: split → references to its tables, in order.
 
     Raises:
-        UserError: When the shards hold another number of rows than the manifest says.
+        UserError: When the number of rows in the shards differs from the manifest.
     """
     held = {}
     for split, shards in reader.manifest.shards.items():
@@ -77,10 +77,10 @@ def open_data(
     world_size: int,
     device: torch.device,
 ) -> Data:
-    """A worker's view of the data: from shared memory when `held` has references, else streamed.
+    """The data of a worker: from shared memory if `held` has references, else streamed.
 
     Raises:
-        UserError: When a split has fewer samples than there are workers.
+        UserError: When a split has fewer samples than workers.
     """
     few = [s for s in reader.manifest.shards if 0 < reader.manifest.rows(s) < world_size]
     if few:

@@ -1,4 +1,4 @@
-"""`_manifest.json`: what a shard folder holds. It is written last, so a folder without it is not a dataset."""
+"""Manifest of a shard folder (`_manifest.json`). It is written last: a folder without it is not a data set."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a shard folder holds.
+    """Content of a shard folder.
 
     Args:
         description: Columns, tasks and input.
         shards: Split → its shards, in reading order.
         sums: Split → task → sums of `pipelines.data.statistics`.
         source: Kind, root and options of the raw data.
-        quarantined: Samples left out, listed in `_quarantine.jsonl`.
-        group_rows: Samples of every row group of a shard but its last.
+        quarantined: Number of samples that were left out; `_quarantine.jsonl` lists them.
+        group_rows: Samples of every row group of a shard, except its last.
     """
 
     description: Description
@@ -51,7 +51,7 @@ class Manifest:
     group_rows: int = 1
 
     def rows(self, split: str) -> int:
-        """Samples of a split."""
+        """Number of samples of a split."""
         return sum(shard.rows for shard in self.shards.get(split, ()))
 
     def files(self) -> list[str]:
@@ -59,15 +59,15 @@ class Manifest:
         return [shard.file for shards in self.shards.values() for shard in shards]
 
     def digest(self) -> str:
-        """Twelve hex digits that change when any shard does."""
+        """Twelve hex digits that change when any shard changes."""
         every = "".join(shard.sha256 for split in SPLITS for shard in self.shards.get(split, ()))
         return hashlib.sha256(every.encode()).hexdigest()[:12]
 
     def tasks(self, names: Sequence[str] | None, where: str) -> tuple[Task, ...]:
-        """The tasks called `names` in that order, or all.
+        """The tasks with these `names`, in this order; all tasks for None.
 
         Raises:
-            UserError: For a task that the shards do not have.
+            UserError: For a task that is not in the shards.
         """
         held = {task.name: task for task in self.description.tasks}
         unknown = [name for name in names or () if name not in held]
@@ -80,7 +80,7 @@ class Manifest:
         return self.description.tasks if names is None else tuple(held[name] for name in names)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; `from_dict` reads it back."""
+        """The manifest as values for JSON; `from_dict` reads them."""
         return {
             "schema_version": SCHEMA_VERSION,
             "input": self.description.input.to_dict(),
@@ -124,28 +124,28 @@ def read_manifest(folder: Location) -> Manifest:
     """The manifest of a shard folder.
 
     Raises:
-        UserError: When there is none, or it is of another schema version.
+        UserError: When there is no manifest, or it has another schema version.
     """
     file = folder / FILE
     if not file.exists():
         folder.check_bucket()
         raise UserError(
-            "no dataset here: the folder has no manifest",
+            "no data set here: the folder has no manifest",
             where=str(file),
-            remedy="run dmtg shard, or let data.shards name a folder that it has finished",
+            remedy="run dmtg shard, or set data.shards to a folder of finished shards",
         )
     values = file.read_json()
     if values.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
             f"the manifest has schema {values.get('schema_version')!r}, this version reads {SCHEMA_VERSION}",
             where=str(file),
-            remedy="make the shards again with dmtg shard",
+            remedy="create the shards again with dmtg shard",
         )
     return Manifest.from_dict(values)
 
 
 def listed_files(folder: Location) -> list[str] | None:
-    """The shards that a manifest of any schema version lists; None where there is no such manifest."""
+    """The shards that a manifest of any schema version lists; None if there is no such manifest."""
     try:
         values = json.loads((folder / FILE).read_bytes())
         splits = values["splits"].values() if values["schema_version"] else ()
@@ -155,9 +155,9 @@ def listed_files(folder: Location) -> list[str] | None:
 
 
 def broken_shards(folder: Location, manifest: Manifest, *, checksums: bool) -> list[str]:
-    """What is wrong with the files, a line each: missing, of another size or, if asked, checksum."""
+    """Problems of the shard files, one line each: missing, of the wrong size or, on request, checksum."""
     shards = [shard for split in manifest.shards.values() for shard in split]
-    with ThreadPoolExecutor(8) as pool:  # reading and hashing both release the interpreter
+    with ThreadPoolExecutor(8) as pool:  # reading and hashing release the interpreter lock
         found = pool.map(lambda shard: _broken(folder, shard, checksums), shards)
         return [problem for problem in found if problem]
 
@@ -170,15 +170,15 @@ def _broken(folder: Location, shard: Shard, checksum: bool) -> str:
     if size != shard.bytes:
         return f"{shard.file} has {size} bytes, the manifest says {shard.bytes}"
     if checksum and hashlib.sha256(file.read_bytes()).hexdigest() != shard.sha256:
-        return f"{shard.file} does not have the checksum of the manifest"
+        return f"{shard.file} has another checksum than the manifest says"
     return ""
 
 
 def check_shards(folder: Location, manifest: Manifest, *, checksums: bool) -> None:
-    """Stop before anything expensive when a shard is not what was written.
+    """Check that the shards are unchanged, before any expensive work.
 
     Raises:
-        UserError: Naming up to five of the files.
+        UserError: When shards are missing or changed; up to five are named.
     """
     broken = broken_shards(folder, manifest, checksums=checksums)
     if broken:
@@ -186,15 +186,15 @@ def check_shards(folder: Location, manifest: Manifest, *, checksums: bool) -> No
         raise UserError(
             "; ".join(broken[:5]) + more,
             where=str(folder),
-            remedy="delete these files and run dmtg shard again: it makes only what is missing",
+            remedy="delete these files and run dmtg shard again: it creates only missing shards",
         )
 
 
 def check_targets(manifest: Manifest, tasks: Sequence[Task], where: str) -> None:
-    """Stop when a target is constant: training on it looks perfect and means nothing.
+    """Check that no target is constant: the results of such a task look perfect and mean nothing.
 
     Raises:
-        UserError: Naming every such task and what its only value is.
+        UserError: When targets are constant; each is named with its only value.
     """
     reasons = {task.name: statistics.constant(manifest.sums["train"][task.name]) for task in tasks}
     bad = {name: reason for name, reason in reasons.items() if reason}
@@ -202,18 +202,18 @@ def check_targets(manifest: Manifest, tasks: Sequence[Task], where: str) -> None
         raise UserError(
             "; ".join(f"task {name} is constant in the training split: {reason}" for name, reason in bad.items()),
             where=where,
-            remedy="leave it out of data.tasks, or look with dmtg inspect at how its labels were read",
+            remedy="remove it from data.tasks, or check with dmtg inspect how its labels were read",
         )
 
 
 def support_notes(manifest: Manifest, tasks: Sequence[Task], least: int) -> list[str]:
-    """A line for each task whose figures rest on few labels, and how many."""
+    """A line for each task with few labels, with the number of labels."""
     notes = []
     for task in tasks:
         for split in ("train", "val", "test"):
             sums = manifest.sums.get(split, {}).get(task.name)
             thin = statistics.thin_support(task, sums, least) if sums and sums["rows"] else ""
             if thin:
-                notes.append(f"task {task.name} has too little support in {split} to judge it: {thin}")
+                notes.append(f"task {task.name} has too few labels in {split} for a reliable result: {thin}")
                 break
     return notes

@@ -1,8 +1,8 @@
-"""What a user has (rows of a table, texts, molecules) made into the stored input of a network.
+"""Preprocessing: rows of a table, texts and molecules to the stored input of a network.
 
-How is written in the manifest of the shards as a small JSON object, its `kind` and what was learnt from the
-training split. The readers and a served model run this same code, so that a model is asked what it was taught.
-It needs numpy, and for some kinds one library more, which is imported where it is used.
+The manifest of the shards describes a preprocessing as a small JSON object with its `kind` and with values from
+the training split. The readers and a served model run the same code, so a model receives the input it was trained
+on. The module needs numpy. Some kinds need one more library, which is imported where it is used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 class Preparation(Protocol):
-    """One way from raw to stored input."""
+    """One conversion from raw to stored input."""
 
     kind: str
 
@@ -31,7 +31,7 @@ class Preparation(Protocol):
 
     @property
     def libraries(self) -> tuple[str, ...]:
-        """Packages that it needs beside numpy."""
+        """Packages that it needs in addition to numpy."""
         ...
 
     def row(self, cells: Mapping[str, Any]) -> np.ndarray:
@@ -41,12 +41,12 @@ class Preparation(Protocol):
             cells: A raw value for each of `columns`.
 
         Raises:
-            ValueError: When it cannot be used, with the reason.
+            ValueError: When the sample cannot be used, with the reason.
         """
         ...
 
     def example(self) -> dict[str, Any]:
-        """A raw sample that can be used. It is made up: no sample of the data set leaves it this way."""
+        """A synthetic raw sample that can be used. It discloses no sample of the data set."""
         ...
 
 
@@ -63,19 +63,19 @@ def load_preparation(values: Mapping[str, Any]) -> Preparation:
 
 
 def prepare(preparation: Mapping[str, Any] | Preparation, raw: Any) -> np.ndarray:
-    """Raw samples to stored input.
+    """Convert raw samples to stored input.
 
     Args:
-        preparation: What `Description.preparation` holds, or what `load_preparation` made of it.
-        raw: A DataFrame or a list of dictionaries with the raw columns; where there is one column only, also a
-            list or an array of its values.
+        preparation: The object of `Description.preparation`, or the result of `load_preparation` for it.
+        raw: A DataFrame or a list of dictionaries with the raw columns; if there is only one column, also a list
+            or an array of its values.
 
     Returns:
-        `(B, F)` or `(B, L)`, as it is stored in the shards.
+        `(B, F)` or `(B, L)`, as stored in the shards.
 
     Raises:
-        ValueError: For a missing column, and for a sample that cannot be used, with its number from 0.
-        TypeError: For samples without named columns where there are several.
+        ValueError: For a missing column, and for a sample that cannot be used, with its row number from 0.
+        TypeError: For samples without named columns if there are several columns.
     """
     how = load_preparation(preparation) if isinstance(preparation, Mapping) else preparation
     return np.stack([_numbered(how, number, cells) for number, cells in enumerate(_rows(how, raw))])
@@ -91,8 +91,8 @@ def _numbered(how: Preparation, number: int, cells: Mapping[str, Any]) -> np.nda
 def _rows(how: Preparation, raw: Any) -> list[Mapping[str, Any]]:
     """The raw samples as dictionaries that have every column."""
     names = how.columns
-    if hasattr(raw, "to_dict") and hasattr(raw, "columns"):  # a DataFrame, without a need for pandas
-        unnamed = list(raw.columns) == [0]  # it was made of a plain list
+    if hasattr(raw, "to_dict") and hasattr(raw, "columns"):  # a DataFrame; pandas is not needed
+        unnamed = list(raw.columns) == [0]  # a DataFrame of a plain list
         raw = list(raw[0]) if unnamed else raw.to_dict("records")
     samples: list[Any] = [raw] if isinstance(raw, str | Mapping) else list(raw)
     if not samples:
@@ -113,18 +113,18 @@ def _check_columns(names: Sequence[str], samples: Sequence[Any]) -> None:
 
 
 def _few(columns: Iterable[Any]) -> str:
-    from dmtg_core.names import listed  # brings torch, which preparing does without
+    from dmtg_core.names import listed  # imports torch, which preprocessing does not need
 
     return listed(map(str, columns), 20)
 
 
 def _single(value: Any) -> Any:
-    """The value itself, also where it comes as a row of one."""
+    """The value, unwrapped if it is in a row of length one."""
     return value[0] if isinstance(value, list | tuple | np.ndarray) and len(value) == 1 else value
 
 
 def cell_text(value: Any) -> str:
-    """A cell as a CSV file would have it: "" where it is missing, no ".0" behind a whole number."""
+    """A cell as in a CSV file: "" for a missing value, and no ".0" after a whole number."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return ""
     if isinstance(value, float | np.floating):
@@ -135,7 +135,7 @@ def cell_text(value: Any) -> str:
 
 
 def cell_number(cell: str) -> float | None:
-    """A finite number that float32 can hold, or None."""
+    """The cell as a finite number that float32 can hold; None if it is not one."""
     try:
         number = float(cell)
     except ValueError:
@@ -146,10 +146,10 @@ def cell_number(cell: str) -> float | None:
 class TablePreparation:
     """Columns of a table as float32 features, in the order of `features`.
 
-    A number is one feature in its own unit; a missing one is the mean of the training split, and where the
-    training split has gaps a second feature is 1 for it. A category is one feature for each value of the training
-    split and one for any other, one of them 1. An empty cell is a value like any other. Numbers are standardised
-    on the device, by `InputSpec.mean` and `InputSpec.std`.
+    A number is one feature in its own unit. A missing number is the mean of the training split; if the training
+    split has missing numbers, a second feature is 1 for them. A category has one feature for each value of the
+    training split and one for all other values; one of them is 1. An empty cell is a value of a category. Numbers
+    are standardised on the device, by `InputSpec.mean` and `InputSpec.std`.
     """
 
     kind = "table"
@@ -180,7 +180,7 @@ class TablePreparation:
         Raises:
             ValueError: For text in a column of numbers.
         """
-        found = np.zeros(self._starts[-1], np.float32)  # filled in place: a category can have very many values
+        found = np.zeros(self._starts[-1], np.float32)  # filled in place, because a category can have many values
         for feature, start in zip(self._features, self._starts, strict=False):
             cell = cell_text(cells[feature["column"]])
             if cell in self._missing:
@@ -202,12 +202,12 @@ class TablePreparation:
         return number
 
     def example(self) -> dict[str, Any]:
-        """Means and first values."""
+        """The mean of each number and the first value of each category."""
         return {f["column"]: f["mean"] if f["type"] == "number" else f["values"][0] for f in self._features}
 
 
 class TextPreparation:
-    """A text as token ids, by a tokenizer of the `tokenizers` library that cuts and pads to one length."""
+    """A text as token ids, by a `tokenizers` tokenizer that truncates and pads to a fixed length."""
 
     kind = "text"
     libraries = ("tokenizers",)
@@ -219,7 +219,7 @@ class TextPreparation:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The one column of texts."""
+        """The column of texts."""
         return (self._column,)
 
     @cached_property
@@ -234,7 +234,7 @@ class TextPreparation:
         """uint16 or int32 (L,), padded with 0.
 
         Raises:
-            ValueError: For what is not a text, and for an empty one.
+            ValueError: For a value that is not a text, and for an empty text.
         """
         text = cells[self._column]
         if not isinstance(text, str) or not text.strip():
@@ -252,9 +252,9 @@ class TextPreparation:
 class SmilesPreparation:
     """A molecule, written as SMILES, as a vector of features.
 
-    "ngrams" counts the strings of 1 to `longest` neighbouring characters, with marks at both ends, in the place
-    that CRC-32 gives each of them; what is stored is the square root of the count. "morgan" is rdkit's Morgan
-    fingerprint.
+    "ngrams" counts the strings of 1 to `longest` neighbouring characters, with markers at both ends, at the index
+    that CRC-32 assigns to each string, and stores the square root of the count. "morgan" is the Morgan fingerprint
+    of rdkit.
     """
 
     kind = "smiles"
@@ -267,19 +267,19 @@ class SmilesPreparation:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The one column of SMILES."""
+        """The column of SMILES."""
         return (self._column,)
 
     @property
     def libraries(self) -> tuple[str, ...]:
-        """The library of fingerprints, where they are used."""
+        """The library of fingerprints, if they are used."""
         return ("rdkit",) if self._values["features"] == "morgan" else ()
 
     def row(self, cells: Mapping[str, Any]) -> np.ndarray:
         """float16 (bits,) of n-grams, uint8 (bits,) of a fingerprint.
 
         Raises:
-            ValueError: For what is not a text, and for what rdkit cannot read.
+            ValueError: For a value that is not a text, and for a molecule that rdkit cannot read.
         """
         smiles = cells[self._column]
         if not isinstance(smiles, str) or not smiles.strip():
@@ -304,7 +304,7 @@ class SmilesPreparation:
     def _morgan(self, smiles: str) -> np.ndarray:
         from rdkit import Chem, rdBase
 
-        with rdBase.BlockLogs():  # it would write to stderr what the error says
+        with rdBase.BlockLogs():  # rdkit would write the error to stderr as well
             molecule = Chem.MolFromSmiles(smiles)
         if molecule is None:
             raise ValueError(f"{smiles!r} in column {self._column} is not a molecule that rdkit can read")

@@ -1,4 +1,4 @@
-"""Shards to arrays."""
+"""Reader of shards: Parquet files to arrays."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from pipelines.storage import Location
 
 @dataclass(frozen=True)
 class Reader:
-    """Which columns of which shards to read, and how to make arrays of them. Safe to send to a worker."""
+    """Reads the columns of the chosen tasks from shards as arrays. It is safe to send to a worker."""
 
     folder: Location
     manifest: Manifest
     tasks: tuple[Task, ...]
 
     def columns(self) -> dict[str, Column]:
-        """The columns of the chosen tasks alone."""
+        """The input column and the columns of the chosen tasks."""
         names = {INPUT} | {f"{kind}.{task.name}" for task in self.tasks for kind in ("task", "mask")}
         return {name: column for name, column in self.manifest.description.columns.items() if name in names}
 
@@ -37,7 +37,7 @@ class Reader:
         return sum(int(np.dtype(c.dtype).itemsize * math.prod(c.shape)) for c in self.columns().values())
 
     def dataset(self, files: Sequence[str]) -> Any:
-        """The Ray Dataset of some shards, in their order."""
+        """The Ray Dataset of some shards, in order."""
         import ray.data
 
         return ray.data.read_parquet(
@@ -51,7 +51,7 @@ class Reader:
         """One row group of a shard.
 
         Raises:
-            UserError: When the file is missing, cannot be reached or is no shard of this data set.
+            UserError: When the file is missing, unreachable or not a shard.
         """
         place = self.folder / file
         try:
@@ -62,17 +62,17 @@ class Reader:
             raise UserError(
                 "a shard is missing",
                 where=str(place),
-                remedy="run dmtg shard again: it makes only what is missing",
+                remedy="run dmtg shard again: it creates only missing shards",
             ) from error
         except pa.ArrowInvalid as error:
             raise UserError(
-                f"not a whole shard: {error}", where=str(place), remedy="delete it and run dmtg shard again"
+                f"not a complete shard: {error}", where=str(place), remedy="delete it and run dmtg shard again"
             ) from error
         except OSError as error:
             raise place.unreachable(error) from error
 
     def arrays(self, table: pa.Table) -> Arrays:
-        """The columns of a table as arrays; a tensor column that lies in one piece is not copied."""
+        """The columns of a table as arrays. A tensor column with one chunk is not copied."""
         values = {name: _column(table[name], column) for name, column in self.columns().items()}
         labels, present = {}, {}
         for task in self.tasks:
@@ -86,7 +86,7 @@ class Reader:
 
 
 def _column(chunked: pa.ChunkedArray, column: Column) -> tuple[np.ndarray, np.ndarray]:
-    """Values `(n, *shape)`, and where there is one; what is missing reads as zeros."""
+    """Values `(n, *shape)`, and whether each is present; missing values are zeros."""
     there = np.asarray(chunked.is_valid())
     dtype = np.dtype(column.dtype).newbyteorder("<")
     if column.shape == ():
@@ -101,7 +101,7 @@ def _column(chunked: pa.ChunkedArray, column: Column) -> tuple[np.ndarray, np.nd
 
 
 def _tensor(chunk: pa.Array, dtype: np.dtype[Any], size: int) -> np.ndarray:
-    """The values of a binary column in one view of its buffer."""
+    """The values of a binary column, as one view of its buffer."""
     wide = pa.types.is_large_binary(chunk.type)
     offsets = np.frombuffer(chunk.buffers()[1], np.int64 if wide else np.int32)
     first, last = offsets[chunk.offset], offsets[chunk.offset + len(chunk)]
@@ -109,6 +109,6 @@ def _tensor(chunk: pa.Array, dtype: np.dtype[Any], size: int) -> np.ndarray:
         raise UserError(
             f"a tensor column holds {last - first} bytes for {len(chunk)} samples of {size}",
             where="shards",
-            remedy="make the shards again with dmtg shard",
+            remedy="create the shards again with dmtg shard",
         )
     return np.frombuffer(chunk.buffers()[2], dtype, count=(last - first) // dtype.itemsize, offset=int(first))

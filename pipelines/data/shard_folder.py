@@ -1,7 +1,7 @@
-"""Whether a folder is one of shards, and which of its files `dmtg shard` may remove.
+"""Shard folders: whether `dmtg shard` may write to a folder, and which of its files it may remove.
 
-A folder that holds anything is written to only where a record of shards is in it: a manifest, a note in `_parts/`,
-or the list of files that a job writes there before anything else. Only what a record names is ever removed.
+A folder that is not empty is written to only if it holds a record of shards: a manifest, a note in `_parts/`, or
+the list of files that a job writes there first. Only files that a record names are removed.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from pipelines.storage import Location, locate
 
 PARTS = "_parts"
 JOB = "_job.json"  # in PARTS: the files that a job may have written
-REFUSED = "_quarantine.jsonl"  # in PARTS: the bad samples of a job that had too many
+REFUSED = "_quarantine.jsonl"  # in PARTS: the bad samples of a job that stopped because of too many
 COMMAND = "dmtg shard"
-THREADS = 8  # requests at once
-SHARD = re.compile(r"(train|val|test)-\d+(-[0-9a-f]+)?\.parquet")  # the second part came later
-UNFINISHED = re.compile(rf"\.{re.escape(JOB)}\.[0-9a-f]{{8}}\.part")  # of a job that was killed while it wrote JOB
+THREADS = 8  # concurrent requests
+SHARD = re.compile(r"(train|val|test)-\d+(-[0-9a-f]+)?\.parquet")  # earlier versions wrote no second part
+UNFINISHED = re.compile(rf"\.{re.escape(JOB)}\.[0-9a-f]{{8}}\.part")  # left by a killed job
 
 
 @dataclass(frozen=True)
 class Records:
-    """What the records of a folder say.
+    """Content of the records of a folder.
 
     Args:
-        files: Names of all shards that are there, or may be.
-        notes: Digest of a plan → the notes of shards made to it.
+        files: Names of all shards that exist or may exist.
+        notes: Digest of a plan → notes of the shards created from it.
     """
 
     files: frozenset[str]
@@ -42,41 +42,41 @@ class Records:
 
 
 def check_apart(folder: Location, source: SourceSection) -> None:
-    """Stop where shards would lie among the raw data and be read as such.
+    """Check that the shards are not among the raw data, where they would be read as raw data.
 
     Raises:
-        UserError: When the two are one place, or the shards are below a folder of Parquet files that is read.
+        UserError: When both are the same folder, or the shards are below a folder of Parquet files that is read.
     """
     if not source.root:
         return
     raw, place = _whole(locate(source.root)), _whole(folder)
     if raw == place:
         raise UserError(
-            "data.shards and source.root are the same place",
+            "data.shards and source.root are the same folder",
             where=str(folder),
-            remedy="set data.shards to a folder of its own",
+            remedy="set data.shards to a separate folder",
             wrong_use=True,
         )
     for table in _tables(source):
         read = _whole(table)
         if place[: len(read)] == read and table.is_dir():
             raise UserError(
-                f"data.shards is inside {table}, of which every Parquet file is read as raw data",
+                f"data.shards is inside {table}, and every Parquet file there is read as raw data",
                 where=str(folder),
-                remedy="set data.shards to a folder outside of it",
+                remedy="set data.shards to a folder outside it",
                 wrong_use=True,
             )
 
 
 def _whole(place: Location) -> tuple[str, ...]:
-    """The parts of an address, the same for all ways to write it."""
+    """The parts of an address, equal for all spellings of it."""
     if place.local is not None:
         return place.local.resolve().parts
     return (place.scheme, *filter(None, place.path.split("/")))
 
 
 def _tables(source: SourceSection) -> Iterator[Location]:
-    """What a reader of rows reads, which can be folders of Parquet files."""
+    """The tables that a reader of rows reads, which can be folders of Parquet files."""
     root, options = locate(source.root), source.options
     names = [options.get("file"), *dict(options.get("files") or {}).values()]
     named = [str(name) for name in names if name]
@@ -87,10 +87,10 @@ def _tables(source: SourceSection) -> Iterator[Location]:
 
 
 def read_records(folder: Location) -> Records:
-    """What is known of a folder that shards are to be written to, which can be a new one.
+    """The records of a folder for shards; the folder can be new.
 
     Raises:
-        UserError: For a file, and for a folder that holds something and no record.
+        UserError: For a file, and for a folder that is not empty and has no record.
     """
     if folder.size() is not None:
         raise UserError(
@@ -100,13 +100,13 @@ def read_records(folder: Location) -> Records:
             wrong_use=True,
         )
     folder.check_bucket()
-    published, begun, notes = listed_files(folder), _job_files(folder), _notes(folder)
-    if published is None and begun is None and not notes:
+    published, started, notes = listed_files(folder), _job_files(folder), _notes(folder)
+    if published is None and started is None and not notes:
         _check_empty(folder)
     by_digest = defaultdict(list)
     for note in notes:
         by_digest[note["digest"]].append(note)
-    named = {*(published or ()), *(begun or ()), *(note["shard"]["file"] for note in notes)}
+    named = {*(published or ()), *(started or ()), *(note["shard"]["file"] for note in notes)}
     return Records(frozenset(filter(SHARD.fullmatch, named)), by_digest)
 
 
@@ -116,7 +116,7 @@ def _job_files(folder: Location) -> list[str] | None:
 
 
 def _notes(folder: Location) -> list[dict[str, Any]]:
-    """The notes of shards; predictions have others under the same names."""
+    """The notes of shards; predictions have other notes with the same names."""
     names = [
         name for name in (folder / PARTS).files(recursive=False) if SHARD.fullmatch(name.removesuffix(".json"))
     ]
@@ -126,7 +126,7 @@ def _notes(folder: Location) -> list[dict[str, Any]]:
 
 
 def _json(file: Location) -> Any:
-    """What a file holds; None where there is no file, or it is not JSON."""
+    """The JSON value of a file; None if there is no file or it is not JSON."""
     try:
         return json.loads(file.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -134,7 +134,7 @@ def _json(file: Location) -> Any:
 
 
 def _check_empty(folder: Location) -> None:
-    """Stop where a folder without records holds anything."""
+    """Check that a folder without records is empty."""
     held = [*folder.files(recursive=False), *(name for name in folder.folders() if name != PARTS)]
     below = folder / PARTS
     held += [
@@ -154,15 +154,15 @@ def _check_empty(folder: Location) -> None:
 
 
 def record_job(folder: Location, files: Collection[str]) -> None:
-    """Write down which shards are in the folder, or may be before long."""
+    """Record the shards that are in the folder or that the job may write."""
     (folder / PARTS / JOB).write_json({"command": COMMAND, "files": sorted(files)})
 
 
 def remove_superseded(folder: Location, files: Collection[str], kept: Collection[str]) -> None:
-    """Remove the shards named by records that a new manifest does not list, and last the record of the job.
+    """Remove the recorded shards that a new manifest does not list, and then the record of the job.
 
     Args:
-        folder: Of the shards.
+        folder: Folder of the shards.
         files: Names in the records.
         kept: Names in the manifest.
     """
@@ -171,7 +171,7 @@ def remove_superseded(folder: Location, files: Collection[str], kept: Collection
     parts = folder / PARTS
     notes = [parts / name for name in parts.files(recursive=False) if name.removesuffix(".json") in old]
     with ThreadPoolExecutor(THREADS) as pool:
-        for places in (here, notes):  # a note names its shard, so it goes after it
+        for places in (here, notes):  # a note records its shard, so it is removed after the shard
             list(pool.map(Location.delete, places))
     (parts / REFUSED).delete()
     (parts / JOB).delete()

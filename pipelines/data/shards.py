@@ -1,10 +1,10 @@
-"""Raw samples to Parquet shards, as a Ray Data job: one task a shard, so that memory is bounded by a shard.
+"""Sharding: raw samples to Parquet shards, as a Ray Data job with one task for each shard.
 
-A shard is a pure function of its plan. It is written whole with a small file beside it that says what it holds;
-a job that was killed keeps every shard that has one and makes the rest. Shards of another plan have other names.
-The manifest comes last, and until then the data set before stays whole; then what only that one needs is removed
-(`pipelines.data.shard_folder`). Within a shard, one row group of samples is held in memory at a time, and the
-encoded bytes of those before it.
+A shard is a pure function of its plan. It is written atomically, with a small note beside it that records its
+content. After a job was killed, the next one keeps every shard that has a note and creates the others. Shards of
+another plan have other names. The manifest is written last. The previous data set stays complete until then;
+afterwards the files that only the previous data set needs are removed (`pipelines.data.shard_folder`). A task
+holds one row group of samples in memory at a time, and the encoded bytes of the row groups before it.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ from pipelines.errors import UserError
 from pipelines.storage import Location, locate
 
 QUARANTINE = "_quarantine.jsonl"
-PLAN = b"dmtg.plan"  # metadata of a shard
-SHARD_BYTES = 64 * 2**20  # decoded, of a shard whose number of rows is not given
-GROUP_BYTES = 16 * 2**20  # decoded, of a row group: what one reading task of training takes at a time
-READERS = 4  # samples that a task opens at once: over a network the waits overlap
+PLAN = b"dmtg.plan"  # metadata key of a shard: the digest of its plan
+SHARD_BYTES = 64 * 2**20  # decoded size of a shard if its number of rows is not configured
+GROUP_BYTES = 16 * 2**20  # decoded size of a row group, the unit that training reads
+READERS = 4  # samples that a task opens at the same time, so that waits for a network overlap
 Row = tuple[str, Mapping[str, "np.ndarray | None"]]  # id and columns
-Sample = tuple[Entry, "dict[str, np.ndarray | None] | str"]  # columns, or why there are none
+Sample = tuple[Entry, "dict[str, np.ndarray | None] | str"]  # columns, or the reason why they are missing
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard to make: its file name, the samples that go into it, and a digest of these and the options."""
+    """Plan of a shard: its file name, its samples, and a digest of the samples and the options."""
 
     file: str
     entries: tuple[Entry, ...]
@@ -66,13 +66,13 @@ class ShardPlan:
 
     @property
     def split(self) -> str:
-        """The split that all of its samples belong to."""
+        """The split of all its samples."""
         return self.entries[0].split
 
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What `shard` did."""
+    """Result of `shard`."""
 
     manifest: Manifest
     made: int
@@ -80,26 +80,26 @@ class ShardReport:
 
 
 def shard(config: Config, progress: Callable[[str], None] = logger.info) -> ShardReport:
-    """Make the shards of `config.source` in `config.data.shards`; those already whole are kept.
+    """Create the shards of `config.source` in `config.data.shards`; complete shards are kept.
 
-    Ray is started where it is not running, and only for shards that have to be made.
+    Ray is started if it is not running, and only if shards have to be created.
 
     Raises:
-        UserError: For a source that cannot be used, for a folder that holds something else than shards, and when
-            more than `data.max_bad_fraction` of the samples cannot be used. A data set that was there stays.
+        UserError: For a source that cannot be used, for a folder that holds other files than shards, and when more
+            than `data.max_bad_fraction` of the samples cannot be used. An existing data set is kept then.
     """
     if config.source is None or not config.source.given:
         raise UserError(
-            "there is no raw data to make shards from",
+            "no raw data is configured",
             where="source.root",
-            remedy="set source.kind and source.root, or data.shards to finished shards",
+            remedy="set source.kind and source.root, or set data.shards to finished shards",
             wrong_use=True,
         )
     folder = locate(config.data.shards)
     source = build_source(config.source.kind, config.source.root, config.source.options)
     check_apart(folder, config.source)
     records = read_records(folder)
-    record_job(folder, records.files)  # before anything else, so that the folder is known again after a kill
+    record_job(folder, records.files)  # first, so that a killed job leaves a folder that is known
     folder.check_writable()
     progress(f"listing the samples of {config.source.root or config.source.kind}")
     entries = source.entries()
@@ -109,9 +109,9 @@ def shard(config: Config, progress: Callable[[str], None] = logger.info) -> Shar
     record_job(folder, files)
     parts = {plan.digest: part for plan in plans if (part := finished_part(folder, plan, records.notes))}
     todo = [plan for plan in plans if plan.digest not in parts]
-    progress(f"{len(entries)} samples, {len(plans)} shards: {len(parts)} are there, {len(todo)} to make")
+    progress(f"{len(entries)} samples, {len(plans)} shards: {len(parts)} are complete, {len(todo)} to create")
     check_bad(parts.values(), len(entries), config.data.max_bad_fraction, folder)
-    with session(config.ray) if todo else nullcontext():  # not before a source that is missing has been missed
+    with session(config.ray) if todo else nullcontext():  # Ray starts after the checks of the source
         for done, part in enumerate(_run(source, description, todo, folder, config), start=1):
             parts[part["digest"]] = part
             progress(f"shard {done}/{len(todo)}: {part['shard']['file']}, {part['shard']['rows']} samples")
@@ -128,11 +128,11 @@ def _description(source: Source, like: str) -> Description:
 
 
 def check_bad(parts: Iterable[Mapping[str, Any]], samples: int, most: float, folder: Location) -> None:
-    """Stop as soon as more samples are bad than the whole set may have, not when hours of work are done.
+    """Stop as soon as there are more bad samples than the whole data set may have.
 
     Raises:
-        UserError: With up to three of the reasons; all are in a file of this job, as `_quarantine.jsonl` belongs
-            to the data set before.
+        UserError: With up to three of the reasons. All reasons are in a file of this job, because
+            `_quarantine.jsonl` belongs to the previous data set.
     """
     bad = [one for part in parts for one in part["quarantined"]]
     if len(bad) > most * samples:
@@ -143,7 +143,7 @@ def check_bad(parts: Iterable[Mapping[str, Any]], samples: int, most: float, fol
             f"{len(bad)} of {samples} samples cannot be used so far, more than data.max_bad_fraction={most:g} "
             f"allows. {reasons}",
             where=str(refused),
-            remedy="mend the samples, or raise data.max_bad_fraction; finished shards are kept",
+            remedy="correct the samples, or raise data.max_bad_fraction; finished shards are kept",
         )
 
 
@@ -152,24 +152,24 @@ def _write_quarantine(file: Location, bad: Iterable[Mapping[str, str]]) -> None:
 
 
 def group_rows(description: Description) -> int:
-    """Samples of a row group."""
+    """Number of samples of a row group."""
     return max(GROUP_BYTES // description.row_bytes, 16)
 
 
 def make_plans(
     entries: Sequence[Entry], description: Description, source: SourceSection, data: DataSection
 ) -> list[ShardPlan]:
-    """Cut the samples of each split, mixed by the hash of their ids, into shards.
+    """Divide the samples of each split, shuffled by the hash of their ids, into shards.
 
     Raises:
-        UserError: When there are no samples, none for training, or two with one id.
+        UserError: When there are no samples for training or validation, or two samples with the same id.
     """
     twice = sorted(name for name, count in Counter(entry.id for entry in entries).items() if count > 1)
     if twice:
         raise UserError(
             f"{len(twice)} ids occur more than once: {', '.join(twice[:5])}",
             where=source.root,
-            remedy="give every sample an id of its own",
+            remedy="give every sample a different id",
         )
     by_split: dict[str, list[Entry]] = {split: [] for split in SPLITS}
     for entry in entries:
@@ -186,7 +186,7 @@ def make_plans(
     size = data.rows_per_shard or min(max(SHARD_BYTES // description.row_bytes, 64), 8192)
     plans = []
     for split, members in by_split.items():
-        # neighbours on disk are alike; a hash mixes them the same way on every machine
+        # neighbours on disk are similar; a hash shuffles them in the same way on every machine
         mixed = sorted(members, key=lambda entry: hashlib.sha256(entry.id.encode()).digest())
         for start in range(0, len(mixed), size):
             chosen = tuple(mixed[start : start + size])
@@ -199,12 +199,12 @@ def make_plans(
 def finished_part(
     folder: Location, plan: ShardPlan, notes: Mapping[str, Sequence[dict[str, Any]]]
 ) -> dict[str, Any] | None:
-    """What is known of a shard that is whole and made to the same plan; None where it has to be made.
+    """The note of a complete shard of the same plan; None if the shard has to be created.
 
     Args:
-        folder: Of the shards.
-        plan: What the shard is to hold; its file can have another name, as those of earlier versions do.
-        notes: By digest, as `Records` has them.
+        folder: Folder of the shards.
+        plan: Plan of the shard; the file can have another name, as in earlier versions.
+        notes: Digest → notes, as in `Records`.
     """
     for part in notes.get(plan.digest, ()):
         file = folder / part["shard"]["file"]
@@ -214,7 +214,7 @@ def finished_part(
 
 
 def _plan_of(file: Location) -> str:
-    """The digest of the plan that a shard was made to, from its own footer: files can change places."""
+    """The digest of the plan of a shard, from the footer of its file: a file can have been renamed."""
     try:
         with file.filesystem.open_input_file(file.path) as opened:
             held = pq.ParquetFile(opened).schema_arrow.metadata or {}
@@ -226,16 +226,16 @@ def _plan_of(file: Location) -> str:
 def _run(
     source: Source, description: Description, plans: Sequence[ShardPlan], folder: Location, config: Config
 ) -> Iterator[dict[str, Any]]:
-    """Write the shards as Ray Data tasks; what each of them holds, as they finish."""
+    """Write the shards as Ray Data tasks; yield the note of each shard when it is finished."""
     if not plans:
         return
     import ray
 
     def make(row: dict[str, Any]) -> dict[str, Any]:
-        plan = pickle.loads(row["plan"])  # noqa: S301 - written a few lines below by this very job
+        plan = pickle.loads(row["plan"])  # noqa: S301 - written a few lines below by this job
         try:
             return {"part": json.dumps(write_shard(source, description, plan, folder, config.data.compression))}
-        except UserError as error:  # Ray Data would pass on its text alone
+        except UserError as error:  # Ray Data would keep only the text of the error
             return {"part": json.dumps({"error": error.to_dict()})}
 
     dataset = ray.data.from_items([{"plan": pickle.dumps(plan)} for plan in plans], override_num_blocks=len(plans))
@@ -250,15 +250,15 @@ def _run(
 def write_shard(
     source: Source, description: Description, plan: ShardPlan, folder: Location, compression: str
 ) -> dict[str, Any]:
-    """Read the samples of a plan and write its shard, then the note beside it.
+    """Read the samples of a plan and write its shard, and then its note.
 
     Returns:
-        The note: the plan's digest, the `Shard`, sums a task, and what had to be quarantined.
+        The note: the digest of the plan, the `Shard`, the sums of each task, and the quarantined samples.
     """
     quarantined: list[dict[str, str]] = []
     sums: dict[str, list[statistics.Sums]] = {task.name: [] for task in description.tasks}
     sink, rows = io.BytesIO(), 0
-    # dictionaries and page statistics cost time and say nothing about pixels
+    # dictionaries and page statistics take time and are useless for pixels
     with pq.ParquetWriter(
         sink,
         schema(description).with_metadata({PLAN: plan.digest}),
@@ -277,7 +277,7 @@ def write_shard(
     part = {
         "digest": plan.digest,
         "shard": asdict(written),
-        # a shard whose samples are all bad has sums of nothing
+        # a shard without usable samples has the sums of no labels
         "sums": {t.name: statistics.merge(sums[t.name] or [_sums(t, [])]) for t in description.tasks},
         "quarantined": quarantined,
     }
@@ -286,7 +286,7 @@ def write_shard(
 
 
 def _samples(source: Source, entries: Sequence[Entry]) -> Iterator[Sample]:
-    """The samples in order, a few of them opened at once."""
+    """The samples in order; a few are opened at the same time."""
 
     def read(entry: Entry) -> Sample:
         try:
@@ -320,7 +320,7 @@ def _sums(task: Task, rows: Sequence[Row]) -> statistics.Sums:
 
 
 def schema(description: Description) -> pa.Schema:
-    """Columns of a shard: a tensor is one binary value, a number a column of its own type."""
+    """Columns of a shard: a tensor is a binary value, a number has its own type."""
     fields = [pa.field("id", pa.string())]
     for name, column in description.columns.items():
         plain = column.shape == ()
@@ -332,7 +332,7 @@ def table_of(description: Description, rows: Sequence[Row]) -> pa.Table:
     """The rows as a table of `schema`.
 
     Raises:
-        ValueError: When a value is not of the dtype and shape that the description says.
+        ValueError: When a value has another dtype or shape than the description.
     """
     arrays = [pa.array([row_id for row_id, _ in rows], pa.string())]
     arrays += [_arrow(name, c, [row.get(name) for _, row in rows]) for name, c in description.columns.items()]
@@ -359,7 +359,7 @@ def _publish(
     parts: Mapping[str, dict[str, Any]],
     config: Config,
 ) -> Manifest:
-    """Write the manifest, and with it put the new data set in the place of the one before."""
+    """Write the manifest, which replaces the previous data set by the new one."""
     by_split = {split: [parts[plan.digest] for plan in plans if plan.split == split] for split in SPLITS}
     quarantined = [bad for held in by_split.values() for part in held for bad in part["quarantined"]]
     manifest = Manifest(
@@ -373,14 +373,14 @@ def _publish(
         quarantined=len(quarantined),
         group_rows=group_rows(description),
     )
-    check_shards(folder, manifest, checksums=False)  # another job can have removed what this one began with
+    check_shards(folder, manifest, checksums=False)  # another job can have removed shards that this job kept
     (folder / FILE).write_json(manifest.to_dict())
     _write_quarantine(folder / QUARANTINE, quarantined)
     return manifest
 
 
 def ensure_shards(config: Config, progress: Callable[[str], None] = logger.info) -> Manifest:
-    """The manifest of `data.shards`; shards that do not exist yet are made when `source` is given."""
+    """The manifest of `data.shards`; shards that do not exist are created if `source` is configured."""
     folder = locate(config.data.shards)
     if (folder / FILE).exists() or config.source is None or not config.source.given:
         return read_manifest(folder)

@@ -1,4 +1,4 @@
-"""Statistics of labels as mergeable sums, and what they say against training on a task."""
+"""Statistics of labels as mergeable sums, and the problems of a task that they show."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from dmtg_core.names import listed
 from dmtg_core.tasks import Task
 
 Sums = dict[str, Any]  # JSON-ready sums of a task
-# differences between splits that a person would see in a picture of them
+# differences between splits that are visible in a plot
 VISIBLE_SHARE = 0.05
 VISIBLE_DEVIATIONS = 0.2
 
 
 def label_sums(task: Task, labels: Sequence[np.ndarray | None], masks: Sequence[np.ndarray | None]) -> Sums:
-    """Sums of one task over samples; a label is None where it is missing, a mask marks annotated pixels.
+    """Sums of one task over samples. A missing label is None; a mask marks annotated pixels.
 
     Returns:
-        `rows`, `missing` (samples), `values` (labels: samples, or pixels of a dense task), and for classes and
-        flags `classes` (labels of each class), for values `sum`, `squares`, `min`, `max` in raw units. A task of
-        several channels has these once more a channel, in `channels`.
+        `rows`, `missing` (samples) and `values` (labels: samples, or pixels of a dense task); for classes and
+        flags `classes` (labels of each class), and for values `sum`, `squares`, `min`, `max` in raw units. A task
+        of several channels also has the latter for each channel, in `channels`.
     """
     present = [(label, mask) for label, mask in zip(labels, masks, strict=True) if label is not None]
     sums: Sums = {"rows": len(labels), "missing": len(labels) - len(present)}
@@ -45,7 +45,7 @@ def _annotated(label: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
 
 
 def _known(task: Task, values: np.ndarray) -> np.ndarray:
-    """The values `(n,)` of a channel that are labels, by their own value."""
+    """The values `(n,)` of a channel that are labels: without ignored, undefined and invalid ones."""
     if task.classes:
         return values[values != task.ignore_index]
     values = values[~np.isnan(values.astype(np.float32))]
@@ -61,7 +61,7 @@ def _value_sums(values: np.ndarray) -> Sums:
 
 
 def _added(parts: Sequence[Sums]) -> Sums:
-    """Sums of values over all parts."""
+    """The total of sums of values."""
     total: Sums = {"values": sum(part["values"] for part in parts)}
     filled = [part for part in parts if part["values"]]
     if filled:
@@ -71,7 +71,7 @@ def _added(parts: Sequence[Sums]) -> Sums:
 
 
 def merge(parts: Sequence[Sums]) -> Sums:
-    """The sums of all parts together."""
+    """The total of the sums of all parts."""
     total: Sums = {key: sum(part[key] for part in parts) for key in ("rows", "missing", "values")}
     if parts and "classes" in parts[0]:
         total["classes"] = [sum(column) for column in zip(*(part["classes"] for part in parts), strict=True)]
@@ -82,7 +82,7 @@ def merge(parts: Sequence[Sums]) -> Sums:
 
 
 def summary(sums: Sums) -> dict[str, Any]:
-    """What a person reads: missing rate, then classes with their share, or mean, deviation and range."""
+    """Readable statistics: missing rate, and labels of each class or mean, deviation and range."""
     found: dict[str, Any] = {
         "rows": sums["rows"],
         "missing_rate": sums["missing"] / sums["rows"] if sums["rows"] else math.nan,
@@ -91,7 +91,7 @@ def summary(sums: Sums) -> dict[str, Any]:
 
 
 def moments(sums: Sums) -> dict[str, float]:
-    """Mean, deviation and range of sums of values, also of one channel; empty where there is no value."""
+    """Mean, deviation and range from the sums of values; empty if there is no value."""
     if not sums["values"]:
         return {}
     mean = sums["sum"] / sums["values"]
@@ -100,22 +100,23 @@ def moments(sums: Sums) -> dict[str, float]:
 
 
 def by_channel(sums: Sums) -> list[Sums]:
-    """Sums of values of every channel; of all together where there is one, or where older shards have no more."""
+    """Sums of values of each channel; the total if there is one channel or if older shards hold nothing else."""
     channels: list[Sums] = sums.get("channels", [sums])
     return channels
 
 
 def in_network_units(task: Task, found: Mapping[str, float], channel: int = 0) -> dict[str, float]:
-    """`moments` of a channel as the network sees them, see `Task.encode`."""
+    """`moments` of a channel in the units of the network; see `Task.encode`."""
     offset, scale = (values[channel if len(values) > 1 else 0] for values in (task.offset, task.scale))
     return {key: (value - (0.0 if key == "std" else offset)) / scale for key, value in found.items()}
 
 
 def drift(task: Task, train: Sums, other: Sums) -> str:
-    """How the labels of a split differ from those of training, in words; empty when by little, or by chance.
+    """Description of how the labels of a split differ from those of training; empty for a small difference.
 
-    Differences count from three standard errors on. The error rests on the number of samples, also for dense
-    tasks: pixels of one sample are alike, and the mean of a sample varies no more than its pixels.
+    A difference counts if it is above three standard errors. The error is computed from the number of samples,
+    also for dense tasks: pixels of one sample are similar, and the mean of a sample varies no more than its
+    pixels.
     """
     samples = [sums["rows"] - sums["missing"] for sums in (train, other)]
     if not train["values"] or not other["values"]:
@@ -132,7 +133,7 @@ def drift(task: Task, train: Sums, other: Sums) -> str:
 
 
 def _share_drift(task: Task, train: Sums, other: Sums, sampling: float) -> str:
-    """The class whose share differs most, where that is more than chance."""
+    """Description of the class whose share differs most; empty if the difference can be chance."""
     shares = [np.array(sums["classes"]) / sums["values"] for sums in (train, other)]
     both = (np.array(train["classes"]) + other["classes"]) / (train["values"] + other["values"])
     change = np.abs(shares[1] - shares[0])
@@ -144,14 +145,14 @@ def _share_drift(task: Task, train: Sums, other: Sums, sampling: float) -> str:
 
 
 def class_name(task: Task, number: int) -> str:
-    """Name of a class or of the value of a flag; its number where it has none."""
+    """Name of a class or of the value of a flag; its number if it has no name."""
     return task.labels[number] if 0 <= number < len(task.labels) else str(number)
 
 
 def constant(sums: Sums) -> str:
-    """Why a target carries no signal, in words; empty when it does."""
+    """The reason why a target is constant; empty if it is not."""
     if not sums["values"]:
-        return "it has no label at all"
+        return "it has no label"
     if "classes" in sums:
         present = [i for i, count in enumerate(sums["classes"]) if count]
         return f"every label is class {present[0]}" if len(present) == 1 else ""
@@ -159,9 +160,9 @@ def constant(sums: Sums) -> str:
 
 
 def thin_support(task: Task, sums: Mapping[str, Any], least: int) -> str:
-    """Why a result on this split says little, in words; empty when there are labels enough.
+    """The reason why a result on this split is unreliable; empty if there are enough labels.
 
-    Dense tasks count pixels, of which one sample holds thousands, so only the number of samples is asked of them.
+    For dense tasks only the number of samples is checked, because one sample holds thousands of labelled pixels.
     """
     samples = sums["rows"] - sums["missing"]
     if samples < least:

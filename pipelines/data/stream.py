@@ -1,13 +1,13 @@
-"""A data set too large for memory, read from its shards in every epoch.
+"""Streaming: batches of a data set that is too large for memory, read from its shards in every epoch.
 
-The unit of reading is a row group, a few MiB, of samples that sharding has mixed. An epoch is a new order of all
-row groups, cut into as many streams as row groups fit into `data.shuffle_mib`. Each stream mixes a window of row
-groups at a time, and every global batch takes a part of each stream. So the batches are the same for any number of
-workers: they share out the samples of a batch in the order of the streams, and a worker reads the streams that its
-share lies in. Threads of the worker read the next windows, also over the end of an epoch, while batches are made
-from these. They read straight from storage: raw tensors need no decoding that would be worth moving to other
-processes, and a copy through Ray's object store costs more than the reading (`make bench ROWS=ingest` measures
-both).
+The unit of reading is a row group: a few MiB of samples that sharding has shuffled. Every epoch has a new order of
+all row groups, which is divided into as many streams as row groups fit into `data.shuffle_mib`. Each stream
+shuffles one window of row groups at a time, and every global batch takes a part of each stream. The batches are
+therefore the same for any number of workers: the samples of a batch are divided among the workers in the order of
+the streams, and a worker reads the streams of its share. Threads of the worker read the next windows, also beyond
+the end of an epoch, while the current windows are used. They read directly from storage: raw tensors need no
+decoding that is worth moving to other processes, and a copy through Ray's object store takes longer than reading
+(`make bench ROWS=ingest` measures both).
 """
 
 from __future__ import annotations
@@ -42,28 +42,28 @@ class Unit:
 
     @property
     def rows(self) -> int:
-        """How many rows they are."""
+        """Number of rows."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class Window:
-    """Units that are mixed with each other, and the samples of them that are wanted, in order."""
+    """Units that are shuffled together, and the wanted samples of them, in order."""
 
     units: tuple[Unit, ...]
     order: np.ndarray
 
 
 @dataclass(frozen=True)
-class Deal:
-    """How the samples of a batch come from the streams and go to the workers, both in order.
+class Division:
+    """Division of the samples of a batch among streams and workers, both in order.
 
-    Where streams and workers meet is rounded alike, so that with a multiple of the workers as streams nobody reads
-    a stream of another.
+    The boundaries of streams and workers are rounded in the same way. If the number of streams is a multiple of
+    the number of workers, no worker reads a stream of another.
 
     Args:
-        streams: Number of them, at most as many as a batch has samples.
-        rank, world_size: The worker, and how many there are.
+        streams: Number of streams, at most the number of samples of a batch.
+        rank, world_size: Rank of the worker, and number of workers.
     """
 
     streams: int
@@ -71,13 +71,13 @@ class Deal:
     world_size: int
 
     def ends(self, sizes: np.ndarray) -> np.ndarray:
-        """Samples of all streams before each one, and of all, `(streams + 1,)`, over batches of `sizes`."""
+        """Cumulative number of samples of the streams, `(streams + 1,)`, over batches of `sizes`."""
         values, counts = np.unique(sizes, return_counts=True)
         ends: np.ndarray = counts @ (values[:, None] * np.arange(self.streams + 1) // self.streams)
         return ends
 
     def portions(self, size: int) -> np.ndarray:
-        """Samples of each stream in a batch: those before this worker's, its own, those after, `(streams, 3)`."""
+        """Samples of each stream in a batch, `(streams, 3)`: before, of and after this worker."""
         ends = size * np.arange(self.streams + 1) // self.streams
         share = _share(size, self.rank, self.world_size)
         cuts = [ends[:-1], *(np.clip(at, ends[:-1], ends[1:]) for at in (share.start, share.stop)), ends[1:]]
@@ -89,31 +89,31 @@ class Deal:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way through a split.
+class Layout:
+    """Layout of the batches of one pass through a split.
 
     Args:
         split: Name of the split.
-        mixed: Whether in a new order every epoch.
-        first: The row of the order that it begins with.
-        sizes: Samples of its batches.
-        deal: Where they come from and whose they are.
+        shuffled: Whether every epoch has a new order.
+        first: First row in that order.
+        sizes: Number of samples of each batch.
+        division: Division of the samples among streams and workers.
     """
 
     split: str
-    mixed: bool
+    shuffled: bool
     first: int
     sizes: np.ndarray
-    deal: Deal
+    division: Division
 
 
 class Stream:
-    """The samples of one stream in their order, read ahead.
+    """The samples of one stream in order, read ahead.
 
     Args:
-        plan: Its windows, without end.
+        plan: Endless series of windows of the stream.
         read: Starts to read a unit.
-        ahead: Samples that are being read while those before them are used.
+        ahead: Number of samples that are read while those before them are used.
     """
 
     def __init__(self, plan: Iterator[Window], read: Callable[[Unit], Future[Arrays]], ahead: int) -> None:
@@ -123,7 +123,7 @@ class Stream:
         self._read_on()
 
     def take(self, before: int, count: int, after: int) -> list[tuple[Arrays, np.ndarray]]:
-        """The next samples without those of other workers before and after: arrays, and which of their rows."""
+        """The next `count` samples, between those of other workers: arrays, and the rows to take of each."""
         self._next(before)
         taken = self._next(count)
         self._next(after)
@@ -144,10 +144,10 @@ class Stream:
 
 
 class StreamData:
-    """A worker's share of the global batches, read ahead; see `dmtg_core.training.data.Data`.
+    """The share of a worker in the global batches, read ahead; see `dmtg_core.training.data.Data`.
 
-    Every sample comes once an epoch. The global batches depend on the seed, the epoch, the configuration and the
-    shards alone, not on the number of workers.
+    Every epoch has every sample once. The global batches depend only on the seed, the epoch, the configuration and
+    the shards, not on the number of workers.
     """
 
     def __init__(
@@ -160,22 +160,23 @@ class StreamData:
         self.seed, self.rank, self.world_size, self.device = seed, rank, world_size, device
         self.pool = ThreadPoolExecutor(data.read_threads, thread_name_prefix="shards")
         self.units = {split: all_units(reader, split) for split in reader.manifest.shards}
-        # split and batch size → the next epoch of what was being read when one ended
+        # split and batch size → the next epoch, and its streams, which are already read ahead
         self.ahead: dict[tuple[str, int], tuple[int, list[Stream]]] = {}
         if rank == 0 and self.streams < world_size <= len(self.units["train"]):
             logger.warning(
-                "%d workers share %d streams, so that samples are read more than once: with data.shuffle_mib=%d "
-                "each reads its own",
+                "%d workers share %d streams, so samples are read more than once; with data.shuffle_mib=%d "
+                "each worker reads its own streams",
                 world_size, self.streams, math.ceil(world_size * group_mib),
             )  # fmt: skip
 
     def steps(self, batch_size: int) -> int:
-        """Global batches of an epoch: as many as can be full, whatever the number of workers.
+        """Number of global batches of an epoch: the number of full batches, for any number of workers.
 
-        What is left over is spread over them. A smaller batch could be too small for some number of workers.
+        The remaining samples are distributed over these batches, because a smaller batch could be too small for
+        the workers.
 
         Raises:
-            UserError: When a batch is smaller than the number of workers.
+            UserError: When a batch has fewer samples than workers.
         """
         if batch_size < self.world_size:
             raise UserError(
@@ -190,43 +191,48 @@ class StreamData:
         steps = self.steps(batch_size)
         sizes = np.diff(np.arange(steps + 1) * self.reader.manifest.rows("train") // steps)
         streams = min(self.streams, len(self.units["train"]), int(sizes.min()))
-        way = Way("train", True, 0, sizes, Deal(streams, self.rank, self.world_size))
-        return overlapped(self._batches(way, (way.split, batch_size), epoch, start), self.device)
+        layout = Layout("train", True, 0, sizes, Division(streams, self.rank, self.world_size))
+        return overlapped(self._batches(layout, (layout.split, batch_size), epoch, start), self.device)
 
     def evaluate(self, split: str, batch_size: int) -> Iterator[Batch]:
         """See `Data.evaluate`."""
         rows = _share(self.reader.manifest.rows(split), self.rank, self.world_size)
         count = rows.stop - rows.start
         sizes = np.array([min(batch_size, count - first) for first in range(0, count, batch_size)], int)
-        way, key = Way(split, False, rows.start, sizes, Deal(1, 0, 1)), (split, 0)
-        epoch = self.ahead[key][0] if key in self.ahead else 0  # every pass is alike; go on where one ended
-        return overlapped(self._batches(way, key, epoch, 0), self.device)
+        layout, key = Layout(split, False, rows.start, sizes, Division(1, 0, 1)), (split, 0)
+        epoch = self.ahead[key][0] if key in self.ahead else 0  # all passes are equal: use what is read ahead
+        return overlapped(self._batches(layout, key, epoch, 0), self.device)
 
-    def _batches(self, way: Way, key: tuple[str, int], epoch: int, start: int) -> Iterator[Batch]:
-        """This worker's part of the batches of one epoch, from number `start` on."""
-        if not len(way.sizes):
+    def _batches(self, layout: Layout, key: tuple[str, int], epoch: int, start: int) -> Iterator[Batch]:
+        """The part of this worker in the batches of one epoch, from batch `start`."""
+        if not len(layout.sizes):
             return
-        own = way.deal.own(way.sizes)
-        streams = self._streams(way, key, epoch, start, own)
-        portions = {size: way.deal.portions(size)[own].tolist() for size in np.unique(way.sizes).tolist()}
-        for size in way.sizes[start:].tolist():
+        own = layout.division.own(layout.sizes)
+        streams = self._streams(layout, key, epoch, start, own)
+        portions = {
+            size: layout.division.portions(size)[own].tolist() for size in np.unique(layout.sizes).tolist()
+        }
+        for size in layout.sizes[start:].tolist():
             taken = zip(streams, portions[size], strict=True)
-            # not kept in a variable: it would hold windows that are used up while the batch is trained on
+            # not kept in a variable, which would hold used windows in memory while the batch is trained on
             yield gather([p for stream, cut in taken for p in stream.take(*cut)], self.reader.tasks, self.device)
         self.ahead[key] = (epoch + 1, streams)
 
-    def _streams(self, way: Way, key: tuple[str, int], epoch: int, start: int, own: Sequence[int]) -> list[Stream]:
-        """The streams numbered `own` from batch `start` of an epoch on, and on through the epochs after it."""
-        monitoring = self.ahead.pop(key, None)
-        if monitoring is not None and monitoring[0] == epoch and not start:
-            return monitoring[1]
-        ends, skipped = way.first + way.deal.ends(way.sizes), np.diff(way.deal.ends(way.sizes[:start]))
-        window = max(self.window_rows // way.deal.streams, 1)
-        # however few streams a worker has, it reads as much ahead, but not more than an epoch
+    def _streams(
+        self, layout: Layout, key: tuple[str, int], epoch: int, start: int, own: Sequence[int]
+    ) -> list[Stream]:
+        """The streams with the numbers `own`, from batch `start` of an epoch and through all later epochs."""
+        prepared = self.ahead.pop(key, None)
+        if prepared is not None and prepared[0] == epoch and not start:
+            return prepared[1]
+        ends = layout.first + layout.division.ends(layout.sizes)
+        skipped = np.diff(layout.division.ends(layout.sizes[:start]))
+        window = max(self.window_rows // layout.division.streams, 1)
+        # a worker reads the same amount ahead for any number of streams, but not more than an epoch
         ahead = max(self.window_rows // len(own) - window // 2, 1)
         return [
             Stream(
-                _after(self._plan(way, epoch, i, slice(ends[i], ends[i + 1]), window), skipped[i]),
+                _after(self._plan(layout, epoch, i, slice(ends[i], ends[i + 1]), window), skipped[i]),
                 lambda unit: self.pool.submit(self._unit, unit),
                 min(ahead, int(ends[i + 1] - ends[i])),
             )
@@ -242,18 +248,18 @@ class StreamData:
             {name: values[part] for name, values in arrays.present.items()},
         )
 
-    def _plan(self, way: Way, epoch: int, stream: int, rows: slice, window: int) -> Iterator[Window]:
-        """The windows of a stream in one epoch after the other, without end."""
-        units = self.units[way.split]
+    def _plan(self, layout: Layout, epoch: int, stream: int, rows: slice, window: int) -> Iterator[Window]:
+        """The windows of a stream: an endless series over the epochs."""
+        units = self.units[layout.split]
         for now in itertools.count(epoch):
             order = np.arange(len(units))
-            if way.mixed:
+            if layout.shuffled:
                 order = np.random.default_rng([self.seed, now]).permutation(order)
             for number, members in enumerate(_grouped(stretch([units[i] for i in order], rows), window)):
                 wanted = np.arange(sum(unit.rows for unit in members))
-                if way.mixed:
-                    # a generator of its own, so that a window does not depend on those before it; numbered from 1,
-                    # as zeros at the end of a seed change nothing
+                if layout.shuffled:
+                    # every window has its own generator, so that it does not depend on earlier windows; numbers
+                    # start at 1, because trailing zeros of a seed change nothing
                     wanted = np.random.default_rng([self.seed, now, stream, number + 1]).permutation(wanted)
                 yield Window(members, wanted)
 
@@ -269,7 +275,7 @@ def all_units(reader: Reader, split: str) -> list[Unit]:
 
 
 def stretch(units: Sequence[Unit], rows: slice) -> list[Unit]:
-    """Some of the rows of all units together, which may begin and end inside a unit."""
+    """The units of a range of rows, which may begin and end inside a unit."""
     found, first = [], 0
     for unit in units:
         start, stop = max(rows.start - first, 0), min(rows.stop - first, unit.rows)
@@ -284,17 +290,17 @@ def _share(rows: int, rank: int, world_size: int) -> slice:
 
 
 def _grouped(units: Sequence[Unit], rows: int) -> Iterator[tuple[Unit, ...]]:
-    """Neighbours together, in windows of about equal size that hold `rows` rows or somewhat fewer."""
+    """Neighbouring units in windows of about equal size, with at most about `rows` rows each."""
     sizes = np.array([unit.rows for unit in units])
     total = int(sizes.sum())
-    middles = 2 * np.cumsum(sizes) - sizes  # twice where the middle of each lies, to stay with whole numbers
+    middles = 2 * np.cumsum(sizes) - sizes  # twice the middle of each unit, so that all numbers are integers
     numbers = middles * math.ceil(total / rows) // (2 * total)
     for _, members in itertools.groupby(zip(numbers, units, strict=True), key=lambda pair: int(pair[0])):
         yield tuple(unit for _, unit in members)
 
 
 def _after(plan: Iterator[Window], skip: int) -> Iterator[Window]:
-    """The plan without its first `skip` samples; windows that are skipped whole are not read."""
+    """The plan without its first `skip` samples; windows that are skipped completely are not read."""
     for window in plan:
         if skip < len(window.order):
             yield Window(window.units, window.order[skip:])
@@ -306,7 +312,7 @@ def _after(plan: Iterator[Window], skip: int) -> Iterator[Window]:
 def _cut(
     held: Sequence[tuple[Chunks, np.ndarray]], size: int
 ) -> tuple[list[tuple[Chunks, np.ndarray]], list[tuple[Chunks, np.ndarray]]]:
-    """The first `size` samples of what is held, and the rest."""
+    """The first `size` of the held samples, and the others."""
     taken, rest = [], []
     for chunks, rows in held:
         if size:

@@ -1,4 +1,4 @@
-"""Configurations that ship, one YAML file each."""
+"""Recipes: the configurations that ship with the package, one YAML file each."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ RECIPES = Path(__file__).parent
 
 
 def recipes() -> list[str]:
-    """Names of the recipes; one in a folder is called `<folder>/<name>`."""
+    """Names of the recipes; a recipe in a folder is called `<folder>/<name>`."""
     return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))

@@ -1,1 +1,1 @@
-"""`dmtg config`: a configuration for a file, and the schema of a configuration."""
+"""Scaffold of configurations: a new configuration file for a data set, and the JSON schema of configurations."""

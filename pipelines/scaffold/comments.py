@@ -1,4 +1,4 @@
-"""The text of a configuration file with a comment on each choice, and each further option as a comment."""
+"""The text of a configuration file: a comment explains each value, and further options are commented out."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from pipelines.scaffold.inference import Use
 WIDTH = 110
 Written = dict[str, Any]
 WHY = {
-    "name": "of runs and registered models",
-    "source.options.tasks": "kind: binary, multiclass or regression; metric: what the comparison is made with",
-    "network.groups": "K: the most groups there can be",
+    "name": "name of runs and registered models",
+    "source.options.tasks": "kind: binary, multiclass or regression; metric: the figure that is compared",
+    "network.groups": "largest number of groups, K",
     "network.stem": "stages of the encoder that all groups share",
-    "gate.learning_rate": "more than that of the network: the gate has few steps to decide in",
-    "train.epochs": "search and training of the groups together",
-    "data.shards": "made by dmtg shard",
+    "gate.learning_rate": "higher than that of the network, because the gate has few steps to converge",
+    "train.epochs": "epochs of search and fine-tuning together",
+    "data.shards": "created by dmtg shard",
     "run.root": "holds a folder for each run",
 }
 
 
 @dataclass
 class Draft:
-    """A configuration on its way to a file.
+    """The content of a configuration file before it is written.
 
     Args:
         kind: The reader.
-        about: What stands at the top of the file.
-        values: Section → what is written for it.
-        why: Key, as in `network.groups`, → why it is so.
-        uses: What each column is used as.
-        below: The configuration that the file is laid over, with its name; else that of all defaults.
+        about: Text at the top of the file.
+        values: Section → its keys and values in the file.
+        why: Key, such as `network.groups` → reason for its value.
+        uses: Use of each column.
+        base: Name and configuration of the base of the file; None for a file without a base.
     """
 
     kind: str
@@ -47,30 +47,28 @@ class Draft:
     values: dict[str, Any]
     why: dict[str, str] = field(default_factory=dict)
     uses: Sequence[Use] = ()
-    below: tuple[str, Config] | None = None
+    base: tuple[str, Config] | None = None
 
 
 def text_of(draft: Draft) -> str:
-    """The file. A line that begins with `#key:` is an option at its default; without the mark it counts."""
+    """The text of the file. A line that begins with `#key:` is an option at its default value."""
     page = _Page(WHY | draft.why)
     page.note(
-        f"{draft.about}. Everything can be changed here. A line like #key: value is a further option and what it "
-        "is when left out: to change it take the # off. Where Ray and MLflow run is in ray_config.yaml."
+        f"{draft.about}. Every value can be changed. A line like #key: value is a further option with its default "
+        "value: to change it, remove the #. The addresses of Ray and MLflow are in ray_config.yaml."
     )
-    page.note(
-        "For completion in an editor: dmtg config schema > dmtg.schema.json, and then as the first line here:"
-    )
+    page.note("For completion in an editor, run dmtg config schema > dmtg.schema.json and add this first line:")
     page.note("(# yaml-language-server: $schema=dmtg.schema.json)")
     page.key("", "name", draft.values["name"])
-    defaults = _below(draft)
-    if draft.below is not None:
-        page.key("", "base", draft.below[0])
+    defaults = _defaults(draft)
+    if draft.base is not None:
+        page.key("", "base", draft.base[0])
     written = [key for key in Config.model_fields if isinstance(draft.values.get(key), dict)]
     for section in written:
         page.lines.append("")
         page.section(section, draft.values[section], getattr(defaults, section), draft)
     page.lines.append("")
-    page.note("Sections that are all at their defaults; to change one take the # off its name as well.")
+    page.note("Sections with default values only. To change one, remove the # of its name as well.")
     for section in Config.model_fields:
         if section not in (*written, "name", "ray"):
             page.lines.append("")
@@ -78,10 +76,10 @@ def text_of(draft: Draft) -> str:
     return "\n".join(page.lines) + "\n"
 
 
-def _below(draft: Draft) -> Config:
-    """What counts where the file says nothing."""
-    if draft.below is not None:
-        return draft.below[1]
+def _defaults(draft: Draft) -> Config:
+    """The configuration that holds the values of all keys that the file does not set."""
+    if draft.base is not None:
+        return draft.base[1]
     return checked(Config, {"name": draft.values["name"], **_sections(draft)})
 
 
@@ -97,11 +95,11 @@ class _Page:
         self.why = why
 
     def note(self, text: str, indent: str = "") -> None:
-        """A comment over as many lines as it needs."""
+        """Add a comment, wrapped to lines."""
         self.lines += [f"{indent}# {line}" for line in textwrap.wrap(text, WIDTH - len(indent) - 2)]
 
     def key(self, path: str, key: str, value: Any, indent: str = "") -> None:
-        """Something that is written, with why it is so."""
+        """Add a key with its value, and the reason for it as a comment."""
         why = self.why.get(f"{path}{key}", "")
         line = f"{indent}{_pair(key, value)}"
         if len(line) + len(why) + 4 <= WIDTH and "\n" not in line:
@@ -112,7 +110,7 @@ class _Page:
         self.lines += line.replace("\n", f"\n{indent}").split("\n")
 
     def option(self, key: str, value: Any, description: str, indent: str) -> None:
-        """Something that is left at its default."""
+        """Add a key at its default value, commented out."""
         line = f"{indent}#{_pair(key, value, 10_000)}"
         if description and len(line) + len(description) + 4 <= WIDTH:
             self.lines.append(f"{line}  # {description}")
@@ -122,7 +120,7 @@ class _Page:
         self.lines.append(line)
 
     def section(self, name: str, written: Written | None, default: Any, draft: Draft) -> None:
-        """A section: what is written, then its other options as comments; all of it where nothing is written."""
+        """Add a section: its written keys, if any, then its other options, commented out."""
         model = type(default)
         self.note(_first_line(model))
         self.lines.append(f"{'#' if written is None else ''}{name}:")
@@ -140,7 +138,7 @@ class _Page:
             self._reader(draft, None, default)
 
     def _reader(self, draft: Draft, written: Written | None, default: Any) -> None:
-        """The options of the reader, with what it says of them."""
+        """Add the options of the reader, with the description of its options."""
         model = options_model(draft.kind)
         resolved = checked(model, default.options, "source.options").model_dump(mode="json")
         self.lines.append("  #options:" if written is None else "  options:")
@@ -162,7 +160,7 @@ class _Page:
 
 
 def _pair(key: str, value: Any, width: int = WIDTH - 10) -> str:
-    """A key and its value on one line, or on several below each other where they are long."""
+    """A key and its value as YAML, wrapped if the line is long."""
     return f"{_flow(key)}: {_flow(value, width)}".replace("\n", "\n  ")
 
 
@@ -172,7 +170,7 @@ def _flow(value: Any, width: int = 10_000) -> str:
 
 
 def _fits(model: type[BaseModel], options: Written) -> bool:
-    """Whether these options go together: some have no meaning beside others, and a reader refuses them."""
+    """Whether the reader accepts these options together: some of them exclude others."""
     try:
         model.model_validate(options)
     except ValidationError:

@@ -1,4 +1,4 @@
-"""What the columns of a table seem to be, by its first rows: id, split, number, category, kind of target."""
+"""Inference of the use of table columns from the first rows: id, split, number, category, kind of target."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from pipelines.data.sources.table import FINEST, MISSING
 from pipelines.errors import UserError
 
 HEAD_ROWS = 20_000
-MOST_VALUES = 100  # of a category, and of a target that is a class
-MOST_NUMBERS = 20  # that a target of whole numbers can have to be taken for classes
-ROWS_A_CLASS = 10  # that such a class has on average, at least
+MOST_VALUES = 100  # most values of a category, and most classes of a target
+MOST_NUMBERS = 20  # most values of a target of whole numbers that counts as classes
+ROWS_A_CLASS = 10  # smallest mean number of rows of such a class
 GAPS = ("na", "n/a", "#n/a", "nan", "null", "none", "?", "-", "--", ".", "unknown", "missing")
 _ID = re.compile(r"(?i:^(id|.*[_\s-]id|uid|uuid|guid|key|index|row|unnamed: 0|)$)|[a-z](Id|ID)$")
 _SPLIT = ("split", "set", "subset", "partition", "fold")
 
 
 @dataclass(frozen=True)
-class Look:
-    """A column: its cells in the rows that were read, and the words that stand for an empty cell in it."""
+class ColumnSummary:
+    """A column: its cells in the rows that were read, and the properties of their values."""
 
     name: str
     cells: Sequence[str]
 
     @cached_property
     def counts(self) -> Counter[str]:
-        """How often each value is there, without what is missing."""
+        """Number of rows of each value, without missing values."""
         return Counter(cell for cell in self.cells if cell and cell not in self.gaps)
 
     @cached_property
     def gaps(self) -> tuple[str, ...]:
-        """Words for an empty cell: the usual ones, and others that stand among numbers."""
+        """Markers of an empty cell: the usual ones, and words such as "n/a" in a column of numbers."""
         words = Counter(cell for cell in self.cells if cell and cell not in MISSING and cell_number(cell) is None)
         filled = sum(bool(cell) for cell in self.cells)
         among_numbers = 2 * words.total() < filled
@@ -63,18 +63,18 @@ class Look:
 
     @property
     def unique(self) -> bool:
-        """Whether every row has a value of its own."""
+        """Whether every row has a different value."""
         return len(self.counts) == len(self.cells)
 
     @property
     def missing(self) -> str:
-        """The share of rows without a value, in words; empty where all have one."""
+        """The share of rows without a value, as text; empty if every row has one."""
         share = 1 - self.counts.total() / len(self.cells)
         return f"{share:.0%} missing" if share >= 0.005 else "a few missing" if share else ""
 
     @property
-    def blurred(self) -> bool:
-        """Whether float32 could not hold the differences, as with times in seconds since 1970."""
+    def too_close_for_float32(self) -> bool:
+        """Whether the values differ too little for float32, such as times in seconds since 1970."""
         mean = math.fsum(self.numbers.values()) / len(self.numbers)
         deviation = math.sqrt(math.fsum((n - mean) ** 2 for n in self.numbers.values()) / len(self.numbers))
         return 0 < deviation < 2 * FINEST * abs(mean)
@@ -82,10 +82,11 @@ class Look:
 
 @dataclass(frozen=True)
 class Use:
-    """What a column is used as ("target", "number", "category", "text", "id", "split" or "left out"), and why.
+    """The use of a column and the reason for it.
 
     Args:
-        options: Of a target: `kind` and what else the reader takes.
+        use: "target", "number", "category", "text", "id", "split" or "left out".
+        options: For a target, `kind` and the other options that the reader takes.
     """
 
     column: str
@@ -94,28 +95,28 @@ class Use:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def looks(rows: Sequence[Row]) -> dict[str, Look]:
-    """The columns of some rows."""
-    return {name: Look(name, [row.cells[name] for row in rows]) for name in rows[0].cells}
+def summaries(rows: Sequence[Row]) -> dict[str, ColumnSummary]:
+    """Summaries of the columns of some rows."""
+    return {name: ColumnSummary(name, [row.cells[name] for row in rows]) for name in rows[0].cells}
 
 
 def chosen_targets(given: Sequence[str], columns: Sequence[str], where: str) -> list[str]:
-    """The columns that `--targets` names: each word is one, or several with commas between them.
+    """The columns that `--targets` names: each value is one column, or several that are separated by commas.
 
     Raises:
-        UserError: For none at all, less than two, one twice, and a column that is not there.
+        UserError: For fewer than two columns, a column that is named twice, and an unknown column.
     """
-    names = [name.strip() for word in given for name in ([word] if word in columns else word.split(","))]
+    names = [name.strip() for value in given for name in ([value] if value in columns else value.split(","))]
     unknown = [name for name in names if name not in columns]
     problem = ""
     if not names:
-        problem = "which columns are to be predicted?"
+        problem = "no target columns are named"
     elif unknown:
         problem = f"no column {listed(unknown)}"
     elif len(names) != len(set(names)):
         problem = "a target is named twice"
     elif len(names) == 1:
-        problem = "tasks can be grouped when there are two or more, got one target"
+        problem = "grouping needs two or more tasks, got one target"
     if problem:
         raise UserError(
             problem, where=where, wrong_use=True,
@@ -124,99 +125,101 @@ def chosen_targets(given: Sequence[str], columns: Sequence[str], where: str) -> 
     return names
 
 
-def target(look: Look, where: str, more: bool) -> Use:
-    """A column as a task.
+def target(column: ColumnSummary, where: str, more: bool) -> Use:
+    """The use of a column as a task.
 
     Args:
-        more: Whether the table has more rows than were looked at.
+        more: Whether the table has more rows than were read.
 
     Raises:
-        UserError: For a column that has one value only, or that is neither number nor class.
+        UserError: For a column that has only one value, or that is neither a number nor a class.
     """
-    counts, missing = look.counts, look.missing
+    counts, missing = column.counts, column.missing
     if len(counts) < 2:
-        rows = f"in the first {len(look.cells)} rows" if more else "in all rows"
+        rows = f"in the first {len(column.cells)} rows" if more else "in all rows"
         value = f"is {next(iter(counts))!r}" if counts else "is empty"
         raise UserError(
-            f"target {look.name} {value} {rows}: there is nothing to learn",
+            f"target {column.name} {value} {rows}: there is nothing to learn",
             where=where,
-            remedy="leave it out of --targets" + (", or shuffle the rows of the table" if more else ""),
+            remedy="remove it from --targets" + (", or shuffle the rows of the table" if more else ""),
         )
     if len(counts) == 2:
-        return _binary(look)
+        return _binary(column)
     few_numbers = len(counts) <= MOST_NUMBERS and counts.total() >= ROWS_A_CLASS * len(counts)
-    if look.numeric and not (look.whole and few_numbers):
-        low, high = min(look.numbers.values()), max(look.numbers.values())
-        return _task(look, "regression", f"numbers from {low:g} to {high:g}", missing)
+    if column.numeric and not (column.whole and few_numbers):
+        low, high = min(column.numbers.values()), max(column.numbers.values())
+        return _task(column, "regression", f"numbers from {low:g} to {high:g}", missing)
     if len(counts) <= MOST_VALUES:
-        what = f"{len(counts)} whole numbers; for an amount write regression" if look.whole else _some(look)
-        return _task(look, "multiclass", what, missing, metric="balanced_accuracy")
-    odd = [value for value in counts if value not in look.numbers]
+        what = f"{len(counts)} whole numbers; for a quantity write regression" if column.whole else _some(column)
+        return _task(column, "multiclass", what, missing, metric="balanced_accuracy")
+    odd = [value for value in counts if value not in column.numbers]
     raise UserError(
-        f"target {look.name} has {len(counts)} different values that are not all numbers, such as {odd[0]!r}",
+        f"target {column.name} has {len(counts)} different values that are not all numbers, such as {odd[0]!r}",
         where=where,
-        remedy="a target is a number, or one of a few classes: leave it out of --targets, or make it one",
+        remedy="remove it from --targets, or convert it: a target is a number or one of a few classes",
     )
 
 
-def _binary(look: Look) -> Use:
-    (often, _), (rare, _) = look.counts.most_common(2)
-    flags = set(look.counts) <= set(FLAGS) and len({FLAGS[value] for value in look.counts}) == 2
-    positive = next((value for value in look.counts if flags and FLAGS[value]), rare)
-    share = f"{look.counts[positive] / look.counts.total():.0%} are {positive}"
+def _binary(column: ColumnSummary) -> Use:
+    (often, _), (rare, _) = column.counts.most_common(2)
+    flags = set(column.counts) <= set(FLAGS) and len({FLAGS[value] for value in column.counts}) == 2
+    positive = next((value for value in column.counts if flags and FLAGS[value]), rare)
+    share = f"{column.counts[positive] / column.counts.total():.0%} are {positive}"
     if flags:
-        return _task(look, "binary", share, look.missing, metric="auroc")
-    return _task(look, "binary", f"{share}, the rest {often}", look.missing, metric="auroc", positive=[rare])
+        return _task(column, "binary", share, column.missing, metric="auroc")
+    return _task(column, "binary", f"{share}, the rest {often}", column.missing, metric="auroc", positive=[rare])
 
 
-def _task(look: Look, kind: str, what: str, missing: str, **options: Any) -> Use:
+def _task(column: ColumnSummary, kind: str, what: str, missing: str, **options: Any) -> Use:
     why = ", ".join(part for part in (what, missing) if part)
-    return Use(look.name, "target", why, {"column": look.name, "kind": kind, **options})
+    return Use(column.name, "target", why, {"column": column.name, "kind": kind, **options})
 
 
-def feature(look: Look) -> Use:
-    """A column as a part of the input, or left out of it."""
-    counts = look.counts
-    if len(counts) < 2 and not (counts and look.missing):
-        return Use(look.name, "left out", f"always {next(iter(counts))!r}" if counts else "always empty")
-    if look.numeric and look.blurred:
-        return Use(look.name, "left out", "as float32 the values would be the same; subtract an offset first")
-    if look.numeric:
-        return Use(look.name, "number", look.missing)
-    if 2 * sum(counts[value] for value in look.numbers) >= counts.total():
-        odd = next(value for value in counts if value not in look.numbers)
+def feature(column: ColumnSummary) -> Use:
+    """The use of a column in the input, or the reason why it is left out."""
+    counts = column.counts
+    if len(counts) < 2 and not (counts and column.missing):
+        return Use(column.name, "left out", f"always {next(iter(counts))!r}" if counts else "always empty")
+    if column.numeric and column.too_close_for_float32:
+        return Use(column.name, "left out", "the values are equal in float32; subtract an offset first")
+    if column.numeric:
+        return Use(column.name, "number", column.missing)
+    if 2 * sum(counts[value] for value in column.numbers) >= counts.total():
+        odd = next(value for value in counts if value not in column.numbers)
         return Use(
-            look.name, "left out", f"numbers, but also {odd!r}; if that is an empty cell, add it to missing"
+            column.name, "left out", f"numbers, but also {odd!r}; if that marks an empty cell, add it to missing"
         )
     if len(counts) <= MOST_VALUES:
-        return Use(look.name, "category", ", ".join(part for part in (_some(look), look.missing) if part))
-    return Use(look.name, "left out", f"{len(counts)} different texts: neither number nor category")
+        return Use(column.name, "category", ", ".join(part for part in (_some(column), column.missing) if part))
+    return Use(column.name, "left out", f"{len(counts)} different texts: neither number nor category")
 
 
-def _some(look: Look) -> str:
-    names = [value for value, _ in look.counts.most_common(3)]
-    return f"{len(look.counts)} values: {', '.join(names)}{', …' if len(look.counts) > 3 else ''}"
+def _some(column: ColumnSummary) -> str:
+    names = [value for value, _ in column.counts.most_common(3)]
+    return f"{len(column.counts)} values: {', '.join(names)}{', …' if len(column.counts) > 3 else ''}"
 
 
-def split_use(columns: Mapping[str, Look]) -> Use | None:
-    """The column that says which rows are for training, validation and test; None where there is none.
+def split_use(columns: Mapping[str, ColumnSummary]) -> Use | None:
+    """The column that assigns rows to training, validation and test; None if there is none.
 
-    A column of that name that cannot be used as such is left out.
+    A column with such a name but other values is left out.
     """
-    for look in columns.values():
-        if look.name.lower() not in _SPLIT or look.missing:
+    for column in columns.values():
+        if column.name.lower() not in _SPLIT or column.missing:
             continue
-        splits = {split_name(value) for value in look.counts}
+        splits = {split_name(value) for value in column.counts}
         if splits >= {"train", "val"} and None not in splits:
-            counts = listed(f"{value}: {count}" for value, count in look.counts.most_common())
-            return Use(look.name, "split", counts)
+            counts = listed(f"{value}: {count}" for value, count in column.counts.most_common())
+            return Use(column.name, "split", counts)
         if splits & {"train", "test"}:
-            return Use(look.name, "left out", f"a split needs train and val, it has {listed(look.counts)}")
+            return Use(column.name, "left out", f"a split needs train and val, it has {listed(column.counts)}")
     return None
 
 
-def id_use(columns: Mapping[str, Look]) -> Use | None:
-    """The column that names the rows; None where there is none."""
-    named = [look for look in columns.values() if look.unique and (_ID.search(look.name) or not look.numeric)]
-    named.sort(key=lambda look: not _ID.search(look.name))
-    return Use(named[0].name, "id", "a value of its own in every row") if named else None
+def id_use(columns: Mapping[str, ColumnSummary]) -> Use | None:
+    """The column that identifies the rows; None if there is none."""
+    named = [
+        column for column in columns.values() if column.unique and (_ID.search(column.name) or not column.numeric)
+    ]
+    named.sort(key=lambda column: not _ID.search(column.name))
+    return Use(named[0].name, "id", "different value in every row") if named else None

@@ -7,20 +7,20 @@ from typing import Any
 from dmtg_core.network.encoders import ENCODERS
 from dmtg_core.training.aggregation import AGGREGATORS
 from pipelines.config.loading import Config
-from pipelines.config.sections import RaySection
+from pipelines.config.ray_section import RaySection
 from pipelines.data.sources import SOURCES, options_model
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 BASE = {
     "type": "string",
-    "description": "recipe that ships, or file relative to this one, which this file is laid over",
+    "description": "Base that this file is merged into: a recipe, or a file relative to this one.",
 }
 
 
 def config_schema() -> dict[str, Any]:
-    """What a configuration file can hold; a file with a `base` needs to name nothing else.
+    """The schema of a configuration file. A file with a `base` needs no other key.
 
-    Options of `source` are those of the reader that `source.kind` names.
+    The options of `source` are those of the reader that `source.kind` names.
     """
     schema = Config.model_json_schema()
     sections = schema["$defs"]
@@ -41,16 +41,16 @@ def config_schema() -> dict[str, Any]:
 
 
 def ray_schema() -> dict[str, Any]:
-    """What `ray_config.yaml` can hold."""
+    """The schema of `ray_config.yaml`."""
     plain: dict[str, Any] = _plain({"$schema": DIALECT, **RaySection.model_json_schema()})
     return plain
 
 
 def _options(kind: str, sections: dict[str, Any]) -> dict[str, Any]:
-    """The rule for the options of one reader; what its schema refers to is put among the sections."""
+    """The rule for the options of one reader; definitions of its schema are added to the sections."""
     options = options_model(kind).model_json_schema()
     sections |= options.pop("$defs", {})
-    options.pop("required", None)  # a base, or a word on the command line, may give them
+    options.pop("required", None)  # a base or an override can hold them
     sections[options["title"]] = options
     return {
         "if": {"required": ["kind"], "properties": {"kind": {"const": kind}}},
@@ -59,14 +59,14 @@ def _options(kind: str, sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """The same in words that editors know in any dialect: two numbers are an array of two, not a prefix."""
+    """The schema with keywords that editors know in every dialect: `items` in place of `prefixItems`."""
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
     if not isinstance(value, dict):
         return value
     plain = {key: _plain(inner) for key, inner in value.items()}
     if isinstance(prefix := plain.get("prefixItems"), list):
-        assert all(item == prefix[0] for item in prefix), "of one kind"
+        assert all(item == prefix[0] for item in prefix), "items of one type"
         plain["items"] = prefix[0]
         del plain["prefixItems"]
     return plain

@@ -1,4 +1,4 @@
-"""`dmtg config new`: a commented file to start from, with what the data seem to be and every option there is."""
+"""`dmtg config new`: a commented configuration file, inferred from the data, with every option."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pipelines.errors import UserError
 from pipelines.scaffold.comments import Draft, Written, text_of
 from pipelines.scaffold.inference import (
     HEAD_ROWS,
-    Look,
+    ColumnSummary,
     Use,
     chosen_targets,
     feature,
     id_use,
-    looks,
     split_use,
+    summaries,
     target,
 )
 from pipelines.storage import Location, locate
@@ -35,35 +35,35 @@ TABLES = (".csv", ".tsv", ".parquet", ".pq")
 
 
 @dataclass(frozen=True)
-class Made:
-    """A configuration file before it is written: its name, its text, and what each column is used as."""
+class NewConfig:
+    """A configuration file before it is written: its name, its text and the use of each column."""
 
     name: str
     text: str
     uses: Sequence[Use]
 
 
-def new_config(kind: str, data: str, targets: Sequence[str], name: str) -> Made:
-    """A configuration file for data.
+def new_config(kind: str, data: str, targets: Sequence[str], name: str) -> NewConfig:
+    """Create a configuration file for a data set.
 
     Args:
-        kind: A reader of `SOURCES`; empty to go by what the data are.
-        data: A table, or a folder; can be empty where a recipe is laid below.
-        targets: The columns that are to be predicted, for a table, an image folder or a table of texts.
-        name: Of runs and models; empty to take that of the data.
+        kind: A reader of `SOURCES`; empty to infer it from the data.
+        data: A table or a folder; can be empty for a source that has a recipe as its base.
+        targets: Columns to predict, for a table, an image folder or a table of texts.
+        name: Name of runs and models; empty to use that of the data.
 
     Raises:
-        UserError: For data that are not there or cannot be read, and for targets that cannot be used.
+        UserError: For data that do not exist or cannot be read, and for targets that cannot be used.
     """
     place = locate(data) if data else None
     if place is not None and not place.exists():
         place.check_bucket()
-        raise UserError("there is nothing here", where=str(place), remedy="correct the path", wrong_use=True)
+        raise UserError("no such file or folder", where=str(place), remedy="correct the path", wrong_use=True)
     kind = kind or _kind_of(place)
-    options_model(kind)  # refuses an unknown one
+    options_model(kind)  # refuses an unknown kind
     if place is None and kind in ("table", "folder"):
         raise UserError(
-            f"a {kind} has to be looked at",
+            f"a configuration for a {kind} needs the data",
             where="command line",
             remedy=f"write dmtg config new {'mydata.csv' if kind == 'table' else 'FOLDER'} --targets first,second",
             wrong_use=True,
@@ -82,13 +82,13 @@ def new_config(kind: str, data: str, targets: Sequence[str], name: str) -> Made:
     draft.values = {"name": name, **draft.values}
     draft.values["data"] = {"shards": f"work/{name}/shards"} | draft.values.get("data", {})
     draft.values["run"] = {"root": f"work/{name}/runs"}
-    return Made(name, text_of(draft), draft.uses)
+    return NewConfig(name, text_of(draft), draft.uses)
 
 
 def _kind_of(place: Location | None) -> str:
     if place is None:
         raise UserError(
-            "a configuration for what?",
+            "no data and no source are named",
             where="command line",
             remedy=f"name a table or a folder of images, or --source, one of {', '.join(SOURCES)}",
             wrong_use=True,
@@ -111,10 +111,10 @@ def _files(folder: Location) -> list[str]:
 
 def _table(data: str, place: Location, given: Sequence[str]) -> Draft:
     rows, more = read_head(place, HEAD_ROWS)
-    columns = looks(rows)
+    columns = summaries(rows)
     tasks, rest = _tasks(columns, given, place, more)
     rows_by = [use for use in (split_use(rest), id_use(rest)) if use is not None]
-    inputs = [feature(look) for name, look in rest.items() if name not in [use.column for use in rows_by]]
+    inputs = [feature(column) for name, column in rest.items() if name not in [use.column for use in rows_by]]
     used = [use.column for use in inputs if use.use in ("number", "category")]
     if not used:
         raise UserError(
@@ -128,12 +128,12 @@ def _table(data: str, place: Location, given: Sequence[str]) -> Draft:
         out = [f"{use.column} ({use.why})" for use in inputs if use.use == "left out"]
         why["features"] = f"left out: {'; '.join(out)}" if out else "all but the split"
     options["categorical"] = [use.column for use in inputs if use.use == "category"]
-    why["categorical"] = "these are categories, one feature a value; the other features are numbers"
-    extra = [gap for look in columns.values() for gap in look.gaps if gap not in MISSING]
+    why["categorical"] = "categories, with one feature for each value; the other features are numbers"
+    extra = [gap for column in columns.values() for gap in column.gaps if gap not in MISSING]
     if extra:
         options["missing"] = [*MISSING, *dict.fromkeys(extra)]
-        why["missing"] = f"words for an empty cell; {', '.join(dict.fromkeys(extra))} among numbers"
-    about = f"{len(tasks)} tasks and {len(used)} columns to predict them from, in {data}"
+        why["missing"] = f"markers of an empty cell; {', '.join(dict.fromkeys(extra))} in columns of numbers"
+    about = f"{len(tasks)} tasks that are predicted from {len(used)} columns, in {data}"
     values = {
         "source": {"kind": "table", "root": data, "options": options},
         **_training("mlp", 0, {"widths": [64, 32]}, len(tasks), len(rows), 3e-3),
@@ -143,11 +143,11 @@ def _table(data: str, place: Location, given: Sequence[str]) -> Draft:
 
 def _text(data: str, place: Location, given: Sequence[str]) -> Draft:
     rows, more = read_head(place, HEAD_ROWS)
-    columns = looks(rows)
+    columns = summaries(rows)
     tasks, rest = _tasks(columns, given, place, more)
     if not rest:
         raise UserError("no column is left for the texts", where=str(place), remedy="name fewer targets")
-    text = max(rest.values(), key=lambda look: sum(map(len, look.cells)))
+    text = max(rest.values(), key=lambda column: sum(map(len, column.cells)))
     rest.pop(text.name)
     rows_by = [use for use in (split_use(rest), id_use(rest)) if use is not None]
     options, why = _of_rows(rows_by)
@@ -167,16 +167,16 @@ def _text(data: str, place: Location, given: Sequence[str]) -> Draft:
 def _folder(data: str, place: Location, given: Sequence[str]) -> Draft:
     labels = _labels_file(place)
     rows, more = read_head(place / labels, HEAD_ROWS)
-    columns = looks(rows)
+    columns = summaries(rows)
     tasks, rest = _tasks(columns, given, place / labels, more)
     images, image_column, suffix = _images(place, rest)
     rest.pop(image_column)
     split = split_use(rest)
     options, why = _of_rows([split] if split else [])
     options = {"labels": labels, "images": images, "image_column": image_column, "suffix": suffix, **options}
-    why["suffix"] = "added to a name without an ending"
+    why["suffix"] = "added to a name without an extension"
     options["size"] = 64
-    why["size"] = "images are stored 64 × 64: larger ones show more and train longer"
+    why["size"] = "images are stored 64 × 64; larger images hold more detail and train longer"
     options["tasks"] = [dict(use.options) for use in tasks]
     values = {
         "source": {"kind": "folder", "root": data, "options": options},
@@ -194,25 +194,25 @@ def _labels_file(place: Location) -> str:
     if len(tables) == 1:
         return tables[0]
     raise UserError(
-        f"{len(tables)} tables in the folder, and none is called labels.csv" if tables else "no table of labels",
+        f"{len(tables)} tables in the folder, and none is named labels.csv" if tables else "no table of labels",
         where=str(place),
-        remedy="put labels.csv there: a line for each image, with its name and its labels",
+        remedy="add labels.csv, with a line for each image: its name and its labels",
     )
 
 
-def _images(place: Location, columns: Mapping[str, Look]) -> tuple[str, str, str]:
-    """The folder of images, the column that names them, and the ending that its cells lack."""
+def _images(place: Location, columns: Mapping[str, ColumnSummary]) -> tuple[str, str, str]:
+    """The folder of images, the column that names them, and the file extension that its cells lack."""
     for folder in sorted(place.folders(), key=lambda name: name != "images"):
         there = set(_files(place / folder))
-        for look in columns.values():
-            cells = [cell for cell in look.cells if cell][:100]
+        for column in columns.values():
+            cells = [cell for cell in column.cells if cell][:100]
             for suffix in ("", *EXTENSIONS):
                 if cells and 2 * sum(f"{cell}{suffix}" in there for cell in cells) > len(cells):
-                    return folder, look.name, suffix or PurePosixPath(cells[0]).suffix
+                    return folder, column.name, suffix or PurePosixPath(cells[0]).suffix
     raise UserError(
-        "no column names images that are there",
+        "no column names the images of a folder",
         where=str(place),
-        remedy="put the images into the folder images/, and their names into the column image of the table",
+        remedy="move the images to the folder images/, and write their names to the column image of the table",
     )
 
 
@@ -221,33 +221,31 @@ def _on_recipe(kind: str, data: str, targets: Sequence[str]) -> Draft:
         raise UserError(
             f"--targets has no meaning for {kind}: its reader knows its tasks",
             where="command line",
-            remedy="leave it out, and choose with data.tasks",
+            remedy="remove it, and choose tasks with data.tasks",
             wrong_use=True,
         )
     recipe = RECIPE_OF[kind]
-    below = recipe_config(recipe)
-    assert below.source is not None
-    values = {"source": {"root": data or below.source.root}}
+    base = recipe_config(recipe)
+    assert base.source is not None
+    values = {"source": {"root": data or base.source.root}}
     why = {
-        "source.root": "where the raw data are"
-        if below.source.given or data
-        else "give the folder of the raw data"
+        "source.root": "folder of the raw data" if base.source.given or data else "set the folder of the raw data"
     }
-    about = f"A copy of the recipe {recipe} with places of its own; what is not written here is as there"
-    return Draft(kind, about, values, why, below=(recipe, below))
+    about = f"The recipe {recipe} with its own folders; values that are not written here are those of the recipe"
+    return Draft(kind, about, values, why, base=(recipe, base))
 
 
 def _tasks(
-    columns: Mapping[str, Look], given: Sequence[str], place: Location, more: bool
-) -> tuple[list[Use], dict[str, Look]]:
-    """The targets, and the columns that are none."""
+    columns: Mapping[str, ColumnSummary], given: Sequence[str], place: Location, more: bool
+) -> tuple[list[Use], dict[str, ColumnSummary]]:
+    """The targets, and the columns that are not targets."""
     names = chosen_targets(given, list(columns), str(place))
     tasks = [target(columns[name], str(place), more) for name in names]
-    return tasks, {name: look for name, look in columns.items() if name not in names}
+    return tasks, {name: column for name, column in columns.items() if name not in names}
 
 
 def _of_rows(uses: Sequence[Use]) -> tuple[Written, dict[str, str]]:
-    """What is written for the id and the split, and why."""
+    """The options of the reader for the id and the split, and the reason for each."""
     options: Written = {}
     why = {}
     for use in uses:
@@ -260,7 +258,7 @@ def _of_rows(uses: Sequence[Use]) -> tuple[Written, dict[str, str]]:
 
 
 def _training(encoder: str, stem: int, options: Written, tasks: int, rows: int, rate: float) -> dict[str, Written]:
-    """Settings that suit the size of the data: enough steps for the gate to decide in, and few minutes."""
+    """Settings for the size of the data: enough steps for the gate to converge, in a few minutes."""
     batch = 32 if rows < 1_000 else 64 if rows < 10_000 else 128
     epochs = 30 if rows < 5_000 else 20 if rows < HEAD_ROWS else 10
     groups = min(max((tasks + 1) // 2, 2), 4)
@@ -276,4 +274,4 @@ def _named(why: Mapping[str, str]) -> dict[str, str]:
 
 
 def _seen(about: str, rows: int, more: bool) -> str:
-    return f"{about}. {'The first' if more else 'All'} {rows:,} rows were looked at"
+    return f"{about}. Inferred from {'the first' if more else 'all'} {rows:,} rows"

@@ -28,7 +28,8 @@ from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import InputSpec, Task
 from pipelines.cluster import session
 from pipelines.config.loading import Config
-from pipelines.config.sections import RaySection, TrackSection
+from pipelines.config.ray_section import RaySection
+from pipelines.config.sections import TrackSection
 from pipelines.data.manifest import FILE, SPLITS, Manifest, Shard, check_shards, read_manifest
 from pipelines.data.reader import Reader
 from pipelines.data.shard_folder import PARTS

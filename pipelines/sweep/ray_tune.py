@@ -22,7 +22,8 @@ from ray.tune.result import DONE
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from pipelines.cluster import user_error
-from pipelines.config.sections import RaySection, SweepSection
+from pipelines.config.ray_section import RaySection
+from pipelines.config.sections import SweepSection
 from pipelines.registry.tracking import NullTracker
 from pipelines.runs.events import for_result
 from pipelines.runs.files import EVENTS, METRICS, RESULT, read_jsonl

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.cluster import short_of_room
-from pipelines.config.sections import RaySection
+from pipelines.cluster import missing_resources
+from pipelines.config.ray_section import RaySection
 from pipelines.errors import UserError
 from pipelines.registry.tracking import Tracker
 from pipelines.runs.events import LOST, RESIZED, RESUMED, WAITING, Event
@@ -89,7 +89,7 @@ class Monitor:
 
         if self.lost_at is None or time.monotonic() - self.lost_at < WAIT_S:
             return
-        short = short_of_room(self.section, ray.cluster_resources())
+        short = missing_resources(self.section, ray.cluster_resources())
         if short:
             emitter(self.event_log)(WAITING, f"waiting for resources: {short}")
             self.lost_at = None

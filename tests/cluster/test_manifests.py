@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.cluster import short_of_room
-from pipelines.config.sections import RaySection
+from pipelines.cluster import missing_resources
+from pipelines.config.ray_section import RaySection
 from tests.cluster.manifests import MOUNTED, Object, config_files, inside, objects, pods
 from tests.cluster.schemas import closed, problems
 from tests.paths import ROOT
@@ -165,7 +165,7 @@ def test_the_smallest_cluster_of_a_job_has_room_for_its_fewest_workers(one: Obje
             resources[name] += group["minReplicas"] * float(limits.get(key, 0))
             most[name] += group["maxReplicas"] * float(limits.get(key, 0))
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-    assert short_of_room(section, resources) == ""
+    assert missing_resources(section, resources) == ""
     assert most["GPU"] >= section.most * section.gpus_per_worker
 
 

@@ -106,7 +106,7 @@ def mlflow_server(s3: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def ray_session(s3_port: int):
     """One local Ray cluster for all tests in this process; starting one takes longer than most of them."""
     from pipelines.cluster import session
-    from pipelines.config.sections import RaySection
+    from pipelines.config.ray_section import RaySection
 
     with session(RaySection(object_store_mib=128)):
         yield

@@ -1,7 +1,7 @@
-"""Raw data on disk or in a bucket, read into rows: one reader a format.
+"""Sources: readers of raw data on disk or in a bucket, one for each format.
 
-A reader is cheap to build and safe to send to a worker. `entries` lists the samples without opening images; `read`
-opens one sample and either returns all of its columns or raises the reason why it cannot.
+A reader is cheap to create and safe to send to a worker. `entries` lists the samples without opening images.
+`read` opens one sample and returns all its columns, or raises an error with the reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipelines.data.sources.base import Source
 from pipelines.errors import UserError
 from pipelines.storage import locate
 
-# kind → module, class, and the class of its options: a reader's libraries are imported only where it is used
+# kind → module, class, and class of the options; the libraries of a reader are imported only if it is used
 SOURCES: Mapping[str, tuple[str, str, str]] = {
     "celeba": ("celeba", "CelebaSource", "CelebaOptions"),
     "folder": ("folder", "FolderSource", "FolderOptions"),
@@ -42,7 +42,7 @@ def build_source(kind: str, root: str, options: Mapping[str, Any]) -> Source:
 
 
 def options_model(kind: str) -> type[Section]:
-    """What `source.options` can be for a raw format.
+    """The model of `source.options` for a raw format.
 
     Raises:
         UserError: For an unknown kind.

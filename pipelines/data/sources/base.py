@@ -1,4 +1,4 @@
-"""What a reader of raw data is, and what it returns."""
+"""Interface of the readers of raw data, and the types that they return."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 
 from dmtg_core.tasks import InputSpec, Task
 
-INPUT = "input"  # the column of what the network reads
+INPUT = "input"  # column of the network's input
 
 
 class BadSampleError(Exception):
-    """A sample that cannot be used; its message is the reason, and goes to the quarantine file."""
+    """A sample cannot be used. The message is the reason, which is written to the quarantine file."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """How one column is stored: numpy dtype name and the shape of one sample's value (`()` for a number)."""
+    """Storage of one column: numpy dtype name, and shape of the value of one sample (`()` for a number)."""
 
     dtype: str
     shape: tuple[int, ...] = ()
@@ -28,11 +28,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Description:
-    """What every row of a source holds.
+    """Content of every row of a source.
 
-    `columns` has `INPUT`, `task.<name>` for each task and, where pixels can lack a label, `mask.<name>`
-    (uint8, 1 = annotated). `preparation` says how what a user has (a text, a row of a table) becomes the stored
-    input; see `pipelines.data.preprocessing`. It is empty where the stored input is what a user has: an image.
+    `columns` has `INPUT`, `task.<name>` for each task and, if pixels can lack a label, `mask.<name>` (uint8,
+    1 = annotated). `preparation` describes how a raw sample (a text, a row of a table) becomes the stored input;
+    see `pipelines.data.preprocessing`. It is empty if the raw sample is the stored input, as for an image.
     """
 
     input: InputSpec
@@ -48,7 +48,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Entry:
-    """One sample before it is read: its unique id, its split ("train", "val" or "test") and what `read` needs."""
+    """A sample before it is read: its unique id, its split ("train", "val" or "test") and fields for `read`."""
 
     id: str
     split: str
@@ -56,14 +56,14 @@ class Entry:
 
 
 class Source(Protocol):
-    """What a reader of a raw format does."""
+    """A reader of a raw format."""
 
     def describe(self) -> Description:
-        """The columns of every row. May look at a few files."""
+        """The columns of every row. A reader may open a few files for them."""
         ...
 
     def entries(self) -> list[Entry]:
-        """All samples in a fixed order. Problems of the whole set raise `UserError`."""
+        """All samples in a fixed order. Problems of the whole data set raise `UserError`."""
         ...
 
     def read(self, entry: Entry) -> dict[str, np.ndarray | None]:

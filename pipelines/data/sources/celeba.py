@@ -1,4 +1,4 @@
-"""CelebA: aligned photographs of faces with 40 attributes, each present or not.
+"""Reader of CelebA: aligned photographs of faces with 40 binary attributes.
 
 ```
 root/img_align_celeba/000001.jpg     178×218; or root/Img/img_align_celeba/…
@@ -6,8 +6,8 @@ root/list_attr_celeba.txt            count, names, then `000001.jpg -1 1 …`; o
 root/list_eval_partition.txt         `000001.jpg 0`: 0 train, 1 validation, 2 test; or root/Eval/…
 ```
 
-The data set's licence is non-commercial and forbids passing it on: none of it is part of this project. Get it
-from its authors (mmlab.ie.cuhk.edu.hk/projects/CelebA.html) and keep to their terms.
+The licence of the data set is non-commercial and forbids redistribution, so none of it is part of this project. It
+is available from its authors (mmlab.ie.cuhk.edu.hk/projects/CelebA.html) under their terms.
 
 As in the paper, the whole aligned image is resized to a square, with its values in [0, 1] and no augmentation.
 """
@@ -43,14 +43,14 @@ _LAYOUT = "img_align_celeba/<image>.jpg, list_attr_celeba.txt and list_eval_part
 
 
 class CelebaOptions(Section):
-    """`attributes` are the ones to read, by their names in the file; images are stored `size` × `size`."""
+    """`attributes` are those to read, by their names in the file; images are stored `size` × `size`."""
 
     attributes: Literal["all"] | tuple[str, ...] = Field("all", min_length=1)
     size: int = Field(64, ge=8, le=4096)
 
 
 class CelebaSource:
-    """Reads CelebA as its authors give it out. See `CelebaOptions` for the options.
+    """Reads CelebA as its authors distribute it. See `CelebaOptions` for the options.
 
     Raises:
         UserError: For a wrong option and a root that does not exist.
@@ -69,7 +69,7 @@ class CelebaSource:
             )
 
     def describe(self) -> Description:
-        """The image and one flag an attribute. Reads the file of attributes, for their names.
+        """The image and one flag for each attribute. Reads the names of the attributes from their file.
 
         Raises:
             UserError: For an attribute that is not in the file.
@@ -81,11 +81,10 @@ class CelebaSource:
         return Description(image, tuple(Task(name, "binary") for name in self._names), columns)
 
     def entries(self) -> list[Entry]:
-        """One sample a row of the file of attributes, in its order; no image is opened.
+        """One sample for each row of the file of attributes, in order; no image is opened.
 
         Raises:
-            UserError: For a file that is missing, a row that is not of its form, an image that is listed twice
-                or has no split.
+            UserError: For a missing file, a malformed row, and an image that is listed twice or has no split.
         """
         table = _first_there(self._root, _ATTRIBUTES)
         header, rows = _attribute_rows(table)
@@ -100,7 +99,7 @@ class CelebaSource:
         """The image and the flags of one row.
 
         Raises:
-            BadSampleError: For an image that is missing, damaged or of another size than the aligned ones.
+            BadSampleError: For an image that is missing, damaged or not of the size of the aligned images.
         """
         location = self._images / entry.id
         image = rgb(read_image(location), str(location))
@@ -118,7 +117,7 @@ class CelebaSource:
     def _asked(self) -> tuple[str, ...]:
         return () if self._options.attributes == "all" else self._options.attributes
 
-    # both are cached, because they travel with a pickled reader and spare each worker a look at the storage
+    # both are cached, because a pickled reader carries them and its workers need not read the storage
     @cached_property
     def _images(self) -> Location:
         return _first_there(self._root, _IMAGES)
@@ -140,7 +139,7 @@ class CelebaSource:
         return self._asked or tuple(header)
 
     def _splits(self, images: Sequence[str], table: Location) -> dict[str, str]:
-        """The split of every image that the partition lists, which are at least `images`."""
+        """The split of every image that the partition lists; it must list all `images`."""
         check_unique(images, str(table))
         partition = _first_there(self._root, _PARTITION)
         splits = _read_partition(partition)
@@ -149,7 +148,7 @@ class CelebaSource:
             raise UserError(
                 f"{len(without)} images of {table.name} have no split: {', '.join(without[:5])}",
                 where=str(partition),
-                remedy="restore the two files of one download",
+                remedy="restore both files from the same download",
             )
         if len(splits) > len(images):
             logger.warning("%s lists %d images without attributes: left out", partition, len(splits) - len(images))
@@ -162,10 +161,10 @@ class CelebaSource:
 
 
 def _first_there(root: Location, places: Sequence[str]) -> Location:
-    """The first of some places that exists.
+    """The first of several paths that exists.
 
     Raises:
-        UserError: With all of them.
+        UserError: When none exists; all are named.
     """
     for place in places:
         if (root / place).exists():
@@ -173,7 +172,7 @@ def _first_there(root: Location, places: Sequence[str]) -> Location:
     raise UserError(
         f"no {places[0]}",
         where=str(root),
-        remedy=f"put it to {' or '.join(str(root / place) for place in places)}",
+        remedy=f"move it to {' or '.join(str(root / place) for place in places)}",
     )
 
 
@@ -204,7 +203,7 @@ def _header(lines: Sequence[str], table: Location) -> list[str]:
         raise UserError(
             "not a file of attributes: it needs a line with the count of images, one with the names, and rows",
             where=str(table),
-            remedy="restore list_attr_celeba.txt as its authors give it out",
+            remedy="restore list_attr_celeba.txt as its authors distribute it",
         )
     names = lines[1].split()
     check_unique(names, f"{table}, line 2")
@@ -212,7 +211,7 @@ def _header(lines: Sequence[str], table: Location) -> list[str]:
 
 
 def _attribute_rows(table: Location) -> tuple[list[str], list[tuple[str, str]]]:
-    """The names of the attributes; and of every image its name and a 0 or 1 for each of them."""
+    """The names of the attributes; and for every image its name and a 0 or 1 for each attribute."""
     lines = _lines(table)
     header = _header(lines, table)
     rows = [_row(line, text, header, table) for line, text in enumerate(lines[2:], start=3) if text.strip()]

@@ -1,7 +1,7 @@
-"""New data encoded as earlier shards are, so that models trained on either can be asked about both.
+"""Encoding of new data as in earlier shards, so that models trained on either can be evaluated on both.
 
-A tokenizer, the categories of a column, the classes of a label and the units of a value are learnt from the
-training split. Learnt anew every night they would differ every night.
+A tokenizer, the categories of a column, the classes of a label and the units of a value depend on the training
+split. Without this module they would differ between the data sets of two days.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from pipelines.data.sources.base import INPUT, Description, Source
 from pipelines.data.sources.preprocessed import PreparedSource
 from pipelines.errors import UserError
 
-MOST_LABELS = 20  # in a message
+MOST_LABELS = 20  # most labels in a message
 
 
 def encode_like(source: Source, earlier: Description, where: str) -> Description:
-    """Let a reader make its input as earlier shards have it; what its rows then hold.
+    """Make a reader encode its input as in earlier shards, and return its new description.
 
-    Tasks that both have keep the units of the earlier shards; tasks that only the reader has are its own.
+    Tasks of both keep the units of the earlier shards; tasks of the reader alone keep their own units.
 
     Args:
         source: A reader whose samples have not been read yet.
-        earlier: What the earlier shards hold.
-        where: Where they are, for a message.
+        earlier: Description of the earlier shards.
+        where: Address of the earlier shards, for a message.
 
     Raises:
-        UserError: When the input or a task is another one.
+        UserError: When the input or a task differs.
     """
     if isinstance(source, PreparedSource) and earlier.preparation:
         source.prepare_as(earlier.input, earlier.preparation)
@@ -39,7 +39,7 @@ def encode_like(source: Source, earlier: Description, where: str) -> Description
             f"the input is {found.input.kind} of shape {found.input.shape}, the earlier shards have "
             f"{earlier.input.kind} of shape {earlier.input.shape}",
             where=f"data.like={where}",
-            remedy="make it the same with source.options, or leave data.like out",
+            remedy="make both equal with source.options, or remove data.like",
             wrong_use=True,
         )
     known = {task.name: task for task in earlier.tasks}
@@ -63,7 +63,7 @@ def _in_its_units(task: Task, earlier: Task | None, where: str) -> Task:
 
 
 def shown(value: Any, other: Any) -> str:
-    """A field of a task that differs from the same one's elsewhere; of many labels those that the other lacks."""
+    """The value of a field that differs between two tasks; of many labels, only those that the other lacks."""
     if not isinstance(value, tuple) or len(value) <= MOST_LABELS:
         return repr(value)
     lacking = frozenset(value) - frozenset(other)

@@ -1,12 +1,12 @@
-"""A folder of images and a CSV file of their labels.
+"""Reader of a folder of images with a CSV file of labels.
 
 ```
 root/labels.csv        image,label,kids,split
 root/images/<image>.jpg
 ```
 
-A task reads one column. An empty cell is a missing label. Rows that a task's `drop` names are left out of the
-data set; nothing else is: a row whose image or label cannot be used is a bad sample with its reason.
+A task reads one column. An empty cell is a missing label. Rows with a value in the `drop` of a task are left out
+of the data set. Any other row whose image or label cannot be used is a bad sample with its reason.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ _GREY = (127, 127, 127)
 
 
 class FolderOptions(Section):
-    """Where images and labels are below the root, and what is predicted.
+    """Paths of images and labels below the root, and the tasks.
 
     `suffix` is added to an id without an extension. Images are stored `size` × `size`: `resize` is "pad" (the
-    whole image, aspect kept, on mid-grey, which is near zero after normalisation), "crop" (the central square)
-    or "stretch" (the whole image, aspect lost). Without a split column the split is by hash of the id.
+    whole image with its aspect ratio, on mid-grey, which is near zero after normalisation), "crop" (the central
+    square) or "stretch" (the whole image, without its aspect ratio). Without a split column, the split follows
+    from the hash of the id.
     """
 
     labels: str = "labels.csv"
@@ -50,7 +51,7 @@ class FolderOptions(Section):
 
 
 class FolderSource:
-    """Reads an image folder with a CSV of labels. See `FolderOptions` for the options.
+    """Reads an image folder with a CSV file of labels. See `FolderOptions` for the options.
 
     Raises:
         UserError: For a wrong option, and for a root or a folder of images that does not exist.
@@ -64,14 +65,14 @@ class FolderSource:
         check_root(root / self._options.images, "the images")
 
     def describe(self) -> Description:
-        """The image and one number a task. Reads the CSV file, for its classes and statistics."""
+        """The image and one number for each task. Reads classes and statistics from the CSV file."""
         size = self._options.size
         columns = {INPUT: Column("uint8", (size, size, 3))}
         columns |= {f"task.{target.task.name}": target.stored for target in self._targets}
         return Description(image_input(size), tuple(target.task for target in self._targets), columns)
 
     def entries(self) -> list[Entry]:
-        """One sample a row that is not dropped, in the order of the file.
+        """One sample for each row that is not dropped, in the order of the file.
 
         Raises:
             UserError: For a missing column, an id that is empty or occurs twice, an unknown split.
@@ -90,7 +91,7 @@ class FolderSource:
         return {INPUT: _square(image, self._options.size, self._options.resize), **values}
 
     def __getstate__(self) -> dict[str, Any]:
-        # a worker gets the rows that it reads with their entries
+        # a worker receives its rows with their entries
         return {name: value for name, value in vars(self).items() if name != "_rows"}
 
     @property
@@ -102,7 +103,7 @@ class FolderSource:
         options = self._options
         needed = [options.image_column, *(task.column for task in options.tasks)]
         if options.split_column not in (None, SPLIT_COLUMN):
-            needed.append(str(options.split_column))  # asked for by name, so it must be there
+            needed.append(str(options.split_column))  # named in the options, so it must exist
         rows = read_table(self._table, list(dict.fromkeys(needed)))
         ids = [row.cells[options.image_column] for row in rows]
         check_ids(ids, rows, options.image_column, str(self._table))
@@ -121,7 +122,7 @@ class FolderSource:
 
     @cached_property
     def _targets(self) -> tuple[Target, ...]:
-        # cached, because it travels with a pickled reader and spares each worker the table
+        # cached, because a pickled reader carries it and its workers need not read the table
         splits = [self._split(row) for row in self._rows]
         return label_targets(self._options.tasks, self._rows, splits, str(self._table))
 

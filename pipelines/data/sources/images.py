@@ -1,4 +1,4 @@
-"""What the readers of pictures share: exact decoding and resizing."""
+"""Images: exact decoding and resizing for all readers of images."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dmtg_core.tasks import InputSpec
 from pipelines.data.sources.base import BadSampleError
 from pipelines.storage import Location
 
-# mean and standard deviation of ImageNet's photographs, a channel, in the 0..255 units that are stored
+# mean and standard deviation of ImageNet's photographs for each channel, in the stored units 0..255
 _IMAGE_MEAN = (123.675, 116.28, 103.53)
 _IMAGE_STD = (58.395, 57.12, 57.375)
 
-# what Pillow raises for a damaged file differs by format and by where the damage is
+# the error of Pillow for a damaged file depends on the format and the position of the damage
 _DAMAGE = (
     OSError,
     SyntaxError,
@@ -36,11 +36,11 @@ def image_input(size: int) -> InputSpec:
 
 
 def read_image(location: Location) -> Image.Image:
-    """A picture with all of its pixels decoded.
+    """An image with all pixels decoded.
 
     Raises:
-        BadSampleError: When the file is missing or cannot be decoded to its end. A storage that fails is no
-            fault of the sample, so other errors pass through.
+        BadSampleError: When the file is missing or cannot be decoded completely. Errors of the storage are not
+            errors of the sample and are passed on.
     """
     try:
         data = location.read_bytes()
@@ -50,11 +50,11 @@ def read_image(location: Location) -> Image.Image:
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """`read_image` of bytes that are there already; `name` is for the message."""
+    """`read_image` of bytes; `name` is for the message."""
     try:
         image = Image.open(io.BytesIO(data))
-        image.load()  # `open` reads the header alone: a file that is cut off shows here
-        ImageOps.exif_transpose(image, in_place=True)  # a camera writes how it was held beside the pixels
+        image.load()  # `open` reads only the header; a truncated file raises here
+        ImageOps.exif_transpose(image, in_place=True)  # a camera stores its orientation as metadata
     except UnidentifiedImageError as error:
         raise BadSampleError(f"not an image: {name}") from error
     except _DAMAGE as error:
@@ -63,11 +63,11 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 
 
 def _reason(error: OSError) -> str:
-    return "there is no such file" if isinstance(error, FileNotFoundError) else "not allowed"
+    return "no such file" if isinstance(error, FileNotFoundError) else "permission denied"
 
 
 def rgb(image: Image.Image, name: str) -> Image.Image:
-    """The picture as 8-bit RGB; transparent parts are laid over white.
+    """The image as 8-bit RGB; transparent parts are shown on white.
 
     Raises:
         BadSampleError: For pixels of more than 8 bits, which a conversion would clip to white.
@@ -81,7 +81,7 @@ def rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def sixteen_bit(image: Image.Image, name: str) -> np.ndarray:
-    """The values of a 16-bit single-channel picture, unchanged: uint16 (H, W).
+    """The values of a 16-bit image with one channel, unchanged: uint16 (H, W).
 
     Raises:
         BadSampleError: For any other depth or number of channels.
@@ -97,7 +97,7 @@ def _bits(image: Image.Image) -> str:
 
 
 def resize_ids(values: np.ndarray, size: int) -> np.ndarray:
-    """Nearest neighbour at pixel centres: no value arises that was not there.
+    """Nearest neighbour at pixel centres: the result has only values of the input.
 
     Args:
         values: (H, W) or (H, W, C).
@@ -113,7 +113,7 @@ def resize_ids(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def resize_numbers(values: np.ndarray, size: int) -> np.ndarray:
-    """Area averaging to fewer pixels, bilinear to more, in floating point.
+    """Area averaging for fewer pixels, bilinear interpolation for more, in floating point.
 
     Args:
         values: (H, W) or (H, W, C) of any dtype; 16-bit values keep their 16 bits.
@@ -124,13 +124,13 @@ def resize_numbers(values: np.ndarray, size: int) -> np.ndarray:
     """
     if values.ndim == 3:
         return np.stack([resize_numbers(values[..., c], size) for c in range(values.shape[2])], axis=2)
-    # Pillow averages 8-bit and 32-bit float pictures; its 16-bit mode it would clip
+    # Pillow averages 8-bit and 32-bit float images, but clips 16-bit images
     picture = Image.fromarray(values.astype(np.float32))
     return np.asarray(picture.resize((size, size), _smooth(picture, size)))
 
 
 def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """1 where `resize_numbers` takes only marked pixels: nothing of an unmarked one is left.
+    """1 where `resize_numbers` uses only marked pixels and no part of an unmarked pixel.
 
     Args:
         mask: Bool (H, W).
@@ -143,7 +143,7 @@ def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
 
 
 def resize_rgb(image: Image.Image, size: int) -> np.ndarray:
-    """An RGB picture as uint8 (size, size, 3): area averaging to fewer pixels, bilinear to more."""
+    """An RGB image as uint8 (size, size, 3): area averaging for fewer pixels, bilinear interpolation for more."""
     return np.asarray(image.resize((size, size), _smooth(image, size)))
 
 
@@ -152,6 +152,6 @@ def _smooth(image: Image.Image, size: int) -> Image.Resampling:
 
 
 def to_integers(values: np.ndarray, dtype: type[np.unsignedinteger]) -> np.ndarray:
-    """Round to the nearest integer and stop at the ends of the type instead of wrapping round."""
+    """Round to the nearest integer, and clip to the range of the type."""
     limits = np.iinfo(dtype)
     return np.rint(values).clip(limits.min, limits.max).astype(dtype)

@@ -1,4 +1,4 @@
-"""Columns of labels as tasks, with the way from a cell to its stored value: one for all tables."""
+"""Label columns as tasks, and the conversion of cells to stored values, for all tables."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _NO = ("false", "no", "0", "0.0", "-1", "-1.0")
 
 
 class LabelTask(Section):
-    """One column of a table as a task, or as one task a class.
+    """One column of a table as a task, or as one task for each class.
 
     `classes` fixes the names and their order (default: those in the file, sorted, numbers by their size). `drop`
-    lists values whose rows are left out. `one_vs_rest` ("all" or a list of classes) makes one binary task a class,
-    named `<name>.<class>`, of a class column, whether `kind` says binary or multiclass. `positive` lists the
-    values that count as 1 for a binary task (default: true, yes, 1 against false, no, 0, -1; anything else is a
+    lists values whose rows are left out. `one_vs_rest` ("all" or a list of classes) creates one binary task
+    `<name>.<class>` for each class of a class column, for the kinds binary and multiclass. `positive` lists the
+    values that count as 1 for a binary task (default: true, yes, 1 against false, no, 0, -1; any other value is a
     bad sample).
     """
 
@@ -51,7 +51,7 @@ class LabelTask(Section):
 
     @model_validator(mode="after")
     def _check_use(self) -> Self:
-        """An option that the kind has no use for would be ignored in silence."""
+        """Refuse options that the kind would ignore."""
         of_classes = self.kind == "multiclass" or self.one_vs_rest is not None
         for option, used in (
             ("one_vs_rest", self.kind != "regression"),
@@ -64,16 +64,16 @@ class LabelTask(Section):
 
     @property
     def task_name(self) -> str:
-        """`name`, or the column with what a metric name cannot hold replaced."""
+        """`name`, or the name of the column without characters that a metric name cannot have."""
         return self.name or safe_name(self.column)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A task with the way from a cell to its stored value.
+    """A task, and the conversion of cells to stored values.
 
-    `codes` maps cell to value; a cell that is not in it has the value `otherwise`, or is wrong where that is
-    None. A regression task has no codes.
+    `codes` maps cells to values. Any other cell has the value `otherwise`, or is an error if that is None. A
+    regression task has no codes.
     """
 
     column: str
@@ -83,17 +83,17 @@ class Target:
 
     @property
     def stored(self) -> Column:
-        """How the value is stored."""
+        """Storage of the value."""
         if self.codes is None:
             return Column("float32")
         highest = self.task.channels - 1
         return Column(next(name for name in ("uint8", "uint16", "int32") if highest <= np.iinfo(name).max))
 
     def value(self, row: Row) -> np.ndarray | None:
-        """The stored value of a row's cell; None where it is empty.
+        """The stored value of the cell of a row; None if it is empty.
 
         Raises:
-            BadSampleError: For a cell that is no label of the task.
+            BadSampleError: For a cell that is not a label of the task.
         """
         cell = row.cells[self.column]
         if not cell:
@@ -120,10 +120,10 @@ FLAGS: Mapping[str, int] = {
 
 
 def kept_rows(rows: Sequence[Row], specs: Sequence[LabelTask], where: str) -> list[Row]:
-    """The rows that no task drops; how many are left out goes to the log.
+    """The rows that no task drops; the number of dropped rows is logged.
 
     Raises:
-        UserError: When none is left.
+        UserError: When no row is left.
     """
     kept = [row for row in rows if not any(row.cells[spec.column] in spec.drop for spec in specs)]
     if not kept:
@@ -136,16 +136,16 @@ def kept_rows(rows: Sequence[Row], specs: Sequence[LabelTask], where: str) -> li
 def label_targets(
     specs: Sequence[LabelTask], rows: Sequence[Row], splits: Sequence[str], where: str
 ) -> tuple[Target, ...]:
-    """The tasks of all label columns, with classes from the rows and statistics from those of training.
+    """The tasks of all label columns, with classes from all rows and statistics from the training rows.
 
     Args:
-        specs: The columns.
+        specs: The label columns.
         rows: The rows that are kept.
-        splits: The split of each.
+        splits: The split of each row.
         where: The table, for a message.
 
     Raises:
-        UserError: For a task that cannot be made, and for two of one name.
+        UserError: For an invalid task, and for two tasks with the same name.
     """
     train = [row for row, split in zip(rows, splits, strict=True) if split == "train"]
     try:
@@ -189,13 +189,13 @@ def _chosen(spec: LabelTask, classes: Sequence[str]) -> Sequence[str]:
     unknown = [name for name in spec.one_vs_rest if name not in classes]
     if unknown:
         raise ValueError(
-            f"one_vs_rest of column {spec.column} names {listed(unknown)}, expected of {listed(classes)}"
+            f"one_vs_rest of column {spec.column} names {listed(unknown)}, expected some of {listed(classes)}"
         )
     return spec.one_vs_rest
 
 
 def in_order(values: Iterable[str]) -> tuple[str, ...]:
-    """Cells of a column in their order: numbers by size, then words, by the numbers in them."""
+    """Cells of a column in order: numbers by size, then words by the numbers in them."""
 
     def place(value: str) -> tuple[Any, ...]:
         number = cell_number(value)
@@ -205,12 +205,12 @@ def in_order(values: Iterable[str]) -> tuple[str, ...]:
 
 
 def safe_name(name: str) -> str:
-    """A name that a column and a metric may have."""
+    """The name without characters that a column or a metric cannot have."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
 
 
 def _statistics(cells: Sequence[str], column: str, where: str) -> tuple[float, float]:
-    """Mean and standard deviation of the cells that are numbers (1 where they are all the same)."""
+    """Mean and standard deviation of the cells that are numbers (deviation 1 if all are equal)."""
     numbers = [number for cell in cells if (number := cell_number(cell)) is not None]
     if not numbers:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Microscope images with an id map of their nuclei: four tasks from one annotation.
+"""Reader of nuclei: microscope images with an id map of their nuclei, and four tasks from this annotation.
 
 ```
 root/labels.csv            image,n_nuclei_128,split, ...
@@ -6,17 +6,18 @@ root/images/<image>.png    8-bit RGB
 root/masks/<image>.png     16-bit, one channel: 0 = background, any other value = one nucleus
 ```
 
-The id map is brought to the training resolution by nearest neighbour first, so that every task is exact there:
+The id map is first resized to the training resolution by nearest neighbour, so every task is exact there:
 
-* `mask`: inside a nucleus or not.
-* `boundary`: pixels of a nucleus with a pixel above, below, left or right that is not of this nucleus. A line
-  runs on both sides of where two nuclei touch.
+* `mask`: whether a pixel is inside a nucleus.
+* `boundary`: pixels of a nucleus with a pixel above, below, left or right that is not of this nucleus. Where two
+  nuclei touch, both sides are boundary.
 * `distance`: Euclidean distance of a pixel's centre to the nearest pixel centre that is not of its nucleus, in
-  pixels of the training resolution; 0 in the background. So a boundary pixel has 1.
-* `count`: how many nuclei, from the column `n_nuclei_128`. It stays a plain count, so that a prediction can be
-  read as one; the long tail (median 27, most 375) is met by the smooth L1 loss.
+  pixels of the training resolution; 0 in the background and 1 at a boundary pixel.
+* `count`: number of nuclei, from the column `n_nuclei_128`. It is not transformed, so that a prediction is a
+count;
+  the smooth L1 loss handles the long tail (median 27, maximum 375).
 
-What lies beyond the frame of the image is unknown and counts neither as nucleus nor as outside.
+Pixels beyond the frame of the image are unknown: they count neither as nucleus nor as background.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _DISTANCE_OFFSET, _DISTANCE_SCALE = 0.2 / 64, 0.6 / 64
 
 
 class NucleiOptions(Section):
-    """Images and maps are stored `size` × `size`; the aspect was given up when the data set was made."""
+    """Images and maps are stored `size` × `size`; the data set was created without the aspect ratio."""
 
     size: int = Field(64, ge=8, le=4096)
 
@@ -79,7 +80,7 @@ class NucleiSource:
             Task(
                 "distance",
                 "dense_regression",
-                loss="mse",  # most pixels are 0, and the median that L1 learns is 0 everywhere
+                loss="mse",  # most pixels are 0, and L1 would learn their median, which is 0 everywhere
                 offset=(_DISTANCE_OFFSET * size,),
                 scale=(_DISTANCE_SCALE * size,),
                 unit="pixels",
@@ -96,7 +97,7 @@ class NucleiSource:
         return Description(image_input(size), tasks, columns)
 
     def entries(self) -> list[Entry]:
-        """The rows of labels.csv in its order.
+        """The rows of labels.csv, in order.
 
         Raises:
             UserError: For a missing column, an id that occurs twice, an unknown split.
@@ -120,8 +121,8 @@ class NucleiSource:
         """The image and its four targets.
 
         Raises:
-            BadSampleError: For an image or mask that is missing, damaged, of another depth or of two sizes, and
-                for a count that is not one.
+            BadSampleError: For an image or mask that is missing, damaged or of another depth, for different sizes
+                of both, and for a cell that is not a count.
         """
         image_at = self._root / "images" / f"{entry.id}.png"
         mask_at = self._root / "masks" / f"{entry.id}.png"
@@ -189,7 +190,7 @@ def boundary(ids: np.ndarray) -> np.ndarray:
 def distance(ids: np.ndarray) -> np.ndarray:
     """Distance of each pixel of a nucleus to the nearest pixel that is not of this nucleus.
 
-    Each nucleus is measured alone: a transform of the whole foreground would run across touching nuclei.
+    Each nucleus is measured separately, because a transform of the whole foreground would cross touching nuclei.
 
     Args:
         ids: (H, W), 0 = background; not all of one nucleus.
@@ -201,7 +202,7 @@ def distance(ids: np.ndarray) -> np.ndarray:
     for nucleus, found in enumerate(ndimage.find_objects(ids.astype(np.int32)), start=1):
         if found is None:
             continue  # ids may have gaps
-        # one pixel more on each side: the nearest pixel outside is never farther than that
+        # one more pixel on each side: the nearest outside pixel is never farther away
         window = tuple(slice(max(s.start - 1, 0), s.stop + 1) for s in found)
         inside = ids[window] == nucleus
         result[window][inside] = ndimage.distance_transform_edt(inside)[inside]

@@ -1,4 +1,4 @@
-"""The planted problem (`dmtg_core.evaluation.planted`) as a data set: made from its options, no file is read."""
+"""Reader of the planted problem (`dmtg_core.evaluation.planted`), which is generated from its options."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PlantedSource:
         self._options = checked(PlantedOptions, options, "source.options")
 
     @cached_property
-    def _made(self) -> Any:
+    def _generated(self) -> Any:
         held = self._options.model_dump()
         try:
             return planted(held.pop("seed"), **held)
@@ -48,13 +48,13 @@ class PlantedSource:
 
     def describe(self) -> Description:
         """Features and a flag for each task."""
-        spec, tasks, _, _ = self._made
+        spec, tasks, _, _ = self._generated
         columns = {INPUT: Column("float32", spec.shape)} | {f"task.{task.name}": Column("uint8") for task in tasks}
         return Description(spec, tasks, columns)
 
     def entries(self) -> list[Entry]:
         """All rows."""
-        _, _, splits, _ = self._made
+        _, _, splits, _ = self._generated
         return [
             Entry(f"{split}_{row}", split, {"row": row})
             for split, arrays in splits.items()
@@ -63,7 +63,7 @@ class PlantedSource:
 
     def read(self, entry: Entry) -> dict[str, np.ndarray | None]:
         """One row."""
-        _, tasks, splits, _ = self._made
+        _, tasks, splits, _ = self._generated
         arrays, row = splits[entry.split], entry.fields["row"]
         found: dict[str, np.ndarray | None] = {INPUT: arrays.inputs[row]}
         return found | {f"task.{task.name}": arrays.labels[task.name][row] for task in tasks}

@@ -1,4 +1,4 @@
-"""What the readers of tables and of texts share: rows with labels, whose input a preparation makes."""
+"""Base of the readers of tables and texts: rows with labels, and a preparation that creates the input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.errors import UserError
 
 
 class RowTarget(Protocol):
-    """A task with the way from a row to its stored value."""
+    """A task, and the conversion of rows to stored values."""
 
     @property
     def task(self) -> Task:
@@ -27,19 +27,19 @@ class RowTarget(Protocol):
 
     @property
     def stored(self) -> Column:
-        """How the value is stored."""
+        """Storage of the value."""
         ...
 
     def value(self, row: Row) -> np.ndarray | None:
-        """The stored value, None where it is missing."""
+        """The stored value; None if it is missing."""
         ...
 
 
 class PreparedSource(ABC):
-    """A reader of rows. The first three properties are for the formats to give.
+    """A reader of rows. Subclasses implement the first three properties.
 
-    What `read` needs travels with a pickled reader. The rows do not: a worker gets those that it reads with their
-    entries.
+    A pickled reader carries the values that `read` needs. It does not carry the rows: a worker receives its rows
+    with their entries.
     """
 
     @property
@@ -55,36 +55,36 @@ class PreparedSource(ABC):
     @property
     @abstractmethod
     def _input(self) -> tuple[InputSpec, Mapping[str, Any]]:
-        """The stored input and the preparation that makes it, learnt from the training split."""
+        """The stored input and the preparation that creates it, from the training split."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_entries", "_prepared")}
 
     def prepare_as(self, spec: InputSpec, preparation: Mapping[str, Any]) -> None:
-        """Take a preparation that other shards were made with instead of learning one.
+        """Use the preparation of other shards in place of one from the training split.
 
         Raises:
-            UserError: When the rows lack a column that it needs.
+            UserError: When the rows lack a column of the preparation.
         """
         needed, held = load_preparation(preparation).columns, self._entries[0].fields["row"].cells
         missing = [name for name in needed if name not in held]
         if missing:
             raise UserError(
-                f"no column {listed(missing)}, which the earlier shards were made from",
+                f"no column {listed(missing)}, which is an input of the earlier shards",
                 where="data.like",
-                remedy="add it to the table and to source.options.features, or leave data.like out",
+                remedy="add it to the table and to source.options.features, or remove data.like",
             )
         vars(self)["_input"] = (spec, preparation)
 
     def describe(self) -> Description:
-        """The input and one number a task. Reads all rows, for classes and statistics."""
+        """The input and one number for each task. Reads all rows, for classes and statistics."""
         spec, preparation = self._input
         columns = {INPUT: Column(spec.dtype, spec.shape)}
         columns |= {f"task.{target.task.name}": target.stored for target in self._targets}
         return Description(spec, tuple(target.task for target in self._targets), columns, preparation)
 
     def entries(self) -> list[Entry]:
-        """One sample a row that is not dropped, in the order of the file.
+        """One sample for each row that is not dropped, in the order of the file.
 
         Raises:
             UserError: For a table that cannot be read, a missing column, a duplicate id, an unknown split.

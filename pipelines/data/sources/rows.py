@@ -1,4 +1,4 @@
-"""What the readers of tables share: rows of a CSV or Parquet file, ids, and splits."""
+"""Rows of CSV and Parquet files, their ids and their splits, for all readers of tables."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from pipelines.storage import Location
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {**{name: name for name in SPLITS}, "valid": "val", "validation": "val", "dev": "val"}
-SPLIT_COLUMN = "split"  # read where it is there and no other is asked for
-Line = tuple[int, list[str]]  # its number and its cells
-MOST_NAMES = 20  # of columns in a message
-HEAD_BYTES = 32 * 2**20  # of a CSV file, that its head is looked for in
+SPLIT_COLUMN = "split"  # read if it exists and no other column is configured
+Line = tuple[int, list[str]]  # number and cells of a line
+MOST_NAMES = 20  # most names of columns in a message
+HEAD_BYTES = 32 * 2**20  # bytes of a CSV file that are read for its first rows
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: the line it ends on, and its cells by column, stripped of surrounding space.
+    """One row of a table: its last line, and its cells by column, without surrounding space.
 
-    `unit` says what `line` counts: a Parquet file has rows and no lines.
+    `unit` is the unit of `line`: a Parquet file has rows in place of lines.
     """
 
     line: int
@@ -42,19 +42,19 @@ class Row:
 
     @property
     def place(self) -> str:
-        """Where the row is, for a message."""
+        """The position of the row, for a message."""
         return f"{self.unit} {self.line}"
 
 
 def check_root(root: Location, layout: str) -> None:
-    """Stop where there is no folder.
+    """Check that the folder of a data set exists.
 
     Args:
         root: The folder.
-        layout: What it should hold, for the message.
+        layout: Expected content of the folder, for the message.
 
     Raises:
-        UserError: With the layout that is expected.
+        UserError: When it does not exist, with the expected layout.
     """
     if not root.is_dir():
         root.check_bucket()
@@ -76,14 +76,14 @@ def read_rows(
     """The rows of a CSV, TSV or Parquet file, or of all Parquet files of a folder.
 
     Args:
-        location: The file, or the folder of Parquet files that have the same columns.
-        columns: Columns that must be there.
-        missing: Words that stand for an empty cell.
-        header: Names of the columns of a CSV or TSV file that has no line of names.
-        quotes: Whether quotes in a CSV or TSV file hold a cell together.
+        location: The file, or a folder of Parquet files with the same columns.
+        columns: Required columns.
+        missing: Markers of an empty cell.
+        header: Names of the columns of a CSV or TSV file without a header line.
+        quotes: Whether cells of a CSV or TSV file can be quoted.
 
     Raises:
-        UserError: When there is no file, or it cannot be read, is empty or lacks a column.
+        UserError: When the file does not exist, cannot be read, is empty or lacks a column.
     """
     if location.is_dir():
         rows: list[Row] = []
@@ -93,18 +93,18 @@ def read_rows(
         rows = _read_parquet(location, columns)
     else:
         rows = read_table(location, columns, header=header, quotes=quotes)
-    words = frozenset(missing)
+    markers = frozenset(missing)
     for row in rows:
-        row.cells.update((name, "") for name, cell in row.cells.items() if cell in words)
+        row.cells.update((name, "") for name, cell in row.cells.items() if cell in markers)
     return rows
 
 
 def read_head(location: Location, most: int) -> tuple[list[Row], bool]:
-    """The first rows of a CSV, TSV or Parquet file, or of the first Parquet file of a folder; whether it has more.
+    """The first rows of a table, or of the first Parquet file of a folder; and whether it has more rows.
 
     Args:
-        location: The file or folder.
-        most: Rows to read.
+        location: CSV, TSV or Parquet file, or a folder of Parquet files.
+        most: Number of rows to read.
 
     Raises:
         UserError: As `read_rows`.
@@ -135,7 +135,7 @@ def _parquet_head(location: Location, most: int) -> tuple[list[Row], bool]:
         found = pq.ParquetFile(file)
         batch = next(found.iter_batches(batch_size=most), None)
         if batch is None:
-            raise UserError("the table has no rows", where=str(location), remedy="take it out or fill it")
+            raise UserError("the table has no rows", where=str(location), remedy="remove it, or add rows")
         return _table_rows(pa.Table.from_batches([batch]), ""), found.metadata.num_rows > most
 
 
@@ -154,7 +154,7 @@ def _read_parquet(location: Location, columns: Sequence[str], name: str = "") ->
     with _opened_parquet(location) as file:
         table = pq.read_table(file)
     if not table.num_rows:
-        raise UserError("the table has no rows", where=str(location), remedy="take it out or fill it")
+        raise UserError("the table has no rows", where=str(location), remedy="remove it, or add rows")
     _check_header(table.column_names, columns, location)
     return _table_rows(table, name)
 
@@ -168,7 +168,7 @@ def _opened_parquet(location: Location) -> Iterator[Any]:
         raise _absent(location) from error
     except pa.ArrowInvalid as error:
         raise UserError(
-            f"not a Parquet file: {error}", where=str(location), remedy="write the file again"
+            f"not a Parquet file: {error}", where=str(location), remedy="create the file again"
         ) from error
 
 
@@ -188,15 +188,15 @@ def _absent(location: Location) -> UserError:
 def read_table(
     location: Location, columns: Sequence[str], *, header: Sequence[str] | None = None, quotes: bool = True
 ) -> list[Row]:
-    r"""A CSV file, or a file of tab-separated values where its name ends with `.tsv`.
+    r"""The rows of a CSV file, or of a file of tab-separated values if its name ends with `.tsv`.
 
-    Lines may end with `\n`, `\r\n` or `\r` alone.
+    Lines end with `\n`, `\r\n` or `\r`.
 
     Args:
         location: The file.
-        columns: Columns that must be there.
-        header: Names of the columns; by default the first line has them.
-        quotes: Whether quotes hold a cell together.
+        columns: Required columns.
+        header: Names of the columns; by default those of the first line.
+        quotes: Whether cells can be quoted.
 
     Raises:
         UserError: When the file is missing, empty, not CSV in UTF-8, or lacks a column.
@@ -222,7 +222,7 @@ def _as_csv(location: Location) -> Iterator[None]:
 
 
 def _parsed(text: str, location: Location, *, quotes: bool, cut: bool = False) -> Iterator[Line]:
-    """The lines that hold anything, with their numbers; of a text that was cut off all but the last one."""
+    """The lines that are not empty, with their numbers; without the last line of a truncated text."""
     reader = csv.reader(
         io.StringIO(text, newline=""),
         strict=not cut,
@@ -247,7 +247,7 @@ def _rows(
         header = [name.strip() for _, cells in first for name in cells]
     if not lines:
         raise UserError(
-            "the table has no rows", where=str(location), remedy="give a line of column names and rows below it"
+            "the table has no rows", where=str(location), remedy="add a line of column names, and rows below it"
         )
     _check_header(header, columns, location)
     return [_row(header, line, cells, location) for line, cells in lines]
@@ -258,25 +258,23 @@ def _check_header(header: Sequence[str], columns: Sequence[str], location: Locat
     other = _other_separator(header, location)
     if other:
         raise UserError(
-            f"the cells are separated by {other}, so that the whole line of names is one column",
+            f"the cells are separated by {other}, so the whole header line is one column",
             where=str(location),
-            remedy="save it with commas, or with tabs under a name that ends with .tsv",
+            remedy="save it with commas, or with tabs and a name that ends with .tsv",
         )
     if missing:
         raise UserError(
             f"no column {listed(missing)}",
             where=str(location),
-            remedy=f"use the columns there are: {listed(header, MOST_NAMES)}",
+            remedy=f"use the columns of the table: {listed(header, MOST_NAMES)}",
         )
     twice = sorted(name for name, count in Counter(header).items() if count > 1)
     if twice:
-        raise UserError(
-            f"column {listed(twice)} is there more than once", where=str(location), remedy="rename one"
-        )
+        raise UserError(f"column {listed(twice)} occurs more than once", where=str(location), remedy="rename one")
 
 
 def _other_separator(header: Sequence[str], location: Location) -> str:
-    """What separates the cells of a file that is read with another separator; empty where nothing seems to."""
+    """The probable separator of a file that was read with another separator; empty if there is none."""
     if len(header) > 1 or location.name.lower().endswith((".parquet", ".pq")):
         return ""
     return next((shown for mark, shown in ((";", "semicolons"), ("\t", "tabs")) if mark in header[0]), "")
@@ -293,36 +291,36 @@ def _row(header: Sequence[str], line: int, cells: list[str], location: Location)
 
 
 def check_unique(ids: Sequence[str], where: str) -> None:
-    """Stop where an id occurs twice.
+    """Check that no id occurs twice.
 
     Raises:
-        UserError: With up to five of the ids.
+        UserError: When ids occur twice; up to five are named.
     """
     twice = [name for name, count in Counter(ids).items() if count > 1]
     if twice:
         raise UserError(
             f"{len(twice)} ids occur more than once: {listed(twice)}",
             where=where,
-            remedy="keep one row an id",
+            remedy="keep one row for each id",
         )
 
 
 def split_name(value: str) -> str | None:
-    """The split that a usual spelling stands for ("valid", "dev", …), None for any other word."""
+    """The split of a common name ("valid", "dev", …); None for any other name."""
     return _SPLIT_NAMES.get(value.lower())
 
 
 def hash_split(sample_id: str) -> str:
-    """70 % train, 15 % val, 15 % test, by the hash of the id alone: adding samples moves none of the others."""
+    """70 % train, 15 % val, 15 % test, by the hash of the id alone: new samples do not move others."""
     u = int(hashlib.sha256(sample_id.encode()).hexdigest()[:8], 16) / 2**32
     return "train" if u < 0.70 else "val" if u < 0.85 else "test"
 
 
 def check_ids(ids: Sequence[str], rows: Sequence[Row], column: str, where: str) -> None:
-    """Stop where an id is empty or occurs twice.
+    """Check that no id is empty or occurs twice.
 
     Raises:
-        UserError: With up to five of the lines, or of the ids.
+        UserError: For such ids; up to five lines or ids are named.
     """
     empty = [str(row.line) for row, name in zip(rows, ids, strict=True) if not name]
     if empty:
@@ -331,10 +329,10 @@ def check_ids(ids: Sequence[str], rows: Sequence[Row], column: str, where: str) 
 
 
 def split_of(row: Row, column: str | None, row_id: str, where: str) -> str:
-    """The split that a row's cell names; by hash of the id where there is no such column.
+    """The split that the cell of a row names; by the hash of the id if there is no such column.
 
     Raises:
-        UserError: For a word that names no split.
+        UserError: For a cell that names no split.
     """
     if column is None or column not in row.cells:
         return hash_split(row_id)

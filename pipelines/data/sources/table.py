@@ -1,8 +1,8 @@
-"""A table with several targets, as a CSV file, a Parquet file or a folder of Parquet files.
+"""Reader of tables with several targets: a CSV file, a Parquet file or a folder of Parquet files.
 
-Columns that are neither target, id nor split are features: numbers, and categories as one feature a value. One
-column can hold molecules instead, written as SMILES. An empty cell (in Parquet also null and NaN) is missing, in a
-label as in a feature. The rows are held in memory while the shards are made.
+Columns that are neither target, id nor split are features: numbers, and categories with one feature for each
+value. One column can hold molecules instead, written as SMILES. An empty cell (in Parquet also null and NaN) is
+missing, both in a label and in a feature. The rows are held in memory while the shards are created.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from pipelines.storage import Location
 logger = logging.getLogger(__name__)
 
 MISSING = ("nan", "NaN", "null", "NULL", "None")
-WIDE = 10_000  # features of a sample that are worth a warning
-FINEST = 1e-5  # deviation over mean below which float32 blurs the differences (it has 24 bits)
+WIDE = 10_000  # features of a sample above which a warning is logged
+FINEST = 1e-5  # ratio of deviation and mean below which float32, with 24 bits, loses the differences
 
 
 class TableOptions(Section):
-    """Where the table is, what is predicted, and from what.
+    """The table, the targets and the features.
 
-    `file` is below the root; empty where the root is the table itself. Without `id_column` the number of a row is
-    its id; without a split column the split is by hash of the id. `features` are "all" columns that are left, or a
-    list. Without `categorical` a feature is a category when less than half of its training cells are numbers; with
-    it, the features it does not name are numbers. `missing` are words for an empty cell. A category of more than
-    `max_values` values is refused.
+    `file` is below the root; empty if the root is the table itself. Without `id_column`, the number of a row is
+    its id. Without a split column, the split follows from the hash of the id. `features` are "all" remaining
+    columns, or a list. Without `categorical`, a feature is a category if less than half of its training cells are
+    numbers; with it, the features that it does not name are numbers. `missing` are markers of an empty cell. A
+    category with more than `max_values` values is refused.
 
     `smiles` names a column of molecules, which is then the only input. `molecule_features`: "ngrams" (counts of
     1 to `longest` neighbouring characters, hashed to `bits` features) or "morgan" (rdkit's fingerprint of `radius`
@@ -66,7 +66,7 @@ class TableOptions(Section):
 
     @model_validator(mode="after")
     def _check_use(self) -> Self:
-        """An option that has no use would be ignored in silence."""
+        """Refuse options that would be ignored."""
         unused = {"molecule_features", "bits", "longest", "radius"}
         if self.smiles is not None:
             unused = {"features", "categorical", "max_values"}
@@ -120,7 +120,7 @@ class TableSource(PreparedSource):
         ]
 
     def _named_columns(self) -> list[str]:
-        """The columns that the options name, which must be there."""
+        """The columns that the options name; they are required."""
         options = self._options
         listed = () if options.features == "all" else options.features
         split = None if options.split_column == SPLIT_COLUMN else options.split_column
@@ -171,7 +171,7 @@ class TableSource(PreparedSource):
         if len(mean) > WIDE:
             size = len(mean) * 4 // 1024
             logger.warning(
-                "%s: %d features, %d KiB a sample: set data.compression=lz4", self._table, len(mean), size
+                "%s: %d features, %d KiB for each sample: set data.compression=lz4", self._table, len(mean), size
             )
         preparation = {
             "kind": "table",
@@ -185,7 +185,7 @@ class TableSource(PreparedSource):
         return {task.column for task in self._options.tasks}
 
     def _feature(self, column: str, cells: Sequence[str]) -> tuple[dict[str, Any], list[tuple[float, float]]]:
-        """One feature of the preparation, and mean and standard deviation of each of its stored values."""
+        """One feature of the preparation, with mean and standard deviation of each of its stored values."""
         numbers = [number for cell in cells if (number := cell_number(cell)) is not None]
         listed = self._options.categorical
         filled = sum(bool(cell) for cell in cells)
@@ -195,15 +195,15 @@ class TableSource(PreparedSource):
             raise UserError(
                 f"no number in the train rows of column {column}",
                 where=str(self._table),
-                remedy="leave it out of features, or name it in categorical",
+                remedy="remove it from features, or add it to categorical",
             )
         mean = math.fsum(numbers) / len(numbers)
         deviation = math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / len(numbers))
         if 0 < deviation < FINEST * abs(mean):
             raise UserError(
-                f"column {column} differs by {deviation:g} around {mean:g}: as float32 these would be the same",
+                f"column {column} differs by {deviation:g} around {mean:g}: the values are equal in float32",
                 where=str(self._table),
-                remedy="subtract an offset in the table, or leave it out of features",
+                remedy="subtract an offset in the table, or remove it from features",
             )
         gaps = filled < len(cells)
         feature = {"column": column, "type": "number", "mean": mean, "gaps": gaps}
@@ -214,9 +214,9 @@ class TableSource(PreparedSource):
         if len(values) > self._options.max_values:
             raise UserError(
                 f"column {column} has {len(values)} different values, more than max_values="
-                f"{self._options.max_values}, of which {', '.join(map(repr, values[:3]))}",
+                f"{self._options.max_values}, such as {', '.join(map(repr, values[:3]))}",
                 where=str(self._table),
-                remedy="leave it out of features, or raise source.options.max_values",
+                remedy="remove it from features, or raise source.options.max_values",
             )
         return {"column": column, "type": "category", "values": values}, [(0.0, 1.0)] * (len(values) + 1)
 
@@ -233,7 +233,7 @@ class TableSource(PreparedSource):
 
 
 def _problem(chosen: Sequence[str], taken: set[str | None], categorical: Sequence[str]) -> str:
-    """What is wrong with the columns of the input, in words; empty when nothing is."""
+    """The problem of the input columns; empty if there is none."""
     if not chosen:
         return "no column is left for the input"
     twice = sorted(name for name, count in Counter(chosen).items() if count > 1)
@@ -243,10 +243,10 @@ def _problem(chosen: Sequence[str], taken: set[str | None], categorical: Sequenc
     if both:
         return f"{listed(both)} cannot be a feature: it is a target, the id or the split"
     lost = [name for name in categorical if name not in chosen]
-    return f"categorical names {listed(lost)}, which is no feature" if lost else ""
+    return f"categorical names {listed(lost)}, which is not a feature" if lost else ""
 
 
 def _log_features(where: str, features: Sequence[Mapping[str, Any]]) -> None:
-    for kind, words in (("number", "numbers"), ("category", "categories")):
+    for kind, plural in (("number", "numbers"), ("category", "categories")):
         names = [feature["column"] for feature in features if feature["type"] == kind]
-        logger.info("%s: %d features are %s: %s", where, len(names), words, listed(names, MOST_NAMES))
+        logger.info("%s: %d features are %s: %s", where, len(names), plural, listed(names, MOST_NAMES))

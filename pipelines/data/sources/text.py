@@ -1,12 +1,12 @@
-"""Texts with several labels each: one file a split, or one file with a split column.
+"""Reader of texts with several labels: one file for each split, or one file with a split column.
 
 ```
 root/train.tsv, root/dev.tsv, root/test.tsv     text <tab> label ids, separated by commas <tab> id
-root/labels.txt                                 one name a line, the first is label 0: one binary task each
+root/labels.txt                                 one name on each line, from label 0: one binary task each
 ```
 
-Instead of label ids, label columns can be given as tasks, as in a table. A tokenizer is trained on the texts of
-the training split, or read from a file. The rows are held in memory while the shards are made.
+In place of label ids, label columns can be tasks, as in a table. A tokenizer is trained on the texts of the
+training split, or read from a file. The rows are held in memory while the shards are created.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ logger = logging.getLogger(__name__)
 
 
 class TextOptions(Section):
-    """Where the texts are, what is predicted, and how a text becomes tokens.
+    """The texts, the labels and the tokenizer.
 
-    Either `files` names a file for each split, or `file` one for all, with the splits in `split_column` or by
-    hash of the id. Names that end with `.tsv` are read with tabs and without quotes, others as CSV or Parquet.
-    `columns` names the columns where the first line does not. Without `id_column` the file and the number of a
-    row are its id.
+    Either `files` names a file for each split, or `file` names one file, with the splits in `split_column` or by
+    the hash of the id. Names that end with `.tsv` are read with tabs and without quotes, others as CSV or Parquet.
+    `columns` names the columns of a file without a header line. Without `id_column`, the id of a row is its file
+    and number.
 
-    Labels are columns (`tasks`), or ids in `labels_column`, one binary task each, with their names in
-    `labels_file` and all of one `metric`. An empty cell is a missing label.
+    Labels are columns (`tasks`), or ids in `labels_column` with one binary task each; `labels_file` has the names
+    of the labels, and all tasks have one `metric`. An empty cell is a missing label.
 
-    `tokenizer`: "bpe" (pairs of bytes), trained up to `vocabulary` tokens, of lower-cased text where `lowercase`
-    says so; or the path of a tokenizer.json, below the root or absolute. A text is cut at `length`.
+    `tokenizer` is "bpe" (byte pairs), trained with up to `vocabulary` tokens, on lower-cased text if `lowercase`
+    is set; or the path of a tokenizer.json, below the root or absolute. A text is truncated to `length` tokens.
     """
 
     files: dict[Literal["train", "val", "test"], str] | None = None
@@ -66,9 +66,9 @@ class TextOptions(Section):
 
     @model_validator(mode="after")
     def _check_use(self) -> Self:
-        """One way each to say where the texts are, and where the labels are; no option that is ignored."""
+        """Refuse several sources of the texts or of the labels, and options that would be ignored."""
         if (self.files is None) == (not self.file):
-            raise ValueError("give either files (one a split) or file")
+            raise ValueError("give either files (one for each split) or file")
         if (self.labels_column is None) == (not self.tasks):
             raise ValueError("give either labels_column or tasks")
         unused = {"split_column"} if self.files else set()
@@ -81,7 +81,7 @@ class TextOptions(Section):
 
 @dataclass(frozen=True)
 class LabelId:
-    """The binary task of one label id, 1 where the ids of a row name it."""
+    """The binary task of one label id: 1 if the ids of a row include it."""
 
     task: Task
     column: str
@@ -90,14 +90,14 @@ class LabelId:
 
     @property
     def stored(self) -> Column:
-        """A flag."""
+        """Storage of a flag."""
         return Column("uint8")
 
     def value(self, row: Row) -> np.ndarray | None:
-        """Whether the row has the label; None where it has no cell of ids.
+        """Whether the row has the label; None if its cell of ids is empty.
 
         Raises:
-            BadSampleError: For what is not a label id.
+            BadSampleError: For a value that is not a label id.
         """
         cell = row.cells[self.column]
         if not cell:
@@ -136,7 +136,7 @@ class TextSource(PreparedSource):
         return entries
 
     def _entries_of(self, file: str, split: str | None) -> list[Entry]:
-        """The samples of one file; `split` is the one that the whole file belongs to."""
+        """The samples of one file; `split` is that of the whole file, or None."""
         options, location = self._options, self._root / file
         labels = [options.labels_column] if options.labels_column else [task.column for task in options.tasks]
         needed = list(dict.fromkeys([options.text_column, *labels]))
@@ -186,14 +186,14 @@ class TextSource(PreparedSource):
             raise UserError(
                 "the file of label names does not exist",
                 where=str(location),
-                remedy="set source.options.labels_file: one name a line, the first is label 0",
+                remedy="set source.options.labels_file: one name on each line, from label 0",
             ) from error
         empty = [str(number) for number, name in enumerate(names, start=1) if not name.strip()]
         if empty or not names:
             raise UserError(
                 f"no label name in line {', '.join(empty[:5]) or '1'}",
                 where=str(location),
-                remedy="give one name a line, the first is label 0",
+                remedy="write one name on each line, from label 0",
             )
         return [name.strip() for name in names]
 
@@ -207,7 +207,7 @@ class TextSource(PreparedSource):
             tokenizer = load_tokenizer(file, options.length)
         else:
             tokenizer = train_tokenizer(texts, options.vocabulary, options.length, lowercase=options.lowercase)
-        # the highest id counts: a tokenizer from a file may leave some out
+        # the highest id determines the size: a tokenizer from a file may omit ids
         vocabulary = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         dtype = "uint16" if vocabulary <= 65536 else "int32"
         self._log_tokens(texts, tokenizer, vocabulary)
@@ -220,21 +220,21 @@ class TextSource(PreparedSource):
         return InputSpec("tokens", (options.length,), dtype, vocabulary=vocabulary), preparation
 
     def _log_tokens(self, texts: Sequence[str], tokenizer: Any, vocabulary: int) -> None:
-        """Say how many training texts are cut: a person can only mend what is said."""
+        """Log how many training texts are truncated."""
         cut = sum(bool(found.overflowing) for found in tokenizer.encode_batch(texts))
         logger.info(
-            "%s: %d tokens in the vocabulary; %d of %d training texts are longer than length=%d and are cut",
+            "%s: %d tokens in the vocabulary; %d of %d training texts are longer than length=%d and are truncated",
             self._root, vocabulary, cut, len(texts), self._options.length,
         )  # fmt: skip
 
 
 def _warn_repeated(entries: Sequence[Entry], column: str, where: str) -> None:
-    """Say how many training texts are in another split too: what was learnt by heart is not generalised."""
+    """Log how many training texts are also in another split, where they measure memorisation."""
     train = train_cells(entries, column)
     others = {entry.fields["row"].cells[column] for entry in entries if entry.split != "train"}
     repeated = sum(text in others for text in train)
     if repeated:
         logger.warning(
-            "%s: %d of %d training texts are in val or test too, word for word; they are kept",
+            "%s: %d of %d training texts are also in val or test, word for word; they are kept",
             where, repeated, len(train),
         )  # fmt: skip

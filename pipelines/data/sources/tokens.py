@@ -1,4 +1,4 @@
-"""Tokenizers of texts: trained on the training split, or read from a file. Id 0 is padding."""
+"""Tokenizers: trained on the texts of the training split, or read from a file. Id 0 is padding."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _PADDING = "[PAD]"
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int, length: int, *, lowercase: bool) -> Any:
-    """A tokenizer of byte pairs, so that no text has an unknown part. The same texts always give the same one.
+    """Train a byte-pair tokenizer, which has no unknown tokens. The same texts return the same tokenizer.
 
-    (The library's WordPiece trainer gives another tokenizer at every call.)
+    (The WordPiece trainer of the library returns another tokenizer at every call.)
 
     Args:
-        texts: The training split.
-        vocabulary: Most tokens it may have.
-        length: Tokens that a text is cut and padded to.
-        lowercase: Whether texts are made lower-case first.
+        texts: Texts of the training split.
+        vocabulary: Largest number of tokens.
+        length: Number of tokens to which a text is truncated and padded.
+        lowercase: Whether texts are converted to lower case first.
 
     Raises:
-        UserError: When the library is not installed, or there is nothing to learn from.
+        UserError: When the library is not installed.
     """
     tokenizers = _library()
     pre, normalizers = tokenizers.pre_tokenizers, tokenizers.normalizers
@@ -41,11 +41,11 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int, length: int, *, lower
 
 
 def load_tokenizer(file: Location, length: int) -> Any:
-    """The tokenizer of a `tokenizer.json`, cutting and padding to `length`.
+    """Load a `tokenizer.json`, with truncation and padding to `length`.
 
     Raises:
-        UserError: When the library is not installed, the file is missing or no tokenizer, or its token 0 is not
-            padding.
+        UserError: When the library is not installed, the file is missing or not a tokenizer, or its token 0 is
+            not padding.
     """
     tokenizers = _library()
     try:
@@ -54,17 +54,17 @@ def load_tokenizer(file: Location, length: int) -> Any:
         raise UserError(
             "the tokenizer does not exist", where=str(file), remedy="correct source.options.tokenizer"
         ) from error
-    except Exception as error:  # the library raises no class of its own
+    except Exception as error:  # the library has no error class
         raise UserError(
-            f"not a tokenizer: {error}", where=str(file), remedy="give a tokenizer.json of the tokenizers library"
+            f"not a tokenizer: {error}", where=str(file), remedy="use a tokenizer.json of the tokenizers library"
         ) from error
     padding = tokenizer.id_to_token(0)
     declared = tokenizer.padding
     if not (declared["pad_id"] == 0 if declared else "pad" in str(padding).lower()):
         raise UserError(
-            f"its token 0 is {padding!r}, and 0 has to be padding",
+            f"token 0 of the tokenizer is {padding!r}, and must be padding",
             where=str(file),
-            remedy="use the tokenizer of an encoder that pads with 0, as BERT does",
+            remedy="use the tokenizer of an encoder that pads with 0, such as BERT",
         )
     return _fixed_length(tokenizer, length, padding)
 

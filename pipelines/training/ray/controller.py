@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from pipelines.cluster import causes
+from pipelines.cluster import causes, set_environment
 from pipelines.runs.events import LOST
 from pipelines.training.ray.adapter import ControllerSetup, StartFailureCallback, abort
 from pipelines.training.ray.events import emitter
@@ -58,6 +58,7 @@ def controller_callbacks(event_log: Any) -> list[Any]:
 
 
 def _register(event_log: Any, controller: Any) -> None:
+    set_environment()  # the controller of a joined cluster inherits none of the driver's variables
     ray.get(event_log.set_controller.remote(controller))
 
 

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from pipelines.cluster import user_error
+from pipelines.cluster import set_environment, user_error
 from pipelines.training.ray.failures import training_failed
 from pipelines.training.worker import Job, work
 
@@ -22,6 +22,7 @@ def run_workers(job: Job, log: Callable[[str], None], work: Callable[[dict[str, 
     Raises:
         UserError: When training failed.
     """
+    set_environment()  # a trial of a sweep calls this in a process that may belong to a joined cluster
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 

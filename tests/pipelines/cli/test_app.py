@@ -161,7 +161,7 @@ class TestWithRay:
         victim.write_bytes(bytes(data))
         code, found, _ = call("train", "-c", config)
         assert code == 1
-        assert found["error"]["what"] == f"{victim.name} does not have the checksum of the manifest"
+        assert found["error"]["what"] == f"{victim.name} has another checksum than the manifest says"
 
     def test_tracking_server_that_does_not_answer(self, config: str) -> None:
         with (

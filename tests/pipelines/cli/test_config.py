@@ -25,7 +25,7 @@ from pipelines.data.sources import SOURCES, build_source, options_model
 from pipelines.data.sources.rows import read_head
 from pipelines.errors import UserError
 from pipelines.recipes import RECIPES, recipes
-from pipelines.scaffold.inference import Look, feature, id_use, looks, split_use, target
+from pipelines.scaffold.inference import ColumnSummary, feature, id_use, split_use, summaries, target
 from pipelines.storage import locate
 
 RUNNER = CliRunner()
@@ -271,8 +271,8 @@ class TestNew:
         assert not (tmp_path / "mine.yaml").exists()
 
 
-def look(*cells: object) -> Look:
-    return Look("x", [str(cell) for cell in cells])
+def column(*cells: object) -> ColumnSummary:
+    return ColumnSummary("x", [str(cell) for cell in cells])
 
 
 class TestGuesses:
@@ -292,7 +292,7 @@ class TestGuesses:
         ],
     )
     def test_kind_of_a_target(self, cells: list[object], options: dict[str, object]) -> None:
-        assert target(look(*cells), "here", more=False).options == {"column": "x", **options}
+        assert target(column(*cells), "here", more=False).options == {"column": "x", **options}
 
     @pytest.mark.parametrize(
         ("cells", "use"),
@@ -308,11 +308,11 @@ class TestGuesses:
         ],
     )
     def test_use_of_a_column(self, cells: list[object], use: str) -> None:
-        assert feature(look(*cells)).use == use
+        assert feature(column(*cells)).use == use
 
     def test_split_needs_train_and_val(self) -> None:
         def of(*cells: str) -> str | None:
-            found = split_use({"Subset": Look("Subset", cells)})
+            found = split_use({"Subset": ColumnSummary("Subset", cells)})
             return found and found.use
 
         assert of("train", "dev", "test") == "split"
@@ -327,7 +327,7 @@ class TestGuesses:
             "paid": ["4", "5"],
             "userId": ["6", "7"],
         }
-        found = id_use({name: Look(name, cells) for name, cells in columns.items()})
+        found = id_use({name: ColumnSummary(name, cells) for name, cells in columns.items()})
         assert found is not None
         assert found.column == "userId"
 
@@ -358,4 +358,4 @@ class TestHead:
     def test_another_separator_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "x.csv").write_text("a;b\n1;2\n")
         with pytest.raises(UserError, match="separated by semicolons"):
-            looks(read_head(locate(str(tmp_path / "x.csv")), 9)[0])
+            summaries(read_head(locate(str(tmp_path / "x.csv")), 9)[0])

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from pipelines.cli import checks as doctor
 from pipelines.cli.app import app
 from pipelines.cli.probes import FAIL, OK, WARN, Finding, Probe, run_in_processes, run_probe
-from pipelines.config.sections import RaySection, TrackSection
+from pipelines.config.ray_section import RaySection
+from pipelines.config.sections import TrackSection
 from tests.pipelines.s3_server import BUCKET, free_port
 
 

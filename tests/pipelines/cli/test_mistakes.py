@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.cli.app import app
-from pipelines.cluster import _starting
+from pipelines.cluster import _start_errors
 from pipelines.errors import UserError
 
 NEW = ("config", "new")
@@ -41,34 +41,34 @@ FILES: dict[str, bytes] = {
         ((*SHOW, "paper/celeba9_k5"), "no configuration file", "did you mean paper/celeba9_k"),
         ((*SHOW, "rooms", "trian.epochs=3"), "unknown key trian", "train"),
         ((*SHOW, "rooms", "train.epochs=three"), "train.epochs: Input should be a valid integer", "correct"),
-        ((*SHOW, "rooms", "train.epochs=[1"), "the value is no YAML: [1", "close every bracket"),
+        ((*SHOW, "rooms", "train.epochs=[1"), "the value is not YAML: [1", "close every bracket"),
         ((*SHOW, "rooms", "train.epochs"), "expected section.key=value", "train.epochs=10"),
         ((*SHOW, "rooms", "ray.workers=0"), "ray.workers", "correct"),
         ((*SHOW, "rooms", "source.kind=tabel"), "unknown source kind 'tabel'", "did you mean table?"),
-        ((*SHOW, "broken.yaml"), "no YAML in line 3, column 1", "correct the file"),
+        ((*SHOW, "broken.yaml"), "not valid YAML in line 3, column 1", "correct the file"),
         ((*SHOW, "latin.yaml"), "cannot read the configuration", "correct the file"),
         ((*SHOW, "list.yaml"), "expected sections with keys", "start from a recipe"),
         ((*SHOW, "nmae.yaml"), "name is missing", "did you mean name?"),
-        ((*SHOW, "nothing.yaml"), "there is nothing in search", "take its line out"),
-        ((*SHOW, "itself.yaml"), "round in a circle", "without a base"),
+        ((*SHOW, "nothing.yaml"), "search is empty", "remove its line"),
+        ((*SHOW, "itself.yaml"), "bases form a cycle", "remove the base"),
         ((*SHOW, "rooms", "--ray-config", "none.yaml"), "No such file", "correct the file"),
-        ((*NEW,), "a configuration for what?", "name a table"),
-        ((*NEW, "none.csv", "--targets", "a,b"), "there is nothing here", "correct the path"),
+        ((*NEW,), "no data and no source are named", "name a table"),
+        ((*NEW, "none.csv", "--targets", "a,b"), "no such file or folder", "correct the path"),
         ((*NEW, "ftp://x/y.csv", "--targets", "a,b"), "cannot open an address of the kind ftp", "s3://"),
         ((*NEW, "s3://me:hush@bucket/y.csv", "--targets", "a,b"), "must not carry credentials", "AWS_ACCESS"),
-        ((*NEW, "good.csv"), "which columns are to be predicted?", "the columns are x, a, b"),
+        ((*NEW, "good.csv"), "no target columns are named", "the columns are x, a, b"),
         ((*NEW, "good.csv", "--targets", "a,c"), "no column c", "the columns are x, a, b"),
         ((*NEW, "empty.csv", "--targets", "a,b"), "the table has no rows", "column names"),
         ((*NEW, "head.csv", "--targets", "a,b"), "the table has no rows", "column names"),
-        ((*NEW, "one.csv", "--targets", "a,b"), "target a is '0' in all rows", "leave it out"),
+        ((*NEW, "one.csv", "--targets", "a,b"), "target a is '0' in all rows", "remove it"),
         ((*NEW, "targets.csv", "--targets", "a,b"), "no column is left to predict from", "fewer targets"),
         ((*NEW, "latin.csv", "--targets", "a,b"), "not a CSV file in UTF-8", "iconv"),
         ((*NEW, "ragged.csv", "--targets", "a,b"), "line 3 has 2 cells, expected 3", "needs quotes"),
-        ((*NEW, "twice.csv", "--targets", "a,x"), "column a is there more than once", "rename one"),
+        ((*NEW, "twice.csv", "--targets", "a,x"), "column a occurs more than once", "rename one"),
         ((*NEW, "semicolons.csv", "--targets", "a,b"), "separated by semicolons", "commas"),
         ((*NEW, "no.parquet", "--targets", "a,b"), "not a Parquet file", "write the file again"),
-        ((*NEW, ".", "--targets", "a,b", "--source", "folder"), "none is called labels.csv", "put labels"),
-        (("inspect", "-c", "rooms", "data.shards=none"), "no dataset here", "dmtg shard"),
+        ((*NEW, ".", "--targets", "a,b", "--source", "folder"), "none is named labels.csv", "add labels"),
+        (("inspect", "-c", "rooms", "data.shards=none"), "no data set here", "dmtg shard"),
         (("train", "-c", "rooms", "train.cuda_graphs=true", "train.accumulate=2"), "cuda_graphs needs", "correct"),
         (("train", "-c", "rooms", "train.aggregator=upgrad", "train.accumulate=2"), "whole batch", "correct"),
         (
@@ -110,7 +110,7 @@ def test_unknown_and_missing_arguments_are_wrong_use(arguments: list[str], messa
 
 @pytest.mark.parametrize(("address", "what"), [("10.0.0.1:6379", "does not answer"), (None, "does not start")])
 def test_ray_that_does_not_start_or_answer_names_the_next_thing_to_do(address: str | None, what: str) -> None:
-    with pytest.raises(UserError, match=what) as found, _starting(address):
+    with pytest.raises(UserError, match=what) as found, _start_errors(address):
         raise RuntimeError("timed out\nand more")
     assert "dmtg doctor" in found.value.remedy
     assert "and more" not in found.value.what

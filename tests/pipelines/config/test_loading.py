@@ -18,7 +18,7 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_words_are_laid_over_the_file_and_parsed_as_yaml(file: str) -> None:
+def test_overrides_replace_values_of_the_file_and_are_parsed_as_yaml(file: str) -> None:
     config = load_config(file, ["train.epochs=7", "network.options.widths=[4, 8]", "gate.temperature.start=4"])
     assert config.train.epochs == 7
     assert config.network.options == {"widths": [4, 8]}
@@ -26,7 +26,7 @@ def test_words_are_laid_over_the_file_and_parsed_as_yaml(file: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "key", "nearest"),
+    ("override", "key", "nearest"),
     [
         ("train.epoch=3", "train.epoch", "epochs"),
         ("trian.epochs=3", "trian", "train"),
@@ -34,31 +34,42 @@ def test_words_are_laid_over_the_file_and_parsed_as_yaml(file: str) -> None:
         ("source.knd=rooms", "source.knd", "kind"),
     ],
 )
-def test_unknown_key_is_refused_with_the_nearest_valid_ones(file: str, word: str, key: str, nearest: str) -> None:
+def test_unknown_key_is_refused_with_the_nearest_valid_ones(
+    file: str, override: str, key: str, nearest: str
+) -> None:
     with pytest.raises(UserError) as found:
-        load_config(file, [word])
+        load_config(file, [override])
     assert f"unknown key {key}" in found.value.what
     assert nearest in found.value.remedy
     assert found.value.wrong_use
 
 
 @pytest.mark.parametrize(
-    "word", ["train.epochs=0", "gate.sampling=gumble", "network.groups=two", "data.cache=disk"]
+    "override", ["train.epochs=0", "gate.sampling=gumble", "network.groups=two", "data.cache=disk"]
 )
-def test_value_out_of_range_is_refused_and_shown(file: str, word: str) -> None:
-    key, value = word.split("=")
+def test_value_out_of_range_is_refused_and_shown(file: str, override: str) -> None:
+    key, value = override.split("=")
     with pytest.raises(UserError) as found:
-        load_config(file, [word])
+        load_config(file, [override])
     assert key in found.value.what
     assert value in found.value.what
 
 
-def test_word_without_equals_sign_and_missing_file_are_wrong_use(file: str) -> None:
+def test_override_without_equals_sign_and_missing_file_are_wrong_use(file: str) -> None:
     with pytest.raises(UserError, match="section.key=value"):
         load_config(file, ["train.epochs"])
     with pytest.raises(UserError, match="no configuration file") as found:
         load_config("no-such")
     assert "rooms" in found.value.remedy
+
+
+def test_former_name_of_a_method_is_refused_with_the_new_one(file: str, tmp_path: Path) -> None:
+    stored = write(tmp_path, "old.yaml", name="x", data={"shards": "s"}, compare={"methods": ["wide", "reading"]})
+    for path, overrides in ((file, ["compare.methods=[wide,reading]"]), (stored, [])):
+        with pytest.raises(UserError, match="compare.methods: .*feature_overlap") as caught:
+            load_config(path, overrides)
+        assert caught.value.wrong_use
+    assert "feature_overlap" in load_config(file, ["compare.methods=[feature_overlap]"]).compare.methods
 
 
 def test_broken_yaml_names_the_file(tmp_path: Path) -> None:
@@ -76,7 +87,7 @@ def test_ray_section_comes_from_its_own_file(file: str, tmp_path: Path) -> None:
     assert load_config(file, ["ray.workers=3"], str(ray)).ray.workers == 3
 
 
-def test_run_name_follows_what_changes_the_result_and_nothing_else(file: str) -> None:
+def test_run_name_changes_only_with_values_that_change_the_result(file: str) -> None:
     base = load_config(file).run_name()
     assert load_config(file, ["ray.workers=1", "track.uri=none", "run.root=elsewhere"]).run_name() == base
     assert load_config(file, ["train.seed=1"]).run_name() != base
@@ -84,7 +95,7 @@ def test_run_name_follows_what_changes_the_result_and_nothing_else(file: str) ->
 
 
 @pytest.mark.parametrize(
-    ("words", "places"),
+    ("overrides", "places"),
     [
         ([], ()),
         (["network.start_from=runs/a"], ("runs/a",)),
@@ -92,8 +103,8 @@ def test_run_name_follows_what_changes_the_result_and_nothing_else(file: str) ->
         (["network.start_from=null"], ()),
     ],
 )
-def test_places_to_start_from_are_one_or_a_list(file: str, words: list[str], places: tuple[str, ...]) -> None:
-    config = load_config(file, words)
+def test_start_from_is_one_place_or_a_list(file: str, overrides: list[str], places: tuple[str, ...]) -> None:
+    config = load_config(file, overrides)
     assert config.network.start_from == places
     assert (config.digest() == load_config(file).digest()) == (not places)
 
@@ -104,11 +115,11 @@ def write(folder: Path, file: str, /, **values: object) -> str:
     return str(folder / file)
 
 
-def network(path: str, *words: str) -> dict[str, object]:
-    return load_config(path, words).network.model_dump(include={"encoder", "options", "groups"})
+def network(path: str, *overrides: str) -> dict[str, object]:
+    return load_config(path, overrides).network.model_dump(include={"encoder", "options", "groups"})
 
 
-def test_file_is_laid_over_its_base_key_by_key(tmp_path: Path) -> None:
+def test_file_is_merged_into_its_base_key_by_key(tmp_path: Path) -> None:
     write(tmp_path, "bases/first.yaml", name="first", data={"shards": "s", "tasks": ["a", "b"]},
           train={"epochs": 3, "seed": 1}, gate={"temperature": {"start": 4, "family": "linear"}})  # fmt: skip
     write(
@@ -121,7 +132,7 @@ def test_file_is_laid_over_its_base_key_by_key(tmp_path: Path) -> None:
     assert (config.gate.temperature.start, config.gate.temperature.family) == (3.0, "linear")
 
 
-def test_null_replaces_what_the_base_says(tmp_path: Path) -> None:
+def test_null_replaces_the_value_of_the_base(tmp_path: Path) -> None:
     write(tmp_path, "base.yaml", name="x", data={"shards": "s", "tasks": ["a"]}, source={"kind": "rooms"})
     path = write(tmp_path, "mine.yaml", base="base.yaml", data={"tasks": None}, source=None)
     assert load_config(path).data.tasks is None
@@ -138,7 +149,7 @@ def test_recipe_can_be_a_base(tmp_path: Path, base: str) -> None:
     )
 
 
-def test_resolved_configuration_stands_alone(tmp_path: Path) -> None:
+def test_resolved_configuration_needs_no_base(tmp_path: Path) -> None:
     values = load_config("paper/celeba9_k4").model_dump(mode="json")
     assert "base" not in values
     assert load_config(write(tmp_path, "resolved.yaml", **values)) == load_config("paper/celeba9_k4")
@@ -160,8 +171,9 @@ def test_options_of_an_encoder_do_not_pass_to_another(
 ) -> None:
     base = {"name": "x", "data": {"shards": "s"}, "network": {**named, "options": {"widths": [4, 8]}}}
     path = write(tmp_path, "base.yaml", **base)
-    words = [f"network.{key}={json.dumps(value)}" for key, value in over.items()]
-    for found in (network(write(tmp_path, "mine.yaml", base="base.yaml", network=over)), network(path, *words)):
+    overrides = [f"network.{key}={json.dumps(value)}" for key, value in over.items()]
+    mine = write(tmp_path, "mine.yaml", base="base.yaml", network=over)
+    for found in (network(mine), network(path, *overrides)):
         assert found["options"] == expected
         assert found["encoder"] == over.get("encoder", "convnet")
 
@@ -172,13 +184,13 @@ def test_options_of_a_reader_do_not_pass_to_another() -> None:
     assert config.source.options == {"size": 128}
 
 
-def test_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
+def test_bases_that_form_a_cycle_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yaml", base="b.yaml")
     write(tmp_path, "b.yaml", base="sub/../a.yaml")
     (tmp_path / "sub").mkdir()
-    with pytest.raises(UserError, match="circle: a.yaml → b.yaml → a.yaml"):
+    with pytest.raises(UserError, match="cycle: a.yaml → b.yaml → a.yaml"):
         load_config(path)
-    with pytest.raises(UserError, match="circle: c.yaml → c.yaml"):
+    with pytest.raises(UserError, match="cycle: c.yaml → c.yaml"):
         load_config(write(tmp_path, "c.yaml", base="c.yaml"))
 
 
@@ -190,7 +202,7 @@ def test_base_that_cannot_be_used_is_wrong_use(tmp_path: Path, base: object, wha
     assert found.value.wrong_use
 
 
-def test_base_cannot_be_a_word(file: str) -> None:
+def test_base_cannot_be_an_override(file: str) -> None:
     with pytest.raises(UserError, match="unknown key base"):
         load_config(file, ["base=rooms"])
 
@@ -214,12 +226,12 @@ def test_recipe_of_the_demo_builds_its_network(tmp_path: Path) -> None:
 
 
 def test_every_training_setting_of_the_core_can_be_configured(file: str) -> None:
-    words = [
+    overrides = [
         "train.accumulate=3", "train.recompute=true", "train.compile=false", "train.sync_batchnorm=true",
         "ray.gpus_per_worker=1", "train.clip_norm=2", "train.epochs=9", "gate.learning_rate=0.3",
         "gate.entropy_weight=0.5", "search.share=0.3", "train.seed=5", "train.batch_size=11",
     ]  # fmt: skip
-    settings, plain = load_config(file, words).settings(), TrainSettings()
+    settings, plain = load_config(file, overrides).settings(), TrainSettings()
     set_here = {
         "accumulate",
         "recompute",
@@ -247,14 +259,14 @@ def test_weights_of_tasks_can_be_learned(file: str) -> None:
     )
 
 
-def test_normalising_over_workers_without_gpus_is_wrong_use(file: str) -> None:
+def test_batch_normalisation_over_workers_without_gpus_is_wrong_use(file: str) -> None:
     with pytest.raises(UserError) as caught:
         load_config(file, ["train.sync_batchnorm=true"]).settings()
     assert "train.sync_batchnorm" in caught.value.where
     assert caught.value.wrong_use
 
 
-def test_the_guided_search_needs_no_undecided_gate_and_the_published_one_does(file: str) -> None:
+def test_guided_search_needs_no_uniform_gate_and_the_published_search_does(file: str) -> None:
     load_config(file, ["search.starts=0"]).check_options()
     with pytest.raises(UserError, match="starts must be at least 1, got 0") as caught:
         load_config(file, ["search.starts=0", "search.method=dmtg"]).check_options()
@@ -262,10 +274,10 @@ def test_the_guided_search_needs_no_undecided_gate_and_the_published_one_does(fi
     assert caught.value.wrong_use
 
 
-def test_a_configuration_is_read_from_storage_as_from_a_file(tmp_path: Path) -> None:
+def test_configuration_is_read_from_storage_as_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "best.yaml"
     file.write_text("base: rooms\nname: best\nnetwork: {groups: 2}\n")
-    address = file.as_uri()  # the way of s3:// addresses too
+    address = file.as_uri()  # s3:// addresses are read in the same way
     assert load_config(address, ["train.epochs=3"]) == load_config(str(file), ["train.epochs=3"])
     file.write_text("- a list\n")
     for wrong, named in ((address, "expected sections"), (f"{address}x", "cannot read"), ("gs://b/c", "gs://")):

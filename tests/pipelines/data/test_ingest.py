@@ -76,7 +76,7 @@ def keys(batches) -> list[list[bytes]]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("shuffle_mib", [128, 0.01])  # one window, and many
-def test_streamed_samples_come_once_an_epoch(reader: Reader, world_size: int, shuffle_mib: float) -> None:
+def test_streaming_returns_every_sample_once_an_epoch(reader: Reader, world_size: int, shuffle_mib: float) -> None:
     workers = [streamed(reader, shuffle_mib, rank=r, world_size=world_size) for r in range(world_size)]
     for epoch in range(3):
         batches = [list(worker.train(epoch, 16)) for worker in workers]
@@ -99,14 +99,14 @@ def test_streamed_order_changes_with_the_epoch_and_repeats_with_the_seed(reader:
 
 @pytest.mark.parametrize("shuffle_mib", [128, 0.01])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_stream_goes_on_in_the_middle_of_an_epoch(reader: Reader, rank: int, shuffle_mib: float) -> None:
+def test_stream_resumes_in_the_middle_of_an_epoch(reader: Reader, rank: int, shuffle_mib: float) -> None:
     whole = keys(streamed(reader, shuffle_mib, rank=rank, world_size=2).train(1, 8))
     for start in range(len(whole) + 1):
         rest = streamed(reader, shuffle_mib, rank=rank, world_size=2).train(1, 8, start)
         assert keys(rest) == whole[start:]
 
 
-def test_stream_taken_up_in_the_middle_reads_no_window_before_it(reader: Reader, monkeypatch) -> None:
+def test_stream_resumed_in_the_middle_reads_no_earlier_window(reader: Reader, monkeypatch) -> None:
     read: list[tuple[str, int]] = []
     plain = Reader.read
 
@@ -120,7 +120,7 @@ def test_stream_taken_up_in_the_middle_reads_no_window_before_it(reader: Reader,
     assert len(read) < len(all_units(reader, "train"))
 
 
-def test_epoch_that_is_left_early_starts_anew(reader: Reader) -> None:
+def test_interrupted_epoch_starts_again(reader: Reader) -> None:
     data = streamed(reader, 0.01)
     begun = data.train(0, 16)
     next(begun)
@@ -128,7 +128,7 @@ def test_epoch_that_is_left_early_starts_anew(reader: Reader) -> None:
     assert sorted(key for batch in keys(data.train(0, 16)) for key in batch) == sorted(expected(reader, "train"))
 
 
-def test_stretches_share_out_every_row(reader: Reader) -> None:
+def test_stretches_cover_every_row_once(reader: Reader) -> None:
     units = all_units(reader, "train")
     rows = [(u.file, u.group, row) for u in units for row in range(u.start, u.stop)]
     shared = [
@@ -152,11 +152,11 @@ def test_streamed_targets_belong_to_their_inputs(reader: Reader) -> None:
             assert [batch.targets[t][i].item() for t in batch.targets] == truth[key]
 
 
-def test_shard_that_is_gone_or_cut_off_is_named(reader: Reader) -> None:
+def test_missing_or_truncated_shard_is_named(reader: Reader) -> None:
     file = reader.folder / reader.manifest.shards["train"][0].file
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="not a whole shard") as found:
+    with pytest.raises(UserError, match="not a complete shard") as found:
         list(streamed(reader).train(0, 16))
     assert found.value.where == str(file)
     file.delete()
@@ -176,16 +176,16 @@ class TestWithRay:
         assert not kept(cache="stream")
         assert kept(cache="memory", cache_gib=1e-6)
 
-    def test_memory_that_is_asked_for_and_too_small_is_an_error(self, reader: Reader, monkeypatch) -> None:
+    def test_data_that_does_not_fit_the_requested_memory_is_an_error(self, reader: Reader, monkeypatch) -> None:
         monkeypatch.setattr(Reader, "row_bytes", lambda _: 2**30)
-        with pytest.raises(UserError, match="has room for") as found:
+        with pytest.raises(UserError, match="can hold") as found:
             keeps_in_memory(reader, DataSection(shards="x", cache="memory"))
         assert "object_store_mib" in found.value.remedy
         assert not keeps_in_memory(reader, DataSection(shards="x"))
 
     @pytest.mark.parametrize("cache", ["memory", "device"])
     @pytest.mark.parametrize("world_size", [1, 3])
-    def test_cached_samples_come_once_an_epoch(self, reader: Reader, cache: str, world_size: int) -> None:
+    def test_cache_returns_every_sample_once_an_epoch(self, reader: Reader, cache: str, world_size: int) -> None:
         held, data = load_splits(reader), DataSection(shards="x", cache=cache)
         workers = [
             open_data(reader, held, data, seed=1, rank=r, world_size=world_size, device=CPU)
@@ -197,7 +197,7 @@ class TestWithRay:
         valued = [key for w in workers for batch in w.evaluate("val", 7) for key in row_key(batch.inputs)]
         assert valued == expected(reader, "val")
 
-    def test_cached_targets_are_those_that_are_streamed(self, reader: Reader) -> None:
+    def test_cached_and_streamed_targets_are_equal(self, reader: Reader) -> None:
         def truth(data) -> dict[bytes, list[float]]:
             return {
                 key: [batch.targets[t][i].item() for t in batch.targets]

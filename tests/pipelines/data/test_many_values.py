@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
     ("classes", "dtype"),
     [(2, "uint8"), (256, "uint8"), (257, "uint16"), (65_536, "uint16"), (65_537, "int32"), (70_000, "int32")],
 )
-def test_class_ids_come_back_as_they_were(tmp_path: Path, classes: int, dtype: str, ignored: int) -> None:
+def test_class_ids_survive_a_round_trip(tmp_path: Path, classes: int, dtype: str, ignored: int) -> None:
     names = [f"c{i}" for i in range(classes)]
     task = Task("t", "multiclass", classes, labels=tuple(names), ignore_index=ignored)
     target = Target("t", task, {name: i for i, name in enumerate(names)})
@@ -111,7 +111,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return config
 
 
-def test_seventy_thousand_classes_are_stored_each_as_its_own(table: Config) -> None:
+def test_seventy_thousand_classes_are_stored_separately(table: Config) -> None:
     folder = locate(table.data.shards)
     manifest = read_manifest(folder)
     (task,) = manifest.description.tasks
@@ -129,11 +129,11 @@ def test_seventy_thousand_classes_are_stored_each_as_its_own(table: Config) -> N
     assert (np.sum(counts, axis=0) == 1).all()
 
 
-def test_what_is_told_of_them_fits_on_a_line(table: Config) -> None:
+def test_notes_on_many_classes_fit_on_a_line(table: Config) -> None:
     found = inspect(table)
     (note,) = found["notes"]
     assert note == (
-        "task number has too little support in train to judge it: classes with fewer than 20 labels "
+        "task number has too few labels in train for a reliable result: classes with fewer than 20 labels "
         f"(0: 1, 1: 1, 2: 1, 3: 1, 4: 1 and {MANY - 5} more)"
     )
     assert all(len(row["classes"]) < 300 for row in found["table"])
@@ -141,7 +141,7 @@ def test_what_is_told_of_them_fits_on_a_line(table: Config) -> None:
     assert (locate(table.data.shards).local / "_inspect.html").stat().st_size < 200_000
 
 
-def test_tasks_of_many_classes_that_differ_are_told_apart_by_what_differs() -> None:
+def test_message_on_tasks_of_many_classes_names_the_differences() -> None:
     names = tuple(map(str, range(MANY)))
     first, second = (Task("t", "multiclass", MANY, labels=labels) for labels in (names, (*names[:-1], "new")))
     with pytest.raises(UserError) as caught:
@@ -153,7 +153,7 @@ def test_tasks_of_many_classes_that_differ_are_told_apart_by_what_differs() -> N
 
 
 @pytest.mark.parametrize("count", [300, MANY])
-def test_every_category_has_a_place_of_its_own(count: int) -> None:
+def test_every_category_has_its_own_feature(count: int) -> None:
     values = [f"v{i}" for i in range(count)]
     features = [
         {"column": "size", "type": "number", "mean": 1.5, "gaps": True},
@@ -169,7 +169,7 @@ def test_every_category_has_a_place_of_its_own(count: int) -> None:
         assert np.array_equal(row, expected)
 
 
-def test_more_values_than_a_category_may_have_are_refused_before_anything_is_stored(table: Config) -> None:
+def test_category_with_too_many_values_is_refused_before_anything_is_stored(table: Config) -> None:
     assert table.source is not None
     options = table.source.options | {
         "tasks": [{"column": "size", "kind": "regression"}], "features": ["number"], "categorical": ["number"],
@@ -211,6 +211,6 @@ def test_a_task_whose_metrics_could_not_be_tracked_is_refused(tmp_path: Path) ->
         build_source("table", str(tmp_path), options).describe()
 
 
-def test_a_picture_of_very_many_tasks_has_fewer_dots() -> None:
+def test_plot_of_many_tasks_has_fewer_dots() -> None:
     assert dots(Figure((5, 5)), 100) == 100
     assert (dots(Figure((400, 400)), 100) * 400) ** 2 <= MOST_PIXELS * 1.001

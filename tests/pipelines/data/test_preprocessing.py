@@ -88,12 +88,12 @@ def test_texts_in_every_form(text):
     assert np.array_equal(prepare(json.loads(json.dumps(text)), notes), expected)
 
 
-def test_the_name_of_padding_in_a_text_is_text(text):
+def test_name_of_the_padding_token_in_a_text_is_text(text):
     assert prepare(text, ["[PAD]"])[0, 0] != 0
 
 
 @pytest.mark.parametrize("note", ["", "  ", None, 3.0])
-def test_what_is_no_text_is_refused(text, note):
+def test_value_that_is_not_a_text_is_refused(text, note):
     with pytest.raises(ValueError, match="row 1: expected a text in column note, got"):
         prepare(text, [{"note": "day"}, {"note": note}])
 
@@ -155,11 +155,11 @@ def test_cell_text(value, text):
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
-def test_a_number_survives_its_text(number):
+def test_number_survives_its_text(number):
     assert cell_number(cell_text(number)) == number
 
 
-def test_it_needs_no_library_of_the_drivers():
+def test_preprocessing_needs_no_library_of_the_drivers():
     row = {"age": 1, "work": "", "dose": 2}
     code = "from pipelines.data.preprocessing import prepare"
     code += f"; prepare({NGRAMS!r}, ['CCO']); prepare({TABLE!r}, {row!r})"

@@ -55,7 +55,7 @@ def sharded(images: Path, raw: Location, tmp_path_factory: pytest.TempPathFactor
     return config, shard(config).manifest
 
 
-def test_shards_made_over_the_network_are_those_made_from_files(
+def test_shards_from_a_bucket_equal_those_from_files(
     sharded: tuple[Config, Manifest], images: Path, tmp_path: Path
 ) -> None:
     local = shard(make_config(images, tmp_path)).manifest
@@ -65,7 +65,7 @@ def test_shards_made_over_the_network_are_those_made_from_files(
     assert shard(sharded[0]).made == 0
 
 
-def test_a_run_in_the_bucket_gives_the_metrics_of_one_on_files(
+def test_run_in_a_bucket_has_the_metrics_of_a_run_on_files(
     sharded: tuple[Config, Manifest], run: tuple[Config, Trained, list[str]], tmp_path: Path
 ) -> None:
     config, done, _ = run
@@ -80,7 +80,7 @@ def test_a_run_in_the_bucket_gives_the_metrics_of_one_on_files(
     assert not any(SECRET.encode() in data for data in written)
 
 
-def test_streamed_from_the_bucket_every_sample_comes_once(sharded: tuple[Config, Manifest]) -> None:
+def test_streaming_from_a_bucket_returns_every_sample_once(sharded: tuple[Config, Manifest]) -> None:
     config, manifest = sharded
     reader = Reader(locate(config.data.shards), manifest, manifest.description.tasks[:1])
     data = StreamData(
@@ -104,7 +104,7 @@ def elsewhere(s3: int, monkeypatch: pytest.MonkeyPatch):
     storage._s3.cache_clear()
 
 
-def test_a_bucket_that_does_not_exist_is_named(images: Path, tmp_path: Path) -> None:
+def test_missing_bucket_is_named(images: Path, tmp_path: Path) -> None:
     place = "s3://no-such-bucket/x"
     for call in (
         lambda: read_manifest(locate(place)),
@@ -116,7 +116,7 @@ def test_a_bucket_that_does_not_exist_is_named(images: Path, tmp_path: Path) -> 
             call()
 
 
-def test_wrong_credentials_are_an_error_that_does_not_show_them(
+def test_error_of_wrong_credentials_does_not_show_them(
     sharded: tuple[Config, Manifest], elsewhere, caplog: pytest.LogCaptureFixture
 ) -> None:
     elsewhere(AWS_SECRET_ACCESS_KEY=WRONG)
@@ -128,9 +128,7 @@ def test_wrong_credentials_are_an_error_that_does_not_show_them(
         assert WRONG not in str(found.value) + caplog.text
 
 
-def test_one_request_in_twenty_that_is_dropped_is_sent_again(
-    images: Path, raw: Location, s3: int, elsewhere, tmp_path: Path
-) -> None:
+def test_dropped_requests_are_sent_again(images: Path, raw: Location, s3: int, elsewhere, tmp_path: Path) -> None:
     with faulty(s3, drop=20) as (road, port):
         elsewhere(**settings(port))
         config = on_s3(make_config(images, tmp_path), "flaky")
@@ -145,7 +143,7 @@ def test_one_request_in_twenty_that_is_dropped_is_sent_again(
     assert read == sum(manifest.rows(split) for split in manifest.shards) == 96
 
 
-def test_a_server_that_is_down_is_an_error_and_not_a_bad_sample(
+def test_unreachable_server_is_an_error_and_not_a_bad_sample(
     sharded: tuple[Config, Manifest], elsewhere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "S3_ATTEMPTS", 2)  # how long to hope is not what is tested
@@ -162,7 +160,7 @@ def test_a_server_that_is_down_is_an_error_and_not_a_bad_sample(
         list(data.train(0, 16))
 
 
-def test_a_sample_whose_file_is_gone_is_in_quarantine_and_in_no_shard(
+def test_sample_without_its_file_is_quarantined_and_in_no_shard(
     images: Path, raw: Location, tmp_path: Path
 ) -> None:
     config = on_s3(make_config(images, tmp_path), "gone", max_bad_fraction=0.1)
@@ -182,9 +180,7 @@ def contents(folder: Location) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in folder.files()}
 
 
-def test_a_bucket_or_folder_that_holds_something_else_is_refused(
-    images: Path, raw: Location, tmp_path: Path
-) -> None:
+def test_bucket_or_folder_with_other_files_is_refused(images: Path, raw: Location, tmp_path: Path) -> None:
     place = locate(f"s3://{BUCKET}/taken")
     (place / "below" / "mine.parquet").write_bytes(b"mine")
     for shards, message in (
@@ -201,7 +197,7 @@ def test_a_bucket_or_folder_that_holds_something_else_is_refused(
         assert contents(place) == {"below/mine.parquet": b"mine"}
 
 
-def test_a_data_set_in_the_bucket_stays_until_the_next_is_there(
+def test_data_set_in_a_bucket_stays_until_the_next_is_complete(
     images: Path, raw: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_this_process(monkeypatch)
@@ -235,7 +231,7 @@ def test_a_data_set_in_the_bucket_stays_until_the_next_is_there(
     }  # fmt: skip
 
 
-def test_a_shard_deleted_cut_off_or_swapped_in_the_bucket_is_found(
+def test_deleted_truncated_or_swapped_shard_in_a_bucket_is_found(
     images: Path, raw: Location, tmp_path: Path
 ) -> None:
     config = on_s3(make_config(images, tmp_path), "damaged")

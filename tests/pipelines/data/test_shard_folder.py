@@ -117,16 +117,16 @@ class TestRefused:
         return found.value
 
     @pytest.mark.parametrize("written", ["{}", "{}/", "{}/../raw", "{}/./.", "."])
-    def test_shards_in_the_place_of_the_raw_data(
+    def test_shards_in_the_folder_of_the_raw_data(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
     ) -> None:
         raw = write_table(tmp_path / "raw" / "machines.parquet").parent
         monkeypatch.chdir(raw)
-        self.refuse(config_of(raw, written.format(raw)), tmp_path, "are the same place")
+        self.refuse(config_of(raw, written.format(raw)), tmp_path, "are the same folder")
         (tmp_path / "link").symlink_to(raw)
-        self.refuse(config_of(tmp_path / "link", written.format(raw)), tmp_path, "are the same place")
+        self.refuse(config_of(tmp_path / "link", written.format(raw)), tmp_path, "are the same folder")
 
-    def test_shards_below_raw_data_that_is_read_however_deep_it_lies(self, tmp_path: Path) -> None:
+    def test_shards_at_any_depth_below_raw_data(self, tmp_path: Path) -> None:
         raw = write_table(tmp_path / "raw" / "deep" / "machines.parquet").parents[1]
         for place in (raw / "shards", raw / "deep" / "shards", raw / "new" / "shards"):
             self.refuse(config_of(raw, place), tmp_path, f"is inside {raw}")
@@ -151,9 +151,7 @@ class TestRefused:
         ],
     )
     @pytest.mark.parametrize("text", ["", "[]", '{"plan": "x", "file": "y"}'])
-    def test_a_folder_that_holds_something_else(
-        self, tmp_path: Path, held: list[str], named: str, text: str
-    ) -> None:
+    def test_folder_with_other_files(self, tmp_path: Path, held: list[str], named: str, text: str) -> None:
         raw = write_table(tmp_path / "raw.parquet")
         for name in held:
             (tmp_path / "taken" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +168,7 @@ class TestRefused:
 
 
 @pytest.mark.parametrize("value", ["", " ", "\t"])
-def test_no_place_at_all_is_a_wrong_configuration(tmp_path: Path, value: str) -> None:
+def test_empty_address_is_a_wrong_configuration(tmp_path: Path, value: str) -> None:
     raw = write_table(tmp_path / "raw.parquet")
     with pytest.raises(UserError, match=r"data\.shards: .*expected a folder or an s3:// address") as found:
         config_of(raw, value)
@@ -181,7 +179,7 @@ def test_no_place_at_all_is_a_wrong_configuration(tmp_path: Path, value: str) ->
         load_config(str(tmp_path / "c.yaml"), (), str(tmp_path / "ray.yaml"))
 
 
-def test_the_command_refuses_it_too(tmp_path: Path) -> None:
+def test_command_refuses_it(tmp_path: Path) -> None:
     raw = write_table(tmp_path / "raw" / "machines.parquet").parent
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values_of(raw, tmp_path / "shards")))
     before = tree(raw)
@@ -190,7 +188,7 @@ def test_the_command_refuses_it_too(tmp_path: Path) -> None:
         [sys.executable, "-m", "pipelines.cli", *words], cwd=raw, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2, done.stderr
-    assert json.loads(done.stdout)["error"]["what"] == "data.shards and source.root are the same place"
+    assert json.loads(done.stdout)["error"]["what"] == "data.shards and source.root are the same folder"
     assert "Traceback" not in done.stderr
     assert tree(raw) == before
 
@@ -204,7 +202,7 @@ class TestJob:
         values["source"]["options"]["file"] = raw.name
         shard(checked(Config, values))
 
-    def test_another_plan_takes_the_place_and_removes_only_the_shards_before(self, tmp_path: Path) -> None:
+    def test_another_plan_replaces_only_the_earlier_shards(self, tmp_path: Path) -> None:
         raw, place = write_table(tmp_path / "raw.parquet"), tmp_path / "shards"
         first = shard(config_of(raw, place))
         assert not (place / JOB).exists()
@@ -234,7 +232,7 @@ class TestJob:
         assert left.keys() == expected
         assert {name: left[name] for name in mine} == mine
 
-    def test_a_refused_job_leaves_the_data_set_and_says_where_its_bad_samples_are(self, tmp_path: Path) -> None:
+    def test_refused_job_keeps_the_data_set_and_names_the_file_of_bad_samples(self, tmp_path: Path) -> None:
         place = tmp_path / "shards"
         good = config_of(write_table(tmp_path / "good.parquet", bad=1), place, max_bad_fraction=0.02)
         first = shard(good)
@@ -253,7 +251,7 @@ class TestJob:
         assert tree(place) == before
 
     @pytest.mark.parametrize("published", [True, False])
-    def test_shards_under_the_names_of_before_are_kept(self, tmp_path: Path, published: bool) -> None:
+    def test_shards_with_earlier_names_are_kept(self, tmp_path: Path, published: bool) -> None:
         config = config_of(write_table(tmp_path / "raw.parquet"), tmp_path / "shards")
         new = shard(config).manifest
         names = old_names(locate(config.data.shards), new.files(), published)
@@ -276,7 +274,7 @@ class TestJob:
     @pytest.mark.parametrize("before", [False, True])
     @pytest.mark.parametrize("torn", [False, True])
     @pytest.mark.parametrize("then", [11, 13])
-    def test_killed_at_any_moment_it_is_finished_or_replaced_and_leaves_nothing(
+    def test_job_killed_at_any_moment_is_completed_or_replaced(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool, torn: bool, then: int
     ) -> None:
         def made(place: Path, rows: int) -> Manifest:
@@ -302,9 +300,7 @@ class TestJob:
             moment += 1
         assert moment > (20 if before else 10)
 
-    def test_a_shard_that_is_gone_before_the_end_is_missed_and_the_data_set_before_stays(
-        self, tmp_path: Path
-    ) -> None:
+    def test_shard_lost_before_the_end_is_an_error_and_the_earlier_data_set_stays(self, tmp_path: Path) -> None:
         raw, place = write_table(tmp_path / "raw.parquet"), tmp_path / "shards"
         first = shard(config_of(raw, place)).manifest
 
@@ -373,7 +369,7 @@ def old_names(folder: Location, files: list[str], published: bool) -> list[str]:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_a_command_that_is_killed_leaves_what_the_next_goes_on_with(images: Path, tmp_path: Path) -> None:
+def test_command_resumes_after_a_kill(images: Path, tmp_path: Path) -> None:
     values = config_values(images, tmp_path, data={"compression": "lz4"})
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
     words = [sys.executable, "-m", "pipelines.cli", "shard", "-c", str(tmp_path / "c.yaml"), "--json"]
@@ -390,7 +386,7 @@ def test_a_command_that_is_killed_leaves_what_the_next_goes_on_with(images: Path
     assert manifest.digest() == manifest_of(tmp_path / "whole", images, compression="lz4")[2].digest()
 
 
-def test_the_hundred_thousandth_shard_is_one_as_the_others() -> None:
+def test_shard_number_one_hundred_thousand_is_valid() -> None:
     described = Description(InputSpec("features", (4,)), (), {"input": Column("float32", (4,))})
     entries = [Entry(f"{i}", "train" if i else "val") for i in range(100_003)]
     data = DataSection(shards="x", rows_per_shard=1)
@@ -402,7 +398,7 @@ def test_the_hundred_thousandth_shard_is_one_as_the_others() -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-def test_shards_are_read_in_the_order_of_the_manifest_whatever_their_names(tmp_path: Path) -> None:
+def test_shards_are_read_in_the_order_of_the_manifest(tmp_path: Path) -> None:
     reader = write_numbers(tmp_path, [3, 3, 3, 3], group_rows=2)
     names = ["99999", "100000", "9", "100001"]
     held: dict[str, list[Shard]] = {}

@@ -36,7 +36,7 @@ class TestJob:
         assert "img003" in reasons["img003"]
         assert "img004" in reasons["img004"]
 
-    def test_run_again_it_keeps_whole_shards_and_makes_what_is_missing(self, images: Path, tmp_path: Path) -> None:
+    def test_second_run_keeps_complete_shards_and_creates_missing_ones(self, images: Path, tmp_path: Path) -> None:
         config = make_config(images, tmp_path)
         first = shard(config)
         folder = locate(config.data.shards)
@@ -48,7 +48,7 @@ class TestJob:
         assert {name: (folder / name).read_bytes() for name in before} == before
         assert second.manifest.digest() == first.manifest.digest()
 
-    def test_other_options_make_other_shards_and_leave_none_of_the_old(self, images: Path, tmp_path: Path) -> None:
+    def test_other_options_replace_all_shards(self, images: Path, tmp_path: Path) -> None:
         shard(make_config(images, tmp_path))
         again = shard(make_config(images, tmp_path, data={"rows_per_shard": 40}))
         folder = locate(str(tmp_path / "shards"))
@@ -57,7 +57,7 @@ class TestJob:
             s.file for shards in again.manifest.shards.values() for s in shards
         )
 
-    def test_what_a_task_could_not_write_is_said_as_what_it_is(self, images: Path, tmp_path: Path) -> None:
+    def test_write_error_of_a_task_keeps_its_message(self, images: Path, tmp_path: Path) -> None:
         config = make_config(images, tmp_path)
         in_the_way = tmp_path / "shards" / shard(config).manifest.shards["train"][1].file
         in_the_way.unlink()
@@ -65,7 +65,7 @@ class TestJob:
         with pytest.raises(UserError, match="cannot write") as found:
             shard(config)
         assert found.value.where == str(in_the_way)
-        assert "disk with room" in found.value.remedy
+        assert "disk with free space" in found.value.remedy
 
     def test_too_many_bad_samples_stop_it_without_a_manifest(self, tmp_path: Path) -> None:
         raw = write_images(tmp_path / "raw")
@@ -75,7 +75,7 @@ class TestJob:
         with pytest.raises(UserError, match=r"\d of 96 samples cannot be used so far") as found:
             shard(config)
         assert "max_bad_fraction" in found.value.remedy
-        assert Path(found.value.where).read_text().count("there is no such file") > 1
+        assert Path(found.value.where).read_text().count("no such file") > 1
         assert not (locate(config.data.shards) / FILE).exists()
 
 
@@ -111,7 +111,7 @@ def test_rows_of_a_shard_follow_from_their_size() -> None:
     assert rows(4) == 8192
 
 
-def test_value_of_another_shape_than_described_is_our_error(tmp_path: Path) -> None:
+def test_value_of_another_shape_than_described_is_an_internal_error(tmp_path: Path) -> None:
     description = Description(InputSpec("features", (2,)), (), {"input": Column("float32", (2,))})
     with pytest.raises(ValueError, match=r"column input: expected float32 \(2,\), got float32 \(3,\)"):
         table_of(description, [("a", {"input": np.zeros(3, np.float32)})])
@@ -149,7 +149,7 @@ def test_manifest_survives_the_round_trip(images: Path, tmp_path: Path) -> None:
     [
         (lambda p, _: p.unlink(), "is missing"),
         (lambda p, _: p.write_bytes(p.read_bytes()[:-1]), "bytes, the manifest says"),
-        (lambda p, _: p.write_bytes(p.read_bytes()[:-1] + b"x"), "does not have the checksum"),
+        (lambda p, _: p.write_bytes(p.read_bytes()[:-1] + b"x"), "has another checksum"),
         (lambda p, other: p.write_bytes(other.read_bytes()), "train-00000-"),
     ],
 )
@@ -163,7 +163,7 @@ def test_damaged_shard_is_named_before_training(images: Path, tmp_path: Path, da
     assert names[0] in found.value.what
 
 
-def test_folder_without_manifest_or_of_another_schema_is_no_dataset(images: Path, tmp_path: Path) -> None:
+def test_folder_without_manifest_or_with_another_schema_is_not_a_data_set(images: Path, tmp_path: Path) -> None:
     _, folder, _ = manifest_of(tmp_path, images)
     values = (folder / FILE).read_json()
     (folder / FILE).write_json(values | {"schema_version": 99})

@@ -37,7 +37,7 @@ def test_sums_of_parts_are_the_sums_of_the_whole() -> None:
     assert whole["values"] == seen.size
 
 
-def test_classes_are_counted_without_the_ignored_one() -> None:
+def test_classes_are_counted_without_the_ignored_class() -> None:
     task = Task("seg", "dense_classification", 3, ignore_index=0)
     assert label_sums(task, [np.array([[0, 1], [1, 2]], np.uint8)], [None])["classes"] == [0, 2, 1]
 
@@ -49,7 +49,7 @@ def test_classes_are_counted_without_the_ignored_one() -> None:
         (Task("m", "multiclass", 3), [np.uint8(2)] * 3, "every label is class 2"),
         (Task("r", "regression"), [np.float32(4.5)] * 3, "every value is 4.5"),
         (Task("d", "dense_regression"), [np.full((2, 2), 255, np.uint16)] * 2, "every value is 255"),
-        (Task("n", "binary"), [None, None], "it has no label at all"),
+        (Task("n", "binary"), [None, None], "it has no label"),
         (Task("ok", "regression"), [np.float32(1), np.float32(2)], ""),
         (Task("nan", "regression"), [np.float32(1), np.float32("nan")], "every value is 1"),
     ],
@@ -66,7 +66,7 @@ def test_thin_support_names_the_classes() -> None:
     assert thin_support(task, sums, 1) == ""
 
 
-def test_channels_are_summed_apart_and_merged() -> None:
+def test_channels_are_summed_separately_and_merged() -> None:
     task = Task("bend", "dense_regression", 2, offset=(100.0, 50.0), scale=(10.0, 2.0))
     rng = np.random.default_rng(0)
     labels = [rng.integers(0, 200, (3, 3, 2)).astype(np.uint8) for _ in range(4)]
@@ -82,7 +82,7 @@ def test_channels_are_summed_apart_and_merged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("others", "said"),
+    ("others", "message"),
     [
         ([0, 1] * 100, ""),
         ([0] * 20 + [1] * 180, "class 1 has 90.0%, in train 50.0%"),
@@ -90,10 +90,10 @@ def test_channels_are_summed_apart_and_merged() -> None:
         ([None] * 50, ""),
     ],
 )
-def test_drift_of_a_flag(others: list[int | None], logged: str) -> None:
+def test_drift_of_a_flag(others: list[int | None], message: str) -> None:
     task = Task("b", "binary")
     train, other = (
         label_sums(task, [None if x is None else np.uint8(x) for x in values], [None] * len(values))
         for values in ([0, 1] * 100, others)
     )
-    assert drift(task, train, other) == logged
+    assert drift(task, train, other) == message

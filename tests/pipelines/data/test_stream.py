@@ -18,7 +18,7 @@ from dmtg_core import Batch, GroupingNetwork, fit
 from dmtg_core.training.checkpoint import load_network
 from dmtg_core.training.context import LocalContext
 from pipelines.data.reader import Reader
-from pipelines.data.stream import Deal, StreamData
+from pipelines.data.stream import Division, StreamData
 from pipelines.errors import UserError
 from tests.dmtg_core import parallel, samples
 from tests.pipelines.shard_files import streamed, train_streamed, write_arrays, write_numbers
@@ -93,7 +93,7 @@ def test_global_batches_are_the_same_for_any_number_of_workers(
     workers=st.lists(st.integers(1, 4), min_size=3, max_size=3),
     share=st.floats(0, 1),
 )
-def test_a_run_begun_with_some_workers_goes_on_with_others(
+def test_run_resumes_with_another_number_of_workers(
     numbered: Numbered, group_rows, shuffle, batch_size, workers, share
 ):
     reader = numbered((33, 20, 17), group_rows)
@@ -106,7 +106,7 @@ def test_a_run_begun_with_some_workers_goes_on_with_others(
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_a_batch_draws_on_as_many_row_groups_as_are_mixed(numbered: Numbered, world_size: int):
+def test_batch_draws_from_all_row_groups_that_are_shuffled_together(numbered: Numbered, world_size: int):
     reader = numbered((80,) * 8, 10)
     for batch in together(crew(reader, 80, world_size), 0, 32):
         groups = Counter(i // 10 for i in batch)
@@ -122,7 +122,7 @@ def test_the_order_depends_on_seed_and_epoch(numbered: Numbered):
     assert len(orders) == 9
 
 
-def test_no_two_windows_are_mixed_alike(numbered: Numbered):
+def test_no_two_windows_have_the_same_order(numbered: Numbered):
     (worker,) = crew(numbered((64,), 8), 16, 1)
     orders = []
     for epoch in range(3):
@@ -149,21 +149,21 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter:
 @example(24, 8, 2)
 @example(25, 8, 4)
 @example(26, 12, 6)
-def test_every_sample_of_a_batch_is_dealt_to_one_worker(size: int, streams: int, workers: int):
+def test_every_sample_of_a_batch_has_exactly_one_worker(size: int, streams: int, workers: int):
     assume(max(streams, workers) <= size)
-    deals = [Deal(streams, rank, workers) for rank in range(workers)]
-    parts = np.diff(deals[0].ends(np.array([size])))
-    portions = np.array([deal.portions(size) for deal in deals])  # (workers, streams, 3)
+    divisions = [Division(streams, rank, workers) for rank in range(workers)]
+    parts = np.diff(divisions[0].ends(np.array([size])))
+    portions = np.array([division.portions(size) for division in divisions])  # (workers, streams, 3)
     assert portions.min() >= 0
     assert (portions.sum(axis=2) == parts).all()
     assert (portions[:, :, 1].sum(axis=0) == parts).all()
     assert portions[:, :, 1].sum(axis=1).tolist() == [
         len(x) for x in np.split(np.arange(size), cuts(size, workers))
     ]
-    own = [stream for deal in deals for stream in deal.own(np.array([size]))]
+    own = [stream for division in divisions for stream in division.own(np.array([size]))]
     if streams % workers == 0:
         assert own == list(range(streams))
-    assert len(own) <= streams + workers - 1  # a stream is shared only where two workers meet
+    assert len(own) <= streams + workers - 1  # only streams at a boundary of two workers are shared
 
 
 def cuts(size: int, workers: int) -> list[int]:
@@ -171,7 +171,7 @@ def cuts(size: int, workers: int) -> list[int]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_a_worker_reads_its_streams_alone(numbered: Numbered, monkeypatch, world_size: int):
+def test_worker_reads_only_its_own_streams(numbered: Numbered, monkeypatch, world_size: int):
     reader = numbered((80,) * 4, 5)  # 64 row groups in 8 streams
     read = counted(monkeypatch)
     for worker in crew(reader, 40, world_size):
@@ -182,7 +182,7 @@ def test_a_worker_reads_its_streams_alone(numbered: Numbered, monkeypatch, world
         assert 64 / world_size <= read.total() - before <= 2 * (64 + 8) / world_size
 
 
-def test_what_was_read_ahead_over_the_end_of_an_epoch_is_used(numbered: Numbered, monkeypatch):
+def test_samples_read_ahead_beyond_an_epoch_are_used(numbered: Numbered, monkeypatch):
     reader = numbered((80,) * 4, 5)
     read = counted(monkeypatch)
     (worker,) = crew(reader, 40, 1)
@@ -194,7 +194,7 @@ def test_what_was_read_ahead_over_the_end_of_an_epoch_is_used(numbered: Numbered
     assert read.total() == 4 * (64 + 64) + 8 + 8
 
 
-def test_of_a_small_set_no_more_than_an_epoch_is_read_ahead(numbered: Numbered, monkeypatch):
+def test_small_data_set_is_read_ahead_by_at_most_an_epoch(numbered: Numbered, monkeypatch):
     read = counted(monkeypatch)
     (worker,) = crew(numbered((20,), 5), 10_000, 1)
     list(worker.train(0, 20))
@@ -204,7 +204,7 @@ def test_of_a_small_set_no_more_than_an_epoch_is_read_ahead(numbered: Numbered, 
 
 @pytest.mark.parametrize("group_rows", [4, 16, 64])  # 32 streams, 8, and 2
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_memory_is_bounded_by_what_is_mixed(numbered: Numbered, group_rows: int, world_size: int):
+def test_memory_is_bounded_by_the_shuffle_size(numbered: Numbered, group_rows: int, world_size: int):
     reader = numbered((512, 512, 512), group_rows, 1024)
     mixed = 128 * reader.row_bytes()
     for worker in crew(reader, 128, world_size):
@@ -230,7 +230,7 @@ def test_evaluation_sees_every_sample_on_one_worker(numbered: Numbered, world_si
         list(zip(*(worker.train(0, 8) for worker in workers), strict=True))
 
 
-def test_more_workers_than_streams_are_told_what_to_raise(numbered: Numbered, caplog: pytest.LogCaptureFixture):
+def test_warning_for_too_few_streams_names_the_setting(numbered: Numbered, caplog: pytest.LogCaptureFixture):
     reader = numbered((80,) * 4, 5)
     crew(reader, 20, 4)
     assert not caplog.text
@@ -248,7 +248,7 @@ SETTINGS = replace(parallel.SETTINGS, epochs=3, checkpoint_every=2)
 SHUFFLE_ROWS = 20  # five streams, which neither of two workers can have for itself
 
 
-def test_one_worker_and_two_give_the_same_weights_also_when_one_goes_on_for_the_other(tmp_path: Path):
+def test_one_and_two_workers_have_the_same_weights_also_after_a_resume(tmp_path: Path):
     spec = parallel.spec_for("gumbel")
     train, val = (samples.arrays(spec.input, spec.tasks, 61, seed=i, missing=0.3) for i in range(2))
     reader = write_arrays(tmp_path, spec.input, spec.tasks, {"train": [train], "val": [val]}, group_rows=4)

@@ -241,7 +241,7 @@ class TestUnreachable:
         values = yaml.safe_load((folder / "config.yaml").read_text())
         values["data"]["shards"] = "gone"
         (folder / "config.yaml").write_text(yaml.safe_dump(values))
-        with pytest.raises(UserError, match="no dataset here") as caught:
+        with pytest.raises(UserError, match="no data set here") as caught:
             register_run(str(folder))
         assert "data.shards is relative" in caught.value.remedy
         note = json.loads((folder / tracking.TRACKING).read_text())

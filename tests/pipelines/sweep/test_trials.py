@@ -15,7 +15,7 @@ import yaml
 from dmtg_core import Task
 from pipelines.cluster import sweep_cpus, trials_at_once
 from pipelines.config.loading import Config, load_config
-from pipelines.config.sections import RaySection
+from pipelines.config.ray_section import RaySection
 from pipelines.errors import UserError
 from pipelines.storage import locate
 from pipelines.sweep.page import verdict, write_page

@@ -57,7 +57,7 @@ def test_the_run_folder_has_all_files_and_records(run) -> None:
 def test_every_epoch_and_tasks_with_low_support_are_logged(run) -> None:
     _, _, logged = run
     assert sum("epoch" in line and "score" in line for line in logged) == 8
-    assert any(line.startswith("note: task colour has too little support in val") for line in logged)
+    assert any(line.startswith("note: task colour has too few labels in val") for line in logged)
 
 
 def test_registered_models_predict_what_the_models_of_the_run_predict(run) -> None:

@@ -1,4 +1,4 @@
-"""What stands in a room: furniture by class, in the materials of a building, and which of it goes together."""
+"""Furniture: pieces of each class in the materials of a building, and the themes that combine them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipelines.data.sources.rooms.render import (
+from pipelines.data.sources.rooms.solids import (
     CHECKER,
     CLOUDS,
     PLANKS,
@@ -26,7 +26,7 @@ from pipelines.data.sources.rooms.render import (
 
 @dataclass(frozen=True)
 class Style:
-    """What the rooms of a building share."""
+    """The materials that the rooms of a building share."""
 
     floor: Material
     walls: Material
@@ -87,7 +87,7 @@ def _microwave(rng: np.random.Generator, style: Style) -> list[Solid]:
 class Piece:
     """A piece of furniture against a wall at y = 0, centred on x = 0, on the floor at z = 0.
 
-    `tops` are places for small things, with those that may stand there.
+    `tops` are positions for small things, each with the things that may stand there.
     """
 
     solids: list[Solid]
@@ -98,7 +98,7 @@ class Piece:
 
 
 def draw_style(rng: np.random.Generator) -> Style:
-    """The materials of a building."""
+    """Draw the materials of a building."""
     wood = paint(rng, rng.uniform(0.05, 0.1), 0.5, rng.uniform(0.4, 0.75), PLANKS, 0.12, 0.1, 0.6)
     floors = (
         replace(wood, scale=rng.uniform(0.12, 0.2)),
@@ -304,7 +304,7 @@ def _clock(rng: np.random.Generator, style: Style) -> Piece:
 
 
 def _window(rng: np.random.Generator, style: Style) -> Piece:
-    """Bright sky without a depth or a class, in a white frame."""
+    """A bright sky without depth and class, in a white frame."""
     w, h = rng.uniform(0.35, 0.7), rng.uniform(0.7, 1.0)
     sky = replace(paint(rng, 0.58, 0.3, 1.0, CLOUDS, 0.7, 0.0, 0.8), glow=True)
     bars = ((-0.02, 0.02), (-w - 0.05, -w), (w, w + 0.05))
@@ -326,7 +326,7 @@ def _picture(rng: np.random.Generator, style: Style) -> Piece:
 
 
 def _dining(rng: np.random.Generator, style: Style) -> Piece:
-    """A table with chairs on its long sides, all of one kind."""
+    """A table with equal chairs on its long sides."""
     table, chair = _table(rng, style), _chair(rng, style)
     gap, solids = chair.depth - rng.uniform(0.0, 0.2), [*table.solids]
     for x in (-0.25 * table.width, 0.25 * table.width):
@@ -339,7 +339,7 @@ def _dining(rng: np.random.Generator, style: Style) -> Piece:
 
 _Maker = Callable[[np.random.Generator, Style], Piece]
 
-# what stands against the walls, the first ones first; what hangs on them; what stands in the middle
+# furniture along the walls, in order of placement; furniture on the walls; furniture in the middle
 THEMES: Sequence[tuple[Sequence[_Maker], Sequence[_Maker], Sequence[_Maker]]] = (
     (
         (_couch, _stand, _bookcase, _plant, _chair, _plant, _couch),
@@ -365,7 +365,7 @@ THEMES: Sequence[tuple[Sequence[_Maker], Sequence[_Maker], Sequence[_Maker]]] = 
 
 
 def moved(solids: Sequence[Solid], offset: Vector, yaw: float) -> list[Solid]:
-    """The solids turned about the vertical through their origin, then shifted."""
+    """The solids, turned about the vertical through their origin and then shifted."""
     cos, sin = math.cos(yaw), math.sin(yaw)
     return [
         replace(

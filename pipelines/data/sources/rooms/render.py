@@ -1,128 +1,46 @@
-"""Draws a scene of simple solids: the picture and the exact answers for every pixel.
+"""Renderer of a scene of simple solids: the picture and the exact labels of every pixel.
 
 World: metres, x and y on the floor, z up. Camera: x right, y up, z towards the viewer. Every solid is a unit
-cube, ball or cylinder that was stretched, turned about the vertical and moved, so a ray meets all three in the
-unit frame and needs one test a shape. All rays of a picture are tested at once.
+cube, ball or cylinder that is stretched, turned about the vertical and moved. A ray is therefore tested in the
+unit frame of the solid, with one test for each shape. All rays of a picture are tested at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from colorsys import hsv_to_rgb
-from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
 from pipelines.data.sources.images import to_integers
-from pipelines.data.sources.taskonomy.source import CLASSES
+from pipelines.data.sources.rooms.solids import (
+    BALL,
+    CHECKER,
+    CLOUDS,
+    CYLINDER,
+    PLANKS,
+    STRIPES,
+    TILES,
+    Scene,
+    Solid,
+    Vector,
+)
 
-BOX, BALL, CYLINDER = 0, 1, 2
-PLAIN, CHECKER, STRIPES, TILES, PLANKS, CLOUDS = range(6)
+UNITS_PER_METRE = 512  # unit of a depth value
+NOTHING = 65535  # depth of a pixel without a surface
 
-UNITS_PER_METRE = 512  # of a depth value
-NOTHING = 65535  # depth where there is no surface
-
-Pair = tuple[float, float]
-Vector = tuple[float, float, float]
-
-# Chosen so that the mean and deviation of the two responses come near those of Taskonomy's files
+# With these gains the mean and the deviation of the two responses are near those of Taskonomy's files
 # (keypoints 50 and 100, edges 718 and 1070).
 _KEYPOINT_GAIN = 40.0
 _EDGE_GAIN = 115.0
 
-# strengths without unit, the reach in metres squared
+# strengths have no unit; the reach is in metres squared
 _LAMP, _LAMP_REACH, _AROUND, _FILL, _GLOW = 1.9, 4.0, 0.29, 0.16, 2.5
 _FAR, _TINY = np.float32(1e6), np.float32(1e-9)
 
 
-@dataclass(frozen=True)
-class Material:
-    """How a surface looks: two colours (red, green, blue in 0..1 as displayed) mixed by a pattern.
-
-    `scale` is the size of the pattern in metres, `gloss` the strength of the highlight; a surface that glows
-    shows its colour whatever the light.
-    """
-
-    colour: Vector
-    second: Vector
-    pattern: int = PLAIN
-    scale: float = 0.3
-    gloss: float = 0.0
-    glow: bool = False
-
-
-@dataclass(frozen=True)
-class Solid:
-    """A box, ball or cylinder: centre and half sizes in metres, turned by `yaw` about the vertical.
-
-    `label` is its class id; where it is a `hole`, depth is `NOTHING`.
-    """
-
-    shape: int
-    centre: Vector
-    half: Vector
-    material: Material
-    label: int
-    yaw: float = 0.0
-    hole: bool = False
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A room of the inner size `size` with a corner at the origin, and a camera in it.
-
-    `shell` are the walls at x = 0 and at its end, the same for y, the floor and the ceiling. `lamp` is a solid
-    that glows; the light comes from its centre. `pieces` are solids that belong together, in any order.
-    """
-
-    size: Vector
-    shell: Sequence[Solid]
-    lamp: Solid
-    pieces: Sequence[Sequence[Solid]]
-    eye: Vector
-    target: Vector
-    tangent: float  # of half the field of view
-
-
-def paint(
-    rng: np.random.Generator,
-    hue: float,
-    saturation: float,
-    value: float,
-    pattern: int = CLOUDS,
-    scale: float = 0.4,
-    gloss: float = 0.0,
-    contrast: float = 0.85,
-) -> Material:
-    """A colour near the given one, and that colour `contrast` times as bright as the second one."""
-    hue = (hue + rng.normal(0, 0.025)) % 1
-    saturation = min(max(saturation + rng.normal(0, 0.06), 0), 1)
-    value = min(max(value + rng.normal(0, 0.05), 0.06), 1)
-    first, second = (hsv_to_rgb(hue, saturation, min(v, 1)) for v in (value, value * contrast))
-    return Material(first, second, pattern, scale, gloss)
-
-
-def block(name: str, material: Material, x: Pair, y: Pair, z: Pair, yaw: float = 0.0) -> Solid:
-    """A box of the class `name`, from its ends along each axis."""
-    middle = ((x[0] + x[1]) / 2, (y[0] + y[1]) / 2, (z[0] + z[1]) / 2)
-    half = ((x[1] - x[0]) / 2, (y[1] - y[0]) / 2, (z[1] - z[0]) / 2)
-    return Solid(BOX, middle, half, material, CLASSES.index(name), yaw)
-
-
-def post(name: str, material: Material, x: float, y: float, z: Pair, radius: float) -> Solid:
-    """An upright cylinder of the class `name`."""
-    half = (radius, radius, (z[1] - z[0]) / 2)
-    return Solid(CYLINDER, (x, y, (z[0] + z[1]) / 2), half, material, CLASSES.index(name))
-
-
-def ball(name: str, material: Material, centre: Vector, half: Vector) -> Solid:
-    """A ball of the class `name`, stretched to its half sizes."""
-    return Solid(BALL, centre, half, material, CLASSES.index(name))
-
-
 class _Solids:
-    """The solids of a scene as arrays, one entry a solid."""
+    """The solids of a scene as arrays with one entry for each solid."""
 
     def __init__(self, solids: Sequence[Solid]) -> None:
         materials = [solid.material for solid in solids]
@@ -132,7 +50,7 @@ class _Solids:
         self.half = np.array([s.half for s in solids], np.float32)
         self.label = np.array([s.label for s in solids], np.uint8)
         self.hole = np.array([s.hole for s in solids])
-        # display values squared are near enough to light, and cheap to undo
+        # the square of a display value approximates linear light and is cheap to invert
         self.colour = np.array([m.colour for m in materials], np.float32).T ** 2
         self.second = np.array([m.second for m in materials], np.float32).T ** 2
         self.pattern = np.array([m.pattern for m in materials])
@@ -147,21 +65,21 @@ class _Solids:
         self.to_unit = (turn / self.half[:, :, None]).astype(np.float32)
 
     def ball(self, group: range) -> tuple[np.ndarray, float]:
-        """Centre and radius of a ball round some of the solids."""
+        """Centre and radius of a ball that encloses a group of solids."""
         centre, radius = self.centre[group.start : group.stop], self.radius[group.start : group.stop]
         middle = ((centre - radius[:, None]).min(0) + (centre + radius[:, None]).max(0)) / 2
         return middle, float((np.sqrt(((centre - middle) ** 2).sum(1)) + radius).max())
 
 
 def render(scene: Scene, resolution: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """The picture of a scene and its labels, in Taskonomy's encodings.
+    """Render a scene: its picture and its labels, in Taskonomy's encodings.
 
     A pixel's labels are those of the ray through its centre. Its colour is a weighted mean over that ray and
     its eight neighbours at half a pixel's distance, so that edges are smooth.
 
     Returns:
         By task: rgb and normal uint8 (R, R, 3); segment_semantic uint8 (R, R); depth_zbuffer, keypoints2d and
-        edge_texture uint16 (R, R). Where depth is `NOTHING` (a window), the normal is that of the pane.
+        edge_texture uint16 (R, R). If the depth is `NOTHING` (a window), the normal is that of the pane.
     """
     side = 2 * resolution + 1
     solids = _Solids([*scene.shell, scene.lamp, *(solid for piece in scene.pieces for solid in piece)])
@@ -188,7 +106,7 @@ def render(scene: Scene, resolution: int, rng: np.random.Generator) -> dict[str,
 
 
 def _camera_axes(scene: Scene) -> np.ndarray:
-    """The camera's right, up and forward in the world: rows of a (3, 3)."""
+    """Right, up and forward directions of the camera in the world: the rows of a (3, 3)."""
     forward = np.subtract(scene.target, scene.eye)
     forward /= np.linalg.norm(forward)
     right = np.cross(forward, (0.0, 0.0, 1.0))
@@ -197,7 +115,7 @@ def _camera_axes(scene: Scene) -> np.ndarray:
 
 
 def _rays(axes: np.ndarray, tangent: float, side: int) -> np.ndarray:
-    """(3, side²) directions whose part along the optical axis is 1, so that ray length is z-buffer depth.
+    """(3, side²) directions whose component along the optical axis is 1, so that ray length is z-buffer depth.
 
     The grid is half a pixel wide: pixel centres are at odd rows and columns, corners at even ones.
     """
@@ -207,7 +125,7 @@ def _rays(axes: np.ndarray, tangent: float, side: int) -> np.ndarray:
 
 
 def _leave_room(size: Vector, eye: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where rays from inside the room meet its shell: (N,) distance and (N,) index of the wall."""
+    """Intersections of rays from inside the room with its shell: (N,) distance and (N,) index of the wall."""
     up = rays > 0
     ends = np.where(up, np.array(size, np.float32)[:, None], 0)
     reach = (ends - eye[:, None]) / np.where(rays == 0, _TINY, rays)
@@ -217,7 +135,7 @@ def _leave_room(size: Vector, eye: np.ndarray, rays: np.ndarray) -> tuple[np.nda
 
 
 def _groups(scene: Scene, *, with_lamp: bool) -> list[range]:
-    """Indices of the solids of each piece, as `render` numbers them; the lamp throws no shadow of its own."""
+    """Indices of the solids of each piece, as `render` numbers them; the lamp itself casts no shadow."""
     first = len(scene.shell)
     groups = [range(first, first + 1)]
     for piece in scene.pieces:
@@ -237,11 +155,11 @@ def _cast(
 
     Args:
         solids: All solids.
-        groups: Indices of the solids to test, those that are near each other together.
+        groups: Indices of the solids to test; neighbouring solids are in one group.
         origin: (3,).
-        rays: (3, N), of any length; distances are in their units.
-        reach: (N,) where each ray ends, changed in place.
-        index: (N,) the solid it ends at, changed in place.
+        rays: (3, N), of any length; distances are multiples of this length.
+        reach: (N,) distance at which each ray ends, changed in place.
+        index: (N,) solid at which each ray ends, changed in place.
     """
     unit = rays / np.sqrt((rays * rays).sum(0))
     for group in groups:
@@ -259,7 +177,7 @@ def _cast(
 
 
 def _near(unit: np.ndarray, centre: np.ndarray, radius: float, origin: np.ndarray) -> np.ndarray:
-    """Indices of the rays that may pass through a ball: the exact tests are needed only for them."""
+    """Indices of the rays that may pass through a ball; only these need the exact tests."""
     towards = centre - origin
     distance = np.sqrt(towards @ towards)
     if distance <= radius:
@@ -268,7 +186,7 @@ def _near(unit: np.ndarray, centre: np.ndarray, radius: float, origin: np.ndarra
 
 
 def _interval(shape: int, start: np.ndarray, ray: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where rays enter and leave a convex unit shape: (N,) each, enter > leave for a miss."""
+    """Distances at which rays enter and leave a convex unit shape: (N,) each, enter > leave for a miss."""
     ray = np.where(np.abs(ray) < _TINY, _TINY, ray)
     if shape == BALL:
         return _round(start, ray)
@@ -282,7 +200,7 @@ def _interval(shape: int, start: np.ndarray, ray: np.ndarray) -> tuple[np.ndarra
 
 
 def _round(start: np.ndarray, ray: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where rays enter and leave |x| ≤ 1, in two or three dimensions."""
+    """Distances at which rays enter and leave |x| ≤ 1, in two or three dimensions."""
     a, b, c = (ray * ray).sum(0), start @ ray, start @ start - 1
     inside = b * b - a * c
     root = np.sqrt(np.maximum(inside, 0))
@@ -296,7 +214,7 @@ def _surface(solids: _Solids, index: np.ndarray, points: np.ndarray) -> tuple[np
     shape = solids.shape[index]
     size = np.abs(at)
     side = np.sqrt(at[0] ** 2 + at[1] ** 2)
-    # the face of a box is where the coordinate is largest; a cylinder has its caps and its side
+    # the largest coordinate selects the face of a box; a cylinder has two caps (axis 2) and a side (axis 3)
     axis = np.where(shape == CYLINDER, np.where(size[2] > side, 2, 3), size.argmax(0))
     gradient = np.where(axis == np.arange(3)[:, None], np.sign(at), 0).astype(np.float32)
     wound = (shape == BALL) | (axis == 3)
@@ -314,9 +232,9 @@ def _surface(solids: _Solids, index: np.ndarray, points: np.ndarray) -> tuple[np
 def _albedo(
     solids: _Solids, index: np.ndarray, u: np.ndarray, v: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """The colour of each point before light: (3, N)."""
+    """The colour of each point before lighting: (3, N)."""
     table = rng.random((64, 64), np.float32)
-    # no two solids show the same piece of a pattern
+    # every solid shows a different part of the pattern
     shift = (rng.random(len(solids.shape), np.float32) * 40)[index]
     u, v = u / solids.scale[index], v / solids.scale[index]
     pattern, mix = solids.pattern[index], np.zeros_like(u)
@@ -363,7 +281,7 @@ def _shade(
     to_eye: np.ndarray,
     albedo: np.ndarray,
 ) -> np.ndarray:
-    """Light that leaves each point towards the eye: a lamp with shadows, light from all round, a highlight."""
+    """Light from each point to the eye: a lamp with shadows, ambient light, fill light and a highlight."""
     lamp = np.array(scene.lamp.centre, np.float32)
     to_lamp = lamp[:, None] - points
     square = (to_lamp * to_lamp).sum(0)
@@ -384,7 +302,7 @@ def _shade(
 
 
 def _in_sight(scene: Scene, solids: _Solids, lamp: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(N,) True where nothing is between the lamp and the point."""
+    """(N,) True for a point with no solid between it and the lamp."""
     blocker = np.full(points.shape[1], -1)
     reach = np.ones(points.shape[1], np.float32)
     _cast(solids, _groups(scene, with_lamp=False), lamp, points - lamp[:, None], reach, blocker)
@@ -392,14 +310,14 @@ def _in_sight(scene: Scene, solids: _Solids, lamp: np.ndarray, points: np.ndarra
 
 
 def _openness(size: Vector, points: np.ndarray, normal: np.ndarray) -> np.ndarray:
-    """How much of the light from all round reaches a point: less in the corners of the room."""
+    """Share of the ambient light that reaches a point: less in the corners of the room."""
     inner = np.array(size, np.float32)[:, None]
     gap = np.maximum(np.minimum(points, inner - points), 0)
     return (1 - 0.4 * np.exp(-gap / 0.35) * (1 - np.abs(normal))).prod(0)
 
 
 def _develop(light: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Light on the half-pixel grid (3, 2R + 1, 2R + 1) to a picture, uint8 (R, R, 3), with a sensor's noise."""
+    """Convert light on the half-pixel grid (3, 2R + 1, 2R + 1) to a picture with sensor noise, uint8 (R, R, 3)."""
     rows = (light[:, :-2:2] + 2 * light[:, 1:-1:2] + light[:, 2::2]) / 4
     pixels = (rows[..., :-2:2] + 2 * rows[..., 1:-1:2] + rows[..., 2::2]) / 4
     shown = 255 * np.sqrt(1 - np.exp(-1.25 * pixels)) + rng.normal(0, 1.5, pixels.shape).astype(np.float32)
@@ -409,9 +327,9 @@ def _develop(light: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def responses(picture: np.ndarray) -> dict[str, np.ndarray]:
     """Keypoint and edge strength of a picture, from its brightness alone.
 
-    Keypoints: the scale-normalised determinant of the Hessian at σ = 1.5, which SURF approximates (Bay et al.,
-    ECCV 2006), where it is positive; its root, so that it is proportional to contrast. Edges: the gradient's
-    magnitude at σ = 1.
+    Keypoints: the square root of the scale-normalised determinant of the Hessian at σ = 1.5, which SURF
+    approximates (Bay et al., ECCV 2006), and 0 where the determinant is negative. The root makes it proportional
+    to the contrast. Edges: the magnitude of the gradient at σ = 1.
 
     Args:
         picture: uint8 (H, W, 3).
@@ -421,7 +339,7 @@ def responses(picture: np.ndarray) -> dict[str, np.ndarray]:
     """
     grey = picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     sigma = 1.5
-    # kernels that end at the usual 4σ answer to plain brightness
+    # kernels that are cut off at the usual 4σ respond to constant brightness
     rr, cc, rc = (ndimage.gaussian_filter(grey, sigma, order, truncate=5.0) for order in ((2, 0), (0, 2), (1, 1)))
     keypoints = _KEYPOINT_GAIN * sigma**2 * np.sqrt(np.maximum(rr * cc - rc * rc, 0))
     edges = _EDGE_GAIN * ndimage.gaussian_gradient_magnitude(grey, 1.0)

@@ -1,4 +1,4 @@
-"""A furnished room: where its pieces go, and a camera that looks across it."""
+"""Furnished rooms: the positions of the furniture, and a camera that looks across the room."""
 
 from __future__ import annotations
 
@@ -9,40 +9,33 @@ from dataclasses import replace
 import numpy as np
 
 from pipelines.data.sources.rooms.furniture import THEMES, Piece, Style, draw_style, moved
-from pipelines.data.sources.rooms.render import (
-    Scene,
-    Solid,
-    Vector,
-    ball,
-    block,
-    paint,
-    render,
-)
+from pipelines.data.sources.rooms.render import render
+from pipelines.data.sources.rooms.solids import Scene, Solid, Vector, ball, block, paint
 
 
 def render_scene(
     seed: int | Sequence[int], resolution: int, style: int | Sequence[int] = 0
 ) -> dict[str, np.ndarray]:
-    """One room with its labels: see `rooms_render.render` for the arrays.
+    """Render one room with its labels; see `rooms.render.render` for the arrays.
 
     Args:
-        seed: Of the room, its furniture and the camera.
-        resolution: Pixels a side.
-        style: Seed of what all rooms of a building share.
+        seed: Seed of the room, its furniture and the camera.
+        resolution: Pixels of a side.
+        style: Seed of the style that all rooms of a building share.
     """
     rng = np.random.default_rng(seed)
     return render(_scene(rng, draw_style(np.random.default_rng(style))), resolution, rng)
 
 
 class _Room:
-    """An empty room that is furnished piece by piece, without pieces that meet or that block the camera."""
+    """A room that is furnished piece by piece; pieces neither overlap nor block the camera."""
 
     def __init__(self, rng: np.random.Generator, style: Style) -> None:
         self.rng, self.style = rng, style
         self.size = (rng.uniform(2.8, 4.4), rng.uniform(2.8, 4.4), rng.uniform(2.3, 2.7))
         self.pieces: list[list[Solid]] = []
         self.taken: list[tuple[np.ndarray, np.ndarray]] = []  # lowest and highest corner of each piece
-        self.behind = int(rng.integers(4))  # the wall at the camera's back
+        self.behind = int(rng.integers(4))  # the wall behind the camera
         reach = self.size[1 - self.behind % 2]
         self.eye = self.at(self.behind, rng.uniform(-0.35, 0.35), rng.uniform(0.2, 0.5), rng.uniform(1.2, 1.7))
         self.target = self.at(self.behind, rng.uniform(-0.25, 0.25), 0.8 * reach, rng.uniform(0.6, 1.1))
@@ -62,7 +55,7 @@ class _Room:
         ]
 
     def at(self, wall: int, share: float, out: float, z: float) -> Vector:
-        """The point `share` of the wall's length beside its middle and `out` metres into the room."""
+        """The point at `share` of the wall's length from its middle, `out` metres into the room."""
         length, width, _ = self.size
         middle = ((length / 2, 0.0), (length, width / 2), (length / 2, width), (0.0, width / 2))[wall]
         cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[wall]
@@ -70,7 +63,7 @@ class _Room:
         return (middle[0] + cos * along - sin * out, middle[1] + sin * along + cos * out, z)
 
     def add(self, piece: Piece, wall: int, share: float, out: float = 0.0, z: float = 0.0) -> bool:
-        """Put a piece with its back to a wall; False where there is no room for it."""
+        """Place a piece with its back to a wall; return False if there is no space for it."""
         half = piece.width / 2 / self.size[wall % 2]
         corners = np.array(
             [self.at(wall, share - half, out, z), self.at(wall, share + half, out + piece.depth, z)]
@@ -89,7 +82,7 @@ class _Room:
         return True
 
     def add_somewhere(self, piece: Piece, z: float = 0.0) -> None:
-        """Put a piece at one of the walls that the camera sees; leave it away after ten tries."""
+        """Place a piece at one of the walls that the camera sees; give up after ten tries."""
         for _ in range(10):
             wall = int((self.behind + self.rng.choice((1, 2, 2, 3))) % 4)
             free = 0.5 - piece.width / 2 / self.size[wall % 2] - 0.01

@@ -1,8 +1,9 @@
-"""Small indoor scenes, made up and drawn here, written and read as Taskonomy's files are.
+"""Reader of rooms: small synthetic indoor scenes, rendered here and stored in the format of Taskonomy.
 
-They walk the real path (16-bit PNG files, one folder a task) without a download, and are learnable: a class has
-its colours, sizes and places, but none of them alone gives it away. A building is one style of floor, walls and
-wood; each of its points is another room. The same seed gives the same files on one machine.
+The rooms use the code path of real data (16-bit PNG files, one folder for each task) without a download. They are
+learnable: a class has typical colours, sizes and positions, but none of these determines the class alone. A
+building has one style of floor, walls and wood; each of its points is a different room. The same seed creates the
+same files on one machine.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from pipelines.storage import Location
 
 logger = logging.getLogger(__name__)
 _DONE, _BEGUN = "rooms.json", "rooms.part.json"
-_VERSION = 1  # of what is drawn: another version is drawn anew
+_VERSION = 1  # version of the renderer: rooms of another version are rendered again
 
 
 class RoomsOptions(Section):
-    """`buildings` × `points` scenes of `resolution` pixels a side on disk, read at `size`.
+    """`buildings` × `points` scenes, stored with `resolution` pixels a side and read at `size`.
 
-    `tasks` and `missing` are those of the Taskonomy reader.
+    `tasks` and `missing` are options of the Taskonomy reader.
     """
 
     buildings: int = Field(12, ge=3, le=1000)
@@ -45,12 +46,12 @@ class RoomsOptions(Section):
     missing: Literal["quarantine", "mask"] = "quarantine"
 
     def drawing(self) -> dict[str, int]:
-        """The options that the files depend on."""
+        """The options on which the files depend."""
         return {"version": _VERSION, **self.model_dump(include={"buildings", "points", "resolution", "seed"})}
 
 
 class RoomsSource:
-    """Draws the rooms below the root unless they are there, and reads them as Taskonomy.
+    """Reader that renders the rooms below the root, unless they exist, and reads them as Taskonomy.
 
     Raises:
         UserError: For a wrong option.
@@ -62,14 +63,14 @@ class RoomsSource:
         self._reader = TaskonomySource(root, self._options.model_dump(include={"size", "tasks", "missing"}))
 
     def describe(self) -> Description:
-        """As Taskonomy's; nothing is drawn yet."""
+        """See `TaskonomySource.describe`; nothing is rendered yet."""
         return self._reader.describe()
 
     def entries(self) -> list[Entry]:
-        """All points, split by building. Draws them first where they are not there with the same options.
+        """All points, split by building. Rooms that do not exist with the same options are rendered first.
 
         Raises:
-            UserError: When the root holds files that are not from here.
+            UserError: When the root holds files of another origin.
         """
         done = self._root / _DONE
         if not (done.exists() and done.read_json() == self._options.drawing()):
@@ -77,23 +78,23 @@ class RoomsSource:
         return self._reader.entries()
 
     def read(self, entry: Entry) -> dict[str, np.ndarray | None]:
-        """As Taskonomy's."""
+        """See `TaskonomySource.read`."""
         return self._reader.read(entry)
 
 
 def generate(root: Location, options: RoomsOptions) -> int:
-    """Draw all rooms in place of those that were drawn here before. `rooms.json` is written last.
+    """Render all rooms and replace earlier ones. `rooms.json` is written last.
 
     Returns:
         The number of scenes.
 
     Raises:
-        UserError: When the root holds files that are not from here, or cannot be written to.
+        UserError: When the root holds files of another origin, or cannot be written to.
     """
     _clear(root)
     (root / _BEGUN).write_json(options.drawing())
-    logger.info("drawing %d rooms into %s", options.buildings * options.points, root)
-    with ThreadPoolExecutor(1) as writer:  # the disk works while the next scene is drawn
+    logger.info("rendering %d rooms into %s", options.buildings * options.points, root)
+    with ThreadPoolExecutor(1) as writer:  # files are written while the next scene is rendered
         written: Future[None] | None = None
         for building, point in product(range(options.buildings), range(options.points)):
             seed = (options.seed, building, point)
@@ -109,16 +110,16 @@ def generate(root: Location, options: RoomsOptions) -> int:
 
 
 def _clear(root: Location) -> None:
-    """Remove earlier rooms, and nothing that is not marked as rooms: the folder names are Taskonomy's."""
+    """Remove earlier rooms. Folders without the mark of rooms are kept, because their names are Taskonomy's."""
     folders = [root / name for name in ("rgb", *TASKS)]
     ours = (root / _DONE).exists() or (root / _BEGUN).exists()
     if not ours and any(folder.exists() for folder in folders):
         raise UserError(
-            "the folder holds images that were not drawn here",
+            "the folder holds images that were not rendered by this reader",
             where=str(root),
             remedy="set source.root to an empty folder, or source.kind to taskonomy",
         )
-    (root / _DONE).delete()  # first, so that a half-emptied folder does not pass for a whole one
+    (root / _DONE).delete()  # first, so that a folder whose removal is interrupted does not count as complete
     for folder in folders:
         folder.delete()
 
@@ -129,8 +130,8 @@ def write_point(root: Location, building: str, point: int, arrays: Mapping[str, 
     Args:
         root: The data set.
         building: Name of the building.
-        point: Number of the point in it.
-        arrays: By task, as `render_scene` gives them: uint8 is written as 8-bit, uint16 as 16-bit.
+        point: Number of the point in the building.
+        arrays: Task → array of `render_scene`; uint8 is written as 8-bit, uint16 as 16-bit.
     """
     for task, values in arrays.items():
         file = io.BytesIO()

@@ -1,1 +1,1 @@
-"""Taskonomy: its files, tasks and official splits."""
+"""Reader of Taskonomy: its files, tasks and official splits."""

@@ -1,4 +1,4 @@
-"""Taskonomy: rooms seen from many points, with a label for every pixel.
+"""Reader of Taskonomy: rooms from many points of view, with a label for every pixel.
 
 ```
 root/<task>/<building>/point_<p>_view_<v>_domain_<domain>.png                 or
@@ -6,13 +6,13 @@ root/<task>/taskonomy/<building>/point_<p>_view_<v>_domain_<domain>.png       or
 root/<building>_<task>/point_<p>_view_<v>_domain_<domain>.png
 ```
 
-(`.npy` for `class_object` and `class_scene`.) The second is what the Omnidata tool downloads.
+(`.npy` for `class_object` and `class_scene`.) The Omnidata tool downloads the second layout.
 
-The data set's licence is non-commercial and forbids passing it on: none of it is part of this project. Get it
-from its authors (taskonomy.stanford.edu) and keep to their terms.
+The licence of the data set is non-commercial and forbids redistribution, so none of it is part of this project. It
+is available from its authors (taskonomy.stanford.edu) under their terms.
 
-Depth, keypoints and edges are 16-bit files whose values go far above 255: they stay 16-bit from the file to the
-shard. What each task holds, and where its constants are from, is in `taskonomy_tasks`.
+Depth, keypoints and edges are 16-bit files with values far above 255; they stay 16-bit from the file to the shard.
+`pipelines.data.sources.taskonomy.tasks` documents the content of each task and the sources of its constants.
 """
 
 from __future__ import annotations
@@ -65,19 +65,19 @@ LAYOUTS: Mapping[str, str] = {
 }
 _RGB_FILE = re.compile(r"point_(?P<point>\d+)_view_(?P<view>\d+)_domain_rgb\.png")
 _EXPECTED = "<task>/<building>/point_<p>_view_<v>_domain_<domain>.png or <building>_<task>/point_….png"
-_LISTERS = 16  # buildings listed at once: over a network the waits overlap
+_LISTERS = 16  # buildings that are listed at the same time, so that waits for a network overlap
 
 
 class TaskonomyOptions(Section):
     """Images and labels are stored `size` × `size`.
 
-    `tasks` are the five of the published experiments where nothing else is said. `splits` is the address of a
-    CSV file, either `building,split` or Taskonomy's own `id,train,val,test`; without it whole buildings are
-    split by the hash of their names. A building that the file does not name stops the job (`unlisted: refuse`)
-    or is left out (`unlisted: leave_out`: a small split of a large download). A sample without one of its label
-    files is a bad one (`missing: quarantine`) or has that label masked out (`missing: mask`). With `depth_mask`
-    the labels drawn from the mesh are annotated only where `depth_zbuffer` is valid, as in the published losses;
-    it needs the depth files.
+    `tasks` are by default the five of the published experiments. `splits` is the address of a CSV file with the
+    columns `building,split` or those of Taskonomy, `id,train,val,test`; without it, whole buildings are split by
+    the hash of their names. A building that the file does not name stops the job (`unlisted: refuse`) or is left
+    out (`unlisted: leave_out`, for a small split of a large download). A sample without one of its label files is
+    a bad sample (`missing: quarantine`) or has that label masked out (`missing: mask`). With `depth_mask`, the
+    labels that are rendered from the mesh are annotated only where `depth_zbuffer` is valid, as in the published
+    losses; this needs the depth files.
     """
 
     tasks: tuple[AnyTaskName, ...] = Field(get_args(TaskName), min_length=1)
@@ -117,11 +117,11 @@ class TaskonomySource:
         return Description(image_input(size), tuple(TASKS[name] for name in names), columns)
 
     def entries(self) -> list[Entry]:
-        """One sample an rgb file, by building and file name. Only folders of rgb are listed.
+        """One sample for each rgb file, by building and file name. Only folders of rgb files are listed.
 
         Raises:
-            UserError: For a root that does not exist or holds no rgb files, and for a building that the split
-                file does not name.
+            UserError: For a root that does not exist or has no rgb files, and for a building that the split file
+                does not name.
         """
         check_root(self._root, _EXPECTED)
         splits = None if self._options.splits is None else read_splits(locate(self._options.splits))
@@ -137,8 +137,8 @@ class TaskonomySource:
         """The image and the labels of one point of view.
 
         Raises:
-            BadSampleError: For a file that is missing, damaged, of the wrong size or depth, or that holds a
-                class id there is no class for.
+            BadSampleError: For a file that is missing, damaged, of the wrong size or depth, or with an unknown
+                class id.
         """
         location = _file(self._root, entry.fields, "rgb", "rgb")
         image = rgb(read_image(location), str(location))
@@ -148,10 +148,10 @@ class TaskonomySource:
         for name in self._options.tasks:
             columns[f"task.{name}"] = self._label(entry, name, image.size)
         if self._masked:
-            there = self._there(entry)
+            valid = self._valid_depth(entry)
             for name in self._masked:
-                columns[f"mask.{name}"] = there
-                if there is None:  # without the depth nobody knows which pixels are annotated
+                columns[f"mask.{name}"] = valid
+                if valid is None:  # without the depth, the annotated pixels are unknown
                     columns[f"task.{name}"] = None
         return columns
 
@@ -159,8 +159,8 @@ class TaskonomySource:
         location, data = self._bytes(entry, task)
         return None if data is None else read_label(task, data, str(location), frame, self._options.size)
 
-    def _there(self, entry: Entry) -> np.ndarray | None:
-        """Where the depth is valid, uint8 (size, size)."""
+    def _valid_depth(self, entry: Entry) -> np.ndarray | None:
+        """1 where the depth is valid, uint8 (size, size); None without a file of depths."""
         location, data = self._bytes(entry, "depth_zbuffer")
         if data is None:
             return None
@@ -182,7 +182,7 @@ class TaskonomySource:
             if (match := _RGB_FILE.fullmatch(file))
         ]
         if not points:
-            raise UserError("no rgb files", where=str(self._root), remedy=f"expected there: {_EXPECTED}")
+            raise UserError("no rgb files", where=str(self._root), remedy=f"expected in this folder: {_EXPECTED}")
         if len(points) < len(files):
             logger.warning("%s: %d files are not named as rgb files are", self._root, len(files) - len(points))
         return points
@@ -203,7 +203,7 @@ class TaskonomySource:
         return [(layout, building, file) for building, files in zip(wanted, found, strict=True) for file in files]
 
     def _buildings(self) -> tuple[str, list[str]]:
-        """The layout and the buildings, from the names of folders alone. No building is called taskonomy."""
+        """The layout and the buildings, from the names of folders alone. No building is named taskonomy."""
         folders = self._root.folders()
         if "rgb" not in folders:
             return "building", [name.removesuffix("_rgb") for name in folders if name.endswith("_rgb")]
@@ -213,13 +213,13 @@ class TaskonomySource:
         return "task", below
 
     def _wanted(self, building: str, splits: Mapping[str, str] | None) -> bool:
-        """Whether to list a building. One that the split file does not name is listed to be refused."""
+        """Whether to list a building. One that the split file does not name is listed, to be refused later."""
         if splits is None:
             return True
         return splits[building] != "" if building in splits else self._options.unlisted == "refuse"
 
     def _splits(self, buildings: Sequence[str], splits: dict[str, str] | None) -> dict[str, str]:
-        """The split of each building; empty where samples are split instead."""
+        """The split of each building; empty if samples are split instead."""
         if splits is None:
             if len(buildings) < 3:
                 logger.warning("%d buildings are too few: split by sample, not by building", len(buildings))
@@ -230,11 +230,11 @@ class TaskonomySource:
             raise UserError(
                 f"no split for building {listed(unknown)}",
                 where=str(self._options.splits),
-                remedy="add it to the file, take it out of the data, or set source.options.unlisted to leave_out",
+                remedy="add it to the file, remove it from the data, or set source.options.unlisted to leave_out",
             )
         absent = sorted({name for name, split in splits.items() if split} - set(buildings))
         if absent:
-            logger.warning("%d buildings of the split file are not there: %s", len(absent), listed(absent))
+            logger.warning("%d buildings of the split file do not exist: %s", len(absent), listed(absent))
         return splits
 
 
@@ -248,7 +248,7 @@ def _file(root: Location, fields: Mapping[str, str], task: str, domain: str) -> 
 
 
 def _first_there(locations: Iterable[Location]) -> tuple[Location, bytes | None]:
-    """The first file that exists with its bytes, or the first one tried without."""
+    """The first file that exists, with its bytes; else the first location, without bytes."""
     tried = []
     for location in locations:
         try:

@@ -1,4 +1,4 @@
-"""Which building is in which split: files of the data set's authors, of the user, or by hash."""
+"""Splits of buildings: from a file of the authors or of the user, or by hash."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pipelines.storage import Location
 def split_buildings(buildings: Sequence[str]) -> dict[str, str]:
     """About 70 % of the buildings to train, 15 % to val and to test, at least one each.
 
-    The order is that of the sha256 of the name, so it does not depend on how they are listed. Whole buildings,
-    because two points in one building see the same room.
+    The order is that of the sha256 of the names, so it does not depend on the listing. Whole buildings are split,
+    because two points of one building can show the same room.
 
     Args:
         buildings: At least three.
@@ -29,7 +29,7 @@ def read_splits(table: Location) -> dict[str, str]:
     """The split of each building in a CSV file; "" for one whose flags are all 0.
 
     Raises:
-        UserError: For a file of neither form, or a building in two splits.
+        UserError: For a file of neither format, or a building in two splits.
     """
     rows = read_table(table, ())
     columns = set(rows[0].cells)

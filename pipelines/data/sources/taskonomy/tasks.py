@@ -1,22 +1,25 @@
-"""Taskonomy's tasks: what their files hold, how they are read, and their constants.
+"""Tasks of Taskonomy: the content of their files, the readers of these files, and the constants of the tasks.
 
-Where the facts are from:
+Sources:
 
 * Standley et al. 2020 ("Which Tasks Should Be Learned Together in Multi-task Learning?", ICML), repository
   tstandley/taskgrouping, `taskonomy_loader.py` and `taskonomy_losses.py`: offsets, scales, losses and the limit
   of valid depth of depth_zbuffer, normal, segment_semantic, keypoints2d, edge_texture, edge_occlusion, reshading
-  and principal_curvature. 8-bit constants are given there for 0..1, here for 0..255.
+  and principal_curvature. 8-bit constants are for 0..1 there, and for 0..255 here.
 * Zamir et al. 2018 ("Taskonomy", CVPR), repository StanfordVL/taskonomy, `data/README.md`, `taskbank/` and
   `code/lib/data/load_ops.py`: units, class ids, class vectors, and all of keypoints3d.
-* The scripts that made the files, repository EPFL-VILAB/omnidata, `omnidata_annotator/scripts`: depth of the
-  files, and what a response or a segment id means.
+* The scripts that created the files, repository EPFL-VILAB/omnidata, `omnidata_annotator/scripts`: depth of the
+  files, and the meaning of a response or a segment id.
 
-Three tasks are not published as they are here, because what is published has no counterpart in `Task`:
+Four tasks differ from the published ones, which have no counterpart in `Task`:
 
-* `segment_unsup2d`, `segment_unsup25d`: ids of a graph cut, arbitrary in each picture, so no network can predict
-  the ids. Zamir et al. learn an embedding of which pixels lie together; Standley et al. leave both out. Here the
-  target is where the segments meet: a pixel is "boundary" when one of its four neighbours has another id.
-* `class_object`, `class_scene`: what another network said (ResNet-152 for the 1000 classes of ImageNet, logits; a
+* `segment_unsup2d`, `segment_unsup25d`: ids of a graph cut. They are arbitrary in each picture, so no network can
+predict
+  them. Zamir et al. learn an embedding of the pixels that belong together; Standley et al. leave both tasks out.
+  Here the target is the border of the segments: a pixel is "boundary" if one of its four neighbours has another
+  id.
+* `class_object`, `class_scene`: the output of another network (ResNet-152 for the 1000 classes of ImageNet,
+logits; a
   Places network for 365 scenes, probabilities). Zamir et al. learn the soft vector of the classes that occur
   indoors (100 and 63); here the label is the most likely of all classes.
 """
@@ -62,7 +65,7 @@ CLASSES = (
     "vase",
 )
 
-# the five of the published experiments, and all
+# the five tasks of the published experiments, and all tasks
 TaskName = Literal["depth_zbuffer", "normal", "segment_semantic", "keypoints2d", "edge_texture"]
 AnyTaskName = Literal[
     TaskName,
@@ -79,7 +82,7 @@ AnyTaskName = Literal[
 
 
 def _depth(name: str) -> Task:
-    """16 m and beyond is not annotated; 65535 is "nothing there". Both depths have one unit, so one scale."""
+    """A depth task. Depths from 16 m are not annotated; 65535 is no surface. Both have the same scale."""
     return Task(
         name,
         "dense_regression",
@@ -92,7 +95,7 @@ def _depth(name: str) -> Task:
 
 
 def _response(name: str, offset: float, scale: float, threshold: float) -> Task:
-    """The strength of a detector at each pixel, 16-bit; `threshold` makes it a yes or no for the F1 score."""
+    """The 16-bit response of a detector at each pixel; `threshold` converts it to a class for the F1 score."""
     return Task(
         name, "dense_regression", loss="l1", offset=(offset,), scale=(scale,), threshold=threshold, unit="1/65535"
     )
@@ -124,18 +127,18 @@ TASKS: Mapping[str, Task] = {
             ignore_index=0,
             labels=CLASSES,
         ),
-        # No published threshold is known. Offset and scale are the mean and the deviation over the data set, so
-        # one deviation above the mean stands out from its surroundings and is still not rare.
+        # No published threshold is known. Offset and scale are the mean and the deviation over the data set. The
+        # threshold is one deviation above the mean: such a response is distinct and not rare.
         _response("keypoints2d", 50.0, 100.0, threshold=150.0),
         _response("edge_texture", 718.0, 1070.0, threshold=1788.0),
         _depth("depth_euclidean"),
-        # Zamir et al. map the whole 16-bit range to -1..1. The detector (NARF, in the Point Cloud Library) takes
-        # a pixel for a keypoint from an interest of .45 of that range.
+        # Zamir et al. map the whole 16-bit range to -1..1. In the detector (NARF, in the Point Cloud Library) a
+        # pixel is a keypoint if its interest is at least .45 of that range.
         _response("keypoints3d", 32767.5, 32767.5, threshold=0.45 * 2**16),
         _response("edge_occlusion", 56.0248, 239.1265, threshold=56.0248 + 239.1265),
-        # the lamp sits at the camera, so a mirrored picture has the mirrored shading
+        # the lamp is at the camera, so a mirrored picture has the mirrored shading
         Task("reshading", "dense_regression", loss="l1", offset=(0.4962 * 255,), scale=(0.2846 * 255,)),
-        # the two curvatures do not say in which direction they lie: a mirror changes neither
+        # the two curvatures have no direction, so mirroring changes neither
         Task(
             "principal_curvature",
             "dense_regression",
@@ -151,13 +154,13 @@ TASKS: Mapping[str, Task] = {
     )
 }
 
-# Labels drawn from the mesh of the building: where it has a hole they mean nothing, and the published losses
-# leave those pixels out by the depth. Depth itself says so in its own values.
+# Labels that are rendered from the mesh of the building. They are meaningless in a hole of the mesh, and the
+# published losses use the depth to leave these pixels out. Depth marks such pixels in its own values.
 MESH = ("normal", "edge_occlusion", "reshading", "principal_curvature", "keypoints3d")
 
 
 def column(name: str, size: int) -> Column:
-    """How the label of a task is stored at `size` × `size`: the narrowest type that holds it."""
+    """Storage of the label of a task at `size` × `size`: the narrowest type that holds it."""
     task = TASKS[name]
     if not task.dense:
         return Column("uint16")
@@ -167,7 +170,7 @@ def column(name: str, size: int) -> Column:
 
 
 def domains(task: str) -> tuple[str, ...]:
-    """How files name a task, the usual way first: published copies differ in the underscore."""
+    """Names of a task in files, the usual one first: published copies differ in the underscore."""
     plain = task.replace("_", "")
     if task == "class_scene":
         return "class_places", task
@@ -175,7 +178,7 @@ def domains(task: str) -> tuple[str, ...]:
 
 
 def suffix(task: str) -> str:
-    """End of the names of a task's files."""
+    """File extension of the label files of a task."""
     return ".png" if task not in TASKS or TASKS[task].dense else ".npy"
 
 
@@ -185,15 +188,15 @@ def read_label(task: str, data: bytes, name: str, frame: tuple[int, int], size: 
     Args:
         task: A key of `TASKS`.
         data: The bytes of the file.
-        name: Of the file, for messages.
-        frame: Width and height of the photograph; a picture of labels must have the same.
-        size: Height and width of the result, where there is a label for each pixel.
+        name: Name of the file, for messages.
+        frame: Width and height of the photograph; a picture of labels must have the same size.
+        size: Height and width of the result, for a task with a label for each pixel.
 
     Returns:
         An array of the shape and dtype of `column`.
 
     Raises:
-        BadSampleError: For a file that is damaged, of the wrong size or depth, or without a label that is known.
+        BadSampleError: For a file that is damaged, of the wrong size or depth, or without a known label.
     """
     if not TASKS[task].dense:
         return most_likely(data, name, TASKS[task].channels)
@@ -204,10 +207,10 @@ def read_label(task: str, data: bytes, name: str, frame: tuple[int, int], size: 
 
 
 def most_likely(data: bytes, name: str, classes: int) -> np.ndarray:
-    """Id of the greatest value of a vector in NumPy's file format, uint16 `()`; logits serve as probabilities do.
+    """Index of the largest value of a vector in NumPy's file format, uint16 `()`; for logits or probabilities.
 
     Raises:
-        BadSampleError: For a file that is no such vector of `classes` numbers, or whose numbers are all the same.
+        BadSampleError: For a file that is not such a vector of `classes` numbers, or whose numbers are equal.
     """
     try:
         values = np.load(io.BytesIO(data), allow_pickle=False)
@@ -219,14 +222,14 @@ def most_likely(data: bytes, name: str, classes: int) -> np.ndarray:
     if values.shape != (classes,):
         raise BadSampleError(f"expected {classes} numbers, got an array of shape {values.shape}: {name}")
     if not np.isfinite(values).all() or values.min() == values.max():
-        raise BadSampleError(f"no class is the most likely, the values are NaN, infinite or all the same: {name}")
+        raise BadSampleError(f"no class is the most likely, the values are NaN, infinite or all equal: {name}")
     return np.asarray(values.argmax(), np.uint16)
 
 
 def boundaries(ids: np.ndarray) -> np.ndarray:
     """1 where one of the four neighbours has another id: uint8, in the shape `(H, W)` of `ids`.
 
-    Both sides of a border are marked, so that the mirrored ids have the mirrored boundaries.
+    Both sides of a border are marked, so mirrored ids have mirrored boundaries.
     """
     found = np.zeros(ids.shape, np.uint8)
     down, right = ids[1:] != ids[:-1], ids[:, 1:] != ids[:, :-1]
@@ -238,7 +241,7 @@ def boundaries(ids: np.ndarray) -> np.ndarray:
 
 
 def _read_depth(image: Image.Image, name: str, size: int) -> np.ndarray:
-    # nearest: an average of a depth and of 65535 ("nothing there") would be neither
+    # nearest neighbour: an average of a depth and of 65535 (no surface) would be neither
     return resize_ids(sixteen_bit(image, name), size)
 
 
@@ -247,19 +250,19 @@ def _read_response(image: Image.Image, name: str, size: int) -> np.ndarray:
 
 
 def _read_normal(image: Image.Image, name: str, size: int) -> np.ndarray:
-    """Averages of unit vectors are shorter than one, so they are stretched again."""
+    """Averages of unit vectors, which are shorter than one, normalised to unit length."""
     values = _colours(image, name)
     if values.shape[:2] == (size, size):
         return values
     vectors = resize_numbers(values, size) / 127.5 - 1
     length = np.linalg.norm(vectors, axis=2, keepdims=True)
-    # (127, 127, 127) is "no surface": its tiny vector has no direction and must not get one
+    # (127, 127, 127) is no surface: its tiny vector has no direction and is not normalised
     vectors = np.where(length > 0.5, vectors / np.maximum(length, 0.5), vectors)
     return to_integers((vectors + 1) * 127.5, np.uint8)
 
 
 def _read_shading(image: Image.Image, name: str, size: int) -> np.ndarray:
-    # the three channels of a white lamp are the same; a copy with one channel is as good
+    # the three channels of a white lamp are equal; a copy with one channel is equivalent
     return _resized(to_integers(np.asarray(rgb(image, name)).mean(2), np.uint8), size)
 
 
@@ -275,7 +278,7 @@ def _read_classes(image: Image.Image, name: str, size: int) -> np.ndarray:
 
 
 def _read_segments(image: Image.Image, name: str, size: int) -> np.ndarray:
-    # resized before, not after: a boundary a pixel wide would be lost between the pixels that are kept
+    # the ids are resized first: a boundary of one pixel could be lost between the pixels that are kept
     return boundaries(resize_ids(_ids(image, name), size))
 
 

@@ -32,7 +32,7 @@ def change(file, old, new):
 
 
 @pytest.mark.parametrize("folders", [("", "", ""), ("Img", "Anno", "Eval"), ("Img", "", "Eval")])
-def test_rows_hold_what_the_files_say(tmp_path, folders):
+def test_rows_match_the_files(tmp_path, folders):
     reader = source(write_celeba(tmp_path / "celeba", folders=folders))
     description, entries = reader.describe(), reader.entries()
     assert [task.name for task in description.tasks] == list(CELEBA_NAMES)
@@ -98,7 +98,7 @@ def test_root_that_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "folder"), [(NAMES, "Anno"), (PARTITION, "Eval"), ("img_align_celeba", "Img")])
-def test_file_that_is_missing_is_named_with_its_places(root, name, folder):
+def test_missing_file_is_named_with_its_possible_paths(root, name, folder):
     (root / name).rename(root / "elsewhere")
     with pytest.raises(UserError, match=f"no {name}") as caught:
         source(root).entries()
@@ -120,7 +120,7 @@ def test_file_that_is_missing_is_named_with_its_places(root, name, folder):
         (PARTITION, "000005.jpg 1", "000004.jpg 1", "1 ids occur more than once: 000004.jpg"),
     ],
 )
-def test_files_that_are_not_of_their_form(root, file, old, new, what):
+def test_malformed_files(root, file, old, new, what):
     change(root / file, old, new)
     with pytest.raises(UserError, match=what) as caught:
         source(root).entries()
@@ -128,7 +128,7 @@ def test_files_that_are_not_of_their_form(root, file, old, new, what):
 
 
 @pytest.mark.parametrize("value", ["0", "yes", "?", "-11"])
-def test_value_that_is_no_flag_is_named_with_its_attribute(root, value):
+def test_value_that_is_not_a_flag_is_named_with_its_attribute(root, value):
     file = root / NAMES
     lines = file.read_text().splitlines()
     cells = lines[4].split()
@@ -148,7 +148,7 @@ def test_images_that_cannot_be_used_are_bad_samples(root):
     (images / "000002.jpg").write_bytes((images / "000002.jpg").read_bytes()[:500])
     Image.new("RGB", (64, 64)).save(images / "000003.jpg")
     for entry, reason in zip(
-        entries[:3], ["there is no such file", "damaged image", "is 64×64, an aligned image 178×218"], strict=True
+        entries[:3], ["no such file", "damaged image", "is 64×64, an aligned image 178×218"], strict=True
     ):
         with pytest.raises(BadSampleError, match=reason) as caught:
             reader.read(entry)
@@ -156,7 +156,7 @@ def test_images_that_cannot_be_used_are_bad_samples(root):
     assert reader.read(entries[3])[INPUT].std() > 0
 
 
-def test_what_is_left_out_is_said(root, caplog):
+def test_images_that_are_left_out_are_logged(root, caplog):
     with caplog.at_level(logging.INFO):
         source(root).entries()
     assert not caplog.records
@@ -177,7 +177,7 @@ def test_any_line_end_and_empty_lines_at_the_end(root):
     assert [(e.id, e.split, e.fields) for e in source(root).entries()] == plain
 
 
-def test_travels_to_a_worker_without_reading_the_lists_again(root):
+def test_reader_is_sent_to_a_worker_with_its_lists(root):
     reader = source(root)
     reader.describe()
     entry = reader.entries()[0]

@@ -40,7 +40,7 @@ def stored(source: Source) -> np.ndarray:
     return np.stack([source.read(entry)[INPUT] for entry in source.entries()])
 
 
-def test_another_night_has_the_same_input_and_units(first: Source, tmp_path: Path) -> None:
+def test_next_data_set_has_the_same_input_and_units(first: Source, tmp_path: Path) -> None:
     earlier = first.describe()
     again = table(tmp_path / "2", [60, 70, 80, 90], ["sea", "air", "land", "sea"], [50, 60, 70, 80], list("snsn"))
     own = again.describe()
@@ -54,7 +54,7 @@ def test_another_night_has_the_same_input_and_units(first: Source, tmp_path: Pat
     assert np.array_equal(stored(same), stored(first))
 
 
-def test_texts_take_the_tokenizer_over(tmp_path: Path) -> None:
+def test_texts_use_the_earlier_tokenizer(tmp_path: Path) -> None:
     sources = []
     for name, texts in (("a", ["one two", "two three", "three"]), ("b", ["nine ten", "ten one", "two"])):
         (tmp_path / name).mkdir()
@@ -67,7 +67,7 @@ def test_texts_take_the_tokenizer_over(tmp_path: Path) -> None:
     assert len(stored(sources[1])) == 3
 
 
-def test_what_cannot_be_encoded_alike_is_refused(first: Source, tmp_path: Path) -> None:
+def test_data_that_cannot_be_encoded_like_the_earlier_is_refused(first: Source, tmp_path: Path) -> None:
     earlier = first.describe()
     other = table(tmp_path / "2", [60, 70, 80, 90], ["sea", "land"] * 2, [5, 6, 7, 8], list("nsxn"))
     with pytest.raises(UserError, match=r"task ward: .*'x'") as found:

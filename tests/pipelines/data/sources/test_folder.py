@@ -48,7 +48,7 @@ def rows(reader):
     return {entry.id: reader.read(entry) for entry in reader.entries()}
 
 
-def test_rows_hold_what_describe_says(root):
+def test_rows_match_the_description(root):
     reader = source(root)
     description = reader.describe()
     assert [task.name for task in description.tasks] == ["kind", "flag", "price"]
@@ -78,7 +78,7 @@ def test_empty_cell_is_a_missing_label(root):
     assert [row[f"task.{name}"] for name in ("kind", "flag", "price")] == [None] * 3
 
 
-def test_regression_constants_come_from_train_rows_alone(root):
+def test_regression_constants_are_from_training_rows_only(root):
     (task,) = source(root, PRICE).describe().tasks
     assert (task.offset, task.scale) == ((2.0,), (1.0,))
 
@@ -89,7 +89,7 @@ def test_constant_regression_column_gets_scale_1(tmp_path):
     assert (task.offset, task.scale) == ((2.0,), (1.0,))
 
 
-def test_drop_leaves_rows_and_classes_out_and_says_so(root, caplog):
+def test_drop_removes_rows_and_classes_and_logs_it(root, caplog):
     reader = source(root, {**KIND, "drop": ["shoe"], "one_vs_rest": "all"}, FLAG)
     with caplog.at_level(logging.INFO):
         assert [entry.id for entry in reader.entries()] == ["a", "c", "d"]
@@ -129,7 +129,7 @@ def test_label_outside_its_classes_is_a_bad_sample(root):
         (PRICE, "1e99", "not a finite number"),
     ],
 )
-def test_cell_that_is_no_label_is_a_bad_sample(tmp_path, task, cell, reason):
+def test_cell_that_is_not_a_label_is_a_bad_sample(tmp_path, task, cell, reason):
     column = task["column"]
     write(tmp_path, f"image,{column},split\na,1,train\nb,{cell},train\n")
     reader = source(tmp_path, task)
@@ -145,7 +145,7 @@ def test_positive_values_of_a_binary_task(root):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
-def test_image_that_is_cut_off_is_a_bad_sample(root, kind, kept):
+def test_truncated_image_is_a_bad_sample(root, kind, kept):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8))
     file = io.BytesIO()
     noise.save(file, kind)
@@ -159,7 +159,7 @@ def test_missing_and_damaged_images_are_bad_samples(root):
     reader = source(root)
     _, b, c, _ = reader.entries()
     (root / "images" / "b.jpg").unlink()
-    with pytest.raises(BadSampleError, match=r"b\.jpg: there is no such file"):
+    with pytest.raises(BadSampleError, match=r"b\.jpg: no such file"):
         reader.read(b)
     (root / "images" / "c.jpg").write_bytes(b"not a picture")
     with pytest.raises(BadSampleError, match=r"not an image: .*c\.jpg"):
@@ -216,7 +216,7 @@ def test_ids_with_and_without_an_extension(tmp_path):
     assert list(rows(source(tmp_path, FLAG))) == ["v1.2", "b.jpg"]
 
 
-def test_without_a_split_column_the_hash_of_the_id_decides(tmp_path):
+def test_split_without_a_column_follows_from_the_hash_of_the_id(tmp_path):
     ids = [f"id{i}" for i in range(400)]
     write(tmp_path, "image,flag\n" + "".join(f"{i},1\n" for i in ids), images=())
     splits = [entry.split for entry in source(tmp_path, FLAG).entries()]
@@ -238,7 +238,7 @@ def test_duplicate_ids_are_named(tmp_path):
         ("image,flag\n", "has no rows"),
         ("image,flag\n,1\n", "no image id in line 2"),
         ("image,flag\na,1,2\n", "line 2 has 3 cells, expected 2"),
-        ("image,flag,flag\na,1,2\n", "column flag is there more than once"),
+        ("image,flag,flag\na,1,2\n", "column flag occurs more than once"),
         ("image,flag,split\na,1,tain\n", "unknown split 'tain'"),
         (b"image,flag\n\xff,1\n", "not a CSV file in UTF-8"),
     ],
@@ -248,7 +248,7 @@ def test_tables_that_cannot_be_used(tmp_path, csv, message):
         source(write(tmp_path, csv), FLAG).entries()
 
 
-def test_missing_column_lists_the_columns_there_are(root):
+def test_missing_column_lists_the_existing_columns(root):
     with pytest.raises(UserError) as caught:
         source(root, {"column": "colour", "kind": "binary"}).entries()
     assert "image, kind, flag, price, split" in caught.value.remedy
@@ -285,7 +285,7 @@ def test_options_that_do_not_fit_are_refused(root, task):
         source(root, task)
 
 
-def test_tasks_that_cannot_be_made_are_refused(root):
+def test_invalid_tasks_are_refused(root):
     with pytest.raises(UserError, match="unknown metric"):
         source(root, {**FLAG, "metric": "rmse"}).describe()
     with pytest.raises(UserError, match="unique"):
@@ -294,14 +294,14 @@ def test_tasks_that_cannot_be_made_are_refused(root):
         source(root, {**KIND, "drop": ["shoe"]}).describe()
 
 
-def test_missing_root_says_what_is_expected(tmp_path):
+def test_missing_root_names_the_expected_content(tmp_path):
     with pytest.raises(UserError) as caught:
         build_source("folder", str(tmp_path / "none"), {"tasks": [FLAG]})
     assert "none" in caught.value.where
     assert "labels.csv" in caught.value.remedy
 
 
-def test_travels_to_a_worker_without_the_table(root):
+def test_reader_is_sent_to_a_worker_without_the_table(root):
     reader = source(root)
     reader.describe()
     entries = reader.entries()

@@ -65,7 +65,7 @@ def test_the_frame_of_the_image_is_no_boundary():
     np.testing.assert_array_equal(distance(ids)[0], [3, 2, 1, 0, 0, 0])
 
 
-def test_rows_hold_what_describe_says(root):
+def test_rows_match_the_description(root):
     reader = source(root)
     description = reader.describe()
     for entry in reader.entries():
@@ -123,7 +123,7 @@ def break_mask(root, case):
         ("8-bit", "8-bit file, expected 16-bit"),
         ("size", "is 20×10, its image 20×20"),
         ("truncated", "damaged image"),
-        ("missing", "there is no such file"),
+        ("missing", "no such file"),
         ("full", "one nucleus covers the whole image"),
     ],
 )
@@ -136,7 +136,7 @@ def test_bad_masks(root, case, reason):
     assert reader.read(b)["task.mask"].any()
 
 
-def test_count_that_is_none_is_missing_or_bad(root):
+def test_cell_without_a_count_is_missing_or_bad(root):
     (root / "labels.csv").write_text("image,n_nuclei_128,split\na,,train\nb,x,train\n")
     reader = source(root)
     a, b = reader.entries()

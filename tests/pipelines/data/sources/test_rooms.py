@@ -7,17 +7,8 @@ from PIL import Image
 
 from pipelines.data.sources import build_source
 from pipelines.data.sources.base import INPUT
-from pipelines.data.sources.rooms.render import (
-    CHECKER,
-    NOTHING,
-    Material,
-    Scene,
-    ball,
-    block,
-    post,
-    render,
-    responses,
-)
+from pipelines.data.sources.rooms.render import NOTHING, render, responses
+from pipelines.data.sources.rooms.solids import CHECKER, Material, Scene, ball, block, post
 from pipelines.data.sources.rooms.source import RoomsOptions, RoomsSource, generate, render_scene
 from pipelines.data.sources.taskonomy.source import CLASSES
 from pipelines.errors import UserError
@@ -93,7 +84,7 @@ def test_turned_box():
     np.testing.assert_allclose([left[0], right[0]], [-np.sqrt(0.5), np.sqrt(0.5)], atol=0.02)
 
 
-def test_nearer_solid_hides_the_farther_and_throws_a_shadow():
+def test_nearer_solid_hides_the_farther_and_casts_a_shadow():
     book = block("book", GREY, (1.9, 2.1), (1.5, 1.6), (1.2, 1.3))
     couch = block("couch", GREY, (1.0, 3.0), (3.0, 3.5), (0.75, 1.75))
     lamp = ball("background", GREY, (1.5, 0.5, 1.4), (0.1, 0.1, 0.1))  # its shadow falls beside the book
@@ -174,7 +165,7 @@ def test_same_seed_same_bytes(tmp_path):
     assert len(contents(tmp_path / "a")) == 6 * 6 + 1
 
 
-def test_files_are_taskonomys(tmp_path):
+def test_files_have_the_format_of_taskonomy(tmp_path):
     generate(locate(str(tmp_path)), RoomsOptions(**FEW))
     modes = {}
     for task in ("rgb", "depth_zbuffer", "normal", "segment_semantic", "keypoints2d", "edge_texture"):
@@ -185,7 +176,7 @@ def test_files_are_taskonomys(tmp_path):
     assert list(modes.values()) == ["RGB", "I;16", "RGB", "L", "I;16", "I;16"]
 
 
-def test_source_draws_once_and_reads_as_taskonomy(tmp_path):
+def test_source_renders_once_and_reads_as_taskonomy(tmp_path):
     reader = build_source("rooms", str(tmp_path / "new"), FEW)
     description = reader.describe()
     assert not (tmp_path / "new").exists()
@@ -201,7 +192,7 @@ def test_source_draws_once_and_reads_as_taskonomy(tmp_path):
     assert row["task.depth_zbuffer"].std() > 0
 
 
-def test_other_options_draw_anew_but_another_reading_does_not(tmp_path):
+def test_rooms_are_rendered_again_only_for_options_of_the_files(tmp_path):
     root = locate(str(tmp_path))
     RoomsSource(root, FEW).entries()
     first = contents(tmp_path)
@@ -211,7 +202,7 @@ def test_other_options_draw_anew_but_another_reading_does_not(tmp_path):
     assert len(contents(tmp_path)) == 3 * 6 + 1
 
 
-def test_drawing_that_was_interrupted_is_done_again(tmp_path):
+def test_interrupted_rendering_is_repeated(tmp_path):
     root = locate(str(tmp_path))
     RoomsSource(root, FEW).entries()
     whole = contents(tmp_path)
@@ -221,11 +212,11 @@ def test_drawing_that_was_interrupted_is_done_again(tmp_path):
     assert contents(tmp_path) == whole
 
 
-def test_images_that_were_not_drawn_here_are_left_alone(tmp_path):
+def test_images_of_another_origin_are_kept(tmp_path):
     precious = tmp_path / "rgb" / "alpha" / "point_0_view_0_domain_rgb.png"
     precious.parent.mkdir(parents=True)
     precious.write_bytes(b"taskonomy")
-    with pytest.raises(UserError, match="not drawn here"):
+    with pytest.raises(UserError, match="not rendered by this reader"):
         RoomsSource(locate(str(tmp_path)), FEW).entries()
     assert precious.read_bytes() == b"taskonomy"
 

@@ -48,7 +48,7 @@ def root(tmp_path):
     return write(tmp_path)
 
 
-def test_rows_hold_what_describe_says(root):
+def test_rows_match_the_description(root):
     reader = source(root)
     description = reader.describe()
     assert [t.name for t in description.tasks] == ["sick", "cost", "ward"]
@@ -72,7 +72,7 @@ def test_numbers_gaps_and_categories(root):
     assert found["e"][INPUT].tolist() == [30, 1, 0, 0, 1]
 
 
-def test_constants_of_the_device_come_from_train_alone(root):
+def test_constants_of_the_device_are_from_training_rows_only(root):
     spec = source(root).describe().input
     assert (spec.kind, spec.shape, spec.dtype) == ("features", (5,), "float32")
     assert spec.mean == (30, 0, 0, 0, 0)
@@ -88,19 +88,19 @@ def test_labels_that_are_empty_or_nan_are_missing(root):
     assert [found[i]["task.ward"] is None for i in "abcde"] == [False, False, False, True, False]
 
 
-def test_other_words_for_missing(tmp_path):
+def test_other_markers_of_missing_cells(tmp_path):
     write(tmp_path, "id,age,sick,split", "a,1,?,train", "b,3,0,train", "c,?,1,train")
     found = rows(source(tmp_path, SICK, missing=["?"]))
     assert found["a"]["task.sick"] is None
     assert found["c"][INPUT].tolist() == [2, 1]
 
 
-def test_a_gap_that_training_never_saw_is_the_mean(tmp_path):
+def test_missing_number_without_example_in_training_is_the_mean(tmp_path):
     write(tmp_path, "id,age,sick,split", "a,1,1,train", "b,3,0,train", "c,,1,val")
     assert rows(source(tmp_path, SICK))["c"][INPUT].tolist() == [2]
 
 
-def test_an_empty_category_is_a_value_where_training_has_it(tmp_path):
+def test_empty_category_is_a_value_if_training_has_it(tmp_path):
     write(tmp_path, "id,work,sick,split", "a,sea,1,train", "b,,0,train", "c,land,1,val", "d,,1,val")
     found = rows(source(tmp_path, SICK))
     assert [found[i][INPUT].tolist() for i in "abcd"] == [[0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 0, 0]]
@@ -142,20 +142,20 @@ def test_constant_features_are_left_out_and_named(tmp_path, caplog):
         source(tmp_path, SICK, features=["unit"]).describe()
 
 
-def test_drop_leaves_rows_out_and_says_so(root, caplog):
+def test_drop_removes_rows_and_logs_it(root, caplog):
     reader = source(root, {**WARD, "drop": ["south"]}, SICK, features=["age"])
     with caplog.at_level(logging.INFO):
         assert [entry.id for entry in reader.entries()] == ["a", "c", "d", "e"]
     assert "1 of 5 rows left out" in caplog.text
 
 
-def test_without_an_id_column_the_row_number_counts_dropped_rows_too(root):
+def test_row_number_as_id_counts_dropped_rows(root):
     task = {**WARD, "drop": ["south"]}
     reader = source(root, task, id_column=None, features=["age"])
     assert [entry.id for entry in reader.entries()] == ["1", "3", "4", "5"]
 
 
-def test_without_a_split_column_the_hash_of_the_id_decides(tmp_path):
+def test_split_without_a_column_follows_from_the_hash_of_the_id(tmp_path):
     write(tmp_path, "id,age,sick", *(f"id{i},{i},1" for i in range(400)))
     splits = [entry.split for entry in source(tmp_path, SICK).entries()]
     assert splits[:4] == ["train", "test", "val", "train"]
@@ -243,13 +243,13 @@ def test_ids_that_cannot_be_used(tmp_path):
         source(tmp_path, SICK).entries()
 
 
-def test_numbers_that_float32_would_blur_are_refused(tmp_path):
+def test_numbers_that_are_equal_in_float32_are_refused(tmp_path):
     write(tmp_path, "id,time,sick,split", "a,1700000000,1,train", "b,1700000060,0,train")
     with pytest.raises(UserError, match="column time differs by 30 around 1.7e"):
         source(tmp_path, SICK).describe()
 
 
-def test_a_table_that_is_not_there(tmp_path):
+def test_missing_table(tmp_path):
     with pytest.raises(UserError, match="the table does not exist"):
         build_source("table", str(tmp_path), {"file": "none.csv", "tasks": [SICK]})
     with pytest.raises(UserError, match="no Parquet file in the folder"):
@@ -259,7 +259,7 @@ def test_a_table_that_is_not_there(tmp_path):
         source(tmp_path, SICK, file="t.parquet").entries()
 
 
-def test_travels_to_a_worker_without_the_rows(root):
+def test_reader_is_sent_to_a_worker_without_the_rows(root):
     reader = source(root)
     reader.describe()
     entries = reader.entries()

@@ -14,7 +14,7 @@ from tests.pipelines.data.sources.taskonomy_files import FOLDERS, arrays, more_a
 
 
 @pytest.mark.parametrize("layout", FOLDERS)
-def test_every_layout_gives_what_is_in_the_files(tmp_path, layout):
+def test_every_layout_returns_the_content_of_the_files(tmp_path, layout):
     save(tmp_path, arrays(), layout=layout)
     reader = source(tmp_path)
     (entry,) = reader.entries()
@@ -109,10 +109,10 @@ def test_a_split_file_of_other_buildings(tmp_path, caplog):
         source(tmp_path, splits=table, unlisted="leave_out").entries()
     table = write_table(tmp_path, "building,split\nalpha,train\nbeta,val\ngamma,train\n")
     assert len(source(tmp_path, splits=table).entries()) == 2
-    assert "1 buildings of the split file are not there: gamma" in caplog.text
+    assert "1 buildings of the split file do not exist: gamma" in caplog.text
 
 
-def test_a_folder_without_pictures_is_no_building(tmp_path):
+def test_folder_without_images_is_not_a_building(tmp_path):
     write_rgb(tmp_path, "alpha")
     (tmp_path / "rgb" / "notes").mkdir()
     table = write_table(tmp_path, "building,split\nalpha,train\n")
@@ -159,7 +159,7 @@ def test_wrong_use(tmp_path):
     assert "<task>/<building>" in caught.value.remedy
 
 
-def test_travels_to_a_worker(tmp_path):
+def test_reader_can_be_sent_to_a_worker(tmp_path):
     save(tmp_path, arrays())
     reader = source(tmp_path)
     (entry,) = reader.entries()

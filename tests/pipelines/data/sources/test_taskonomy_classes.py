@@ -11,7 +11,7 @@ from pipelines.data.sources.taskonomy.tasks import most_likely
 from tests.pipelines.data.sources.taskonomy_files import label, more_arrays, only, path, save
 
 
-def test_the_most_likely_class_is_the_same_of_logits_and_of_probabilities(tmp_path):
+def test_most_likely_class_of_logits_and_of_probabilities_is_equal(tmp_path):
     logits = more_arrays()["class_object"]
     likely = np.exp(logits - logits.max())
     for values in (logits, likely / likely.sum()):
@@ -49,7 +49,7 @@ def test_class_files_that_cannot_be_used(tmp_path, data, reason):
         only(tmp_path, tasks=["class_scene"])
 
 
-def test_an_archive_is_no_class_file():
+def test_archive_is_not_a_class_file():
     file = io.BytesIO()
     np.savez(file, values=np.arange(365.0))
     with pytest.raises(BadSampleError, match=r"expected 365 numbers: x\.npy"):

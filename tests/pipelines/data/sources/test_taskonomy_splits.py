@@ -9,7 +9,7 @@ from tests.pipelines.data.sources.taskonomy_files import arrays, save, source
 
 
 @pytest.mark.parametrize("count", [3, 4, 12, 33])
-def test_buildings_are_split_whole_whatever_their_order(count):
+def test_whole_buildings_are_split_in_any_order(count):
     names = [f"b{i}" for i in range(count)]
     splits = split_buildings(names)
     assert splits == split_buildings(names[::-1])

@@ -54,7 +54,7 @@ def encoded(task, raw):
     return TASKS[task].encode(torch.from_numpy(np.asarray(raw).astype(np.int32))[None])[0]
 
 
-def test_all_tasks_give_what_is_in_their_files(tmp_path):
+def test_all_tasks_return_the_content_of_their_files(tmp_path):
     save(tmp_path, more_arrays())
     reader = source(tmp_path, tasks=ALL)
     (entry,) = reader.entries()
@@ -67,7 +67,7 @@ def test_all_tasks_give_what_is_in_their_files(tmp_path):
 
 
 @pytest.mark.parametrize("size", [8, 11, 40])
-def test_all_tasks_at_other_sizes_have_the_shape_that_is_described(tmp_path, size):
+def test_all_tasks_at_other_sizes_match_the_description(tmp_path, size):
     save(tmp_path, more_arrays())
     reader = source(tmp_path, tasks=ALL, size=size, depth_mask=True)
     row, description = reader.read(reader.entries()[0]), reader.describe()
@@ -173,7 +173,7 @@ def test_nearest_takes_pixel_centres(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["depth_zbuffer", "depth_euclidean"])
-def test_depth_never_mixes_with_nothing_there(tmp_path, task):
+def test_depth_is_never_averaged_with_no_surface(tmp_path, task):
     values = more_arrays()[task]
     values[::2] = 65535
     for size in (8, 11, 40):
@@ -218,7 +218,7 @@ def test_segments_of_many_ids_in_16_bits(tmp_path):
     np.testing.assert_array_equal(found, differs_from_a_neighbour(values))
 
 
-def test_a_thin_segment_keeps_its_boundary_when_there_are_fewer_pixels(tmp_path):
+def test_thin_segment_keeps_its_boundary_at_a_smaller_size(tmp_path):
     values = np.full((SIDE, SIDE), 7, np.uint8)
     values[8:10] = 9
     found = label(tmp_path, "segment_unsup2d", values, size=8)
@@ -257,7 +257,7 @@ def test_a_symmetrical_corridor_is_its_own_mirror_image(tmp_path):
 
 @pytest.mark.parametrize("size", [SIDE, 8, 11, 40])
 @pytest.mark.parametrize("task", MESH)
-def test_nothing_of_a_masked_pixel_is_left_in_the_others(tmp_path, task, size):
+def test_masked_pixels_do_not_affect_the_others(tmp_path, task, size):
     values = more_arrays()
     values["depth_zbuffer"][3:6, 5:9] = 8192
     values["depth_zbuffer"][12, 12] = 65535
@@ -278,14 +278,14 @@ def test_nothing_of_a_masked_pixel_is_left_in_the_others(tmp_path, task, size):
     assert (first[f"task.{task}"] != second[f"task.{task}"]).any()
 
 
-def test_only_labels_of_the_mesh_get_a_mask(tmp_path):
+def test_only_labels_from_the_mesh_have_a_mask(tmp_path):
     reader = source(tmp_path, tasks=ALL, depth_mask=True)
     masks = [name for name in reader.describe().columns if name.startswith("mask.")]
     assert sorted(masks) == sorted(f"mask.{name}" for name in MESH)
     assert not any(name.startswith("mask.") for name in source(tmp_path, tasks=ALL).describe().columns)
 
 
-def test_without_the_depth_nothing_of_the_mesh_is_annotated(tmp_path):
+def test_labels_from_the_mesh_are_missing_without_the_depth(tmp_path):
     save(tmp_path, more_arrays())
     path(tmp_path, "depth_zbuffer").unlink()
     options = {"tasks": ["normal", "edge_texture"], "depth_mask": True}

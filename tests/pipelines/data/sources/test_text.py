@@ -41,7 +41,7 @@ def decode(reader, row):
     return "".join(tokenizer.id_to_token(int(i)) for i in row[INPUT] if i).replace("Ġ", " ").strip()
 
 
-def test_rows_hold_what_describe_says(root):
+def test_rows_match_the_description(root):
     reader = source(root, metric="f1")
     description = reader.describe()
     assert [t.name for t in description.tasks] == ["anger", "joy_of_life", "surprise"]
@@ -86,7 +86,7 @@ def test_tokens_fit_the_vocabulary_and_padding_is_0_at_the_end(root):
     assert ids.max() < spec.vocabulary <= 8000
 
 
-def test_the_vocabulary_is_learnt_from_training_texts_alone(root):
+def test_vocabulary_is_from_training_texts_only(root):
     before = source(root).describe()
     (root / "dev.tsv").write_text("completely other words\t0\tv0\n")
     assert source(root).describe() == before
@@ -101,13 +101,13 @@ def test_text_of_unseen_characters_has_no_unknown_byte(root):
     assert tokenizer.decode(tokenizer.encode("Ω 🦓").ids) == " ω 🦓"
 
 
-def test_the_same_texts_give_the_same_tokenizer():
+def test_same_texts_return_the_same_tokenizer():
     # the library hashes with another seed at every call, so that an order which depends on hashes shows here
     texts = [f"{a} {b}{a} {c}" for a in ("low", "mid", "top") for b in ("ing", "ed", "er") for c in range(40)]
     assert len({train_tokenizer(texts, 400, 8, lowercase=True).to_str() for _ in range(5)}) == 1
 
 
-def test_long_texts_are_cut_and_counted(root, caplog):
+def test_long_texts_are_truncated_and_counted(root, caplog):
     reader = source(root, length=2)
     with caplog.at_level(logging.INFO):
         assert reader.describe().input.shape == (2,)
@@ -117,7 +117,7 @@ def test_long_texts_are_cut_and_counted(root, caplog):
 
 def test_texts_that_other_splits_repeat_are_counted_and_kept(root, caplog):
     assert len(source(root).entries()) == 8
-    assert "1 of 4 training texts are in val or test too" in caplog.text
+    assert "1 of 4 training texts are also in val or test" in caplog.text
     (root / "dev.tsv").write_text("something else\t0\tv0\n")
     caplog.clear()
     source(root).entries()
@@ -138,7 +138,7 @@ def test_rows_that_cannot_be_used_are_bad_samples(root, number, reason):
         reader.read(reader.entries()[number])
 
 
-def test_without_an_id_column_file_and_row_are_the_id(root):
+def test_id_without_a_column_is_file_and_row(root):
     names = [entry.id for entry in source(root, id_column=None).entries()]
     assert names[:2] == ["train.tsv:1", "train.tsv:2"]
     assert names[-1] == "test.tsv:2"
@@ -192,10 +192,10 @@ def test_a_large_vocabulary_is_stored_in_32_bits(root):
 
 def test_tokenizers_that_cannot_be_used(root):
     wordlevel(root / "tokenizer.json", "<s>", "[PAD]", "[UNK]")
-    with pytest.raises(UserError, match="its token 0 is '<s>'"):
+    with pytest.raises(UserError, match="token 0 of the tokenizer is '<s>'"):
         source(root, tokenizer="tokenizer.json").describe()
     wordlevel(root / "tokenizer.json", "[PAD]", "<pad>", "[UNK]", pad_id=1)
-    with pytest.raises(UserError, match="0 has to be padding"):
+    with pytest.raises(UserError, match="must be padding"):
         source(root, tokenizer="tokenizer.json").describe()
     (root / "tokenizer.json").write_text(json.dumps({"model": 1}))
     with pytest.raises(UserError, match="not a tokenizer"):
@@ -234,7 +234,7 @@ def test_label_names_that_cannot_be_used(root):
         source(root).describe()
 
 
-def test_travels_to_a_worker_without_the_texts(root):
+def test_reader_is_sent_to_a_worker_without_the_texts(root):
     reader = source(root)
     reader.describe()
     entries = reader.entries()

@@ -16,7 +16,7 @@ import torch
 from dmtg_core.training.checkpoint import seal
 from dmtg_core.training.loop import NonFiniteLossError
 from pipelines import storage
-from pipelines.config.sections import RaySection
+from pipelines.config.ray_section import RaySection
 from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.runs.events import DAMAGED, UNWRITTEN

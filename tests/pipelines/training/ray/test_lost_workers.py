@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from pipelines.config.loading import Config
-from pipelines.config.sections import RaySection
+from pipelines.config.ray_section import RaySection
 from pipelines.config.validation import checked
 from pipelines.data.manifest import read_manifest
 from pipelines.errors import UserError

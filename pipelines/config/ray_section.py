@@ -1,0 +1,65 @@
+"""The `ray` section of a configuration, which has a file of its own: `ray_config.yaml`."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from pipelines.config.validation import Section
+
+
+class RaySection(Section):
+    """Where and how Ray runs (ray_config.yaml)."""
+
+    address: str = Field("", description="Address of a cluster; empty for RAY_ADDRESS, else a local cluster.")
+    workers: int | tuple[int, int] = Field(
+        2,
+        description="Data-parallel training workers; with two numbers, the fewest and the most, the number "
+        "follows the size of the cluster.",
+    )
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs of a training worker.")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs of a training worker; 1 for training on GPUs.")
+    data_cpus: float = Field(2, gt=0, description="CPUs for Ray Data, in addition to those of the workers.")
+    object_store_mib: int | None = Field(
+        None,
+        ge=80,
+        description="Shared memory of a local cluster in MiB; by default a third of the memory of the machine.",
+    )
+    tune_cpus: float = Field(0.5, gt=0, description="CPUs of the process that drives a trial of a sweep.")
+    trials: int | None = Field(
+        None, ge=1, description="Trials of a sweep at a time; by default as many as the resources allow."
+    )
+    autoscaling: bool = Field(
+        False, description="The cluster adds machines on demand, so its present resources are no limit."
+    )
+    storage: str = Field(
+        "", description="Local folder or s3:// address to which relative paths in run, data and regroup refer."
+    )
+    tracking_uri: str = Field("", description="MLflow server, used if track.uri is empty.")
+    registry_uri: str = Field("", description="MLflow model registry, if it is not the tracking server.")
+    max_failures: int = Field(2, ge=0, description="How many times lost workers are replaced.")
+    timeout_s: int = Field(300, ge=1, description="Longest time in seconds that a worker waits for the others.")
+    resize_every_s: float = Field(
+        60, gt=0, description="Seconds between two checks whether resources for more workers are available."
+    )
+    hung_after_s: float = Field(
+        1800, ge=0, description="Seconds without a batch after which a worker is ended; 0 for never."
+    )
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _one_or_two(cls, value: object) -> object:
+        numbers = list(value) if isinstance(value, list | tuple) else [value]
+        counts = [n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and n >= 1]
+        if len(counts) != len(numbers) or len(counts) not in (1, 2) or counts != sorted(counts):
+            raise ValueError("expected a number of at least 1, or two such numbers [fewest, most]")
+        return tuple(counts) if len(counts) == 2 else counts[0]
+
+    @property
+    def fewest(self) -> int:
+        """Smallest number of workers with which training starts."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        """Largest number of workers."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
