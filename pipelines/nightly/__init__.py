@@ -1,1 +1,1 @@
-"""`dmtg regroup`: a challenger every night, and its promotion when it is better than the champion."""
+"""`dmtg regroup`: nightly runs that train a challenger and promote it if it is better than the champion."""

@@ -1,4 +1,4 @@
-"""Which data a nightly job takes: the newest finished data set that is not of a later date than the night."""
+"""Dated data sets: a nightly run uses the newest finished one that is not later than its own date."""
 
 from __future__ import annotations
 
@@ -13,22 +13,27 @@ from pipelines.data.manifest import FILE
 from pipelines.errors import UserError
 from pipelines.storage import Location, locate
 
-DATED = re.compile(r"(?:[A-Za-z_]+=)?(\d{4}-\d{2}-\d{2})")  # 2026-11-25, or a partition date=2026-11-25
+DATE = re.compile(r"(?:[A-Za-z_]+=)?(\d{4}-\d{2}-\d{2})")  # 2026-11-25 or date=2026-11-25
 
 
 @dataclass(frozen=True)
-class Dated:
-    """A data set and its date, ISO."""
+class DatedDataset:
+    """A data set with its date.
+
+    Args:
+        date: Date, YYYY-MM-DD.
+        shards: Address of the shards.
+    """
 
     date: str
     shards: str
 
 
-def checked_night(text: str) -> str:
-    """A date as YYYY-MM-DD; today's in UTC where there is none.
+def checked_date(text: str) -> str:
+    """Check a date, YYYY-MM-DD. An empty one is today in UTC.
 
     Raises:
-        UserError: For anything else.
+        UserError: For another form of date.
     """
     if not text:
         return dt.datetime.now(dt.UTC).date().isoformat()
@@ -46,50 +51,50 @@ def checked_night(text: str) -> str:
     return found
 
 
-def newest(config: Config, night: str, log: Callable[[str], None]) -> Dated:
-    """The data set of a night.
+def newest(config: Config, date: str, log: Callable[[str], None]) -> DatedDataset:
+    """The data set for a date.
 
-    Without `regroup.shards` it is `data.shards`, whatever it holds then.
+    Without `regroup.shards` it is `data.shards`, with its content at the time.
 
     Raises:
-        UserError: When there is no finished data set, or the listing is not one.
+        UserError: If there is no finished data set, or the listing has another form.
     """
     place = config.regroup.shards
     if not place:
-        return Dated(night, config.data.shards)
+        return DatedDataset(date, config.data.shards)
     folder = locate(place)
-    every = _listed(folder) if place.endswith(".json") else _partitions(folder, place)
-    older = sorted((one for one in every if one.date <= night), key=lambda one: one.date, reverse=True)
+    dated = _listed(folder) if place.endswith(".json") else _partitions(folder, place)
+    older = sorted((one for one in dated if one.date <= date), key=lambda one: one.date, reverse=True)
     for one in older:
         if (locate(one.shards) / FILE).exists():
-            if one.date != night:
-                log(f"note: the newest data is of {one.date}, the night is {night}")
+            if one.date != date:
+                log(f"note: the newest data set has the date {one.date}, the nightly run has {date}")
             return one
-        log(f"note: the data set of {one.date} is not finished (no {FILE}); an older one is taken")
+        log(f"note: the data set of {one.date} is not finished (no {FILE}); an older one is used")
     folder.check_bucket()
     raise UserError(
-        f"no finished data set up to {night}, of {len(every)} with a date",
+        f"no finished data set up to {date} among {len(dated)} dated data sets",
         where=place,
-        remedy="make one with dmtg shard into a folder <date> or date=<date> there, or correct regroup.shards",
+        remedy="write one with dmtg shard into a folder <date> or date=<date> there, or correct regroup.shards",
     )
 
 
-def _partitions(folder: Location, place: str) -> list[Dated]:
+def _partitions(folder: Location, place: str) -> list[DatedDataset]:
     found = []
     for name in folder.folders():
-        match = DATED.fullmatch(name)
+        match = DATE.fullmatch(name)
         if match is not None:
-            found.append(Dated(match[1], f"{place.rstrip('/')}/{name}"))
+            found.append(DatedDataset(match[1], f"{place.rstrip('/')}/{name}"))
     return found
 
 
-def _listed(file: Location) -> list[Dated]:
+def _listed(file: Location) -> list[DatedDataset]:
     if not file.exists():
         file.check_bucket()
-        raise UserError("there is no such listing", where=str(file), remedy="correct regroup.shards")
+        raise UserError("the listing does not exist", where=str(file), remedy="correct regroup.shards")
     values: Any = file.read_json()
     try:
-        return [Dated(checked_night(entry["date"]), entry["shards"]) for entry in values]
+        return [DatedDataset(checked_date(entry["date"]), entry["shards"]) for entry in values]
     except (TypeError, KeyError, UserError) as error:
         raise UserError(
             'expected a list of {"date": "YYYY-MM-DD", "shards": address}',

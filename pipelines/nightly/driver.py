@@ -1,8 +1,9 @@
-"""`dmtg regroup`: the nightly job. A challenger is trained on the newest data and takes over where it is better.
+"""`dmtg regroup`: a nightly run. It trains a challenger on the newest data and promotes it if it is better.
 
-Everything a night does is in its folder, `<run.root>/regroup/<name>/<date>`, and every step is taken up where a
-call before left it. The registry's alias `champion` moves in one step, after all that can fail and before the
-verdict is written: whenever the job is killed, a whole champion serves, and the same words finish the night.
+The folder of a nightly run is `<run.root>/regroup/<name>/<date>`. Every step resumes where an earlier call
+stopped. The registry's alias `champion` moves in one step, after all steps that can fail and before the verdict is
+written. If the job is killed at any point, a complete champion serves, and the same command finishes the
+nightly run.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from pipelines.data import statistics
 from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.data.shards import ensure_shards
 from pipelines.errors import UserError
-from pipelines.nightly.datasets import checked_night, newest
-from pipelines.nightly.evaluation import judge, verdict_of
-from pipelines.nightly.leakage import check_champion, check_evaluation, seen_by
+from pipelines.nightly.datasets import checked_date, newest
+from pipelines.nightly.evaluation import evaluate, verdict_of
+from pipelines.nightly.leakage import check_champion, check_evaluation, leakage_notes
 from pipelines.nightly.lease import Lease
-from pipelines.nightly.page import write_night
+from pipelines.nightly.page import write_page
 from pipelines.nightly.webhook import check_address, send
 from pipelines.registry import aliases
 from pipelines.registry.models import load_registered
@@ -37,7 +38,7 @@ from pipelines.runs.models import write_model
 from pipelines.storage import Location, locate
 from pipelines.training.driver import Trained, train
 
-NIGHT, COMPARISON, VERDICT, REPORT, SENT = (
+PLAN, COMPARISON, VERDICT, REPORT, SENT = (
     "night.json", "comparison.json", "verdict.json", "regroup.html", "webhook.json",
 )  # fmt: skip
 LEASE, CHALLENGER, CHAMPION = "lease.json", "challenger", "champion"
@@ -46,18 +47,18 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Night:
-    """What a night was begun with. A job that is started again does the same work, whatever is newest by then.
+class NightlyRun:
+    """The inputs of a nightly run. Its first call fixes them, so that a resumed job does the same work.
 
     Args:
-        date: Of the night.
+        date: Date of the nightly run.
         config: Digest of the configuration.
         data: Date of the shards.
-        shards, digest: What the challenger is trained on.
-        evaluation, evaluation_digest: What both are judged on.
-        champion: Version that served when the night began; None for none.
-        start: What of it the challenger starts from: folders of models.
-        notes: What to know of all this.
+        shards, digest: Training data of the challenger: address and data digest.
+        evaluation, evaluation_digest: Evaluation data of champion and challenger: address and data digest.
+        champion: Version of the champion at the start; None without a champion.
+        start: Folders of the champion's models from which the challenger starts.
+        notes: Notes about data and champion.
     """
 
     date: str
@@ -74,27 +75,28 @@ class Night:
 
 def regroup(
     config: Config,
-    night: str = "",
+    date: str = "",
     *,
     dry_run: bool = False,
     wait_s: float = 0.0,
     log: Callable[[str], None] = logger.info,
 ) -> dict[str, Any]:
-    """Do a night's work once, from wherever an earlier call got to.
+    """Do a nightly run once. It resumes where an earlier call stopped.
 
     Args:
-        config: The configuration; its section `regroup` says how to judge.
-        night: Date, YYYY-MM-DD; today's by default.
-        dry_run: Train and judge, but register, promote and tell nobody. A later call goes on from there.
-        wait_s: How long to wait for another job on the same model.
+        config: Configuration; its section `regroup` has the rules of promotion.
+        date: Date, YYYY-MM-DD; today by default.
+        dry_run: Train and evaluate, but do not register, promote or send the verdict. A later call resumes it.
+        wait_s: Seconds to wait for another job with the same model.
+        log: Log callback.
 
     Returns:
-        The verdict, as in `verdict.json`, with `repeated` where the night had been done before.
+        The verdict, as in `verdict.json`, with `repeated`: whether the nightly run was finished before.
 
     Raises:
-        UserError: For anything that stands in the way. The champion goes on serving.
+        UserError: For every problem. The champion keeps serving.
     """
-    night = checked_night(night)
+    date = checked_date(date)
     config.check_options()
     if config.regroup.webhook:
         check_address(config.regroup.webhook)
@@ -108,27 +110,27 @@ def regroup(
     root = (locate(config.run.root) / "regroup" / config.name).retrying()
     root.check_writable()
     with Lease(root / LEASE, config.regroup.lease_s, f"regroup of {config.name}").held(wait_s, log) as lease:
-        folder = root / night
+        folder = root / date
         if (folder / VERDICT).exists():
-            log(f"this night is done: {folder}")
-            _after(config, folder, log)
+            log(f"the nightly run of {date} is finished: {folder}")
+            _publish(config, folder, log)
             return job_result(folder) | {"repeated": True}
         with session(config.ray):
             job = _Job(config, folder, lease, log)
-            return job.rehearse(night) if dry_run else job.work(night)
+            return job.dry_run(date) if dry_run else job.run(date)
 
 
 class _Job:
     def __init__(self, config: Config, folder: Location, lease: Lease, log: Callable[[str], None]) -> None:
         self.config, self.folder, self.lease, self.log = config, folder, lease, log
 
-    def rehearse(self, night: str) -> dict[str, Any]:
-        plan = self.plan(night)
+    def dry_run(self, date: str) -> dict[str, Any]:
+        plan = self.plan(date)
         trained = self.train(plan, register=False)
         return self.verdict(plan, trained) | {"dry_run": True}
 
-    def work(self, night: str) -> dict[str, Any]:
-        plan = self.plan(night)
+    def run(self, date: str) -> dict[str, Any]:
+        plan = self.plan(date)
         trained = self.train(plan, register=True)
         verdict = self.verdict(plan, trained)
         version = int(trained.models[0].uri.rsplit("/", 1)[1])
@@ -137,74 +139,77 @@ class _Job:
         serving = aliases.champion(self.config.track, self.config.name)
         now = None if serving is None else int(serving["version"])
         if now not in (plan.champion, version):
-            verdict |= {"verdict": KEPT, "reason": f"the champion was changed to version {now} during the night"}
+            verdict |= {
+                "verdict": KEPT,
+                "reason": f"the champion was changed to version {now} during the nightly run",
+            }
         if verdict["verdict"] == PROMOTED:
             aliases.promote(self.config.track, self.config.name, version)
         (self.folder / VERDICT).write_json(verdict)
-        _after(self.config, self.folder, self.log)
+        _publish(self.config, self.folder, self.log)
         return job_result(self.folder) | {"repeated": False}
 
-    def plan(self, night: str) -> Night:
-        """What the night works on: fixed by its first call, with a copy of the champion's models."""
-        file = self.folder / NIGHT
+    def plan(self, date: str) -> NightlyRun:
+        """The inputs of the nightly run. The first call stores them with a copy of the champion's models."""
+        file = self.folder / PLAN
         if file.exists():
             held = file.read_json()
             if held["config"] != self.digest():
                 raise UserError(
-                    "this night was begun with another configuration",
+                    "this nightly run was started with another configuration",
                     where=str(file),
-                    remedy="use the same words again, or delete the folder to begin the night anew",
+                    remedy="use the same configuration again, or delete the folder to start from scratch",
                     wrong_use=True,
                 )
-            return Night(**{**held, "start": tuple(held["start"]), "notes": tuple(held["notes"])})
-        plan = self._planned(night)
+            return NightlyRun(**{**held, "start": tuple(held["start"]), "notes": tuple(held["notes"])})
+        plan = self._new_plan(date)
         file.write_json(asdict(plan))
         return plan
 
     def digest(self) -> str:
-        judging = self.config.regroup.model_dump_json(exclude={"webhook", "lease_s"})
-        return f"{self.config.digest()}-{hashlib.sha256(judging.encode()).hexdigest()[:8]}"
+        rules = self.config.regroup.model_dump_json(exclude={"webhook", "lease_s"})
+        return f"{self.config.digest()}-{hashlib.sha256(rules.encode()).hexdigest()[:8]}"
 
-    def _planned(self, night: str) -> Night:
+    def _new_plan(self, date: str) -> NightlyRun:
         config = self.config
         if not config.regroup.shards:
             ensure_shards(config, self.log)
-        data = newest(config, night, self.log)
+        data = newest(config, date, self.log)
         manifest = read_manifest(locate(data.shards))
         tasks = manifest.tasks(config.data.tasks, data.shards)
         evaluation = config.regroup.evaluation or data.shards
-        judged = read_manifest(locate(evaluation))
-        check_evaluation(manifest, data.shards, judged, evaluation, tasks, config.regroup.split)
+        evaluated = read_manifest(locate(evaluation))
+        check_evaluation(manifest, data.shards, evaluated, evaluation, tasks, config.regroup.split)
         champion = aliases.champion(config.track, config.name)
-        notes: list[str] = [] if data.date == night else [f"the newest data is of {data.date}"]
+        notes: list[str] = [] if data.date == date else [f"the newest data set has the date {data.date}"]
         start: tuple[str, ...] = ()
         if champion is not None:
             groups, preparation = load_registered(champion["uri"], config.track)
             check_champion(groups, tasks, champion["uri"], manifest, preparation)
             for name, model in groups.items():
                 write_model(self.folder / CHAMPION / name, model)
-            why = self._cold(groups, manifest, tasks)
+            why = self._cold_start(groups, manifest, tasks)
             if why:
-                notes.append(f"the challenger starts afresh: {why}")
+                notes.append(f"the challenger starts from scratch: {why}")
             else:
                 start = tuple(str(self.folder / CHAMPION / name) for name in groups)
-            notes += seen_by(champion, judged, evaluation, config.regroup.split)
-        self.log(f"night {night}: shards {data.shards}, " + (
+            notes += leakage_notes(champion, evaluated, evaluation, config.regroup.split)
+        self.log(f"nightly run of {date}: shards {data.shards}, " + (
             f"champion {champion['uri']}" if champion else "no champion yet"
         ))  # fmt: skip
         for note in notes:
             self.log(f"note: {note}")
-        return Night(
-            night, self.digest(), data.date, data.shards, manifest.digest(), evaluation, judged.digest(),
+        return NightlyRun(
+            date, self.digest(), data.date, data.shards, manifest.digest(), evaluation, evaluated.digest(),
             None if champion is None else int(champion["version"]), start, tuple(notes),
         )  # fmt: skip
 
-    def _cold(self, groups: Mapping[str, GroupModel], manifest: Manifest, tasks: tuple[Task, ...]) -> str:
-        """Why the challenger cannot start from the champion; empty where it can."""
+    def _cold_start(self, groups: Mapping[str, GroupModel], manifest: Manifest, tasks: tuple[Task, ...]) -> str:
+        """The reason that the challenger does not start from the champion; empty if it does."""
         if not self.config.regroup.warm_start:
             return "regroup.warm_start is off"
         if len(groups) < 2:
-            return "copies of the champion's single group would not part"
+            return "the champion has one group, and copies of one branch stay equal"
         try:
             WarmStart(list(groups.values())).check(
                 self.config.network_spec(manifest.description.input, tasks)
@@ -213,8 +218,8 @@ class _Job:
             return str(error)
         return ""
 
-    def train(self, plan: Night, *, register: bool) -> Trained:
-        """The challenger, in the night's folder."""
+    def train(self, plan: NightlyRun, *, register: bool) -> Trained:
+        """Train the challenger in the folder of the nightly run."""
         config = self.config
         network = {"start_from": plan.start} if plan.start else {}
         return train(
@@ -229,8 +234,8 @@ class _Job:
             self.log,
         )
 
-    def verdict(self, plan: Night, trained: Trained) -> dict[str, Any]:
-        """What the comparison says, with how grouping and data have changed."""
+    def verdict(self, plan: NightlyRun, trained: Trained) -> dict[str, Any]:
+        """The verdict with its comparison, and the drift of grouping and data."""
         after = Grouping.from_dict(trained.result["grouping"])
         found: dict[str, Any] = {
             "name": self.config.name,
@@ -257,19 +262,21 @@ class _Job:
             "reason": reason,
             "metrics": comparison["challenger"],
             "comparison": comparison,
-            "grouping_drift": drifted(before, after),
+            "grouping_drift": grouping_drift(before, after),
             "data_drift": self.data_drift(plan),
         }
 
-    def compare(self, plan: Night) -> dict[str, Any]:
-        """Champion and challenger on the same samples, judged by a task of the cluster."""
+    def compare(self, plan: NightlyRun) -> dict[str, Any]:
+        """Evaluate champion and challenger on the same samples, in a Ray task."""
         import ray
 
         file = self.folder / COMPARISON
         if not file.exists():
             ray_section = self.config.ray
-            self.log(f"judging champion and challenger on split {self.config.regroup.split} of {plan.evaluation}")
-            task = ray.remote(judge).options(
+            self.log(
+                f"evaluating champion and challenger on split {self.config.regroup.split} of {plan.evaluation}"
+            )
+            task = ray.remote(evaluate).options(
                 num_cpus=ray_section.cpus_per_worker, num_gpus=ray_section.gpus_per_worker or None,
                 max_retries=ray_section.max_failures,
             )  # fmt: skip
@@ -277,20 +284,20 @@ class _Job:
                 found = ray.get(task.remote(self.config, plan.evaluation, plan.evaluation_digest, self.folder))
             except Exception as error:
                 raise user_error(error) or UserError(
-                    f"champion and challenger could not be judged: {str(error).splitlines()[-1][:200]}",
+                    f"champion and challenger could not be evaluated: {str(error).splitlines()[-1][:200]}",
                     where=plan.evaluation,
-                    remedy="run the same words again; --debug shows where it failed",
+                    remedy="run the same command again to resume; --debug shows the full error",
                 ) from error
             file.write_json(found)
         compared: dict[str, Any] = file.read_json()
         return compared
 
-    def data_drift(self, plan: Night) -> list[str]:
-        """How the labels of the training split differ from those that the champion was trained on, in words."""
+    def data_drift(self, plan: NightlyRun) -> list[str]:
+        """The differences between the labels of the training split and those of the champion's training data."""
         champion = aliases.champion(self.config.track, self.config.name)
         held = None if champion is None else label_sums(self.config, str(champion["run_id"]))
         if held is None:
-            return ["the label statistics of the champion's data are not known"]
+            return ["the label statistics of the champion's data are unknown"]
         manifest = read_manifest(locate(plan.shards))
         lines = []
         for task in manifest.tasks(self.config.data.tasks, plan.shards):
@@ -301,13 +308,13 @@ class _Job:
 
 
 def job_result(folder: Location) -> dict[str, Any]:
-    """The verdict of a night that is done, with the place of its page."""
+    """The verdict of a finished nightly run, with the address of its report."""
     verdict: dict[str, Any] = (folder / VERDICT).read_json()
     return verdict | {"report": str(folder / REPORT)}
 
 
-def drifted(before: Grouping, after: Grouping) -> dict[str, Any]:
-    """How a grouping has changed, over the tasks that both have."""
+def grouping_drift(before: Grouping, after: Grouping) -> dict[str, Any]:
+    """The change of a grouping over the tasks that both groupings have."""
     common = [name for name in before.tasks if name in after.tasks]
     old, new = before.among(common), after.among(common)
     return {
@@ -319,27 +326,27 @@ def drifted(before: Grouping, after: Grouping) -> dict[str, Any]:
 
 
 def label_sums(config: Config, run_id: str) -> dict[str, statistics.Sums] | None:
-    """Sums of the labels that a run was trained on, from its MLflow artifacts; None where they are not there."""
+    """Label sums of the training data of a run, from its MLflow artifacts; None if they are missing."""
     import mlflow
 
     connect(config.track)
     try:
         found: dict[str, statistics.Sums] = mlflow.artifacts.load_dict(f"runs:/{run_id}/{LABELS}")
-    except Exception:  # noqa: BLE001 - MLflow raises another kind of error for every kind of store
+    except Exception:  # noqa: BLE001 - the kind of error depends on the artifact store
         return None
     return found
 
 
-def _after(config: Config, folder: Location, log: Callable[[str], None]) -> None:
-    """Page, tracking and webhook of a night that is decided; what is done is not done again."""
+def _publish(config: Config, folder: Location, log: Callable[[str], None]) -> None:
+    """Publish a verdict to report, MLflow and webhook. What has been published is not published again."""
     verdict = (folder / VERDICT).read_json()
     if not (folder / REPORT).exists():
-        write_night(folder)
+        write_page(folder)
         _track(config, folder, verdict, log)
     if config.regroup.webhook and not (folder / SENT).exists():
         problem = send(config.regroup.webhook, verdict)
         if problem:
-            log(f"note: the webhook did not take the verdict: {problem}; the same words try it again")
+            log(f"note: the webhook did not accept the verdict: {problem}; the same command sends it again")
         else:
             (folder / SENT).write_json({"night": verdict["night"]})
 
@@ -351,5 +358,5 @@ def _track(config: Config, folder: Location, verdict: Mapping[str, Any], log: Ca
             client.log_text(verdict["run_id"], (folder / name).read_text(), name)
         client.set_tag(verdict["run_id"], "dmtg.verdict", verdict["verdict"])
         client.set_tag(verdict["run_id"], "dmtg.night", verdict["night"])
-    except Exception as error:  # noqa: BLE001 - the night is decided; a copy that is missing must not undo it
-        log(f"note: MLflow did not take the verdict ({str(error).splitlines()[0][:200]}); it is in {folder}")
+    except Exception as error:  # noqa: BLE001 - the verdict is written; a missing copy must not undo it
+        log(f"note: MLflow did not accept the verdict ({str(error).splitlines()[0][:200]}); it is in {folder}")

@@ -1,4 +1,4 @@
-"""Champion and challenger on the same frozen samples, and what follows from it."""
+"""Evaluation of champion and challenger on the same samples, and the rule of promotion."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ from pipelines.serving.evaluate import outputs_for
 from pipelines.storage import Location, locate
 
 
-def judge(config: Config, evaluation: str, digest: str, night: Location) -> dict[str, Any]:
-    """Measure both on the evaluation split, over the tasks that both have. Runs as a Ray task.
+def evaluate(config: Config, evaluation: str, digest: str, run: Location) -> dict[str, Any]:
+    """Evaluate both models on the evaluation split, over the tasks that both have. It runs as a Ray task.
 
     Args:
-        evaluation, digest: Shards, and what they were when the night began.
-        night: Folder with the champion's models, and the challenger's run.
+        config: Configuration.
+        evaluation, digest: Evaluation data: address, and data digest at the start of the nightly run.
+        run: Folder of the nightly run, with the champion's models and the challenger's run.
 
     Returns:
         A `Comparison` as a dictionary, with `headline` metrics and `champion_groups`.
 
     Raises:
-        UserError: When the shards have changed.
+        UserError: If the shards have changed.
     """
     folder = locate(evaluation)
     manifest = read_manifest(folder)
     if manifest.digest() != digest:
         raise UserError(
-            "the evaluation data was changed during the night",
+            "the evaluation data has changed during the nightly run",
             where=evaluation,
-            remedy="delete the night's folder and begin it anew",
+            remedy="delete the folder of the nightly run and start from scratch",
         )
-    sides = {"champion": night / "champion", "challenger": night / "challenger" / MODELS}
+    sides = {"champion": run / "champion", "challenger": run / "challenger" / MODELS}
     models = {side: {name: read_model(place / name) for name in place.folders()} for side, place in sides.items()}
     served = {side: {t.name for model in held.values() for t in model.tasks} for side, held in models.items()}
     common = served["champion"] & served["challenger"]
@@ -69,7 +70,7 @@ def judge(config: Config, evaluation: str, digest: str, night: Location) -> dict
 
 
 def comparison_of(found: Mapping[str, Any]) -> Comparison:
-    """What `judge` gave, read back from JSON: what was not finite is null there and counts as undefined."""
+    """Read the result of `evaluate` from JSON, where numbers that are not finite are null."""
 
     def number(value: float | None) -> float:
         return math.nan if value is None else float(value)
@@ -83,23 +84,23 @@ def comparison_of(found: Mapping[str, Any]) -> Comparison:
 
 
 def verdict_of(found: Mapping[str, Any], rules: RegroupSection) -> tuple[str, str]:
-    """Promoted or kept, and why, in words.
+    """The verdict, promoted or kept, and its reason.
 
-    The challenger takes over where the mean error falls by the margin, the interval of that lies above zero, and
-    no task's error rises by more than its limit. What is not defined speaks for the champion.
+    The challenger is promoted if the mean gain is at least the margin, its interval lies above zero, and no task
+    loses more than its limit. With an undefined value the champion is kept.
     """
     compared = comparison_of(found)
     gain, percent = compared.gain, f"{rules.confidence:.0%}"
-    shown = f"mean error {-gain.value:+.2f} % ({percent} interval {-gain.high:+.2f} to {-gain.low:+.2f} %)"
+    shown = f"gain {gain.value:+.2f} % ({percent} interval {gain.low:+.2f} to {gain.high:+.2f} %)"
     if not gain.value >= rules.margin:
-        return "kept", f"{shown}: it had to fall by {rules.margin:g} %"
+        return "kept", f"{shown}, less than the margin of {rules.margin:g} %"
     if not gain.low > 0:
-        return "kept", f"{shown}: that may be chance"
+        return "kept", f"{shown}, not significant"
     worse = [
-        f"{name} {-one.value:+.2f} %, allowed {limit:+g} %"
+        f"{name} {one.value:+.2f} %, the limit is {0 - limit:g} %"
         for name, one in compared.by_task.items()
         if (limit := rules.limits.get(name, rules.limit)) is not None and not -one.value <= limit
     ]
     if worse:
-        return "kept", f"{shown}, but the error of single tasks rose too far: {'; '.join(worse)}"
+        return "kept", f"{shown}, but single tasks lose too much: {'; '.join(worse)}"
     return "promoted", shown

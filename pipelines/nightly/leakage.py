@@ -1,4 +1,4 @@
-"""Whether champion and challenger can be judged on the same samples, and neither has been trained on them."""
+"""The leakage check: champion and challenger have the same tasks, and no evaluation sample was trained on."""
 
 from __future__ import annotations
 
@@ -18,30 +18,36 @@ from pipelines.storage import locate
 
 
 def check_evaluation(
-    manifest: Manifest, shards: str, judged: Manifest, evaluation: str, tasks: tuple[Task, ...], split: str
+    manifest: Manifest, shards: str, evaluated: Manifest, evaluation: str, tasks: tuple[Task, ...], split: str
 ) -> None:
-    """Whether both can be judged on the evaluation split, and the challenger does not see it in training.
+    """Check that both models can be evaluated on the split, and that the challenger is not trained on it.
+
+    Args:
+        manifest, shards: Training data of the challenger.
+        evaluated, evaluation: Evaluation data.
+        tasks: Tasks of the challenger.
+        split: Evaluation split.
 
     Raises:
-        UserError: When they cannot, or it does.
+        UserError: If the split is too small, tasks differ, or samples are in the training data.
     """
-    if judged.rows(split) < 2:
+    if evaluated.rows(split) < 2:
         raise UserError(
-            f"split {split} has {judged.rows(split)} samples to judge on",
+            f"split {split} has {evaluated.rows(split)} samples for the evaluation",
             where=evaluation,
             remedy="set regroup.split=val, or regroup.evaluation to shards that have them",
         )
-    same_tasks(tasks, judged.tasks([task.name for task in tasks], evaluation), evaluation)
+    same_tasks(tasks, evaluated.tasks([task.name for task in tasks], evaluation), evaluation)
     if evaluation == shards:
         return
-    held_out = ids(judged, evaluation, (split,))
-    trained = held_out & ids(manifest, shards, ("train", "val"))
+    held_out = sample_ids(evaluated, evaluation, (split,))
+    trained = held_out & sample_ids(manifest, shards, ("train", "val"))
     if trained:
         raise UserError(
-            f"{len(trained)} of {len(held_out)} samples of the evaluation are in the data to train on, "
+            f"{len(trained)} of {len(held_out)} samples of the evaluation are in the training data, "
             f"such as {min(trained)}",
             where=f"regroup.evaluation={evaluation}, split {split}",
-            remedy="leave them out of the new shards' train and val splits",
+            remedy="leave them out of the splits train and val of the new shards",
         )
 
 
@@ -52,57 +58,57 @@ def check_champion(
     manifest: Manifest,
     preparation: Mapping[str, Any],
 ) -> None:
-    """Whether the champion can read the new data, and the challenger will serve what it serves.
+    """Check that the champion can read the new data, and that the challenger has all tasks of the champion.
 
     Args:
-        groups: The champion's models.
-        tasks: Of the challenger.
-        uri: The champion's address.
-        manifest: Of the new data.
-        preparation: How the champion's input was made; see `Description.preparation`.
+        groups: Models of the champion.
+        tasks: Tasks of the challenger.
+        uri: Address of the champion.
+        manifest: Manifest of the new data.
+        preparation: Preparation of the champion's input; see `Description.preparation`.
 
     Raises:
-        UserError: When it cannot, or will not.
+        UserError: If the input differs, or tasks are missing or differ.
     """
     spec, new = next(iter(groups.values())).spec.input, manifest.description.input
     keys = ("kind", "shape", "dtype", "vocabulary")
     same = all(getattr(spec, key) == getattr(new, key) for key in keys)
     if not same or dict(preparation) != dict(manifest.description.preparation):
         raise UserError(
-            f"the new data is encoded otherwise than that of the champion {uri}, which would read noise in it",
+            f"the new data has another encoding than the data of the champion {uri}",
             where="data.like",
-            remedy="make the new shards with data.like=<the champion's shards>",
+            remedy="write the new shards with data.like=<the champion's shards>",
         )
     served = [task for model in groups.values() for task in model.tasks]
     missing = sorted({task.name for task in served} - {task.name for task in tasks})
     if missing:
         raise UserError(
-            f"the champion {uri} serves {listed(missing)}, which the challenger would not",
+            f"the champion {uri} serves {listed(missing)}, which the challenger does not have",
             where="data.tasks",
-            remedy="train on these tasks too, or give the models of other tasks another name",
+            remedy="train these tasks too, or choose another name for models of other tasks",
         )
     same_tasks(served, tasks, uri)
 
 
-def seen_by(champion: Mapping[str, Any], judged: Manifest, evaluation: str, split: str) -> list[str]:
-    """A note where the champion was trained on samples it is judged on, or that cannot be known."""
+def leakage_notes(champion: Mapping[str, Any], evaluated: Manifest, evaluation: str, split: str) -> list[str]:
+    """A note if the champion was trained on evaluation samples, or if its training data is missing."""
     trained = training_data(champion)
     if trained is None:
-        return ["what the champion was trained on is gone, so it may have seen samples that it is judged on"]
+        return ["the training data of the champion is missing, so the champion may have seen evaluation samples"]
     manifest, shards = trained
-    if shards == evaluation and manifest.digest() == judged.digest():
+    if shards == evaluation and manifest.digest() == evaluated.digest():
         return []
-    seen = ids(judged, evaluation, (split,)) & ids(manifest, shards, ("train", "val"))
-    return [f"the champion was trained on {len(seen)} of the samples that it is judged on"] if seen else []
+    seen = sample_ids(evaluated, evaluation, (split,)) & sample_ids(manifest, shards, ("train", "val"))
+    return [f"the champion was trained on {len(seen)} of the evaluation samples"] if seen else []
 
 
 def same_tasks(some: Sequence[Task], others: Sequence[Task], where: str) -> None:
-    """Whether tasks of one name are the same task.
+    """Check that tasks with the same name are the same task.
 
     Raises:
-        UserError: Naming those that are not.
+        UserError: With the tasks that differ.
     """
-    # offset and scale may differ: outputs are brought into the same units
+    # offset and scale may differ: outputs are converted to the same units
     keys = ("kind", "channels", "labels", "metric", "valid_below", "threshold")
     known = {task.name: task for task in others}
     differing = [
@@ -115,14 +121,14 @@ def same_tasks(some: Sequence[Task], others: Sequence[Task], where: str) -> None
     ]
     if differing:
         raise UserError(
-            f"tasks of one name differ, so that they cannot be compared: {'; '.join(differing[:3])}",
+            f"tasks with the same name differ: {'; '.join(differing[:3])}",
             where=where,
-            remedy="give a task that has changed another name",
+            remedy="give another name to a task that has changed",
         )
 
 
-def ids(manifest: Manifest, shards: str, splits: tuple[str, ...]) -> set[str]:
-    """The ids of some splits."""
+def sample_ids(manifest: Manifest, shards: str, splits: tuple[str, ...]) -> set[str]:
+    """The sample ids of some splits."""
     folder, found = locate(shards), set()
     for split in splits:
         for shard in manifest.shards.get(split, ()):
@@ -136,7 +142,7 @@ def ids(manifest: Manifest, shards: str, splits: tuple[str, ...]) -> set[str]:
 
 
 def training_data(champion: Mapping[str, Any]) -> tuple[Manifest, str] | None:
-    """The shards that a registered model was trained on, while they are still what they were."""
+    """The training data of a registered model; None if it is missing or has changed."""
     try:
         run = locate(champion["run"])
         shards = yaml.safe_load((run / "config.yaml").read_text())["data"]["shards"]

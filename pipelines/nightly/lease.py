@@ -1,4 +1,4 @@
-"""One job at a time: a file that its holder renews, and that counts as left behind when it no longer does."""
+"""The lease: a file that allows one job at a time. Its holder renews it; without renewal it expires."""
 
 from __future__ import annotations
 
@@ -17,126 +17,129 @@ from pipelines.errors import UserError
 from pipelines.storage import Location
 
 POLL_S = 2.0
-SETTLE_S = 1.0  # until what another has written at the same time can be seen
+SETTLE_S = 1.0  # time until a file that another process wrote at the same time is visible
 
 
 class Lease:
-    """The right to do a job, held by one process at a time, on any machine that reaches the file.
+    """A lease that one process holds at a time, on any machine with access to the file.
 
-    A lease that was left behind is taken over after `silence_s` without a sign of life; times are those of the
-    machines' clocks, which must agree to much less than that. Storage that cannot create a file on a condition
-    leaves a moment in which two could both believe to have it: the one that lost finds out at its next renewal,
-    and at `check` before anything that matters.
+    The lease expires `timeout_s` after its last renewal. Another process can acquire it then. Times come from the
+    clocks of the machines, which must differ by much less than the timeout. On storage without conditional writes
+    two processes can acquire the lease at the same moment. One of them loses it, which `renew` and `check` detect.
 
     Args:
-        file: Where it lies.
-        silence_s: How long a holder may be silent; it renews four times as often.
-        job: What messages call it.
+        file: File of the lease.
+        timeout_s: Seconds without renewal after which the lease expires. Its holder renews it four times as often.
+        job: Name of the job in messages.
     """
 
-    def __init__(self, file: Location, silence_s: float, job: str) -> None:
-        self.file, self.silence_s, self.job = file, silence_s, job
+    def __init__(self, file: Location, timeout_s: float, job: str) -> None:
+        self.file, self.timeout_s, self.job = file, timeout_s, job
         self.token = uuid.uuid4().hex
-        self.lost = ""
+        self.lost_to = ""
         self.renewed = time.monotonic()
         self._stop = threading.Event()
 
-    def _mine(self) -> dict[str, Any]:
+    def _content(self) -> dict[str, Any]:
         return {"token": self.token, "host": _host(), "pid": os.getpid(), "renewed": time.time()}
 
-    def _held(self) -> dict[str, Any] | None:
+    def _read(self) -> dict[str, Any] | None:
         try:
             held: dict[str, Any] = self.file.read_json()
         except FileNotFoundError:
             return None
         return held
 
-    def take(self) -> dict[str, Any] | None:
-        """Take it where it is free; None, or who has it."""
-        held = self._held()
+    def try_acquire(self) -> dict[str, Any] | None:
+        """Acquire the lease if it is free.
+
+        Returns:
+            None if it was acquired, else the content of its file.
+        """
+        held = self._read()
         if held is None:
-            if not self.file.create(_text(self._mine())):
-                return self._held() or self.take()
+            if not self.file.create(_text(self._content())):
+                return self._read() or self.try_acquire()
         elif self._alive(held):
             return held
         else:
-            self.file.write_json(self._mine())
+            self.file.write_json(self._content())
         time.sleep(SETTLE_S)
-        held = self._held()
+        held = self._read()
         return None if held is not None and held["token"] == self.token else held
 
     def _alive(self, held: dict[str, Any]) -> bool:
         if held["host"] == _host() and not _runs(int(held["pid"])):
-            return False  # here it can be known at once
-        return time.time() - float(held["renewed"]) < self.silence_s
+            return False  # on the same machine a lost process is known at once
+        return time.time() - float(held["renewed"]) < self.timeout_s
 
     def renew(self) -> None:
-        """Say that this holder lives."""
+        """Renew the lease, or note that another process holds it."""
         try:
-            held = self._held()
+            held = self._read()
             if held is None or held["token"] != self.token:
-                self.lost = f"{held['host']}, process {held['pid']}" if held else "somebody who removed it"
+                self.lost_to = f"{held['host']}, process {held['pid']}" if held else "its file was deleted"
                 return
-            self.file.write_json(self._mine())
+            self.file.write_json(self._content())
             self.renewed = time.monotonic()
         except UserError:
-            return  # the storage is away: what cannot be written by us cannot be taken by others either
+            return  # the storage is unreachable, so no other process can acquire the lease either
 
     def check(self) -> None:
-        """Before what only the holder may do.
+        """Renew the lease before a step that only its holder may do.
 
         Raises:
-            UserError: When another has taken it over.
+            UserError: If another process holds it.
         """
         self.renew()
-        if self.lost or time.monotonic() - self.renewed > self.silence_s:
+        if self.lost_to or time.monotonic() - self.renewed > self.timeout_s:
             raise UserError(
-                f"another {self.job} has taken over: {self.lost or 'this one could not log that it lives'}",
+                f"another {self.job} has taken over: {self.lost_to or 'this one could not renew its lease'}",
                 where=str(self.file),
-                remedy="let the other one end; the same words then go on with what it left",
+                remedy="wait until the other one has ended; the same command then resumes",
             )
 
-    def _keep(self) -> None:
-        while not self._stop.wait(self.silence_s / 4):
+    def _renew_until_stopped(self) -> None:
+        while not self._stop.wait(self.timeout_s / 4):
             self.renew()
 
     @contextmanager
     def held(self, wait_s: float = 0.0, log: Callable[[str], None] = print) -> Iterator[Lease]:
-        """Hold it for the time of the block.
+        """Hold the lease during the block.
 
         Args:
-            wait_s: How long to wait while another has it.
-            say: Told when there is a wait.
+            wait_s: Seconds to wait while another process holds it.
+            log: Log callback.
 
         Raises:
-            UserError: When it is not free in time, with who has it.
+            UserError: If it is not free in time.
         """
-        self.take_or_refuse(wait_s, log)
-        thread = threading.Thread(target=self._keep, daemon=True)
+        self.acquire(wait_s, log)
+        thread = threading.Thread(target=self._renew_until_stopped, daemon=True)
         thread.start()
         try:
             yield self
         finally:
             self._stop.set()
             thread.join()
-            held = self._held()
+            held = self._read()
             if held is not None and held["token"] == self.token:
                 self.file.delete()
 
-    def take_or_refuse(self, wait_s: float = 0.0, log: Callable[[str], None] = print) -> None:
-        """Take it, as `held` says."""
-        until, other = time.monotonic() + wait_s, self.take()
+    def acquire(self, wait_s: float = 0.0, log: Callable[[str], None] = print) -> None:
+        """Acquire the lease; see `held`."""
+        until, other = time.monotonic() + wait_s, self.try_acquire()
         if other is not None and wait_s > 0:
             log(f"waiting for another {self.job} ({_shown(other)})")
         while other is not None and time.monotonic() < until:
             time.sleep(min(POLL_S, max(until - time.monotonic(), 0.0)))
-            other = self.take()
+            other = self.try_acquire()
         if other is not None:
             raise UserError(
                 f"another {self.job} is running: {_shown(other)}",
                 where=str(self.file),
-                remedy="wait for it with --wait SECONDS; one that was lost counts as dead after "
-                f"{self.silence_s:g} s of silence",
+                remedy="wait for it with --wait SECONDS; "
+                f"the lease of a lost job expires after {self.timeout_s:g} s",
             )
 
 
@@ -150,7 +153,7 @@ def _shown(held: dict[str, Any]) -> str:
 
 
 def _host() -> str:
-    """Where a process number means the same process: containers of one name number their own."""
+    """The machine and its process namespace. Containers with one host name have their own process ids."""
     space = Path("/proc/self/ns/pid")
     return socket.gethostname() + (f"/{space.stat().st_ino}" if space.exists() else "")
 

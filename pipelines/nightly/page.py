@@ -1,4 +1,4 @@
-"""`regroup.html`: one page on a night, made from the night's folder alone."""
+"""`regroup.html`: the report of a nightly run, from the files in its folder."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ VERDICT, PAGE = "verdict.json", "regroup.html"
 BETTER, WORSE, OPEN = figures.COLOURS[2], figures.COLOURS[5], figures.NEUTRAL
 
 
-def write_night(folder: Location) -> Location:
-    """Make the page of a night that is decided, beside its verdict; where the page is."""
+def write_page(folder: Location) -> Location:
+    """Write the report of a finished nightly run into its folder, and return the file."""
     (folder / PAGE).write_text(page((folder / VERDICT).read_json()))
     return folder / PAGE
 
 
 def page(verdict: Mapping[str, Any]) -> str:
-    """The page of a verdict as HTML."""
+    """The report of a verdict as HTML."""
     compared = verdict["comparison"]
     rows = task_rows(verdict)
     drift = verdict.get("grouping_drift")
-    drawn = {"after": figures.grouping(verdict["grouping"])}
+    plots = {"after": figures.grouping(verdict["grouping"])}
     if compared is not None:
-        drawn["gains"] = gains(rows, compared["gain"])
+        plots["gains"] = gains(rows, compared["gain"])
     if drift is not None:
-        drawn["before"] = figures.grouping(drift["before"])
+        plots["before"] = figures.grouping(drift["before"])
     return render(
         "nightly.html",
         verdict=verdict,
@@ -40,12 +40,12 @@ def page(verdict: Mapping[str, Any]) -> str:
         compared=compared,
         rows=rows,
         drift=drift,
-        figures=drawn,
+        figures=plots,
     )
 
 
 def headline(verdict: Mapping[str, Any]) -> str:
-    """The verdict in a sentence."""
+    """The verdict as one sentence."""
     if verdict["champion"] is None:
         return f"{verdict['challenger']} is the first champion."
     if verdict["verdict"] == "promoted":
@@ -54,7 +54,7 @@ def headline(verdict: Mapping[str, Any]) -> str:
 
 
 def task_rows(verdict: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a task: its groups, headline metric, both values, and the fall of its error with the interval."""
+    """A row for each task: groups, headline metric, both values, and the gain with its interval."""
     after = {task: name for name, tasks in verdict["grouping"].items() for task in tasks}
     compared = verdict["comparison"]
     if compared is None:
@@ -75,20 +75,20 @@ def task_rows(verdict: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def gains(rows: Sequence[Mapping[str, Any]], mean: Mapping[str, Any]) -> str:
-    """By how many per cent each task's error fell, with the bootstrap interval; the mean of all below."""
+    """Plot the gain of each task over the champion with its bootstrap interval, and the mean below."""
     shown = [*rows, {"task": "mean of all tasks", **mean}]
     known = [row for row in shown if None not in (row["value"], row["low"], row["high"])]
-    words = "; ".join(f"{row['task']} {row['value']:+.1f} %" for row in known)
+    listed = "; ".join(f"{row['task']} {row['value']:+.1f} %" for row in known)
     with mpl.rc_context(figures.STYLE):
         figure = Figure(figsize=(figures.WIDTH - 1.6, 0.34 * len(shown) + 0.6))
         axes = figure.add_subplot()
         for row in known:
             place = shown.index(row)
-            sure = row["low"] > 0 or row["high"] < 0
-            tint = OPEN if not sure else BETTER if row["value"] > 0 else WORSE
+            significant = row["low"] > 0 or row["high"] < 0
+            tint = OPEN if not significant else BETTER if row["value"] > 0 else WORSE
             axes.plot([row["low"], row["high"]], [place, place], color=tint, linewidth=2)
             axes.plot(row["value"], place, marker="o" if row["task"] != "mean of all tasks" else "D", color=tint)
         axes.axvline(0, color="black", linewidth=0.8)
         figures.label_rows(axes, [row["task"] for row in shown])
-        axes.set_xlabel("error against the champion's: % less (right) or more (left)")
-        return svg(figure, f"By how much each task's error fell against the champion's, with intervals. {words}")
+        axes.set_xlabel("gain over the champion, %")
+        return svg(figure, f"Gain of each task over the champion, with bootstrap intervals. {listed}")

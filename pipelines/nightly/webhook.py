@@ -1,4 +1,4 @@
-"""A verdict sent to where somebody waits for it."""
+"""The webhook of a nightly run, which gets the verdict as JSON."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ TRIES, PAUSE_S, TIMEOUT_S = 3, 2.0, 20.0
 
 
 def check_address(address: str) -> None:
-    """Stop at an address that nothing could be sent to.
+    """Check the address of a webhook.
 
     Raises:
-        UserError: For another scheme than http(s), or no host.
+        UserError: If the scheme is not http(s) or the host is missing.
     """
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(
-            f"expected an http(s) address, got one of the kind {parts.scheme or 'without scheme'}",
+            f"expected an http(s) address, got one with the scheme {parts.scheme or '(none)'}",
             where="regroup.webhook",
             remedy="write https://host/path",
             wrong_use=True,
@@ -33,10 +33,12 @@ def check_address(address: str) -> None:
 
 
 def send(address: str, verdict: Mapping[str, Any]) -> str:
-    """POST a verdict as JSON, a few times; why it was not taken, empty where it was.
+    """POST a verdict as JSON, with retries.
 
-    The address is not in the message: it often holds a secret. `name` and `night` tell a receiver that gets a
-    verdict twice, after a job that was killed, that it is the same one.
+    A receiver can get a verdict twice if the job was killed. `name` and `night` identify it.
+
+    Returns:
+        The reason of a failure; empty after success. It does not contain the address, which is often a secret.
     """
     check_address(address)
     body = json.dumps(finite(dict(verdict)), allow_nan=False).encode()

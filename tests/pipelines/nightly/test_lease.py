@@ -1,4 +1,4 @@
-"""One job at a time, also when the one before was killed, and whatever the storage."""
+"""The lease allows one job at a time, also after a kill, on all storage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ with Lease(locate(sys.argv[1]), float(sys.argv[2]), "test").held():
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "SETTLE_S", 0.05)  # what is local can be seen at once
+    monkeypatch.setattr(lease, "SETTLE_S", 0.05)  # local files are visible at once
     monkeypatch.setattr(lease, "POLL_S", 0.05)
 
 
@@ -42,19 +42,19 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"s3://{BUCKET}/{tmp_path.name}/lease.json"
 
 
-def test_the_second_is_told_who_has_it_and_gets_it_when_it_is_given_back(place: str) -> None:
+def test_the_second_job_is_refused_with_the_holder_and_acquires_a_released_lease(place: str) -> None:
     first, second = (Lease(locate(place), 60, "regroup of x") for _ in range(2))
     with first.held():
         first.check()
         with pytest.raises(UserError, match=f"another regroup of x is running: process {os.getpid()}") as found:
-            second.take_or_refuse()
+            second.acquire()
         assert "--wait" in found.value.remedy
     with second.held():
         second.check()
     assert not locate(place).exists()
 
 
-def test_one_that_waits_goes_on_when_the_other_ends(tmp_path: Path) -> None:
+def test_a_waiting_job_continues_when_the_other_ends(tmp_path: Path) -> None:
     place, logged, order = str(tmp_path / "lease.json"), [], []
     first, second = (Lease(locate(place), 60, "job") for _ in range(2))
 
@@ -73,30 +73,30 @@ def test_one_that_waits_goes_on_when_the_other_ends(tmp_path: Path) -> None:
     assert "waiting for another job" in logged[0]
 
 
-def test_of_many_at_once_one_has_it(tmp_path: Path) -> None:
-    place, taken, start = locate(str(tmp_path / "lease.json")), [], threading.Barrier(8)
+def test_one_of_many_concurrent_jobs_acquires_the_lease(tmp_path: Path) -> None:
+    place, holders, start = locate(str(tmp_path / "lease.json")), [], threading.Barrier(8)
 
     def take() -> None:
         mine = Lease(place, 60, "job")
         start.wait()
-        if mine.take() is None:
-            taken.append(mine)
+        if mine.try_acquire() is None:
+            holders.append(mine)
 
     threads = [threading.Thread(target=take) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(taken) == 1
+    assert len(holders) == 1
 
 
-def test_a_lease_that_a_killed_process_left_is_taken_over(tmp_path: Path) -> None:
+def test_the_lease_of_a_killed_process_is_acquired(tmp_path: Path) -> None:
     place = str(tmp_path / "lease.json")
-    words = [sys.executable, "-c", HOLDER, place, "3600"]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE) as process:
+    command = [sys.executable, "-c", HOLDER, place, "3600"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"
-        held = Lease(locate(place), 3600, "test").take()
+        held = Lease(locate(place), 3600, "test").try_acquire()
         assert held is not None
         assert held["pid"] == process.pid
         process.send_signal(signal.SIGKILL)
@@ -104,16 +104,16 @@ def test_a_lease_that_a_killed_process_left_is_taken_over(tmp_path: Path) -> Non
         mine.check()
 
 
-def test_silence_counts_where_the_process_cannot_be_asked_and_the_late_holder_finds_out(tmp_path: Path) -> None:
+def test_the_lease_of_another_machine_expires_and_its_late_holder_is_refused(tmp_path: Path) -> None:
     file = locate(str(tmp_path / "lease.json"))
     late = Lease(file, 60, "job")
-    assert late.take() is None
+    assert late.try_acquire() is None
     elsewhere = file.read_json() | {"host": "another machine"}
     file.write_json(elsewhere)
     other = Lease(file, 60, "job")
-    assert other.take() is not None
+    assert other.try_acquire() is not None
     file.write_json(elsewhere | {"renewed": elsewhere["renewed"] - 61})
-    assert other.take() is None
+    assert other.try_acquire() is None
     with pytest.raises(UserError, match="another job has taken over"):
         late.check()
     other.check()
