@@ -164,7 +164,7 @@ def check_workers(config: Config, manifest: Manifest) -> None:
         if steps[0] != steps[1]:
             problem = (
                 f"an epoch of {manifest.rows('train')} samples has {steps[0]} batches for {fewest} workers and "
-                f"{steps[1]} for {most}, who could not share the last one"
+                f"{steps[1]} for {most}, because {most} workers cannot share the last one"
             )
     if problem:
         raise UserError(

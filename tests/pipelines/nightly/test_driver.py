@@ -96,15 +96,15 @@ def write_datasets(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def nights(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
     root = tmp_path_factory.mktemp("nights")
     write_datasets(root)
     return root
 
 
 @pytest.fixture(scope="module")
-def config(nights: Path) -> Config:
-    return checked(Config, config_of(nights))
+def config(root: Path) -> Config:
+    return checked(Config, config_of(root))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def received() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             self.end_headers()
             bodies.append(json.loads(body))
 
-        def log_message(self, *words: object) -> None:
+        def log_message(self, *args: object) -> None:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
@@ -133,7 +133,7 @@ def received() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 @pytest.fixture(scope="module")
 def done(
-    config: Config, nights: Path, received: tuple[str, list[dict[str, Any]]]
+    config: Config, root: Path, received: tuple[str, list[dict[str, Any]]]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
     """Verdict and log of every nightly run."""
     hooked = config.model_copy(update={"regroup": config.regroup.model_copy(update={"webhook": received[0]})})
@@ -217,9 +217,9 @@ def test_the_report_has_the_verdict_and_is_in_mlflow(done, config: Config) -> No
     assert client.get_run(third["run_id"]).data.tags["dmtg.verdict"] == "promoted"
 
 
-def test_another_configuration_of_a_nightly_run_is_refused(done, config: Config, nights: Path) -> None:
+def test_another_configuration_of_a_nightly_run_is_refused(done, config: Config, root: Path) -> None:
     (locate(config.run.root) / "regroup" / "nightly" / "2026-03-04" / "night.json").write_json(
-        {**json.loads(next(nights.glob("runs/regroup/nightly/*/night.json")).read_text()), "config": "another"}
+        {**json.loads(next(root.glob("runs/regroup/nightly/*/night.json")).read_text()), "config": "another"}
     )
     with pytest.raises(UserError, match="started with another configuration"):
         regroup(config, "2026-03-04")
@@ -252,24 +252,24 @@ def test_a_dry_run_does_not_change_the_registry_and_its_training_is_reused(
     assert "challenger" in versions(fresh)["4"]
 
 
-def test_data_with_another_encoding_is_refused(done, config: Config, nights: Path, tmp_path: Path) -> None:
-    values = config_of(nights, data={"shards": str(tmp_path / "shards"), "like": ""}, regroup={"shards": ""})
-    values["source"]["root"] = str(nights / f"raw-{DATES[1]}")
+def test_data_with_another_encoding_is_refused(done, config: Config, root: Path, tmp_path: Path) -> None:
+    values = config_of(root, data={"shards": str(tmp_path / "shards"), "like": ""}, regroup={"shards": ""})
+    values["source"]["root"] = str(root / f"raw-{DATES[1]}")
     values["run"]["root"] = str(tmp_path / "runs")
     with pytest.raises(UserError, match="another encoding than the data of the champion") as found:
         regroup(checked(Config, values), "2026-03-07")
     assert "data.like" in found.value.remedy
 
 
-def test_evaluation_data_that_is_trained_on_is_refused(done, config: Config, nights: Path, tmp_path: Path) -> None:
+def test_evaluation_data_that_is_trained_on_is_refused(done, config: Config, root: Path, tmp_path: Path) -> None:
     section = config.regroup.model_copy(
-        update={"evaluation": str(nights / "nights" / f"date={DATES[2]}"), "split": "val"}
+        update={"evaluation": str(root / "nights" / f"date={DATES[2]}"), "split": "val"}
     )
     values = config.model_dump(mode="json")
     values["run"]["root"] = str(tmp_path / "runs")
     values["regroup"] = section.model_dump(mode="json") | {"shards": str(tmp_path / "copy")}
     (tmp_path / "copy").mkdir()
-    (tmp_path / "copy" / DATES[2]).symlink_to(nights / "nights" / f"date={DATES[2]}")
+    (tmp_path / "copy" / DATES[2]).symlink_to(root / "nights" / f"date={DATES[2]}")
     with pytest.raises(UserError, match="samples of the evaluation are in the training data"):
         regroup(checked(Config, values), DATES[2])
 
@@ -356,9 +356,9 @@ def nightly_command(driver: Driver, options: list[str]) -> Callable[[], Any]:
 
 @pytest.mark.soak
 def test_after_ten_kills_a_champion_serves_and_the_next_job_finishes_the_nightly_run(
-    nights: Path, tmp_path: Path
+    root: Path, tmp_path: Path
 ) -> None:
-    values = config_of(nights, track={"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"})
+    values = config_of(root, track={"uri": f"sqlite:///{tmp_path / 'mlflow.db'}"})
     values["run"] = {"root": str(tmp_path / "runs")}
     values["regroup"] |= {"lease_s": 5}
     config = checked(Config, values)
