@@ -1,4 +1,4 @@
-"""Strict configuration: YAML plus `section.key=value` words, checked before anything starts."""
+"""Loading of configurations: YAML files and `section.key=value` overrides, validated before anything starts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from pipelines.recipes import RECIPES, recipes
 
 @contextmanager
 def _excluding(where: str) -> Iterator[None]:
-    """The core's word on options that exclude each other, as the user's error."""
+    """Turn the core's error about options that exclude each other into a `UserError`."""
     try:
         yield
     except ValueError as error:
@@ -50,7 +50,7 @@ def _excluding(where: str) -> Iterator[None]:
 class Config(Section):
     """A whole configuration."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="name of the run and of the registered models")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="Name of the run and of the registered models.")
     source: SourceSection | None = None
     data: DataSection
     network: NetworkSection = NetworkSection()
@@ -66,21 +66,21 @@ class Config(Section):
     ray: RaySection = RaySection()
 
     def digest(self) -> str:
-        """Eight hex digits that change with everything that can change a run's result."""
+        """Eight hex digits that change with every value that can change the result of a run."""
         values = self.model_dump(
             mode="json", include={"name", "source", "data", "network", "gate", "train", "search"}
         )
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
     def run_name(self) -> str:
-        """Name of the run folder: the same words always lead to the same folder."""
+        """Name of the run folder: the same command always has the same folder."""
         return self.run.name or f"{self.name}-{self.digest()}"
 
     def settings(self) -> TrainSettings:
-        """What the core's training takes.
+        """The settings of the core's training.
 
         Raises:
-            UserError: For options that exclude each other, or need workers with GPUs that have none.
+            UserError: For options that exclude each other, or that need GPUs if the workers have none.
         """
         if self.train.sync_batchnorm and not self.ray.gpus_per_worker:
             raise UserError(
@@ -101,10 +101,10 @@ class Config(Section):
             )
 
     def search_options(self, where: str = "search") -> SearchOptions:
-        """What the core's search takes.
+        """The options of the core's search.
 
         Args:
-            where: What an error names.
+            where: Place that an error names.
 
         Raises:
             UserError: For options that exclude each other.
@@ -114,7 +114,7 @@ class Config(Section):
             return SearchOptions(**{name: held[name] for name in SearchOptions.__dataclass_fields__})
 
     def check_options(self) -> None:
-        """What can be said of training and search before data is read; workers would find it last.
+        """Check the options of training and search before data is read and workers start.
 
         Raises:
             UserError: As `settings` and `search_options`.
@@ -123,11 +123,11 @@ class Config(Section):
         self.search_options()
 
     def encoder_spec(self) -> EncoderSpec:
-        """What the core's encoder takes."""
+        """The specification of the core's encoder."""
         return EncoderSpec(self.network.encoder, self.network.stem, dict(self.network.options))
 
     def network_spec(self, spec: InputSpec, tasks: Sequence[Task]) -> NetworkSpec:
-        """What the core's network takes."""
+        """The specification of the core's network."""
         return NetworkSpec(
             input=spec,
             tasks=tuple(tasks),
@@ -144,35 +144,35 @@ class Config(Section):
         )
 
 
-def load_config(path: str, words: Sequence[str] = (), ray_config: str = "") -> Config:
-    """The configuration of a YAML file or stored object, or of a recipe by its name, with words laid over it.
+def load_config(path: str, overrides: Sequence[str] = (), ray_config: str = "") -> Config:
+    """The configuration of a YAML file, a stored object or a recipe, with overrides.
 
-    Words are `section.key=value`.
-
-    A file may say `base:` and name a recipe, or a file relative to itself; it is then laid over that one, and so
-    are the words over the file. Sections and other dictionaries are merged key by key; anything else, null
-    included, replaces what is below it. Options are those of one encoder, or of one reader: another
-    `network.encoder` or `source.kind` starts without the options below it.
+    The key `base:` of a file names a recipe, or a file relative to it. The file is merged into its base, and the
+    overrides are merged into the result. Sections and other dictionaries are merged key by key; any other value,
+    null included, replaces the value of the base. Options belong to one encoder or one reader: a different
+    `network.encoder` or `source.kind` discards the options of the base.
 
     Args:
-        ray_config: File with the `ray` section; by default `ray_config.yaml` in the current folder, if any.
+        path: Path, `s3://…` address or name of a recipe.
+        overrides: Values for single keys, as `section.key=value`.
+        ray_config: File with the `ray` section; by default `ray_config.yaml` in the current folder, if it exists.
 
     Raises:
-        UserError: For a file or base that is missing or not YAML, bases that go round in a circle, a word
-            without "=", and any wrong key or value.
+        UserError: For a file or base that is missing or not YAML, bases that form a cycle, an override without
+            "=", and any wrong key or value.
     """
     values = _stored(path) if "://" in path else _with_bases(_find(path), ())
     ray_file = Path(ray_config or "ray_config.yaml")
     if ray_config or ray_file.exists():
         values["ray"] = {**_read_yaml(ray_file), **(values.get("ray") or {})}
     over: dict[str, Any] = {}
-    for word in words:
-        _apply(over, word)
-    return checked(Config, _placed(_laid_over(values, over)))
+    for override in overrides:
+        _apply(over, override)
+    return checked(Config, _placed(_overlaid(values, over)))
 
 
 def load_ray(ray_config: str = "") -> RaySection:
-    """Where Ray runs for a command that has no configuration: as `ray_config.yaml` says, or the file of that name.
+    """The `ray` section for a command without a configuration, from `ray_config` or `ray_config.yaml`.
 
     Raises:
         UserError: For a file that is missing, not YAML, or has a wrong key or value.
@@ -183,7 +183,7 @@ def load_ray(ray_config: str = "") -> RaySection:
 
 
 def load_track(uri: str = "", ray_config: str = "") -> TrackSection:
-    """Where MLflow is for a command that has no configuration: `uri`, else what `ray_config.yaml` says.
+    """The `track` section for a command without a configuration: `uri`, else the server of `ray_config.yaml`.
 
     Raises:
         UserError: For a file that is missing, not YAML, or has a wrong key or value.
@@ -193,17 +193,17 @@ def load_track(uri: str = "", ray_config: str = "") -> TrackSection:
 
 
 def _placed(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with what `ray_config.yaml` says about places put where the other sections say nothing."""
+    """The values, with the addresses of the `ray` section in other sections that have none."""
     ray = values.get("ray")
     if not isinstance(ray, dict):
         return values
     placed = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
-    for section, key, given in (
+    for section, key, address in (
         ("track", "uri", ray.get("tracking_uri")), ("track", "registry_uri", ray.get("registry_uri"))
     ):  # fmt: skip
         held = placed.setdefault(section, {})
-        if given and isinstance(held, dict) and not held.get(key):
-            held[key] = given
+        if address and isinstance(held, dict) and not held.get(key):
+            held[key] = address
     storage = ray.get("storage")
     if isinstance(storage, str) and storage:
         if isinstance(placed.setdefault("run", {}), dict):
@@ -221,12 +221,12 @@ def _placed(values: dict[str, Any]) -> dict[str, Any]:
     return placed
 
 
-def _relative(place: str) -> bool:
-    return bool(place.strip()) and "://" not in place and not place.startswith(("/", "~"))
+def _relative(path: str) -> bool:
+    return bool(path.strip()) and "://" not in path and not path.startswith(("/", "~"))
 
 
 def recipe_config(name: str) -> Config:
-    """A recipe as it ships, whatever `ray_config.yaml` says."""
+    """A recipe as it ships, without the values of `ray_config.yaml`."""
     return checked(Config, _with_bases(_find(name), ()))
 
 
@@ -235,7 +235,7 @@ def _find(path: str, folder: Path = Path()) -> Path:
         if candidate.is_file():
             return candidate
     nearest = difflib.get_close_matches(path, recipes(), n=3)
-    meant = f"did you mean {', '.join(nearest)}? Else " if nearest else ""
+    meant = f"did you mean {', '.join(nearest)}? Otherwise " if nearest else ""
     raise UserError(
         f"no configuration file {path!r}",
         where=str((folder / path).absolute()),
@@ -245,17 +245,17 @@ def _find(path: str, folder: Path = Path()) -> Path:
 
 
 def _with_bases(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """The values of a file laid over those of its base, which may have one too.
+    """The values of a file merged into those of its base, which may have a base too.
 
     Args:
-        above: The files whose base it is, the first one first.
+        above: The chain of files whose base this file is, the first one first.
     """
     chain = (*above, file.resolve())
     if chain[-1] in above:
         raise UserError(
-            f"the bases go round in a circle: {' → '.join(one.name for one in chain)}",
+            f"the bases form a cycle: {' → '.join(one.name for one in chain)}",
             where=str(file),
-            remedy="let one of the files do without a base",
+            remedy="remove the base of one of the files",
             wrong_use=True,
         )
     values = _read_yaml(file)
@@ -266,14 +266,14 @@ def _with_bases(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(
             f"base: expected the name of a recipe or a file, got {base!r}",
             where=str(file),
-            remedy="name one base",
+            remedy="name one recipe or one file",
             wrong_use=True,
         )
-    return _laid_over(_with_bases(_find(base, file.parent), chain), values)
+    return _overlaid(_with_bases(_find(base, file.parent), chain), values)
 
 
-def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of `above` over those of `below`, as `load_config` says; neither is changed."""
+def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `above` merged into those of `below`, as `load_config` describes; neither is changed."""
     merged = _merged(below, above)
     for section, owner, default in (("network", "encoder", NetworkSection().encoder), ("source", "kind", None)):
         old, new = below.get(section), merged.get(section)
@@ -302,8 +302,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _stored(address: str) -> dict[str, Any]:
-    """The values of a file in object storage, as a sweep leaves one; its base can be a recipe."""
-    from pipelines.storage import locate  # brings Arrow, which a local file can do without
+    """The values of a file in object storage, such as one that a sweep writes; its base can be a recipe."""
+    from pipelines.storage import locate  # imports Arrow, which a local file does not need
 
     try:
         values = _sections(yaml.safe_load(locate(address).read_text()), address)
@@ -314,14 +314,14 @@ def _stored(address: str) -> dict[str, Any]:
             wrong_use=True,
         ) from error  # fmt: skip
     base = values.pop("base", None)
-    return values if base is None else _laid_over(_with_bases(_find(str(base)), ()), values)
+    return values if base is None else _overlaid(_with_bases(_find(str(base)), ()), values)
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a file, in a line."""
+    """The error of a file, as one line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
-        return f"no YAML in line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+        return f"not valid YAML in line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).partition("\n")[0]
@@ -338,13 +338,13 @@ def _sections(values: object, where: str) -> dict[str, Any]:
     return values
 
 
-def _apply(values: dict[str, Any], word: str) -> None:
-    key, equals, text = word.partition("=")
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(
-            f"expected section.key=value, got {word!r}",
+            f"expected section.key=value, got {override!r}",
             where="command line",
-            remedy="write for example train.epochs=10",
+            remedy="write an override, for example train.epochs=10",
             wrong_use=True,
         )
     *path, last = key.split(".")
@@ -356,8 +356,8 @@ def _apply(values: dict[str, Any], word: str) -> None:
         section[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(
-            f"the value is no YAML: {text}",
+            f"the value is not YAML: {text}",
             where=f"command line, {key}",
-            remedy="close every bracket and quote, and put the word in quotes for the shell",
+            remedy="close every bracket and quote, and quote the override for the shell",
             wrong_use=True,
         ) from error

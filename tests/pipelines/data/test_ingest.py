@@ -92,7 +92,7 @@ def test_streamed_order_changes_with_the_epoch_and_repeats_with_the_seed(reader:
     first = streamed(reader, 0.01)
     epochs = [keys(first.train(epoch, 16)) for epoch in range(3)]
     assert epochs[0] != epochs[1] != epochs[2]
-    # read ahead over the ends of epochs or begun anew, the order is that of seed and epoch
+    # read ahead over the ends of epochs or started again, the order is that of seed and epoch
     assert epochs[2] == keys(streamed(reader, 0.01).train(2, 16))
     assert epochs[0] != keys(streamed(reader, 0.01, seed=2).train(0, 16))
 

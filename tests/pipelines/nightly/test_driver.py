@@ -76,7 +76,7 @@ def config_of(root: Path, **sections: Any) -> dict[str, Any]:
         "track": {"uri": f"sqlite:///{root / 'mlflow.db'}"},
         "run": {"root": str(root / "runs")},
         "ray": {"workers": 1, "object_store_mib": 128},
-        "regroup": {"shards": str(root / "nights"), "margin": 15.0, "limit": 25.0, "resamples": 300},
+        "regroup": {"shards": str(root / "datasets"), "margin": 15.0, "limit": 25.0, "resamples": 300},
     }  # fmt: skip
     for name, section in sections.items():
         values[name] = values[name] | section
@@ -89,15 +89,15 @@ def write_datasets(root: Path) -> None:
     for n, (date, pairs) in enumerate(zip(DATES, (old, old, new), strict=True)):
         raw = root / f"raw-{date}"
         write_table(raw, n, pairs, level=0.5 if pairs == new else 0.0)
-        like = str(root / "nights" / f"date={DATES[0]}") if n else ""
-        values = config_of(root, data={"shards": str(root / "nights" / f"date={date}"), "like": like})
+        like = str(root / "datasets" / f"date={DATES[0]}") if n else ""
+        values = config_of(root, data={"shards": str(root / "datasets" / f"date={date}"), "like": like})
         values["source"]["root"] = str(raw)
         shard(checked(Config, values))
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
-    root = tmp_path_factory.mktemp("nights")
+    root = tmp_path_factory.mktemp("datasets")
     write_datasets(root)
     return root
 
@@ -263,13 +263,13 @@ def test_data_with_another_encoding_is_refused(done, config: Config, root: Path,
 
 def test_evaluation_data_that_is_trained_on_is_refused(done, config: Config, root: Path, tmp_path: Path) -> None:
     section = config.regroup.model_copy(
-        update={"evaluation": str(root / "nights" / f"date={DATES[2]}"), "split": "val"}
+        update={"evaluation": str(root / "datasets" / f"date={DATES[2]}"), "split": "val"}
     )
     values = config.model_dump(mode="json")
     values["run"]["root"] = str(tmp_path / "runs")
     values["regroup"] = section.model_dump(mode="json") | {"shards": str(tmp_path / "copy")}
     (tmp_path / "copy").mkdir()
-    (tmp_path / "copy" / DATES[2]).symlink_to(root / "nights" / f"date={DATES[2]}")
+    (tmp_path / "copy" / DATES[2]).symlink_to(root / "datasets" / f"date={DATES[2]}")
     with pytest.raises(UserError, match="samples of the evaluation are in the training data"):
         regroup(checked(Config, values), DATES[2])
 
