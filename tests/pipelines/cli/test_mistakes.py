@@ -66,7 +66,7 @@ FILES: dict[str, bytes] = {
         ((*NEW, "ragged.csv", "--targets", "a,b"), "line 3 has 2 cells, expected 3", "needs quotes"),
         ((*NEW, "twice.csv", "--targets", "a,x"), "column a occurs more than once", "rename one"),
         ((*NEW, "semicolons.csv", "--targets", "a,b"), "separated by semicolons", "commas"),
-        ((*NEW, "no.parquet", "--targets", "a,b"), "not a Parquet file", "write the file again"),
+        ((*NEW, "no.parquet", "--targets", "a,b"), "not a Parquet file", "create the file again"),
         ((*NEW, ".", "--targets", "a,b", "--source", "folder"), "none is named labels.csv", "add labels"),
         (("inspect", "-c", "rooms", "data.shards=none"), "no data set here", "dmtg shard"),
         (("train", "-c", "rooms", "train.cuda_graphs=true", "train.accumulate=2"), "cuda_graphs needs", "correct"),
