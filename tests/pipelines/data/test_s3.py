@@ -184,8 +184,8 @@ def test_bucket_or_folder_with_other_files_is_refused(images: Path, raw: Locatio
     place = locate(f"s3://{BUCKET}/taken")
     (place / "below" / "mine.parquet").write_bytes(b"mine")
     for shards, message in (
-        (f"s3://{BUCKET}/raw", "the same place"),
-        (f"s3://{BUCKET}//raw/", "the same place"),
+        (f"s3://{BUCKET}/raw", "data.shards and source.root are the same folder"),
+        (f"s3://{BUCKET}//raw/", "data.shards and source.root are the same folder"),
         (f"s3://{BUCKET}/taken", "1 files or folders and no record of shards: below"),
         (f"s3://{BUCKET}", "files or folders and no record of shards"),
         (f"s3://{BUCKET}/taken/below/mine.parquet", "names a file"),
