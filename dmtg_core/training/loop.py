@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dmtg_core.network.grouping_network import GroupingNetwork
+from dmtg_core.network.threads import threads_of_step
 from dmtg_core.training.augment import augment, augment_generator
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import Batch, Data
@@ -129,6 +130,13 @@ def advance(
         ValueError: As `prepare_network` and `WeighedLoss`.
     """
     state.network.to(context.device)
+    with threads_of_step(state.network, settings.batch_size // context.world_size):
+        return _advance(state, data, settings, context, until, hooks)
+
+
+def _advance(
+    state: TrainState, data: Data, settings: TrainSettings, context: TrainContext, until: int, hooks: Hooks
+) -> TrainState:
     module: nn.Module | None = None
     while state.epoch < until and not hooks.should_stop(state):
         if _prune(state, settings) or module is None:

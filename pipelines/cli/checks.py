@@ -230,7 +230,7 @@ def ray_runs(section: RaySection) -> list[Finding]:
     """Start Ray or connect to its cluster, and run a task that imports this package."""
     import ray
 
-    from pipelines.cluster import session
+    from pipelines.execution.session import session
 
     address = section.address or os.environ.get("RAY_ADDRESS", "")
     started = time.monotonic()

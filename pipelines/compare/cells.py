@@ -1,4 +1,4 @@
-"""The cells of a comparison: a cell is one network or one search, trained with one seed by a Ray task.
+"""The cells of a comparison: a cell is one network or one search, trained with one seed by a task of the executor.
 
 Each cell writes its result to a file. A cell with a file is not trained again, so that a comparison resumes after
 it was killed, and methods that find the same grouping share its cell.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from dmtg_core.grouping import Grouping
@@ -31,13 +32,13 @@ from dmtg_core.training.loop import score_of
 from dmtg_core.training.metrics import Metrics
 from dmtg_core.training.settings import TrainSettings
 from dmtg_core.training.state import TrainState
-from pipelines.cluster import user_error
 from pipelines.config.loading import Config
 from pipelines.data.ingest import open_data
 from pipelines.data.reader import Reader
 from pipelines.errors import UserError
+from pipelines.execution.executor import Executor, Held
 from pipelines.storage import Location
-from pipelines.training.ray.failures import permanent_error, training_failed
+from pipelines.training.failures import permanent_error, training_failed
 
 CELLS = "cells"
 FORMAT = 2  # format 1 had AUROC from bins, and the wrong order of more than ten branches
@@ -93,24 +94,24 @@ class CellJob:
     Args:
         config: Configuration of the comparison.
         reader: Reader of the shards.
-        held: Samples in shared memory; None if they are streamed.
+        held: Samples that the executor holds; None if they are streamed.
         run: Folder of the comparison.
     """
 
     config: Config
     reader: Reader
-    held: Mapping[str, Any] | None
+    held: Mapping[str, Sequence[Held]] | None
     run: Location
 
 
-def train_cells(job: CellJob, cells: Iterable[Cell], log: Callable[[str], None]) -> dict[Cell, Result]:
-    """Read the results of finished cells and train the other cells as Ray tasks.
+def train_cells(
+    job: CellJob, executor: Executor, cells: Iterable[Cell], log: Callable[[str], None]
+) -> dict[Cell, Result]:
+    """Read the results of finished cells and train the other cells as tasks of the executor.
 
     Raises:
         UserError: If a cell fails. All other cells are trained first.
     """
-    import ray
-
     wanted = list(dict.fromkeys(cells))
     files = {cell: job.run / CELLS / f"{cell.name}.json" for cell in wanted}
     stored = {cell: file.read_json() for cell, file in files.items() if file.exists()}
@@ -121,24 +122,16 @@ def train_cells(job: CellJob, cells: Iterable[Cell], log: Callable[[str], None])
     if len(found) < len(stored):
         log(f"{len(stored) - len(found)} results are from an earlier version with other figures: trained again")
     log(f"{len(left)} of {len(wanted)} networks and searches to train")
-    task = ray.remote(train_cell).options(
-        num_cpus=job.config.ray.cpus_per_worker, num_gpus=job.config.ray.gpus_per_worker or None,
-        max_retries=job.config.ray.max_failures, retry_exceptions=False,
-    )  # fmt: skip
-    shared = ray.put(job)
-    waiting = {task.remote(shared, cell): cell for cell in left}
     failed: list[UserError] = []
-    while waiting:
-        (ready, *_), _ = ray.wait(list(waiting))
-        cell = waiting.pop(ready)
-        try:
-            found[cell] = ray.get(ready)
-        except ray.exceptions.RayError as error:  # raised below, after the other cells have ended
-            failed.append(user_error(error) or training_failed(error, str(job.run)))
+    for done in executor.run(partial(train_cell, job), left):
+        cell = left[done.index]
+        if done.error is not None:  # raised below, after the other cells have ended
+            failed.append(training_failed(done.error, str(job.run)))
             log(f"{cell.name} failed: {failed[-1].what}")
             continue
-        done = len(left) - len(waiting) - len(failed)
-        log(f"{done}/{len(left)} {cell.name}: validation score {found[cell]['score']:.4f}")
+        found[cell] = done.value
+        count = len(left) - sum(one not in found for one in left)
+        log(f"{count}/{len(left)} {cell.name}: validation score {found[cell]['score']:.4f}")
     if failed:
         raise failed[0]
     return found

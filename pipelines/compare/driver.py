@@ -31,6 +31,7 @@ from pipelines.config.loading import Config
 from pipelines.config.sections import SearchSection
 from pipelines.config.validation import checked
 from pipelines.errors import UserError
+from pipelines.execution.executor import Executor
 from pipelines.registry.tracking import connect, enabled, open_tracker
 from pipelines.runs.files import CONFIG
 from pipelines.runs.identity import earlier_verdict
@@ -73,11 +74,11 @@ def compare(config: Config, log: Callable[[str], None] = logger.info) -> Compari
     named, folder = open_cells_folder(config, "compare")
     if enabled(config.track):
         connect(config.track)
-    with cells_session(named, log) as data:
+    with cells_session(named, log) as (data, executor):
         methods = methods_of(config, data.tasks)
         comparison = Comparison(config, tuple(task.name for task in data.tasks))
         tracker = open_tracker(named, folder, data.manifest)
-        results = train_methods(comparison, methods, cell_job(data, folder), log)
+        results = train_methods(comparison, methods, cell_job(data, executor, folder), executor, log)
         found = summary(comparison, data.tasks, methods, results, data.notes)
         found |= {"name": folder.name, "signal": earlier_verdict(config)}
         write_page(folder / PAGE, found, config)
@@ -174,7 +175,11 @@ def check_variant(config: Config, name: str, changes: dict[str, Any]) -> None:
 
 
 def train_methods(
-    comparison: Comparison, methods: Sequence[str], job: CellJob, log: Callable[[str], None]
+    comparison: Comparison,
+    methods: Sequence[str],
+    job: CellJob,
+    executor: Executor,
+    log: Callable[[str], None],
 ) -> dict[str, dict[int, list[Result]]]:
     """Train all cells: the first cells, then those that need their results, then the methods with an equal budget.
 
@@ -184,9 +189,8 @@ def train_methods(
     seeds = comparison.config.compare.seeds
     base = [method.removesuffix(LONG) for method in methods]
     first: list[Cell] = list(chain.from_iterable(first_cells(comparison, m, s) for s in seeds for m in base))
-    found = train_cells(job, first, log)
+    found = train_cells(job, executor, first, log)
     for cells, names in ((second_cells, base), (last_cells, methods)):
-        found |= train_cells(
-            job, chain.from_iterable(cells(comparison, m, s, found) for s in seeds for m in names), log
-        )
+        wanted = chain.from_iterable(cells(comparison, m, s, found) for s in seeds for m in names)
+        found |= train_cells(job, executor, wanted, log)
     return {method: {seed: results_of(comparison, method, seed, found) for seed in seeds} for method in methods}

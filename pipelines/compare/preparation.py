@@ -1,19 +1,19 @@
-"""Preparation of cells, which `dmtg compare` and `dmtg signal` share: folder, Ray session, checks, and samples."""
+"""Preparation of cells, which `dmtg compare` and `dmtg signal` share: folder, executor, checks, and samples."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 from dmtg_core.tasks import Task
-from pipelines.cluster import session
 from pipelines.compare.cells import CellJob
 from pipelines.config.loading import Config
-from pipelines.config.ray_section import RaySection
 from pipelines.data.manifest import Manifest
 from pipelines.errors import UserError
+from pipelines.execution.choice import open_executor
+from pipelines.execution.executor import Executor
+from pipelines.execution.resources import cells_cpus, processes
 from pipelines.runs.identity import folder_name
 from pipelines.storage import Location
 from pipelines.training.checks import Prepared, check_network, open_folder, prepare, write_config
@@ -37,22 +37,15 @@ def open_cells_folder(config: Config, kind: str) -> tuple[Config, Location]:
 
 
 @contextmanager
-def cells_session(config: Config, log: Callable[[str], None]) -> Iterator[Prepared]:
-    """Start Ray, prepare the data, and check everything that can be checked before a cell is trained.
+def cells_session(config: Config, log: Callable[[str], None]) -> Iterator[tuple[Prepared, Executor]]:
+    """Open the executor, prepare the data, and check everything that can be checked before a cell is trained.
 
     Raises:
         UserError: For the first problem.
     """
-    with session(config.ray, cells_cpus(config.ray)):
-        yield prepare(config, log, partial(check_cells, config))
-
-
-def cells_cpus(section: RaySection) -> float:
-    """Logical CPUs of a local cluster: one cell for each core, and at least the resources of any session."""
-    cpus = section.cpus_per_worker
-    at_once = section.trials or max(int((os.cpu_count() or 1) // cpus), 1)
-    least = section.fewest * cpus + min(section.data_cpus, 1)
-    return max(at_once * cpus, least)
+    section = config.ray
+    with open_executor(section, processes=processes(section), cpus=cells_cpus(section)) as executor:
+        yield prepare(config, executor, log, partial(check_cells, config)), executor
 
 
 def check_cells(config: Config, manifest: Manifest, tasks: tuple[Task, ...]) -> None:
@@ -78,7 +71,7 @@ def check_cells(config: Config, manifest: Manifest, tasks: tuple[Task, ...]) -> 
         )
 
 
-def cell_job(data: Prepared, folder: Location) -> CellJob:
+def cell_job(data: Prepared, executor: Executor, folder: Location) -> CellJob:
     """Write the configuration into the folder, and load the input of the cells."""
     write_config(data.config, folder)
-    return CellJob(data.config, data.reader, data.samples(), folder)
+    return CellJob(data.config, data.reader, data.samples(executor), folder)

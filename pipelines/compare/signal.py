@@ -57,13 +57,13 @@ def signal(config: Config, log: Callable[[str], None] = logger.info) -> SignalRe
     named, folder = open_cells_folder(config, "signal")
     section = config.signal
     epochs = max(round(section.share * config.train.epochs), 1)
-    with cells_session(named, log) as data:
+    with cells_session(named, log) as (data, executor):
         names = [task.name for task in data.tasks]
         partitions = distinct_partitions(names, min(config.network.groups, len(names)), section.partitions)
         kinds = (NAIVE, PROPOSAL, WIDE) if config.network.encoder in WIDTHS else (NAIVE, PROPOSAL)
         cells = [Cell.of(one, seed, epochs) for one in partitions for seed in section.seeds]
         cells += [Cell(kind, seed, epochs) for kind in kinds for seed in section.seeds]
-        results = train_cells(cell_job(data, folder), cells, log)
+        results = train_cells(cell_job(data, executor, folder), executor, cells, log)
     grouped = [[results[Cell.of(one, seed, epochs)] for seed in section.seeds] for one in partitions]
     of_kind = {kind: [results[Cell(kind, seed, epochs)] for seed in section.seeds] for kind in kinds}
     found = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from pipelines.config.validation import Section
@@ -10,11 +12,16 @@ from pipelines.config.validation import Section
 class RaySection(Section):
     """Where and how Ray runs (ray_config.yaml)."""
 
+    executor: Literal["auto", "embedded", "ray"] = Field(
+        "auto",
+        description="Where the work of a command runs: embedded is the process of the command, ray is a Ray "
+        "cluster; auto is ray with an address, a running cluster or more than one worker, else embedded.",
+    )
     address: str = Field("", description="Address of a cluster; empty for RAY_ADDRESS, else a local cluster.")
-    workers: int | tuple[int, int] = Field(
-        2,
+    workers: Literal["auto"] | int | tuple[int, int] = Field(
+        "auto",
         description="Data-parallel training workers; with two numbers, the fewest and the most, the number "
-        "follows the size of the cluster.",
+        "follows the size of the cluster. With auto there is one, or as many as shorten the training.",
     )
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of a training worker.")
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of a training worker; 1 for training on GPUs.")
@@ -48,18 +55,26 @@ class RaySection(Section):
     @field_validator("workers", mode="before")
     @classmethod
     def _one_or_two(cls, value: object) -> object:
+        if value == "auto":
+            return value
         numbers = list(value) if isinstance(value, list | tuple) else [value]
         counts = [n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and n >= 1]
         if len(counts) != len(numbers) or len(counts) not in (1, 2) or counts != sorted(counts):
-            raise ValueError("expected a number of at least 1, or two such numbers [fewest, most]")
+            raise ValueError("expected auto, a number of at least 1, or two such numbers [fewest, most]")
         return tuple(counts) if len(counts) == 2 else counts[0]
 
     @property
     def fewest(self) -> int:
         """Smallest number of workers with which training starts."""
-        return self.workers if isinstance(self.workers, int) else self.workers[0]
+        return self._numbers()[0]
 
     @property
     def most(self) -> int:
         """Largest number of workers."""
-        return self.workers if isinstance(self.workers, int) else self.workers[1]
+        return self._numbers()[1]
+
+    def _numbers(self) -> tuple[int, int]:
+        """Fewest and most workers; one, where `auto` has not been resolved."""
+        if self.workers == "auto":
+            return 1, 1
+        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers

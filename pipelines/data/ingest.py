@@ -1,14 +1,15 @@
 """Ingest: shards to the batches of a worker.
 
-Ray Data reads a data set that fits into shared memory once. Every worker of a node takes its batches from there
-without a copy of the data set, or copies the data set to its GPU. The global batches are the same for any number
-of workers. A larger data set is streamed in every epoch; see `pipelines.data.stream`.
+A data set that fits into memory is read once: by Ray Data into Ray's shared memory, or by the embedded executor.
+Every worker takes its batches from there without a copy of the data set, or copies the data set to its GPU. The
+global batches are the same for any number of workers. A larger data set is streamed in every epoch; see
+`pipelines.data.stream`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -17,36 +18,35 @@ from pipelines.config.sections import DataSection
 from pipelines.data.reader import Reader
 from pipelines.data.stream import StreamData
 from pipelines.errors import UserError
+from pipelines.execution.executor import Executor, Held
+from pipelines.execution.ray_executor import Reference
 
-STORE_SHARE = 0.7  # share of Ray's shared memory that cached data may use
+THREADS = 8  # shards that are read at the same time
 
 
-def keeps_in_memory(reader: Reader, data: DataSection) -> bool:
-    """Whether the data set is read once and kept in memory, by `data.cache`, its size and Ray's shared memory.
+def keeps_in_memory(reader: Reader, data: DataSection, executor: Executor) -> bool:
+    """Whether the data set is read once and kept in memory, by `data.cache`, its size and the executor's memory.
 
     Raises:
         UserError: When `data.cache` requires it to be kept and it does not fit.
     """
-    import ray
-
     if data.cache == "stream":
         return False
     needed = reader.row_bytes() * sum(reader.manifest.rows(split) for split in reader.manifest.shards)
-    stores = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
-    available = STORE_SHARE * min(store for store in stores if store)
+    available = executor.sample_memory()
     if data.cache == "auto":
         return needed <= min(data.cache_gib * 2**30, available)
     if needed > available:
         raise UserError(
-            f"the samples need {needed / 2**20:.0f} MiB, Ray's shared memory can hold {available / 2**20:.0f} MiB",
+            f"the samples need {needed / 2**20:.0f} MiB, the memory for them is {available / 2**20:.0f} MiB",
             where="data.cache",
             remedy="raise ray.object_store_mib, or set data.cache=stream",
         )
     return True
 
 
-def load_splits(reader: Reader) -> dict[str, list[Any]]:
-    """Read every split into Ray's shared memory: split → references to its tables, in order.
+def load_splits(reader: Reader, executor: Executor) -> dict[str, list[Held]]:
+    """Read every split into the memory of an executor: split → its tables, in order.
 
     Raises:
         UserError: When the number of rows in the shards differs from the manifest.
@@ -55,21 +55,38 @@ def load_splits(reader: Reader) -> dict[str, list[Any]]:
     for split, shards in reader.manifest.shards.items():
         if not reader.manifest.rows(split):
             continue
-        dataset = reader.dataset([shard.file for shard in shards if shard.rows]).materialize()
-        if dataset.count() != reader.manifest.rows(split):
+        files = [shard.file for shard in shards if shard.rows]
+        held[split], rows = (
+            _read_here(reader, files, executor) if executor.embedded else _read_on_ray(reader, files)
+        )
+        if rows != reader.manifest.rows(split):
             raise UserError(
-                f"the shards of {split} hold {dataset.count()} samples, the manifest says "
-                f"{reader.manifest.rows(split)}",
+                f"the shards of {split} hold {rows} samples, the manifest says {reader.manifest.rows(split)}",
                 where=str(reader.folder),
                 remedy="run dmtg shard again",
             )
-        held[split] = dataset.to_arrow_refs()
     return held
+
+
+def _read_here(reader: Reader, files: Sequence[str], executor: Executor) -> tuple[list[Held], int]:
+    """The tables of some shards, read by threads of this process, and the number of their rows."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        held, rows = [], 0
+        for table in pool.map(reader.table, files):
+            held.append(executor.hold(table))
+            rows += len(table)
+    return held, rows
+
+
+def _read_on_ray(reader: Reader, files: Sequence[str]) -> tuple[list[Held], int]:
+    """The tables of some shards in Ray's shared memory, read by Ray Data, and the number of their rows."""
+    dataset = reader.dataset(files).materialize()
+    return [Reference(reference) for reference in dataset.to_arrow_refs()], dataset.count()
 
 
 def open_data(
     reader: Reader,
-    held: Mapping[str, list[Any]] | None,
+    held: Mapping[str, Sequence[Held]] | None,
     data: DataSection,
     *,
     seed: int,
@@ -77,7 +94,7 @@ def open_data(
     world_size: int,
     device: torch.device,
 ) -> Data:
-    """The data of a worker: from shared memory if `held` has references, else streamed.
+    """The data of a worker: from memory if `held` has tables, else streamed.
 
     Raises:
         UserError: When a split has fewer samples than workers.
@@ -91,9 +108,7 @@ def open_data(
         )
     if held is None:
         return StreamData(reader, data, seed=seed, rank=rank, world_size=world_size, device=device)
-    import ray
-
-    chunks = {split: Chunks([reader.arrays(t) for t in ray.get(references)]) for split, references in held.items()}
+    chunks = {split: Chunks([reader.arrays(one.get()) for one in tables]) for split, tables in held.items()}
     splits: Mapping[str, Samples] = chunks
     if data.cache == "device":
         splits = {split: DeviceArrays(held_here, device) for split, held_here in chunks.items()}

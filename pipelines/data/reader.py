@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +53,24 @@ class Reader:
         Raises:
             UserError: When the file is missing, unreachable or not a shard.
         """
+        return self.arrays(
+            self._parquet(file, lambda shard, columns: shard.read_row_group(group, columns=columns))
+        )
+
+    def table(self, file: str) -> pa.Table:
+        """The columns of a shard.
+
+        Raises:
+            UserError: As `read`.
+        """
+        return self._parquet(file, lambda shard, columns: shard.read(columns=columns))
+
+    def _parquet(self, file: str, read: Callable[[pq.ParquetFile, list[str]], pa.Table]) -> pa.Table:
+        """The result of a function that reads some columns of a shard."""
         place = self.folder / file
         try:
             with place.filesystem.open_input_file(place.path) as opened:
-                shard = pq.ParquetFile(opened, pre_buffer=place.local is None)
-                return self.arrays(shard.read_row_group(group, columns=list(self.columns())))
+                return read(pq.ParquetFile(opened, pre_buffer=place.local is None), list(self.columns()))
         except FileNotFoundError as error:
             raise UserError(
                 "a shard is missing",

@@ -1,4 +1,4 @@
-"""Sharding: raw samples to Parquet shards, as a Ray Data job with one task for each shard.
+"""Sharding: raw samples to Parquet shards, with one task of the executor for each shard.
 
 A shard is a pure function of its plan. It is written atomically, with a small note beside it that records its
 content. After a job was killed, the next one keeps every shard that has a note and creates the others. Shards of
@@ -13,13 +13,12 @@ import hashlib
 import io
 import json
 import logging
-import math
-import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dmtg_core.tasks import Task
-from pipelines.cluster import session
 from pipelines.config.loading import Config
 from pipelines.config.sections import DataSection, SourceSection
 from pipelines.data import statistics
@@ -40,10 +38,13 @@ from pipelines.data.shard_folder import (
     record_job,
     remove_superseded,
 )
+from pipelines.data.shard_tasks import write_all
 from pipelines.data.sources import build_source
 from pipelines.data.sources.base import BadSampleError, Column, Description, Entry, Source
 from pipelines.data.sources.encoding import encode_like
 from pipelines.errors import UserError
+from pipelines.execution.choice import open_executor
+from pipelines.execution.executor import Executor
 from pipelines.storage import Location, locate
 
 QUARANTINE = "_quarantine.jsonl"
@@ -79,10 +80,15 @@ class ShardReport:
     kept: int
 
 
-def shard(config: Config, progress: Callable[[str], None] = logger.info) -> ShardReport:
+def shard(
+    config: Config, progress: Callable[[str], None] = logger.info, executor: Executor | None = None
+) -> ShardReport:
     """Create the shards of `config.source` in `config.data.shards`; complete shards are kept.
 
-    Ray is started if it is not running, and only if shards have to be created.
+    Args:
+        config: Configuration with a source.
+        progress: Called with each line.
+        executor: The executor of the command; by default one is opened if shards have to be created.
 
     Raises:
         UserError: For a source that cannot be used, for a folder that holds other files than shards, and when more
@@ -111,8 +117,11 @@ def shard(config: Config, progress: Callable[[str], None] = logger.info) -> Shar
     todo = [plan for plan in plans if plan.digest not in parts]
     progress(f"{len(entries)} samples, {len(plans)} shards: {len(parts)} are complete, {len(todo)} to create")
     check_bad(parts.values(), len(entries), config.data.max_bad_fraction, folder)
-    with session(config.ray) if todo else nullcontext():  # Ray starts after the checks of the source
-        for done, part in enumerate(_run(source, description, todo, folder, config), start=1):
+    # an executor is opened after the checks of the source
+    with nullcontext(executor) if executor or not todo else open_executor(config.ray) as chosen:
+        write = partial(write_shard, source, description, folder, config.data.compression)
+        written = write_all(write, todo, chosen) if chosen else ()
+        for done, part in enumerate(written, start=1):
             parts[part["digest"]] = part
             progress(f"shard {done}/{len(todo)}: {part['shard']['file']}, {part['shard']['rows']} samples")
             check_bad(parts.values(), len(entries), config.data.max_bad_fraction, folder)
@@ -223,32 +232,8 @@ def _plan_of(file: Location) -> str:
     return held.get(PLAN, b"").decode()
 
 
-def _run(
-    source: Source, description: Description, plans: Sequence[ShardPlan], folder: Location, config: Config
-) -> Iterator[dict[str, Any]]:
-    """Write the shards as Ray Data tasks; yield the note of each shard when it is finished."""
-    if not plans:
-        return
-    import ray
-
-    def make(row: dict[str, Any]) -> dict[str, Any]:
-        plan = pickle.loads(row["plan"])  # noqa: S301 - written a few lines below by this job
-        try:
-            return {"part": json.dumps(write_shard(source, description, plan, folder, config.data.compression))}
-        except UserError as error:  # Ray Data would keep only the text of the error
-            return {"part": json.dumps({"error": error.to_dict()})}
-
-    dataset = ray.data.from_items([{"plan": pickle.dumps(plan)} for plan in plans], override_num_blocks=len(plans))
-    tasks = min(math.ceil(config.ray.data_cpus), len(plans))
-    for row in dataset.map(make, concurrency=tasks).iter_rows():
-        part = json.loads(row["part"])
-        if "error" in part:
-            raise UserError(**part["error"])
-        yield part
-
-
 def write_shard(
-    source: Source, description: Description, plan: ShardPlan, folder: Location, compression: str
+    source: Source, description: Description, folder: Location, compression: str, plan: ShardPlan
 ) -> dict[str, Any]:
     """Read the samples of a plan and write its shard, and then its note.
 
@@ -379,9 +364,11 @@ def _publish(
     return manifest
 
 
-def ensure_shards(config: Config, progress: Callable[[str], None] = logger.info) -> Manifest:
+def ensure_shards(
+    config: Config, progress: Callable[[str], None] = logger.info, executor: Executor | None = None
+) -> Manifest:
     """The manifest of `data.shards`; shards that do not exist are created if `source` is configured."""
     folder = locate(config.data.shards)
     if (folder / FILE).exists() or config.source is None or not config.source.given:
         return read_manifest(folder)
-    return shard(config, progress).manifest
+    return shard(config, progress, executor).manifest

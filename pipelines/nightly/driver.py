@@ -12,18 +12,21 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import Task
 from dmtg_core.training.warm_start import WarmStart
-from pipelines.cluster import session, user_error
 from pipelines.config.loading import Config
 from pipelines.data import statistics
 from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.data.shards import ensure_shards
 from pipelines.errors import UserError
+from pipelines.execution.choice import open_executor
+from pipelines.execution.errors import user_error
+from pipelines.execution.executor import Executor
 from pipelines.nightly.datasets import checked_date, newest
 from pipelines.nightly.evaluation import evaluate, verdict_of
 from pipelines.nightly.leakage import check_champion, check_evaluation, leakage_notes
@@ -115,14 +118,16 @@ def regroup(
             log(f"the nightly run of {date} is finished: {folder}")
             _publish(config, folder, log)
             return job_result(folder) | {"repeated": True}
-        with session(config.ray):
-            job = _Job(config, folder, lease, log)
+        with open_executor(config.ray) as executor:
+            job = _Job(config, folder, lease, executor, log)
             return job.dry_run(date) if dry_run else job.run(date)
 
 
 class _Job:
-    def __init__(self, config: Config, folder: Location, lease: Lease, log: Callable[[str], None]) -> None:
-        self.config, self.folder, self.lease, self.log = config, folder, lease, log
+    def __init__(
+        self, config: Config, folder: Location, lease: Lease, executor: Executor, log: Callable[[str], None]
+    ) -> None:
+        self.config, self.folder, self.lease, self.executor, self.log = config, folder, lease, executor, log
 
     def dry_run(self, date: str) -> dict[str, Any]:
         plan = self.plan(date)
@@ -173,7 +178,7 @@ class _Job:
     def _new_plan(self, date: str) -> NightlyRun:
         config = self.config
         if not config.regroup.shards:
-            ensure_shards(config, self.log)
+            ensure_shards(config, self.log, self.executor)
         data = newest(config, date, self.log)
         manifest = read_manifest(locate(data.shards))
         tasks = manifest.tasks(config.data.tasks, data.shards)
@@ -267,28 +272,21 @@ class _Job:
         }
 
     def compare(self, plan: NightlyRun) -> dict[str, Any]:
-        """Evaluate champion and challenger on the same samples, in a Ray task."""
-        import ray
-
+        """Evaluate champion and challenger on the same samples, as a task of the executor."""
         file = self.folder / COMPARISON
         if not file.exists():
-            ray_section = self.config.ray
             self.log(
                 f"evaluating champion and challenger on split {self.config.regroup.split} of {plan.evaluation}"
             )
-            task = ray.remote(evaluate).options(
-                num_cpus=ray_section.cpus_per_worker, num_gpus=ray_section.gpus_per_worker or None,
-                max_retries=ray_section.max_failures,
-            )  # fmt: skip
-            try:
-                found = ray.get(task.remote(self.config, plan.evaluation, plan.evaluation_digest, self.folder))
-            except Exception as error:
-                raise user_error(error) or UserError(
-                    f"champion and challenger could not be evaluated: {str(error).splitlines()[-1][:200]}",
+            task = partial(evaluate, self.config, plan.evaluation, plan.evaluation_digest)
+            (done,) = self.executor.run(task, [self.folder])
+            if done.error is not None:
+                raise user_error(done.error) or UserError(
+                    f"champion and challenger could not be evaluated: {str(done.error).splitlines()[-1][:200]}",
                     where=plan.evaluation,
                     remedy="run the same command again to resume; --debug shows the full error",
-                ) from error
-            file.write_json(found)
+                ) from done.error
+            file.write_json(done.value)
         compared: dict[str, Any] = file.read_json()
         return compared
 

@@ -26,15 +26,15 @@ import torch
 
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import InputSpec, Task
-from pipelines.cluster import session
 from pipelines.config.loading import Config
-from pipelines.config.ray_section import RaySection
 from pipelines.config.sections import TrackSection
 from pipelines.data.manifest import FILE, SPLITS, Manifest, Shard, check_shards, read_manifest
 from pipelines.data.reader import Reader
 from pipelines.data.shard_folder import PARTS
 from pipelines.data.sources.base import INPUT
 from pipelines.errors import UserError
+from pipelines.execution.choice import open_executor
+from pipelines.execution.executor import Executor, Held
 from pipelines.registry.models import load_groups
 from pipelines.registry.tracking import connect
 from pipelines.registry.versions import find
@@ -134,9 +134,9 @@ def predict(
         reader = Reader(folder, replace(manifest, shards={}, sums={}, source={}), ())
         job = Job(
             reader, place, plan, config.train.batch_size, config.data.verify_checksums,
-            config.ray.gpus_per_worker > 0,
+            config.ray.gpus_per_worker > 0 or config.ray.workers == "auto",
         )  # fmt: skip
-        with session(config.ray), closing(_run(job, served, todo, config.ray)) as written:
+        with open_executor(config.ray) as executor, closing(_run(job, served, todo, executor)) as written:
             for done, part in enumerate(written, start=1):
                 parts[part["file"]] = part
                 log(f"shard {done}/{len(todo)}: {part['file']}, {part['rows']} samples")
@@ -266,18 +266,22 @@ def _finished(place: Location, shard: Shard, plan: str) -> dict[str, Any] | None
     return part if same else None
 
 
-def _run(job: Job, served: Served, shards: Sequence[Shard], section: RaySection) -> Generator[dict[str, Any]]:
-    """Predict shards in an actor pool; yields the note of each shard."""
+def _run(job: Job, served: Served, shards: Sequence[Shard], executor: Executor) -> Generator[dict[str, Any]]:
+    """Predict shards in this process, or in an actor pool on Ray; yields the note of each shard."""
+    if executor.embedded:
+        predictor = Predictor(job, dict(served.groups))
+        yield from (predictor.predict(shard) for shard in shards)
+        return
     import ray
 
-    models = ray.put(dict(served.groups))
+    section, models = executor.section, executor.hold(dict(served.groups))
     dataset = ray.data.from_items([{"shard": json.dumps(vars(shard))} for shard in shards],
                                   override_num_blocks=len(shards))  # fmt: skip
     fewest, most = (min(count, len(shards)) for count in (section.fewest, section.most))
     parts = dataset.map_batches(
-        Predictor,
+        PredictorActor,
         batch_size=1,
-        fn_constructor_args=(job, [models]),
+        fn_constructor_args=(job, models),
         concurrency=(fewest, most),
         num_cpus=section.cpus_per_worker,
         num_gpus=section.gpus_per_worker or None,
@@ -290,20 +294,33 @@ def _run(job: Job, served: Served, shards: Sequence[Shard], section: RaySection)
 
 
 class Predictor:
-    """An actor of Ray Data with the model.
+    """Predicts shards with models on one device.
 
     Args:
         job: The job.
-        models: A list with the object reference of the group models.
+        groups: The group models.
     """
 
-    def __init__(self, job: Job, models: Sequence[Any]) -> None:
-        import ray
-
+    def __init__(self, job: Job, groups: Mapping[str, GroupModel]) -> None:
         self.job = job
         device = "cuda" if job.gpu and torch.cuda.is_available() else "cpu"
-        groups: dict[str, GroupModel] = ray.get(models[0])
         self.models = {name: model.to(device).eval() for name, model in groups.items()}
+
+    def predict(self, shard: Shard) -> dict[str, Any]:
+        """Predict a shard; its note."""
+        return predict_shard(self.job, self.models, shard)
+
+
+class PredictorActor:
+    """An actor of Ray Data with a `Predictor`.
+
+    Args:
+        job: The job.
+        models: The group models, held by the executor.
+    """
+
+    def __init__(self, job: Job, models: Held) -> None:
+        self.predictor = Predictor(job, models.get())
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, list[str]]:
         """Predict shards, given as JSON; their notes as JSON."""
@@ -311,7 +328,7 @@ class Predictor:
 
     def _predict(self, shard: Shard) -> dict[str, Any]:
         try:
-            return predict_shard(self.job, self.models, shard)
+            return self.predictor.predict(shard)
         except UserError as error:  # Ray Data keeps only the text of an error
             return {"error": error.to_dict()}
 

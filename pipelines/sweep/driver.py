@@ -1,4 +1,6 @@
-"""`dmtg sweep`: the settings of a sweep as trials on Ray Tune, the best setting, and the Pareto front.
+"""`dmtg sweep`: the settings of a sweep as trials, the best setting, and the Pareto front.
+
+Trials run on Ray Tune, or in the processes of the embedded executor.
 
 Samples are loaded once for all trials, before the first trial starts. From then on only trials need resources, and
 each trial starts when its resources are available.
@@ -9,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,15 +20,21 @@ import yaml
 
 from dmtg_core.tasks import Task
 from dmtg_core.training.warm_start import WarmStart
-from pipelines.cluster import session, sweep_cpus, trials_at_once
 from pipelines.config.loading import Config
 from pipelines.data.manifest import Manifest
 from pipelines.data.shards import ensure_shards
 from pipelines.errors import UserError
+from pipelines.execution.choice import open_executor
+from pipelines.execution.embedded import EmbeddedExecutor
+from pipelines.execution.executor import Executor
+from pipelines.execution.resources import processes, sweep_cpus, trials_at_once
 from pipelines.registry.tracking import Tracker, connect, enabled, open_tracker
 from pipelines.runs.files import CONFIG, GROUPING, RESULT
 from pipelines.runs.models import check_models
+from pipelines.runs.warm_start import Held, keep_models, open_models
 from pipelines.storage import Location
+from pipelines.sweep.embedded import run_trials
+from pipelines.sweep.events import TrialEvents
 from pipelines.sweep.results import (
     BROKEN,
     DONE,
@@ -43,7 +51,6 @@ from pipelines.sweep.results import (
 from pipelines.sweep.trackers import Trackers
 from pipelines.sweep.trials import STOPPED, Trial, best_config, sweep_name, trials
 from pipelines.training.checks import Prepared, check_network, open_folder, prepare, write_config
-from pipelines.training.warm_start import Held, keep_models, open_models
 from pipelines.training.worker import Job
 
 SWEEP, BEST, PAGE = "sweep.json", "best.yaml", "sweep.html"
@@ -99,18 +106,19 @@ def sweep(config: Config, log: Callable[[str], None] = logger.info) -> SweepResu
     left = [trial for trial in planned if status(trial) in (OPEN, BROKEN)]
     if left and enabled(config.track):
         connect(config.track)  # before shards are written, which can take hours
-    with session(config.ray, sweep_cpus(config.ray)) if left else nullcontext():
-        data = prepare(planned[0].config, log, partial(check_networks, planned, models, log)) if left else None
+    with _executor(config) if left else nullcontext() as executor:
+        check = partial(check_networks, planned, models, log)
+        data = prepare(planned[0].config, executor, log, check) if executor else None
         manifest = data.manifest if data else ensure_shards(config, log)
         tasks = manifest.tasks(config.data.tasks, config.data.shards)
         tracker = open_tracker(named, folder, manifest)
         trackers = Trackers(tracker.run_id, manifest, log)
         with trackers.failing(folder, tracker):
-            if data:
+            if data and executor:
                 write_config(named, folder)
                 start = keep_models(models, folder)
                 planned = trials(config, shared_start=len(start) < 2)
-                _train(config, data, start, planned, left, trackers, log)
+                _train(config, data, executor, start, planned, left, trackers, log)
             found = _write_results(config, folder, planned, tasks)
             _publish(folder, planned, found, tracker, trackers)
     return SweepResult(folder, tracker.run_id, found)
@@ -141,34 +149,30 @@ def check_networks(
 def _train(
     config: Config,
     data: Prepared,
+    executor: Executor,
     start: Held,
     planned: Sequence[Trial],
     left: Sequence[Trial],
     trackers: Trackers,
     log: Callable[[str], None],
 ) -> None:
-    """Train the unfinished trials on Ray Tune.
+    """Train the unfinished trials.
 
     Args:
         config: Configuration of the sweep.
         data: Its data set.
+        executor: Its executor.
         start: Models from which trials start.
         planned: All trials.
         left: The trials that have not finished.
         trackers: Trackers of the trials.
         log: Log callback.
     """
-    import ray
-
-    for name, value in TUNE_ENVIRONMENT.items():  # before ray.tune is imported
-        os.environ.setdefault(name, value)
-    from pipelines.sweep.ray_tune import TrialEvents, run_trials
-
-    at_once = min(trials_at_once(config.ray, ray.cluster_resources()), len(left))
-    held = data.samples()
+    at_once, how = _trials_at_once(config, executor, len(left))
+    held = data.samples(executor)
     log(
-        f"{len(left)} of {len(planned)} trials to train, {at_once} at a time with {config.ray.fewest} workers "
-        f"each, samples {'streamed' if held is None else 'in shared memory'}"
+        f"{len(left)} of {len(planned)} trials to train, {at_once} at a time {how}, "
+        f"samples {'streamed' if held is None else 'in memory'}"
     )
     for note in data.notes:
         log(f"note: {note}")
@@ -179,8 +183,30 @@ def _train(
             own = start if trial.config.network.start_from else ()
             jobs[trial.name] = Job(trial.config, data.reader, held, trial.run, data.notes, own)
     events = TrialEvents({trial.name: trial for trial in planned}, trackers, log)
-    events.ended = len(planned) - len(left)
-    run_trials(left, jobs, events, config.sweep, config.ray, at_once)
+    events.count = len(planned) - len(left)
+    if isinstance(executor, EmbeddedExecutor):
+        run_trials(left, jobs, events, config.sweep, executor)
+    else:
+        from pipelines.sweep.ray_tune import run_trials as run_on_tune
+
+        run_on_tune(left, jobs, events, config.sweep, config.ray, at_once)
+
+
+def _executor(config: Config) -> AbstractContextManager[Executor]:
+    """The executor of a sweep, with a process for each core or a cluster for as many trials."""
+    return open_executor(config.ray, processes=processes(config.ray), cpus=sweep_cpus(config.ray))
+
+
+def _trials_at_once(config: Config, executor: Executor, most: int) -> tuple[int, str]:
+    """Number of trials that run at the same time, and how they run."""
+    if executor.embedded:
+        return min(processes(config.ray), most), "in processes of their own (embedded)"
+    import ray
+
+    for name, value in TUNE_ENVIRONMENT.items():  # before ray.tune is imported
+        os.environ.setdefault(name, value)
+    count = min(trials_at_once(config.ray, ray.cluster_resources()), most)
+    return count, f"on Ray Tune with {config.ray.fewest} workers each"
 
 
 def _write_results(

@@ -12,7 +12,7 @@ import logging
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -21,22 +21,31 @@ from ray import tune
 from ray.tune.result import DONE
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
-from pipelines.cluster import user_error
 from pipelines.config.ray_section import RaySection
 from pipelines.config.sections import SweepSection
+from pipelines.execution.ray_executor import RayExecutor
 from pipelines.registry.tracking import NullTracker
 from pipelines.runs.events import for_result
 from pipelines.runs.files import EVENTS, METRICS, RESULT, read_jsonl
-from pipelines.sweep.trackers import Trackers
-from pipelines.sweep.trials import FAILED, STOPPED, Trial
+from pipelines.sweep.events import TrialEvents
+from pipelines.sweep.halving import (
+    WORST,
+    Record,
+    grace_and_last,
+    in_order_of_time,
+    is_never_stopped,
+    score,
+    write_stopped,
+)
+from pipelines.sweep.trials import Trial
 from pipelines.training.driver import train_job
 from pipelines.training.monitor import monitoring
 from pipelines.training.ray.controller import end_workers
+from pipelines.training.ray.events import start_event_log
 from pipelines.training.ray.failures import describe_failure, training_failed
 from pipelines.training.worker import Job
 
 NAME, EPOCH, SCORE, RECORD, REASON = "trial", "epoch", "val_score", "record", "reason"
-WORST = 1e9  # stands for a score that is not defined
 
 
 class TrialRun(tune.Trainable):
@@ -82,13 +91,13 @@ class TrialRun(tune.Trainable):
     def _train(self) -> None:
         try:
             earlier = read_jsonl(self.job.run / EVENTS)
-            with monitoring(
-                self.job.run, self.job.config.ray, _QueueTracker(self.records), _silent, earlier
-            ) as event_log:
-                self.event_log = event_log
+            executor, log = RayExecutor(self.job.config.ray), start_event_log()
+            tracker = _QueueTracker(self.records)
+            with monitoring(self.job.run, executor, log, tracker, _silent, earlier):
+                self.event_log = log
                 if not (self.job.run / RESULT).exists():
                     notes = (*self.job.notes, *for_result(earlier))
-                    train_job(replace(self.job, event_log=event_log, notes=notes), _silent)
+                    train_job(replace(self.job, event_log=log, notes=notes), executor, _silent)
         except Exception as error:  # noqa: BLE001 - the other trials continue after any error
             self.reason = describe_failure(error)
         finally:
@@ -110,14 +119,8 @@ def _silent(_: str) -> None:
     """Log nothing: the driver of the sweep logs."""
 
 
-def score(record: Mapping[str, Any]) -> float:
-    """The validation score of an epoch; WORST if it is not defined."""
-    found = record["val_score"]
-    return WORST if found is None else float(found)
-
-
-class Halving(ASHAScheduler):
-    """Asynchronous successive halving (Li et al. 2020) over all trials except naive MTL, which is never stopped.
+class TuneHalving(ASHAScheduler):
+    """Ray Tune's asynchronous successive halving over all trials except naive MTL, which is never stopped.
 
     Args:
         section: Grace epochs and reduction factor.
@@ -126,33 +129,28 @@ class Halving(ASHAScheduler):
 
     def __init__(self, section: SweepSection, trials: Mapping[str, Trial]) -> None:
         self.trials, self.section = trials, section
-        last = max(trial.reports for trial in trials.values())
-        grace = section.grace_epochs + max(trial.prelude for trial in trials.values())
+        grace, last = grace_and_last(section, trials)
         super().__init__(
-            time_attr=EPOCH, metric=SCORE, mode="min", max_t=last, grace_period=min(grace, last),
+            time_attr=EPOCH, metric=SCORE, mode="min", max_t=last, grace_period=grace,
             reduction_factor=section.reduction, stop_last_trials=False,
         )  # fmt: skip
 
-    def replay(self, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    def replay(self, records: Mapping[str, Sequence[Record]]) -> None:
         """Add the epochs of trials that ended in an earlier session, in their order in time."""
         for name in records:
             self.on_trial_add(None, _named(name))
-        ended = [(one["time"], name, i, one) for name, held in records.items() for i, one in enumerate(held, 1)]
-        for _, name, epoch, record in sorted(ended, key=lambda entry: entry[:3]):
+        for name, epoch, record in in_order_of_time(records):
             self._decide(_named(name), {EPOCH: epoch, SCORE: score(record)})
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ARG002 - Ray's
         """Continue or stop a trial. The reason of a stop is written into its run folder first."""
         decision = self._decide(trial, result)
         if decision == TrialScheduler.STOP:
-            why = f"not among the best 1/{self.section.reduction} of the trials at epoch {result[EPOCH]}"
-            found = {"epoch": result[EPOCH], "val_score": result[SCORE], "reason": why}
-            (self.trials[trial.config[NAME]].run / STOPPED).write_json(found)
+            write_stopped(self.trials[trial.config[NAME]], self.section, result[EPOCH], result[SCORE])
         return decision
 
     def _decide(self, trial: Any, result: Mapping[str, Any]) -> str:
-        planned = self.trials[trial.config[NAME]]
-        if planned.naive or result[EPOCH] >= planned.reports:  # the last epoch: nothing is saved by a stop
+        if is_never_stopped(self.trials[trial.config[NAME]], result[EPOCH]):
             return str(TrialScheduler.CONTINUE)
         return str(super().on_trial_result(None, trial, dict(result)))
 
@@ -165,58 +163,32 @@ def _named(name: str) -> SimpleNamespace:
     return SimpleNamespace(trial_id=name, config={NAME: name})
 
 
-class TrialEvents(tune.Callback):
-    """Callback of Ray Tune that logs the events of trials, and writes them to run folders and trackers.
+class TuneEvents(tune.Callback):
+    """Passes the events of Ray Tune on to `TrialEvents`."""
 
-    Args:
-        trials: Trials of the sweep by name.
-        trackers: Trackers of the sweep.
-        log: Log callback.
-    """
-
-    def __init__(self, trials: Mapping[str, Trial], trackers: Trackers, log: Callable[[str], None]) -> None:
-        self.trials, self.trackers, self.log = trials, trackers, log
-        self.ended = 0
+    def __init__(self, events: TrialEvents) -> None:
+        self.events = events
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """A trial starts, or starts again in another process."""
-        name = trial.config[NAME]
-        (self.trials[name].run / FAILED).delete()
-        self.trackers.open(self.trials[name])
+        self.events.started(trial.config[NAME])
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any  # noqa: ARG002
     ) -> None:  # fmt: skip
         """A trial has finished an epoch."""
         if RECORD in result:
-            name, record = trial.config[NAME], json.loads(result[RECORD])
-            shown = "not defined" if record["val_score"] is None else f"{record['val_score']:.4f}"
-            self.log(f"{name}: epoch {result[EPOCH]} of {self.trials[name].reports}, score {shown}")
-            self.trackers.open(self.trials[name]).record(record)
+            self.events.epoch(trial.config[NAME], result[EPOCH], json.loads(result[RECORD]))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """A trial has finished, was stopped, or has failed with a reason."""
-        name = trial.config[NAME]
-        run, reason = self.trials[name].run, trial.last_result.get(REASON, "")
-        if reason:
-            self._failed(name, reason)
-        elif (run / STOPPED).exists():
-            self._end(name, f"stopped, {(run / STOPPED).read_json()['reason']}")
-        else:
-            self._end(name, "finished")
+        self.events.ended(trial.config[NAME], trial.last_result.get(REASON, ""))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """The process of a trial was lost more often than Ray Tune restarts it."""
         error = trial.get_pickled_error()
-        self._failed(trial.config[NAME], describe_failure(error) if error is not None else "its process was lost")
-
-    def _failed(self, name: str, reason: str) -> None:
-        (self.trials[name].run / FAILED).write_json({"reason": reason})
-        self._end(name, f"failed: {reason}")
-
-    def _end(self, name: str, how: str) -> None:
-        self.ended += 1
-        self.log(f"{name}: {how} ({self.ended} of {len(self.trials)} trials)")
+        reason = describe_failure(error) if error is not None else "its process was lost"
+        self.events.ended(trial.config[NAME], reason)
 
 
 def run_trials(
@@ -243,7 +215,7 @@ def run_trials(
     names = [trial.name for trial in left]
     scheduler = FIFOScheduler()
     if section.stop_early:
-        scheduler = Halving(section, events.trials)
+        scheduler = TuneHalving(section, events.trials)
         ended = [one for name, one in events.trials.items() if name not in names]
         scheduler.replay({one.name: read_jsonl(one.run / METRICS) for one in ended})
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the callback logs failed trials
@@ -254,7 +226,7 @@ def run_trials(
             param_space={NAME: tune.grid_search(names)},
             tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=at_once),
             run_config=tune.RunConfig(
-                name="sweep", storage_path=scratch, verbose=0, callbacks=[events],
+                name="sweep", storage_path=scratch, verbose=0, callbacks=[TuneEvents(events)],
                 failure_config=tune.FailureConfig(max_failures=ray.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the run folder has them
             ),
@@ -262,4 +234,4 @@ def run_trials(
         try:
             tuner.fit()
         except Exception as error:
-            raise user_error(error) or training_failed(error, str(left[0].run.parent)) from error
+            raise training_failed(error, str(left[0].run.parent)) from error

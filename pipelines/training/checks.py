@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 
@@ -22,11 +21,12 @@ from pipelines.data.manifest import Manifest, check_shards, check_targets, suppo
 from pipelines.data.reader import Reader
 from pipelines.data.shards import ensure_shards
 from pipelines.errors import UserError
+from pipelines.execution.executor import Executor, Held
 from pipelines.registry.tracking import shown
 from pipelines.runs.files import CONFIG
 from pipelines.runs.identity import open_run
+from pipelines.runs.warm_start import warm_start_errors
 from pipelines.storage import Location, locate
-from pipelines.training.warm_start import warm_start_errors
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +55,15 @@ class Prepared:
         """The chosen tasks."""
         return self.reader.tasks
 
-    def samples(self) -> Mapping[str, Any] | None:
-        """Load the samples into shared memory; None if they do not fit and are streamed."""
-        return load_splits(self.reader) if keeps_in_memory(self.reader, self.config.data) else None
+    def samples(self, executor: Executor) -> Mapping[str, Sequence[Held]] | None:
+        """Load the samples into the memory of an executor; None if they do not fit and are streamed."""
+        kept = keeps_in_memory(self.reader, self.config.data, executor)
+        return load_splits(self.reader, executor) if kept else None
 
 
 def prepare(
     config: Config,
+    executor: Executor | None,
     log: Callable[[str], None],
     check: Callable[[Manifest, tuple[Task, ...]], None] | None = None,
 ) -> Prepared:
@@ -69,13 +71,14 @@ def prepare(
 
     Args:
         config: Configuration of the command.
+        executor: The executor of the command; None where shards that are missing get their own.
         log: Log callback.
         check: Check of the networks, given manifest and tasks; by default `check_network`.
 
     Raises:
         UserError: For the first problem.
     """
-    manifest = ensure_shards(config, log)
+    manifest = ensure_shards(config, log, executor)
     folder = locate(config.data.shards)
     tasks = check_data(config, manifest, folder)
     if check is None:

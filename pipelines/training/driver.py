@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from dmtg_core.training.warm_start import WarmStart
-from pipelines.cluster import session
 from pipelines.config.loading import Config
+from pipelines.execution.choice import open_executor
+from pipelines.execution.embedded import EmbeddedExecutor
+from pipelines.execution.executor import Executor
 from pipelines.registry.models import Registered
 from pipelines.registry.tracking import Tracker, connect, enabled, open_tracker
 from pipelines.runs.events import for_result
 from pipelines.runs.files import EVENTS, REPORT, RESULT, SEARCHED, read_jsonl
 from pipelines.runs.identity import open_run
 from pipelines.runs.models import check_models
-from pipelines.storage import Location, locate
+from pipelines.runs.warm_start import baseline_notes, keep_models, open_models
+from pipelines.storage import Location
 from pipelines.training.checks import Prepared, check_network, prepare, write_config
 from pipelines.training.finetune import train_groups
 from pipelines.training.monitor import monitoring
 from pipelines.training.progress import Plan, display
 from pipelines.training.publish import publish, reopen_tracker
-from pipelines.training.ray.trainer import run_workers
-from pipelines.training.warm_start import baseline_notes, keep_models, open_models
 from pipelines.training.worker import Job
+from pipelines.training.workers import new_event_log, run_workers
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,9 @@ def train(config: Config, log: Callable[[str], None] = logger.info) -> Trained:
     """
     run, models = _open(config)
     finished = (run / RESULT).exists()
-    with session_if_needed(config):
-        data = prepare(config, log, partial(check_network, config, models=models, log=log))
+    # a finished run needs no executor
+    with EmbeddedExecutor(config.ray) if finished else open_executor(config.ray) as executor:
+        data = prepare(config, executor, log, partial(check_network, config, models=models, log=log))
         for note in data.notes:
             log(f"note: {note}")
         if finished:
@@ -73,7 +75,7 @@ def train(config: Config, log: Callable[[str], None] = logger.info) -> Trained:
         else:
             tracker = open_tracker(config, run, data.manifest)
             write_config(config, run)
-            train_monitored(_job(data, run, models), data, tracker, log)
+            train_monitored(_job(data, run, models), data, executor, tracker, log)
     registered = publish(config, run, tracker, data.manifest, log)
     return Trained(run, tracker.run_id, (run / RESULT).read_json(), registered, finished)
 
@@ -95,44 +97,47 @@ def _job(data: Prepared, run: Location, models: WarmStart | None) -> Job:
     return Job(data.config, data.reader, None, run, notes, start, details=True)
 
 
-def train_monitored(job: Job, data: Prepared, tracker: Tracker, log: Callable[[str], None]) -> None:
+def train_monitored(
+    job: Job, data: Prepared, executor: Executor, tracker: Tracker, log: Callable[[str], None]
+) -> None:
     """Train a job and copy its metrics and events to the terminal and the tracker meanwhile.
 
     Args:
         job: The job, without its tables and its event log.
         data: The data set of the job.
+        executor: The executor of its workers.
         tracker: The tracker of the run.
         log: Called with each line.
     """
     config, earlier = job.config, read_jsonl(job.run / EVENTS)
-    held = data.samples()
+    held, event_log = data.samples(executor), new_event_log(executor)
     plan = Plan.of(config, config.network_spec(data.manifest.description.input, data.tasks))
     with (
         display(plan) as live,
-        monitoring(job.run, config.ray, tracker, log, earlier, live) as event_log,
+        monitoring(job.run, executor, event_log, tracker, log, earlier, live),
     ):
         notes = (*job.notes, *for_result(earlier))
-        train_job(replace(job, held=held, notes=notes, event_log=event_log), log)
+        train_job(replace(job, held=held, notes=notes, event_log=event_log), executor, log)
 
 
-def train_job(job: Job, log: Callable[[str], None]) -> None:
+def train_job(
+    job: Job,
+    executor: Executor,
+    log: Callable[[str], None],
+    on_record: Callable[[Mapping[str, Any]], None] | None = None,
+) -> None:
     """Run the search and the training of the groups, as far as they are not finished, to the result of the run.
+
+    Args:
+        job: The job.
+        executor: The executor of its workers.
+        log: Called with each line.
+        on_record: Called with the record of every epoch, if the executor is embedded.
 
     Raises:
         UserError: When training failed.
     """
     if not (job.run / SEARCHED).exists():
-        run_workers(job, log)
+        run_workers(job, executor, log, on_record)
     if job.config.search.group_epochs:
-        train_groups(job, log)
-
-
-@contextmanager
-def session_if_needed(config: Config) -> Iterator[None]:
-    """A Ray session, unless the run is finished."""
-    run = locate(config.run.root) / config.run_name()
-    if (run / RESULT).exists():
-        yield
-        return
-    with session(config.ray):
-        yield
+        train_groups(job, executor, log)

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,70 +18,48 @@ from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.training.context import LocalContext, Save
 from dmtg_core.training.loop import advance, evaluate, reporting, score_of
 from dmtg_core.training.state import TrainState
-from pipelines.cluster import user_error
 from pipelines.config.loading import Config
 from pipelines.data.ingest import open_data
 from pipelines.errors import UserError
-from pipelines.runs.events import UNWRITTEN, Emit
+from pipelines.execution.executor import Executor
+from pipelines.runs.checkpoints import Checkpoints
+from pipelines.runs.events import UNWRITTEN, Emit, emitter
 from pipelines.runs.files import CHECKPOINTS, DETAILS, MODELS, RESULT, SEARCHED
 from pipelines.runs.models import read_model, write_model
 from pipelines.runs.results import gains
 from pipelines.storage import Location
-from pipelines.training.ray.checkpoints import Checkpoints
-from pipelines.training.ray.events import emitter
-from pipelines.training.ray.failures import permanent_error, training_failed
+from pipelines.training.failures import permanent_error, training_failed
 from pipelines.training.worker import Job
 
 GROUPS, MODEL, DONE = "groups", "model", "done.json"
 
 
-def train_groups(job: Job, log: Callable[[str], None]) -> None:
+def train_groups(job: Job, executor: Executor, log: Callable[[str], None]) -> None:
     """Train every group of a search for `search.group_epochs` epochs more and write the run's result.
 
-    A group is a Ray task with the resources of one worker. Groups run in parallel if resources are available. A
-    group that an earlier call has finished is not trained again.
+    A group is a task of the executor. On Ray, groups run in parallel if resources are available. A group that an
+    earlier call has finished is not trained again.
 
     Raises:
         UserError: When a group could not be trained.
     """
-    import ray
-
     config, searched = job.config, (job.run / SEARCHED).read_json()
-    names = {name: members for name, members in searched["grouping"].items() if not _done(job.run, name).exists()}
-    log(f"training {len(names)} groups on their own, {config.search.group_epochs} epochs each")
-    task = _remote(train_group, config)
-    waiting = {task.remote(job, name, members, score_before(searched, members)): name
-               for name, members in names.items()}  # fmt: skip
-    while waiting:
-        (ready, *_), _ = ray.wait(list(waiting))
-        before, after = _result(ready, job)
-        log(f"{waiting.pop(ready):>10} trained on its own: validation score {before:.4f} → {after:.4f}")
-    _finish(job, searched)
+    left = [
+        (name, members, score_before(searched, members))
+        for name, members in searched["grouping"].items()
+        if not _done(job.run, name).exists()
+    ]
+    log(f"training {len(left)} groups on their own, {config.search.group_epochs} epochs each")
+    for done in executor.run(partial(_train_group, job), left):
+        if done.error is not None:
+            raise training_failed(done.error, str(job.run)) from done.error
+        before, after = done.value
+        log(f"{left[done.index][0]:>10} trained on its own: validation score {before:.4f} → {after:.4f}")
+    _finish(job, searched, executor)
 
 
-def _remote(work: Callable[..., Any], config: Config) -> Any:
-    """A function as a Ray task with the resources of one worker."""
-    import ray
-
-    return ray.remote(work).options(
-        num_cpus=config.ray.cpus_per_worker, num_gpus=config.ray.gpus_per_worker or None,
-        max_retries=config.ray.max_failures, retry_exceptions=False,
-        scheduling_strategy="DEFAULT",  # a trial of a sweep would put them into its own resources
-    )  # fmt: skip
-
-
-def _result(reference: Any, job: Job) -> Any:
-    """The result of a task.
-
-    Raises:
-        UserError: When it failed.
-    """
-    import ray
-
-    try:
-        return ray.get(reference)
-    except Exception as error:
-        raise user_error(error) or training_failed(error, str(job.run)) from error
+def _train_group(job: Job, group: tuple[str, Sequence[str], float]) -> tuple[float, float]:
+    return train_group(job, *group)
 
 
 def score_before(searched: Mapping[str, Any], members: Sequence[str]) -> float:
@@ -167,7 +146,7 @@ def _done(run: Location, name: str) -> Location:
     return run / GROUPS / name / DONE
 
 
-def _finish(job: Job, searched: Mapping[str, Any]) -> None:
+def _finish(job: Job, searched: Mapping[str, Any], executor: Executor) -> None:
     """Replace the group models of the search, then write the result."""
     result = dict(searched)
     metrics, validation, scores = dict(searched["metrics"]), dict(searched["validation"]), {}
@@ -189,7 +168,9 @@ def _finish(job: Job, searched: Mapping[str, Any]) -> None:
         "normalized_gain": found.get("error"), "notes": notes if found else searched["notes"],
     }  # fmt: skip
     if job.details:
-        _result(_remote(rewrite_samples, job.config).remote(job, searched["split"]), job)
+        for done in executor.run(partial(rewrite_samples, job), [searched["split"]]):
+            if done.error is not None:
+                raise training_failed(done.error, str(job.run)) from done.error
     (job.run / RESULT).write_json(result)
 
 

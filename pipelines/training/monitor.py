@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.cluster import missing_resources
-from pipelines.config.ray_section import RaySection
 from pipelines.errors import UserError
+from pipelines.execution.executor import Executor
 from pipelines.registry.tracking import Tracker
-from pipelines.runs.events import LOST, RESIZED, RESUMED, WAITING, Event
+from pipelines.runs.events import LOST, RESIZED, RESUMED, WAITING, Event, EventLog, EventWriter, emitter
 from pipelines.runs.files import EVENTS, GATE, METRICS, read_jsonl
 from pipelines.storage import Location
 from pipelines.training.progress import Display, NoDisplay
-from pipelines.training.ray.events import EventWriter, current_step, emitter, start_event_log
 
 POLL_S = 1.0
 NO_DISPLAY = NoDisplay()
@@ -30,7 +28,8 @@ class Monitor:
 
     Args:
         run: The run folder.
-        section: The resources of the workers.
+        executor: The executor of the workers.
+        event_log: Their event log.
         tracker: Receives the metrics.
         log: Called with each line.
         earlier: The events of earlier calls.
@@ -40,18 +39,19 @@ class Monitor:
     def __init__(
         self,
         run: Location,
-        section: RaySection,
+        executor: Executor,
+        event_log: EventLog,
         tracker: Tracker,
         log: Callable[[str], None],
         earlier: Sequence[Event],
         display: Display,
     ) -> None:
-        self.run, self.section, self.tracker, self.log = run.retrying(0), section, tracker, log
+        self.run, self.executor, self.tracker, self.log = run.retrying(0), executor, tracker, log
         self.logged = {(r["stage"], r["epoch"]) for r in read_jsonl(run / METRICS)}
         if self.logged:
             log(f"resuming from the last checkpoint; {len(self.logged)} epochs were trained before")
         self.display = display
-        self.event_log = start_event_log()
+        self.event_log = event_log
         self.event_writer = EventWriter(run / EVENTS, self.event_log, earlier)
         self.lost_at: float | None = None
 
@@ -81,15 +81,13 @@ class Monitor:
                     self.log(f"note: {warning}")
                 self.tracker.record(record)
         if self.display.live:
-            self.display.show(records, list(gate.values()), current_step(self.event_log))
+            self.display.show(records, list(gate.values()), self.event_log.get_step())
 
     def _report_missing_resources(self) -> None:
         """Emit an event if lost workers wait for resources: Ray itself does not report it."""
-        import ray
-
         if self.lost_at is None or time.monotonic() - self.lost_at < WAIT_S:
             return
-        short = missing_resources(self.section, ray.cluster_resources())
+        short = self.executor.missing_resources()
         if short:
             emitter(self.event_log)(WAITING, f"waiting for resources: {short}")
             self.lost_at = None
@@ -98,14 +96,15 @@ class Monitor:
 @contextmanager
 def monitoring(
     run: Location,
-    section: RaySection,
+    executor: Executor,
+    event_log: EventLog,
     tracker: Tracker,
     log: Callable[[str], None],
     earlier: Sequence[Event],
     display: Display = NO_DISPLAY,
-) -> Iterator[Any]:
-    """Monitor a run for the time of the block; yields the event log. See `Monitor`."""
-    monitor = Monitor(run, section, tracker, log, earlier, display)
+) -> Iterator[None]:
+    """Monitor a run for the time of the block. See `Monitor`."""
+    monitor = Monitor(run, executor, event_log, tracker, log, earlier, display)
     stop = threading.Event()
 
     def loop() -> None:
@@ -115,7 +114,7 @@ def monitoring(
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()
     try:
-        yield monitor.event_log
+        yield
     except KeyboardInterrupt as error:
         tracker.fail()
         raise KeyboardInterrupt(str(run)) from error  # the folder from which the same command resumes

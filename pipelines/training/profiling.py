@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from dmtg_core.training.profile import OPERATORS, SHARES, TRACE
-from pipelines.cluster import session
 from pipelines.config.loading import Config
+from pipelines.execution.choice import open_executor
 from pipelines.runs.files import PROFILE
 from pipelines.storage import Location, locate
 from pipelines.training.checks import prepare
-from pipelines.training.ray.events import start_event_log
-from pipelines.training.ray.trainer import run_workers
 from pipelines.training.worker import Job
+from pipelines.training.workers import new_event_log, run_workers
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ def profile(config: Config, log: Callable[[str], None]) -> Profiled:
     run = locate(config.run.root) / config.run_name()
     run.check_writable()
     config.check_options()
-    with session(config.ray):
-        data = prepare(config, log)
-        run_workers(Job(config, data.reader, data.samples(), run, event_log=start_event_log(), profile=True), log)
+    with open_executor(config.ray) as executor:
+        data = prepare(config, executor, log)
+        held, event_log = data.samples(executor), new_event_log(executor)
+        run_workers(Job(config, data.reader, held, run, event_log=event_log, profile=True), executor, log)
     return Profiled((run / PROFILE / SHARES).read_json(), run / PROFILE)

@@ -1,16 +1,13 @@
-"""The training function of each worker of Ray Train: data, search and results."""
+"""The training function of a worker, of any executor: data, search and results."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dmtg_core.network.grouping_network import NetworkSpec
 from dmtg_core.search.search import SearchResult, search
@@ -21,15 +18,15 @@ from pipelines.config.loading import Config
 from pipelines.data.ingest import open_data
 from pipelines.data.reader import Reader
 from pipelines.errors import UserError
-from pipelines.runs.events import for_result
+from pipelines.execution.executor import Held
+from pipelines.runs.events import EventLog, LocalEventLog, for_result
 from pipelines.runs.files import DETAILS, PROFILE, RESULT, SEARCHED
 from pipelines.runs.models import warm_start
 from pipelines.runs.results import write_result
 from pipelines.storage import Location
-from pipelines.training.ray.context import RayContext
-from pipelines.training.ray.events import emitter, events_after
-from pipelines.training.ray.failures import PermanentError, permanent_error
-from pipelines.training.ray.watchdog import MonitoredData, StepReporter
+from pipelines.training.context import RunContext
+from pipelines.training.failures import PermanentError, permanent_error
+from pipelines.training.watchdog import MonitoredData, StepReporter
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Job:
     """The input of a worker.
 
     Args:
-        held: References to the tables of each split in shared memory; None to stream.
+        held: The tables of each split that the executor holds; None to stream.
         notes: Warnings to store with the result, such as tasks with low support.
         start: Names and places of the models to start from, in the run folder.
         event_log: Receives the events of the worker.
@@ -47,26 +44,22 @@ class Job:
 
     config: Config
     reader: Reader
-    held: Mapping[str, Any] | None
+    held: Mapping[str, Sequence[Held]] | None
     run: Location
     notes: tuple[str, ...] = ()
     start: tuple[tuple[str, Location], ...] = ()
-    event_log: Any = None
+    event_log: EventLog = field(default_factory=LocalEventLog)
     profile: bool = False
     details: bool = False
 
 
-def work(values: dict[str, Any]) -> None:
-    """The training function of Ray Train.
+def work(job: Job, context: RunContext) -> None:
+    """The training function.
 
     Raises:
         PermanentError: For an error that retrying cannot help.
     """
-    job: Job = values["job"]
-    context = RayContext(job.run, emitter(job.event_log), job.config.ray.hung_after_s)
     try:
-        # the workers of a machine share its cores
-        torch.set_num_threads(max((os.cpu_count() or 1) // context.local_world_size, 1))
         if job.profile:
             with _permanent_errors(job, context):
                 _profile(job, context)
@@ -80,7 +73,7 @@ def work(values: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _permanent_errors(job: Job, context: RayContext) -> Iterator[None]:
+def _permanent_errors(job: Job, context: RunContext) -> Iterator[None]:
     """Convert errors whose cause is the configuration to a `PermanentError`."""
     try:
         yield
@@ -91,7 +84,7 @@ def _permanent_errors(job: Job, context: RayContext) -> Iterator[None]:
         raise permanent from error
 
 
-def _open(job: Job, context: RayContext) -> tuple[NetworkSpec, Data]:
+def _open(job: Job, context: RunContext) -> tuple[NetworkSpec, Data]:
     config, reader = job.config, job.reader
     data = open_data(
         reader, job.held, config.data, seed=config.train.seed,
@@ -102,7 +95,7 @@ def _open(job: Job, context: RayContext) -> tuple[NetworkSpec, Data]:
     )
 
 
-def _search(job: Job, context: RayContext) -> SearchResult:
+def _search(job: Job, context: RunContext) -> SearchResult:
     config, (spec, data) = job.config, _open(job, context)
     splits = [split for split in ("val", "test") if job.reader.manifest.rows(split)]
     return search(
@@ -111,7 +104,7 @@ def _search(job: Job, context: RayContext) -> SearchResult:
     )  # fmt: skip
 
 
-def _profile(job: Job, context: RayContext) -> None:
+def _profile(job: Job, context: RunContext) -> None:
     spec, data = _open(job, context)
     with tempfile.TemporaryDirectory(prefix="dmtg-") as folder:
         profile_steps(spec, data, job.config.settings(), context, Path(folder))
@@ -120,7 +113,7 @@ def _profile(job: Job, context: RayContext) -> None:
                 (job.run / PROFILE / file.name).write_bytes(file.read_bytes())
 
 
-def _write(job: Job, context: RayContext, result: SearchResult) -> None:
+def _write(job: Job, context: RunContext, result: SearchResult) -> None:
     """Write the result into the run folder, after the checkpoint from which another call gets the same result."""
     whole = context.flush()
     last = "the last checkpoint, without training again" if whole else "the last whole checkpoint"
@@ -128,7 +121,7 @@ def _write(job: Job, context: RayContext, result: SearchResult) -> None:
     try:
         if job.details:
             write_details(job, run, result)
-        notes = (*job.notes, *warnings_of(context.records), *for_result(events_after(job.event_log)))
+        notes = (*job.notes, *warnings_of(context.records), *for_result(job.event_log.after(0)))
         write_result(run, result, notes, SEARCHED if job.config.search.group_epochs else RESULT)
     except UserError as error:
         raise PermanentError(

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.cluster import missing_resources
 from pipelines.config.ray_section import RaySection
+from pipelines.execution.resources import missing_resources
 from tests.cluster.manifests import MOUNTED, Object, config_files, inside, objects, pods
 from tests.cluster.schemas import closed, problems
 from tests.paths import ROOT

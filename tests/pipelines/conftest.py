@@ -1,4 +1,4 @@
-"""A small set of images that trains in seconds, its configuration, and one Ray session."""
+"""A small set of images that trains in seconds, its configuration, a finished run, and one Ray session."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def write_images(root: Path, rows: int = 96) -> Path:
     return root
 
 
+ON_RAY = {"executor": "ray", "workers": 2}  # overrides of the ray section
 TASKS = [
     {"column": "colour", "kind": "multiclass"},
     {"column": "bright", "kind": "binary"},
@@ -60,7 +61,7 @@ def config_values(root: Path, work: Path, **sections: object) -> dict[str, objec
         "search": {"method": "dmtg"},  # the faster method; tests of a run do not depend on it
         "track": {"uri": f"sqlite:///{work / 'mlflow.db'}"},
         "run": {"root": str(work / "runs")},
-        "ray": {"object_store_mib": 128},
+        "ray": {"executor": "embedded", "object_store_mib": 128},
     }
     for name, section in sections.items():
         held = values.get(name)
@@ -105,20 +106,30 @@ def mlflow_server(s3: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @pytest.fixture(scope="session")
 def ray_session(s3_port: int):
     """One local Ray cluster for all tests in this process; starting one takes longer than most of them."""
-    from pipelines.cluster import session
     from pipelines.config.ray_section import RaySection
+    from pipelines.execution.session import session
 
-    with session(RaySection(object_store_mib=128)):
+    with session(RaySection(object_store_mib=128, workers=2)):
         yield
 
 
 @pytest.fixture(scope="session")
-def run(
+def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Trained, list[str]]:
+    """A finished run, its configuration, and its log lines."""
+    return finished_run(images, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="session")
+def ray_run(
     images: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None
 ) -> tuple[Config, Trained, list[str]]:
-    """A finished run on two workers, its configuration, and its log lines."""
+    """A finished run of two workers on Ray, its configuration, and its log lines."""
+    return finished_run(images, tmp_path_factory.mktemp("ray_run"), ray=ON_RAY)
+
+
+def finished_run(images: Path, folder: Path, **sections: object) -> tuple[Config, Trained, list[str]]:
     from pipelines.training.driver import train
 
     logged: list[str] = []
-    config = make_config(images, tmp_path_factory.mktemp("run"), data={"min_support": 8})
+    config = make_config(images, folder, data={"min_support": 8}, **sections)
     return config, train(config, logged.append), logged

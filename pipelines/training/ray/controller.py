@@ -8,17 +8,19 @@ from typing import Any
 
 import ray
 
-from pipelines.cluster import causes, set_environment
-from pipelines.runs.events import LOST
+from pipelines.execution.errors import causes
+from pipelines.execution.session import set_environment
+from pipelines.runs.events import LOST, emitter
+from pipelines.training.failures import PermanentError
 from pipelines.training.ray.adapter import ControllerSetup, StartFailureCallback, abort
-from pipelines.training.ray.events import emitter
-from pipelines.training.ray.failures import PermanentError, lost_at_start, reason
+from pipelines.training.ray.events import RayEventLog
+from pipelines.training.ray.failures import lost_at_start, reason
 
 
 class FailureCallback(StartFailureCallback):
     """Reports why workers were lost, and ends a run whose next workers would fail with the same error."""
 
-    def __init__(self, event_log: Any) -> None:
+    def __init__(self, event_log: RayEventLog) -> None:
         self.emit = emitter(event_log)
         self.reported = ""
 
@@ -52,22 +54,22 @@ class FailureCallback(StartFailureCallback):
         self.reported = why
 
 
-def controller_callbacks(event_log: Any) -> list[Any]:
+def controller_callbacks(event_log: RayEventLog) -> list[Any]:
     """The callbacks of a run, for `ray.train.RunConfig`."""
     return [ControllerSetup(partial(_register, event_log)), FailureCallback(event_log)]
 
 
-def _register(event_log: Any, controller: Any) -> None:
+def _register(event_log: RayEventLog, controller: Any) -> None:
     set_environment()  # the controller of a joined cluster inherits none of the driver's variables
-    ray.get(event_log.set_controller.remote(controller))
+    ray.get(event_log.actor.set_controller.remote(controller))
 
 
-def end_workers(event_log: Any) -> None:
+def end_workers(event_log: RayEventLog) -> None:
     """End a run's workers and free their resources, when the process that started them is about to exit.
 
     Without a dashboard Ray does not notice that the process has exited and keeps the resources.
     """
     with contextlib.suppress(ray.exceptions.RayError):  # the controller ends with an error, or has ended
-        controller = ray.get(event_log.get_controller.remote())
+        controller = ray.get(event_log.actor.get_controller.remote())
         if controller is not None:
             abort(controller)

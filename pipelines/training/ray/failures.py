@@ -1,4 +1,4 @@
-"""Failures of workers: which of them are permanent, their causes, and the error for the user."""
+"""Failures of workers on Ray: their causes, and the error for the user."""
 
 from __future__ import annotations
 
@@ -6,63 +6,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from dmtg_core.training.checkpoint import OutdatedNetworkError
-from dmtg_core.training.loop import NonFiniteLossError
-from pipelines.cluster import causes, user_error
-from pipelines.config.loading import Config
 from pipelines.errors import UserError
-
-LESS_MEMORY = (
-    "lower train.batch_size, or keep it and raise train.accumulate, set train.recompute=true, or "
-    "train.precision=bf16"
-)
-LESS_HOST_MEMORY = (
-    "give the machine more memory, or use less: lower ray.workers, ray.object_store_mib, data.shuffle_mib or "
-    "train.batch_size"
-)
-
-
-class PermanentError(UserError):
-    """An error that retrying cannot help: the run ends with it and no other workers are started."""
-
-    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        # raised in a worker, it keeps its class when it is sent to the controller and the driver
-        return _rebuild, (self.what, self.where, self.remedy)
-
-
-def _rebuild(what: str, where: str, remedy: str) -> PermanentError:
-    return PermanentError(what, where=where, remedy=remedy)
-
-
-def permanent_error(error: Exception, config: Config, run: str, workers: int) -> PermanentError | None:
-    """The error for the user if the configuration is its cause; None for any other error.
-
-    Args:
-        error: The error that training raised.
-        config: The configuration.
-        run: The run folder.
-        workers: Number of workers.
-    """
-    if isinstance(error, NonFiniteLossError):
-        problem, _, remedy = str(error).partition(": ")
-        return PermanentError(problem, where=f"{run} (the last good checkpoint stays)", remedy=remedy)
-    if isinstance(error, OutdatedNetworkError):
-        remedy = "delete the run folder, or give another run.name, and train it again"
-        return PermanentError(str(error).partition(": ")[2], where=run, remedy=remedy)
-    if out_of_memory(error):
-        share = f"{config.train.batch_size} samples on {workers} worker{'s' * (workers > 1)}"
-        return PermanentError(
-            f"memory ran out in training on a batch of {share}: {_first_line(error)}",
-            where="training worker",
-            remedy=LESS_MEMORY
-            + ("" if config.ray.fewest == config.ray.most else ", or raise the smaller number of ray.workers"),
-        )
-    return None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or this machine, had no memory for a tensor."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+from pipelines.execution.errors import causes, user_error
+from pipelines.training.failures import AGAIN, LESS_HOST_MEMORY, first_line
+from pipelines.training.failures import training_failed as failed
 
 
 def killed_for_memory(error: BaseException) -> bool:
@@ -117,7 +64,7 @@ def describe_failure(error: BaseException) -> str:
     if cause:
         return cause
     found = user_error(error)
-    return found.what if found is not None else f"{type(error).__name__}: {_first_line(error)}"
+    return found.what if found is not None else f"{type(error).__name__}: {first_line(error)}"
 
 
 def reason(failures: Mapping[int, BaseException]) -> str:
@@ -143,24 +90,11 @@ def training_failed(error: BaseException, run: str) -> UserError:
     from ray.train import WorkerGroupError
 
     lost = next((one for one in causes(error) if isinstance(one, WorkerGroupError)), None)
-    again = "run the same command again to resume from the last checkpoint"
-    if lost is None:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return UserError(
-            f"training failed: {lines[-1] if lines else type(error).__name__}",
-            where=run,
-            remedy=f"{again}; --debug shows where it failed",
-        )
+    found = user_error(error)
+    if found is not None or lost is None:
+        return found or failed(error, run)
     why = reason(lost.worker_failures) if lost.worker_failures else str(lost).splitlines()[-1]
-    if "memory" in why:
-        again = f"if it was memory: {LESS_HOST_MEMORY}; then {again}"
+    hint = f"if it was memory: {LESS_HOST_MEMORY}; then " if "memory" in why else ""
     return UserError(
-        f"training failed, and ray.max_failures allows no more retries: {why}",
-        where=run,
-        remedy=f"{again}; --debug shows where it failed",
+        f"training failed, and ray.max_failures allows no more retries: {why}", where=run, remedy=f"{hint}{AGAIN}"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

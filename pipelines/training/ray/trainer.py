@@ -6,16 +6,33 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from pipelines.cluster import set_environment, user_error
+import torch
+
+from pipelines.execution.resources import cores
+from pipelines.execution.session import set_environment
+from pipelines.runs.events import emitter
+from pipelines.training.ray.events import RayEventLog
 from pipelines.training.ray.failures import training_failed
 from pipelines.training.worker import Job, work
 
 
-def run_workers(job: Job, log: Callable[[str], None], work: Callable[[dict[str, Any]], None] = work) -> None:
+def work_on_ray(values: dict[str, Any]) -> None:
+    """The training function of Ray Train; see `work`."""
+    from pipelines.training.ray.context import RayContext
+
+    job: Job = values["job"]
+    context = RayContext(job.run, emitter(job.event_log), job.config.ray.hung_after_s)
+    torch.set_num_threads(max(cores() // context.local_world_size, 1))  # the workers of a machine share its cores
+    work(job, context)
+
+
+def run_workers(
+    job: Job, log: Callable[[str], None], work: Callable[[dict[str, Any]], None] = work_on_ray
+) -> None:
     """Run a job on Ray Train's workers.
 
     Args:
-        job: The job.
+        job: The job. Its event log is a `RayEventLog`.
         log: Called when the workers are about to start.
         work: The training function of each worker.
 
@@ -29,9 +46,11 @@ def run_workers(job: Job, log: Callable[[str], None], work: Callable[[dict[str, 
     from pipelines.training.ray.adapter import InterruptibleTrainer, limit_collectives
     from pipelines.training.ray.controller import controller_callbacks
 
-    section = job.config.ray
+    assert isinstance(job.event_log, RayEventLog)
+    section, event_log = job.config.ray, job.event_log
     count = f"{section.most}" if section.fewest == section.most else f"{section.fewest} to {section.most}"
-    log(f"training on {count} workers, samples {'streamed' if job.held is None else 'in shared memory'}")
+    samples = "streamed" if job.held is None else "in shared memory"
+    log(f"training on Ray with {count} worker{'s' * (section.most > 1)}, samples {samples}")
     limit_collectives(section.timeout_s)  # the same limit as for PyTorch's collectives
     with tempfile.TemporaryDirectory(prefix="dmtg-") as scratch:
         trainer = InterruptibleTrainer(
@@ -52,11 +71,11 @@ def run_workers(job: Job, log: Callable[[str], None], work: Callable[[dict[str, 
                 name=job.run.name,
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=section.max_failures),
-                callbacks=controller_callbacks(job.event_log),
+                callbacks=controller_callbacks(event_log),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
         try:
             trainer.fit()
         except Exception as error:
-            raise user_error(error) or training_failed(error, str(job.run)) from error
+            raise training_failed(error, str(job.run)) from error

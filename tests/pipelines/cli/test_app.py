@@ -102,8 +102,6 @@ def test_debug_shows_the_traceback(config: str) -> None:
     assert isinstance(result.exception, UserError)
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
 class TestWithRay:
     """Commands that end before a worker starts."""
 

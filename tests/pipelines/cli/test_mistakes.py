@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.cli.app import app
-from pipelines.cluster import _start_errors
 from pipelines.errors import UserError
+from pipelines.execution.session import _start_errors
 
 NEW = ("config", "new")
 SHOW = ("config", "show", "-c")

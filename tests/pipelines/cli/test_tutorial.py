@@ -14,7 +14,7 @@ from pipelines.cli.app import app
 from tests.docs.pages import blocks, commands, write_configurations
 from tests.paths import ROOT
 
-pytestmark = [pytest.mark.ray, pytest.mark.soak]
+pytestmark = pytest.mark.soak
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 # overrides that shorten commands, and commands that are left out because they take ten minutes
 SHORTER = {"train": ("train.epochs=2",), "config new": ("--force",)}
@@ -22,7 +22,7 @@ LONG = ("compare",)
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[Path, dict[str, str]]:
+def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """The working folder after all commands, and the log of every command."""
     folder = tmp_path_factory.mktemp("tutorial")
     (script,) = [block.text for block in blocks(TUTORIAL) if block.title == "make_machines.py"]

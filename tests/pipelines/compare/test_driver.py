@@ -66,7 +66,7 @@ def config_of(work: Path, **sections: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Finished:
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A finished comparison of all methods, its configuration, and its log."""
     logged: list[str] = []
     config = config_of(tmp_path_factory.mktemp("compare"))
@@ -290,7 +290,7 @@ def test_methods_that_cannot_run_are_refused(tmp_path: Path, sections: dict[str,
         methods_of(config_of(tmp_path, **{**sections, "compare": compared}), tasks)
 
 
-def test_one_group_or_one_task_has_nothing_to_compare(tmp_path: Path, ray_session: None) -> None:
+def test_one_group_or_one_task_has_nothing_to_compare(tmp_path: Path) -> None:
     for changes in (
         {"network": {"groups": 1}},
         {"data": {"tasks": ["task_0"], "shards": str(tmp_path / "shards")}},
@@ -299,7 +299,7 @@ def test_one_group_or_one_task_has_nothing_to_compare(tmp_path: Path, ray_sessio
             compare(config_of(tmp_path, **changes), lambda _: None)
 
 
-def test_a_grouping_signal_resumes_and_is_found_by_a_comparison(tmp_path: Path, ray_session: None) -> None:
+def test_a_grouping_signal_resumes_and_is_found_by_a_comparison(tmp_path: Path) -> None:
     config, logged = config_of(tmp_path, train={"epochs": 4}), []
     first = signal(config, logged.append)
     assert first.found["epochs"] == 2

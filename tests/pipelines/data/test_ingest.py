@@ -164,8 +164,6 @@ def test_missing_or_truncated_shard_is_named(reader: Reader) -> None:
         list(streamed(reader).train(0, 16))
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
 class TestWithRay:
     def test_cache_follows_size_and_setting(self, reader: Reader) -> None:
         def kept(**values: object) -> bool:

@@ -24,7 +24,7 @@ from tests.pipelines.data.test_shard_folder import in_this_process, killed_at, o
 from tests.pipelines.s3_server import BUCKET, SECRET, faulty, settings
 
 WRONG = "wrong-secret-77"
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session", "s3")]
+pytestmark = pytest.mark.usefixtures("s3")
 
 
 def upload(folder: Path, place: Location) -> None:

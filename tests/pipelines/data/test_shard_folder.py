@@ -60,7 +60,7 @@ def values_of(root: Path | str, place: Path | str, **data: object) -> dict[str, 
         "name": "machines",
         "source": {"kind": "table", "root": str(root), "options": {"tasks": tasks}},
         "data": {"shards": str(place), "rows_per_shard": 8, **data},
-        "ray": {"object_store_mib": 128},
+        "ray": {"executor": "embedded"},
     }
 
 
@@ -367,8 +367,6 @@ def old_names(folder: Location, files: list[str], published: bool) -> list[str]:
     return names
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
 def test_command_resumes_after_a_kill(images: Path, tmp_path: Path) -> None:
     values = config_values(images, tmp_path, data={"compression": "lz4"})
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
@@ -396,8 +394,6 @@ def test_shard_number_one_hundred_thousand_is_valid() -> None:
     assert all(SHARD.fullmatch(plan.file) for plan in plans[99_998:])
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
 def test_shards_are_read_in_the_order_of_the_manifest(tmp_path: Path) -> None:
     reader = write_numbers(tmp_path, [3, 3, 3, 3], group_rows=2)
     names = ["99999", "100000", "9", "100001"]

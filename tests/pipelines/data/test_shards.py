@@ -17,8 +17,6 @@ from pipelines.storage import locate
 from tests.pipelines.conftest import make_config, write_images
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
 class TestJob:
     def test_every_sample_is_in_one_shard_or_in_quarantine(self, tmp_path: Path) -> None:
         raw = write_images(tmp_path / "raw")

@@ -33,7 +33,6 @@ from pipelines.registry.versions import list_models
 from pipelines.storage import locate
 from tests.pipelines.driver import Driver, kill
 
-pytestmark = pytest.mark.ray
 TASKS = [f"task_{n}" for n in range(4)]
 FEATURES, ROWS = 6, 2000
 DATES = ("2026-03-01", "2026-03-02", "2026-03-03")
@@ -75,7 +74,7 @@ def config_of(root: Path, **sections: Any) -> dict[str, Any]:
         "search": {"baseline": False, "share": 0.3, "starts": 0, "wide": False},  # one candidate is enough
         "track": {"uri": f"sqlite:///{root / 'mlflow.db'}"},
         "run": {"root": str(root / "runs")},
-        "ray": {"workers": 1, "object_store_mib": 128},
+        "ray": {"executor": "embedded"},
         "regroup": {"shards": str(root / "datasets"), "margin": 15.0, "limit": 25.0, "resamples": 300},
     }  # fmt: skip
     for name, section in sections.items():
@@ -96,7 +95,7 @@ def write_datasets(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("datasets")
     write_datasets(root)
     return root

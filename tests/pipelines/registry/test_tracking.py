@@ -103,9 +103,7 @@ class Delivered:
 
 
 @pytest.fixture(scope="module")
-def delivered(
-    images: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None, server: Server
-) -> Iterator[Delivered]:
+def delivered(images: Path, tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[Delivered]:
     config = make_config(
         images, tmp_path_factory.mktemp("run"), track={"uri": server.uri, "experiment": "unreachable"}
     )
@@ -165,7 +163,6 @@ class Messages(logging.Handler):
         self.held.append(record.getMessage())
 
 
-@pytest.mark.ray
 class TestUnreachable:
     def test_training_continues_and_every_metric_arrives_once(self, delivered: Delivered, server: Server) -> None:
         assert (

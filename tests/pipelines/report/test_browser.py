@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from pipelines.training.driver import Trained
 
-pytestmark = pytest.mark.ray  # for the finished run that is shown
 PAGES = ("run", "dense", "wide", "retrained", "old", "comparison", "sweep", "night")
 TASKS = ["a_task_with_a_long_name", "b", "c", 'd"><script>alert(1)</script>']
 DOLLARS = "$$level_US$$"  # a formula for some libraries

@@ -14,15 +14,17 @@ from dmtg_core import GroupingNetwork
 from dmtg_core.network.encoders import EncoderSpec
 from dmtg_core.training.checkpoint import OutdatedNetworkError, save_network
 from pipelines.compare.cells import FORMAT, Cell, CellJob, train_cells
+from pipelines.config.ray_section import RaySection
 from pipelines.config.sections import TrackSection
 from pipelines.data.sources.base import Source
 from pipelines.errors import UserError
+from pipelines.execution.embedded import EmbeddedExecutor
 from pipelines.registry.models import _branches, load_groups
 from pipelines.registry.tracking import connect
 from pipelines.runs.files import CONFIG
 from pipelines.runs.models import check_models, read_model
 from pipelines.storage import locate
-from pipelines.training.ray.failures import permanent_error
+from pipelines.training.failures import permanent_error
 from tests.dmtg_core.samples import mlp_spec
 from tests.pipelines.untrained import Finished, finish, small_table
 
@@ -111,9 +113,9 @@ def test_results_of_a_comparison_by_the_previous_version_are_not_mixed_with_new_
 
     cell, logged = Cell("naive_mtl", 1), []
     file = locate(str(tmp_path)) / "cells" / f"{cell.name}.json"
-    job = CellJob(None, None, None, locate(str(tmp_path)))
+    job, executor = CellJob(None, None, None, locate(str(tmp_path))), EmbeddedExecutor(RaySection())
     file.write_json({"format": FORMAT, "score": 1.0})
-    assert train_cells(job, [cell], logged.append)[cell]["score"] == 1.0
+    assert train_cells(job, executor, [cell], logged.append)[cell]["score"] == 1.0
     file.write_json({"score": 1.0})
 
     def log(line: str) -> None:
@@ -122,7 +124,7 @@ def test_results_of_a_comparison_by_the_previous_version_are_not_mixed_with_new_
             raise TrainedAgainError
 
     with pytest.raises(TrainedAgainError):
-        train_cells(job, [cell], log)
+        train_cells(job, executor, [cell], log)
     assert logged[0] == "1 results are from an earlier version with other figures: trained again"
 
 

@@ -34,8 +34,6 @@ from pipelines.storage import locate
 from tests.pipelines.s3_server import BUCKET
 from tests.pipelines.shard_files import write_arrays
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-
 SIDE = 8
 INPUT = InputSpec("image", (SIDE, SIDE, 3), "uint8", std=(255.0,))
 TASKS = (
@@ -89,7 +87,7 @@ class Prepared:
         write_run(root / "other", 1)
         self.config = checked(
             Config, {"name": "made", "data": {"shards": str(shards)}, "track": {"uri": "none"},
-                     "train": {"batch_size": 3}, "ray": {"workers": 1}},
+                     "train": {"batch_size": 3}, "ray": {"executor": "embedded"}},
         )  # fmt: skip
 
     def write(self, manifest: Manifest) -> None:

@@ -26,7 +26,6 @@ from pipelines.sweep.trials import trials
 from pipelines.training.driver import train
 from tests.pipelines.driver import Driver, Undisturbed, same, workers
 
-pytestmark = pytest.mark.ray
 FAR = {"family": "constant", "start": 1e-44}  # logits divided by it are not finite
 NEAR = {"family": "constant", "start": 2.5}
 NAIVE, GOOD, BAD = "naive_mtl_seed22", "groups2_constant2.5_seed22", "groups2_constant1e-44_seed22"

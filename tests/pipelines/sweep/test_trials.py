@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from dmtg_core import Task
-from pipelines.cluster import sweep_cpus, trials_at_once
 from pipelines.config.loading import Config, load_config
 from pipelines.config.ray_section import RaySection
 from pipelines.errors import UserError
+from pipelines.execution.resources import sweep_cpus, trials_at_once
 from pipelines.storage import locate
 from pipelines.sweep.page import verdict, write_page
 from pipelines.sweep.results import best_setting, by_setting, knee_of, notes_of, pareto_front, rows_of, status
@@ -164,10 +164,10 @@ def records(scores: list[float]) -> list[dict[str, Any]]:
 
 
 def test_poor_trials_are_stopped_with_the_reason_in_their_folders(config: Config) -> None:
-    from pipelines.sweep.ray_tune import Halving
+    from pipelines.sweep.ray_tune import TuneHalving
 
     planned = {trial.name: trial for trial in trials(varied(config, stems=(), temperatures=()))}
-    rule = Halving(config.sweep, planned)
+    rule = TuneHalving(config.sweep, planned)
     good, poor, late, *_ = [name for name, trial in planned.items() if not trial.naive]
     assert stopped_after(rule, "naive_mtl_seed1", [9.0] * 4) == 0
     assert stopped_after(rule, good, [0.0, -1.0, -2.0, -3.0]) == 0
@@ -182,31 +182,32 @@ def test_poor_trials_are_stopped_with_the_reason_in_their_folders(config: Config
 def test_ray_tune_can_pickle_the_callback(config: Config) -> None:
     from ray import cloudpickle
 
-    from pipelines.sweep.ray_tune import TrialEvents
+    from pipelines.sweep.events import TrialEvents
+    from pipelines.sweep.ray_tune import TuneEvents
 
     planned = {trial.name: trial for trial in trials(config)}
-    events = TrialEvents(planned, Trackers("parent", None, print), print)
-    assert set(cloudpickle.loads(cloudpickle.dumps(events)).trials) == set(planned)
+    events = TuneEvents(TrialEvents(planned, Trackers("parent", None, print), print))
+    assert set(cloudpickle.loads(cloudpickle.dumps(events)).events.trials) == set(planned)
 
 
 def test_no_trial_is_stopped_at_the_last_epoch(config: Config) -> None:
-    from pipelines.sweep.ray_tune import Halving
+    from pipelines.sweep.ray_tune import TuneHalving
 
     planned = {trial.name: trial for trial in trials(varied(config, stems=(), temperatures=()))}
-    rule = Halving(config.sweep.model_copy(update={"grace_epochs": 9}), planned)
+    rule = TuneHalving(config.sweep.model_copy(update={"grace_epochs": 9}), planned)
     names = [name for name, trial in planned.items() if not trial.naive]
     assert [stopped_after(rule, name, [float(i)] * 4) for i, name in enumerate(names)] == [0] * len(names)
 
 
 def test_the_scheduler_counts_trials_of_an_earlier_session(config: Config) -> None:
-    from pipelines.sweep.ray_tune import Halving
+    from pipelines.sweep.ray_tune import TuneHalving
 
     planned = {trial.name: trial for trial in trials(varied(config, stems=(), temperatures=()))}
     first, second, *_ = [name for name, trial in planned.items() if not trial.naive]
-    rule = Halving(config.sweep, planned)
+    rule = TuneHalving(config.sweep, planned)
     rule.replay({first: records([0.0, -1.0, -2.0, -3.0]), "naive_mtl_seed1": records([-9.0] * 4)})
     assert stopped_after(rule, second, [0.5] * 4) == 1
-    fresh = Halving(config.sweep, planned)
+    fresh = TuneHalving(config.sweep, planned)
     assert stopped_after(fresh, second, [0.5] * 4) == 0
 
 

@@ -26,8 +26,6 @@ from pipelines.training.driver import train
 from pipelines.training.publish import stored_example
 from tests.pipelines.conftest import make_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-
 
 def test_result_is_better_than_chance_and_has_naive_mtl_beside_it(run) -> None:
     _, done, _ = run

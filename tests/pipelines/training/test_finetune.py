@@ -19,8 +19,6 @@ from pipelines.training.finetune import DONE, GROUPS
 from pipelines.training.profiling import profile
 from tests.pipelines.conftest import make_config
 
-pytestmark = pytest.mark.ray
-
 
 def after_the_search(run: tuple[Config, Trained, list[str]], root: Path, epochs: int) -> Config:
     """A copy of a run at the end of its search, and a configuration by which its groups train on."""
@@ -72,7 +70,7 @@ def test_groups_train_on_and_are_never_worse_on_validation(run, tmp_path: Path) 
 def test_a_profile_measures_the_workers_and_leaves_the_run_alone(run, tmp_path: Path) -> None:
     values = run[0].model_dump(mode="json") | {"run": {"root": str(tmp_path), "name": "profiled"}}
     done = profile(Config.model_validate(values), [].append)
-    assert done.found["workers"] == run[0].ray.workers
+    assert done.found["workers"] == 1
     assert sum(done.found["shares"].values()) == pytest.approx(1)
     assert done.found["shares"]["communication"] > 0
     assert done.found["all_reduce_share"] > 0

@@ -9,8 +9,6 @@ import pytest
 
 from tests.pipelines.driver import Undisturbed, disturbed, same
 
-pytestmark = pytest.mark.ray
-
 
 @pytest.mark.soak
 @pytest.mark.parametrize("after", [0, 1, 4, 5, 7])

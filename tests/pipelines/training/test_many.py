@@ -23,7 +23,7 @@ from pipelines.report.inspect import inspect
 from pipelines.serving.predict import PREDICTIONS, predict
 from pipelines.training.driver import Trained, train
 
-pytestmark = [pytest.mark.soak, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = pytest.mark.soak
 
 GROUPS = 12
 NAMES = [f"group_{k}" for k in range(GROUPS)]
@@ -66,7 +66,7 @@ def config_of(root: Path, tasks: Sequence[dict[str, Any]], data: dict[str, Any],
         "search": {"method": "dmtg"},
         "track": {"uri": f"sqlite:///{root / 'mlflow.db'}"},
         "run": {"root": str(root / "runs")},
-        "ray": {"workers": 1, "object_store_mib": 128},
+        "ray": {"executor": "embedded"},
     }
     return checked(Config, values)
 

@@ -19,12 +19,12 @@ from pipelines import storage
 from pipelines.config.ray_section import RaySection
 from pipelines.config.validation import checked
 from pipelines.errors import UserError
+from pipelines.runs.checkpoints import Checkpoints
 from pipelines.runs.events import DAMAGED, UNWRITTEN
 from pipelines.runs.writer import BackgroundWriter, PendingWrite
 from pipelines.storage import is_transient, locate
-from pipelines.training.ray.checkpoints import Checkpoints
-from pipelines.training.ray.failures import PermanentError, permanent_error
-from pipelines.training.ray.watchdog import STACKS, Scratch
+from pipelines.training.failures import PermanentError, permanent_error
+from pipelines.training.watchdog import STACKS, Scratch
 from tests.paths import ROOT
 from tests.pipelines.conftest import make_config
 from tests.pipelines.driver import in_own_mounts
@@ -78,7 +78,7 @@ def test_an_unreachable_server_is_transient_and_only_a_retrying_location_retries
 FULL = """
 import shutil, subprocess, threading
 from pathlib import Path
-from pipelines.training.ray.checkpoints import Checkpoints
+from pipelines.runs.checkpoints import Checkpoints
 from pipelines.runs.writer import BackgroundWriter, PendingWrite
 from pipelines.errors import UserError
 from pipelines.storage import locate
@@ -256,7 +256,7 @@ import numpy as np, torch
 from dmtg_core.training.data import ArrayData, Arrays
 from dmtg_core.tasks import Task
 from pipelines.storage import locate
-from pipelines.training.ray.watchdog import STACKS, MonitoredData, Scratch, Watchdog
+from pipelines.training.watchdog import STACKS, MonitoredData, Scratch, Watchdog
 
 scratch = Scratch(locate({run!r}), print)
 watchdog = Watchdog({seconds}, scratch.path / STACKS)

@@ -1,4 +1,4 @@
-"""Ray sessions: start or join a cluster as the configuration says, and count its resources."""
+"""Ray sessions: start or join a cluster as the configuration says."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from pipelines.config.ray_section import RaySection
 from pipelines.errors import UserError
+from pipelines.execution.resources import missing_resources
 
 logger = logging.getLogger(__name__)
 
@@ -119,19 +120,6 @@ def silence_progress() -> None:
     context.execution_options.preserve_order = True
 
 
-def missing_resources(section: RaySection, resources: Mapping[str, float]) -> str:
-    """Resources that are missing for the fewest workers and a data task, as a sentence; empty if none are."""
-    cpus = section.fewest * section.cpus_per_worker + min(section.data_cpus, 1)
-    gpus = section.fewest * section.gpus_per_worker
-    held = (resources.get("CPU", 0), resources.get("GPU", 0))
-    if held[0] >= cpus and held[1] >= gpus:
-        return ""
-    return (
-        f"{section.fewest} workers and a data task need {cpus:g} CPUs and {gpus:g} GPUs, the cluster has "
-        f"{held[0]:g} and {held[1]:g}"
-    )
-
-
 def _check_resources(section: RaySection, resources: Mapping[str, float]) -> None:
     missing = missing_resources(section, resources)
     if missing and section.autoscaling:
@@ -142,63 +130,3 @@ def _check_resources(section: RaySection, resources: Mapping[str, float]) -> Non
             where="ray.workers, ray.cpus_per_worker, ray.gpus_per_worker",
             remedy="lower one of them, or use a larger cluster",
         )
-
-
-def trial_needs(section: RaySection) -> tuple[float, float]:
-    """CPUs and GPUs of one trial of a sweep: those of its driver process and of its workers."""
-    cpus = section.tune_cpus + section.fewest * section.cpus_per_worker
-    return cpus, section.fewest * section.gpus_per_worker
-
-
-def sweep_cpus(section: RaySection) -> float:
-    """Logical CPUs of a local cluster for a sweep: enough trials to keep the cores of this machine busy."""
-    busy = (os.cpu_count() or 1) / (section.fewest * section.cpus_per_worker)
-    trials = section.trials or max(math.floor(busy), 1)
-    return trials * trial_needs(section)[0] + section.data_cpus
-
-
-def trials_at_once(section: RaySection, resources: Mapping[str, float]) -> int:
-    """Number of trials that a cluster can hold beside the data tasks; `ray.trials` at most.
-
-    With this number, no trial waits for resources that another trial holds. On a cluster that adds machines, the
-    number is `ray.trials`, or the number that the cluster can hold now.
-
-    Raises:
-        UserError: When the cluster cannot hold one trial.
-    """
-    cpus, gpus = trial_needs(section)
-    held = (resources.get("CPU", 0), resources.get("GPU", 0))
-    capacity = [(held[0] - section.data_cpus) / cpus] + ([held[1] / gpus] if gpus else [])
-    if section.autoscaling:
-        return section.trials or max(math.floor(min(capacity) + 1e-6), 1)
-    if min(capacity) < 1:
-        least = cpus + min(section.data_cpus, 1)  # one data task is enough, but slow
-        if held[0] < least or held[1] < gpus:
-            raise UserError(
-                f"the cluster cannot hold a trial: {section.fewest} workers, their driver process and a "
-                f"data task need {least:g} CPUs and {gpus:g} GPUs, it has {held[0]:g} and {held[1]:g}",
-                where="ray.workers, ray.cpus_per_worker, ray.gpus_per_worker, ray.tune_cpus",
-                remedy="lower one of them, or use a larger cluster",
-            )
-    count = max(math.floor(min(capacity) + 1e-6), 1)
-    return count if section.trials is None else min(count, section.trials)
-
-
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and every error that it wraps, by Python's chaining or in an attribute of Ray's errors."""
-    seen: set[int] = set()
-    todo: list[BaseException | None] = [error]
-    while todo:
-        current = todo.pop(0)
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        todo += [current.__cause__, current.__context__]
-        todo += [getattr(current, name, None) for name in ("cause", "controller_failure", "health_check_failure")]
-        todo += list((getattr(current, "worker_failures", None) or {}).values())
-
-
-def user_error(error: BaseException) -> UserError | None:
-    """The `UserError` that a Ray task or worker raised, at any depth of wrapping."""
-    return next((one for one in causes(error) if isinstance(one, UserError)), None)

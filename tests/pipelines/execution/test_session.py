@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from pipelines.cluster import ENVIRONMENT, session, set_environment
 from pipelines.config.ray_section import RaySection
+from pipelines.execution.session import ENVIRONMENT, session, set_environment
 
 
 def test_importing_the_module_changes_no_environment_variable() -> None:
-    code = f"import os, pipelines.cluster; assert not set(os.environ) & {set(ENVIRONMENT)!r}, os.environ"
+    code = f"import os, pipelines.execution.session; assert not set(os.environ) & {set(ENVIRONMENT)!r}, os.environ"
     clean = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
     subprocess.run([sys.executable, "-c", code], env=clean, check=True)
 

@@ -12,11 +12,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from dmtg_core.training.data import Batch, Data
 from pipelines.errors import UserError
-from pipelines.runs.events import HUNG, Emit
+from pipelines.runs.events import HUNG, Emit, EventLog
 from pipelines.storage import Location
 
 STACKS = "stacks.txt"
@@ -120,14 +119,14 @@ class Watchdog:
 class StepReporter:
     """Reports the step of an epoch to the event log, at most once a second, and does not wait."""
 
-    def __init__(self, event_log: Any) -> None:
+    def __init__(self, event_log: EventLog) -> None:
         self.event_log, self.reported = event_log, -REARM_S
 
     def __call__(self, step: int, steps: int) -> None:
         """Report that a step has begun."""
         now = time.monotonic()
         if now - self.reported >= REARM_S:
-            self.event_log.set_step.remote(step, steps)
+            self.event_log.set_step(step, steps)
             self.reported = now
 
 

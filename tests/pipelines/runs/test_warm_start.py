@@ -14,9 +14,9 @@ from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.runs.files import METRICS, RESULT, read_jsonl
 from pipelines.runs.models import warm_start
+from pipelines.runs.warm_start import START, baseline_notes, keep_models, open_models
 from pipelines.storage import Location, locate
 from pipelines.training.driver import Trained, train
-from pipelines.training.warm_start import START, baseline_notes, keep_models, open_models
 from tests.pipelines.conftest import make_config
 from tests.pipelines.s3_server import BUCKET
 
@@ -112,8 +112,6 @@ def test_unusable_models_are_refused_before_shards_are_written(images: Path, tmp
     assert not (tmp_path / "shards").exists()
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
 def test_a_model_for_other_data_is_refused_before_training(run: Run, images: Path, tmp_path: Path) -> None:
     shards = {"shards": run[0].data.shards, "min_support": 8}
     large = write_model(tmp_path / "large", image=InputSpec("image", (32, 32, 3), "uint8"))
@@ -137,7 +135,6 @@ def test_naive_mtl_that_did_not_start_from_the_models_is_noted(images: Path, tmp
     assert baseline_notes(config, ()) == baseline_notes(config, one) == baseline_notes(alone, two) == []
 
 
-@pytest.mark.ray
 def test_a_run_starts_from_another_and_reads_it_only_once(run: Run, tmp_path: Path) -> None:
     config, done, _ = run
     before = tmp_path / "before"

@@ -1,0 +1,1 @@
+"""Where the work of a command runs: in its own process (embedded), or on Ray."""

@@ -1,0 +1,184 @@
+"""A pool of long-lived processes of this machine: each imports PyTorch once and then calls functions.
+
+`concurrent.futures` gives up every task if one process is lost. This pool starts another process and repeats only
+the task of the lost one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, cast
+
+from pipelines.execution.errors import LostProcessError
+from pipelines.execution.executor import Outcome
+
+ANSWER, DONE, FAILED = "answer", "done", "failed"
+EXIT_S = 5.0
+PRELOADED = "pipelines.execution.preloaded"
+_driver: Connection | None = None  # in a process of the pool: the connection to the driver
+
+
+def ask(value: Any) -> Any:
+    """Send a value to the driver from within a task, and return the driver's answer.
+
+    Only for functions that run in a pool whose `run` has a callback for such values.
+    """
+    assert _driver is not None
+    _driver.send((ANSWER, value))
+    return _driver.recv()
+
+
+@dataclass
+class _Member:
+    """A process of the pool, the connection to it, and the index of its task."""
+
+    process: Any
+    connection: Connection
+    task: int | None = None
+
+
+class Pool:
+    """Processes that call functions.
+
+    Args:
+        size: Largest number of processes.
+        retries: How many times a task is repeated whose process was lost.
+    """
+
+    def __init__(self, size: int, retries: int = 0) -> None:
+        self.size, self.retries = size, retries
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload([PRELOADED])  # processes are then forks of one that has imported
+        self.members: list[_Member] = []
+
+    def run(
+        self,
+        function: Callable[[Any], Any],
+        items: Sequence[Any],
+        answer: Callable[[int, Any], Any] | None = None,
+    ) -> Iterator[Outcome]:
+        """Call a function with each item; yields the outcomes as they come.
+
+        Args:
+            function: Called in a process of the pool. It and the items can be pickled.
+            items: The items.
+            answer: Answers a value that a task sends by `ask`, given the index of its item.
+        """
+        todo = deque(range(len(items)))
+        losses = [0] * len(items)
+        while todo or any(member.task is not None for member in self.members):
+            self._assign(function, items, todo)
+            busy = {member.connection: member for member in self.members if member.task is not None}
+            for connection in wait(list(busy)):
+                member = busy[cast("Connection", connection)]
+                outcome = self._receive(member, answer)
+                if outcome is not None and isinstance(outcome.error, LostProcessError):
+                    losses[outcome.index] += 1
+                    if losses[outcome.index] <= self.retries:
+                        todo.appendleft(outcome.index)
+                        continue
+                if outcome is not None:
+                    yield outcome
+
+    def _receive(self, member: _Member, answer: Callable[[int, Any], Any] | None) -> Outcome | None:
+        """The outcome of a process's task; None if it has asked something, which is answered."""
+        index = member.task
+        assert index is not None
+        try:
+            kind, value = member.connection.recv()
+            if kind == ANSWER:
+                assert answer is not None
+                member.connection.send(answer(index, value))
+                return None
+        except (EOFError, OSError):
+            self._remove(member)
+            return Outcome(index, error=LostProcessError(_lost(member.process)))
+        member.task = None
+        return Outcome(index, value) if kind == DONE else Outcome(index, error=value)
+
+    def _assign(self, function: Callable[[Any], Any], items: Sequence[Any], todo: deque[int]) -> None:
+        while todo:
+            free = next((member for member in self.members if member.task is None), None)
+            if free is None:
+                if len(self.members) >= self.size:
+                    return
+                free = self._start()
+            free.task = todo.popleft()
+            free.connection.send((function, items[free.task]))
+
+    def _start(self) -> _Member:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()  # so that the end of the process ends the connection
+        self.members.append(_Member(process, ours))
+        return self.members[-1]
+
+    def _remove(self, member: _Member) -> None:
+        self.members.remove(member)
+        member.connection.close()
+        member.process.join(EXIT_S)
+
+    def close(self) -> None:
+        """End all processes. A task that has not ended is stopped."""
+        for member in self.members:
+            member.connection.close()  # a process that waits for a task ends by itself
+            if member.task is not None:
+                member.process.terminate()
+        for member in self.members:
+            member.process.join(EXIT_S)
+            if member.process.is_alive():
+                member.process.kill()
+                member.process.join()
+        self.members.clear()
+
+
+def _lost(process: Any) -> str:
+    code = process.exitcode
+    how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+    return f"its process was lost ({how}); the system ends processes like this when memory runs out"
+
+
+def _serve(connection: Connection) -> None:
+    """Call functions until the driver closes the connection; the main function of a process of the pool."""
+    global _driver  # noqa: PLW0603 - a process has one driver
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the driver ends this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_driver, daemon=True).start()
+    torch.set_num_threads(1)  # there is a process for each core
+    _driver = connection
+    while True:
+        try:
+            function, item = connection.recv()
+        except EOFError:
+            return
+        connection.send(_outcome(function, item))
+
+
+def _outcome(function: Callable[[Any], Any], item: Any) -> tuple[str, Any]:
+    try:
+        return DONE, function(item)
+    except Exception as error:  # noqa: BLE001 - the driver decides
+        try:
+            pickle.loads(pickle.dumps(error))  # noqa: S301 - made here
+        except Exception:  # noqa: BLE001 - an error of any library
+            return FAILED, RuntimeError(f"{type(error).__name__}: {error}")
+        return FAILED, error
+
+
+def _end_with_driver() -> None:
+    """End this process when its driver is gone: its work would go on beside that of the next command."""
+    driver = multiprocessing.parent_process()
+    assert driver is not None
+    driver.join()
+    os._exit(1)

@@ -1,0 +1,117 @@
+"""The trials of a sweep in the processes of the embedded executor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pipelines.config.sections import SweepSection
+from pipelines.execution.embedded import EmbeddedExecutor
+from pipelines.execution.pool import ask
+from pipelines.runs.events import EventWriter, LocalEventLog, for_result
+from pipelines.runs.files import EVENTS, METRICS, RESULT, read_jsonl
+from pipelines.sweep.events import TrialEvents
+from pipelines.sweep.halving import Halving, Record
+from pipelines.sweep.trials import Trial
+from pipelines.training.driver import train_job
+from pipelines.training.failures import describe
+from pipelines.training.worker import Job
+
+START = None  # sent by a trial when it starts, instead of a record
+
+
+class StoppedTrialError(Exception):
+    """Ends the training of a trial that is stopped."""
+
+
+def run_trials(
+    left: Sequence[Trial],
+    jobs: Mapping[str, Job],
+    events: TrialEvents,
+    section: SweepSection,
+    executor: EmbeddedExecutor,
+) -> None:
+    """Run trials in the processes of an executor to their end.
+
+    Args:
+        left: Trials that have not ended.
+        jobs: Their jobs, by name.
+        events: Receives the events of the trials.
+        section: Sweep section with the rule for early stops.
+        executor: The executor of the sweep.
+    """
+    assert executor.pool is not None
+    names = [trial.name for trial in left]
+    ended = {name: read_jsonl(one.run / METRICS) for name, one in events.trials.items() if name not in names}
+    halving = Halving(section, events.trials, ended) if section.stop_early else None
+    epochs = dict.fromkeys(names, 0)
+
+    def answer(index: int, message: tuple[bool, Record] | None) -> bool:
+        """Whether a trial stops."""
+        name = names[index]
+        if message is START:
+            epochs[name] = 0
+            events.started(name)
+            return False
+        is_new, record = message
+        epochs[name] += 1
+        if is_new:
+            events.epoch(name, epochs[name], record)
+        return halving is not None and halving.stops(name, epochs[name], record)
+
+    for done in executor.pool.run(train_trial, [jobs[name] for name in names], answer):
+        events.ended(names[done.index], str(done.error) if done.error is not None else done.value)
+
+
+def train_trial(job: Job) -> str:
+    """Train a trial in a process of the pool, as `dmtg train` does. It reports every epoch to the driver.
+
+    The epochs of an earlier session come first. If the trial is stopped because of them, nothing is trained.
+
+    Returns:
+        Why the trial failed; empty if it finished or was stopped.
+    """
+    log = LocalEventLog()
+    earlier = read_jsonl(job.run / EVENTS)
+    writer = EventWriter(job.run / EVENTS, log, earlier)
+    ask(START)
+    report = _Reporter()
+    try:
+        for record in read_jsonl(job.run / METRICS):
+            report(record, is_new=False)
+        if not (job.run / RESULT).exists():
+            notes = (*job.notes, *for_result(earlier))
+            with EmbeddedExecutor(job.config.ray) as executor:
+                train_job(replace(job, event_log=log, notes=notes), executor, _silent, report)
+    except StoppedTrialError:
+        return ""
+    except Exception as error:  # noqa: BLE001 - the other trials continue after any error
+        return describe(error)
+    finally:
+        writer.new()
+    return ""
+
+
+class _Reporter:
+    """Reports each epoch of a trial once: an epoch after the last checkpoint is trained again."""
+
+    def __init__(self) -> None:
+        self.reported: set[tuple[str, int]] = set()
+
+    def __call__(self, record: Mapping[str, Any], *, is_new: bool = True) -> None:
+        """Report an epoch.
+
+        Raises:
+            StoppedTrialError: If the driver stops the trial.
+        """
+        key = (record["stage"], record["epoch"])
+        if key in self.reported:
+            return
+        self.reported.add(key)
+        if ask((is_new, record)):
+            raise StoppedTrialError
+
+
+def _silent(_: str) -> None:
+    """Log nothing: the driver of the sweep logs."""

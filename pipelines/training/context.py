@@ -1,0 +1,146 @@
+"""`TrainContext` of a run: checkpoints and metrics in its folder. A write that fails does not stop training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from dmtg_core.training.checkpoint import read_json
+from dmtg_core.training.context import Save
+from pipelines.runs.checkpoints import Checkpoints
+from pipelines.runs.events import RESIZED, RESUMED, UNWRITTEN, Emit
+from pipelines.runs.files import CHECKPOINTS, GATE, METRICS
+from pipelines.runs.writer import BackgroundWriter, PendingWrite
+from pipelines.storage import PATIENCE_S, Location, finite
+from pipelines.training.failures import PermanentError
+from pipelines.training.watchdog import STACKS, Scratch, Watchdog
+
+CLOSING_S = 5.0  # Ray then ends the process
+PROGRESS = "progress.json"  # in a checkpoint: the records of all epochs before it, and the number of workers
+
+
+class RunContext:
+    """`TrainContext` of one process, with checkpoints in the run folder. `RayContext` is that of several workers.
+
+    Rank 0 also writes the metrics of every epoch into the run folder.
+
+    Args:
+        run: The run folder.
+        emit: Emits an event of the run.
+        hung_after_s: See `Watchdog`.
+        device: Device of the training.
+        on_record: Called with the record of every epoch, after it has been given to the writer.
+    """
+
+    rank = 0
+    world_size = local_world_size = 1
+
+    def __init__(
+        self,
+        run: Location,
+        emit: Emit,
+        hung_after_s: float = 0,
+        device: torch.device | None = None,
+        on_record: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
+        self.run, self.emit, self.on_record = run, emit, on_record
+        self.device = device or torch.device("cpu")
+        self.records: list[dict[str, Any]] = []
+        self.scratch = Scratch(run, emit)
+        self.watchdog = Watchdog(hung_after_s, self.scratch.path / STACKS)
+        self.checkpoints = Checkpoints(run / CHECKPOINTS, self.scratch.path, emit)
+        self.writer = BackgroundWriter(emit)
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Move a module to the device."""
+        self.checkpoints.forget()  # the fetched checkpoint has been read
+        return module.to(self.device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the workers."""
+        return tensor
+
+    def report(self, record: Mapping[str, Any] | None, save: Save) -> None:
+        """Write a checkpoint, and the metrics of an epoch if it has ended, in the background."""
+        self.watchdog.progress()
+        if self.rank == 0:
+            if record is not None:
+                self.records.append(dict(record) | {"time": time.time()})
+            self._checkpoint(save)
+            if record is not None:
+                self._write_metrics()
+        if record is not None and self.on_record is not None:
+            self.on_record(self.records[-1] if self.rank == 0 else record)
+
+    def _checkpoint(self, save: Save) -> None:
+        name = self.checkpoints.next_name()
+        folder = self.scratch.path / name
+        remove = partial(shutil.rmtree, folder, ignore_errors=True)
+        try:
+            folder.mkdir()
+            save(folder)
+            progress = {"workers": self.world_size, "records": finite(self.records)}
+            (folder / PROGRESS).write_text(json.dumps(progress, allow_nan=False))
+        except (OSError, SafetensorError) as error:
+            remove()
+            self.emit(UNWRITTEN, f"{name} is lost, training continues ({error} at {self.scratch.path.parent})")
+            return
+        self.writer.put("the checkpoint", PendingWrite(partial(self.checkpoints.add, folder), remove))
+
+    def _write_metrics(self) -> None:
+        """Write the records: the gate's probabilities, then the metrics, as a reader of metrics needs both."""
+        keys = ("stage", "epoch", "phase", "temperature", "probabilities")
+        gate = [{key: record[key] for key in keys} for record in self.records]
+        plain = [{k: v for k, v in record.items() if k != "probabilities"} for record in self.records]
+        for name, records in ((GATE, gate), (METRICS, plain)):
+            text = "".join(json.dumps(finite(record), allow_nan=False) + "\n" for record in records)
+            self.writer.put(name, PendingWrite(partial((self.run / name).retrying(0).write_text, text)))
+
+    def latest(self) -> Path | None:
+        """See `TrainContext.latest`."""
+        return self._newest()
+
+    def _newest(self) -> Path | None:
+        try:
+            found = self.checkpoints.newest()
+            if found is None:
+                return None
+            progress = read_json(found / PROGRESS, "records", "workers")
+        except ValueError as error:
+            raise PermanentError(
+                str(error), where=str(self.checkpoints.folder), remedy="delete them to train again from the start"
+            ) from error
+        self.records = progress["records"]
+        self._write_metrics()  # the checkpoint may have been written before them
+        self._emit_resumed(self.checkpoints.whole[-1], progress["workers"])
+        return found
+
+    def _emit_resumed(self, name: str, before: int) -> None:
+        last = self.records[-1] if self.records else None
+        after = f" after epoch {last['epoch']} of {last['stage']}" if last else ""
+        workers = f"{self.world_size} worker{'s' * (self.world_size > 1)}"
+        if before != self.world_size:
+            self.emit(RESIZED, f"resuming from {name}{after} with {workers} (it was written by {before})")
+        else:
+            self.emit(RESUMED, f"resuming from {name}{after} with {workers}")
+
+    def flush(self) -> bool:
+        """Wait until the last checkpoint is in the run folder, at most `PATIENCE_S`; whether it is."""
+        self.watchdog.progress()
+        return self.writer.flush(PATIENCE_S)
+
+    def close(self) -> None:
+        """Stop the threads and remove the local folder."""
+        self.watchdog.close()
+        self.writer.flush(CLOSING_S)  # other workers may have been lost while the checkpoint was being written
+        self.writer.close()
+        self.scratch.close()
