@@ -102,7 +102,7 @@ def test_debug_shows_the_traceback(config: str) -> None:
     assert isinstance(result.exception, UserError)
 
 
-class TestWithRay:
+class TestWithShards:
     """Commands that end before a worker starts."""
 
     def test_shard_and_inspect_report_rows_and_statistics(self, config: str) -> None:
@@ -187,10 +187,10 @@ class TestWithRay:
         assert code == 2
         assert "mlp reads features input, got image" in found["error"]["what"]
 
-    def test_more_workers_than_the_cluster_holds(self, config: str) -> None:
+    def test_more_workers_than_the_embedded_executor_has(self, config: str) -> None:
         code, found, _ = call("train", "-c", config, "ray.workers=64")
-        assert code == 1
-        assert "64 workers" in found["error"]["what"]
+        assert code == 2
+        assert "64 workers needs Ray" in found["error"]["what"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a user without the permission to write")

@@ -26,7 +26,7 @@ from pipelines.runs.events import HUNG, LOST, RESIZED, RESUMED
 from pipelines.storage import locate
 from pipelines.training.checks import check_workers
 from pipelines.training.driver import train
-from pipelines.training.ray.events import events_after, start_event_log
+from pipelines.training.ray.events import start_event_log
 from pipelines.training.ray.trainer import run_workers
 from pipelines.training.worker import Job
 from tests.paths import ROOT
@@ -111,7 +111,7 @@ def lost_events(
     config = run[0].model_copy(update={"ray": checked(RaySection, {"workers": 2, **ray})})
     event_log = start_event_log()
     run_workers(Job(config, None, None, locate(str(folder / "run")), event_log=event_log), lambda line: None, work)
-    return [event["message"] for event in events_after(event_log) if event["kind"] == LOST]
+    return [event["message"] for event in event_log.after(0) if event["kind"] == LOST]
 
 
 def test_a_worker_suspended_between_steps_is_replaced(run: Undisturbed, tmp_path: Path) -> None:

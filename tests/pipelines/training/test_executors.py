@@ -1,0 +1,111 @@
+"""The same run on every executor, and a run that is killed on one of them and resumed on the other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.config.loading import Config
+from pipelines.config.validation import checked
+from pipelines.training.driver import train
+from tests.pipelines.conftest import ON_RAY, config_values
+from tests.pipelines.driver import Driver, Undisturbed, disturbed, same
+
+EMBEDDED = {"executor": "embedded"}
+ONE_ON_RAY = {"executor": "ray", "workers": 1, "object_store_mib": 128}
+TWO_ON_RAY = {**ON_RAY, "object_store_mib": 128}
+SOAK = pytest.mark.soak
+
+
+def table(root: Path) -> dict[str, Any]:
+    """Configuration of a table of 400 rows with two tasks."""
+    import numpy as np
+    import pandas as pd
+
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(400, 4)).round(4)
+    split = ["train"] * 256 + ["val"] * 72 + ["test"] * 72
+    rows = {"id": range(400), **{f"x{i}": values[:, i] for i in range(4)}, "split": split}
+    rows |= {"sum": (values.sum(axis=1) > 0).astype(int), "product": values[:, 0] * values[:, 1]}
+    root.mkdir()
+    pd.DataFrame(rows).to_csv(root / "t.csv", index=False)
+    tasks = [{"column": "sum", "kind": "binary"}, {"column": "product", "kind": "regression"}]
+    return {
+        "source": {"kind": "table", "root": str(root / "t.csv"), "options": {"tasks": tasks, "id_column": "id"}},
+        "network": {"encoder": "mlp", "groups": 2, "options": {"widths": [16, 16]}},
+    }
+
+
+def dense(root: Path) -> dict[str, Any]:
+    """Configuration of five dense tasks on rendered rooms."""
+    options = {"buildings": 8, "points": 8, "resolution": 32, "size": 32}
+    return {
+        "source": {"kind": "rooms", "root": str(root), "options": options},
+        "network": {"encoder": "convnet", "groups": 2, "options": {"widths": [8, 8]}, "decoder_width": 8},
+        "data": {"shards": str(root) + "-shards", "rows_per_shard": 16, "min_support": 1, "max_bad_fraction": 0.1},
+    }
+
+
+@pytest.fixture(
+    scope="module", params=["images", pytest.param("table", marks=SOAK), pytest.param("dense", marks=SOAK)]
+)
+def embedded(
+    request: pytest.FixtureRequest, run: Undisturbed, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """Configuration and result of an embedded run."""
+    if request.param == "images":
+        return run[0].model_dump(mode="json"), run[1].result
+    root = tmp_path_factory.mktemp(request.param)
+    own = {"table": table, "dense": dense}[request.param](root / "raw")
+    values = config_values(Path("unused"), root) | {"ray": EMBEDDED, "train": {"epochs": 2, "batch_size": 16}}
+    values |= own | {"data": values["data"] | own.get("data", {})}
+    return values, train(checked(Config, values)).result
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize(
+    "place", [pytest.param(ONE_ON_RAY, marks=SOAK, id="one worker"), pytest.param(TWO_ON_RAY, id="two")]
+)
+def test_every_executor_has_the_same_result(embedded, place: dict[str, Any], tmp_path: Path) -> None:
+    values, expected = embedded
+    values = copy.deepcopy(values) | {"ray": place, "run": {"root": str(tmp_path)}, "track": {"uri": "none"}}
+    logged: list[str] = []
+    found = train(checked(Config, values), logged.append).result
+    same(found, expected)
+    assert any("training on Ray with" in line for line in logged)
+
+
+def resumed(driver: Driver, ray: Mapping[str, Any]) -> dict:
+    """The outcome of the same command on another executor."""
+    return Driver(driver.root, driver.values | {"ray": ray}).finish()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("first", "second"), [(EMBEDDED, TWO_ON_RAY), pytest.param(TWO_ON_RAY, EMBEDDED, marks=SOAK)]
+)
+def test_a_run_killed_on_one_executor_goes_on_on_the_other(
+    run: Undisturbed, tmp_path: Path, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    driver = disturbed(run, tmp_path)
+    driver.values = {**driver.values, "ray": first}
+    driver.start()
+    driver.wait_for(lambda: len(driver.epochs()) >= 5)
+    driver.lose()
+    found = resumed(driver, second)
+    assert "resuming from the last checkpoint" in driver.log
+    assert len(driver.epochs()) == len(set(driver.epochs())) == 8
+    same(found, run[1].result)
+
+
+def test_an_embedded_command_imports_no_ray(run: Undisturbed, tmp_path: Path) -> None:
+    driver = disturbed(run, tmp_path, track={"uri": f"sqlite:///{tmp_path}/m.db"}, train={"epochs": 1})
+    code = "import sys, pipelines.cli.app as cli\ntry:\n    cli.main()\nfinally:\n    print('ray' in sys.modules)"
+    arguments = driver.command()
+    assert driver.start_command([arguments[0], "-c", code, *arguments[3:]]).wait() == 0, driver.log
+    assert driver.log.splitlines()[-1] == "False"
