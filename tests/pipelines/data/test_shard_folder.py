@@ -27,8 +27,9 @@ from pipelines.config.validation import checked
 from pipelines.data import shards
 from pipelines.data.ingest import load_splits
 from pipelines.data.manifest import FILE, Manifest, Shard, check_shards, read_manifest
+from pipelines.data.planning import make_plans
 from pipelines.data.shard_folder import SHARD
-from pipelines.data.shards import QUARANTINE, make_plans, shard, write_shard
+from pipelines.data.shards import QUARANTINE, shard, write_shard
 from pipelines.data.sources.base import Column, Description, Entry
 from pipelines.data.sources.table import TableSource
 from pipelines.errors import UserError
