@@ -102,12 +102,11 @@ class Run:
         return self.file.read(self.start, self.end)
 
 
-def sort_records(records: Iterable[bytes], memory: int = MEMORY) -> Iterator[bytes]:
-    """The records in order. The result does not depend on `memory`.
+def sort_records(records: Iterable[bytes]) -> Iterator[bytes]:
+    """The records in order. Up to `MEMORY` bytes are sorted without a file. The number of runs changes nothing.
 
     Args:
         records: Byte strings, of less than 4 GiB each.
-        memory: Bytes that are held at a time. Fewer records are sorted without a file.
 
     Raises:
         UserError: When the temporary folder cannot be written to.
@@ -118,7 +117,7 @@ def sort_records(records: Iterable[bytes], memory: int = MEMORY) -> Iterator[byt
     for record in records:
         held.append(record)
         size += len(record) + OVERHEAD
-        if size >= memory:
+        if size >= MEMORY:
             file = file or TemporaryRecords()
             runs.append(_append(file, sorted(held)))
             held, size = [], 0

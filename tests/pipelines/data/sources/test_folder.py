@@ -12,6 +12,7 @@ from pipelines.data.sources.folder import FolderSource
 from pipelines.errors import UserError
 from pipelines.storage import locate
 from tests.paths import SHARED
+from tests.pipelines.data.memory_plans import plans
 
 CLOTHING = SHARED / "data" / "clothing"
 
@@ -228,7 +229,7 @@ def test_split_without_a_column_follows_from_the_hash_of_the_id(tmp_path):
 def test_duplicate_ids_are_named(tmp_path):
     write(tmp_path, "image,flag\n" + "".join(f"x{i},1\nx{i},0\n" for i in range(7)))
     with pytest.raises(UserError, match="7 ids occur more than once: x0, x1, x2, x3, x4 and 2 more"):
-        list(source(tmp_path, FLAG).entries())
+        plans(source(tmp_path, FLAG))
 
 
 @pytest.mark.parametrize(

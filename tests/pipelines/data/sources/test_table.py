@@ -13,6 +13,7 @@ from pipelines.data.sources.table import TableSource
 from pipelines.errors import UserError
 from pipelines.storage import locate
 from tests.paths import SHARED
+from tests.pipelines.data.memory_plans import plans
 
 TOX21 = SHARED / "data" / "tox21"
 
@@ -235,9 +236,9 @@ def test_options_that_cannot_be_used(root, options, message):
 
 
 def test_ids_that_cannot_be_used(tmp_path):
-    write(tmp_path, "id,age,sick", "a,1,1", "a,2,0")
+    write(tmp_path, "id,age,sick", *(f"{name},{i},{i % 2}" for i, name in enumerate("aabcdefgh")))
     with pytest.raises(UserError, match="1 ids occur more than once: a"):
-        list(source(tmp_path, SICK).entries())
+        plans(source(tmp_path, SICK))
     write(tmp_path, "id,age,sick", "a,1,1", ",2,0")
     with pytest.raises(UserError, match="no id id in line 3"):
         list(source(tmp_path, SICK).entries())

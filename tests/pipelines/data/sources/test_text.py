@@ -15,6 +15,7 @@ from pipelines.data.sources.tokens import train_tokenizer
 from pipelines.errors import UserError
 from pipelines.storage import locate
 from tests.paths import SHARED
+from tests.pipelines.data.memory_plans import plans
 
 EMOTIONS = SHARED / "data" / "goemotions"
 FILES = {"train": "train.tsv", "val": "dev.tsv", "test": "test.tsv"}
@@ -216,13 +217,17 @@ def test_tokenizers_that_cannot_be_used(root):
         ({"text_column": "comment"}, "no column comment"),
         ({"columns": ["text", "labels"], "id_column": None}, "line 1 has 3 cells, expected 2"),
         ({"labels_file": "names.txt"}, "the file of label names does not exist"),
-        ({"files": {**FILES, "test": "train.tsv"}}, "4 ids occur more than once"),
         ({"metric": "rmse"}, "unknown metric"),
     ],
 )
 def test_options_that_cannot_be_used(root, options, message):
     with pytest.raises(UserError, match=message):
         source(root, **options).describe()
+
+
+def test_a_file_for_two_splits_is_refused(root):
+    with pytest.raises(UserError, match="4 ids occur more than once: t0, t1, t2, t3\n"):
+        plans(source(root, files={**FILES, "test": "train.tsv"}))
 
 
 def test_label_names_that_cannot_be_used(root):
