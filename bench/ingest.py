@@ -98,7 +98,7 @@ class _Pngs(Dataset[dict[str, Tensor]]):
         _reader(5)
         self.source = build_source("taskonomy", str(ROOT / f"raw{SAMPLES}"), {})
         self.tasks = self.source.describe().tasks
-        self.entries = self.source.entries()[:LOADED]
+        self.entries = list(self.source.entries())[:LOADED]
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -23,6 +23,7 @@ PARTS = "_parts"
 JOB = "_job.json"  # in PARTS: the files that a job may have written
 REFUSED = "_quarantine.jsonl"  # in PARTS: the bad samples of a job that stopped because of too many
 COMMAND = "dmtg shard"
+EXAMPLES = 3  # quarantined samples that a brief note keeps
 THREADS = 8  # concurrent requests
 SHARD = re.compile(r"(train|val|test)-\d+(-[0-9a-f]+)?\.parquet")  # earlier versions wrote no second part
 UNFINISHED = re.compile(rf"\.{re.escape(JOB)}\.[0-9a-f]{{8}}\.part")  # left by a killed job
@@ -34,7 +35,7 @@ class Records:
 
     Args:
         files: Names of all shards that exist or may exist.
-        notes: Digest of a plan → notes of the shards created from it.
+        notes: Digest of a plan → brief notes of the shards created from it.
     """
 
     files: frozenset[str]
@@ -121,8 +122,25 @@ def _notes(folder: Location) -> list[dict[str, Any]]:
         name for name in (folder / PARTS).files(recursive=False) if SHARD.fullmatch(name.removesuffix(".json"))
     ]
     with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda name: _json(folder / PARTS / name), names)
-        return [note for note in found if isinstance(note, dict) and {"digest", "shard"} <= note.keys()]
+        found = pool.map(lambda name: _brief_note(folder / PARTS / name), names)
+        return [note for note in found if note is not None]
+
+
+def _brief_note(file: Location) -> dict[str, Any] | None:
+    note = _json(file)
+    return brief(note) if isinstance(note, dict) and {"digest", "shard"} <= note.keys() else None
+
+
+def brief(note: Mapping[str, Any]) -> dict[str, Any]:
+    """A note with `EXAMPLES` of the quarantined samples, and their number as `bad`."""
+    quarantined = note.get("quarantined", [])
+    return {**note, "quarantined": quarantined[:EXAMPLES], "bad": len(quarantined)}
+
+
+def quarantined_in(folder: Location, shard_file: str) -> list[dict[str, str]]:
+    """The quarantined samples of a shard, from its note."""
+    quarantined: list[dict[str, str]] = (folder / PARTS / f"{shard_file}.json").read_json()["quarantined"]
+    return quarantined
 
 
 def _json(file: Location) -> Any:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
+from pipelines.data.planning import ShardPlan, pickled, unpickled
 from pipelines.errors import UserError
 from pipelines.execution.executor import Executor
 from pipelines.execution.pool import Pool
 from pipelines.execution.resources import cores
 
+WINDOW = 32  # plans for each concurrent task whose samples are in memory at the same time
 ALONE_S = 2.0  # about the time that a process needs to start
-Write = Callable[[Any], dict[str, Any]]
+Write = Callable[[ShardPlan], dict[str, Any]]
 
 
-def write_all(write: Write, plans: Sequence[Any], executor: Executor) -> Iterator[dict[str, Any]]:
+def write_all(write: Write, plans: Sequence[ShardPlan], executor: Executor) -> Iterator[dict[str, Any]]:
     """Call a function with every plan; yields its results as they come.
 
     Args:
@@ -33,7 +34,7 @@ def write_all(write: Write, plans: Sequence[Any], executor: Executor) -> Iterato
     return _here(write, plans, executor) if executor.embedded else _on_ray(write, plans, executor)
 
 
-def _here(write: Write, plans: Sequence[Any], executor: Executor) -> Iterator[dict[str, Any]]:
+def _here(write: Write, plans: Sequence[ShardPlan], executor: Executor) -> Iterator[dict[str, Any]]:
     """In this process, and if that takes longer than to start others, in a process for each core."""
     started = time.monotonic()
     for count, plan in enumerate(plans):
@@ -43,7 +44,7 @@ def _here(write: Write, plans: Sequence[Any], executor: Executor) -> Iterator[di
         yield write(plan)
 
 
-def _in_pool(write: Write, plans: Sequence[Any], executor: Executor) -> Iterator[dict[str, Any]]:
+def _in_pool(write: Write, plans: Sequence[ShardPlan], executor: Executor) -> Iterator[dict[str, Any]]:
     with closing(Pool(min(cores(), len(plans)), executor.section.max_failures)) as pool:
         for done in pool.run(write, plans):
             if done.error is not None:
@@ -51,21 +52,25 @@ def _in_pool(write: Write, plans: Sequence[Any], executor: Executor) -> Iterator
             yield done.value
 
 
-def _on_ray(write: Write, plans: Sequence[Any], executor: Executor) -> Iterator[dict[str, Any]]:
-    """As Ray Data tasks, `ray.data_cpus` at a time."""
+def _on_ray(write: Write, plans: Sequence[ShardPlan], executor: Executor) -> Iterator[dict[str, Any]]:
+    """As Ray Data tasks, `ray.data_cpus` at a time.
+
+    The samples of `WINDOW` plans for each concurrent task are handed over at a time.
+    """
     import ray
 
     def make(row: dict[str, Any]) -> dict[str, Any]:
-        plan = pickle.loads(row["plan"])  # noqa: S301 - written a few lines below by this job
         try:
-            return {"part": json.dumps(write(plan))}
+            return {"part": json.dumps(write(unpickled(row["plan"])))}
         except UserError as error:  # Ray Data would keep only the text of the error
             return {"part": json.dumps({"error": error.to_dict()})}
 
-    dataset = ray.data.from_items([{"plan": pickle.dumps(plan)} for plan in plans], override_num_blocks=len(plans))
     tasks = min(math.ceil(executor.section.data_cpus), len(plans))
-    for row in dataset.map(make, concurrency=tasks).iter_rows():
-        part = json.loads(row["part"])
-        if "error" in part:
-            raise UserError(**part["error"])
-        yield part
+    for start in range(0, len(plans), WINDOW * tasks):
+        rows = [{"plan": pickled(plan)} for plan in plans[start : start + WINDOW * tasks]]
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+        for row in dataset.map(make, concurrency=tasks).iter_rows():
+            part = json.loads(row["part"])
+            if "error" in part:
+                raise UserError(**part["error"])
+            yield part

@@ -13,12 +13,14 @@ import hashlib
 import io
 import json
 import logging
-from collections import Counter
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,13 +29,16 @@ import pyarrow.parquet as pq
 
 from dmtg_core.tasks import Task
 from pipelines.config.loading import Config
-from pipelines.config.sections import DataSection, SourceSection
 from pipelines.data import statistics
 from pipelines.data.manifest import FILE, SPLITS, Manifest, Shard, check_shards, read_manifest
+from pipelines.data.planning import ShardPlan, make_plans
 from pipelines.data.shard_folder import (
+    EXAMPLES,
     PARTS,
     REFUSED,
+    brief,
     check_apart,
+    quarantined_in,
     read_records,
     record_job,
     remove_superseded,
@@ -49,26 +54,12 @@ from pipelines.storage import Location, locate
 
 QUARANTINE = "_quarantine.jsonl"
 PLAN = b"dmtg.plan"  # metadata key of a shard: the digest of its plan
-SHARD_BYTES = 64 * 2**20  # decoded size of a shard if its number of rows is not configured
 GROUP_BYTES = 16 * 2**20  # decoded size of a row group, the unit that training reads
+WINDOW = 32  # plans for each concurrent task whose samples are in memory at the same time
 READERS = 4  # samples that a task opens at the same time, so that waits for a network overlap
 Row = tuple[str, Mapping[str, "np.ndarray | None"]]  # id and columns
 Sample = tuple[Entry, "dict[str, np.ndarray | None] | str"]  # columns, or the reason why they are missing
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """Plan of a shard: its file name, its samples, and a digest of the samples and the options."""
-
-    file: str
-    entries: tuple[Entry, ...]
-    digest: str
-
-    @property
-    def split(self) -> str:
-        """The split of all its samples."""
-        return self.entries[0].split
 
 
 @dataclass(frozen=True)
@@ -108,23 +99,28 @@ def shard(
     record_job(folder, records.files)  # first, so that a killed job leaves a folder that is known
     folder.check_writable()
     progress(f"listing the samples of {config.source.root or config.source.kind}")
-    entries = source.entries()
     description = _description(source, config.data.like)
-    plans = make_plans(entries, description, config.source, config.data)
+    plans = make_plans(source.entries(), description, config.source, config.data)
+    samples = sum(len(plan.entries) for plan in plans)
     files = records.files | {plan.file for plan in plans}
     record_job(folder, files)
     parts = {plan.digest: part for plan in plans if (part := finished_part(folder, plan, records.notes))}
     todo = [plan for plan in plans if plan.digest not in parts]
-    progress(f"{len(entries)} samples, {len(plans)} shards: {len(parts)} are complete, {len(todo)} to create")
-    check_bad(parts.values(), len(entries), config.data.max_bad_fraction, folder)
+    progress(f"{samples} samples, {len(plans)} shards: {len(parts)} are complete, {len(todo)} to create")
+    bad = BadSamples(folder, samples, config.data.max_bad_fraction)
+    for part in parts.values():
+        bad.add(part)
+    bad.check()
     # an executor is opened after the checks of the source
     with nullcontext(executor) if executor or not todo else open_executor(config.ray) as chosen:
-        write = partial(write_shard, source, description, folder, config.data.compression)
+        compression = config.data.compression
+        write = partial(write_shard, source, description, folder=folder, compression=compression)
         written = write_all(write, todo, chosen) if chosen else ()
         for done, part in enumerate(written, start=1):
             parts[part["digest"]] = part
             progress(f"shard {done}/{len(todo)}: {part['shard']['file']}, {part['shard']['rows']} samples")
-            check_bad(parts.values(), len(entries), config.data.max_bad_fraction, folder)
+            bad.add(part)
+            bad.check()
     manifest = _publish(folder, description, plans, parts, config)
     remove_superseded(folder, files, manifest.files())
     return ShardReport(manifest, len(todo), len(plans) - len(todo))
@@ -136,73 +132,61 @@ def _description(source: Source, like: str) -> Description:
     return encode_like(source, read_manifest(locate(like)).description, like)
 
 
-def check_bad(parts: Iterable[Mapping[str, Any]], samples: int, most: float, folder: Location) -> None:
-    """Stop as soon as there are more bad samples than the whole data set may have.
+class BadSamples:
+    """The number of bad samples of a job, the shards that have some, and a few examples.
 
-    Raises:
-        UserError: With up to three of the reasons. All reasons are in a file of this job, because
-            `_quarantine.jsonl` belongs to the previous data set.
+    Args:
+        folder: Folder of the shards.
+        samples: Number of all samples.
+        most: Largest part of them that may be bad.
     """
-    bad = [one for part in parts for one in part["quarantined"]]
-    if len(bad) > most * samples:
-        refused = folder / PARTS / REFUSED
-        _write_quarantine(refused, bad)
-        reasons = "; ".join(f"{one['id']}: {one['reason']}" for one in bad[:3])
+
+    def __init__(self, folder: Location, samples: int, most: float) -> None:
+        self._folder, self._samples, self._most = folder, samples, most
+        self._count = 0
+        self._shards: list[str] = []
+        self._examples: list[Mapping[str, str]] = []
+
+    def add(self, part: Mapping[str, Any]) -> None:
+        """Count the bad samples of a shard, from `shard_folder.brief` of its note."""
+        if part["bad"]:
+            self._count += part["bad"]
+            self._shards.append(part["shard"]["file"])
+            self._examples += part["quarantined"][: EXAMPLES - len(self._examples)]
+
+    def check(self) -> None:
+        """Stop as soon as there are more bad samples than the whole data set may have.
+
+        Raises:
+            UserError: With up to three of the reasons. All reasons are in a file of this job, because
+                `_quarantine.jsonl` belongs to the previous data set.
+        """
+        if self._count <= self._most * self._samples:
+            return
+        refused = self._folder / PARTS / REFUSED
+        _write_quarantine(refused, self._folder, self._shards)
+        reasons = "; ".join(f"{one['id']}: {one['reason']}" for one in self._examples)
         raise UserError(
-            f"{len(bad)} of {samples} samples cannot be used so far, more than data.max_bad_fraction={most:g} "
-            f"allows. {reasons}",
+            f"{self._count} of {self._samples} samples cannot be used so far, more than "
+            f"data.max_bad_fraction={self._most:g} allows. {reasons}",
             where=str(refused),
             remedy="correct the samples, or raise data.max_bad_fraction; finished shards are kept",
         )
 
 
-def _write_quarantine(file: Location, bad: Iterable[Mapping[str, str]]) -> None:
-    file.write_text("".join(json.dumps(one) + "\n" for one in bad))
+def _write_quarantine(file: Location, folder: Location, shards: Iterable[str]) -> None:
+    """Write the bad samples of some shards, one a line. The note of one shard is in memory at a time."""
+    with tempfile.TemporaryDirectory(prefix="dmtg-") as scratch:
+        lines = Path(scratch) / QUARANTINE
+        with lines.open("w", encoding="utf-8") as target:
+            for shard_file in shards:
+                target.writelines(json.dumps(one) + "\n" for one in quarantined_in(folder, shard_file))
+        file.write_file(lines)
 
 
 def group_rows(description: Description) -> int:
     """Number of samples of a row group."""
     return max(GROUP_BYTES // description.row_bytes, 16)
-
-
-def make_plans(
-    entries: Sequence[Entry], description: Description, source: SourceSection, data: DataSection
-) -> list[ShardPlan]:
-    """Divide the samples of each split, shuffled by the hash of their ids, into shards.
-
-    Raises:
-        UserError: When there are no samples for training or validation, or two samples with the same id.
-    """
-    twice = sorted(name for name, count in Counter(entry.id for entry in entries).items() if count > 1)
-    if twice:
-        raise UserError(
-            f"{len(twice)} ids occur more than once: {', '.join(twice[:5])}",
-            where=source.root,
-            remedy="give every sample a different id",
-        )
-    by_split: dict[str, list[Entry]] = {split: [] for split in SPLITS}
-    for entry in entries:
-        by_split[entry.split].append(entry)
-    if not by_split["train"] or not by_split["val"]:
-        raise UserError(
-            f"splits hold {', '.join(f'{k}: {len(v)}' for k, v in by_split.items())} samples",
-            where=source.root,
-            remedy="training needs samples for train and val; check the split column or file",
-        )
-    described = [description.input.to_dict(), [task.to_dict() for task in description.tasks]]
-    described.append(dict(description.preparation))
-    options = json.dumps([described, source.kind, source.options, data.compression], sort_keys=True, default=str)
-    size = data.rows_per_shard or min(max(SHARD_BYTES // description.row_bytes, 64), 8192)
-    plans = []
-    for split, members in by_split.items():
-        # neighbours on disk are similar; a hash shuffles them in the same way on every machine
-        mixed = sorted(members, key=lambda entry: hashlib.sha256(entry.id.encode()).digest())
-        for start in range(0, len(mixed), size):
-            chosen = tuple(mixed[start : start + size])
-            text = options + json.dumps([asdict(entry) for entry in chosen], sort_keys=True, default=str)
-            digest = hashlib.sha256(text.encode()).hexdigest()
-            plans.append(ShardPlan(f"{split}-{start // size:05d}-{digest[:12]}.parquet", chosen, digest))
-    return plans
 
 
 def finished_part(
@@ -213,7 +197,7 @@ def finished_part(
     Args:
         folder: Folder of the shards.
         plan: Plan of the shard; the file can have another name, as in earlier versions.
-        notes: Digest → notes, as in `Records`.
+        notes: Digest → brief notes, as in `Records`.
     """
     for part in notes.get(plan.digest, ()):
         file = folder / part["shard"]["file"]
@@ -233,12 +217,13 @@ def _plan_of(file: Location) -> str:
 
 
 def write_shard(
-    source: Source, description: Description, folder: Location, compression: str, plan: ShardPlan
+    source: Source, description: Description, plan: ShardPlan, folder: Location, compression: str
 ) -> dict[str, Any]:
     """Read the samples of a plan and write its shard, and then its note.
 
     Returns:
-        The note: the digest of the plan, the `Shard`, the sums of each task, and the quarantined samples.
+        `shard_folder.brief` of the note. The note has the digest of the plan, the `Shard`, the sums of each
+        task, and the quarantined samples.
     """
     quarantined: list[dict[str, str]] = []
     sums: dict[str, list[statistics.Sums]] = {task.name: [] for task in description.tasks}
@@ -267,10 +252,10 @@ def write_shard(
         "quarantined": quarantined,
     }
     (folder / PARTS / f"{plan.file}.json").write_json(part)
-    return part
+    return brief(part)
 
 
-def _samples(source: Source, entries: Sequence[Entry]) -> Iterator[Sample]:
+def _samples(source: Source, entries: Iterable[Entry]) -> Iterator[Sample]:
     """The samples in order; a few are opened at the same time."""
 
     def read(entry: Entry) -> Sample:
@@ -279,9 +264,10 @@ def _samples(source: Source, entries: Sequence[Entry]) -> Iterator[Sample]:
         except BadSampleError as error:
             return entry, str(error)
 
+    waiting = iter(entries)
     with ThreadPoolExecutor(READERS) as pool:
-        for start in range(0, len(entries), READERS):
-            yield from pool.map(read, entries[start : start + READERS])
+        while some := list(islice(waiting, READERS)):
+            yield from pool.map(read, some)
 
 
 def _groups(samples: Iterable[Sample], size: int, quarantined: list[dict[str, str]]) -> Iterator[list[Row]]:
@@ -346,7 +332,7 @@ def _publish(
 ) -> Manifest:
     """Write the manifest, which replaces the previous data set by the new one."""
     by_split = {split: [parts[plan.digest] for plan in plans if plan.split == split] for split in SPLITS}
-    quarantined = [bad for held in by_split.values() for part in held for bad in part["quarantined"]]
+    parts_in_order = [part for held in by_split.values() for part in held]
     manifest = Manifest(
         description=description,
         shards={split: [Shard(**p["shard"]) for p in held] for split, held in by_split.items()},
@@ -355,12 +341,13 @@ def _publish(
             for split, held in by_split.items()
         },
         source=config.source.model_dump() if config.source else {},
-        quarantined=len(quarantined),
+        quarantined=sum(part["bad"] for part in parts_in_order),
         group_rows=group_rows(description),
     )
     check_shards(folder, manifest, checksums=False)  # another job can have removed shards that this job kept
     (folder / FILE).write_json(manifest.to_dict())
-    _write_quarantine(folder / QUARANTINE, quarantined)
+    bad = [part["shard"]["file"] for part in parts_in_order if part["bad"]]
+    _write_quarantine(folder / QUARANTINE, folder, bad)
     return manifest
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -62,8 +62,11 @@ class Source(Protocol):
         """The columns of every row. A reader may open a few files for them."""
         ...
 
-    def entries(self) -> list[Entry]:
-        """All samples in a fixed order. Problems of the whole data set raise `UserError`."""
+    def entries(self) -> Iterator[Entry]:
+        """All samples in a fixed order, without holding them in memory: there can be a hundred million.
+
+        Problems of the whole data set raise `UserError`, at the latest after the last sample.
+        """
         ...
 
     def read(self, entry: Entry) -> dict[str, np.ndarray | None]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -80,8 +80,10 @@ class CelebaSource:
         image = InputSpec("image", (size, size, 3), "uint8", (0.0,), (255.0,))
         return Description(image, tuple(Task(name, "binary") for name in self._names), columns)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> Iterator[Entry]:
         """One sample for each row of the file of attributes, in order; no image is opened.
+
+        Both files are held in memory: the published ones have 202,599 lines, about 60 MiB.
 
         Raises:
             UserError: For a missing file, a malformed row, and an image that is listed twice or has no split.
@@ -91,9 +93,8 @@ class CelebaSource:
         splits = self._splits([image for image, _ in rows], table)
         self._count_unlisted(splits)
         chosen = [header.index(name) for name in self._names]
-        return [
-            Entry(image, splits[image], {"flags": "".join([flags[i] for i in chosen])}) for image, flags in rows
-        ]
+        for image, flags in rows:
+            yield Entry(image, splits[image], {"flags": "".join([flags[i] for i in chosen])})
 
     def read(self, entry: Entry) -> dict[str, np.ndarray | None]:
         """The image and the flags of one row.

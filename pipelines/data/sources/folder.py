@@ -11,7 +11,7 @@ of the data set. Any other row whose image or label cannot be used is a bad samp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -22,9 +22,10 @@ from pydantic import Field
 
 from pipelines.config.validation import Section, checked
 from pipelines.data.sources.base import INPUT, Column, Description, Entry
+from pipelines.data.sources.columns import Replayed, RowsOf
 from pipelines.data.sources.images import image_input, read_image, rgb
 from pipelines.data.sources.labels import LabelTask, Target, kept_rows, label_targets
-from pipelines.data.sources.rows import SPLIT_COLUMN, Row, check_ids, check_root, read_table, split_of
+from pipelines.data.sources.rows import SPLIT_COLUMN, Row, check_root, split_of, table_rows, with_ids
 from pipelines.storage import Location
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -71,13 +72,13 @@ class FolderSource:
         columns |= {f"task.{target.task.name}": target.stored for target in self._targets}
         return Description(image_input(size), tuple(target.task for target in self._targets), columns)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> Iterator[Entry]:
         """One sample for each row that is not dropped, in the order of the file.
 
         Raises:
-            UserError: For a missing column, an id that is empty or occurs twice, an unknown split.
+            UserError: For a missing column, an id that is empty, an unknown split.
         """
-        return [self._entry(row) for row in self._rows]
+        return iter(self._samples)
 
     def read(self, entry: Entry) -> dict[str, np.ndarray | None]:
         """The image and the labels of one row.
@@ -92,39 +93,33 @@ class FolderSource:
 
     def __getstate__(self) -> dict[str, Any]:
         # a worker receives its rows with their entries
-        return {name: value for name, value in vars(self).items() if name != "_rows"}
+        return {name: value for name, value in vars(self).items() if name != "_samples"}
 
     @property
     def _table(self) -> Location:
         return self._root / self._options.labels
 
     @cached_property
-    def _rows(self) -> list[Row]:
-        options = self._options
+    def _samples(self) -> Replayed[Entry]:
+        return Replayed(self._listed)
+
+    def _listed(self, first: bool) -> Iterator[Entry]:
+        options, where = self._options, str(self._table)
         needed = [options.image_column, *(task.column for task in options.tasks)]
         if options.split_column not in (None, SPLIT_COLUMN):
             needed.append(str(options.split_column))  # named in the options, so it must exist
-        rows = read_table(self._table, list(dict.fromkeys(needed)))
-        ids = [row.cells[options.image_column] for row in rows]
-        check_ids(ids, rows, options.image_column, str(self._table))
-        return kept_rows(rows, options.tasks, str(self._table))
-
-    def _entry(self, row: Row) -> Entry:
-        name = row.cells[self._options.image_column]
-        has_extension = PurePosixPath(name).suffix.lower() in EXTENSIONS
-        cells = {task.column: row.cells[task.column] for task in self._options.tasks}
-        file = name if has_extension else name + self._options.suffix
-        return Entry(name, self._split(row), {"file": file, "row": Row(row.line, cells)})
-
-    def _split(self, row: Row) -> str:
-        options = self._options
-        return split_of(row, options.split_column, row.cells[options.image_column], str(self._table))
+        rows = with_ids(table_rows(self._table, list(dict.fromkeys(needed))), options.image_column, "", where)
+        for row, name in kept_rows(rows, options.tasks, where, log=first):
+            has_extension = PurePosixPath(name).suffix.lower() in EXTENSIONS
+            cells = {task.column: row.cells[task.column] for task in options.tasks}
+            file = name if has_extension else name + options.suffix
+            split = split_of(row, options.split_column, name, where)
+            yield Entry(name, split, {"file": file, "row": Row(row.line, cells)})
 
     @cached_property
     def _targets(self) -> tuple[Target, ...]:
         # cached, because a pickled reader carries it and its workers need not read the table
-        splits = [self._split(row) for row in self._rows]
-        return label_targets(self._options.tasks, self._rows, splits, str(self._table))
+        return label_targets(self._options.tasks, RowsOf(self._samples), str(self._table))
 
 
 def _square(image: Image.Image, size: int, how: str) -> np.ndarray:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self
@@ -18,6 +17,7 @@ from dmtg_core.tasks import Task, check_names
 from pipelines.config.validation import Section
 from pipelines.data.preprocessing import cell_number
 from pipelines.data.sources.base import BadSampleError, Column
+from pipelines.data.sources.columns import Figures, Samples, different_cells, training_figures
 from pipelines.data.sources.rows import Row
 from pipelines.errors import UserError
 
@@ -61,6 +61,11 @@ class LabelTask(Section):
             if getattr(self, option) is not None and not used:
                 raise ValueError(f"{option} has no meaning for this {self.kind} task of column {self.column}")
         return self
+
+    @property
+    def reads_classes(self) -> bool:
+        """Whether the classes are those in the file."""
+        return self.classes is None and (self.kind == "multiclass" or self.one_vs_rest is not None)
 
     @property
     def task_name(self) -> str:
@@ -119,37 +124,41 @@ FLAGS: Mapping[str, int] = {
 }
 
 
-def kept_rows(rows: Sequence[Row], specs: Sequence[LabelTask], where: str) -> list[Row]:
-    """The rows that no task drops; the number of dropped rows is logged.
+def kept_rows(
+    rows: Iterable[tuple[Row, str]], specs: Sequence[LabelTask], where: str, *, log: bool
+) -> Iterator[tuple[Row, str]]:
+    """The rows, with their ids, that no task drops; the number of dropped rows is logged at the end.
 
     Raises:
         UserError: When no row is left.
     """
-    kept = [row for row in rows if not any(row.cells[spec.column] in spec.drop for spec in specs)]
+    every, kept = 0, 0
+    for row, name in rows:
+        every += 1
+        if not any(row.cells[spec.column] in spec.drop for spec in specs):
+            kept += 1
+            yield row, name
     if not kept:
         raise UserError("every row is left out by `drop`", where=where, remedy="drop fewer values")
-    if len(kept) < len(rows):
-        logger.info("%s: %d of %d rows left out by `drop`", where, len(rows) - len(kept), len(rows))
-    return kept
+    if log and kept < every:
+        logger.info("%s: %d of %d rows left out by `drop`", where, every - kept, every)
 
 
-def label_targets(
-    specs: Sequence[LabelTask], rows: Sequence[Row], splits: Sequence[str], where: str
-) -> tuple[Target, ...]:
+def label_targets(specs: Sequence[LabelTask], samples: Samples, where: str) -> tuple[Target, ...]:
     """The tasks of all label columns, with classes from all rows and statistics from the training rows.
 
     Args:
         specs: The label columns.
-        rows: The rows that are kept.
-        splits: The split of each row.
+        samples: The rows that are kept, with their splits.
         where: The table, for a message.
 
     Raises:
         UserError: For an invalid task, and for two tasks with the same name.
     """
-    train = [row for row, split in zip(rows, splits, strict=True) if split == "train"]
+    numbers = training_figures(samples, [spec.column for spec in specs if spec.kind == "regression"])
+    cells = different_cells(samples, [spec.column for spec in specs if spec.reads_classes])
     try:
-        targets = [target for spec in specs for target in _targets_of(spec, rows, train, where)]
+        targets = [target for spec in specs for target in _targets_of(spec, cells, numbers, where)]
         check_names([target.task for target in targets])
     except ValueError as error:
         raise UserError(
@@ -158,12 +167,19 @@ def label_targets(
     return tuple(targets)
 
 
-def _targets_of(spec: LabelTask, rows: Sequence[Row], train: Sequence[Row], where: str) -> list[Target]:
+def _targets_of(
+    spec: LabelTask, cells: Mapping[str, set[str]], numbers: Mapping[str, Figures], where: str
+) -> list[Target]:
     make = partial(Task, metric=spec.metric, loss=spec.loss)
     if spec.kind == "regression":
-        offset, scale = _statistics([row.cells[spec.column] for row in train], spec.column, where)
-        return [Target(spec.column, make(spec.task_name, "regression", offset=(offset,), scale=(scale,)))]
-    classes = spec.classes or in_order({row.cells[spec.column] for row in rows} - {""})
+        figures = numbers[spec.column]
+        if not figures.numbers:
+            raise UserError(
+                f"no number in the train rows of column {spec.column}", where=where, remedy="choose another column"
+            )
+        offset, scale = (figures.mean,), (figures.deviation or 1.0,)
+        return [Target(spec.column, make(spec.task_name, "regression", offset=offset, scale=scale))]
+    classes = spec.classes or in_order(cells.get(spec.column, set()) - {""})
     if spec.one_vs_rest is not None:
         return [
             Target(
@@ -207,15 +223,3 @@ def in_order(values: Iterable[str]) -> tuple[str, ...]:
 def safe_name(name: str) -> str:
     """The name without characters that a column or a metric cannot have."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
-
-
-def _statistics(cells: Sequence[str], column: str, where: str) -> tuple[float, float]:
-    """Mean and standard deviation of the cells that are numbers (deviation 1 if all are equal)."""
-    numbers = [number for cell in cells if (number := cell_number(cell)) is not None]
-    if not numbers:
-        raise UserError(
-            f"no number in the train rows of column {column}", where=where, remedy="choose another column"
-        )
-    mean = math.fsum(numbers) / len(numbers)
-    deviation = math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / len(numbers))
-    return mean, deviation or 1.0

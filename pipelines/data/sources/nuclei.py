@@ -22,7 +22,7 @@ Pixels beyond the frame of the image are unknown: they count neither as nucleus 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -41,7 +41,7 @@ from pipelines.data.sources.images import (
     rgb,
     sixteen_bit,
 )
-from pipelines.data.sources.rows import check_root, check_unique, read_table, split_name
+from pipelines.data.sources.rows import check_root, split_name, table_rows, with_ids
 from pipelines.errors import UserError
 from pipelines.storage import Location
 
@@ -96,17 +96,14 @@ class NucleiSource:
         }
         return Description(image_input(size), tasks, columns)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> Iterator[Entry]:
         """The rows of labels.csv, in order.
 
         Raises:
-            UserError: For a missing column, an id that occurs twice, an unknown split.
+            UserError: For a missing column, an empty id, an unknown split.
         """
         table = self._root / "labels.csv"
-        rows = read_table(table, ("image", "split", _COUNT))
-        check_unique([row.cells["image"] for row in rows], str(table))
-        found = []
-        for row in rows:
+        for row, name in with_ids(table_rows(table, ("image", "split", _COUNT)), "image", "", str(table)):
             split = split_name(row.cells["split"])
             if split is None:
                 raise UserError(
@@ -114,8 +111,7 @@ class NucleiSource:
                     where=str(table),
                     remedy="use train, val or test",
                 )
-            found.append(Entry(row.cells["image"], split, {"count": row.cells[_COUNT], "line": row.line}))
-        return found
+            yield Entry(name, split, {"count": row.cells[_COUNT], "line": row.line})
 
     def read(self, entry: Entry) -> dict[str, np.ndarray | None]:
         """The image and its four targets.
@@ -145,13 +141,10 @@ class NucleiSource:
 
     @cached_property
     def _count_statistics(self) -> tuple[float, float]:
-        """Mean and standard deviation over the train rows."""
-        counts = [
-            float(entry.fields["count"])
-            for entry in self.entries()
-            if entry.split == "train" and entry.fields["count"].isdecimal()
-        ]
-        if not counts:
+        """Mean and standard deviation over the train rows, whose counts are held in memory: 8 bytes each."""
+        train = (entry.fields["count"] for entry in self.entries() if entry.split == "train")
+        counts = np.fromiter((float(count) for count in train if count.isdecimal()), np.float64)
+        if not counts.size:
             raise UserError(
                 f"no count in the train rows of column {_COUNT}",
                 where=str(self._root / "labels.csv"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -52,14 +52,11 @@ class PlantedSource:
         columns = {INPUT: Column("float32", spec.shape)} | {f"task.{task.name}": Column("uint8") for task in tasks}
         return Description(spec, tasks, columns)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> Iterator[Entry]:
         """All rows."""
         _, _, splits, _ = self._generated
-        return [
-            Entry(f"{split}_{row}", split, {"row": row})
-            for split, arrays in splits.items()
-            for row in range(len(arrays))
-        ]
+        for split, arrays in splits.items():
+            yield from (Entry(f"{split}_{row}", split, {"row": row}) for row in range(len(arrays)))
 
     def read(self, entry: Entry) -> dict[str, np.ndarray | None]:
         """One row."""

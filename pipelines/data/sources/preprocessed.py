@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -44,8 +44,8 @@ class PreparedSource(ABC):
 
     @property
     @abstractmethod
-    def _entries(self) -> list[Entry]:
-        """All samples; `fields["row"]` is the `Row` with the cells that are needed."""
+    def _entries(self) -> Iterable[Entry]:
+        """All samples, for several passes; `fields["row"]` is the `Row` with the cells that are needed."""
 
     @property
     @abstractmethod
@@ -66,7 +66,7 @@ class PreparedSource(ABC):
         Raises:
             UserError: When the rows lack a column of the preparation.
         """
-        needed, held = load_preparation(preparation).columns, self._entries[0].fields["row"].cells
+        needed, held = load_preparation(preparation).columns, next(iter(self._entries)).fields["row"].cells
         missing = [name for name in needed if name not in held]
         if missing:
             raise UserError(
@@ -83,13 +83,13 @@ class PreparedSource(ABC):
         columns |= {f"task.{target.task.name}": target.stored for target in self._targets}
         return Description(spec, tuple(target.task for target in self._targets), columns, preparation)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> Iterator[Entry]:
         """One sample for each row that is not dropped, in the order of the file.
 
         Raises:
-            UserError: For a table that cannot be read, a missing column, a duplicate id, an unknown split.
+            UserError: For a table that cannot be read, a missing column, an empty id, an unknown split.
         """
-        return self._entries
+        return iter(self._entries)
 
     def read(self, entry: Entry) -> dict[str, np.ndarray | None]:
         """The input and the labels of one row.
@@ -109,6 +109,6 @@ class PreparedSource(ABC):
         return load_preparation(self._input[1])
 
 
-def train_cells(entries: Sequence[Entry], column: str) -> list[str]:
+def train_cells(entries: Iterable[Entry], column: str) -> Iterator[str]:
     """The cells of a column in the training split."""
-    return [entry.fields["row"].cells[column] for entry in entries if entry.split == "train"]
+    return (entry.fields["row"].cells[column] for entry in entries if entry.split == "train")

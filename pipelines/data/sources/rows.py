@@ -7,10 +7,10 @@ import csv
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -26,6 +26,9 @@ _SPLIT_NAMES = {**{name: name for name in SPLITS}, "valid": "val", "validation":
 SPLIT_COLUMN = "split"  # read if it exists and no other column is configured
 Line = tuple[int, list[str]]  # number and cells of a line
 MOST_NAMES = 20  # most names of columns in a message
+MOST_LINES = 5  # most lines in a message
+BATCH_ROWS = 1024  # rows of a Parquet file that are converted at a time
+BLOCK_BYTES = 2**20  # bytes of a CSV file that are read at a time
 HEAD_BYTES = 32 * 2**20  # bytes of a CSV file that are read for its first rows
 
 
@@ -72,8 +75,8 @@ def read_rows(
     missing: Sequence[str] = (),
     header: Sequence[str] | None = None,
     quotes: bool = True,
-) -> list[Row]:
-    """The rows of a CSV, TSV or Parquet file, or of all Parquet files of a folder.
+) -> Iterator[Row]:
+    """The rows of a CSV, TSV or Parquet file, or of all Parquet files of a folder, a block at a time.
 
     Args:
         location: The file, or a folder of Parquet files with the same columns.
@@ -86,17 +89,24 @@ def read_rows(
         UserError: When the file does not exist, cannot be read, is empty or lacks a column.
     """
     if location.is_dir():
-        rows: list[Row] = []
-        for file in _parquet_files(location):
-            rows += _read_parquet(location / file, list(rows[0].cells) if rows else columns, file)
+        rows = _folder_rows(location, columns)
     elif location.name.lower().endswith((".parquet", ".pq")):
-        rows = _read_parquet(location, columns)
+        rows = _parquet_rows(location, columns)
     else:
-        rows = read_table(location, columns, header=header, quotes=quotes)
+        rows = table_rows(location, columns, header=header, quotes=quotes)
     markers = frozenset(missing)
     for row in rows:
-        row.cells.update((name, "") for name, cell in row.cells.items() if cell in markers)
-    return rows
+        row.cells.update([(name, "") for name, cell in row.cells.items() if cell in markers])
+        yield row
+
+
+def _folder_rows(location: Location, columns: Sequence[str]) -> Iterator[Row]:
+    """The rows of all Parquet files of a folder, which have the columns of the first."""
+    for file in _parquet_files(location):
+        for row in _parquet_rows(location / file, columns, file):
+            yield row
+            last = row
+        columns = list(last.cells)  # no file is empty
 
 
 def read_head(location: Location, most: int) -> tuple[list[Row], bool]:
@@ -125,9 +135,9 @@ def read_head(location: Location, most: int) -> tuple[list[Row], bool]:
     cut = len(data) == HEAD_BYTES
     with _as_csv(location):
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=not cut)
-        lines = list(islice(_parsed(text, location, quotes=True, cut=cut), most + 2))
+        lines = list(islice(_parsed(io.StringIO(text, newline=""), location, quotes=True, cut=cut), most + 2))
     more = cut or len(lines) == most + 2
-    return _rows(lines[: most + 1], None, (), location), more
+    return list(_rows(iter(lines[: most + 1]), None, (), location)), more
 
 
 def _parquet_head(location: Location, most: int) -> tuple[list[Row], bool]:
@@ -136,7 +146,7 @@ def _parquet_head(location: Location, most: int) -> tuple[list[Row], bool]:
         batch = next(found.iter_batches(batch_size=most), None)
         if batch is None:
             raise UserError("the table has no rows", where=str(location), remedy="remove it, or add rows")
-        return _table_rows(pa.Table.from_batches([batch]), ""), found.metadata.num_rows > most
+        return _batch_rows(batch, "row", 1), found.metadata.num_rows > most
 
 
 def _parquet_files(folder: Location) -> list[str]:
@@ -150,13 +160,16 @@ def _parquet_files(folder: Location) -> list[str]:
     return files
 
 
-def _read_parquet(location: Location, columns: Sequence[str], name: str = "") -> list[Row]:
+def _parquet_rows(location: Location, columns: Sequence[str], name: str = "") -> Iterator[Row]:
     with _opened_parquet(location) as file:
-        table = pq.read_table(file)
-    if not table.num_rows:
-        raise UserError("the table has no rows", where=str(location), remedy="remove it, or add rows")
-    _check_header(table.column_names, columns, location)
-    return _table_rows(table, name)
+        found = pq.ParquetFile(file)
+        if not found.metadata.num_rows:
+            raise UserError("the table has no rows", where=str(location), remedy="remove it, or add rows")
+        _check_header(found.schema_arrow.names, columns, location)
+        number = 1
+        for batch in found.iter_batches(batch_size=BATCH_ROWS):
+            yield from _batch_rows(batch, f"{name}, row" if name else "row", number)
+            number += batch.num_rows
 
 
 @contextmanager
@@ -172,25 +185,23 @@ def _opened_parquet(location: Location) -> Iterator[Any]:
         ) from error
 
 
-def _table_rows(table: pa.Table, name: str) -> list[Row]:
-    texts = [[cell_text(cell) for cell in column.to_pylist()] for column in table.columns]
-    unit = f"{name}, row" if name else "row"
-    return [
-        Row(i, dict(zip(table.column_names, cells, strict=True)), unit)
-        for i, cells in enumerate(zip(*texts, strict=True), 1)
-    ]
+def _batch_rows(batch: pa.RecordBatch, unit: str, first: int) -> list[Row]:
+    names = batch.schema.names
+    texts = [[cell_text(cell) for cell in column.to_pylist()] for column in batch.columns]
+    rows = enumerate(zip(*texts, strict=True), first)
+    return [Row(number, dict(zip(names, cells, strict=True)), unit) for number, cells in rows]
 
 
 def _absent(location: Location) -> UserError:
     return UserError("the table does not exist", where=str(location), remedy="correct its path")
 
 
-def read_table(
+def table_rows(
     location: Location, columns: Sequence[str], *, header: Sequence[str] | None = None, quotes: bool = True
-) -> list[Row]:
-    r"""The rows of a CSV file, or of a file of tab-separated values if its name ends with `.tsv`.
+) -> Iterator[Row]:
+    r"""The rows of a CSV file, or of tab-separated values if its name ends with `.tsv`.
 
-    Lines end with `\n`, `\r\n` or `\r`.
+    One block is in memory at a time. Lines end with `\n`, `\r\n` or `\r`.
 
     Args:
         location: The file.
@@ -202,12 +213,13 @@ def read_table(
         UserError: When the file is missing, empty, not CSV in UTF-8, or lacks a column.
     """
     try:
-        data = location.read_bytes()
+        with location.filesystem.open_input_file(location.path) as file, _as_csv(location):
+            text = io.TextIOWrapper(io.BufferedReader(file, BLOCK_BYTES), encoding="utf-8-sig", newline="")
+            yield from _rows(_parsed(text, location, quotes=quotes), header, columns, location)
     except FileNotFoundError as error:
         raise _absent(location) from error
-    with _as_csv(location):
-        lines = list(_parsed(data.decode("utf-8-sig"), location, quotes=quotes))
-    return _rows(lines, header, columns, location)
+    except OSError as error:
+        raise location.unreachable(error) from error
 
 
 @contextmanager
@@ -221,10 +233,10 @@ def _as_csv(location: Location) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def _parsed(text: str, location: Location, *, quotes: bool, cut: bool = False) -> Iterator[Line]:
+def _parsed(text: Iterable[str], location: Location, *, quotes: bool, cut: bool = False) -> Iterator[Line]:
     """The lines that are not empty, with their numbers; without the last line of a truncated text."""
     reader = csv.reader(
-        io.StringIO(text, newline=""),
+        text,
         strict=not cut,
         delimiter="\t" if location.name.lower().endswith(".tsv") else ",",
         quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
@@ -237,20 +249,18 @@ def _parsed(text: str, location: Location, *, quotes: bool, cut: bool = False) -
 
 
 def _rows(
-    lines: Sequence[Line],
-    header: Sequence[str] | None,
-    columns: Sequence[str],
-    location: Location,
-) -> list[Row]:
+    lines: Iterator[Line], header: Sequence[str] | None, columns: Sequence[str], location: Location
+) -> Iterator[Row]:
     if header is None:
-        first, lines = lines[:1], lines[1:]
-        header = [name.strip() for _, cells in first for name in cells]
-    if not lines:
+        header = [name.strip() for name in next(lines, (0, []))[1]]
+    first = next(lines, None)
+    if first is None:
         raise UserError(
             "the table has no rows", where=str(location), remedy="add a line of column names, and rows below it"
         )
     _check_header(header, columns, location)
-    return [_row(header, line, cells, location) for line, cells in lines]
+    for line, cells in chain([first], lines):
+        yield _row(header, line, cells, location)
 
 
 def _check_header(header: Sequence[str], columns: Sequence[str], location: Location) -> None:
@@ -316,16 +326,28 @@ def hash_split(sample_id: str) -> str:
     return "train" if u < 0.70 else "val" if u < 0.85 else "test"
 
 
-def check_ids(ids: Sequence[str], rows: Sequence[Row], column: str, where: str) -> None:
-    """Check that no id is empty or occurs twice.
+def with_ids(rows: Iterable[Row], column: str | None, prefix: str, where: str) -> Iterator[tuple[Row, str]]:
+    """Each row with its id: a cell, or `prefix` and the number of the row if there is no column of ids.
+
+    That no id occurs twice is checked when the shards are planned.
 
     Raises:
-        UserError: For such ids; up to five lines or ids are named.
+        UserError: After the last row, when ids are empty; up to five lines are named.
     """
-    empty = [str(row.line) for row, name in zip(rows, ids, strict=True) if not name]
-    if empty:
-        raise UserError(f"no {column} id in line {listed(empty)}", where=where, remedy=f"fill the column {column}")
-    check_unique(ids, where)
+    empty: list[str] = []
+    count = 0
+    for number, row in enumerate(rows, start=1):
+        name = f"{prefix}{number}" if column is None else row.cells[column]
+        if not name:
+            count += 1
+            empty += [str(row.line)] * (len(empty) < MOST_LINES)
+            continue
+        yield row, name
+    if count:
+        more = f" and {count - len(empty)} more" if count > len(empty) else ""
+        raise UserError(
+            f"no {column} id in line {listed(empty)}{more}", where=where, remedy=f"fill the column {column}"
+        )
 
 
 def split_of(row: Row, column: str | None, row_id: str, where: str) -> str:

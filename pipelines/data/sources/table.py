@@ -2,16 +2,16 @@
 
 Columns that are neither target, id nor split are features: numbers, and categories with one feature for each
 value. One column can hold molecules instead, written as SMILES. An empty cell (in Parquet also null and NaN) is
-missing, both in a label and in a feature. The rows are held in memory while the shards are created.
+missing, both in a label and in a feature. A table of more than `columns.HELD_ROWS` rows is not held in memory: it
+is read once for the samples and once or twice each for the labels and the features.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Literal, Self
@@ -21,11 +21,12 @@ from pydantic import Field, model_validator
 from dmtg_core.names import listed
 from dmtg_core.tasks import InputSpec
 from pipelines.config.validation import Section, checked
-from pipelines.data.preprocessing import cell_number, load_preparation
+from pipelines.data.preprocessing import load_preparation
 from pipelines.data.sources.base import Entry
+from pipelines.data.sources.columns import MOST_VALUES, Figures, Replayed, RowsOf, training_figures
 from pipelines.data.sources.labels import LabelTask, Target, kept_rows, label_targets
-from pipelines.data.sources.preprocessed import PreparedSource, train_cells
-from pipelines.data.sources.rows import MOST_NAMES, SPLIT_COLUMN, Row, check_ids, read_rows, split_of
+from pipelines.data.sources.preprocessed import PreparedSource
+from pipelines.data.sources.rows import MOST_NAMES, SPLIT_COLUMN, Row, read_rows, split_of, with_ids
 from pipelines.errors import UserError
 from pipelines.storage import Location
 
@@ -100,24 +101,18 @@ class TableSource(PreparedSource):
             )
 
     @cached_property
-    def _entries(self) -> list[Entry]:
+    def _entries(self) -> Replayed[Entry]:
+        return Replayed(self._listed)
+
+    def _listed(self, first: bool) -> Iterator[Entry]:
         options, where = self._options, str(self._table)
         rows = read_rows(self._table, self._named_columns(), missing=options.missing)
-        ids = [str(number) for number in range(1, len(rows) + 1)]
-        if options.id_column is not None:
-            ids = [row.cells[options.id_column] for row in rows]
-            check_ids(ids, rows, options.id_column, where)
-        needed = [*(task.column for task in options.tasks), *self._feature_columns(rows[0])]
-        kept = {id(row) for row in kept_rows(rows, options.tasks, where)}
-        return [
-            Entry(
-                name,
-                split_of(row, options.split_column, name, where),
-                {"row": Row(row.line, {column: row.cells[column] for column in needed}, row.unit)},
-            )
-            for name, row in zip(ids, rows, strict=True)
-            if id(row) in kept
-        ]
+        needed: list[str] = []
+        for row, name in kept_rows(with_ids(rows, options.id_column, "", where), options.tasks, where, log=first):
+            needed = needed or [*(task.column for task in options.tasks), *self._feature_columns(row)]
+            cells = {column: row.cells[column] for column in needed}
+            split = split_of(row, options.split_column, name, where)
+            yield Entry(name, split, {"row": Row(row.line, cells, row.unit)})
 
     def _named_columns(self) -> list[str]:
         """The columns that the options name; they are required."""
@@ -147,19 +142,19 @@ class TableSource(PreparedSource):
 
     @cached_property
     def _targets(self) -> tuple[Target, ...]:
-        rows = [entry.fields["row"] for entry in self._entries]
-        return label_targets(self._options.tasks, rows, [e.split for e in self._entries], str(self._table))
+        return label_targets(self._options.tasks, RowsOf(self._entries), str(self._table))
 
     @cached_property
     def _input(self) -> tuple[InputSpec, Mapping[str, Any]]:
         if self._options.smiles is not None:
             return self._molecules(self._options.smiles)
-        columns = [column for column in self._entries[0].fields["row"].cells if column not in self._target_columns]
+        cells = next(iter(self._entries)).fields["row"].cells
+        columns = [column for column in cells if column not in self._target_columns]
+        most = max(MOST_VALUES, self._options.max_values)
         features, constants = [], []
-        for column in columns:
-            cells = train_cells(self._entries, column)
-            if len(set(cells)) > 1:
-                features.append(self._feature(column, cells))
+        for column, figures in training_figures(RowsOf(self._entries), columns, most).items():
+            if len(figures.values) > 1:
+                features.append(self._feature(column, figures))
             else:
                 constants.append(column)
         if constants:
@@ -184,37 +179,34 @@ class TableSource(PreparedSource):
     def _target_columns(self) -> set[str]:
         return {task.column for task in self._options.tasks}
 
-    def _feature(self, column: str, cells: Sequence[str]) -> tuple[dict[str, Any], list[tuple[float, float]]]:
+    def _feature(self, column: str, figures: Figures) -> tuple[dict[str, Any], list[tuple[float, float]]]:
         """One feature of the preparation, with mean and standard deviation of each of its stored values."""
-        numbers = [number for cell in cells if (number := cell_number(cell)) is not None]
         listed = self._options.categorical
-        filled = sum(bool(cell) for cell in cells)
-        if column in listed if listed is not None else 2 * len(numbers) < filled:
-            return self._category(column, cells)
-        if not numbers:
+        if column in listed if listed is not None else 2 * figures.numbers < figures.filled:
+            return self._category(column, figures)
+        if not figures.numbers:
             raise UserError(
                 f"no number in the train rows of column {column}",
                 where=str(self._table),
                 remedy="remove it from features, or add it to categorical",
             )
-        mean = math.fsum(numbers) / len(numbers)
-        deviation = math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / len(numbers))
+        mean, deviation = figures.mean, figures.deviation
         if 0 < deviation < FINEST * abs(mean):
             raise UserError(
                 f"column {column} differs by {deviation:g} around {mean:g}: the values are equal in float32",
                 where=str(self._table),
                 remedy="subtract an offset in the table, or remove it from features",
             )
-        gaps = filled < len(cells)
+        gaps = figures.filled < figures.cells
         feature = {"column": column, "type": "number", "mean": mean, "gaps": gaps}
         return feature, [(mean, deviation or 1.0)] + [(0.0, 1.0)] * gaps
 
-    def _category(self, column: str, cells: Sequence[str]) -> tuple[dict[str, Any], list[tuple[float, float]]]:
-        values = sorted(set(cells))
+    def _category(self, column: str, figures: Figures) -> tuple[dict[str, Any], list[tuple[float, float]]]:
+        values = sorted(figures.values)
         if len(values) > self._options.max_values:
             raise UserError(
-                f"column {column} has {len(values)} different values, more than max_values="
-                f"{self._options.max_values}, such as {', '.join(map(repr, values[:3]))}",
+                f"column {column} has {len(values)}{' or more' * figures.incomplete} different values, more than "
+                f"max_values={self._options.max_values}, such as {', '.join(map(repr, values[:3]))}",
                 where=str(self._table),
                 remedy="remove it from features, or raise source.options.max_values",
             )

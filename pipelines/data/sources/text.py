@@ -6,16 +6,18 @@ root/labels.txt                                 one name on each line, from labe
 ```
 
 In place of label ids, label columns can be tasks, as in a table. A tokenizer is trained on the texts of the
-training split, or read from a file. The rows are held in memory while the shards are created.
+training split, or read from a file. More than `columns.HELD_ROWS` texts are not held in memory: the files are read
+again for each pass.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -24,14 +26,18 @@ from pydantic import Field, model_validator
 from dmtg_core.tasks import InputSpec, Task, check_names
 from pipelines.config.validation import Section, checked
 from pipelines.data.sources.base import BadSampleError, Column, Entry
+from pipelines.data.sources.columns import Replayed, RowsOf
 from pipelines.data.sources.labels import LabelTask, kept_rows, label_targets, safe_name
 from pipelines.data.sources.preprocessed import PreparedSource, RowTarget, train_cells
-from pipelines.data.sources.rows import SPLIT_COLUMN, Row, check_ids, check_root, check_unique, read_rows, split_of
+from pipelines.data.sources.rows import SPLIT_COLUMN, Row, check_root, read_rows, split_of, with_ids
 from pipelines.data.sources.tokens import load_tokenizer, train_tokenizer
 from pipelines.errors import UserError
 from pipelines.storage import Location, locate
 
 logger = logging.getLogger(__name__)
+
+ENCODED = 1000  # texts that are encoded at a time
+COMPARED = 1_000_000  # texts of other splits that are compared with the training texts
 
 
 class TextOptions(Section):
@@ -125,17 +131,22 @@ class TextSource(PreparedSource):
         check_root(root, ", ".join(files))
 
     @cached_property
-    def _entries(self) -> list[Entry]:
+    def _entries(self) -> Replayed[Entry]:
+        return Replayed(self._listed)
+
+    def entries(self) -> Iterator[Entry]:
+        """See `PreparedSource.entries`. Training texts that are also in another split are counted first."""
+        _warn_repeated(self._entries, self._options.text_column, str(self._root))
+        yield from self._entries
+
+    def _listed(self, first: bool) -> Iterator[Entry]:
         options = self._options
         if options.files is None:
-            entries = self._entries_of(options.file, None)
-        else:
-            entries = [e for split, file in options.files.items() for e in self._entries_of(file, split)]
-        check_unique([entry.id for entry in entries], str(self._root))
-        _warn_repeated(entries, options.text_column, str(self._root))
-        return entries
+            yield from self._entries_of(options.file, None, first)
+        for split, file in (options.files or {}).items():
+            yield from self._entries_of(file, split, first)
 
-    def _entries_of(self, file: str, split: str | None) -> list[Entry]:
+    def _entries_of(self, file: str, split: str | None, first: bool) -> Iterator[Entry]:
         """The samples of one file; `split` is that of the whole file, or None."""
         options, location = self._options, self._root / file
         labels = [options.labels_column] if options.labels_column else [task.column for task in options.tasks]
@@ -147,27 +158,17 @@ class TextSource(PreparedSource):
             header=options.columns,
             quotes=not file.lower().endswith(".tsv"),
         )
-        ids = [f"{file}:{number}" for number in range(1, len(rows) + 1)]
-        if options.id_column is not None:
-            ids = [row.cells[options.id_column] for row in rows]
-            check_ids(ids, rows, options.id_column, str(location))
-        kept = {id(row) for row in kept_rows(rows, options.tasks, str(location))}
-        return [
-            Entry(
-                name,
-                split or split_of(row, options.split_column, name, str(location)),
-                {"row": Row(row.line, {column: row.cells[column] for column in needed}, f"{file}, {row.unit}")},
-            )
-            for name, row in zip(ids, rows, strict=True)
-            if id(row) in kept
-        ]
+        named_rows = with_ids(rows, options.id_column, f"{file}:", str(location))
+        for row, name in kept_rows(named_rows, options.tasks, str(location), log=first):
+            cells = {column: row.cells[column] for column in needed}
+            place = split or split_of(row, options.split_column, name, str(location))
+            yield Entry(name, place, {"row": Row(row.line, cells, f"{file}, {row.unit}")})
 
     @cached_property
     def _targets(self) -> Sequence[RowTarget]:
         options = self._options
         if options.labels_column is None:
-            rows = [entry.fields["row"] for entry in self._entries]
-            return label_targets(options.tasks, rows, [e.split for e in self._entries], str(self._root))
+            return label_targets(options.tasks, RowsOf(self._entries), str(self._root))
         names = self._label_names()
         try:
             tasks = [Task(safe_name(name), "binary", metric=options.metric) for name in names]
@@ -200,17 +201,17 @@ class TextSource(PreparedSource):
     @cached_property
     def _input(self) -> tuple[InputSpec, Mapping[str, Any]]:
         options = self._options
-        texts = train_cells(self._entries, options.text_column)
         if options.tokenizer.endswith(".json"):
             absolute = options.tokenizer.startswith("/") or "://" in options.tokenizer
             file = locate(options.tokenizer) if absolute else self._root / options.tokenizer
             tokenizer = load_tokenizer(file, options.length)
         else:
+            texts = train_cells(self._entries, options.text_column)
             tokenizer = train_tokenizer(texts, options.vocabulary, options.length, lowercase=options.lowercase)
         # the highest id determines the size: a tokenizer from a file may omit ids
         vocabulary = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         dtype = "uint16" if vocabulary <= 65536 else "int32"
-        self._log_tokens(texts, tokenizer, vocabulary)
+        self._log_tokens(tokenizer, vocabulary)
         preparation = {
             "kind": "text",
             "column": options.text_column,
@@ -219,22 +220,31 @@ class TextSource(PreparedSource):
         }
         return InputSpec("tokens", (options.length,), dtype, vocabulary=vocabulary), preparation
 
-    def _log_tokens(self, texts: Sequence[str], tokenizer: Any, vocabulary: int) -> None:
+    def _log_tokens(self, tokenizer: Any, vocabulary: int) -> None:
         """Log how many training texts are truncated."""
-        cut = sum(bool(found.overflowing) for found in tokenizer.encode_batch(texts))
+        texts, count, cut = train_cells(self._entries, self._options.text_column), 0, 0
+        while some := list(islice(texts, ENCODED)):
+            count += len(some)
+            cut += sum(bool(found.overflowing) for found in tokenizer.encode_batch(some))
         logger.info(
             "%s: %d tokens in the vocabulary; %d of %d training texts are longer than length=%d and are truncated",
-            self._root, vocabulary, cut, len(texts), self._options.length,
+            self._root, vocabulary, cut, count, self._options.length,
         )  # fmt: skip
 
 
-def _warn_repeated(entries: Sequence[Entry], column: str, where: str) -> None:
-    """Log how many training texts are also in another split, where they measure memorisation."""
-    train = train_cells(entries, column)
-    others = {entry.fields["row"].cells[column] for entry in entries if entry.split != "train"}
-    repeated = sum(text in others for text in train)
+def _warn_repeated(entries: Iterable[Entry], column: str, where: str) -> None:
+    """Log how many training texts are also in another split, where they measure memorisation.
+
+    The hashes of the first `COMPARED` texts of the other splits are held in memory.
+    """
+    other = (entry.fields["row"].cells[column] for entry in entries if entry.split != "train")
+    others = set(map(hash, islice(other, COMPARED)))
+    count, repeated = 0, 0
+    for text in train_cells(entries, column):
+        count += 1
+        repeated += hash(text) in others
     if repeated:
         logger.warning(
             "%s: %d of %d training texts are also in val or test, word for word; they are kept",
-            where, repeated, len(train),
+            where, repeated, count,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from pipelines.errors import UserError
@@ -11,7 +11,7 @@ from pipelines.storage import Location
 _PADDING = "[PAD]"
 
 
-def train_tokenizer(texts: Sequence[str], vocabulary: int, length: int, *, lowercase: bool) -> Any:
+def train_tokenizer(texts: Iterable[str], vocabulary: int, length: int, *, lowercase: bool) -> Any:
     """Train a byte-pair tokenizer, which has no unknown tokens. The same texts return the same tokenizer.
 
     (The WordPiece trainer of the library returns another tokenizer at every call.)

@@ -93,7 +93,11 @@ def test_unknown_source_kind_option_and_missing_root_are_named(config: str, tmp_
     with pytest.raises(UserError, match="unknown key source.options.sise"):
         build_source("folder", str(images), {"sise": 3})
     with pytest.raises(UserError) as found:
-        build_source("folder", str(tmp_path / "nowhere"), {"tasks": [{"column": "x", "kind": "binary"}]}).entries()
+        list(
+            build_source(
+                "folder", str(tmp_path / "nowhere"), {"tasks": [{"column": "x", "kind": "binary"}]}
+            ).entries()
+        )
     assert "nowhere" in str(found.value)
 
 

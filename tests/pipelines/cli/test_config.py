@@ -220,7 +220,7 @@ class TestNew:
         assert {task.name: task.kind for task in source.describe().tasks} == {
             "colour": "multiclass", "bright": "binary", "level": "regression",
         }  # fmt: skip
-        assert source.read(source.entries()[0])["input"] is not None
+        assert source.read(next(source.entries()))["input"] is not None
 
     def test_table_of_texts(self, tmp_path: Path) -> None:
         pytest.importorskip("tokenizers")
@@ -236,7 +236,7 @@ class TestNew:
         config = load_config(str(file))
         assert config.source is not None
         assert config.source.options["text_column"] == "body"
-        assert len(build_source("text", config.source.root, config.source.options).entries()) == 100
+        assert len(list(build_source("text", config.source.root, config.source.options).entries())) == 100
 
     def test_it_overwrites_a_file_only_with_force(self, mixed: str, tmp_path: Path) -> None:
         arguments = ("config", "new", mixed, "--targets", "churn,spend", "-o", str(tmp_path / "mine.yaml"))

@@ -383,7 +383,7 @@ def test_the_planted_source_is_the_planted_problem() -> None:
     spec, tasks, data, _ = planted_data(4, tasks=3, groups=3, features=6, rows=100)
     described = source.describe()
     assert (described.input, described.tasks) == (spec, tasks)
-    listed = source.entries()
+    listed = list(source.entries())
     assert [sum(entry.split == split for entry in listed) for split in ("train", "val", "test")] == [50, 25, 25]
     found = source.read(listed[60])
     assert (found["input"] == data.splits["val"].inputs[10]).all()

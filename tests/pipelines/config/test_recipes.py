@@ -69,7 +69,7 @@ def source_of(config: Config) -> Source:
 def samples(config: Config) -> tuple[Description, ArrayData]:
     """The first samples of the recipe's source, as they would come back from a shard."""
     source = source_of(config)
-    entries, description = source.entries()[:ROWS], source.describe()
+    entries, description = list(source.entries())[:ROWS], source.describe()
     manifest = Manifest(description, {}, {})
     tasks = manifest.tasks(config.data.tasks, "")
     table = table_of(description, [(entry.id, source.read(entry)) for entry in entries])

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from pipelines.config.ray_section import RaySection
 from pipelines.config.sections import DataSection
 from pipelines.data import shards
 from pipelines.data.ingest import keeps_in_memory, load_splits, open_data
@@ -14,6 +15,9 @@ from pipelines.data.reader import Reader, _column
 from pipelines.data.sources.base import Column
 from pipelines.data.stream import StreamData, all_units, stretch
 from pipelines.errors import UserError
+from pipelines.execution.embedded import EmbeddedExecutor
+from pipelines.execution.executor import Executor
+from pipelines.execution.ray_executor import RayExecutor
 from tests.pipelines.data.test_shards import manifest_of
 
 CPU = torch.device("cpu")
@@ -164,27 +168,42 @@ def test_missing_or_truncated_shard_is_named(reader: Reader) -> None:
         list(streamed(reader).train(0, 16))
 
 
-class TestWithRay:
-    def test_cache_follows_size_and_setting(self, reader: Reader) -> None:
+@pytest.fixture(params=["embedded", "in processes", pytest.param("Ray", marks=pytest.mark.ray)])
+def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    section = RaySection(object_store_mib=128)
+    if request.param == "Ray":
+        request.getfixturevalue("ray_session")
+        yield RayExecutor(section)
+        return
+    with EmbeddedExecutor(section, processes=int(request.param == "in processes")) as made:
+        yield made
+
+
+class TestHeld:
+    def test_cache_follows_size_and_setting(self, executor: Executor, reader: Reader) -> None:
         def kept(**values: object) -> bool:
-            return keeps_in_memory(reader, DataSection(shards="x", **values))
+            return keeps_in_memory(reader, DataSection(shards="x", **values), executor)
 
         assert kept()
         assert not kept(cache_gib=1e-6)
         assert not kept(cache="stream")
         assert kept(cache="memory", cache_gib=1e-6)
 
-    def test_data_that_does_not_fit_the_requested_memory_is_an_error(self, reader: Reader, monkeypatch) -> None:
+    def test_data_that_does_not_fit_the_requested_memory_is_an_error(
+        self, executor: Executor, reader: Reader, monkeypatch
+    ) -> None:
         monkeypatch.setattr(Reader, "row_bytes", lambda _: 2**30)
-        with pytest.raises(UserError, match="can hold") as found:
-            keeps_in_memory(reader, DataSection(shards="x", cache="memory"))
+        with pytest.raises(UserError, match="the memory for them") as found:
+            keeps_in_memory(reader, DataSection(shards="x", cache="memory"), executor)
         assert "object_store_mib" in found.value.remedy
-        assert not keeps_in_memory(reader, DataSection(shards="x"))
+        assert not keeps_in_memory(reader, DataSection(shards="x"), executor)
 
     @pytest.mark.parametrize("cache", ["memory", "device"])
     @pytest.mark.parametrize("world_size", [1, 3])
-    def test_cache_returns_every_sample_once_an_epoch(self, reader: Reader, cache: str, world_size: int) -> None:
-        held, data = load_splits(reader), DataSection(shards="x", cache=cache)
+    def test_cache_returns_every_sample_once_an_epoch(
+        self, executor: Executor, reader: Reader, cache: str, world_size: int
+    ) -> None:
+        held, data = load_splits(reader, executor), DataSection(shards="x", cache=cache)
         workers = [
             open_data(reader, held, data, seed=1, rank=r, world_size=world_size, device=CPU)
             for r in range(world_size)
@@ -195,7 +214,7 @@ class TestWithRay:
         valued = [key for w in workers for batch in w.evaluate("val", 7) for key in row_key(batch.inputs)]
         assert valued == expected(reader, "val")
 
-    def test_cached_and_streamed_targets_are_equal(self, reader: Reader) -> None:
+    def test_cached_and_streamed_targets_are_equal(self, executor: Executor, reader: Reader) -> None:
         def truth(data) -> dict[bytes, list[float]]:
             return {
                 key: [batch.targets[t][i].item() for t in batch.targets]
@@ -203,18 +222,18 @@ class TestWithRay:
                 for i, key in enumerate(row_key(batch.inputs))
             }
 
-        held = load_splits(reader)
+        held = load_splits(reader, executor)
         for cache in ("memory", "device"):
             section = DataSection(shards="x", cache=cache)
             assert truth(streamed(reader)) == truth(
                 open_data(reader, held, section, seed=0, rank=0, world_size=1, device=CPU)
             )
 
-    def test_shards_with_another_number_of_rows_are_an_error(self, reader: Reader) -> None:
+    def test_shards_with_another_number_of_rows_are_an_error(self, executor: Executor, reader: Reader) -> None:
         held = {split: list(files) for split, files in reader.manifest.shards.items()}
         held["train"] = [replace(held["train"][0], rows=3), *held["train"][1:]]
         with pytest.raises(UserError, match="the manifest says"):
-            load_splits(replace(reader, manifest=replace(reader.manifest, shards=held)))
+            load_splits(replace(reader, manifest=replace(reader.manifest, shards=held)), executor)
 
 
 def test_fewer_samples_than_workers_is_an_error(reader: Reader) -> None:

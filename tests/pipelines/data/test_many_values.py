@@ -19,9 +19,10 @@ from pipelines.config.loading import Config
 from pipelines.config.validation import checked
 from pipelines.data import shards, statistics
 from pipelines.data.manifest import read_manifest
+from pipelines.data.planning import make_plans
 from pipelines.data.preprocessing import load_preparation
 from pipelines.data.reader import Reader
-from pipelines.data.shards import make_plans, write_shard
+from pipelines.data.shards import write_shard
 from pipelines.data.sources import build_source
 from pipelines.data.sources.base import Column, Source
 from pipelines.data.sources.labels import Target, in_order

@@ -20,7 +20,7 @@ from pipelines.report.inspect import inspect
 from pipelines.storage import Location, locate
 from pipelines.training.driver import Trained, train
 from tests.pipelines.conftest import TASKS, make_config
-from tests.pipelines.data.test_shard_folder import in_this_process, killed_at, old_names
+from tests.pipelines.data.test_shard_folder import killed_at, old_names
 from tests.pipelines.s3_server import BUCKET, SECRET, faulty, settings
 
 WRONG = "wrong-secret-77"
@@ -200,7 +200,6 @@ def test_bucket_or_folder_with_other_files_is_refused(images: Path, raw: Locatio
 def test_data_set_in_a_bucket_stays_until_the_next_is_complete(
     images: Path, raw: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_this_process(monkeypatch)
     config = on_s3(make_config(images, tmp_path), "again")
     first, folder = shard(config).manifest, locate(config.data.shards)
     names = old_names(folder, first.files(), published=True)

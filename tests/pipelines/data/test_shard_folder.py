@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,23 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import yaml
 
 from dmtg_core import InputSpec
 from pipelines.config.loading import Config, load_config
+from pipelines.config.ray_section import RaySection
 from pipelines.config.sections import DataSection, SourceSection
 from pipelines.config.validation import checked
 from pipelines.data import shards
 from pipelines.data.ingest import load_splits
 from pipelines.data.manifest import FILE, Manifest, Shard, check_shards, read_manifest
+from pipelines.data.planning import make_plans
 from pipelines.data.shard_folder import SHARD
-from pipelines.data.shards import QUARANTINE, make_plans, shard, write_shard
+from pipelines.data.shards import QUARANTINE, shard
 from pipelines.data.sources.base import Column, Description, Entry
 from pipelines.data.sources.table import TableSource
 from pipelines.errors import UserError
+from pipelines.execution.embedded import EmbeddedExecutor
 from pipelines.storage import Location, locate
 from tests.pipelines.conftest import config_values
 from tests.pipelines.data.test_shards import manifest_of
@@ -78,28 +80,9 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job must not come as far as to list its samples or to start Ray."""
+    """A job must not come as far as to list its samples or to open an executor."""
     monkeypatch.setattr(TableSource, "entries", lambda _: pytest.fail("the source was listed"))
-    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was started"))
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards are made in this process, one after the other."""
-    in_this_process(monkeypatch)
-
-
-def in_this_process(patch: pytest.MonkeyPatch) -> None:
-    """Make shards without Ray."""
-
-    def run(
-        source: Any, description: Any, plans: Any, folder: Location, config: Config
-    ) -> Iterator[dict[str, Any]]:
-        for plan in plans:
-            yield write_shard(source, description, plan, folder, config.data.compression)
-
-    patch.setattr(shards, "_run", run)
-    patch.setattr(shards, "session", lambda _: shards.nullcontext())
+    monkeypatch.setattr(shards, "open_executor", lambda _: pytest.fail("an executor was opened"))
 
 
 @pytest.mark.usefixtures("nothing_starts")
@@ -193,7 +176,6 @@ def test_command_refuses_it(tmp_path: Path) -> None:
     assert tree(raw) == before
 
 
-@pytest.mark.usefixtures("here")
 class TestJob:
     def test_shards_beside_a_table_of_one_file_are_allowed(self, tmp_path: Path) -> None:
         raw = write_table(tmp_path / "machines.parquet")
@@ -406,7 +388,8 @@ def test_shards_are_read_in_the_order_of_the_manifest(tmp_path: Path) -> None:
             held[split].append(replace(part, file=renamed))
     reader = replace(reader, manifest=replace(reader.manifest, shards=held))
     expected = list(range(12))
-    tables = ray.get(load_splits(reader)["train"])
+    with EmbeddedExecutor(RaySection()) as executor:
+        tables = [held.get() for held in load_splits(reader, executor)["train"]]
     assert [int(v) for t in tables for v in reader.arrays(t).labels[NUMBER.name]] == expected
     batches = streamed(reader, 6).evaluate("train", 5)
     assert [int(v) for batch in batches for v in batch.targets[NUMBER.name]] == expected

@@ -9,7 +9,8 @@ from dmtg_core import InputSpec, Task
 from pipelines.config.sections import DataSection, SourceSection
 from pipelines.data import shards
 from pipelines.data.manifest import FILE, check_shards, check_targets, read_manifest
-from pipelines.data.shards import QUARANTINE, finished_part, make_plans, shard, table_of, write_shard
+from pipelines.data.planning import make_plans
+from pipelines.data.shards import QUARANTINE, finished_part, shard, table_of, write_shard
 from pipelines.data.sources import build_source
 from pipelines.data.sources.base import Column, Description, Entry
 from pipelines.errors import UserError

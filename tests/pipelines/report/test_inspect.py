@@ -19,8 +19,9 @@ from pipelines.cli.app import app
 from pipelines.config.loading import Config
 from pipelines.data import shards
 from pipelines.data.manifest import FILE, read_manifest
+from pipelines.data.planning import make_plans
 from pipelines.data.reader import Reader
-from pipelines.data.shards import make_plans, write_shard
+from pipelines.data.shards import write_shard
 from pipelines.data.sources.base import BadSampleError, Column, Description, Entry
 from pipelines.report import contact_sheet, pictures
 from pipelines.report import inspect as inspecting

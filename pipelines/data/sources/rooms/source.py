@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import product
 from typing import Any, Literal, get_args
@@ -66,7 +66,7 @@ class RoomsSource:
         """See `TaskonomySource.describe`; nothing is rendered yet."""
         return self._reader.describe()
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> Iterator[Entry]:
         """All points, split by building. Rooms that do not exist with the same options are rendered first.
 
         Raises:
@@ -75,7 +75,7 @@ class RoomsSource:
         done = self._root / _DONE
         if not (done.exists() and done.read_json() == self._options.drawing()):
             generate(self._root, self._options)
-        return self._reader.entries()
+        yield from self._reader.entries()
 
     def read(self, entry: Entry) -> dict[str, np.ndarray | None]:
         """See `TaskonomySource.read`."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, get_args
 
@@ -29,6 +29,7 @@ from pydantic import Field
 from dmtg_core.names import listed
 from pipelines.config.validation import Section, checked
 from pipelines.data.sources.base import INPUT, BadSampleError, Column, Description, Entry
+from pipelines.data.sources.columns import Replayed
 from pipelines.data.sources.images import (
     decode_image,
     image_input,
@@ -116,8 +117,11 @@ class TaskonomySource:
         columns |= {f"mask.{name}": Column("uint8", (size, size)) for name in self._masked}
         return Description(image_input(size), tuple(TASKS[name] for name in names), columns)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> Iterator[Entry]:
         """One sample for each rgb file, by building and file name. Only folders of rgb files are listed.
+
+        More than `columns.HELD_ROWS` files are listed twice, because the split of a building depends on all
+        buildings that have samples. The names of `_LISTERS` buildings are then in memory at a time.
 
         Raises:
             UserError: For a root that does not exist or has no rgb files, and for a building that the split file
@@ -125,13 +129,14 @@ class TaskonomySource:
         """
         check_root(self._root, _EXPECTED)
         splits = None if self._options.splits is None else read_splits(locate(self._options.splits))
-        points = self._points(splits)
-        splits = self._splits(sorted({fields["building"] for fields in points}), splits)
-        found = []
-        for fields in points:
-            name = f"{fields['building']}/point_{fields['point']}_view_{fields['view']}"
-            found.append(Entry(name, splits[fields["building"]] if splits else hash_split(name), fields))
-        return found
+        layout, wanted = self._wanted_buildings(splits)
+        files = Replayed(lambda _: self._listed(layout, wanted))
+        splits = self._splits(self._with_samples(files), splits)
+        for building, file in files:
+            if match := _RGB_FILE.fullmatch(file):
+                fields = {"layout": layout, "building": building, **match.groupdict()}
+                name = f"{building}/point_{fields['point']}_view_{fields['view']}"
+                yield Entry(name, splits[building] if splits else hash_split(name), fields)
 
     def read(self, entry: Entry) -> dict[str, np.ndarray | None]:
         """The image and the labels of one point of view.
@@ -173,22 +178,34 @@ class TaskonomySource:
             raise BadSampleError(f"no label file {location}")
         return location, data
 
-    def _points(self, splits: Mapping[str, str] | None) -> list[dict[str, str]]:
-        """Layout, building, point and view of each rgb file of the buildings that are wanted."""
-        files = self._listed(splits)
-        points = [
-            {"layout": layout, "building": building, **match.groupdict()}
-            for layout, building, file in files
-            if (match := _RGB_FILE.fullmatch(file))
-        ]
-        if not points:
+    def _with_samples(self, files: Iterable[tuple[str, str]]) -> list[str]:
+        """The buildings that have rgb files, sorted."""
+        found, others = set(), 0
+        for building, file in files:
+            if _RGB_FILE.fullmatch(file):
+                found.add(building)
+            else:
+                others += 1
+        if not found:
             raise UserError("no rgb files", where=str(self._root), remedy=f"expected in this folder: {_EXPECTED}")
-        if len(points) < len(files):
-            logger.warning("%s: %d files are not named as rgb files are", self._root, len(files) - len(points))
-        return points
+        if others:
+            logger.warning("%s: %d files are not named as rgb files are", self._root, others)
+        return sorted(found)
 
-    def _listed(self, splits: Mapping[str, str] | None) -> list[tuple[str, str, str]]:
-        """Layout, building and name of each file in the rgb folders of the buildings that are wanted."""
+    def _listed(self, layout: str, wanted: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """The building and the name of each file in the rgb folders."""
+
+        def names(building: str) -> list[str]:
+            return _folder(self._root, layout, "rgb", building).files(recursive=False)
+
+        with ThreadPoolExecutor(_LISTERS) as pool:
+            for start in range(0, len(wanted), _LISTERS):
+                some = wanted[start : start + _LISTERS]
+                for building, files in zip(some, pool.map(names, some), strict=True):
+                    yield from ((building, file) for file in files)
+
+    def _wanted_buildings(self, splits: Mapping[str, str] | None) -> tuple[str, list[str]]:
+        """The layout, and the buildings that are in a split."""
         layout, buildings = self._buildings()
         wanted = [building for building in buildings if self._wanted(building, splits)]
         if buildings and not wanted:
@@ -197,10 +214,7 @@ class TaskonomySource:
                 where=str(self._options.splits),
                 remedy="correct source.options.splits or source.root",
             )
-        folders = [_folder(self._root, layout, "rgb", building) for building in wanted]
-        with ThreadPoolExecutor(_LISTERS) as pool:
-            found = list(pool.map(lambda folder: folder.files(recursive=False), folders))
-        return [(layout, building, file) for building, files in zip(wanted, found, strict=True) for file in files]
+        return layout, wanted
 
     def _buildings(self) -> tuple[str, list[str]]:
         """The layout and the buildings, from the names of folders alone. No building is named taskonomy."""

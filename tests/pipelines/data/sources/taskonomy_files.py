@@ -77,7 +77,7 @@ def source(root, **options) -> TaskonomySource:
 def only(root, **options):
     """The row of the first entry."""
     reader = source(root, **options)
-    return reader.read(reader.entries()[0])
+    return reader.read(next(reader.entries()))
 
 
 def label(root, task, values=None, **options):

@@ -34,7 +34,7 @@ def change(file, old, new):
 @pytest.mark.parametrize("folders", [("", "", ""), ("Img", "Anno", "Eval"), ("Img", "", "Eval")])
 def test_rows_match_the_files(tmp_path, folders):
     reader = source(write_celeba(tmp_path / "celeba", folders=folders))
-    description, entries = reader.describe(), reader.entries()
+    description, entries = reader.describe(), list(reader.entries())
     assert [task.name for task in description.tasks] == list(CELEBA_NAMES)
     assert {(task.kind, task.metric) for task in description.tasks} == {("binary", "accuracy")}
     assert [(e.id, e.split) for e in entries] == [
@@ -53,7 +53,7 @@ def test_input_is_the_whole_image_in_0_to_1(root):
     left_red[:, :89, 0] = 255
     Image.fromarray(left_red).save(root / "img_align_celeba" / "000001.jpg", quality=100, subsampling=0)
     reader = source(root)
-    spec, pixels = reader.describe().input, reader.read(reader.entries()[0])[INPUT]
+    spec, pixels = reader.describe().input, reader.read(next(reader.entries()))[INPUT]
     assert (spec.shape, spec.mean, spec.std) == ((64, 64, 3), (0.0,), (255.0,))
     np.testing.assert_allclose(pixels[:, :31] / 255.0, np.broadcast_to([1.0, 0, 0], (64, 31, 3)), atol=0.02)
     np.testing.assert_allclose(pixels[:, 33:] / 255.0, 0, atol=0.02)
@@ -62,7 +62,7 @@ def test_input_is_the_whole_image_in_0_to_1(root):
 @pytest.mark.parametrize("size", [8, 64, 200])
 def test_any_size(root, size):
     reader = source(root, size=size)
-    assert reader.read(reader.entries()[0])[INPUT].shape == reader.describe().input.shape == (size, size, 3)
+    assert reader.read(next(reader.entries()))[INPUT].shape == reader.describe().input.shape == (size, size, 3)
 
 
 def test_some_attributes_in_the_order_asked_for(root):
@@ -101,7 +101,7 @@ def test_root_that_is_missing(tmp_path):
 def test_missing_file_is_named_with_its_possible_paths(root, name, folder):
     (root / name).rename(root / "elsewhere")
     with pytest.raises(UserError, match=f"no {name}") as caught:
-        source(root).entries()
+        list(source(root).entries())
     assert str(root / name) in caught.value.remedy
     assert str(root / folder / name) in caught.value.remedy
 
@@ -123,7 +123,7 @@ def test_missing_file_is_named_with_its_possible_paths(root, name, folder):
 def test_malformed_files(root, file, old, new, what):
     change(root / file, old, new)
     with pytest.raises(UserError, match=what) as caught:
-        source(root).entries()
+        list(source(root).entries())
     assert str(root / file) in caught.value.where
 
 
@@ -138,12 +138,12 @@ def test_value_that_is_not_a_flag_is_named_with_its_attribute(root, value):
     with pytest.raises(
         UserError, match=f"line 5 has {re.escape(repr(value))} for Bald, expected 40 cells of -1 or 1"
     ):
-        source(root).entries()
+        list(source(root).entries())
 
 
 def test_images_that_cannot_be_used_are_bad_samples(root):
     reader = source(root)
-    images, entries = root / "img_align_celeba", reader.entries()
+    images, entries = root / "img_align_celeba", list(reader.entries())
     (images / "000001.jpg").unlink()
     (images / "000002.jpg").write_bytes((images / "000002.jpg").read_bytes()[:500])
     Image.new("RGB", (64, 64)).save(images / "000003.jpg")
@@ -158,14 +158,14 @@ def test_images_that_cannot_be_used_are_bad_samples(root):
 
 def test_images_that_are_left_out_are_logged(root, caplog):
     with caplog.at_level(logging.INFO):
-        source(root).entries()
+        list(source(root).entries())
     assert not caplog.records
     (root / "img_align_celeba" / "000007.jpg").write_bytes(b"")
     (root / "img_align_celeba" / "notes.txt").write_bytes(b"")
     with (root / PARTITION).open("a") as file:
         file.write("000008.jpg 2\n")
     with caplog.at_level(logging.INFO):
-        assert len(source(root).entries()) == 6
+        assert len(list(source(root).entries())) == 6
     assert "2 files are in no list" in caplog.text
     assert "lists 1 images without attributes" in caplog.text
 
@@ -180,7 +180,7 @@ def test_any_line_end_and_empty_lines_at_the_end(root):
 def test_reader_is_sent_to_a_worker_with_its_lists(root):
     reader = source(root)
     reader.describe()
-    entry = reader.entries()[0]
+    entry = next(reader.entries())
     expected = reader.read(entry)
     (root / NAMES).unlink()
     (root / PARTITION).unlink()

@@ -78,7 +78,7 @@ def test_rows_match_the_description(root):
 
 def test_tasks_are_made_at_the_training_resolution(root):
     reader = source(root)
-    row = reader.read(reader.entries()[0])
+    row = reader.read(next(reader.entries()))
     ids = np.pad(TWO, ((1, 1), (0, 0)))
     np.testing.assert_array_equal(row["task.mask"], ids > 0)
     np.testing.assert_array_equal(row["task.boundary"], boundary(ids))
@@ -97,7 +97,7 @@ def test_ids_above_255_stay_apart(root):
     mask[2:10, 2:10] = 1
     mask[2:10, 10:18] = 257  # the same as 1 in 8 bits
     Image.fromarray(mask).save(root / "masks" / "a.png")
-    row = source(root, 20).read(source(root).entries()[0])
+    row = source(root, 20).read(next(source(root).entries()))
     assert row["task.boundary"][5, 9:11].tolist() == [1, 1]
 
 
@@ -130,7 +130,7 @@ def break_mask(root, case):
 def test_bad_masks(root, case, reason):
     break_mask(root, case)
     reader = source(root)
-    a, b = reader.entries()
+    a, b = list(reader.entries())
     with pytest.raises(BadSampleError, match=reason):
         reader.read(a)
     assert reader.read(b)["task.mask"].any()
@@ -139,7 +139,7 @@ def test_bad_masks(root, case, reason):
 def test_cell_without_a_count_is_missing_or_bad(root):
     (root / "labels.csv").write_text("image,n_nuclei_128,split\na,,train\nb,x,train\n")
     reader = source(root)
-    a, b = reader.entries()
+    a, b = list(reader.entries())
     assert reader.read(a)["task.count"] is None
     with pytest.raises(BadSampleError, match="'x' in column n_nuclei_128, line 3"):
         reader.read(b)
@@ -156,13 +156,13 @@ def test_wrong_use(root):
         source(root / "none")
     (root / "labels.csv").write_text("image,n_nuclei_128,split\na,1,tain\n")
     with pytest.raises(UserError, match="unknown split 'tain'"):
-        source(root).entries()
+        list(source(root).entries())
 
 
 @pytest.mark.skipif(not NUCLEI.is_dir(), reason="the shared nuclei data is not beside the checkout")
 def test_shared_nuclei():
     reader = pickle.loads(pickle.dumps(source(NUCLEI, 64)))  # noqa: S301
-    entries = reader.entries()
+    entries = list(reader.entries())
     assert [sum(e.split == s for e in entries) for s in ("train", "val", "test")] == [486, 93, 85]
     distances = []
     for entry in entries[::10]:

@@ -180,7 +180,7 @@ def test_source_renders_once_and_reads_as_taskonomy(tmp_path):
     reader = build_source("rooms", str(tmp_path / "new"), FEW)
     description = reader.describe()
     assert not (tmp_path / "new").exists()
-    entries = reader.entries()
+    entries = list(reader.entries())
     assert len(entries) == 6
     assert {e.split for e in entries} == {"train", "val", "test"}
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "new").rglob("*.png")}
@@ -194,21 +194,21 @@ def test_source_renders_once_and_reads_as_taskonomy(tmp_path):
 
 def test_rooms_are_rendered_again_only_for_options_of_the_files(tmp_path):
     root = locate(str(tmp_path))
-    RoomsSource(root, FEW).entries()
+    list(RoomsSource(root, FEW).entries())
     first = contents(tmp_path)
-    RoomsSource(root, {**FEW, "size": 12, "tasks": ["normal"]}).entries()
+    list(RoomsSource(root, {**FEW, "size": 12, "tasks": ["normal"]}).entries())
     assert contents(tmp_path) == first
-    assert len(RoomsSource(root, {**FEW, "points": 1, "seed": 3}).entries()) == 3
+    assert len(list(RoomsSource(root, {**FEW, "points": 1, "seed": 3}).entries())) == 3
     assert len(contents(tmp_path)) == 3 * 6 + 1
 
 
 def test_interrupted_rendering_is_repeated(tmp_path):
     root = locate(str(tmp_path))
-    RoomsSource(root, FEW).entries()
+    list(RoomsSource(root, FEW).entries())
     whole = contents(tmp_path)
     (tmp_path / "rooms.json").rename(tmp_path / "rooms.part.json")
     (tmp_path / "rgb" / "room000" / "point_0_view_0_domain_rgb.png").unlink()
-    assert len(RoomsSource(root, FEW).entries()) == 6
+    assert len(list(RoomsSource(root, FEW).entries())) == 6
     assert contents(tmp_path) == whole
 
 
@@ -217,7 +217,7 @@ def test_images_of_another_origin_are_kept(tmp_path):
     precious.parent.mkdir(parents=True)
     precious.write_bytes(b"taskonomy")
     with pytest.raises(UserError, match="not rendered by this reader"):
-        RoomsSource(locate(str(tmp_path)), FEW).entries()
+        list(RoomsSource(locate(str(tmp_path)), FEW).entries())
     assert precious.read_bytes() == b"taskonomy"
 
 

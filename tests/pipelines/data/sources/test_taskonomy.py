@@ -17,7 +17,7 @@ from tests.pipelines.data.sources.taskonomy_files import FOLDERS, arrays, more_a
 def test_every_layout_returns_the_content_of_the_files(tmp_path, layout):
     save(tmp_path, arrays(), layout=layout)
     reader = source(tmp_path)
-    (entry,) = reader.entries()
+    (entry,) = list(reader.entries())
     assert entry.id == "alpha/point_0_view_3"
     row, description = reader.read(entry), reader.describe()
     assert set(row) == set(description.columns)
@@ -50,7 +50,7 @@ def test_entries_come_from_names_alone_in_a_fixed_order(tmp_path):
             save(tmp_path, {"rgb": arrays()["rgb"]}, building=building, point=point)
     for file in tmp_path.rglob("*.png"):
         file.write_bytes(b"")
-    entries = source(tmp_path).entries()
+    entries = list(source(tmp_path).entries())
     assert [e.id.split("_view")[0] for e in entries] == [
         f"{b}/point_{p}" for b in ("alpha", "beta", "gamma") for p in (0, 1)
     ]
@@ -70,7 +70,7 @@ def test_building_that_the_split_file_does_not_name(tmp_path):
     table = tmp_path / "splits.csv"
     table.write_bytes(b"id,train,val,test\ralpha,1,0,0\r")
     with pytest.raises(UserError, match="no split for building delta"):
-        source(tmp_path, splits=str(table)).entries()
+        list(source(tmp_path, splits=str(table)).entries())
 
 
 def write_rgb(root, *buildings, layout="task"):
@@ -92,13 +92,13 @@ def test_building_in_no_split_is_left_out(tmp_path):
 def test_a_small_split_of_a_large_download(tmp_path):
     write_rgb(tmp_path, "alpha", "beta", "gamma")
     table = write_table(tmp_path, "building,split\nalpha,train\ngamma,test\n")
-    entries = source(tmp_path, splits=table, unlisted="leave_out").entries()
+    entries = list(source(tmp_path, splits=table, unlisted="leave_out").entries())
     assert [(e.id, e.split) for e in entries] == [
         ("alpha/point_0_view_3", "train"),
         ("gamma/point_0_view_3", "test"),
     ]
     with pytest.raises(UserError, match="no split for building beta") as caught:
-        source(tmp_path, splits=table).entries()
+        list(source(tmp_path, splits=table).entries())
     assert "unlisted" in caught.value.remedy
 
 
@@ -106,9 +106,9 @@ def test_a_split_file_of_other_buildings(tmp_path, caplog):
     write_rgb(tmp_path, "alpha", "beta")
     table = write_table(tmp_path, "building,split\ngamma,train\n")
     with pytest.raises(UserError, match="none of the 2 buildings is in a split: alpha, beta"):
-        source(tmp_path, splits=table, unlisted="leave_out").entries()
+        list(source(tmp_path, splits=table, unlisted="leave_out").entries())
     table = write_table(tmp_path, "building,split\nalpha,train\nbeta,val\ngamma,train\n")
-    assert len(source(tmp_path, splits=table).entries()) == 2
+    assert len(list(source(tmp_path, splits=table).entries())) == 2
     assert "1 buildings of the split file do not exist: gamma" in caplog.text
 
 
@@ -116,7 +116,7 @@ def test_folder_without_images_is_not_a_building(tmp_path):
     write_rgb(tmp_path, "alpha")
     (tmp_path / "rgb" / "notes").mkdir()
     table = write_table(tmp_path, "building,split\nalpha,train\n")
-    assert len(source(tmp_path, splits=table).entries()) == 1
+    assert len(list(source(tmp_path, splits=table).entries())) == 1
 
 
 @pytest.mark.parametrize("layout", FOLDERS)
@@ -130,7 +130,7 @@ def test_only_folders_that_are_needed_are_listed(tmp_path, monkeypatch, layout):
         Location, "files", lambda self, **options: listed.append((self.path, options)) or files(self, **options)
     )
     table = write_table(tmp_path, "building,split\nalpha,train\nbeta,val\n")
-    source(tmp_path, splits=table, unlisted="leave_out").entries()
+    list(source(tmp_path, splits=table, unlisted="leave_out").entries())
     expected = [str(path(tmp_path, "rgb", building=b, layout=layout).parent) for b in ("alpha", "beta")]
     assert sorted(listed, key=str) == [(folder, {"recursive": False}) for folder in expected]
 
@@ -141,7 +141,7 @@ def test_some_of_the_tasks(tmp_path):
         shutil.rmtree(tmp_path / name)
     reader = source(tmp_path, tasks=["normal", "depth_zbuffer"])
     assert [task.name for task in reader.describe().tasks] == ["normal", "depth_zbuffer"]
-    assert set(reader.read(reader.entries()[0])) == {INPUT, "task.normal", "task.depth_zbuffer"}
+    assert set(reader.read(next(reader.entries()))) == {INPUT, "task.normal", "task.depth_zbuffer"}
 
 
 def test_wrong_use(tmp_path):
@@ -153,15 +153,15 @@ def test_wrong_use(tmp_path):
         source(tmp_path, split="x.csv")
     assert "splits" in caught.value.remedy
     with pytest.raises(UserError, match="no rgb files"):
-        source(tmp_path).entries()
+        list(source(tmp_path).entries())
     with pytest.raises(UserError) as caught:
-        build_source("taskonomy", str(tmp_path / "none"), {}).entries()
+        list(build_source("taskonomy", str(tmp_path / "none"), {}).entries())
     assert "<task>/<building>" in caught.value.remedy
 
 
 def test_reader_can_be_sent_to_a_worker(tmp_path):
     save(tmp_path, arrays())
     reader = source(tmp_path)
-    (entry,) = reader.entries()
+    (entry,) = list(reader.entries())
     copy = pickle.loads(pickle.dumps(reader))  # noqa: S301
     np.testing.assert_array_equal(copy.read(entry)[INPUT], arrays()["rgb"])

@@ -29,7 +29,7 @@ def test_split_files_with_any_line_end(tmp_path, lines, end):
     table.write_bytes((end.join(lines) + end).encode())
     assert read_splits(locate(str(table))) == {"alpha": "train", "beta": "val", "gamma": "test"}
     save(tmp_path, {"rgb": arrays()["rgb"]}, building="beta")
-    (entry,) = source(tmp_path, splits=str(table)).entries()
+    (entry,) = list(source(tmp_path, splits=str(table)).entries())
     assert entry.split == "val"
 
 

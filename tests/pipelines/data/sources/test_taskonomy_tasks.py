@@ -57,7 +57,7 @@ def encoded(task, raw):
 def test_all_tasks_return_the_content_of_their_files(tmp_path):
     save(tmp_path, more_arrays())
     reader = source(tmp_path, tasks=ALL)
-    (entry,) = reader.entries()
+    (entry,) = list(reader.entries())
     row, description = reader.read(entry), reader.describe()
     assert list(row) == ["input", *(f"task.{name}" for name in ALL)]
     for task in ALL:
@@ -70,7 +70,7 @@ def test_all_tasks_return_the_content_of_their_files(tmp_path):
 def test_all_tasks_at_other_sizes_match_the_description(tmp_path, size):
     save(tmp_path, more_arrays())
     reader = source(tmp_path, tasks=ALL, size=size, depth_mask=True)
-    row, description = reader.read(reader.entries()[0]), reader.describe()
+    row, description = reader.read(next(reader.entries())), reader.describe()
     for name, column in description.columns.items():
         assert (row[name].dtype, row[name].shape) == (np.dtype(column.dtype), column.shape), name
 

@@ -15,6 +15,7 @@ from pipelines.data.sources.tokens import train_tokenizer
 from pipelines.errors import UserError
 from pipelines.storage import locate
 from tests.paths import SHARED
+from tests.pipelines.data.memory_plans import plans
 
 EMOTIONS = SHARED / "data" / "goemotions"
 FILES = {"train": "train.tsv", "val": "dev.tsv", "test": "test.tsv"}
@@ -51,7 +52,7 @@ def test_rows_match_the_description(root):
         (12,),
         "uint16",
     )
-    entries = reader.entries()
+    entries = list(reader.entries())
     assert [(e.id, e.split) for e in entries[3:6]] == [("t3", "train"), ("v0", "val"), ("v1", "val")]
     for entry in entries[:4]:
         row = reader.read(entry)
@@ -63,22 +64,22 @@ def test_rows_match_the_description(root):
 
 def test_label_ids_become_flags_and_an_empty_cell_is_missing(root):
     reader = source(root)
-    found = [reader.read(entry) for entry in reader.entries()[:4]]
+    found = [reader.read(entry) for entry in list(reader.entries())[:4]]
     names = ("task.anger", "task.joy_of_life", "task.surprise")
     assert [[row[name] for name in names] for row in found] == [[1, 0, 1], [0, 1, 0], [None] * 3, [0, 1, 1]]
 
 
 def test_a_quote_is_a_character_of_a_tsv_file(root):
     reader = source(root)
-    assert decode(reader, reader.read(reader.entries()[0])) == 'i said "no way'
+    assert decode(reader, reader.read(next(reader.entries()))) == 'i said "no way'
     upper = source(root, lowercase=False)
-    assert decode(upper, upper.read(upper.entries()[0])) == 'I said "no way'
+    assert decode(upper, upper.read(next(upper.entries()))) == 'I said "no way'
 
 
 def test_tokens_fit_the_vocabulary_and_padding_is_0_at_the_end(root):
     reader = source(root)
     spec = reader.describe().input
-    ids = reader.read(reader.entries()[2])[INPUT]
+    ids = reader.read(list(reader.entries())[2])[INPUT]
     count = int((ids > 0).sum())
     assert 0 < count < 12
     assert ids[:count].all()
@@ -112,15 +113,15 @@ def test_long_texts_are_truncated_and_counted(root, caplog):
     with caplog.at_level(logging.INFO):
         assert reader.describe().input.shape == (2,)
     assert "4 of 4 training texts are longer than length=2" in caplog.text
-    assert reader.read(reader.entries()[0])[INPUT].shape == (2,)
+    assert reader.read(next(reader.entries()))[INPUT].shape == (2,)
 
 
 def test_texts_that_other_splits_repeat_are_counted_and_kept(root, caplog):
-    assert len(source(root).entries()) == 8
+    assert len(list(source(root).entries())) == 8
     assert "1 of 4 training texts are also in val or test" in caplog.text
     (root / "dev.tsv").write_text("something else\t0\tv0\n")
     caplog.clear()
-    source(root).entries()
+    list(source(root).entries())
     assert "word for word" not in caplog.text
 
 
@@ -135,7 +136,7 @@ def test_texts_that_other_splits_repeat_are_counted_and_kept(root, caplog):
 def test_rows_that_cannot_be_used_are_bad_samples(root, number, reason):
     reader = source(root)
     with pytest.raises(BadSampleError, match=reason):
-        reader.read(reader.entries()[number])
+        reader.read(list(reader.entries())[number])
 
 
 def test_id_without_a_column_is_file_and_row(root):
@@ -152,7 +153,7 @@ def test_label_columns_of_one_csv_file(tmp_path):
     options = {"file": "t.csv", "tasks": [MOOD, price], "length": 6}
     reader = build_source("text", str(tmp_path), options)
     assert [t.kind for t in reader.describe().tasks] == ["multiclass", "regression"]
-    entries = reader.entries()
+    entries = list(reader.entries())
     assert [entry.split for entry in entries] == ["train", "train", "val"]
     found = [reader.read(entry) for entry in entries]
     assert [row["task.mood"] for row in found] == [1, 0, None]
@@ -164,7 +165,7 @@ def test_label_columns_of_one_csv_file(tmp_path):
         tmp_path / "t.parquet",
     )
     parquet = TextSource(locate(str(tmp_path)), {**options, "file": "t.parquet"})
-    assert np.array_equal(parquet.read(parquet.entries()[0])[INPUT], found[0][INPUT])
+    assert np.array_equal(parquet.read(next(parquet.entries()))[INPUT], found[0][INPUT])
 
 
 def wordlevel(path, *words, **padding):
@@ -180,14 +181,14 @@ def test_a_tokenizer_from_a_file(root, tmp_path):
     for path in ("tokenizer.json", str(tmp_path / "tokenizer.json")):
         reader = source(root, tokenizer=path, length=4)
         assert reader.describe().input.vocabulary == 5
-        assert reader.read(reader.entries()[2])[INPUT].tolist() == [2, 3, 4, 0]
+        assert reader.read(list(reader.entries())[2])[INPUT].tolist() == [2, 3, 4, 0]
 
 
 def test_a_large_vocabulary_is_stored_in_32_bits(root):
     wordlevel(root / "tokenizer.json", "[PAD]", "[UNK]", *(f"w{i}" for i in range(65535)), "way")
     reader = source(root, tokenizer="tokenizer.json", length=2)
     assert (reader.describe().input.dtype, reader.describe().input.vocabulary) == ("int32", 65538)
-    assert reader.read(reader.entries()[2])[INPUT].tolist() == [1, 65537]
+    assert reader.read(list(reader.entries())[2])[INPUT].tolist() == [1, 65537]
 
 
 def test_tokenizers_that_cannot_be_used(root):
@@ -216,13 +217,17 @@ def test_tokenizers_that_cannot_be_used(root):
         ({"text_column": "comment"}, "no column comment"),
         ({"columns": ["text", "labels"], "id_column": None}, "line 1 has 3 cells, expected 2"),
         ({"labels_file": "names.txt"}, "the file of label names does not exist"),
-        ({"files": {**FILES, "test": "train.tsv"}}, "4 ids occur more than once"),
         ({"metric": "rmse"}, "unknown metric"),
     ],
 )
 def test_options_that_cannot_be_used(root, options, message):
     with pytest.raises(UserError, match=message):
         source(root, **options).describe()
+
+
+def test_a_file_for_two_splits_is_refused(root):
+    with pytest.raises(UserError, match="4 ids occur more than once: t0, t1, t2, t3\n"):
+        plans(source(root, files={**FILES, "test": "train.tsv"}))
 
 
 def test_label_names_that_cannot_be_used(root):
@@ -237,7 +242,7 @@ def test_label_names_that_cannot_be_used(root):
 def test_reader_is_sent_to_a_worker_without_the_texts(root):
     reader = source(root)
     reader.describe()
-    entries = reader.entries()
+    entries = list(reader.entries())
     expected = reader.read(entries[0])
     packed = pickle.dumps(reader)
     assert b"Entry" not in packed
@@ -250,7 +255,7 @@ def test_reader_is_sent_to_a_worker_without_the_texts(root):
 @pytest.mark.skipif(not EMOTIONS.is_dir(), reason="the shared GoEmotions data is not beside the checkout")
 def test_goemotions():
     reader = source(EMOTIONS)
-    entries = reader.entries()
+    entries = list(reader.entries())
     assert [sum(e.split == split for e in entries) for split in FILES] == [43410, 5426, 5427]
     assert len({entry.id for entry in entries}) == 54263
     assert entries[0].fields["row"].cells["labels"] == "27"
