@@ -120,19 +120,23 @@ def over_naive(groups: int) -> Costs:
 def _memory(tasks: int) -> Callable[[], float]:
     """Measure the peak memory that steps with `tasks` binary tasks add to a fresh process, in MiB."""
     code = (
-        "import psutil, resource, torch\nfrom bench import steps\n"
+        "import pathlib, re\nfrom bench import steps\n"
+        # `ru_maxrss` would begin with the peak of the process that started this one
+        "def mib(key):\n"
+        "    status = pathlib.Path('/proc/self/status').read_text()\n"
+        "    return int(re.search(key + r':\\s+(\\d+) kB', status)[1]) / 1024\n"
         "steps.ours(steps.binary(1, steps.SMALL), 64)()\n"
-        "before = psutil.Process().memory_info().rss\n"
+        "before = mib('VmRSS')\n"
         f"step = steps.ours(steps.binary({tasks}, steps.SMALL), 64)\n"
         "for _ in range(3):\n    step()\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)\n"
+        "print(mib('VmHWM') - before)\n"
     )
 
     def cost() -> float:
         done = subprocess.run(  # noqa: S603 - this file's own code
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
-        return float(done.stdout.split()[-1]) / 2**20
+        return float(done.stdout.split()[-1])
 
     return cost
 
