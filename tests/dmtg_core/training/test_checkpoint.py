@@ -238,3 +238,19 @@ def test_slices_and_channels_last_tensors_are_written_whole(tmp_path):
     }
     files.save_tensors(tmp_path / "t.safetensors", tensors)
     assert_same_tensors(files.load_tensors(tmp_path / "t.safetensors"), tensors)
+
+
+def test_tensors_of_any_layout_and_dtype_are_stored(tmp_path):
+    whole = torch.randn(2, 3, 4, 5)
+    tensors = {
+        "slice": whole[:, 1],
+        "whole": whole,
+        "channels_last": whole.to(memory_format=torch.channels_last),
+        "bfloat16": whole.to(torch.bfloat16).to(memory_format=torch.channels_last),
+        "step": torch.tensor(7),
+        "none": torch.empty(0, 3),
+    }
+    files.save_tensors(tmp_path / "t.safetensors", tensors)
+    for name, found in files.load_tensors(tmp_path / "t.safetensors").items():
+        assert found.dtype == tensors[name].dtype
+        assert torch.equal(found, tensors[name]), name
