@@ -18,13 +18,13 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bench import taskonomy_files
+from bench.processes import peak_mib
 from pipelines.config.sections import DataSection
 from pipelines.data.manifest import read_manifest
 from pipelines.data.reader import Reader
@@ -166,21 +166,7 @@ def _peak_memory(samples: int) -> float:
     """Measure the peak memory of a sharding job with all its processes, in MiB. Shared memory counts once."""
     command = _shard_command(samples)
     shutil.rmtree(ROOT / f"shards{samples}", ignore_errors=True)
-    job = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    peak = 0.0
-    while job.poll() is None:
-        peak = max(peak, sum(map(_memory, [job, *job.children(recursive=True)])))
-        time.sleep(0.2)
-    if job.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed with {job.returncode}")
-    return peak / 2**20
-
-
-def _memory(process: psutil.Process) -> float:
-    try:
-        return float(process.memory_full_info().pss)
-    except psutil.Error:  # the process has ended
-        return 0.0
+    return peak_mib(command, Path())
 
 
 Costs = tuple[Callable[[], float], Callable[[], float]]

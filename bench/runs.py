@@ -120,47 +120,51 @@ def over_naive(groups: int) -> Costs:
 def _memory(tasks: int) -> Callable[[], float]:
     """Measure the peak memory that steps with `tasks` binary tasks add to a fresh process, in MiB."""
     code = (
-        "import psutil, resource, torch\nfrom bench import steps\n"
+        "import pathlib, re\nfrom bench import steps\n"
+        # `ru_maxrss` would begin with the peak of the process that started this one
+        "def mib(key):\n"
+        "    status = pathlib.Path('/proc/self/status').read_text()\n"
+        "    return int(re.search(key + r':\\s+(\\d+) kB', status)[1]) / 1024\n"
         "steps.ours(steps.binary(1, steps.SMALL), 64)()\n"
-        "before = psutil.Process().memory_info().rss\n"
+        "before = mib('VmRSS')\n"
         f"step = steps.ours(steps.binary({tasks}, steps.SMALL), 64)\n"
         "for _ in range(3):\n    step()\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)\n"
+        "print(mib('VmHWM') - before)\n"
     )
 
     def cost() -> float:
         done = subprocess.run(  # noqa: S603 - this file's own code
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
-        return float(done.stdout.split()[-1]) / 2**20
-
-    return cost
-
-
-def _fifty_steps(state: TrainState, spec: NetworkSpec, context: LocalContext | None) -> Callable[[], float]:
-    """Measure the seconds of fifty steps, with one checkpoint if there is a context."""
-    settings, here, batch = TrainSettings(), LocalContext(device="cpu"), batch_of(spec, 16)
-    module = WeighedLoss(state.network).train()
-    noise = step_noise(state.network, settings, 0, 0, 16)
-
-    def cost() -> float:
-        started = time.perf_counter()
-        for _ in range(50):
-            train_step(module, state.optimizer, batch, noise, 1.0, settings, here)
-        if context is not None:
-            context.report(None, state.save)
-        return time.perf_counter() - started
+        return float(done.stdout.split()[-1])
 
     return cost
 
 
 def checkpoints() -> tuple[Callable[[], float], Callable[[], float]]:
-    """Compare a checkpoint every fifty steps of the forty-attribute network with no checkpoint."""
-    spec = binary(40, FACES)
-    state = TrainState.fresh(GroupingNetwork(spec), TrainSettings())
+    """Compare fifty steps of the forty-attribute network and a checkpoint with the same fifty steps alone.
+
+    Both are measured in the same block. Blocks of some seconds differ by more than a checkpoint costs, so that two
+    blocks would compare the speed of the machine at two times. The checkpoint is written while training waits.
+    """
+    spec, settings, batch = binary(40, FACES), TrainSettings(), batch_of(binary(40, FACES), 16)
     folder = ROOT / "checkpoints"
     shutil.rmtree(folder, ignore_errors=True)
-    return _fifty_steps(state, spec, LocalContext(folder, device="cpu")), _fifty_steps(state, spec, None)
+    context = LocalContext(folder, device="cpu")
+    state = TrainState.fresh(GroupingNetwork(spec), settings)
+    module = WeighedLoss(state.network).train()
+    noise = step_noise(state.network, settings, 0, 0, 16)
+    alone = [0.0]
+
+    def cost() -> float:
+        started = time.perf_counter()
+        for _ in range(50):
+            train_step(module, state.optimizer, batch, noise, 1.0, settings, context)
+        alone[0] = time.perf_counter() - started
+        context.report(None, state.save)
+        return time.perf_counter() - started
+
+    return cost, lambda: alone[0]
 
 
 class _Worker:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,9 +178,33 @@ class Task:
             value.sub_(value.new_tensor(self.offset)).div_(value.new_tensor(self.scale))
         for where in missing:
             value.masked_fill_(where, torch.nan)
-        if self.kind == "dense_regression":
-            return value.unsqueeze(1) if value.dim() == 3 else value.permute(0, 3, 1, 2)
-        return value
+        return self.in_layout(value)
+
+    def encode_rows(self, raw: np.ndarray, present: np.ndarray | None, out: np.ndarray) -> None:
+        """Do the same as `encode` in host memory, with NumPy.
+
+        It uses one thread. PyTorch would divide each operation among as many threads as a training step, which
+        compete with those of the step and of readers.
+
+        Args:
+            raw, present: See `encode`.
+            out: Receives the targets in the layout of `raw`, int64 for class ids and float32 otherwise.
+        """
+        np.copyto(out, raw, casting="unsafe")
+        missing = [] if present is None else [~present.reshape(present.shape + (1,) * (raw.ndim - present.ndim))]
+        if self.valid_below is not None:
+            missing.append(out >= np.float32(self.valid_below))
+        if self.kind not in ("binary", *CLASS_KINDS):
+            out -= np.array(self.offset, np.float32)
+            out /= np.array(self.scale, np.float32)
+        for where in missing:
+            np.copyto(out, self.ignore_index if self.classes else np.nan, where=where)
+
+    def in_layout(self, target: Tensor) -> Tensor:
+        """View encoded values in the layout of stored labels in the layout of targets."""
+        if self.kind != "dense_regression":
+            return target
+        return target.unsqueeze(1) if target.dim() == 3 else target.permute(0, 3, 1, 2)
 
     def decode(self, output: Tensor) -> Tensor:
         """Convert a network output to predictions in the layout of the stored labels.

@@ -137,8 +137,16 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, network: nn.Mod
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as safetensors."""
-    # slices of larger tensors and channels-last tensors must be made contiguous
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+    save_file({name: _copied(tensor) for name, tensor in tensors.items()}, path)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Copy a slice of a larger tensor, a shared tensor or a channels-last tensor to contiguous host memory."""
+    host = tensor.detach().cpu()
+    try:  # one thread: hundreds of small copies by several threads wait longer for each other than they take
+        return torch.from_numpy(host.numpy().copy())
+    except TypeError:  # a dtype that NumPy does not have, such as bfloat16
+        return host.contiguous().clone()
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -193,4 +201,9 @@ def check_seal(folder: Path) -> None:
 
 def _checksums(folder: Path) -> dict[str, str]:
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != SEAL)
-    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {file.relative_to(folder).as_posix(): _checksum(file) for file in files}
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

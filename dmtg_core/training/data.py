@@ -109,22 +109,37 @@ class Chunks:
 def gather(parts: Sequence[tuple[Arrays, np.ndarray]], tasks: Sequence[Task], device: torch.device) -> Batch:
     """Gather rows of several parts into one batch, encoded on `device`."""
     inputs = _gathered([(arrays.inputs, rows) for arrays, rows in parts], device)
-    targets = {}
-    for task in tasks:
-        raw = _gathered([(arrays.labels[task.name], rows) for arrays, rows in parts], device)
-        masks = [(arrays.present.get(task.name), rows) for arrays, rows in parts]
-        known = [mask for mask, _ in masks if mask is not None]
-        if not known:
-            targets[task.name] = task.encode(raw)
-            continue
-        shape = known[0].shape[1:]
-        # a part without missing labels has no mask
-        whole = [
-            (np.ones((len(a), *shape), bool) if m is None else m, r)
-            for (a, _), (m, r) in zip(parts, masks, strict=True)
-        ]
-        targets[task.name] = task.encode(raw, _gathered(whole, device))
-    return Batch(inputs, targets)
+    encoded = _encoded_on_host if device.type == "cpu" else _encoded
+    return Batch(inputs, {task.name: encoded(parts, task, device) for task in tasks})
+
+
+def _encoded_on_host(parts: Sequence[tuple[Arrays, np.ndarray]], task: Task, device: torch.device) -> Tensor:
+    """Encode each part directly into the target, while it is in the cache of the processor."""
+    shape = (sum(len(rows) for _, rows in parts), *parts[0][0].labels[task.name].shape[1:])
+    held = torch.empty(shape, dtype=torch.int64 if task.classes else torch.float32, device=device)
+    view, start = held.numpy(), 0
+    for arrays, rows in parts:
+        raw, present = arrays.labels[task.name].take(rows, 0), arrays.present.get(task.name)
+        known = None if present is None else present.take(rows, 0)
+        task.encode_rows(raw, known, view[start : start + len(rows)])
+        start += len(rows)
+    return task.in_layout(held)
+
+
+def _encoded(parts: Sequence[tuple[Arrays, np.ndarray]], task: Task, device: torch.device) -> Tensor:
+    """Encode on the device. The stored labels are copied to it, as they are smaller than targets."""
+    raw = _gathered([(arrays.labels[task.name], rows) for arrays, rows in parts], device)
+    masks = [(arrays.present.get(task.name), rows) for arrays, rows in parts]
+    known = [mask for mask, _ in masks if mask is not None]
+    if not known:
+        return task.encode(raw)
+    shape = known[0].shape[1:]
+    # a part without missing labels has no mask
+    whole = [
+        (np.ones((len(a), *shape), bool) if m is None else m, r)
+        for (a, _), (m, r) in zip(parts, masks, strict=True)
+    ]
+    return task.encode(raw, _gathered(whole, device))
 
 
 def _gathered(parts: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> Tensor:

@@ -201,3 +201,30 @@ def test_classes_and_flags_have_no_units():
     for kind, channels in (("binary", 1), ("multiclass", 4), ("dense_classification", 4)):
         one, other = (Task("t", kind, channels, offset=(offset,)) for offset in (0.0, 7.0))
         assert torch.equal(one.in_units_of(other, output), output)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("task", "dtype", "shape"),
+    [
+        (Task("t", "binary", offset=(3.0,)), "uint8", ()),
+        (Task("t", "multiclass", 4, ignore_index=9), "int32", ()),
+        (Task("t", "regression", offset=(0.1,), scale=(0.3,)), "float64", ()),
+        (Task("t", "regression", 3, offset=(0.1, 7.0, 0.0), scale=(0.3, 1.0, 3.0)), "float32", (3,)),
+        (Task("t", "dense_classification", 4, ignore_index=250), "uint8", (5, 4)),
+        (Task("t", "dense_regression", valid_below=2.5, offset=(1500.0,), scale=(7.0,)), "uint16", (5, 4)),
+        (Task("t", "dense_regression", 3, offset=(0.1, 7.0, 0.0), scale=(0.3, 1.0, 3.0)), "uint8", (5, 4, 3)),
+    ],
+)
+def test_labels_in_host_memory_are_encoded_as_on_a_device(task, dtype, shape, masked):
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 4, (6, *shape)).astype(dtype)
+    if raw.dtype.kind == "f":
+        raw.flat[0] = np.nan
+    present = rng.random((6, *shape[:2]) if task.dense else 6) < 0.5 if masked else None
+    out = np.empty(raw.shape, np.int64 if task.classes else np.float32)
+    task.encode_rows(raw, present, out)
+    found = task.in_layout(torch.from_numpy(out))
+    expected = task.encode(torch.from_numpy(raw), None if present is None else torch.from_numpy(present))
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

@@ -233,6 +233,7 @@ def test_slices_and_channels_last_tensors_are_written_whole(tmp_path):
         "strided": torch.arange(10.0)[::2],
         "channels_last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
         "shared": torch.arange(10.0)[:4],
+        "bfloat16": torch.randn(2, 3, 4, 4).bfloat16().to(memory_format=torch.channels_last),
         "number": torch.tensor(3.0),
         "flags": torch.tensor([True, False]),
     }
