@@ -27,7 +27,7 @@ from pipelines.training.monitor import monitoring
 from pipelines.training.progress import Plan, display
 from pipelines.training.publish import publish, reopen_tracker
 from pipelines.training.worker import Job
-from pipelines.training.workers import new_event_log, run_workers
+from pipelines.training.workers import new_event_log, open_workers, run_workers
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,8 @@ def train(config: Config, log: Callable[[str], None] = logger.info) -> Trained:
         else:
             tracker = open_tracker(config, run, data.manifest)
             write_config(config, run)
-            train_monitored(_job(data, run, models), data, executor, tracker, log)
+            with open_workers(data, executor, log) as (chosen, workers):
+                train_monitored(_job(chosen, data, run, models), data, workers, tracker, log)
     registered = publish(config, run, tracker, data.manifest, log)
     return Trained(run, tracker.run_id, (run / RESULT).read_json(), registered, finished)
 
@@ -90,11 +91,11 @@ def _open(config: Config) -> tuple[Location, WarmStart | None]:
     return run, open_models(config, run)
 
 
-def _job(data: Prepared, run: Location, models: WarmStart | None) -> Job:
+def _job(config: Config, data: Prepared, run: Location, models: WarmStart | None) -> Job:
     """The job of the workers, without its tables and its event log."""
     start = keep_models(models, run)
-    notes = (*data.notes, *baseline_notes(data.config, start))
-    return Job(data.config, data.reader, None, run, notes, start, details=True)
+    notes = (*data.notes, *baseline_notes(config, start))
+    return Job(config, data.reader, None, run, notes, start, details=True)
 
 
 def train_monitored(

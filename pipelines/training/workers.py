@@ -1,14 +1,32 @@
-"""The workers of a run, on either executor."""
+"""The workers of a run: their number, and their start on either executor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
+import torch
+
+from dmtg_core.network.cost import training_flops
+from dmtg_core.network.grouping_network import GroupingNetwork
+from pipelines.config.loading import Config
+from pipelines.data.manifest import Manifest
+from pipelines.errors import UserError
+from pipelines.execution.choice import open_executor
 from pipelines.execution.executor import Executor
+from pipelines.execution.resources import cores
 from pipelines.runs.events import EventLog, LocalEventLog
-from pipelines.training.embedded import train_here
+from pipelines.training.checks import Prepared, check_workers
+from pipelines.training.embedded import train_here, training_device
 from pipelines.training.worker import Job
+
+WORTH_S = 120.0  # a run that takes less, by its operations, is not measured
+RATES = {"cpu": 2e10, "cuda": 5e12}  # operations a second that any core or GPU reaches, for that estimate
+OVERHEAD = 1.2  # of the gradients' exchange: measured for two workers on one machine
+STEPS = 3
 
 
 def new_event_log(executor: Executor) -> EventLog:
@@ -43,3 +61,112 @@ def run_workers(
         from pipelines.training.ray.trainer import run_workers as run_on_ray
 
         run_on_ray(job, log)
+
+
+@contextmanager
+def open_workers(
+    data: Prepared, executor: Executor, log: Callable[[str], None]
+) -> Iterator[tuple[Config, Executor]]:
+    """The configuration and the executor of the workers of a run.
+
+    They are those of the command, except that a number of workers that is `auto` becomes the one that shortens the
+    training. Several workers are started on Ray.
+
+    Args:
+        data: The data set, and the configuration of the command.
+        executor: The executor of the command.
+        log: Called with each line.
+    """
+    config = data.config
+    available = 1 if config.ray.workers != "auto" else _available(config, executor)
+    count = worthwhile_workers(config, data, available, log) if available > 1 else 1
+    if count == 1:
+        yield config, executor
+        return
+    update = {"workers": count, "gpus_per_worker": float(_on_gpus(config, executor))}
+    section = config.ray.model_copy(update=update)
+    with open_executor(section) as chosen:
+        yield config.model_copy(update={"ray": section}), chosen
+
+
+def _on_gpus(config: Config, executor: Executor) -> bool:
+    if executor.embedded:
+        return training_device(config.ray).type == "cuda"
+    import ray
+
+    return bool(ray.cluster_resources().get("GPU", 0))
+
+
+def _available(config: Config, executor: Executor) -> int:
+    """Number of workers that the executor's machine or cluster can hold: one for each GPU, or for two cores."""
+    if executor.embedded:
+        return torch.cuda.device_count() if _on_gpus(config, executor) else max(cores() // 2, 1)
+    import ray
+
+    held = ray.cluster_resources()
+    return int(held.get("GPU", 0)) or max(
+        int((held["CPU"] - config.ray.data_cpus) // config.ray.cpus_per_worker), 1
+    )
+
+
+def worthwhile_workers(config: Config, data: Prepared, available: int, log: Callable[[str], None]) -> int:
+    """The number of workers with the shortest training, by a short measurement of a step with 1, 2, 4, … workers.
+
+    A small run is not measured and has one. A worker has its part of the batch and of this machine's cores.
+
+    Args:
+        config: Configuration of the run.
+        data: Its data set.
+        available: Largest number of workers.
+        log: Called with the measurement.
+    """
+    spec = config.network_spec(data.manifest.description.input, data.tasks)
+    network = GroupingNetwork(spec.without_weights())
+    device = training_device(config.ray)
+    samples = data.manifest.rows("train") * config.train.epochs
+    if training_flops(network) * samples < WORTH_S * RATES[device.type]:
+        return 1
+    network.to(device)
+    counts = [n for n in (2**i for i in range(12)) if n <= available and _divides(config, data.manifest, n)]
+    threads, seconds = torch.get_num_threads(), {}
+    for count in counts:
+        if device.type == "cpu":
+            torch.set_num_threads(max(threads // count, 1))
+        size = -(-config.train.batch_size // count)
+        seconds[count] = step_seconds(network, size, device) * (OVERHEAD if count > 1 else 1)
+    torch.set_num_threads(threads)
+    best = min(seconds, key=lambda count: seconds[count])
+    steps = samples / config.train.batch_size
+    if (seconds[1] - seconds[best]) * steps < WORTH_S:
+        best = 1
+    shown = ", ".join(f"{1000 * value:.0f} ms with {count}" for count, value in seconds.items())
+    log(f"number of workers: a step takes {shown}; training with {best}")
+    return best
+
+
+def _divides(config: Config, manifest: Manifest, count: int) -> bool:
+    """Whether the data set can be shared by a number of workers."""
+    section = config.ray.model_copy(update={"workers": count})
+    try:
+        check_workers(config.model_copy(update={"ray": section}), manifest)
+    except UserError:
+        return False
+    return True
+
+
+def step_seconds(network: GroupingNetwork, batch_size: int, device: torch.device) -> float:
+    """Median seconds of a forward and a backward pass through all heads."""
+    spec = network.spec.input
+    inputs = torch.zeros(batch_size, *spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+    network.train()
+
+    def once() -> float:
+        start = time.perf_counter()
+        outputs = network.forward_pairs(inputs)
+        torch.stack([part.float().sum() for part in (outputs.rows, *outputs.dense.values())]).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    return median(once() for _ in range(STEPS))
