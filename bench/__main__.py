@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 
-from bench import gpu, ingest, metrics, runs, steps
+from bench import gpu, ingest, metrics, plan, runs, steps
 
 # name → (bound, value, function that returns numerator and denominator of the ratio, and notes)
 ROWS: dict[str, tuple[str, float, Callable[[], tuple[Any, ...]]]] = {
-    **steps.ROWS, **runs.ROWS, **ingest.ROWS, **metrics.ROWS, **gpu.rows(),
+    **steps.ROWS, **runs.ROWS, **ingest.ROWS, **plan.ROWS, **metrics.ROWS, **gpu.rows(),
 }  # fmt: skip
-MOST_REPEATS = {"shard_memory": 3, "ranking": 3}  # for rows that take minutes
+# for rows that take minutes
+MOST_REPEATS = {"shard_memory": 3, "plan_growth": 3, "plan_growth_time": 3, "ranking": 3}
 
 
 def measure(name: str, repeats: int) -> dict[str, object]:
