@@ -123,11 +123,11 @@ def peak(plan: Planner, count: int) -> int:
 
 
 def test_memory_does_not_grow_with_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("MEMORY", 2**18), ("BLOCK", 2**12), ("WAYS", 4)):
+    for name, value in (("MEMORY", 2**17), ("BLOCK", 2**12), ("WAYS", 4)):
         monkeypatch.setattr(external_sort, name, value)
-    few, many = 3_000, 15_000
+    few, many = 1_500, 6_000
     assert peak(make_plans, many) < 1.3 * peak(make_plans, few)
-    assert peak(plans_in_memory, many) > 3 * peak(plans_in_memory, few)
+    assert peak(plans_in_memory, many) > 2 * peak(plans_in_memory, few)
 
 
 KILLED = """
