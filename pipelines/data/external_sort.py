@@ -122,6 +122,7 @@ def sort_records(records: Iterable[bytes]) -> Iterator[bytes]:
             runs.append(_append(file, sorted(held)))
             held, size = [], 0
     held.sort()
+    file = None  # merging frees the files of the runs before
     while len(runs) > WAYS:
         runs = _merge_groups(runs)
     yield from heapq.merge(*runs, held) if runs else held

@@ -4,7 +4,8 @@ A shard is a pure function of its plan. It is written atomically, with a small n
 content. After a job was killed, the next one keeps every shard that has a note and creates the others. Shards of
 another plan have other names. The manifest is written last. The previous data set stays complete until then;
 afterwards the files that only the previous data set needs are removed (`pipelines.data.shard_folder`). A task
-holds one row group of samples in memory at a time, and the encoded bytes of the row groups before it.
+holds one row group of samples in memory at a time, and the encoded bytes of the row groups before it. The driver
+holds a plan and a brief note for each shard, and nothing for each sample (`pipelines.data.planning`).
 """
 
 from __future__ import annotations

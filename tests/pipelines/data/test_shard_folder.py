@@ -28,7 +28,7 @@ from pipelines.data import shards
 from pipelines.data.ingest import load_splits
 from pipelines.data.manifest import FILE, Manifest, Shard, check_shards, read_manifest
 from pipelines.data.planning import make_plans
-from pipelines.data.shard_folder import SHARD
+from pipelines.data.shard_folder import SHARD, quarantined_in, read_records
 from pipelines.data.shards import QUARANTINE, shard
 from pipelines.data.sources.base import Column, Description, Entry
 from pipelines.data.sources.table import TableSource
@@ -53,7 +53,7 @@ def write_table(file: Path, rows: int = 60, bad: int = 0) -> Path:
     return file
 
 
-def values_of(root: Path | str, place: Path | str, **data: object) -> dict[str, Any]:
+def values_of(root: Path | str, place: Path | str | Location, **data: object) -> dict[str, Any]:
     tasks = [
         {"column": "a", "kind": "multiclass", "classes": ["0", "1"]},
         {"column": "b", "kind": "multiclass", "classes": ["0", "1", "2"]},
@@ -66,7 +66,7 @@ def values_of(root: Path | str, place: Path | str, **data: object) -> dict[str, 
     }
 
 
-def config_of(root: Path | str, place: Path | str, **data: object) -> Config:
+def config_of(root: Path | str, place: Path | str | Location, **data: object) -> Config:
     return checked(Config, values_of(root, place, **data))
 
 
@@ -231,6 +231,18 @@ class TestJob:
         again = shard(good)
         assert (again.made, again.manifest.to_dict()) == (0, first.manifest.to_dict())
         assert tree(place) == before
+
+    def test_a_note_in_memory_holds_three_of_its_bad_samples(self, tmp_path: Path) -> None:
+        raw, place = write_table(tmp_path / "raw.parquet", bad=40), locate(str(tmp_path / "shards"))
+        manifest = shard(config_of(raw, place, max_bad_fraction=0.9)).manifest
+        notes = [note for held in read_records(place).notes.values() for note in held]
+        assert {len(note["quarantined"]) for note in notes} <= {0, 1, 2, 3}
+        assert max(note["bad"] for note in notes) > 3
+        assert sum(note["bad"] for note in notes) == manifest.quarantined == 40
+        written = [json.loads(line) for line in (place / QUARANTINE).read_text().splitlines()]
+        expected = [bad for file in manifest.files() for bad in quarantined_in(place, file)]
+        assert written == expected
+        assert len({bad["id"] for bad in written}) == 40
 
     @pytest.mark.parametrize("published", [True, False])
     def test_shards_with_earlier_names_are_kept(self, tmp_path: Path, published: bool) -> None:
