@@ -14,16 +14,18 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipelines.config.loading import Config
 from pipelines.config.sections import TrackSection
-from pipelines.data.manifest import Manifest
 from pipelines.registry.environment import mlflow_environment
 from pipelines.registry.errors import reached, without_credentials
 from pipelines.runs.files import METRICS, REGISTERED, TRACKING, read_jsonl
 from pipelines.runs.writer import BackgroundWriter, PendingWrite
 from pipelines.storage import Location
+
+if TYPE_CHECKING:  # it imports torch, which the registry alone does not need
+    from pipelines.data.manifest import Manifest
 
 GROUPING_TAG, PARENT_TAG = "dmtg.grouping", "mlflow.parentRunId"
 FAREWELL_S = 10.0  # an interrupted run waits so long for MLflow to receive its status
