@@ -159,7 +159,8 @@ class GroupingNetwork(nn.Module):
     heads. Training weights their losses with the gate.
 
     If `recompute` is set, the activations inside stem, branches and decoders are not stored but computed again in
-    the backward pass (Chen et al. 2016). A step of K branches then needs about the memory of one branch.
+    the backward pass (Chen et al. 2016). A step of K branches then needs about the memory of one branch. Set
+    `cuda_graphs` if parts are compiled with CUDA graphs (`mode="reduce-overhead"`).
 
     Args:
         spec: See `NetworkSpec`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import re
 import shutil
 import tempfile
@@ -31,6 +32,8 @@ from pipelines.registry.versions import DETAILS, LONGEST_TAG, find, registered, 
 from pipelines.runs.files import GROUPING, MODELS
 from pipelines.runs.models import branches_of, outdated
 from pipelines.storage import Location, locate
+
+logger = logging.getLogger(__name__)
 
 LOGGED = re.compile(r"models:/m-[0-9a-f]{32}")  # address of a logged model, registered or not
 CODE = Path(__file__).parent / "pyfunc_model.py"
@@ -291,6 +294,7 @@ def load_groups(uri: str, section: TrackSection) -> dict[str, GroupModel]:
     Raises:
         UserError: When there is nothing to load.
     """
+    logger.info("loading %s", uri)
     if not uri.startswith(("models:/", "runs:/")):
         return _groups_of_run(uri)
     return load_registered(uri, section)[0]
