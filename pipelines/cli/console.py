@@ -68,7 +68,7 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
         typer.Exit: Always. The code is 0 done, 1 failed, 2 wrong use, 3 kept, 130 interrupted, 143 terminated.
     """
     started = time.monotonic()
-    log(f"dmtg {command}: reading {reads}" if reads else f"dmtg {command}")
+    log(f"dmtg {command}: reading {_without_secrets(reads)}" if reads else f"dmtg {command}")
     terminated = _on_sigterm()
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", NOISE)  # Ray reads it when it is imported
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Lines()])
@@ -92,6 +92,14 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
 
         print(json.dumps(finite(outcome), allow_nan=False), flush=True)
     raise typer.Exit(code)
+
+
+def _without_secrets(address: str) -> str:
+    if "://" not in address:
+        return address
+    from pipelines.registry.errors import without_credentials
+
+    return without_credentials(address)
 
 
 def _on_sigterm() -> threading.Event:
