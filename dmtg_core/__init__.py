@@ -8,28 +8,32 @@ Find in one training run which tasks should share an encoder:
     models = state.network.specialise()
 """
 
-from dmtg_core.grouping import Grouping
-from dmtg_core.network.cost import Cost, grouping_cost, inference_cost, training_flops, widened_to
-from dmtg_core.network.encoders import ENCODERS, EncoderSpec
-from dmtg_core.network.gate import GroupGate
-from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec
-from dmtg_core.search.distillation import Teachers
-from dmtg_core.search.feature_overlap import cluster, feature_overlap
-from dmtg_core.search.gradient_affinity import GradientAffinities, projected_affinity
-from dmtg_core.search.options import SearchOptions
-from dmtg_core.search.search import SearchResult, search
-from dmtg_core.search.selection import Candidate, Selection, best_partition, select
-from dmtg_core.tasks import InputSpec, Task
-from dmtg_core.training.aggregation import AGGREGATORS
-from dmtg_core.training.augment import AUGMENTATIONS, augment
-from dmtg_core.training.context import LocalContext, TrainContext
-from dmtg_core.training.data import ArrayData, Arrays, Batch, Data
-from dmtg_core.training.loop import NonFiniteLossError, evaluate, fit
-from dmtg_core.training.metrics import Metrics, MetricSums, normalized_gain, total_error
-from dmtg_core.training.settings import TemperatureSchedule, TrainSettings
-from dmtg_core.training.state import TrainState
-from dmtg_core.training.step import train_step
-from dmtg_core.training.warm_start import WarmStart
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dmtg_core.grouping import Grouping
+    from dmtg_core.network.cost import Cost, grouping_cost, inference_cost, training_flops, widened_to
+    from dmtg_core.network.encoders import ENCODERS, EncoderSpec
+    from dmtg_core.network.gate import GroupGate
+    from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec
+    from dmtg_core.search.distillation import Teachers
+    from dmtg_core.search.feature_overlap import cluster, feature_overlap
+    from dmtg_core.search.gradient_affinity import GradientAffinities, projected_affinity
+    from dmtg_core.search.options import SearchOptions
+    from dmtg_core.search.search import SearchResult, search
+    from dmtg_core.search.selection import Candidate, Selection, best_partition, select
+    from dmtg_core.tasks import InputSpec, Task
+    from dmtg_core.training.aggregation import AGGREGATORS
+    from dmtg_core.training.augment import AUGMENTATIONS, augment
+    from dmtg_core.training.context import LocalContext, TrainContext
+    from dmtg_core.training.data import ArrayData, Arrays, Batch, Data
+    from dmtg_core.training.loop import NonFiniteLossError, evaluate, fit
+    from dmtg_core.training.metrics import Metrics, MetricSums, normalized_gain, total_error
+    from dmtg_core.training.settings import TemperatureSchedule, TrainSettings
+    from dmtg_core.training.state import TrainState
+    from dmtg_core.training.step import train_step
+    from dmtg_core.training.warm_start import WarmStart
 
 __all__ = [
     "AGGREGATORS",
@@ -80,3 +84,37 @@ __all__ = [
     "training_flops",
     "widened_to",
 ]
+
+# module → its public names; a module is imported when one of them is used: `dmtg_core.names` needs no torch
+_MODULES = {
+    "grouping": ("Grouping",),
+    "network.cost": ("Cost", "grouping_cost", "inference_cost", "training_flops", "widened_to"),
+    "network.encoders": ("ENCODERS", "EncoderSpec"),
+    "network.gate": ("GroupGate",),
+    "network.grouping_network": ("GroupingNetwork", "GroupModel", "NetworkSpec"),
+    "search.distillation": ("Teachers",),
+    "search.feature_overlap": ("cluster", "feature_overlap"),
+    "search.gradient_affinity": ("GradientAffinities", "projected_affinity"),
+    "search.options": ("SearchOptions",),
+    "search.search": ("SearchResult", "search"),
+    "search.selection": ("Candidate", "Selection", "best_partition", "select"),
+    "tasks": ("InputSpec", "Task"),
+    "training.aggregation": ("AGGREGATORS",),
+    "training.augment": ("AUGMENTATIONS", "augment"),
+    "training.context": ("LocalContext", "TrainContext"),
+    "training.data": ("ArrayData", "Arrays", "Batch", "Data"),
+    "training.loop": ("NonFiniteLossError", "evaluate", "fit"),
+    "training.metrics": ("Metrics", "MetricSums", "normalized_gain", "total_error"),
+    "training.settings": ("TemperatureSchedule", "TrainSettings"),
+    "training.state": ("TrainState",),
+    "training.step": ("train_step",),
+    "training.warm_start": ("WarmStart",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module, as PEP 562 describes."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

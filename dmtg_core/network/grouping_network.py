@@ -159,7 +159,8 @@ class GroupingNetwork(nn.Module):
     heads. Training weights their losses with the gate.
 
     If `recompute` is set, the activations inside stem, branches and decoders are not stored but computed again in
-    the backward pass (Chen et al. 2016). A step of K branches then needs about the memory of one branch.
+    the backward pass (Chen et al. 2016). A step of K branches then needs about the memory of one branch. Set
+    `cuda_graphs` if parts are compiled with CUDA graphs (`mode="reduce-overhead"`).
 
     Args:
         spec: See `NetworkSpec`.
@@ -173,6 +174,7 @@ class GroupingNetwork(nn.Module):
         self.spec = spec
         self.tasks = spec.tasks
         self.recompute = False
+        self.cuda_graphs = False
         weighs = spec.task_weighting == "uncertainty"
         self.log_variance = nn.Parameter(torch.zeros(len(spec.tasks))) if weighs else None
         generator = torch.Generator().manual_seed(spec.seed)
@@ -213,8 +215,8 @@ class GroupingNetwork(nn.Module):
 
     def features(self, raw: Tensor, branches: Iterable[int] | None = None) -> dict[int, Tensor]:
         """Compute the features of the live branches, or of `branches`: `(B, F)` or `(B, F, h, w)`."""
-        # CUDA graphs may overwrite outputs of the previous pass, but not outputs of this pass
-        torch.compiler.cudagraph_mark_step_begin()
+        if self.cuda_graphs:  # they may overwrite outputs of the previous pass, but not outputs of this pass
+            torch.compiler.cudagraph_mark_step_begin()  # imports the compiler, which takes seconds
         shared = self._run(self.stem, self.normalise(raw))
         if self.spec.rescale_gradients:
             shared = _scaled(shared, 1 / math.sqrt(self.spec.groups))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +12,24 @@ import torch
 from dmtg_core.training.aggregation import AGGREGATORS
 from dmtg_core.training.augment import AUGMENTATIONS
 
+
+def _eager(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """An optimizer class that does not import the compiler, which takes as long as the import of torch.
+
+    torch excludes these methods from compilation, and imports the compiler at their first call. Optimizers are not
+    compiled here. `step` is without gradients, as torch's is if `differentiable` is not set.
+    """
+    names = ("add_param_group", "load_state_dict", "zero_grad")
+    held = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+    return type(
+        optimizer.__name__, (optimizer,), {**held, "step": torch.no_grad()(inspect.unwrap(optimizer.step))}
+    )
+
+
 OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
+    "adam": _eager(torch.optim.Adam),
+    "adamw": _eager(torch.optim.AdamW),
+    "sgd": _eager(torch.optim.SGD),
 }
 PLATEAU_DROP = 0.1  # relative decrease of the training loss that counts as progress, as in the published code
 

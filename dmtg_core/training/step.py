@@ -324,6 +324,7 @@ def _compile(network: GroupingNetwork, mode: str) -> None:
     """
     import torch.compiler.config
 
+    network.cuda_graphs = mode == "reduce-overhead"
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, COMPILE_LIMIT)
     for part in (network.stem, *network.branches.values(), *network.decoders.values()):
         if any(True for _ in part.parameters()) and part._compiled_call_impl is None:  # noqa: SLF001 - no public way to ask

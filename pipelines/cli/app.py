@@ -6,7 +6,12 @@ command. Ray, MLflow and torch are imported inside the commands that use them, s
 
 from __future__ import annotations
 
+import atexit
+import logging
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from os import _exit as end_process
 from typing import Any
 
 import typer
@@ -87,8 +92,26 @@ for panel, commands in PANELS.items():
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """Entry point of the console script.
+
+    The process ends without the clean-up of the interpreter, which frees the modules of torch and MLflow for
+    seconds. Threads have ended and functions that were registered with `atexit` have run by then.
+    """
+    code = [1]
+    atexit.register(_end_process, code)  # the first one that is registered runs last
+    try:
+        app()
+    except SystemExit as end:
+        code[0] = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+
+
+def _end_process(code: list[int]) -> None:
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a reader that has gone, or a closed stream
+            stream.flush()
+    end_process(code[0])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
-from importlib.util import cache_from_source, find_spec
+from importlib.machinery import PathFinder
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def packages(extras: Sequence[str] = ()) -> Finding:
 
 def bytecode() -> Finding:
     """Check that Python has compiled torch, or can: every process of Ray imports it."""
-    spec = find_spec("torch")
+    spec = PathFinder.find_spec("torch")
     if spec is None or spec.origin is None:
         return Finding("bytecode", "torch cannot be found", WARN, "make install")
     file = Path(cache_from_source(spec.origin))

@@ -46,7 +46,7 @@ def config_show(
         step = Next(purpose, command_line([command], config, overrides, ray_config))
         return {"config": values, "next": step}
 
-    run("config show", body, as_json=as_json, debug=debug)
+    run("config show", body, reads=config, as_json=as_json, debug=debug)
 
 
 @config_app.command("schema")
@@ -103,4 +103,4 @@ def config_new(
         purpose = "write the shards" if has_source else "set source.root in the file, then write the shards"
         return {"config": file, "columns": kinds, "next": Next(purpose, command_line(["shard"], file, []))}
 
-    run("config new", body, as_json=as_json, debug=debug)
+    run("config new", body, reads=data, as_json=as_json, debug=debug)

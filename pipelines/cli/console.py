@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.cli.stages import naming_imports
 from pipelines.errors import UserError
-from pipelines.storage import finite
 
 LOG_WIDTH = 160
 # a warning of Ray to its driver that users cannot act on: Ray starts some helper processes for each worker
@@ -51,8 +51,10 @@ class Lines(logging.Handler):
         log(self.format(record))
 
 
-def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debug: bool) -> None:
+def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debug: bool, reads: str = "") -> None:
     """Run a command's body and exit with its exit code.
+
+    The first line is printed before anything that takes time: packages are imported in the body.
 
     Args:
         command: Name of the command.
@@ -60,18 +62,21 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
             code is 1; "exit_code" sets another one. "next" is a `Next`, which is printed last.
         as_json: Print the JSON object as the last line of stdout.
         debug: Raise an error with its traceback.
+        reads: What the command reads first; a part of the first line.
 
     Raises:
         typer.Exit: Always. The code is 0 done, 1 failed, 2 wrong use, 3 kept, 130 interrupted, 143 terminated.
     """
     started = time.monotonic()
+    log(f"dmtg {command}: reading {_without_secrets(reads)}" if reads else f"dmtg {command}")
     terminated = _on_sigterm()
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", NOISE)  # Ray reads it when it is imported
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Lines()])
     logging.getLogger("pipelines").setLevel(logging.INFO)
     outcome: dict[str, Any] = {"command": command, "status": "failed"}
     try:
-        outcome |= {"status": "done"} | body()
+        with naming_imports(log):
+            outcome |= {"status": "done"} | body()
         code = outcome.pop("exit_code", 0 if outcome["status"] == "done" else FAILED)
         step = outcome.get("next")
         if step is not None:
@@ -83,8 +88,18 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
             raise
     outcome["seconds"] = round(time.monotonic() - started, 1)
     if as_json:
+        from pipelines.storage import finite
+
         print(json.dumps(finite(outcome), allow_nan=False), flush=True)
     raise typer.Exit(code)
+
+
+def _without_secrets(address: str) -> str:
+    if "://" not in address:
+        return address
+    from pipelines.registry.errors import without_credentials
+
+    return without_credentials(address)
 
 
 def _on_sigterm() -> threading.Event:

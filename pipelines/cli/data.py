@@ -34,7 +34,7 @@ def shard(
                 "kept": done.kept, "shards": loaded.data.shards, "digest": described["digest"],
                 "next": step}  # fmt: skip
 
-    run("shard", body, as_json=as_json, debug=debug)
+    run("shard", body, reads=config, as_json=as_json, debug=debug)
 
 
 def inspect(
@@ -65,7 +65,7 @@ def inspect(
         step = _next_step(found, config, overrides, ray_config)
         return found | {"status": "failed" if found["problems"] else "done", "next": step}
 
-    run("inspect", body, as_json=as_json, debug=debug)
+    run("inspect", body, reads=config, as_json=as_json, debug=debug)
 
 
 def _next_step(found: dict[str, Any], config: str, overrides: list[str] | None, ray_config: str) -> Next:

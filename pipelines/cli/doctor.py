@@ -55,7 +55,7 @@ def doctor(
             step = Next(f"correct {', '.join(failed)}, then check again", again)
         return {"status": "failed" if failed else "done", "findings": [asdict(f) for f in found], "next": step}
 
-    run("doctor", body, as_json=as_json, debug=debug)
+    run("doctor", body, reads=config, as_json=as_json, debug=debug)
 
 
 def _subject(config: str, overrides: list[str] | None, ray_config: str) -> Subject:

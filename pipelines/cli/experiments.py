@@ -51,7 +51,7 @@ def signal(
         )
         return {"run_dir": str(done.folder), **found, "next": step}
 
-    run("signal", body, as_json=as_json, debug=debug)
+    run("signal", body, reads=config, as_json=as_json, debug=debug)
 
 
 def compare(
@@ -67,7 +67,7 @@ def compare(
         step = Next("train a grouping and its models", command_line(["train"], config, overrides, ray_config))
         return _compare(load(config, overrides, ray_config)) | {"next": step}
 
-    run("compare", body, as_json=as_json, debug=debug)
+    run("compare", body, reads=config, as_json=as_json, debug=debug)
 
 
 def _compare(config: Config) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def sweep(
         )
         return found | {"next": step}
 
-    run("sweep", body, as_json=as_json, debug=debug)
+    run("sweep", body, reads=config, as_json=as_json, debug=debug)
 
 
 def _sweep(config: Config) -> dict[str, Any]:

@@ -273,4 +273,4 @@ def models_register(
         return {"run_dir": str(done.run), "run_id": done.run_id, "models": [model.uri for model in done.models],
                 "next": step}  # fmt: skip
 
-    run("models register", body, as_json=as_json, debug=debug)
+    run("models register", body, reads=run_dir, as_json=as_json, debug=debug)

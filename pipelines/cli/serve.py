@@ -50,7 +50,7 @@ def evaluate(
         step = Next("predict with the model", predict_command(model, loaded, config, overrides, ray_config))
         return {"model": model, "split": split, "metrics": metrics, "next": step}
 
-    run("evaluate", body, as_json=as_json, debug=debug)
+    run("evaluate", body, reads=config, as_json=as_json, debug=debug)
 
 
 def predict(
@@ -87,7 +87,7 @@ def predict(
         return {"rows": done.rows, "files": done.files, "kept": done.kept, "out": str(done.out),
                 "next": _next_step(model, loaded)}  # fmt: skip
 
-    run("predict", body, as_json=as_json, debug=debug)
+    run("predict", body, reads=config, as_json=as_json, debug=debug)
 
 
 def _next_step(model: str, config: Config) -> Next:
@@ -139,7 +139,7 @@ def regroup(
             step = Next("compare champion and challenger", models_command("diff", loaded.track, loaded.name))
         return {"exit_code": 0 if promoted or kept_ok else KEPT, **_print_verdict(found), "next": step}
 
-    run("regroup", body, as_json=as_json, debug=debug)
+    run("regroup", body, reads=config, as_json=as_json, debug=debug)
 
 
 def _print_verdict(found: dict[str, Any]) -> dict[str, Any]:

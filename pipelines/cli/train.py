@@ -32,7 +32,7 @@ def demo(overrides: Overrides = None, as_json: Json = False, debug: Debug = Fals
         step = Next("train on your own data", ("dmtg", "config", "new", "--help"))
         return _train(load("rooms", overrides)) | {"next": step}
 
-    run("demo", body, as_json=as_json, debug=debug)
+    run("demo", body, reads="the recipe rooms", as_json=as_json, debug=debug)
 
 
 def train(
@@ -57,7 +57,7 @@ def train(
         predicting = predict_command(model, loaded, config, overrides, ray_config)
         return found | {"next": Next("predict the test split with the model", predicting)}
 
-    run("train", body, as_json=as_json, debug=debug)
+    run("train", body, reads=config, as_json=as_json, debug=debug)
 
 
 def _profile(config: Config) -> dict[str, Any]:
@@ -156,4 +156,4 @@ def report(run_dir: RunDir, as_json: Json = False, debug: Debug = False) -> None
         step = Next("evaluate all metrics on the test split", ("dmtg", "evaluate", run_dir, "-c", config))
         return {"run_dir": run_dir, "report": str(page), "next": step}
 
-    run("report", body, as_json=as_json, debug=debug)
+    run("report", body, reads=run_dir, as_json=as_json, debug=debug)

@@ -8,16 +8,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import Field
 
-from dmtg_core.network.encoders import EncoderSpec
-from dmtg_core.network.grouping_network import NetworkSpec
-from dmtg_core.search.options import SearchOptions
-from dmtg_core.tasks import InputSpec, Task
-from dmtg_core.training.settings import TemperatureSchedule, TrainSettings
 from pipelines.config.ray_section import RaySection
 from pipelines.config.sections import (
     CompareSection,
@@ -36,6 +31,13 @@ from pipelines.config.sections import (
 from pipelines.config.validation import Section, checked
 from pipelines.errors import UserError
 from pipelines.recipes import RECIPES, recipes
+
+if TYPE_CHECKING:  # a configuration is read without torch
+    from dmtg_core.network.encoders import EncoderSpec
+    from dmtg_core.network.grouping_network import NetworkSpec
+    from dmtg_core.search.options import SearchOptions
+    from dmtg_core.tasks import InputSpec, Task
+    from dmtg_core.training.settings import TrainSettings
 
 
 @contextmanager
@@ -82,6 +84,8 @@ class Config(Section):
         Raises:
             UserError: For options that exclude each other, or that need GPUs if the workers have none.
         """
+        from dmtg_core.training.settings import TemperatureSchedule, TrainSettings
+
         if self.train.sync_batchnorm and not self.ray.gpus_per_worker:
             raise UserError(
                 "batch normalisation over all workers needs workers on GPUs",
@@ -109,6 +113,8 @@ class Config(Section):
         Raises:
             UserError: For options that exclude each other.
         """
+        from dmtg_core.search.options import SearchOptions
+
         held = self.search.model_dump()
         with _excluding(where):
             return SearchOptions(**{name: held[name] for name in SearchOptions.__dataclass_fields__})
@@ -124,10 +130,14 @@ class Config(Section):
 
     def encoder_spec(self) -> EncoderSpec:
         """The specification of the core's encoder."""
+        from dmtg_core.network.encoders import EncoderSpec
+
         return EncoderSpec(self.network.encoder, self.network.stem, dict(self.network.options))
 
     def network_spec(self, spec: InputSpec, tasks: Sequence[Task]) -> NetworkSpec:
         """The specification of the core's network."""
+        from dmtg_core.network.grouping_network import NetworkSpec
+
         return NetworkSpec(
             input=spec,
             tasks=tuple(tasks),

@@ -6,8 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from dmtg_core.network.encoders import ENCODERS
-from dmtg_core.training.aggregation import AGGREGATORS
 from pipelines.config.validation import Section
 
 
@@ -77,7 +75,11 @@ class DataSection(Section):
 class NetworkSection(Section):
     """The encoder, its division into stem and branches, and the number of groups."""
 
-    encoder: str = Field("convnet", description=f"Encoder: one of {', '.join(ENCODERS)}.")
+    encoder: str = Field(
+        "convnet",
+        description="Encoder: one of mlp, convnet, resnet18, resnet34, resnet50, celeba_resnet, "
+        "xception_taskonomy, vit, vit_b_16, embedding_bag, text_transformer, transformers.",
+    )
     stem: int = Field(0, ge=0, description="Stages of the encoder that all groups share.")
     groups: int = Field(3, ge=1, description="Largest number of groups, K.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the encoder.")
@@ -155,7 +157,8 @@ class TrainSection(Section):
     aggregator: str = Field(
         "sum",
         description="How the gradients of a group's tasks are combined after every task has its branch: sum, or "
-        f"one of {', '.join(AGGREGATORS)} (these need the extra aggregators).",
+        "one of mean, upgrad, dualproj, pcgrad, cagrad, mgda, imtl_g, aligned_mtl, nash_mtl (these need the extra "
+        "aggregators).",
     )
     accumulate: int = Field(
         1, ge=1, description="Parts in which a batch is computed, one after the other, to save memory."

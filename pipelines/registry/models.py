@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import re
 import shutil
 import tempfile
@@ -31,6 +32,8 @@ from pipelines.registry.versions import DETAILS, LONGEST_TAG, find, registered, 
 from pipelines.runs.files import GROUPING, MODELS
 from pipelines.runs.models import branches_of, outdated
 from pipelines.storage import Location, locate
+
+logger = logging.getLogger(__name__)
 
 LOGGED = re.compile(r"models:/m-[0-9a-f]{32}")  # address of a logged model, registered or not
 CODE = Path(__file__).parent / "pyfunc_model.py"
@@ -155,29 +158,65 @@ def _log(
     facts: Mapping[str, Any],
     tags: Mapping[str, str],
 ) -> str:
-    """Log a model and create a version with its tags in one request; the number of the version."""
+    """Log a model and create a version with its tags in one request; the number of the version.
+
+    `mlflow.pyfunc.log_model` also loads the saved model, predicts with it, and asks the server for the history of
+    each metric of the run. The signature is computed from a prediction already.
+    """
     import mlflow
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+    run = origin.client.get_run(origin.run_id)
+    logged = mlflow.initialize_logged_model(
+        name=name.replace(".", "_"),  # the name of a logged model cannot contain a dot
+        source_run_id=origin.run_id,
+        tags=dict(tags),
+        params=dict(run.data.params),
+        experiment_id=run.info.experiment_id,
+    )
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+            _save(origin, Path(folder), groups, models, facts, logged)  # MLflow's own messages are left out
+            origin.client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
+    except BaseException:
+        origin.client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
+        raise
+    origin.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+    origin.client.log_outputs(origin.run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    return _create_version(origin, name, logged.model_id, tags)
+
+
+def _save(
+    origin: _Origin,
+    folder: Path,
+    groups: Path,
+    models: Mapping[str, GroupModel],
+    facts: Mapping[str, Any],
+    logged: Any,
+) -> None:
+    """Save an MLflow model in the sub-folder `model`."""
+    import mlflow
+    from mlflow.models import Model
 
     how = load_preparation(origin.preparation) if origin.preparation else None
-    # `start_run` resumes a run only in the active experiment, which may be another one
-    mlflow.set_experiment(experiment_id=mlflow.get_run(origin.run_id).info.experiment_id)
-    with (
-        tempfile.TemporaryDirectory() as extra,
-        mlflow.start_run(run_id=origin.run_id),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):  # MLflow's own messages
-        logged = mlflow.pyfunc.log_model(
-            name=name.replace(".", "_"),  # the name of a logged model cannot contain a dot
-            python_model=str(CODE),
-            artifacts={"groups": str(groups)} | _artifacts(origin, facts, Path(extra)),
-            signature=_signature(models, origin.example, how),
-            input_example=origin.example if how is None else [how.example()] * 2,
-            pip_requirements=REQUIREMENTS + [_pinned(name) for name in (how.libraries if how else ())],
-            metadata={"grouping": origin.result["grouping"], "groups_served": facts["groups"]},
-            registered_model_name=None if _separate_registry() else name,
-            tags=dict(tags),
-        )
-    return str(logged.registered_model_version or _create_version(origin, name, logged.model_id, tags))
+    metadata = {"grouping": origin.result["grouping"], "groups_served": facts["groups"]}
+    described = Model(
+        artifact_path=logged.artifact_location,
+        model_uuid=logged.model_id,
+        run_id=origin.run_id,
+        metadata=metadata,
+        model_id=logged.model_id,
+    )
+    mlflow.pyfunc.save_model(
+        folder / "model",
+        mlflow_model=described,
+        python_model=str(CODE),
+        artifacts={"groups": str(groups)} | _artifacts(origin, facts, folder),
+        signature=_signature(models, origin.example, how),
+        input_example=origin.example if how is None else [how.example()] * 2,
+        pip_requirements=REQUIREMENTS + [_pinned(name) for name in (how.libraries if how else ())],
+        metadata=metadata,
+    )
 
 
 def _separate_registry() -> bool:
@@ -189,12 +228,14 @@ def _separate_registry() -> bool:
 
 
 def _create_version(origin: _Origin, name: str, model_id: str, tags: Mapping[str, str]) -> str:
-    """Create a version on a separate registry server, with the address of the model's files.
+    """Create a version of a logged model; on a separate registry server, with the address of the model's files.
 
     Raises:
         UserError: When only the tracking server can access the files.
     """
-    place = origin.client.get_logged_model(model_id).artifact_location
+    place, held = f"models:/{model_id}", {"model_id": model_id}
+    if _separate_registry():
+        place, held = origin.client.get_logged_model(model_id).artifact_location, {}
     if place.startswith("mlflow-artifacts:"):
         raise UserError(
             "a separate registry server cannot access artifacts that are served by the tracking server",
@@ -204,7 +245,7 @@ def _create_version(origin: _Origin, name: str, model_id: str, tags: Mapping[str
         )
     if registered(origin.client, name) is None:
         origin.client.create_registered_model(name)
-    made = origin.client.create_model_version(name, place, run_id=origin.run_id, tags=dict(tags))
+    made = origin.client.create_model_version(name, place, run_id=origin.run_id, tags=dict(tags), **held)
     return str(made.version)
 
 
@@ -253,6 +294,7 @@ def load_groups(uri: str, section: TrackSection) -> dict[str, GroupModel]:
     Raises:
         UserError: When there is nothing to load.
     """
+    logger.info("loading %s", uri)
     if not uri.startswith(("models:/", "runs:/")):
         return _groups_of_run(uri)
     return load_registered(uri, section)[0]

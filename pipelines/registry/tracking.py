@@ -13,17 +13,21 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipelines.config.loading import Config
 from pipelines.config.sections import TrackSection
-from pipelines.data.manifest import Manifest
 from pipelines.registry.environment import mlflow_environment
 from pipelines.registry.errors import reached, without_credentials
+from pipelines.registry.sqlite_store import new_store
 from pipelines.runs.files import METRICS, REGISTERED, TRACKING, read_jsonl
 from pipelines.runs.writer import BackgroundWriter, PendingWrite
 from pipelines.storage import Location
+
+if TYPE_CHECKING:  # it imports torch, which the registry alone does not need
+    from pipelines.data.manifest import Manifest
 
 GROUPING_TAG, PARENT_TAG = "dmtg.grouping", "mlflow.parentRunId"
 FAREWELL_S = 10.0  # an interrupted run waits so long for MLflow to receive its status
@@ -280,21 +284,28 @@ def connect(section: TrackSection) -> Any:
     Raises:
         UserError: When the server does not answer.
     """
+    uri = tracking_uri(section)
+    _announce(uri)
     mlflow_environment()
     import mlflow
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    uri = tracking_uri(section)
     given = os.environ.get("MLFLOW_REGISTRY_URI", "")
     registry = section.registry_uri or given
-    with reached(uri):
+    with reached(uri), new_store(uri):
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(registry)
         os.environ["MLFLOW_REGISTRY_URI"] = given  # MLflow sets it too, and the next section may have none
         client = mlflow.MlflowClient(uri, registry or uri)
         client.search_experiments(max_results=1)
     return client
+
+
+@cache
+def _announce(uri: str) -> None:
+    """Log an address before the first connection to it, which takes seconds."""
+    logger.info("opening MLflow at %s", without_credentials(uri))
 
 
 def open_tracker(config: Config, run: Location, manifest: Manifest, parent: str = "") -> Tracker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from pipelines.data.manifest import SPLITS, Manifest, broken_shards, read_manife
 from pipelines.data.reader import Reader
 from pipelines.report.dataset import dataset_page
 from pipelines.storage import Location, locate
+
+logger = logging.getLogger(__name__)
 
 PAGE = "inspect.html"
 MOST_CLASSES = 20  # classes of a task in the table; the most frequent ones if there are more
@@ -35,9 +38,11 @@ def inspect(config: Config, out: str = "") -> dict[str, Any]:
     folder = locate(config.data.shards)
     manifest = read_manifest(folder)
     tasks = manifest.tasks(config.data.tasks, str(folder))
+    logger.info("checking the shards in %s", folder)
     broken = broken_shards(folder, manifest, checksums=True)
     problems = broken + _constant(manifest, tasks)
     notes = support_notes(manifest, tasks, config.data.min_support) + _drifts(manifest, tasks)
+    logger.info("writing the page")
     drawn = dataset_page(
         config.name,
         Reader(folder, manifest, tasks),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from pipelines.runs.files import DETAILS, GATE, METRICS, RESULT, read_jsonl
 from pipelines.runs.identity import earlier_verdict
 from pipelines.runs.results import ALL, NAIVE
 from pipelines.storage import Location
+
+logger = logging.getLogger(__name__)
 
 # values for older runs, whose results do not have these keys
 MISSING: Mapping[str, Any] = {
@@ -44,6 +47,7 @@ def write_report(run: Location) -> Location:
         raise UserError(
             "no finished run here", where=str(run), remedy="run dmtg train to its end, or name another run folder"
         )
+    logger.info("writing the report")
     target = run / "report.html"
     (run / "grouping.png").write_bytes(figures.grouping_png((run / RESULT).read_json()["grouping"]))
     target.write_text(page(run))

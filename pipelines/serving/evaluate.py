@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -17,6 +18,8 @@ from pipelines.errors import UserError
 from pipelines.registry.models import load_groups
 from pipelines.storage import locate
 
+logger = logging.getLogger(__name__)
+
 
 def evaluate(config: Config, model: str, split: str = "test") -> Metrics:
     """Metrics of a model on a split: task → metric → value.
@@ -29,6 +32,7 @@ def evaluate(config: Config, model: str, split: str = "test") -> Metrics:
     """
     folder = locate(config.data.shards)
     manifest = read_manifest(folder)
+    logger.info("checking the shards in %s", folder)
     check_shards(folder, manifest, checksums=config.data.verify_checksums)
     groups = load_groups(model, config.track)
     wanted = [task.name for group in groups.values() for task in group.tasks]
@@ -37,6 +41,7 @@ def evaluate(config: Config, model: str, split: str = "test") -> Metrics:
         raise UserError(
             f"the shards have no samples in split {split!r}", where=str(folder), remedy="use another split"
         )
+    logger.info("evaluating %d samples", manifest.rows(split))
     reader = Reader(folder, manifest, tasks)
     data = StreamData(reader, config.data, seed=0, rank=0, world_size=1, device=torch.device("cpu"))
     sums = MetricSums(tasks)

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dmtg_core import GroupingNetwork, InputSpec, Task, TrainSettings
+from dmtg_core import AGGREGATORS, ENCODERS, GroupingNetwork, InputSpec, Task, TrainSettings
 from pipelines.config.loading import Config, load_config
+from pipelines.config.sections import NetworkSection, TrainSection
 from pipelines.data.sources import build_source
 from pipelines.errors import UserError
 from pipelines.recipes import recipes
@@ -284,3 +285,11 @@ def test_configuration_is_read_from_storage_as_from_a_file(tmp_path: Path) -> No
         with pytest.raises(UserError, match=named) as caught:
             load_config(wrong)
         assert caught.value.wrong_use
+
+
+@pytest.mark.parametrize(
+    ("field", "names"),
+    [(NetworkSection.model_fields["encoder"], ENCODERS), (TrainSection.model_fields["aggregator"], AGGREGATORS)],
+)
+def test_the_description_of_a_key_lists_the_names_that_the_core_has(field, names) -> None:
+    assert f"one of {', '.join(names)}" in str(field.description)

@@ -193,7 +193,7 @@ def test_the_commands_have_the_same_results_on_every_store(source, store, root, 
     assert list(load_groups(f"models:/{name}@champion", first.config.track)) == ["group_0", "group_1"]
     assert call("models", "rollback", name, "--ray-config", str(file))[0] == 1
     tracking = connect(TrackSection(uri=store["uri"]))
-    assert tracking.get_run(first.run_id).info.status == "FINISHED"
+    assert tracking.get_run(first.run_id).info.status == "RUNNING"  # its tracker ends it
     assert len(tracking.search_model_versions(f"run_id='{first.run_id}'")) == (0 if "registry_uri" in store else 3)
 
 
