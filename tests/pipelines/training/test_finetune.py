@@ -17,7 +17,7 @@ from pipelines.runs.files import CONFIG, DETAILS, REGISTERED, REPORT, RESULT, SE
 from pipelines.training.driver import Trained, train
 from pipelines.training.finetune import DONE, GROUPS
 from pipelines.training.profiling import profile
-from tests.pipelines.conftest import make_config
+from tests.pipelines.conftest import ON_RAY, make_config
 
 
 def after_the_search(run: tuple[Config, Trained, list[str]], root: Path, epochs: int) -> Config:
@@ -67,13 +67,18 @@ def test_groups_train_on_and_are_never_worse_on_validation(run, tmp_path: Path) 
     assert again["metrics"] == result["metrics"]
 
 
-def test_a_profile_measures_the_workers_and_leaves_the_run_alone(run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.ray)])
+def test_a_profile_measures_the_workers_and_leaves_the_run_alone(
+    run, tmp_path: Path, workers: int, request: pytest.FixtureRequest
+) -> None:
     values = run[0].model_dump(mode="json") | {"run": {"root": str(tmp_path), "name": "profiled"}}
+    if workers > 1:
+        request.getfixturevalue("ray_session")
+        values["ray"] |= ON_RAY
     done = profile(Config.model_validate(values), [].append)
-    assert done.found["workers"] == 1
+    assert done.found["workers"] == workers
     assert sum(done.found["shares"].values()) == pytest.approx(1)
-    assert done.found["shares"]["communication"] > 0
-    assert done.found["all_reduce_share"] > 0
+    assert (done.found["shares"]["communication"] > 0) == (done.found["all_reduce_share"] > 0) == (workers > 1)
     names = {event.get("name") for event in json.loads(gzip.decompress(done.trace.read_bytes()))["traceEvents"]}
     assert {"data", "forward", "backward", "optimizer", "communication"} <= names
     assert not (tmp_path / "profiled" / RESULT).exists()
