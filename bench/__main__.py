@@ -1,7 +1,8 @@
 """Rows of the benchmark: `python -m bench [ROWS=]step [--repeats N]`; writes `bench.json`, prints a table.
 
 Each row measures two costs in turn, A B A B …, and computes the median of the ratios of the pairs. A change of the
-speed of the machine affects both. `medians` are the two costs: seconds for a call, a sample or an epoch, or MiB.
+speed of the machine affects both. `medians` are the two costs: seconds for a call, a sample or an epoch, MiB, or
+operators.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from typing import Any
 
 import torch
 
-from bench import gpu, ingest, metrics, runs, steps
+from bench import gpu, ingest, metrics, operators, runs, steps
 
 # name → (bound, value, function that returns numerator and denominator of the ratio, and notes)
 ROWS: dict[str, tuple[str, float, Callable[[], tuple[Any, ...]]]] = {
-    **steps.ROWS, **runs.ROWS, **ingest.ROWS, **metrics.ROWS, **gpu.rows(),
+    **steps.ROWS, **operators.ROWS, **runs.ROWS, **ingest.ROWS, **metrics.ROWS, **gpu.rows(),
 }  # fmt: skip
-MOST_REPEATS = {"shard_memory": 3, "ranking": 3}  # for rows that take minutes
+# for rows that take minutes, and for counts, which are always the same
+MOST_REPEATS = {"shard_memory": 3, "ranking": 3, "operators": 1, "operators_unpruned": 1}
 
 
 def measure(name: str, repeats: int) -> dict[str, object]:
