@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from bench import gpu, ingest, metrics, plan, runs, start, steps
+from bench import gpu, ingest, metrics, operators, plan, runs, start, steps
 from bench.runner import Bench, Row
 
 ROWS: dict[str, Row] = {
-    **steps.ROWS, **runs.ROWS, **ingest.ROWS, **plan.ROWS, **metrics.ROWS, **start.ROWS, **gpu.rows(),
+    **steps.ROWS, **operators.ROWS, **runs.ROWS, **ingest.ROWS, **plan.ROWS, **metrics.ROWS, **start.ROWS,
+    **gpu.rows(),
 }  # fmt: skip
-# rows that take minutes
-MOST_REPEATS = dict.fromkeys(
-    ("shard_memory", "ranking", "plan_growth", "plan_growth_time", "sweep_small", "compare_small"), 3
-)
+# rows that take minutes, and counts, which are always the same
+MOST_REPEATS = {
+    "shard_memory": 3, "ranking": 3, "plan_growth": 3, "plan_growth_time": 3, "sweep_small": 3, "compare_small": 3,
+    "operators": 1, "operators_unpruned": 1,
+}  # fmt: skip
 
 if __name__ == "__main__":
     Bench("bench", ROWS, MOST_REPEATS).main()

@@ -130,7 +130,7 @@ def published(spec: NetworkSpec, rows: int, device: str = "cpu") -> Callable[[],
             for n, task in enumerate(spec.tasks):
                 head = heads[f"{k}_{n}"]
                 out = head(features, size) if task.dense else head(pooled(features)).squeeze(1)
-                one = sample_loss(task, out, batch.targets[task.name]).sum() / counts[n]
+                one = _separate_loss(task, out, batch.targets[task.name]).sum() / counts[n]
                 one.item()
                 loss = loss + gate[n, k] * one
         optimizer.zero_grad()
@@ -138,6 +138,37 @@ def published(spec: NetworkSpec, rows: int, device: str = "cpu") -> Callable[[],
         optimizer.step()
 
     return step
+
+
+def _separate_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
+    """Compute the loss of one head. Its operators do not change with the losses of the library."""
+    return _shift_after_shift(output, target) if task.loss == "l1_shift" else sample_loss(task, output, target)
+
+
+def _shift_after_shift(output: Tensor, target: Tensor) -> Tensor:
+    """Compute the loss of the best of nine shifts, each with operators of its own, `(B,)`."""
+    inner = target[:, :, 1:-1, 1:-1]
+    known = ~inner.isnan()
+    inner = inner.masked_fill(~known, 0.0)
+    height, width = inner.shape[2:]
+    with torch.no_grad():
+        shifts = [output[:, :, y : y + height, x : x + width] for y in range(3) for x in range(3)]
+        sums = [((shift - inner).abs() * known).flatten(1).sum(1) for shift in shifts]
+        best = torch.stack(sums).argmin(0)  # (B,)
+        moved = _moved(inner, best // 3, best % 3)
+        weight = _moved(known.to(inner.dtype), best // 3, best % 3)
+    return ((output - moved).abs() * weight).flatten(1).sum(1)
+
+
+def _moved(image: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Place each image of `(B, C, H, W)` at `row`, `column` `(B,)` in a zero image that is two pixels larger."""
+    height, width = image.shape[2] + 2, image.shape[3] + 2
+    padded = nn.functional.pad(image, (2, 2, 2, 2))
+    rows = torch.arange(height, device=image.device) + 2 - row.unsqueeze(1)  # (B, H + 2)
+    columns = torch.arange(width, device=image.device) + 2 - column.unsqueeze(1)  # (B, W + 2)
+    batch = torch.arange(len(image), device=image.device)
+    moved = padded.permute(0, 2, 3, 1)[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2)
 
 
 def _separate_heads(network: GroupingNetwork) -> nn.ModuleDict:

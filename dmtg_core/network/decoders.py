@@ -58,9 +58,10 @@ class Doubling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, H, W)` to `(B, O, 2H, 2W)`."""
-        batch, channels, height, width = x.shape
-        weight = self.weight.permute(2, 3, 1, 0).reshape(-1, channels)  # (2·2·O, C)
-        four = nn.functional.linear(x.permute(0, 2, 3, 1), weight).unflatten(3, (2, 2, -1))  # (B, H, W, 2, 2, O)
+        batch, _, height, width = x.shape
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # (C, 2·2·O), a view of a weight that is channels last
+        pixels = x.permute(0, 2, 3, 1).flatten(0, 2)  # (B·H·W, C)
+        four = (pixels @ weight).view(batch, height, width, 2, 2, -1)  # (B, H, W, 2, 2, O)
         return four.transpose(2, 3).reshape(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
 

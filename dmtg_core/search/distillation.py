@@ -22,7 +22,7 @@ from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Batch, Data
 from dmtg_core.training.loop import NO_HOOKS, Hooks, advance
 from dmtg_core.training.losses import valid
-from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.settings import TrainSettings, resolve
 from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import autocast
 
@@ -95,6 +95,7 @@ def distil(
     Raises:
         NonFiniteLossError: If the loss is not finite.
     """
+    settings = resolve(settings, state.network, context.device, context.world_size)
     teach = Teachers(teachers, settings.precision, lambda: teacher_share(gap, state.epoch, settings.epochs))
     mixed = replace(hooks, prepare=teach)
     advance(state, data, settings, context, until=settings.epochs, hooks=mixed)

@@ -22,7 +22,7 @@ from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import Batch, Data
 from dmtg_core.training.diagnostics import gate_figures, gradient_cosines, warnings
 from dmtg_core.training.metrics import Metrics, MetricSums
-from dmtg_core.training.settings import LR_SCHEDULES, TrainSettings
+from dmtg_core.training.settings import LR_SCHEDULES, TrainSettings, resolve
 from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import (
     StepFigures,
@@ -123,13 +123,15 @@ def advance(
     """Train from the current epoch of a state until epoch `until`.
 
     Before each epoch the heads with a probability below the threshold are pruned. At the end of the search all
-    heads but the likeliest of each task are pruned. After each epoch the hard network is validated.
+    heads but the likeliest of each task are pruned. After each epoch the hard network is validated. What `resolve`
+    chose is in the record of the epoch.
 
     Raises:
         NonFiniteLossError: If a step was refused.
         ValueError: As `prepare_network` and `WeighedLoss`.
     """
     state.network.to(context.device)
+    settings = resolve(settings, state.network, context.device, context.world_size)
     with threads_of_step(state.network, settings.batch_size // context.world_size):
         return _advance(state, data, settings, context, until, hooks)
 
@@ -160,6 +162,8 @@ def _advance(
             "val": metrics,
             "probabilities": state.network.gate.probabilities().tolist(),
             "heads": len(state.network.pairs),
+            "precision": settings.precision,
+            "cuda_graphs": settings.cuda_graphs,
         }
         state.history.append(record)
         record["warnings"] = warnings(state.history, [task.name for task in state.network.tasks], settings)

@@ -6,7 +6,7 @@ labels (see `dmtg_core.tasks`) do not change sums or counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,23 @@ def valid(task: Task, target: Tensor) -> Tensor:
 
 def label_counts(tasks: Sequence[Task], targets: Mapping[str, Tensor]) -> Tensor:
     """Count the labels of each task in a batch, float32 `(N,)`: pixels × channels for dense regression."""
-    return torch.stack([label_count(task, targets[task.name]) for task in tasks]).float()
+    alike: dict[Hashable, list[int]] = {}  # tasks whose labels are counted together
+    for n, task in enumerate(tasks):
+        target = targets[task.name]
+        missing = task.ignore_index if task.classes else task.loss == "l1_shift"
+        probabilities = task.classes and target.is_floating_point()  # have their classes on the second axis
+        alike.setdefault(n if probabilities else (task.classes, missing, target.dtype, target.shape), []).append(n)
+    counts: list[Tensor] = [torch.empty(0)] * len(tasks)
+    for members in alike.values():
+        found = [targets[tasks[n].name] for n in members]
+        if len(members) == 1:
+            counts[members[0]] = label_count(tasks[members[0]], found[0])
+            continue
+        task, stacked = tasks[members[0]], torch.stack(found)
+        known = _interior(task, valid(task, stacked)).sum(tuple(range(1, stacked.dim())))
+        for n, count in zip(members, known.unbind(), strict=True):
+            counts[n] = count
+    return torch.stack(counts).float()
 
 
 def label_count(task: Task, target: Tensor) -> Tensor:
@@ -67,32 +83,55 @@ def shifted_l1(output: Tensor, target: Tensor) -> Tensor:
     Returns:
         `(B,)`, to be divided by the number of annotated values inside the border.
     """
-    inner = target[:, :, 1:-1, 1:-1]
-    known = ~inner.isnan()
-    inner = inner.masked_fill(~known, 0.0)  # an infinite label stays: the step is refused
-    height, width = inner.shape[2:]
+    return _shifted(output, target, torch.zeros(output.shape[1], dtype=torch.int64, device=output.device), 1)[:, 0]
+
+
+def _shifted(output: Tensor, target: Tensor, owner: Tensor, owners: int) -> Tensor:
+    """Compute `shifted_l1` of several outputs whose channels are concatenated, `(B, P)`.
+
+    Args:
+        output, target: `(B, S, H, W)`.
+        owner: Output to which each channel belongs, `(S,)`.
+        owners: P.
+    """
     with torch.no_grad():
-        sums = [
-            ((output[:, :, y : y + height, x : x + width] - inner).abs() * known).flatten(1).sum(1)
-            for y in range(3)
-            for x in range(3)
-        ]
-        best = torch.stack(sums).argmin(0)  # (B,)
+        inner = target[:, :, 1:-1, 1:-1]
+        height, width = inner.shape[2:]
+        known = (~inner.isnan()).to(output.dtype)
+        negative = -inner.nan_to_num(0.0, torch.inf, -torch.inf)  # an infinite label stays: the step is refused
+        errors = []
+        for y in range(3):
+            lines = output[:, :, y : y + height]
+            windows = (lines[..., x : x + width] for x in range(3))
+            errors += [
+                torch.linalg.vector_norm(torch.addcmul(negative, window, known), 1, (2, 3)) for window in windows
+            ]
+        best = _by_owner(torch.stack(errors), owner, owners).argmin(0)[:, owner]  # (B, S)
         # the target is shifted, not the output: the backward pass has a single difference
-        row, column = best // 3, best % 3
-        moved, weight = _moved(inner, row, column), _moved(known.to(inner.dtype), row, column)
-    return ((output - moved).abs() * weight).flatten(1).sum(1)
+        moved = _moved(inner, best // 3, best % 3)
+    return _by_owner(torch.linalg.vector_norm(_known(output - moved, moved), 1, (2, 3)), owner, owners)
+
+
+def _known(error: Tensor, target: Tensor) -> Tensor:
+    return error.masked_fill(target.isnan(), 0.0)
+
+
+def _by_owner(values: Tensor, owner: Tensor, owners: int) -> Tensor:
+    """Sum the values of each owner's channels, `(…, S)` to `(…, P)`."""
+    if len(owner) == owners:
+        return values
+    return values.new_zeros(*values.shape[:-1], owners).index_add(values.dim() - 1, owner, values)
 
 
 def _moved(image: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Place each image of `(B, C, H, W)` at `row`, `column` `(B,)` in a zero image that is two pixels larger."""
-    height, width = image.shape[2] + 2, image.shape[3] + 2
-    padded = F.pad(image, (2, 2, 2, 2))
-    rows = torch.arange(height, device=image.device) + 2 - row.unsqueeze(1)  # (B, H + 2)
-    columns = torch.arange(width, device=image.device) + 2 - column.unsqueeze(1)  # (B, W + 2)
-    batch = torch.arange(len(image), device=image.device)
-    moved = padded.permute(0, 2, 3, 1)[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return moved.permute(0, 3, 1, 2)
+    """Place each map of `(B, S, H, W)` at `row`, `column` `(B, S)` in a map of NaN that is two pixels larger."""
+    batch, maps, height, width = image.shape
+    padded = F.pad(image, (2, 2, 2, 2), value=torch.nan)
+    here, device = torch.arange(batch, device=image.device).view(-1, 1, 1, 1), image.device
+    channel = torch.arange(maps, device=device).view(-1, 1, 1)
+    rows = torch.arange(2, height + 4, device=device).view(-1, 1) - row.view(batch, maps, 1, 1)  # (B, S, H + 2, 1)
+    columns = torch.arange(2, width + 4, device=device) - column.view(batch, maps, 1, 1)  # (B, S, 1, W + 2)
+    return padded[here, channel, rows, columns]
 
 
 def dense_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
@@ -138,7 +177,6 @@ class PairLosses(nn.Module):
     def __init__(self, tasks: Sequence[Task], pairs: Sequence[tuple[int, int]]) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
-        self.dense = [(k, n) for k, n in pairs if tasks[n].dense]
         families: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
         row = 0
         for place, (_, n) in enumerate(pairs):
@@ -157,7 +195,10 @@ class PairLosses(nn.Module):
                 f"target_{number}", torch.tensor([unique.index(n) for _, _, n in members]), persistent=False
             )
         self.members = [sorted({n for _, _, n in members}) for members in families.values()]
-        places += range(len(places), len(pairs))
+        self.dense = DenseLosses(
+            tasks, [(place, pair) for place, pair in enumerate(pairs) if tasks[pair[1]].dense]
+        )
+        places += self.dense.places
         # families are computed one after the other; this is the order of the pairs
         order = torch.tensor(places).argsort()
         self.in_order: list[int] = order.tolist()
@@ -165,19 +206,20 @@ class PairLosses(nn.Module):
 
     def forward(self, outputs: PairOutputs, targets: Mapping[str, Tensor]) -> Tensor:
         """Compute loss sums `(P, B)` in the order of the pairs. Divide them by `label_counts`."""
-        return torch.cat(self._parts(outputs, targets)).index_select(0, self.get_buffer("order"))
+        parts = [*self._families(outputs, targets), *self.dense(outputs.dense, targets)]
+        return torch.cat(parts).index_select(0, self.get_buffer("order"))
 
     def separate(self, outputs: PairOutputs, targets: Mapping[str, Tensor]) -> list[Tensor]:
         """Compute the rows of `forward` as tensors `(B,)`. The backward pass of a row uses only its decoder."""
-        rows = [row for part in self._parts(outputs, targets) for row in part.unbind()]
+        rows = [row for part in self._families(outputs, targets) for row in part.unbind()]
+        rows += [
+            dense_loss(self.tasks[n], outputs.dense[k, n], targets[self.tasks[n].name])
+            for k, n in self.dense.pairs
+        ]
         return [rows[place] for place in self.in_order]
 
-    def _parts(self, outputs: PairOutputs, targets: Mapping[str, Tensor]) -> list[Tensor]:
-        parts = [self._family(number, outputs.rows.float(), targets) for number in range(len(self.families))]
-        return parts + [
-            dense_loss(self.tasks[n], outputs.dense[k, n], targets[self.tasks[n].name]).unsqueeze(0)
-            for k, n in self.dense
-        ]
+    def _families(self, outputs: PairOutputs, targets: Mapping[str, Tensor]) -> list[Tensor]:
+        return [self._family(number, outputs.rows.float(), targets) for number in range(len(self.families))]
 
     def _family(self, number: int, rows: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
         loss, channels = self.families[number]
@@ -196,3 +238,56 @@ class PairLosses(nn.Module):
         wanted = torch.stack([targets[t.name].reshape(-1, channels).T for t in tasks])  # (N, C, B)
         wanted = wanted.index_select(0, which)
         return masked_elementwise(loss, out.unflatten(0, (-1, channels)), wanted).sum(1)  # (P, B)
+
+
+class DenseLosses(nn.Module):
+    """The losses of the dense pairs, computed together for equal losses.
+
+    Args:
+        tasks: The N tasks.
+        pairs: (place among all pairs, pair) of each dense pair.
+
+    Attributes:
+        pairs, places: The dense pairs and their places, family by family, as in the output.
+    """
+
+    def __init__(self, tasks: Sequence[Task], pairs: Sequence[tuple[int, tuple[int, int]]]) -> None:
+        super().__init__()
+        self.tasks = tuple(tasks)
+        families: dict[tuple[str, int, int | None], list[tuple[int, tuple[int, int]]]] = {}
+        for place, pair in pairs:
+            task = tasks[pair[1]]
+            kind = (task.loss, task.channels, task.ignore_index) if task.classes else (task.loss, 0, None)
+            families.setdefault(kind, []).append((place, pair))
+        self.families = [(loss, [pair for _, pair in members]) for (loss, *_), members in families.items()]
+        self.pairs = [pair for _, members in self.families for pair in members]
+        self.places = [place for members in families.values() for place, _ in members]
+        for number, (_, members) in enumerate(self.families):
+            owner = [p for p, (_, n) in enumerate(members) for _ in range(tasks[n].channels)]
+            self.register_buffer(f"owner_{number}", torch.tensor(owner), persistent=False)
+
+    def forward(self, outputs: Mapping[tuple[int, int], Tensor], targets: Mapping[str, Tensor]) -> list[Tensor]:
+        """Compute the loss sums `(P, B)` of each family."""
+        parts = []
+        for number, (loss, members) in enumerate(self.families):
+            found = [outputs[pair] for pair in members]
+            wanted = [targets[self.tasks[n].name] for _, n in members]
+            if self.tasks[members[0][1]].classes:
+                task = self.tasks[members[0][1]]
+                each = _by_label(task, _full(_joined(found, 0)), _joined(wanted, 0))  # (P·B, H, W)
+                parts.append(each.flatten(1).sum(1).unflatten(0, (len(members), -1)))
+            else:
+                owner = self.get_buffer(f"owner_{number}")
+                parts.append(_values(loss, _full(_joined(found, 1)), _joined(wanted, 1), owner, len(members)).T)
+        return parts
+
+
+def _values(loss: str, output: Tensor, target: Tensor, owner: Tensor, owners: int) -> Tensor:
+    """Compute the loss sums of several dense outputs of values, `(B, P)`. See `_shifted`."""
+    if loss == "l1_shift":
+        return _shifted(output, target, owner, owners)
+    return _by_owner(masked_elementwise(loss, output, target).sum((2, 3)), owner, owners)
+
+
+def _joined(tensors: list[Tensor], axis: int) -> Tensor:
+    return torch.cat(tensors, axis) if len(tensors) > 1 else tensors[0]

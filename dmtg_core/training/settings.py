@@ -1,14 +1,21 @@
-"""Settings of a training, with schedules of the learning rate and of the temperature."""
+"""Settings of a training, with schedules of the learning rate and of the temperature.
+
+Precision and CUDA graphs can be left to the device. `resolve` is the only place of this choice. It depends on the
+device, the network and the settings, and on no timing, so that a run repeats it. Settings keep "auto": the digest
+of a configuration does not depend on the machine. The record of each epoch has what was chosen.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
+from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.training.aggregation import AGGREGATORS
 from dmtg_core.training.augment import AUGMENTATIONS
 
@@ -55,7 +62,12 @@ LR_SCHEDULES: Mapping[str, Callable[[int, TrainSettings, Sequence[float]], float
     "halving": lambda epoch, settings, _losses: 0.5 ** (epoch // settings.lr_every),
     "plateau": lambda _epoch, settings, losses: _plateau(losses, settings.lr_patience),
 }
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+# Parameters of stem and one branch from which bfloat16 is chosen. Small products do not pay for the conversions of
+# autocast.
+LARGE = 1_000_000
+BF16_OF_CPU = ("avx512_bf16", "amx_bf16")  # names of `torch.cpu.get_capabilities`
 
 # name → (start, end, progress in [0, 1]) → temperature
 FAMILIES: dict[str, Callable[[float, float, float], float]] = {
@@ -132,9 +144,10 @@ class TrainSettings:
         compile: Compile the network with `torch.compile`. None compiles on a GPU. The first steps wait for it.
         cuda_graphs: Replay the compiled parts as CUDA graphs. The host does not launch single kernels, which is
             the bottleneck of steps with small batches. It needs more memory. It excludes `accumulate` and
-            `recompute`. Without a GPU it has no effect.
+            `recompute`. Without a GPU it has no effect. None chooses by `resolve`.
         sync_batchnorm: Normalise over the batches of all workers. The workers must be on GPUs.
-        precision: "fp32", or "bf16" for autocast of the encoders with gate and losses in float32.
+        precision: "fp32", or "bf16" for autocast of the encoders with gate and losses in float32. "auto" chooses
+            by `resolve`.
         augment: Keys of `AUGMENTATIONS`, applied to training batches and never in an evaluation.
         checkpoint_every: Steps between two checkpoints within an epoch; 0 for checkpoints only at the end.
         seed: Seed of data order, gate noise and all other random numbers.
@@ -162,9 +175,9 @@ class TrainSettings:
     accumulate: int = 1
     recompute: bool = False
     compile: bool | None = None
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
     sync_batchnorm: bool = False
-    precision: str = "fp32"
+    precision: str = "auto"
     augment: tuple[str, ...] = ()
     checkpoint_every: int = 0
     seed: int = 22
@@ -206,3 +219,47 @@ class TrainSettings:
     def search_epochs(self) -> int:
         """Number of epochs in which the gate is trained, at least one."""
         return max(round(self.epochs * self.search_share), 1)
+
+
+def resolve(
+    settings: TrainSettings, network: GroupingNetwork, device: torch.device, workers: int = 1
+) -> TrainSettings:
+    """Return the settings with "auto" replaced by the choice for a device.
+
+    Precision is "bf16" if the device computes in bfloat16 and the network is large, else "fp32". CUDA graphs are
+    replayed on a GPU where their capture is safe: with a compiled network, one worker, whole batches, stored
+    activations, and a single backward pass (no aggregator).
+    """
+    precision, graphs = settings.precision, settings.cuda_graphs
+    if precision == "auto":
+        precision = "bf16" if large(network) and computes_bf16(device) else "fp32"
+    if graphs is None:
+        graphs = device.type == "cuda" and workers == 1 and capture_is_safe(settings)
+    return replace(settings, precision=precision, cuda_graphs=graphs)
+
+
+def capture_is_safe(settings: TrainSettings) -> bool:
+    """Whether a compiled part runs once forward and once backward in each step."""
+    return not (
+        settings.compile is False or settings.accumulate > 1 or settings.recompute or settings.aggregator != "sum"
+    )
+
+
+def large(network: GroupingNetwork) -> bool:
+    """Whether stem and one branch have `LARGE` parameters. Pruning does not change it."""
+    branch = network.branches.values()[0]
+    return sum(p.numel() for part in (network.stem, branch) for p in part.parameters()) >= LARGE
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for products in bfloat16. Emulation does not count."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and any(_capabilities().get(name, False) for name in BF16_OF_CPU)
+
+
+def _capabilities() -> Mapping[str, Any]:
+    """Capabilities of the CPU. Versions of torch before 2.12 do not list them."""
+    find = getattr(torch.cpu, "get_capabilities", dict)
+    found: Mapping[str, Any] = find()
+    return found

@@ -42,12 +42,10 @@ class StepFigures:
     refused: Tensor
 
     def __add__(self, other: StepFigures) -> StepFigures:
-        return StepFigures(
-            self.by_task + other.by_task,
-            self.by_pair + other.by_pair,
-            self.gate_gradient + other.gate_gradient,
-            self.refused + other.refused,
-        )
+        return StepFigures(*torch._foreach_add(list(vars(self).values()), list(vars(other).values())))
+
+    def __mul__(self, factor: float) -> StepFigures:
+        return self if factor == 1 else StepFigures(*torch._foreach_mul(list(vars(self).values()), factor))
 
 
 class WeighedLoss(nn.Module):
@@ -201,7 +199,9 @@ def train_step(
         step: Number of the step in the run. It seeds aggregators that draw random numbers.
     """
     loss_module, device = cast("WeighedLoss", getattr(module, "module", module)), batch.inputs.device
-    statistics = _by_kind(loss_module.network.buffers())  # the forward pass changes running statistics
+    network = loss_module.network
+    # the forward pass changes running statistics
+    statistics = _by_kind(b for m in (network.stem, network.branches, network.decoders) for b in m.buffers())
     before = [_flat(buffers) for buffers in statistics]
     with part(COMMUNICATION, device):
         counts = context.sum(label_counts(loss_module.network.tasks, batch.targets)).clamp_min(1)
@@ -227,27 +227,33 @@ def train_step(
         optimizer.step()
         for buffers, old in zip(statistics, before, strict=True):
             _refill(buffers, torch.where(refused.bool(), old, _flat(buffers)))
-    share = 1 / context.world_size
-    return StepFigures(by_task * share, by_pair * share, gate_gradient * share, refused * share)
+    return StepFigures(by_task, by_pair, gate_gradient, refused) * (1 / context.world_size)
 
 
 def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Group tensors by dtype: a GPU handles one large tensor much faster than hundreds of small ones."""
-    kinds: dict[torch.dtype, list[Tensor]] = {}
+    """Group tensors by dtype and dimension: one large tensor takes less time than many small ones."""
+    kinds: dict[tuple[torch.dtype, int], list[Tensor]] = {}
     for tensor in tensors:
-        kinds.setdefault(tensor.dtype, []).append(tensor)
+        kinds.setdefault((tensor.dtype, tensor.dim()), []).append(tensor)
     return list(kinds.values())
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:
-    """Concatenate tensors into one flat tensor."""
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    """Concatenate tensors of one dimension into one flat tensor. Running statistics need no view for it."""
+    if tensors[0].dim() == 0:
+        return torch.stack(tensors)
+    return torch.cat(tensors if tensors[0].dim() == 1 else [tensor.reshape(-1) for tensor in tensors])
 
 
 def _refill(tensors: list[Tensor], flat: Tensor) -> None:
     """Copy a flat tensor back into tensors, the inverse of `_flat`."""
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
+    if tensors[0].dim() == 0:
+        torch._foreach_copy_(tensors, list(flat.unbind()))
+        return
+    parts: Iterable[Tensor] = flat.split([tensor.numel() for tensor in tensors])
+    if tensors[0].dim() > 1:
+        parts = [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+    torch._foreach_copy_(tensors, list(parts))
 
 
 def _gradients(

@@ -169,14 +169,18 @@ class TrainSection(Section):
     compile: bool | None = Field(
         None, description="Compile the network with torch.compile; by default on a GPU only."
     )
-    cuda_graphs: bool = Field(
-        False, description="Replay the compiled parts as CUDA graphs: faster, with more memory."
+    cuda_graphs: bool | None = Field(
+        None,
+        description="Replay the compiled parts as CUDA graphs: faster, with more memory. By default on a GPU, "
+        "with one worker, and without train.accumulate, train.recompute and train.aggregator.",
     )
     sync_batchnorm: bool = Field(
         False, description="Batch normalisation over the batches of all workers (GPUs only)."
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Precision; bf16 is autocast of the encoders, with the gate and the losses in float32."
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="Precision; bf16 is autocast of the encoders, with the gate and the losses in float32; auto "
+        "chooses bf16 for networks of a million weights on a device that computes in it, else fp32.",
     )
     augment: tuple[Literal["flip"], ...] = Field(
         (), description="Augmentations of training images; flip mirrors an image left to right."

@@ -118,6 +118,7 @@ def silence_progress() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
+    context.use_datasource_v2 = False  # if Ray Data was imported before the variable was set
 
 
 def _check_resources(section: RaySection, resources: Mapping[str, float]) -> None:

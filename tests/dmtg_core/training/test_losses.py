@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmtg_core import GroupingNetwork, Task
-from dmtg_core.training.losses import PairLosses, label_counts, sample_loss, shifted_l1
+from dmtg_core.training.losses import PairLosses, label_count, label_counts, sample_loss, shifted_l1
 from tests.dmtg_core import samples
 from tests.dmtg_core.network.test_grouping_network import pair_outputs
 from tests.dmtg_core.samples import MIXED, image_spec, mlp_spec
@@ -243,6 +243,62 @@ def test_all_pairs_at_once_equal_a_double_loop_after_pruning_images(seed):
     alive[:, 1] |= ~alive.any(1)
     network.keep(alive)
     assert_equals_a_double_loop(network, samples.batch(network.spec.input, network.tasks, missing=0.3))
+
+
+def dense_tasks(kinds: list[tuple[str, int]]) -> list[Task]:
+    """A dense task of each (loss, channels or classes)."""
+    kind = {"cross_entropy": "dense_classification"}
+    ignored = {"cross_entropy": 255}
+    return [
+        Task(f"t{i}", kind.get(loss, "dense_regression"), size, loss=loss, ignore_index=ignored.get(loss, -1))
+        for i, (loss, size) in enumerate(kinds)
+    ]
+
+
+DENSE_KINDS = st.tuples(st.sampled_from(["l1_shift", "l1", "mse", "cross_entropy"]), st.integers(2, 3))
+
+
+@settings(max_examples=15)
+@given(
+    kinds=st.lists(DENSE_KINDS, min_size=2, max_size=5),
+    groups=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+    missing=st.floats(0, 1),
+)
+def test_dense_tasks_of_any_losses_and_channels_equal_a_double_loop(kinds, groups, seed, missing):
+    tasks = dense_tasks([("l1_shift", 1), *kinds])
+    network = GroupingNetwork(image_spec(tasks, groups)).eval()
+    alive = torch.rand(len(tasks), groups, generator=torch.Generator().manual_seed(seed)) < 0.6
+    alive[:, 0] |= ~alive.any(1)
+    network.keep(alive)
+    batch = samples.batch(network.spec.input, tasks, 3, missing=missing)
+    assert_equals_a_double_loop(network, batch)
+    losses = PairLosses(network.tasks, network.pairs)
+    with torch.no_grad():
+        outputs = network.forward_pairs(batch.inputs)
+        apart = losses.separate(outputs, batch.targets)
+        torch.testing.assert_close(torch.stack(apart), losses(outputs, batch.targets))
+    counts = [label_count(task, batch.targets[task.name]).item() for task in tasks]
+    assert label_counts(tasks, batch.targets).tolist() == counts
+
+
+def test_dense_tasks_are_computed_by_family_and_not_one_by_one():
+    kinds = [("l1_shift", 1), ("cross_entropy", 4), ("l1_shift", 3), ("cross_entropy", 5), ("cross_entropy", 4)]
+    network = GroupingNetwork(image_spec(dense_tasks(kinds), groups=1))
+    families = PairLosses(network.tasks, network.pairs).dense.families
+    assert families == [
+        ("l1_shift", [(0, 0), (0, 2)]), ("cross_entropy", [(0, 1), (0, 4)]), ("cross_entropy", [(0, 3)]),
+    ]  # fmt: skip
+
+
+def test_probabilities_of_classes_are_the_targets_of_dense_tasks_too():
+    tasks = dense_tasks([("cross_entropy", 3), ("cross_entropy", 3)])
+    network = GroupingNetwork(image_spec(tasks, groups=2)).eval()
+    batch = samples.batch(network.spec.input, tasks, 2)
+    for name in batch.targets:
+        batch.targets[name] = torch.rand(2, 3, 16, 16).softmax(1)
+    assert_equals_a_double_loop(network, batch)
+    assert label_counts(tasks, batch.targets).tolist() == [2 * 16 * 16] * 2
 
 
 def test_small_tasks_are_computed_by_family_and_not_one_by_one():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from pipelines.training.driver import train
 from tests.pipelines.conftest import ON_RAY, config_values
 from tests.pipelines.driver import Driver, Undisturbed, disturbed, same
 
+# without batch normalisation, in which each worker would normalise its own share of a batch
+VIT = {"encoder": "vit", "groups": 2, "options": {"patch": 8, "width": 24, "layers": 2, "heads": 2}}
 EMBEDDED = {"executor": "embedded"}
 ONE_ON_RAY = {"executor": "ray", "workers": 1, "object_store_mib": 128}
 TWO_ON_RAY = {**ON_RAY, "object_store_mib": 128}
@@ -45,25 +46,30 @@ def dense(root: Path) -> dict[str, Any]:
     options = {"buildings": 8, "points": 8, "resolution": 32, "size": 32}
     return {
         "source": {"kind": "rooms", "root": str(root), "options": options},
-        "network": {"encoder": "convnet", "groups": 2, "options": {"widths": [8, 8]}, "decoder_width": 8},
+        "network": VIT | {"decoder_width": 8},
         "data": {"shards": str(root) + "-shards", "rows_per_shard": 16, "min_support": 1, "max_bad_fraction": 0.1},
     }
 
 
-@pytest.fixture(
-    scope="module", params=["images", pytest.param("table", marks=SOAK), pytest.param("dense", marks=SOAK)]
-)
-def embedded(
-    request: pytest.FixtureRequest, run: Undisturbed, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """Configuration and result of an embedded run."""
+def finished(root: Path, own: Mapping[str, Any], raw: Path = Path("unused")) -> Undisturbed:
+    """An embedded run; the sections of `own` replace those of the small set of images."""
+    values = config_values(raw, root) | {"ray": EMBEDDED} | own
+    values["data"] = config_values(raw, root)["data"] | own.get("data", {})
+    config = checked(Config, values)
+    return config, train(config), []
+
+
+@pytest.fixture(scope="module")
+def pictures(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return finished(tmp_path_factory.mktemp("pictures"), {"network": VIT}, images)
+
+
+@pytest.fixture(params=["images", pytest.param("table", marks=SOAK), pytest.param("dense", marks=SOAK)])
+def embedded(request: pytest.FixtureRequest, pictures: Undisturbed, tmp_path: Path) -> Undisturbed:
     if request.param == "images":
-        return run[0].model_dump(mode="json"), run[1].result
-    root = tmp_path_factory.mktemp(request.param)
-    own = {"table": table, "dense": dense}[request.param](root / "raw")
-    values = config_values(Path("unused"), root) | {"ray": EMBEDDED, "train": {"epochs": 2, "batch_size": 16}}
-    values |= own | {"data": values["data"] | own.get("data", {})}
-    return values, train(checked(Config, values)).result
+        return pictures
+    own = {"table": table, "dense": dense}[request.param](tmp_path / "raw")
+    return finished(tmp_path / "first", own | {"train": {"epochs": 2, "batch_size": 16}})
 
 
 @pytest.mark.ray
@@ -72,11 +78,11 @@ def embedded(
     "place", [pytest.param(ONE_ON_RAY, marks=SOAK, id="one worker"), pytest.param(TWO_ON_RAY, id="two")]
 )
 def test_every_executor_has_the_same_result(embedded, place: dict[str, Any], tmp_path: Path) -> None:
-    values, expected = embedded
-    values = copy.deepcopy(values) | {"ray": place, "run": {"root": str(tmp_path)}, "track": {"uri": "none"}}
+    values = embedded[0].model_dump(mode="json") | {"ray": place, "track": {"uri": "none"}}
+    values["run"] = {"root": str(tmp_path / "again")}
     logged: list[str] = []
     found = train(checked(Config, values), logged.append).result
-    same(found, expected)
+    same(found, embedded[1].result)
     assert any("training on Ray with" in line for line in logged)
 
 
@@ -90,9 +96,9 @@ def resumed(driver: Driver, ray: Mapping[str, Any]) -> dict:
     ("first", "second"), [(EMBEDDED, TWO_ON_RAY), pytest.param(TWO_ON_RAY, EMBEDDED, marks=SOAK)]
 )
 def test_a_run_killed_on_one_executor_goes_on_on_the_other(
-    run: Undisturbed, tmp_path: Path, first: dict[str, Any], second: dict[str, Any]
+    pictures: Undisturbed, tmp_path: Path, first: dict[str, Any], second: dict[str, Any]
 ) -> None:
-    driver = disturbed(run, tmp_path)
+    driver = disturbed(pictures, tmp_path)
     driver.values = {**driver.values, "ray": first}
     driver.start()
     driver.wait_for(lambda: len(driver.epochs()) >= 5)
@@ -100,7 +106,7 @@ def test_a_run_killed_on_one_executor_goes_on_on_the_other(
     found = resumed(driver, second)
     assert "resuming from the last checkpoint" in driver.log
     assert len(driver.epochs()) == len(set(driver.epochs())) == 8
-    same(found, run[1].result)
+    same(found, pictures[1].result)
 
 
 def test_an_embedded_command_imports_no_ray(run: Undisturbed, tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ def test_a_profile_measures_the_workers_and_leaves_the_run_alone(
     done = profile(Config.model_validate(values), [].append)
     assert done.found["workers"] == workers
     assert sum(done.found["shares"].values()) == pytest.approx(1)
-    assert (done.found["shares"]["communication"] > 0) == (done.found["all_reduce_share"] > 0) == (workers > 1)
+    assert done.found["shares"]["communication"] > 0  # sums over the workers, also over one
+    assert (done.found["all_reduce_share"] > 0) == (workers > 1)
     names = {event.get("name") for event in json.loads(gzip.decompress(done.trace.read_bytes()))["traceEvents"]}
     assert {"data", "forward", "backward", "optimizer", "communication"} <= names
     assert not (tmp_path / "profiled" / RESULT).exists()

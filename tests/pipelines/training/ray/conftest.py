@@ -14,7 +14,7 @@ from tests.pipelines.driver import Undisturbed
 
 
 @pytest.fixture(scope="session")
-def run(run: Undisturbed) -> Undisturbed:
+def run(run: Undisturbed, ray_session: None) -> Undisturbed:
     config, done, logged = run
     section = checked(RaySection, {**ON_RAY, "object_store_mib": 128})
     return config.model_copy(update={"ray": section}), done, logged
