@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec, clone
 from dmtg_core.tasks import InputSpec
+
+FORMULAS = {str(packet): formula for packet, formula in flop_registry.items()}  # "aten.mm" → operations
 
 
 @dataclass(frozen=True)
@@ -139,13 +143,31 @@ def widened_to(spec: NetworkSpec, flops: int) -> NetworkSpec:
 def _flops(
     network: nn.Module, spec: InputSpec, device: torch.device, call: Callable[[Tensor], object] | None = None
 ) -> int:
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes half a second
-
     sample = torch.zeros(1, *spec.shape, dtype=getattr(torch, spec.dtype), device=device)
-    counter = FlopCounterMode(display=False)
+    counter = _Counter()
     with _plain_attention(), counter:
         (call or network)(sample)
-    return counter.get_total_flops()
+    return counter.flops
+
+
+class _CountedDispatch:
+    """Counts the operations of each call with the formulas of torch's `FlopCounterMode`."""
+
+    flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        formula = FORMULAS.get(str(func).rpartition(".")[0])  # without the name of the overload
+        result = func(*args, **options)
+        if formula is not None:
+            self.flops += formula(*args, **options, out_val=result)
+        return result
+
+
+class _Counter(_CountedDispatch, TorchDispatchMode):
+    """A mode that counts. torch wraps a method in the body of a mode so that it imports torch's compiler."""
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def run_workers(
             work,
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(
-                num_workers=section.workers,
+                num_workers=section.fewest if section.fewest == section.most else (section.fewest, section.most),
                 elastic_resize_monitor_interval_s=section.resize_every_s,
                 use_gpu=section.gpus_per_worker > 0,
                 resources_per_worker={"CPU": section.cpus_per_worker}

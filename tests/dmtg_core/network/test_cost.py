@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dmtg_core import EncoderSpec, Grouping, GroupingNetwork, InputSpec, NetworkSpec, Task
 from dmtg_core.network.cost import (
     Cost,
+    _plain_attention,
     grouping_cost,
     history_flops,
     inference_cost,
@@ -15,8 +20,19 @@ from dmtg_core.network.cost import (
     training_flops,
     wide_spec,
 )
-from tests.dmtg_core.samples import DENSE, SAMPLEWISE, assigned, image_spec, mlp_spec, snapshot
+from tests.dmtg_core.samples import (
+    DENSE,
+    FEATURES,
+    IMAGE,
+    ONE_OF_EACH,
+    SAMPLEWISE,
+    assigned,
+    image_spec,
+    mlp_spec,
+    snapshot,
+)
 
+TOKENS = InputSpec("tokens", (12,), "int32", vocabulary=50)
 TASKS = (Task("a", "binary"), Task("b", "multiclass", 3), Task("c", "regression"))
 MLP = 2 * (6 * 8 + 8 * 4)  # operations of an encoder 6 → 8 → 4
 
@@ -141,3 +157,40 @@ def test_the_cost_of_an_epoch_is_that_of_its_live_heads() -> None:
     steps = [3 * (2 * MLP + 2 * live) for live in heads]
     assert history_flops(spec(2), history) == 2 * steps[0] + steps[1]
     assert history_flops(spec(2), []) == 0
+
+
+@pytest.mark.parametrize(
+    ("encoder", "data"),
+    [
+        (EncoderSpec("mlp", options={"widths": [8, 8]}), FEATURES),
+        (EncoderSpec("convnet", 1, {"widths": [8, 16]}), IMAGE),
+        (EncoderSpec("vit", options={"patch": 8, "width": 24, "layers": 2, "heads": 2}), IMAGE),
+        (EncoderSpec("xception_taskonomy"), InputSpec("image", (64, 64, 3), "uint8")),
+        (EncoderSpec("resnet18"), InputSpec("image", (64, 64, 3), "uint8")),
+        (EncoderSpec("text_transformer", options={"width": 16, "layers": 2, "heads": 2}), TOKENS),
+    ],
+    ids=lambda value: getattr(value, "name", getattr(value, "kind", "")),
+)  # fmt: skip
+def test_operations_are_those_that_torch_counts(encoder: EncoderSpec, data: InputSpec) -> None:
+    tasks = (
+        ONE_OF_EACH
+        if data.kind == "image" and encoder.name in ("convnet", "xception_taskonomy")
+        else SAMPLEWISE[:3]
+    )
+    network = GroupingNetwork(NetworkSpec(data, tasks, encoder, groups=3)).eval()
+    sample = torch.zeros(1, *data.shape, dtype=getattr(torch, data.dtype))
+    with _plain_attention(), FlopCounterMode(display=False) as counter:
+        network.forward_pairs(sample)
+    assert training_flops(network) == 3 * counter.get_total_flops() > 0
+
+
+def test_counting_operations_imports_no_compiler() -> None:
+    code = (
+        "import sys\n"
+        "from dmtg_core import EncoderSpec, GroupingNetwork, InputSpec, NetworkSpec, Task\n"
+        "from dmtg_core.network.cost import inference_cost\n"
+        "spec = NetworkSpec(InputSpec('features', (4,)), (Task('a', 'binary'),), EncoderSpec('mlp'), groups=1)\n"
+        "print(inference_cost(GroupingNetwork(spec)).flops > 0, 'torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
