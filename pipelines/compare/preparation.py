@@ -44,7 +44,9 @@ def cells_session(config: Config, log: Callable[[str], None]) -> Iterator[tuple[
         UserError: For the first problem.
     """
     section = config.ray
-    with open_executor(section, processes=processes(section), cpus=cells_cpus(section)) as executor:
+    with open_executor(
+        section, processes=processes(section), imports=[CellJob.__module__], cpus=cells_cpus(section)
+    ) as executor:
         yield prepare(config, executor, log, partial(check_cells, config)), executor
 
 

@@ -45,7 +45,8 @@ def _here(write: Write, plans: Sequence[ShardPlan], executor: Executor) -> Itera
 
 
 def _in_pool(write: Write, plans: Sequence[ShardPlan], executor: Executor) -> Iterator[dict[str, Any]]:
-    with closing(Pool(min(cores(), len(plans)), executor.section.max_failures)) as pool:
+    size = min(cores(), len(plans))
+    with closing(Pool(size, executor.section.max_failures, [__name__])) as pool:
         for done in pool.run(write, plans):
             if done.error is not None:
                 raise done.error

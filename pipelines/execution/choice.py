@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from pipelines.config.ray_section import RaySection
@@ -16,12 +16,15 @@ from pipelines.execution.session import session
 
 
 @contextmanager
-def open_executor(section: RaySection, *, processes: int = 0, cpus: float | None = None) -> Iterator[Executor]:
+def open_executor(
+    section: RaySection, *, processes: int = 0, imports: Sequence[str] = (), cpus: float | None = None
+) -> Iterator[Executor]:
     """The executor of a command, for the time of the block.
 
     Args:
         section: The configured resources.
         processes: Number of processes for tasks of the embedded executor; 0 for the process of the command.
+        imports: Modules of these tasks, which the processes import when they start.
         cpus: Logical CPUs of a local Ray cluster; by default those of the most workers and of the data tasks.
 
     Raises:
@@ -31,7 +34,7 @@ def open_executor(section: RaySection, *, processes: int = 0, cpus: float | None
         with session(section, cpus):
             yield RayExecutor(section)
     else:
-        with EmbeddedExecutor(section, processes) as embedded:
+        with EmbeddedExecutor(section, processes, imports) as embedded:
             yield embedded
 
 

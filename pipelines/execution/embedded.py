@@ -46,13 +46,16 @@ class EmbeddedExecutor(AbstractContextManager["EmbeddedExecutor"]):
     Args:
         section: The configured resources.
         processes: Number of processes for tasks; 0 for the process of the command itself.
+        imports: Modules of the tasks, which the processes import when they start.
     """
 
     name, embedded = "embedded", True
 
-    def __init__(self, section: RaySection, processes: int = 0) -> None:
+    def __init__(self, section: RaySection, processes: int = 0, imports: Sequence[str] = ()) -> None:
         self.section = section
-        self.pool = Pool(processes, section.max_failures) if processes else None
+        self.pool = Pool(processes, section.max_failures, imports) if processes else None
+        if self.pool is not None:
+            self.pool.start()
         self.scratch = tempfile.TemporaryDirectory(prefix="dmtg-") if processes else None
         self.numbers = itertools.count()
 

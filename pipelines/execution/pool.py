@@ -22,7 +22,6 @@ from pipelines.execution.executor import Outcome
 
 ANSWER, DONE, FAILED = "answer", "done", "failed"
 EXIT_S = 5.0
-PRELOADED = "pipelines.execution.preloaded"
 _driver: Connection | None = None  # in a process of the pool: the connection to the driver
 
 
@@ -51,13 +50,22 @@ class Pool:
     Args:
         size: Largest number of processes.
         retries: How many times a task is repeated whose process was lost.
+        imports: Modules of the tasks. The processes are forks of one that has imported them.
     """
 
-    def __init__(self, size: int, retries: int = 0) -> None:
+    def __init__(self, size: int, retries: int = 0, imports: Sequence[str] = ()) -> None:
         self.size, self.retries = size, retries
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([PRELOADED])  # processes are then forks of one that has imported
+        self.context.set_forkserver_preload(["torch", *imports])
         self.members: list[_Member] = []
+        self.starting = threading.Thread(target=self._start_first, daemon=True)
+
+    def start(self) -> None:
+        """Start the first process in the background, which imports the modules meanwhile."""
+        self.starting.start()
+
+    def _start_first(self) -> None:
+        self.members.append(self._new())
 
     def run(
         self,
@@ -72,6 +80,7 @@ class Pool:
             items: The items.
             answer: Answers a value that a task sends by `ask`, given the index of its item.
         """
+        self._wait_for_first()
         todo = deque(range(len(items)))
         losses = [0] * len(items)
         while todo or any(member.task is not None for member in self.members):
@@ -110,17 +119,21 @@ class Pool:
             if free is None:
                 if len(self.members) >= self.size:
                     return
-                free = self._start()
+                free = self._new()
+                self.members.append(free)
             free.task = todo.popleft()
             free.connection.send((function, items[free.task]))
 
-    def _start(self) -> _Member:
+    def _wait_for_first(self) -> None:
+        if self.starting.is_alive():
+            self.starting.join()
+
+    def _new(self) -> _Member:
         ours, theirs = self.context.Pipe()
         process = self.context.Process(target=_serve, args=(theirs,), daemon=True)
         process.start()
         theirs.close()  # so that the end of the process ends the connection
-        self.members.append(_Member(process, ours))
-        return self.members[-1]
+        return _Member(process, ours)
 
     def _remove(self, member: _Member) -> None:
         self.members.remove(member)
@@ -129,6 +142,7 @@ class Pool:
 
     def close(self) -> None:
         """End all processes. A task that has not ended is stopped."""
+        self._wait_for_first()
         for member in self.members:
             member.connection.close()  # a process that waits for a task ends by itself
             if member.task is not None:

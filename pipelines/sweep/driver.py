@@ -194,7 +194,8 @@ def _train(
 
 def _executor(config: Config) -> AbstractContextManager[Executor]:
     """The executor of a sweep, with a process for each core or a cluster for as many trials."""
-    return open_executor(config.ray, processes=processes(config.ray), cpus=sweep_cpus(config.ray))
+    section, imports = config.ray, [run_trials.__module__]
+    return open_executor(section, processes=processes(section), imports=imports, cpus=sweep_cpus(section))
 
 
 def _trials_at_once(config: Config, executor: Executor, most: int) -> tuple[int, str]:
