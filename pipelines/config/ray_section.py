@@ -10,7 +10,7 @@ from pipelines.config.validation import Section
 
 
 class RaySection(Section):
-    """Where and how Ray runs (ray_config.yaml)."""
+    """Where the work of a command runs, and how Ray runs (ray_config.yaml)."""
 
     executor: Literal["auto", "embedded", "ray"] = Field(
         "auto",
@@ -25,11 +25,17 @@ class RaySection(Section):
     )
     cpus_per_worker: float = Field(1, gt=0, description="CPUs of a training worker.")
     gpus_per_worker: float = Field(0, ge=0, description="GPUs of a training worker; 1 for training on GPUs.")
-    data_cpus: float = Field(2, gt=0, description="CPUs for Ray Data, in addition to those of the workers.")
+    data_cpus: float = Field(
+        2,
+        gt=0,
+        description="CPUs for Ray Data, in addition to those of the workers; also the number of shards that Ray "
+        "writes at a time.",
+    )
     object_store_mib: int | None = Field(
         None,
         ge=80,
-        description="Shared memory of a local cluster in MiB; by default a third of the memory of the machine.",
+        description="Memory for samples in MiB, on a local cluster its shared memory; by default a third of the "
+        "memory of the machine.",
     )
     tune_cpus: float = Field(0.5, gt=0, description="CPUs of the process that drives a trial of a sweep.")
     trials: int | None = Field(
@@ -43,7 +49,7 @@ class RaySection(Section):
     )
     tracking_uri: str = Field("", description="MLflow server, used if track.uri is empty.")
     registry_uri: str = Field("", description="MLflow model registry, if it is not the tracking server.")
-    max_failures: int = Field(2, ge=0, description="How many times lost workers are replaced.")
+    max_failures: int = Field(2, ge=0, description="How many times lost workers and processes are replaced.")
     timeout_s: int = Field(300, ge=1, description="Longest time in seconds that a worker waits for the others.")
     resize_every_s: float = Field(
         60, gt=0, description="Seconds between two checks whether resources for more workers are available."

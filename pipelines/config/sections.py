@@ -49,7 +49,7 @@ class DataSection(Section):
     )
     cache: Literal["auto", "memory", "device", "stream"] = Field(
         "auto",
-        description="Where the samples are kept: in shared memory (memory), on the training device (device) or "
+        description="Where the samples are kept: in memory (memory), on the training device (device) or "
         "nowhere, so that every epoch streams them (stream); auto chooses memory or stream by their size.",
     )
     read_threads: int = Field(4, ge=1, description="Row groups that a streaming worker reads at the same time.")

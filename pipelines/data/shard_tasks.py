@@ -56,7 +56,7 @@ def _in_pool(write: Write, plans: Sequence[ShardPlan], executor: Executor) -> It
 def _on_ray(write: Write, plans: Sequence[ShardPlan], executor: Executor) -> Iterator[dict[str, Any]]:
     """As Ray Data tasks, `ray.data_cpus` at a time.
 
-    The samples of `WINDOW` plans for each concurrent task are handed over at a time.
+    The samples of `WINDOW` plans for each concurrent task are sent at a time.
     """
     import ray
 

@@ -23,7 +23,9 @@ from pipelines.storage import Location, locate
 
 
 def evaluate(config: Config, evaluation: str, digest: str, run: Location) -> dict[str, Any]:
-    """Evaluate both models on the evaluation split, over the tasks that both have. It runs as a Ray task.
+    """Evaluate both models on the evaluation split, over the tasks that both have.
+
+    It runs as a task of the executor.
 
     Args:
         config: Configuration.

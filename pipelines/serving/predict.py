@@ -1,9 +1,9 @@
 """`dmtg predict`: predictions for every sample of a split, as one Parquet file for each shard.
 
-It is a Ray Data job. The driver loads the model and sends it to the actors, which may not be able to access the
-registry. A file depends only on model and shard. It is written as a whole, followed by a note. A job that is
-resumed keeps each file that has a note and writes the others. `_predictions.json` is written last. It describes
-the columns; see `pipelines.serving.columns`.
+Embedded, the command predicts the shards itself. On Ray it is a Ray Data job: the driver loads the model and sends
+it to the actors, which may not be able to access the registry. A file depends only on model and shard. It is
+written as a whole, followed by a note. A job that is resumed keeps each file that has a note and writes the other
+files. `_predictions.json` is written last. It describes the columns; see `pipelines.serving.columns`.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""`dmtg sweep`: the settings of a sweep as trials on Ray Tune."""
+"""`dmtg sweep`: the settings of a sweep as trials, in a pool of processes or on Ray Tune."""

@@ -24,7 +24,7 @@ from pipelines.storage import PATIENCE_S, Location, finite
 from pipelines.training.failures import PermanentError
 from pipelines.training.watchdog import STACKS, Scratch, Watchdog
 
-CLOSING_S = 5.0  # Ray then ends the process
+CLOSING_S = 5.0  # on Ray, the process is ended then
 PROGRESS = "progress.json"  # in a checkpoint: the records of all epochs before it, and the number of workers
 
 

@@ -1,4 +1,4 @@
-"""Training of each group on its own after the search, in parallel if the cluster has the resources."""
+"""Training of each group on its own after the search, on Ray in parallel if the cluster has the resources."""
 
 from __future__ import annotations
 

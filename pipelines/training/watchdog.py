@@ -86,7 +86,7 @@ def _clear(left: Path, run: Location, emit: Emit) -> None:
 
 
 class Watchdog:
-    """Ends this process if it makes no progress for too long, so that Ray Train restarts the workers.
+    """Ends this process if it makes no progress for too long, so that it is replaced or the command can resume.
 
     The stacks of all threads are written to a file first. The timer does not need Python: it also works if a
     thread holds the interpreter's lock for ever.
