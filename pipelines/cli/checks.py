@@ -26,6 +26,7 @@ from packaging.requirements import Requirement
 from pipelines.cli.probes import FAIL, WARN, Finding, Probe, run_in_processes, run_probe
 from pipelines.config.ray_section import RaySection
 from pipelines.config.sections import TrackSection
+from pipelines.execution.choice import on_ray
 from pipelines.storage import Location, locate
 
 DISTRIBUTION, DRIVER = "dmtg", "nvidia-smi"
@@ -61,9 +62,12 @@ def examine(subject: Subject, *, write: bool, wait_s: float) -> Iterator[Finding
         write: Create a run in MLflow and delete it.
         wait_s: Timeout of the checks that can hang, in seconds.
     """
-    probes: list[Probe] = [("Ray", ray_runs, (subject.ray,)), ("MLflow", mlflow_answers, (subject.track, write))]
+    starts_ray = on_ray(subject.ray)
+    probes: list[Probe] = [("MLflow", mlflow_answers, (subject.track, write))]
+    if starts_ray:
+        probes.insert(0, ("Ray", ray_runs, (subject.ray,)))
     if shutil.which(DRIVER):
-        probes.insert(0, ("GPU", gpu, (subject.ray.gpus_per_worker,)))
+        probes.insert(0, ("GPU", gpu, (subject.ray,)))
     places: list[Probe] = [(name, storage_works, (name, place)) for name, place in subject.places.items()]
     if subject.raw:
         places.append(("source.root", raw_data, (subject.raw,)))
@@ -73,7 +77,10 @@ def examine(subject: Subject, *, write: bool, wait_s: float) -> Iterator[Finding
     yield packages(subject.extras)
     yield bytecode()
     yield processors(subject.ray)
-    yield shared_memory(subject.ray)
+    if starts_ray:
+        yield shared_memory(subject.ray)
+    else:
+        yield Finding("Ray", "not used: commands run in their own process (ray.executor)")
     yield disk("temporary files", Path(tempfile.gettempdir()))
     for probe in places:
         if probe not in remote:
@@ -199,7 +206,7 @@ def disk(what: str, folder: Path) -> Finding:
     return Finding(what, f"{free:.0f} GiB free at {folder}")
 
 
-def gpu(per_worker: float) -> list[Finding]:
+def gpu(section: RaySection) -> list[Finding]:
     """Check the GPUs that the driver and torch find against those of the workers."""
     import torch
 
@@ -210,11 +217,11 @@ def gpu(per_worker: float) -> list[Finding]:
         remedy = (
             "run nvidia-smi; the driver must support this CUDA, and CUDA_VISIBLE_DEVICES must not hide the GPU"
         )
-        return [Finding("GPU", found, FAIL if per_worker else WARN, remedy)]
+        return [Finding("GPU", found, FAIL if section.gpus_per_worker else WARN, remedy)]
     names = ", ".join(dict.fromkeys(torch.cuda.get_device_name(i) for i in range(count)))
     found = f"{count} × {names}, CUDA {torch.version.cuda}"
     torch.ones(8, device="cuda").sum().item()  # runs a kernel, or raises
-    if not per_worker:
+    if not section.gpus_per_worker and section.workers != "auto":
         return [Finding("GPU", found, WARN, "workers do not use the GPU: set ray.gpus_per_worker=1")]
     return [Finding("GPU", found)]
 

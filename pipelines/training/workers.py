@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
@@ -78,70 +78,85 @@ def open_workers(
         log: Called with each line.
     """
     config = data.config
-    available = 1 if config.ray.workers != "auto" else _available(config, executor)
-    count = worthwhile_workers(config, data, available, log) if available > 1 else 1
-    if count == 1:
+    if config.ray.workers != "auto" or config.ray.executor == "embedded":
         yield config, executor
         return
-    update = {"workers": count, "gpus_per_worker": float(_on_gpus(config, executor))}
+    gpus, most = _gpus(config, executor), _most_workers(config, executor)
+    count = worthwhile_workers(config, data, most, gpus > 0, log) if most > 1 else 1
+    if executor.embedded and count == 1:
+        yield config, executor
+        return
+    update = {"executor": "ray", "workers": count} | ({"gpus_per_worker": 1.0} if gpus else {})
     section = config.ray.model_copy(update=update)
     with open_executor(section) as chosen:
         yield config.model_copy(update={"ray": section}), chosen
 
 
-def _on_gpus(config: Config, executor: Executor) -> bool:
+def _gpus(config: Config, executor: Executor) -> int:
+    """Number of GPUs that workers can use."""
     if executor.embedded:
-        return training_device(config.ray).type == "cuda"
+        return torch.cuda.device_count() if training_device(config.ray).type == "cuda" else 0
     import ray
 
-    return bool(ray.cluster_resources().get("GPU", 0))
+    return int(ray.cluster_resources().get("GPU", 0))
 
 
-def _available(config: Config, executor: Executor) -> int:
+def _most_workers(config: Config, executor: Executor) -> int:
     """Number of workers that the executor's machine or cluster can hold: one for each GPU, or for two cores."""
-    if executor.embedded:
-        return torch.cuda.device_count() if _on_gpus(config, executor) else max(cores() // 2, 1)
+    gpus, section = _gpus(config, executor), config.ray
+    if gpus or executor.embedded:
+        return gpus or max(cores() // 2, 1)
     import ray
 
-    held = ray.cluster_resources()
-    return int(held.get("GPU", 0)) or max(
-        int((held["CPU"] - config.ray.data_cpus) // config.ray.cpus_per_worker), 1
-    )
+    free = ray.cluster_resources().get("CPU", 0) - section.data_cpus
+    return max(int(free // section.cpus_per_worker), 1)
 
 
-def worthwhile_workers(config: Config, data: Prepared, available: int, log: Callable[[str], None]) -> int:
+def worthwhile_workers(
+    config: Config, data: Prepared, most: int, on_gpus: bool, log: Callable[[str], None]
+) -> int:
     """The number of workers with the shortest training, by a short measurement of a step with 1, 2, 4, … workers.
 
-    A small run is not measured and has one. A worker has its part of the batch and of this machine's cores.
+    A small run is not measured and has one. A worker has its part of the batch and of this machine's cores. If
+    only other machines have GPUs, no step can be measured here, and a large run has a worker for each of them.
 
     Args:
         config: Configuration of the run.
         data: Its data set.
-        available: Largest number of workers.
+        most: Largest number of workers.
+        on_gpus: Whether workers use GPUs.
         log: Called with the measurement.
     """
     spec = config.network_spec(data.manifest.description.input, data.tasks)
     network = GroupingNetwork(spec.without_weights())
-    device = training_device(config.ray)
+    device = torch.device("cuda" if on_gpus and torch.cuda.is_available() else "cpu")
     samples = data.manifest.rows("train") * config.train.epochs
-    if training_flops(network) * samples < WORTH_S * RATES[device.type]:
+    if training_flops(network) * samples < WORTH_S * RATES["cuda" if on_gpus else "cpu"]:
         return 1
-    network.to(device)
-    counts = [n for n in (2**i for i in range(12)) if n <= available and _divides(config, data.manifest, n)]
-    threads, seconds = torch.get_num_threads(), {}
-    for count in counts:
-        if device.type == "cpu":
-            torch.set_num_threads(max(threads // count, 1))
-        size = -(-config.train.batch_size // count)
-        seconds[count] = step_seconds(network, size, device) * (OVERHEAD if count > 1 else 1)
-    torch.set_num_threads(threads)
+    counts = [n for n in (2**i for i in range(12)) if n <= most and _divides(config, data.manifest, n)]
+    if on_gpus and device.type == "cpu":
+        log(f"number of workers: {counts[-1]}, for the GPUs of the cluster")
+        return counts[-1]
+    seconds = _measured(network.to(device), config.train.batch_size, counts, device)
     best = min(seconds, key=lambda count: seconds[count])
-    steps = samples / config.train.batch_size
-    if (seconds[1] - seconds[best]) * steps < WORTH_S:
+    if (seconds[1] - seconds[best]) * samples / config.train.batch_size < WORTH_S:
         best = 1
     shown = ", ".join(f"{1000 * value:.0f} ms with {count}" for count, value in seconds.items())
     log(f"number of workers: a step takes {shown}; training with {best}")
     return best
+
+
+def _measured(
+    network: GroupingNetwork, batch_size: int, counts: Sequence[int], device: torch.device
+) -> dict[int, float]:
+    """Seconds of a step with each number of workers."""
+    threads, seconds = torch.get_num_threads(), {}
+    for count in counts:
+        if device.type == "cpu":
+            torch.set_num_threads(max(threads // count, 1))
+        seconds[count] = step_seconds(network, -(-batch_size // count), device) * (OVERHEAD if count > 1 else 1)
+    torch.set_num_threads(threads)
+    return seconds
 
 
 def _divides(config: Config, manifest: Manifest, count: int) -> bool:

@@ -141,6 +141,15 @@ def test_write_creates_a_run_in_mlflow_and_deletes_it(tmp_path: Path, monkeypatc
     assert "off" in off.found
 
 
+def test_ray_is_checked_only_where_it_is_used(tmp_path: Path) -> None:
+    subject = doctor.Subject(
+        RaySection(executor="embedded"), TrackSection(uri="none"), {"run.root": str(tmp_path)}
+    )
+    found = {one.what: one for one in doctor.examine(subject, write=False, wait_s=60)}
+    assert "own process" in found["Ray"].found
+    assert "shared memory" not in found
+
+
 @pytest.mark.ray
 def test_the_command_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All checks, with a local Ray; a server that refuses connections gives exit code 1."""
@@ -150,6 +159,7 @@ def test_the_command_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "-c",
         "planted",
         "track.uri=none",
+        "ray.executor=ray",
         "ray.object_store_mib=128",
         "--timeout",
         "240",
@@ -163,7 +173,7 @@ def test_the_command_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert by_name.keys() >= {
         "Python", "packages", "bytecode", "CPU", "GPU", "MLflow", "run.root", "data.shards", "shared memory"
     }  # fmt: skip
-    assert answer["next"].startswith("dmtg shard -c planted track.uri=none")
+    assert answer["next"].startswith("dmtg shard -c planted track.uri=none ray.executor=ray")
 
     refuses = [f"track.uri=http://127.0.0.1:{free_port()}", f"ray.address=127.0.0.1:{free_port()}"]
     result = CliRunner().invoke(app, ["doctor", "-c", "planted", *refuses, "--timeout", "8", "--json"])

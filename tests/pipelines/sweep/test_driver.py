@@ -1,8 +1,9 @@
-"""Sweeps on Ray: their results, no trial twice, and resuming after a kill."""
+"""Sweeps on both executors: their results, no trial twice, and resuming after a kill."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import shutil
 import signal
@@ -24,8 +25,11 @@ from pipelines.storage import locate
 from pipelines.sweep.driver import SweepResult, sweep
 from pipelines.sweep.trials import trials
 from pipelines.training.driver import train
+from tests.pipelines.conftest import ON_RAY
 from tests.pipelines.driver import Driver, Undisturbed, same, workers
 
+ON_TUNE = pytest.param({**ON_RAY, "object_store_mib": 128}, marks=[pytest.mark.ray, pytest.mark.soak], id="Ray")
+EMBEDDED = pytest.param({"executor": "embedded"}, id="embedded")
 FAR = {"family": "constant", "start": 1e-44}  # logits divided by it are not finite
 NEAR = {"family": "constant", "start": 2.5}
 NAIVE, GOOD, BAD = "naive_mtl_seed22", "groups2_constant2.5_seed22", "groups2_constant1e-44_seed22"
@@ -43,7 +47,7 @@ def swept_config(undisturbed: Undisturbed, root: Path, **sections: dict[str, Any
 
 @pytest.fixture(scope="module")
 def swept(run: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """Three trials on two workers: naive MTL, a setting that can be trained, and one that cannot."""
+    """Three trials: naive MTL, a setting that can be trained, and one that cannot."""
     section = {"temperatures": [NEAR, FAR], "stop_early": False}
     config, logged = swept_config(run, tmp_path_factory.mktemp("sweep"), sweep=section), list[str]()
     return config, sweep(config, logged.append), logged
@@ -81,12 +85,15 @@ def test_a_failed_trial_is_a_row_with_its_reason_and_the_others_continue(swept: 
     assert f"{BAD} failed: {found[BAD]['reason']}" in done.found["notes"]
 
 
-@pytest.mark.soak
-def test_a_stopped_trial_frees_its_processes_and_cpus(swept: Ran, run: Undisturbed, tmp_path: Path) -> None:
-    import ray
-
+@pytest.mark.parametrize("place", [EMBEDDED, ON_TUNE])
+def test_a_stopped_trial_frees_its_processes_and_cpus(
+    swept: Ran, run: Undisturbed, tmp_path: Path, place: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    on_ray = place["executor"] == "ray"
+    if on_ray:
+        request.getfixturevalue("ray_session")
     section, long = {"groups": [2, 3], "grace_epochs": 1, "reduction": 2}, {"epochs": 1000}
-    config = swept_config(run, tmp_path, sweep=section, train=long, track={"uri": "none"})
+    config = swept_config(run, tmp_path, sweep=section, train=long, track={"uri": "none"}, ray=place)
     planned = {trial.name: trial.run for trial in trials(config)}
     for name, source in ((NAIVE, NAIVE), ("groups2_seed22", GOOD)):  # as an earlier session would have left them
         shutil.copytree(f"{swept[1].folder}/trials/{source}", str(planned[name]))
@@ -96,7 +103,13 @@ def test_a_stopped_trial_frees_its_processes_and_cpus(swept: Ran, run: Undisturb
     found = rows(sweep(config, logged.append))["groups3_seed22"]
     assert (found["status"], found["reason"]) == ("stopped", "not among the best 1/2 of the trials at epoch 1")
     assert 1 <= found["epochs"] < 1000
-    assert "1 of 3 trials to train, 1 at a time with 2 workers each, samples in shared memory" in logged
+    how = "on Ray Tune with 2 workers each" if on_ray else "in processes of their own (embedded)"
+    assert f"1 of 3 trials to train, 1 at a time {how}, samples in memory" in logged
+    if not on_ray:
+        assert not multiprocessing.active_children()
+        return
+    import ray
+
     while workers(psutil.Process().children(recursive=True)):  # their controller ends them a moment later
         time.sleep(0.1)
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
@@ -174,11 +187,12 @@ def in_progress(driver: SweepDriver) -> bool:
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("place", [EMBEDDED, ON_TUNE])
 def test_a_sweep_that_was_killed_and_terminated_resumes_with_its_unfinished_trials(
-    run: Undisturbed, tmp_path: Path
+    run: Undisturbed, tmp_path: Path, place: dict[str, Any]
 ) -> None:
     section = {"seeds": [22, 23], "grace_epochs": 1, "reduction": 2}
-    config = swept_config(run, tmp_path, sweep=section, ray={"workers": 1}, run={"name": "disturbed"} | {
+    config = swept_config(run, tmp_path, sweep=section, ray=place | {"workers": 1}, run={"name": "disturbed"} | {
         "root": str(tmp_path / "runs")})  # fmt: skip
     driver = SweepDriver(tmp_path, config.model_dump(mode="json"))
     driver.start()

@@ -29,14 +29,14 @@ def chosen(
     monkeypatch.setattr(workers, "RATES", {"cpu": 1e-9, "cuda": 1e-9})  # every run is large
     logged: list[str] = []
     threads = torch.get_num_threads()
-    found = worthwhile_workers(data.config, data, available, logged.append)
+    found = worthwhile_workers(data.config, data, available, False, logged.append)
     assert torch.get_num_threads() == threads
     return found, logged
 
 
 def test_a_small_run_has_one_worker_and_is_not_measured(data: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "step_seconds", lambda *_: pytest.fail("measured"))
-    assert worthwhile_workers(data.config, data, 8, [].append) == 1
+    assert worthwhile_workers(data.config, data, 8, False, [].append) == 1
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,17 @@ def test_a_number_that_cannot_share_the_data_is_left_out(data: Prepared, monkeyp
     few = replace(data.manifest, shards=shards | {"val": [replace(shards["val"][0], rows=3)]})
     small = replace(data, reader=replace(data.reader, manifest=few))
     assert chosen(small, monkeypatch, {16: 100.0, 8: 60.0, 4: 1.0})[0] == 2
+
+
+def test_a_large_run_has_a_worker_for_each_gpu_of_other_machines(
+    data: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "RATES", {"cpu": 1e-9, "cuda": 1e-9})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(workers, "step_seconds", lambda *_: pytest.fail("measured"))
+    logged: list[str] = []
+    assert worthwhile_workers(data.config, data, 5, True, logged.append) == 4
+    assert logged == ["number of workers: 4, for the GPUs of the cluster"]
 
 
 def test_a_configured_number_is_kept(data: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
