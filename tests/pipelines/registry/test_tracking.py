@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import yaml
 from typer.testing import CliRunner
 
 from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.training.context import Save
 from pipelines import storage
 from pipelines.cli.app import app
 from pipelines.config.loading import Config
@@ -32,6 +33,7 @@ from pipelines.registry.errors import reached, without_credentials
 from pipelines.registry.tracking import MlflowTracker, connect, open_tracker, shown
 from pipelines.runs.files import METRICS, read_jsonl
 from pipelines.storage import Location, locate
+from pipelines.training.context import RunContext
 from pipelines.training.driver import Trained, train
 from pipelines.training.publish import register_run
 from tests.paths import ROOT
@@ -123,10 +125,19 @@ def delivered(images: Path, tmp_path_factory: pytest.TempPathFactory, server: Se
     def delivered_again() -> bool:
         return any("could be written again" in message for message in messages.held)
 
+    report = RunContext.report
+
+    def paced(context: RunContext, record: Mapping[str, Any] | None, save: Save) -> None:
+        """Report an epoch and wait for its line: the epochs of this run take less time than a poll."""
+        report(context, record, save)
+        if record is not None:
+            until(lambda: any(f"{record['stage']} epoch {record['epoch']:>3}" in line for line in logged))
+
     logger, messages = logging.getLogger("pipelines"), Messages()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         monkeypatch.setattr(storage, "PATIENCE_S", 1.0)
+        monkeypatch.setattr(RunContext, "report", paced)
         logger.addHandler(messages)
         try:
             with pytest.raises(UserError) as caught:
