@@ -8,7 +8,9 @@ Find in one training run which tasks should share an encoder:
     models = state.network.specialise()
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -118,3 +120,15 @@ def __getattr__(name: str) -> Any:
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """This package, in which `search` is the function also after an import of the subpackage of that name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute, except to a subpackage with the name of a public function."""
+        if not (isinstance(value, ModuleType) and name in __all__):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

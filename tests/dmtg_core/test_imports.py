@@ -72,3 +72,14 @@ def test_everything_that_is_exported_exists_and_has_a_docstring():
         exported = getattr(dmtg_core, name)
         if callable(exported) and hasattr(exported, "__name__"):
             assert exported.__doc__, name
+
+
+def test_search_is_the_function_also_after_an_import_of_its_package():
+    code = (
+        "import dmtg_core.search.options, dmtg_core\n"
+        "from dmtg_core import search\n"
+        "from dmtg_core.search.search import search as own\n"
+        "import dmtg_core.search.selection\n"
+        "assert search is own is dmtg_core.search, search"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

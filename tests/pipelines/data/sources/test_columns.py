@@ -70,6 +70,7 @@ def test_a_long_table_is_read_as_a_short_one(
     monkeypatch.setattr(columns, "HELD_ROWS", 10)
     monkeypatch.setattr(columns, "_FOLDED", 7)
     long = reader(written)
+    caplog.clear()
     with caplog.at_level("INFO"):
         assert (long.describe(), list(long.entries())) == expected
     assert len(expected[1]) == 204
