@@ -39,6 +39,8 @@ def write_images(root: Path, rows: int = 96) -> Path:
 
 
 ON_RAY = {"executor": "ray", "workers": 2}  # overrides of the ray section
+# without batch normalisation, in which each worker normalises its own share of a batch
+VIT = {"encoder": "vit", "options": {"patch": 8, "width": 24, "layers": 2, "heads": 2}}
 TASKS = [
     {"column": "colour", "kind": "multiclass"},
     {"column": "bright", "kind": "binary"},
@@ -120,11 +122,9 @@ def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config,
 
 
 @pytest.fixture(scope="session")
-def ray_run(
-    images: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None
-) -> tuple[Config, Trained, list[str]]:
-    """A finished run of two workers on Ray, its configuration, and its log lines."""
-    return finished_run(images, tmp_path_factory.mktemp("ray_run"), ray=ON_RAY)
+def vit_run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Trained, list[str]]:
+    """A finished run whose figures do not depend on the number of workers."""
+    return finished_run(images, tmp_path_factory.mktemp("vit_run"), network=VIT)
 
 
 def finished_run(images: Path, folder: Path, **sections: object) -> tuple[Config, Trained, list[str]]:

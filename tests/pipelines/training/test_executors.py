@@ -11,11 +11,9 @@ import pytest
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
 from pipelines.training.driver import train
-from tests.pipelines.conftest import ON_RAY, config_values
+from tests.pipelines.conftest import ON_RAY, VIT, config_values
 from tests.pipelines.driver import Driver, Undisturbed, disturbed, same
 
-# without batch normalisation, in which each worker would normalise its own share of a batch
-VIT = {"encoder": "vit", "groups": 2, "options": {"patch": 8, "width": 24, "layers": 2, "heads": 2}}
 EMBEDDED = {"executor": "embedded"}
 ONE_ON_RAY = {"executor": "ray", "workers": 1, "object_store_mib": 128}
 TWO_ON_RAY = {**ON_RAY, "object_store_mib": 128}
@@ -59,15 +57,10 @@ def finished(root: Path, own: Mapping[str, Any], raw: Path = Path("unused")) -> 
     return config, train(config), []
 
 
-@pytest.fixture(scope="module")
-def pictures(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return finished(tmp_path_factory.mktemp("pictures"), {"network": VIT}, images)
-
-
 @pytest.fixture(params=["images", pytest.param("table", marks=SOAK), pytest.param("dense", marks=SOAK)])
-def embedded(request: pytest.FixtureRequest, pictures: Undisturbed, tmp_path: Path) -> Undisturbed:
+def embedded(request: pytest.FixtureRequest, vit_run: Undisturbed, tmp_path: Path) -> Undisturbed:
     if request.param == "images":
-        return pictures
+        return vit_run
     own = {"table": table, "dense": dense}[request.param](tmp_path / "raw")
     return finished(tmp_path / "first", own | {"train": {"epochs": 2, "batch_size": 16}})
 
@@ -96,9 +89,9 @@ def resumed(driver: Driver, ray: Mapping[str, Any]) -> dict:
     ("first", "second"), [(EMBEDDED, TWO_ON_RAY), pytest.param(TWO_ON_RAY, EMBEDDED, marks=SOAK)]
 )
 def test_a_run_killed_on_one_executor_goes_on_on_the_other(
-    pictures: Undisturbed, tmp_path: Path, first: dict[str, Any], second: dict[str, Any]
+    vit_run: Undisturbed, tmp_path: Path, first: dict[str, Any], second: dict[str, Any]
 ) -> None:
-    driver = disturbed(pictures, tmp_path)
+    driver = disturbed(vit_run, tmp_path)
     driver.values = {**driver.values, "ray": first}
     driver.start()
     driver.wait_for(lambda: len(driver.epochs()) >= 5)
@@ -106,7 +99,7 @@ def test_a_run_killed_on_one_executor_goes_on_on_the_other(
     found = resumed(driver, second)
     assert "resuming from the last checkpoint" in driver.log
     assert len(driver.epochs()) == len(set(driver.epochs())) == 8
-    same(found, pictures[1].result)
+    same(found, vit_run[1].result)
 
 
 def test_an_embedded_command_imports_no_ray(run: Undisturbed, tmp_path: Path) -> None:

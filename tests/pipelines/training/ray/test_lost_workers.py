@@ -30,6 +30,7 @@ from pipelines.training.ray.events import start_event_log
 from pipelines.training.ray.trainer import run_workers
 from pipelines.training.worker import Job
 from tests.paths import ROOT
+from tests.pipelines.conftest import VIT
 from tests.pipelines.driver import CHECKPOINTS, OFTEN, Undisturbed, disturbed, kill, same, workers
 
 pytestmark = pytest.mark.ray
@@ -114,6 +115,7 @@ def lost_events(
     return [event["message"] for event in event_log.after(0) if event["kind"] == LOST]
 
 
+@pytest.mark.soak
 def test_a_worker_suspended_between_steps_is_replaced(run: Undisturbed, tmp_path: Path) -> None:
     again = tmp_path / "again"
 
@@ -132,6 +134,7 @@ def test_a_worker_suspended_between_steps_is_replaced(run: Undisturbed, tmp_path
     assert lost == ["workers were lost (worker 1: it waited for the other workers longer than ray.timeout_s)"]
 
 
+@pytest.mark.soak
 def test_a_worker_killed_while_it_receives_the_training_function_is_replaced(
     run: Undisturbed, tmp_path: Path
 ) -> None:
@@ -212,9 +215,6 @@ def cluster() -> Iterator[Any]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "object_store_memory": 128 * 2**20})
     yield cluster
     cluster.shutdown()
-
-
-VIT = {"encoder": "vit", "options": {"patch": 8, "width": 24, "layers": 2, "heads": 2}}  # without batch statistics
 
 
 @pytest.mark.soak
