@@ -31,7 +31,8 @@ DMTG = str(Path(sys.executable).with_name("dmtg"))
 RAY = "ray.executor=ray"
 TASKS = ("a", "b", "c")
 MEMORY_MIB = 1.2 * 1024
-EIGHT_TRIALS = ("sweep.groups=[1, 2]", "sweep.gate_learning_rates=[0.01, 0.1]", "sweep.seeds=[1, 2]")
+# three settings and naive MTL, each with two seeds
+EIGHT_TRIALS = ("sweep.groups=[2]", "sweep.gate_learning_rates=[0.01, 0.03, 0.1]", "sweep.seeds=[1, 2]")
 # for each seed three single tasks, a wide encoder, a gated network, and naive MTL
 TWELVE_CELLS = (
     "compare.methods=[single_task, wide, dmtg]", "compare.seeds=[1, 2]", "compare.equal_budget=false",
