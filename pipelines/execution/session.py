@@ -62,6 +62,10 @@ def session(section: RaySection, cpus: float | None = None) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)  # Ray's notes on its own start-up
     # messages of workers reach the driver through the run folder; their logs stay in Ray's own files
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address:
+        logger.info("connecting to the Ray cluster at %s", address)
+    else:
+        logger.info("starting Ray")
     with _kept_sigterm_handler(), _start_errors(address):
         if address:
             ray.init(address=address, **quiet)
