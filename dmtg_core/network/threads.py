@@ -10,7 +10,7 @@ import torch
 from dmtg_core.network.cost import training_flops
 from dmtg_core.network.grouping_network import GroupingNetwork
 
-SMALL_STEP = 10**9  # operations of a step that take about 50 ms on one core
+SMALL_STEP = 10**9  # operations of a step: 50 ms at 20 GFLOP/s
 
 
 def step_threads(network: GroupingNetwork, batch_size: int) -> int:

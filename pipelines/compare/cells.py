@@ -130,7 +130,7 @@ def train_cells(
             log(f"{cell.name} failed: {failed[-1].what}")
             continue
         found[cell] = done.value
-        count = len(left) - sum(one not in found for one in left)
+        count = sum(one in found for one in left)
         log(f"{count}/{len(left)} {cell.name}: validation score {found[cell]['score']:.4f}")
     if failed:
         raise failed[0]

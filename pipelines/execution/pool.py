@@ -13,6 +13,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
@@ -103,13 +104,15 @@ class Pool:
         assert index is not None
         try:
             kind, value = member.connection.recv()
-            if kind == ANSWER:
-                assert answer is not None
-                member.connection.send(answer(index, value))
-                return None
         except (EOFError, OSError):
             self._remove(member)
             return Outcome(index, error=LostProcessError(_lost(member.process)))
+        if kind == ANSWER:
+            assert answer is not None
+            answered = answer(index, value)
+            with suppress(OSError):  # a process that has been lost meanwhile is found by the next `recv`
+                member.connection.send(answered)
+            return None
         member.task = None
         return Outcome(index, value) if kind == DONE else Outcome(index, error=value)
 
@@ -121,8 +124,12 @@ class Pool:
                     return
                 free = self._new()
                 self.members.append(free)
+            try:
+                free.connection.send((function, items[todo[0]]))
+            except OSError:  # it was lost while it waited for a task
+                self._remove(free)
+                continue
             free.task = todo.popleft()
-            free.connection.send((function, items[free.task]))
 
     def _wait_for_first(self) -> None:
         if self.starting.is_alive():

@@ -24,8 +24,8 @@ from pipelines.training.embedded import train_here, training_device
 from pipelines.training.worker import Job
 
 WORTH_S = 120.0  # a run that takes less, by its operations, is not measured
-RATES = {"cpu": 2e10, "cuda": 5e12}  # operations a second that any core or GPU reaches, for that estimate
-OVERHEAD = 1.2  # of the gradients' exchange: measured for two workers on one machine
+RATES = {"cpu": 2e10, "cuda": 5e12}  # assumed operations a second of a core or GPU, for that estimate
+OVERHEAD = 1.2  # assumed factor of the exchange of gradients
 STEPS = 3
 
 

@@ -105,6 +105,24 @@ def test_a_task_asks_the_driver(pool: Pool) -> None:
     assert answers == {i: [(i, (10 * (i + 1), n)) for n in range(3)] for i in range(3)}
 
 
+def test_an_error_of_the_answer_is_not_a_lost_process() -> None:
+    def answer(index: int, asked: object) -> None:
+        raise OSError("the disk is full")
+
+    with closing(Pool(1, retries=1)) as own, pytest.raises(OSError, match="the disk is full"):
+        list(own.run(count, [1], answer))
+
+
+def test_a_process_that_is_lost_between_runs_is_replaced(pool: Pool) -> None:
+    (done,) = pool.run(pid, [0])
+    for member in pool.members:
+        member.process.kill()
+        member.process.join()
+    found = [one.value for one in pool.run(pid, range(4))]
+    assert len(found) == 4
+    assert done.value not in found
+
+
 DRIVER = """
 import os, time
 from pipelines.execution.pool import Pool
