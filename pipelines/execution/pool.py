@@ -137,7 +137,8 @@ class Pool:
 
     def _new(self) -> _Member:
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=_serve, args=(theirs,), daemon=True)
+        # the server of forks has the environment of its own start, which may be that of an earlier pool
+        process = self.context.Process(target=_serve, args=(theirs, dict(os.environ)), daemon=True)
         process.start()
         theirs.close()  # so that the end of the process ends the connection
         return _Member(process, ours)
@@ -168,9 +169,11 @@ def _lost(process: Any) -> str:
     return f"its process was lost ({how}); the system ends processes like this when memory runs out"
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, environment: dict[str, str]) -> None:
     """Call functions until the driver closes the connection; the main function of a process of the pool."""
     global _driver  # noqa: PLW0603 - a process has one driver
+    os.environ.clear()
+    os.environ.update(environment)
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the driver ends this one

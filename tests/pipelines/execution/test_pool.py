@@ -151,3 +151,17 @@ def test_processes_end_with_a_killed_driver(tmp_path: Path) -> None:
     started = [int(file.name) for file in folder.iterdir()]
     while any(psutil.pid_exists(one) for one in started):
         time.sleep(0.05)
+
+
+def variable(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def test_processes_have_the_environment_of_their_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("first", "second"):  # the second pool forks from the server that the first one has started
+        monkeypatch.setenv("AWS_ENDPOINT_URL", value)
+        with closing(Pool(1)) as pool:
+            assert [done.value for done in pool.run(variable, ["AWS_ENDPOINT_URL"])] == [value]
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    with closing(Pool(1)) as pool:
+        assert [done.value for done in pool.run(variable, ["AWS_ENDPOINT_URL"])] == [None]
