@@ -12,6 +12,22 @@ if TYPE_CHECKING:
     from pipelines.config.loading import Config
 
 
+def _load(config: str, overrides: Overrides, ray_config: str, tasks: str) -> Config:
+    """Read the configuration, and start the imports of the processes that will train, beside those of this one.
+
+    Args:
+        config: Configuration file or recipe.
+        overrides: `section.key=value` arguments.
+        ray_config: File that configures Ray.
+        tasks: Module of the functions that these processes call.
+    """
+    from pipelines.execution.choice import preload_processes
+
+    loaded = load(config, overrides, ray_config)
+    preload_processes(loaded.ray, [tasks])
+    return loaded
+
+
 def signal(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -25,10 +41,11 @@ def signal(
     """
 
     def body() -> dict[str, Any]:
+        loaded = _load(config, overrides, ray_config, "pipelines.compare.cells")
         from pipelines.compare.page import two
         from pipelines.compare.signal import signal as measure_signal
 
-        done = measure_signal(load(config, overrides, ray_config), log)
+        done = measure_signal(loaded, log)
         found = done.found
         overall = {"task": "all", **found["correlation"]}
         rows = [
@@ -65,7 +82,7 @@ def compare(
 
     def body() -> dict[str, Any]:
         step = Next("train a grouping and its models", command_line(["train"], config, overrides, ray_config))
-        return _compare(load(config, overrides, ray_config)) | {"next": step}
+        return _compare(_load(config, overrides, ray_config, "pipelines.compare.cells")) | {"next": step}
 
     run("compare", body, reads=config, as_json=as_json, debug=debug)
 
@@ -121,7 +138,7 @@ def sweep(
     """
 
     def body() -> dict[str, Any]:
-        found = _sweep(load(config, overrides, ray_config))
+        found = _sweep(_load(config, overrides, ray_config, "pipelines.sweep.embedded"))
         step = Next(
             "train the best setting with all its models",
             command_line(["train"], found["best_config"], [], ray_config),

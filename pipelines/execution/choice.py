@@ -11,6 +11,7 @@ from pipelines.config.ray_section import RaySection
 from pipelines.errors import UserError
 from pipelines.execution.embedded import EmbeddedExecutor
 from pipelines.execution.executor import Executor
+from pipelines.execution.pool import preload
 from pipelines.execution.ray_executor import RayExecutor
 from pipelines.execution.session import session
 
@@ -36,6 +37,22 @@ def open_executor(
     else:
         with EmbeddedExecutor(section, processes, imports) as embedded:
             yield embedded
+
+
+def preload_processes(section: RaySection, imports: Sequence[str]) -> None:
+    """Start the imports of the processes of an embedded executor that is opened later; nothing if that is on Ray.
+
+    This module imports neither PyTorch nor Ray: a command calls it before it imports PyTorch itself.
+
+    Args:
+        section: The configured resources.
+        imports: Modules of the tasks.
+
+    Raises:
+        UserError: As `on_ray`.
+    """
+    if not on_ray(section):
+        preload(imports)
 
 
 def on_ray(section: RaySection) -> bool:

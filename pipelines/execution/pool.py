@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from pipelines.execution.executor import Outcome
 
 ANSWER, DONE, FAILED = "answer", "done", "failed"
 EXIT_S = 5.0
+QUICK_EXIT = "pipelines.execution.quick_exit"  # a module that only the server of forks may import
 _driver: Connection | None = None  # in a process of the pool: the connection to the driver
 
 
@@ -45,6 +47,15 @@ class _Member:
     task: int | None = None
 
 
+def preload(imports: Sequence[str]) -> None:
+    """Start to import PyTorch and the modules of tasks in the background, for the processes of a later `Pool`.
+
+    They are forks of the process that imports. It serves all pools of this process, and its first imports count.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload([QUICK_EXIT, "torch", *imports])
+    forkserver.ensure_running()
+
+
 class Pool:
     """Processes that call functions.
 
@@ -57,7 +68,7 @@ class Pool:
     def __init__(self, size: int, retries: int = 0, imports: Sequence[str] = ()) -> None:
         self.size, self.retries = size, retries
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch", *imports])
+        preload(imports)
         self.members: list[_Member] = []
         self.starting = threading.Thread(target=self._start_first, daemon=True)
 

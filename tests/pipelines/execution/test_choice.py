@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pyarrow as pa
 import pytest
 
 from pipelines.config.ray_section import RaySection
 from pipelines.config.validation import checked
 from pipelines.errors import UserError
-from pipelines.execution.choice import on_ray, open_executor
+from pipelines.execution.choice import on_ray, open_executor, preload_processes
 from pipelines.execution.embedded import EmbeddedExecutor
 from pipelines.execution.resources import sample_memory
+from tests.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +88,21 @@ def test_work_in_the_process_of_the_command_yields_values_and_errors_in_order() 
 def test_the_memory_for_samples_is_configured_or_a_share_of_the_machine() -> None:
     assert sample_memory(section(object_store_mib=100)) == 100 * 2**20
     assert 2**20 < sample_memory(section()) < 2**50
+
+
+@pytest.mark.parametrize(
+    ("values", "started"), [({}, True), ({"executor": "ray"}, False), ({"workers": 2}, False)]
+)
+def test_processes_are_preloaded_if_they_will_be_used(
+    values: dict[str, object], started: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[object] = []
+    monkeypatch.setattr("pipelines.execution.choice.preload", found.append)
+    preload_processes(section(**values), ["json"])
+    assert found == [["json"]] * started
+
+
+def test_preloading_imports_neither_torch_nor_ray() -> None:
+    code = "import sys, pipelines.execution.choice; print(sorted({'torch', 'ray'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"

@@ -16,7 +16,7 @@ import pytest
 
 from pipelines.errors import UserError
 from pipelines.execution.errors import LostProcessError
-from pipelines.execution.pool import Pool, ask
+from pipelines.execution.pool import QUICK_EXIT, Pool, ask
 from tests.paths import ROOT
 
 
@@ -165,3 +165,12 @@ def test_processes_have_the_environment_of_their_driver(monkeypatch: pytest.Monk
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     with closing(Pool(1)) as pool:
         assert [done.value for done in pool.run(variable, ["AWS_ENDPOINT_URL"])] == [None]
+
+
+def test_the_server_of_forks_ends_without_tearing_modules_down() -> None:
+    slow = "class Slow:\n    def __del__(self): print('torn down')\nheld = Slow()\n"
+    for imports, shown in (("", "torn down\n"), (f"import {QUICK_EXIT}\n", "")):
+        done = subprocess.run(
+            [sys.executable, "-c", imports + slow], capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        assert done.stdout == shown
