@@ -78,10 +78,10 @@ def waiting_share(step: Callable[..., object], spec: NetworkSpec, rows: int, dev
     return max(0.0, 1 - held / min(epoch(number) for number in range(4)))
 
 
-def against_published(rows: int, size: int = 256, device: str = "cuda") -> Costs:
+def against_published(rows: int, size: int = 256, device: str = "cuda", precision: str = "bf16") -> Costs:
     """Compare the published step with ours on the published network of five tasks, K = 3."""
     spec = taskonomy(size)
-    step = ours(spec, rows, pruned=True, device=device, precision="bf16", graphs=True)
+    step = ours(spec, rows, pruned=True, device=device, precision=precision, graphs=True)
     mine = timed(step, device)
     theirs = timed(published(spec, rows, device), device)
 

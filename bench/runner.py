@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
+
+from pipelines.execution.resources import cores
 
 # bound, value, and a function that returns numerator and denominator of the ratio, and notes
 Row = tuple[str, float, Callable[[], tuple[Any, ...]]]
@@ -114,7 +117,8 @@ def measure(name: str, row: Row, repeats: int) -> dict[str, object]:
 
 def machine() -> str:
     """Describe this machine."""
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = os.environ.get("OMP_NUM_THREADS") or cores()
+    return f"{platform.machine()}, {threads} threads, torch {version('torch')}"
 
 
 def _command(name: str) -> str:

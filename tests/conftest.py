@@ -16,25 +16,26 @@ settings.register_profile("reproducible", deadline=None, derandomize=True, datab
 settings.load_profile("reproducible")
 
 
+# finished runs, servers and a Ray session: made once in a process, in many seconds
+SHARED = r"run|vit_run|ray_session|s3|s3_port|mlflow_server"
+
+
 @lru_cache
-def _shares_the_run(file: str) -> bool:
-    """Whether tests of a file take the fixture of the finished run, which is made once in a process."""
+def _uses_shared(file: str) -> bool:
+    """Whether tests of a file take a fixture that is shared by files."""
     text = Path(file).read_text(encoding="utf-8")
-    return "pytest.mark.ray" in text and re.search(r"def \w+\([^)]*\brun[:,)]", text) is not None
+    return re.search(rf"def \w+\([^)]*\b({SHARED})[:,)]|usefixtures\(.({SHARED})\b", text) is not None
 
 
-class OneFinishedRun(LoadFileScheduling):
-    """Tests are shared out by files, but those that look at the finished run go to one process.
-
-    Ray sessions are as many as processes; the run takes longer than most of what is asked of it.
-    """
+class OneProcessForShared(LoadFileScheduling):
+    """Tests are shared out by files, but those of files that share fixtures go to one process."""
 
     def _split_scope(self, nodeid: str) -> str:
         """The name of what stays together."""
         file: str = super()._split_scope(nodeid)
-        return "run" if _shares_the_run(file) else file
+        return "shared" if _uses_shared(file) else file
 
 
-def pytest_xdist_make_scheduler(config: Any, log: Any) -> OneFinishedRun:
+def pytest_xdist_make_scheduler(config: Any, log: Any) -> OneProcessForShared:
     """Where several processes share the tests."""
-    return OneFinishedRun(config, log)
+    return OneProcessForShared(config, log)

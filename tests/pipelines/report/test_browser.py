@@ -227,7 +227,8 @@ def test_the_name_of_a_task_is_not_a_formula(pages: dict[str, Path], browser: Br
 
 def test_the_animation_plays_from_the_first_epoch_to_the_last(pages: dict[str, Path], browser: Browser) -> None:
     with opened(browser, pages["run"]) as found:
-        found.page.clock.install()
+        found.page.clock.install(time=0)
+        found.page.clock.pause_at(1000)
         found.page.locator("#moving-play").click()
         assert found.page.locator("#moving-play").inner_text() == "Stop"
         assert found.page.locator("#moving-epoch").input_value() == "1"

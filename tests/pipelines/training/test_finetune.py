@@ -67,7 +67,7 @@ def test_groups_train_on_and_are_never_worse_on_validation(run, tmp_path: Path) 
     assert again["metrics"] == result["metrics"]
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.ray)])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=[pytest.mark.ray, pytest.mark.soak])])
 def test_a_profile_measures_the_workers_and_leaves_the_run_alone(
     run, tmp_path: Path, workers: int, request: pytest.FixtureRequest
 ) -> None:
