@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test soak lint format docs lock bench
+KFP := .kfp/.installed
+
+.PHONY: install .kfp demo test soak lint format docs lock bench
 
 install: $(STAMP)
 
@@ -15,14 +17,22 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps -e .
 	touch $(STAMP)
 
+# Kubeflow's SDK needs an older protobuf than the lock file has
+.kfp: $(KFP)
+
+$(KFP): cluster/kubeflow/requirements.lock $(STAMP)
+	test -x .kfp/bin/python || $(PYTHON) -m venv .kfp
+	$(BIN)/uv pip install --python .kfp/bin/python --quiet --require-hashes -r cluster/kubeflow/requirements.lock
+	touch $(KFP)
+
 demo: install
 	$(BIN)/dmtg demo
 
 # what a test has freed goes back to the machine: two long processes would keep gigabytes of it for nothing
-test: install
-	MALLOC_TRIM_THRESHOLD_=16777216 $(BIN)/python -m pytest -m "not soak" -n 2
+test: install $(KFP)
+	MALLOC_TRIM_THRESHOLD_=16777216 $(BIN)/python -m pytest -m "not soak" -n 2 -rs
 
-soak: install
+soak: install $(KFP)
 	$(BIN)/python -m pytest -m soak
 
 lint: install
@@ -40,6 +50,8 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lock:
+	$(BIN)/uv pip compile cluster/kubeflow/requirements.in --generate-hashes --no-emit-index-url \
+		--python-version 3.11 -o cluster/kubeflow/requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --extra pipelines --extra dev --generate-hashes --no-emit-index-url \
 		--python-version 3.11 -o requirements.lock
 

@@ -1,4 +1,4 @@
-"""The nightly run as a Kubeflow pipeline: shard → sweep → train → regroup, each a `dmtg` command.
+"""The nightly run as a Kubeflow pipeline: shard → sweep → regroup, each a `dmtg` command.
 
 A step runs its command in its own pod. If it gets the address of a Ray cluster's dashboard, it submits the command
 there. Steps pass on addresses, so all of them must reach the same storage. The script needs kfp in an environment
@@ -22,8 +22,15 @@ EVERY_NIGHT = "0 15 2 * * *"  # six fields: Kubeflow's begin with the seconds
 # kfp takes the source of this function into the compiled pipeline, so everything that it needs stands within it.
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def dmtg(
-    command: str, config: str, words: list, gives: str, cluster: str, given: str = "", word: str = ""
-) -> NamedTuple("Outputs", [("found", dict), ("address", str)]):  # type: ignore[valid-type]
+    command: str,
+    config: str,
+    words: list,
+    gives: str,
+    cluster: str,
+    date: str = "",
+    given: str = "",
+    word: str = "",
+) -> NamedTuple("Outputs", [("found", dict), ("address", str), ("night", str)]):  # type: ignore[valid-type]
     """Run one `dmtg` command.
 
     Args:
@@ -32,18 +39,20 @@ def dmtg(
         words: section.key=value, and options.
         gives: Key of the command's JSON object whose value is the `address` that this step gives.
         cluster: Address of a Ray cluster's dashboard that runs the command; empty to run it here.
+        date: Date of the data set; empty for a command that has none.
         given: Address from a step before.
-        word: Key of the configuration that takes what is given.
+        word: Key of the configuration that takes what is given; empty if it is the configuration.
 
     Returns:
-        `found`, the command's JSON object, and `address`.
+        `found`, the command's JSON object, `address`, and `night`, the date of a command that has one.
     """
     import json
     import subprocess
     import sys
     from collections import namedtuple
 
-    line = ["dmtg", command, "-c", config or given, *words, *([f"{word}={given}"] if word else []), "--json"]
+    line = ["dmtg", command, "-c", config or given, *words, *([f"{word}={given}"] if word else [])]
+    line += [*(["--night", date] if date else []), "--json"]
     if cluster:
         line = ["ray", "job", "submit", "--address", cluster, "--", *line]
     found = {}
@@ -54,45 +63,56 @@ def dmtg(
                 found = json.loads(text)
     if process.returncode or not found:
         raise SystemExit(f"{' '.join(line)} ended with exit code {process.returncode}")
-    outputs = namedtuple("Outputs", ["found", "address"])  # noqa: PYI024 - by name, as kfp reads it
-    return outputs(found, str(found[gives]))
+    outputs = namedtuple("Outputs", ["found", "address", "night"])  # noqa: PYI024 - by name, as kfp reads it
+    return outputs(found, str(found[gives]), found.get("night", ""))
 
 
 @dsl.pipeline(
     name="dmtg",
-    description="Shard tonight's data, sweep over groupings, train with the best setting, regroup.",
+    description="Write tonight's data set, sweep over groupings, regroup with the best setting.",
 )
 def night(
-    config: str = "paper/taskonomy5_k3",
-    shard_words: list = ["source.root=s3://raw/taskonomy", "data.shards=s3://dmtg/shards/taskonomy5"],  # noqa: B006
-    sweep_words: list = ["sweep.groups=[2, 3, 4, 5]", "ray.workers=1", "run.root=s3://dmtg/runs"],  # noqa: B006
-    train_words: list = ["ray.workers=8"],  # noqa: B006 - kfp reads the defaults, nothing changes them
-    regroup_words: list = ["ray.workers=8", "run.root=s3://dmtg/runs", "--kept-ok"],  # noqa: B006
+    config: str = "/etc/dmtg/nightly.yaml",
+    date: str = "today",
+    shard_words: list = ["--ray-config", "/etc/dmtg/ray_config.yaml"],  # noqa: B006 - kfp reads the defaults
+    sweep_words: list = [  # noqa: B006
+        "sweep.groups=[2, 3, 4, 5]",
+        "ray.workers=1",
+        "--ray-config",
+        "/etc/dmtg/ray_config.yaml",
+    ],
+    regroup_words: list = [  # noqa: B006
+        "ray.workers=8",
+        "--wait",
+        "3600",
+        "--kept-ok",
+        "--ray-config",
+        "/etc/dmtg/ray_config.yaml",
+    ],
     cluster: str = "http://dmtg-head-svc.dmtg.svc.cluster.local:8265",
 ) -> None:
-    """Shard, sweep, train with the best setting, and evaluate a challenger against the champion.
+    """Write the data set of the date, sweep on it, and evaluate a challenger with the best setting.
+
+    The regrouping trains the challenger: a training step before it would train the same networks twice.
 
     Args:
-        config: File or recipe, as the machines that run the commands know it.
-        shard_words: Where the raw data is, and where shards go.
-        sweep_words: What is varied, and where runs go.
-        train_words: Where and how the run with the best setting trains.
+        config: File or recipe, as the machines that run the commands know it, with source and regroup.shards.
+        date: Date of the nightly run, YYYY-MM-DD, or today (UTC).
+        shard_words: Arguments of the sharding.
+        sweep_words: What is varied.
         regroup_words: How the regrouping runs.
         cluster: Address of a Ray cluster's dashboard that runs the commands; empty to run them in the steps' pods.
     """
-    sharding = dmtg(command="shard", config=config, words=shard_words, gives="shards", cluster=cluster)
-    shards = sharding.outputs["address"]
+    sharding = dmtg(command="shard", config=config, words=shard_words, gives="shards", cluster=cluster, date=date)
     sweep = dmtg(
         command="sweep", config=config, words=sweep_words, gives="best_config", cluster=cluster,
-        given=shards, word="data.shards",
+        given=sharding.outputs["address"], word="data.shards",
     )  # fmt: skip
-    best = sweep.outputs["address"]
-    training = dmtg(command="train", config="", words=train_words, gives="run_dir", cluster=cluster, given=best)
     regrouping = dmtg(
-        command="regroup", config=config, words=regroup_words, gives="verdict", cluster=cluster,
-        given=shards, word="data.shards",
-    ).after(training)  # fmt: skip
-    for step, name in ((sharding, "shard"), (sweep, "sweep"), (training, "train"), (regrouping, "regroup")):
+        command="regroup", config="", words=regroup_words, gives="verdict", cluster=cluster,
+        date=sharding.outputs["night"], given=sweep.outputs["address"],
+    )  # fmt: skip
+    for step, name in ((sharding, "shard"), (sweep, "sweep"), (regrouping, "regroup")):
         # a command that runs again finds its results: caching would only skip a nightly run
         step.set_display_name(name).set_caching_options(False).set_retry(2)
 

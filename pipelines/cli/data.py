@@ -13,6 +13,12 @@ from pipelines.cli.options import ConfigFile, Debug, Json, Overrides, RayFile, c
 def shard(
     config: ConfigFile,
     overrides: Overrides = None,
+    night: Annotated[
+        str,
+        typer.Option(
+            help="Date of a data set for regroup: write to <regroup.shards>/<date>. YYYY-MM-DD or today."
+        ),
+    ] = "",
     ray_config: RayFile = "",
     as_json: Json = False,
     debug: Debug = False,
@@ -21,18 +27,24 @@ def shard(
 
     def body() -> dict[str, Any]:
         from pipelines.data.shards import shard as write_shards
+        from pipelines.nightly.datasets import checked_date, of_date
 
         loaded = load(config, overrides, ray_config)
+        date = checked_date(night) if night else ""
+        if date:
+            loaded = of_date(loaded, date)
         done = write_shards(loaded, log)
         described = done.manifest.to_dict()
         log(
             f"{described['rows']} samples in {done.made + done.kept} shards ({done.kept} kept), "
             f"{described['quarantined']} quarantined: {loaded.data.shards}"
         )
-        step = Next("inspect the shards", command_line(["inspect"], config, overrides, ray_config))
+        shards = [f"data.shards={loaded.data.shards}"] if night else []
+        inspecting = command_line(["inspect"], config, [*(overrides or []), *shards], ray_config)
+        step = Next("inspect the shards", inspecting)
         return {"rows": described["rows"], "quarantined": described["quarantined"], "made": done.made,
                 "kept": done.kept, "shards": loaded.data.shards, "digest": described["digest"],
-                "next": step}  # fmt: skip
+                **({"night": date} if date else {}), "next": step}  # fmt: skip
 
     run("shard", body, reads=config, as_json=as_json, debug=debug)
 

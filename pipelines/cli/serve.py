@@ -106,6 +106,9 @@ def regroup(
     config: ConfigFile,
     overrides: Overrides = None,
     night: Annotated[str, typer.Option(help="Date of the data set, YYYY-MM-DD; today in UTC by default.")] = "",
+    shard: Annotated[
+        bool, typer.Option("--shard", help="First write the data set of the date from the source.")
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Train and evaluate, but do not register, promote or call the webhook."),
@@ -128,10 +131,10 @@ def regroup(
         from pipelines.nightly.driver import regroup as run_nightly
 
         loaded = load(config, overrides, ray_config)
-        found = run_nightly(loaded, night, dry_run=dry_run, wait_s=wait, log=log)
+        found = run_nightly(loaded, night, shard=shard, dry_run=dry_run, wait_s=wait, log=log)
         promoted = found["verdict"] == "promoted"
         if dry_run:
-            again = ["--night", night] if night else []
+            again = [*(["--night", night] if night else []), *(["--shard"] if shard else [])]
             step = Next("run without --dry-run", command_line(["regroup"], config, overrides, ray_config, *again))
         elif promoted:
             step = Next("show the champion", models_command("show", loaded.track, f"{loaded.name}@champion"))

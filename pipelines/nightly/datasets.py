@@ -1,4 +1,4 @@
-"""Dated data sets: a nightly run uses the newest finished one that is not later than its own date."""
+"""Dated data sets: a nightly run writes its own one, or uses the newest finished one up to its date."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pipelines.data.manifest import FILE
 from pipelines.errors import UserError
 from pipelines.storage import Location, locate
 
+TODAY = "today"
 DATE = re.compile(r"(?:[A-Za-z_]+=)?(\d{4}-\d{2}-\d{2})")  # 2026-11-25 or date=2026-11-25
 
 
@@ -30,12 +31,12 @@ class DatedDataset:
 
 
 def checked_date(text: str) -> str:
-    """Check a date, YYYY-MM-DD. An empty one is today in UTC.
+    """Check a date, YYYY-MM-DD. `today`, and no date, is today in UTC.
 
     Raises:
         UserError: For another form of date.
     """
-    if not text:
+    if text in ("", TODAY):
         return dt.datetime.now(dt.UTC).date().isoformat()
     try:
         found = dt.date.fromisoformat(text).isoformat()
@@ -45,10 +46,35 @@ def checked_date(text: str) -> str:
         raise UserError(
             f"expected a date, got {text!r}",
             where="--night",
-            remedy="write it as YYYY-MM-DD",
+            remedy=f"write it as YYYY-MM-DD, or {TODAY}",
             wrong_use=True,
         )
     return found
+
+
+def of_date(config: Config, date: str) -> Config:
+    """The configuration that writes the data set of a date: its shards are `<regroup.shards>/<date>`.
+
+    Without `data.like` the classes and the preparation are those of the newest finished data set before the date,
+    so that champion and challenger can be compared.
+
+    Raises:
+        UserError: Without a source, and if `regroup.shards` is not a folder.
+    """
+    place = config.regroup.shards
+    if config.source is None or not place or place.endswith(".json"):
+        problem = "a source" if config.source is None else "a folder in regroup.shards"
+        raise UserError(
+            f"the data set of {date} needs {problem}",
+            where=f"source, regroup.shards={place}",
+            remedy="set source, and regroup.shards to the folder that holds a data set for each date",
+            wrong_use=True,
+        )
+    others = sorted(_partitions(locate(place), place), key=_date)
+    finished = [one.shards for one in others if one.date < date and (locate(one.shards) / FILE).exists()]
+    prefix = "date=" if others and "=" in others[-1].shards.rsplit("/", 1)[1] else ""
+    data = {"shards": f"{place.rstrip('/')}/{prefix}{date}", "like": config.data.like or "".join(finished[-1:])}
+    return config.model_copy(update={"data": config.data.model_copy(update=data)})
 
 
 def newest(config: Config, date: str, log: Callable[[str], None]) -> DatedDataset:
@@ -64,7 +90,7 @@ def newest(config: Config, date: str, log: Callable[[str], None]) -> DatedDatase
         return DatedDataset(date, config.data.shards)
     folder = locate(place)
     dated = _listed(folder) if place.endswith(".json") else _partitions(folder, place)
-    older = sorted((one for one in dated if one.date <= date), key=lambda one: one.date, reverse=True)
+    older = sorted((one for one in dated if one.date <= date), key=_date, reverse=True)
     for one in older:
         if (locate(one.shards) / FILE).exists():
             if one.date != date:
@@ -75,8 +101,12 @@ def newest(config: Config, date: str, log: Callable[[str], None]) -> DatedDatase
     raise UserError(
         f"no finished data set up to {date} among {len(dated)} dated data sets",
         where=place,
-        remedy="write one with dmtg shard into a folder <date> or date=<date> there, or correct regroup.shards",
+        remedy="write it with dmtg shard --night <date>, or correct regroup.shards",
     )
+
+
+def _date(one: DatedDataset) -> str:
+    return one.date
 
 
 def _partitions(folder: Location, place: str) -> list[DatedDataset]:

@@ -27,7 +27,7 @@ from pipelines.errors import UserError
 from pipelines.execution.choice import open_executor
 from pipelines.execution.errors import user_error
 from pipelines.execution.executor import Executor
-from pipelines.nightly.datasets import checked_date, newest
+from pipelines.nightly.datasets import checked_date, newest, of_date
 from pipelines.nightly.evaluation import evaluate, verdict_of
 from pipelines.nightly.leakage import check_champion, check_evaluation, leakage_notes
 from pipelines.nightly.lease import Lease
@@ -80,6 +80,7 @@ def regroup(
     config: Config,
     date: str = "",
     *,
+    shard: bool = False,
     dry_run: bool = False,
     wait_s: float = 0.0,
     log: Callable[[str], None] = logger.info,
@@ -89,6 +90,7 @@ def regroup(
     Args:
         config: Configuration; its section `regroup` has the rules of promotion.
         date: Date, YYYY-MM-DD; today by default.
+        shard: Write the data set of the date first; see `datasets.of_date`.
         dry_run: Train and evaluate, but do not register, promote or send the verdict. A later call resumes it.
         wait_s: Seconds to wait for another job with the same model.
         log: Log callback.
@@ -103,6 +105,7 @@ def regroup(
     config.check_options()
     if config.regroup.webhook:
         check_address(config.regroup.webhook)
+    source = of_date(config, date) if shard else None
     if not enabled(config.track):
         raise UserError(
             "regrouping needs a model registry",
@@ -119,6 +122,8 @@ def regroup(
             _publish(config, folder, log)
             return job_result(folder) | {"repeated": True}
         with open_executor(config.ray) as executor:
+            if source is not None and not (folder / PLAN).exists():
+                ensure_shards(source, log, executor)
             job = _Job(config, folder, lease, executor, log)
             return job.dry_run(date) if dry_run else job.run(date)
 

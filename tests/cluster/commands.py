@@ -94,7 +94,8 @@ def pipeline_commands() -> list[tuple[str, ...]]:
         # what a sweep gives is a configuration like the one it was given
         config = given["config"] or defaults["config"]
         passed = [f"{given['word']}={given['given']}"] if given.get("word") else []
-        found.append((given["command"], "-c", config, *given["words"], *passed, "--json"))
+        dated = ["--night", given["date"]] if given.get("date") else []
+        found.append((given["command"], "-c", config, *given["words"], *passed, *dated, "--json"))
     return found
 
 

@@ -57,7 +57,7 @@ def test_the_image_is_set_in_one_file(name: str, with_another_image: Path) -> No
 
 
 def test_every_file_is_used() -> None:
-    used = set().union(*(Build(folder).files for folder in OVERLAYS))
+    used = set().union(*(Build(folder).files for folder in (*OVERLAYS, *(KUBERAY / "options").iterdir())))
     assert used == {file.resolve() for file in KUBERAY.rglob("*") if file.is_file()}
 
 

@@ -23,7 +23,7 @@ from pipelines.config.sections import RegroupSection
 from pipelines.config.validation import checked
 from pipelines.data.shards import shard
 from pipelines.errors import UserError
-from pipelines.nightly.datasets import checked_date, newest
+from pipelines.nightly.datasets import checked_date, newest, of_date
 from pipelines.nightly.driver import LEASE, regroup
 from pipelines.nightly.evaluation import verdict_of
 from pipelines.nightly.lease import Lease
@@ -83,11 +83,13 @@ def config_of(root: Path, **sections: Any) -> dict[str, Any]:
 
 
 def write_datasets(root: Path) -> None:
-    """Write shards of three dates. On the third, the first two tasks depend on other features."""
+    """Write tables of three dates, and shards of the first two. On the third, two tasks need other features."""
     old, new = (0, 0, 1, 1), (2, 1, 1, 1)
     for n, (date, pairs) in enumerate(zip(DATES, (old, old, new), strict=True)):
         raw = root / f"raw-{date}"
         write_table(raw, n, pairs, level=0.5 if pairs == new else 0.0)
+        if pairs == new:
+            return  # its nightly run writes the shards
         like = str(root / "datasets" / f"date={DATES[0]}") if n else ""
         values = config_of(root, data={"shards": str(root / "datasets" / f"date={date}"), "like": like})
         values["source"]["root"] = str(raw)
@@ -139,8 +141,16 @@ def done(
     verdicts, logged = {}, {}
     for date in DATES:
         logged[date] = []
-        verdicts[date] = regroup(hooked, date, log=logged[date].append)
+        own = hooked if date != DATES[2] else with_table(hooked, root, date)
+        verdicts[date] = regroup(own, date, shard=date == DATES[2], log=logged[date].append)
     return verdicts, logged
+
+
+def with_table(config: Config, root: Path, date: str) -> Config:
+    """The configuration with the table of a date as its source."""
+    assert config.source is not None
+    source = config.source.model_copy(update={"root": str(root / f"raw-{date}")})
+    return config.model_copy(update={"source": source})
 
 
 def versions(config: Config) -> dict[str, list[str]]:
@@ -287,6 +297,31 @@ def test_the_options_of_a_nightly_run_are_checked_first(config: Config, tmp_path
         )
 
 
+def test_the_data_set_of_a_date_is_beside_the_others_and_prepared_like_the_newest(tmp_path: Path) -> None:
+    config = listed(tmp_path, str(tmp_path / "sets"))
+    assert of_date(config, "2026-02-01").data.shards == f"{tmp_path}/sets/2026-02-01"
+    assert of_date(config, "2026-02-01").data.like == ""
+    for name in ("date=2026-01-01", "date=2026-01-03", "date=2026-01-05", "date=2026-03-01"):
+        (tmp_path / "sets" / name).mkdir(parents=True)
+        if name != "date=2026-01-05":
+            (tmp_path / "sets" / name / "_manifest.json").touch()
+    found = of_date(config, "2026-02-01").data
+    assert (found.shards, found.like) == (f"{tmp_path}/sets/date=2026-02-01", f"{tmp_path}/sets/date=2026-01-03")
+    own = config.model_copy(update={"data": config.data.model_copy(update={"like": "mine"})})
+    assert of_date(own, "2026-02-01").data.like == "mine"
+
+
+def test_a_data_set_of_a_date_needs_a_source_and_a_folder(tmp_path: Path) -> None:
+    for wrong, named in (
+        (listed(tmp_path, ""), "needs a folder in regroup.shards"),
+        (listed(tmp_path, "sets.json"), "needs a folder in regroup.shards"),
+        (listed(tmp_path, "sets").model_copy(update={"source": None}), "needs a source"),
+    ):
+        with pytest.raises(UserError, match=named) as found:
+            regroup(wrong, "2026-02-01", shard=True)
+        assert found.value.wrong_use
+
+
 def listed(root: Path, place: str) -> Config:
     return checked(Config, config_of(root, regroup={"shards": place}))
 
@@ -361,11 +396,12 @@ def test_after_ten_kills_a_champion_serves_and_the_next_job_finishes_the_nightly
     values["run"] = {"root": str(tmp_path / "runs")}
     values["regroup"] |= {"lease_s": 5}
     config = checked(Config, values)
-    driver = Driver(tmp_path, yaml.safe_load(yaml.safe_dump(values)))
     regroup(config, DATES[0])
+    values["source"]["root"] = str(root / f"raw-{DATES[2]}")
+    driver = Driver(tmp_path, yaml.safe_load(yaml.safe_dump(values)))
     points, moments = random.Random(4), []  # noqa: S311 - moments, not secrets
     started = time.monotonic()
-    begin = nightly_command(driver, ["--night", DATES[2], "--kept-ok"])
+    begin = nightly_command(driver, ["--night", DATES[2], "--shard", "--kept-ok"])
     for _ in range(10):
         process = begin()
         until = time.monotonic() + points.uniform(1, 40)
