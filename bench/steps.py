@@ -86,12 +86,14 @@ def ours(
     device: str = "cpu",
     precision: str = "fp32",
     graphs: bool = False,
+    batched: str = "auto",
 ) -> Callable[..., object]:
     """Return our step, on one batch on the device or on batches passed to it.
 
     With `pruned`, each task has one head. On a GPU the step is compiled, which is the default of training.
     """
-    settings, context = TrainSettings(precision=precision, cuda_graphs=graphs), LocalContext(device=device)
+    settings = TrainSettings(precision=precision, cuda_graphs=graphs, batch_branches=batched)
+    context = LocalContext(device=device)
     held = batch_of(spec, rows, device)
     state = TrainState.fresh(GroupingNetwork(spec).to(context.device), settings)
     if pruned:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dmtg_core.grouping import Grouping
+from dmtg_core.network.batched.branches import BatchedBranches
 from dmtg_core.network.decoders import DECODERS
 from dmtg_core.network.encoders import EncoderSpec, build_encoder, seeded
 from dmtg_core.network.gate import GroupGate
 from dmtg_core.network.heads import HeadBank
+from dmtg_core.network.inputs import Normalise, scaled
 from dmtg_core.network.numbered import Numbered
 from dmtg_core.tasks import InputSpec, Task, check_names
 
@@ -98,52 +100,6 @@ class NetworkSpec:
         return cls(**{**values, **parts})
 
 
-class Normalise(nn.Module):
-    """Stored input to network input.
-
-    `(B, H, W, C)` to float32 `(B, C, H, W)`, `(B, F)` to float32, token ids `(B, L)` to int64.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, spec: InputSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.register_buffer("mean", torch.tensor(spec.mean), persistent=False)
-        self.register_buffer("std", torch.tensor(spec.std), persistent=False)
-
-    def forward(self, raw: Tensor) -> Tensor:
-        """Normalise. Raise ValueError if `raw` does not have the stored shape."""
-        if raw.shape[1:] != self.spec.shape:
-            wanted = ", ".join(map(str, self.spec.shape))
-            raise ValueError(f"expected input of shape (B, {wanted}), got {tuple(raw.shape)}")
-        if self.spec.kind == "tokens":
-            return raw.long()
-        value = (raw.float() - self.mean) / self.std
-        return value.permute(0, 3, 1, 2) if self.spec.kind == "image" else value  # (B, C, H, W), channels last
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """The identity with its gradient multiplied by a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.factor, None
-
-
-def _scaled(x: Any, factor: float) -> Any:
-    """Return `x` with its gradient scaled. For the pair (tokens, mask) of a text encoder, scale the tokens'."""
-    if isinstance(x, tuple):
-        return (_ScaleGradient.apply(x[0], factor), *x[1:])
-    return _ScaleGradient.apply(x, factor)
-
-
 @dataclass(frozen=True)
 class PairOutputs:
     """Outputs of all live heads: `rows` `(M, B)` of the head bank, `dense` `(B, C, H, W)` for each dense pair."""
@@ -160,7 +116,8 @@ class GroupingNetwork(nn.Module):
 
     If `recompute` is set, the activations inside stem, branches and decoders are not stored but computed again in
     the backward pass (Chen et al. 2016). A step of K branches then needs about the memory of one branch. Set
-    `cuda_graphs` if parts are compiled with CUDA graphs (`mode="reduce-overhead"`).
+    `cuda_graphs` if parts are compiled with CUDA graphs (`mode="reduce-overhead"`). If `batched` is set,
+    training computes all branches in one pass. It is None again after a branch is removed.
 
     Args:
         spec: See `NetworkSpec`.
@@ -175,6 +132,7 @@ class GroupingNetwork(nn.Module):
         self.tasks = spec.tasks
         self.recompute = False
         self.cuda_graphs = False
+        self.batched: BatchedBranches | None = None
         weighs = spec.task_weighting == "uncertainty"
         self.log_variance = nn.Parameter(torch.zeros(len(spec.tasks))) if weighs else None
         generator = torch.Generator().manual_seed(spec.seed)
@@ -219,11 +177,14 @@ class GroupingNetwork(nn.Module):
             torch.compiler.cudagraph_mark_step_begin()  # imports the compiler, which takes seconds
         shared = self._run(self.stem, self.normalise(raw))
         if self.spec.rescale_gradients:
-            shared = _scaled(shared, 1 / math.sqrt(self.spec.groups))
-        wanted = self.branches if branches is None else sorted(set(branches))
-        out = {k: self._run(self.branches[k], shared) for k in wanted}
+            shared = scaled(shared, 1 / math.sqrt(self.spec.groups))
+        if self.batched is not None and self.training and branches is None:
+            out = self.batched(shared)
+        else:
+            wanted = self.branches if branches is None else sorted(set(branches))
+            out = {k: self._run(self.branches[k], shared) for k in wanted}
         if self.spec.rescale_gradients:
-            out = {k: _scaled(f, 1 / math.sqrt(len(self.tasks))) for k, f in out.items()}
+            out = {k: scaled(f, 1 / math.sqrt(len(self.tasks))) for k, f in out.items()}
         return out
 
     def _run(self, part: nn.Module, *inputs: Any) -> Any:
@@ -310,6 +271,7 @@ class GroupingNetwork(nn.Module):
         for k in list(self.branches):
             if not any(row[k] for row in rows):
                 del self.branches[k]
+                self.batched = None
         return self.bank.keep(
             {k: [task for n, task in enumerate(self.tasks) if rows[n][k]] for k in range(self.spec.groups)}
         )

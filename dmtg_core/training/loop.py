@@ -164,6 +164,7 @@ def _advance(
             "heads": len(state.network.pairs),
             "precision": settings.precision,
             "cuda_graphs": settings.cuda_graphs,
+            "batch_branches": state.network.batched is not None,
         }
         state.history.append(record)
         record["warnings"] = warnings(state.history, [task.name for task in state.network.tasks], settings)

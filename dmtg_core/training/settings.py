@@ -3,6 +3,7 @@
 Precision and CUDA graphs can be left to the device. `resolve` is the only place of this choice. It depends on the
 device, the network and the settings, and on no timing, so that a run repeats it. Settings keep "auto": the digest
 of a configuration does not depend on the machine. The record of each epoch has what was chosen.
+`dmtg_core.training.step.batch_branches` chooses whether branches are computed in one pass.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ LR_SCHEDULES: Mapping[str, Callable[[int, TrainSettings, Sequence[float]], float
     "plateau": lambda _epoch, settings, losses: _plateau(losses, settings.lr_patience),
 }
 PRECISIONS = ("auto", "fp32", "bf16")
+BATCHING = ("auto", "on", "off")
 
 # Parameters of stem and one branch from which bfloat16 is chosen. Small products do not pay for the conversions of
 # autocast.
@@ -148,6 +150,8 @@ class TrainSettings:
         sync_batchnorm: Normalise over the batches of all workers. The workers must be on GPUs.
         precision: "fp32", or "bf16" for autocast of the encoders with gate and losses in float32. "auto" chooses
             by `resolve`.
+        batch_branches: "on" computes all branches in one pass, "off" one after the other. "auto" chooses by
+            `dmtg_core.training.step.batch_branches`.
         augment: Keys of `AUGMENTATIONS`, applied to training batches and never in an evaluation.
         checkpoint_every: Steps between two checkpoints within an epoch; 0 for checkpoints only at the end.
         seed: Seed of data order, gate noise and all other random numbers.
@@ -178,6 +182,7 @@ class TrainSettings:
     cuda_graphs: bool | None = None
     sync_batchnorm: bool = False
     precision: str = "auto"
+    batch_branches: str = "auto"
     augment: tuple[str, ...] = ()
     checkpoint_every: int = 0
     seed: int = 22
@@ -188,6 +193,7 @@ class TrainSettings:
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("lr_schedule", self.lr_schedule, LR_SCHEDULES),
             ("precision", self.precision, PRECISIONS),
+            ("batch_branches", self.batch_branches, BATCHING),
             ("aggregator", self.aggregator, ("sum", *AGGREGATORS)),
             *(("augment", name, AUGMENTATIONS) for name in self.augment),
         ):
@@ -209,6 +215,8 @@ class TrainSettings:
         """Raise ValueError for options that exclude each other."""
         if self.aggregator != "sum" and self.accumulate > 1:
             raise ValueError("an aggregator needs the gradients of a whole batch: set accumulate to 1")
+        if self.batch_branches == "on" and (self.aggregator != "sum" or self.recompute):
+            raise ValueError("batch_branches excludes an aggregator and recompute: set batch_branches to auto")
         if self.cuda_graphs and (self.accumulate > 1 or self.recompute or self.compile is False):
             raise ValueError(
                 "cuda_graphs needs compile, and excludes accumulate and recompute: leave those three at "
@@ -236,6 +244,11 @@ def resolve(
     if graphs is None:
         graphs = device.type == "cuda" and workers == 1 and capture_is_safe(settings)
     return replace(settings, precision=precision, cuda_graphs=graphs)
+
+
+def is_compiled(settings: TrainSettings, device: torch.device) -> bool:
+    """Whether networks are compiled: as set, by default on a GPU."""
+    return device.type == "cuda" if settings.compile is None else settings.compile
 
 
 def capture_is_safe(settings: TrainSettings) -> bool:

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from dmtg_core.network.batched.branches import BatchedBranches
+from dmtg_core.network.batched.choice import built, log_once, measured, small
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.training.aggregation import Weigh, aggregate_gradients, load_aggregator
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Batch
 from dmtg_core.training.losses import PairLosses, label_counts
-from dmtg_core.training.settings import OPTIMIZERS, TrainSettings
+from dmtg_core.training.settings import OPTIMIZERS, TrainSettings, is_compiled
 
 # names of the parts of a step in a profile
 FORWARD, BACKWARD, OPTIMIZER, COMMUNICATION = "forward", "backward", "optimizer", "communication"
+GAIN = 0.95  # largest share of the time at which a measurement chooses one pass of all branches
 COMPILE_LIMIT = 64  # compiled variants of one function: stem, branches and decoders share code
 
 
@@ -312,15 +315,56 @@ def prepare_network(network: GroupingNetwork, settings: TrainSettings, context: 
     """Apply the settings of computation to a network. Weights and results do not change.
 
     Raises:
-        ValueError: If batch normalisation is over workers that are not on GPUs.
+        ValueError: If batch normalisation is over workers that are not on GPUs, or as `batch_branches`.
     """
     network.recompute = settings.recompute
     if settings.sync_batchnorm and context.world_size > 1:
         if context.device.type != "cuda":
             raise ValueError("sync_batchnorm needs workers on GPUs: set train.sync_batchnorm=false")
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    if settings.compile if settings.compile is not None else context.device.type == "cuda":
+    batch_branches(network, settings, context)
+    if is_compiled(settings, context.device):
         _compile(network, "reduce-overhead" if settings.cuda_graphs else "default")
+
+
+def batch_branches(network: GroupingNetwork, settings: TrainSettings, context: TrainContext) -> None:
+    """Set `network.batched`, so that training computes the branches in one pass, or set it to None.
+
+    "auto" depends on the device. On a CPU it is a rule, so that a run repeats it, and on a GPU a measurement. An
+    aggregator has a backward pass for each branch, recomputation needs the memory of one branch at a time, and
+    compiled branches share one compiled form: with these, "auto" is "off". The choice is logged once.
+
+    Raises:
+        ValueError: If `batch_branches` is "on" and the branches cannot be computed in one pass.
+    """
+    if settings.batch_branches == "off" or len(network.branches) < 2:
+        network.batched = None
+    elif network.batched is None:
+        network.batched, reason = _chosen(network, settings, context)
+        passes = "one after the other" if network.batched is None else "in one pass"
+        if reason:
+            log_once(f"branches are computed {passes}: {reason}")
+
+
+def _chosen(
+    network: GroupingNetwork, settings: TrainSettings, context: TrainContext
+) -> tuple[BatchedBranches | None, str]:
+    """Return the batched branches or None, and the reason. A rule without a trial gives no reason."""
+    if settings.batch_branches == "on":
+        return built(network), "batch_branches is on"
+    rows, cpu = settings.batch_size // context.world_size, context.device.type == "cpu"
+    excluded = settings.aggregator != "sum" or settings.recompute or is_compiled(settings, context.device)
+    if excluded or (cpu and not small(network, rows)):
+        return None, ""
+    try:
+        batched = built(network)
+    except ValueError as error:
+        return None, str(error)
+    if cpu:
+        return batched, "this saves operators, and the layers are small"
+    mine = torch.tensor(measured(network, batched, rows, settings.precision), device=context.device)
+    ratio = float(context.sum(mine)) / context.world_size  # the same on all workers
+    return batched if ratio <= GAIN else None, f"one pass takes {ratio:.2f} of the time"
 
 
 def _compile(network: GroupingNetwork, mode: str) -> None:
@@ -332,6 +376,10 @@ def _compile(network: GroupingNetwork, mode: str) -> None:
 
     network.cuda_graphs = mode == "reduce-overhead"
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, COMPILE_LIMIT)
-    for part in (network.stem, *network.branches.values(), *network.decoders.values()):
-        if any(True for _ in part.parameters()) and part._compiled_call_impl is None:  # noqa: SLF001 - no public way to ask
+    single = (network.stem, *network.branches.values(), *network.decoders.values())
+    parts = [part for part in single if any(True for _ in part.parameters())]
+    if network.batched is not None:
+        parts.append(network.batched.module)
+    for part in parts:
+        if part._compiled_call_impl is None:  # noqa: SLF001 - no public way to ask
             part.compile(mode=mode)

@@ -72,7 +72,8 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
     terminated = _on_sigterm()
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", NOISE)  # Ray reads it when it is imported
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Lines()])
-    logging.getLogger("pipelines").setLevel(logging.INFO)
+    for name in ("pipelines", "dmtg_core.network.batched.choice"):
+        logging.getLogger(name).setLevel(logging.INFO)
     outcome: dict[str, Any] = {"command": command, "status": "failed"}
     try:
         with naming_imports(log):

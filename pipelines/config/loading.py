@@ -72,6 +72,7 @@ class Config(Section):
         values = self.model_dump(
             mode="json", include={"name", "source", "data", "network", "gate", "train", "search"}
         )
+        del values["network"]["batch_branches"]  # another order of the same computation
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
     def run_name(self) -> str:
@@ -97,6 +98,7 @@ class Config(Section):
         with _excluding("train, gate"):
             return TrainSettings(
                 **shared,
+                batch_branches=self.network.batch_branches,
                 search_share=self.search.share,
                 gate_learning_rate=self.gate.learning_rate,
                 temperature=TemperatureSchedule(**self.gate.temperature.model_dump()),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import yaml
 
+from dmtg_core.network.batched.choice import built
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.tasks import Task
 from dmtg_core.training.aggregation import load_aggregator
@@ -139,6 +140,8 @@ def check_network(
     with _section("network"):
         spec = config.network_spec(manifest.description.input, tasks)
         network = GroupingNetwork(spec)
+        if config.network.batch_branches == "on" and spec.groups > 1:
+            built(network)
     with _section("train"):
         WeighedLoss(network, aggregator=config.train.aggregator)
         if config.train.aggregator != "sum":

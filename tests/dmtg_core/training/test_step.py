@@ -201,6 +201,7 @@ def test_a_compiled_network_has_the_same_steps_and_pruning_causes_no_compilation
     batch = samples.batch(spec.input, spec.tasks)
     found = []
     for compiled in (False, True):
+        counters.clear()  # of compilations in other tests
         settings = TrainSettings(compile=compiled, optimizer="sgd")
         state = fresh(spec, settings)
         prepare_network(state.network, settings, local())

@@ -245,6 +245,7 @@ def test_every_training_setting_of_the_core_can_be_configured(file: str) -> None
     set_here |= {"entropy_weight", "search_share", "seed", "batch_size"}
     assert {name for name in vars(settings) if vars(settings)[name] != vars(plain)[name]} >= set_here
     from_sections = {"search_share", "gate_learning_rate", "temperature", "entropy_weight", "prune_threshold"}
+    from_sections |= {"batch_branches"}
     assert vars(settings).keys() - from_sections <= load_config(file).train.model_dump().keys()
 
 
@@ -293,3 +294,12 @@ def test_configuration_is_read_from_storage_as_from_a_file(tmp_path: Path) -> No
 )
 def test_the_description_of_a_key_lists_the_names_that_the_core_has(field, names) -> None:
     assert f"one of {', '.join(names)}" in str(field.description)
+
+
+@pytest.mark.parametrize(("value", "read"), [("on", "on"), ("off", "off"), ("auto", "auto"), ("'on'", "on")])
+def test_on_and_off_are_words_and_do_not_change_the_digest(file: str, value: str, read: str) -> None:
+    config = load_config(file, [f"network.batch_branches={value}"])
+    assert config.network.batch_branches == read
+    assert config.settings().batch_branches == read
+    assert config.digest() == load_config(file).digest()
+    assert Config(**yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config

@@ -1,0 +1,1 @@
+"""One pass of K branches of equal shape, with stacked weights."""
