@@ -30,7 +30,7 @@ from pipelines.execution.executor import Executor
 from pipelines.nightly.datasets import checked_date, newest, of_date
 from pipelines.nightly.evaluation import evaluate, verdict_of
 from pipelines.nightly.leakage import check_champion, check_evaluation, leakage_notes
-from pipelines.nightly.lease import Lease
+from pipelines.runs.lease import Lease
 from pipelines.nightly.page import write_page
 from pipelines.nightly.webhook import check_address, send
 from pipelines.registry import aliases
