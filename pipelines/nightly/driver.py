@@ -22,7 +22,7 @@ from dmtg_core.training.warm_start import WarmStart
 from pipelines.config.loading import Config
 from pipelines.data import statistics
 from pipelines.data.manifest import Manifest, read_manifest
-from pipelines.data.shards import ensure_shards
+from pipelines.data.renewal import ensure_shards
 from pipelines.errors import UserError
 from pipelines.execution.choice import open_executor
 from pipelines.execution.errors import user_error
@@ -30,13 +30,13 @@ from pipelines.execution.executor import Executor
 from pipelines.nightly.datasets import checked_date, newest, of_date
 from pipelines.nightly.evaluation import evaluate, verdict_of
 from pipelines.nightly.leakage import check_champion, check_evaluation, leakage_notes
-from pipelines.runs.lease import Lease
 from pipelines.nightly.page import write_page
 from pipelines.nightly.webhook import check_address, send
 from pipelines.registry import aliases
 from pipelines.registry.models import load_registered
 from pipelines.registry.tracking import connect, enabled
 from pipelines.runs.files import LABELS
+from pipelines.runs.lease import Lease
 from pipelines.runs.models import write_model
 from pipelines.storage import Location, locate
 from pipelines.training.driver import Trained, train

@@ -149,7 +149,7 @@ class Lease:
             raise UserError(
                 f"another {self.job} is running: {_shown(other)}",
                 where=str(self.file),
-                remedy="wait for it with --wait SECONDS; "
+                remedy="wait until it has ended (dmtg regroup --wait SECONDS); "
                 f"the lease of a lost job expires after {self.timeout_s:g} s",
             )
 

@@ -11,7 +11,7 @@ of the data set. Any other row whose image or label cannot be used is a bad samp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -64,6 +64,10 @@ class FolderSource:
         layout = f"{self._options.labels} and the folder {self._options.images}/"
         check_root(root, layout)
         check_root(root / self._options.images, "the images")
+
+    def raw(self) -> Sequence[Location]:
+        """See `Source.raw`."""
+        return (self._table, self._root / self._options.images)
 
     def describe(self) -> Description:
         """The image and one number for each task. Reads classes and statistics from the CSV file."""

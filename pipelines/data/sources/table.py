@@ -100,6 +100,10 @@ class TableSource(PreparedSource):
                 remedy="pip install 'dmtg[molecules]', or use ngrams",
             )
 
+    def raw(self) -> Sequence[Location]:
+        """See `Source.raw`."""
+        return (self._table,)
+
     @cached_property
     def _entries(self) -> Replayed[Entry]:
         return Replayed(self._listed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import product
 from typing import Any, Literal, get_args
@@ -61,6 +61,10 @@ class RoomsSource:
         self._root = root
         self._options = checked(RoomsOptions, options, "source.options")
         self._reader = TaskonomySource(root, self._options.model_dump(include={"size", "tasks", "missing"}))
+
+    def raw(self) -> Sequence[Location]:
+        """None: the rooms follow from the options."""
+        return ()
 
     def describe(self) -> Description:
         """See `TaskonomySource.describe`; nothing is rendered yet."""
