@@ -20,6 +20,7 @@ from pipelines.storage import Location
 FILE = "_lease.json"
 LEASE_S = 120.0
 POLL_S = 2.0
+_OWN: set[str] = set()  # tokens of this process: a lost process can have had the same number
 SETTLE_S = 1.0  # time until a file that another process wrote at the same time is visible
 
 
@@ -59,6 +60,7 @@ class Lease:
         Returns:
             None if it was acquired, else the content of its file.
         """
+        _OWN.add(self.token)
         held = self._read()
         if held is None:
             if not self.file.create(_text(self._content())):
@@ -74,8 +76,10 @@ class Lease:
         return None if held is not None and held["token"] == self.token else held
 
     def _alive(self, held: dict[str, Any]) -> bool:
-        if held["host"] == _host() and not _runs(int(held["pid"])):
-            return False  # on the same machine a lost process is known at once
+        if held["host"] == _host():  # on the same machine a lost process is known at once
+            pid = int(held["pid"])
+            if not _runs(pid) or (pid == os.getpid() and held["token"] not in _OWN):
+                return False
         return time.time() - float(held["renewed"]) < self.timeout_s
 
     def renew(self) -> None:
@@ -132,6 +136,7 @@ class Lease:
         finally:
             self._stop.set()
             thread.join()
+            _OWN.discard(self.token)
             with suppress(UserError):  # the storage is unreachable: the lease expires
                 held = self._read()
                 if held is not None and held["token"] == self.token:

@@ -85,7 +85,7 @@ def test_bytes_of_a_shard_are_the_same_every_time(images: Path, tmp_path: Path) 
     plan = make_plans(source.entries(), source.describe(), config.source, config.data)[0]
     notes = [write_shard(source, source.describe(), plan, locate(str(tmp_path / name)), "lz4") for name in "ab"]
     assert notes[0] == notes[1]
-    assert finished_part(locate(str(tmp_path / "a")), plan, {plan.digest: notes[:1]}) == notes[0]
+    assert finished_part(locate(str(tmp_path / "a")), plan, {plan.digest: notes[:1]}, source) == notes[0]
 
 
 def test_row_groups_are_of_the_size_in_the_manifest(

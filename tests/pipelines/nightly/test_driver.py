@@ -26,10 +26,10 @@ from pipelines.errors import UserError
 from pipelines.nightly.datasets import checked_date, newest, of_date
 from pipelines.nightly.driver import LEASE, regroup
 from pipelines.nightly.evaluation import verdict_of
-from pipelines.runs.lease import Lease
 from pipelines.registry import aliases
 from pipelines.registry.models import load_groups
 from pipelines.registry.versions import list_models
+from pipelines.runs.lease import Lease
 from pipelines.storage import locate
 from tests.pipelines.driver import Driver, kill
 
@@ -250,7 +250,7 @@ def test_a_dry_run_does_not_change_the_registry_and_its_training_is_reused(
     found = regroup(fresh, "2026-03-06", dry_run=True)
     assert found["dry_run"]
     assert found["verdict"] == "kept"  # the data is that of the champion
-    assert any("newest data set has the date 2026-03-03" in note for note in found["notes"])
+    assert any("no finished data set of 2026-03-06" in note for note in found["notes"])
     assert [(m["name"], m["version"], m["aliases"]) for m in list_models(fresh.track)] == before
     folder = tmp_path / "runs" / "regroup" / "nightly" / "2026-03-06"
     assert not (folder / "verdict.json").exists()

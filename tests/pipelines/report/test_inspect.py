@@ -86,7 +86,7 @@ def write(
     plans = make_plans(source.entries(), description, config.source, config.data)
     folder = locate(config.data.shards)
     parts = {plan.digest: write_shard(source, description, plan, folder, "lz4") for plan in plans}
-    shards._publish(folder, description, plans, parts, config)
+    shards._publish(folder, description, plans, parts, config.source, {})
     return config
 
 
