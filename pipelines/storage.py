@@ -320,7 +320,7 @@ def locate(uri: str) -> Location:
     scheme, separator, rest = uri.partition("://")
     if uri.startswith("file:"):
         return Location(str(Path(uri[5:].removeprefix("//").removeprefix("localhost")).absolute()))
-    if not separator or not scheme.isalnum():  # "?" and "#" are characters of a path here and of a key there
+    if not separator or "/" in scheme:  # "?" and "#" are characters of a path here and of a key there
         return Location(str(Path(uri).expanduser().absolute()))
     bucket, _, key = rest.partition("/")
     problem, remedy = "", "write s3://bucket/path"

@@ -14,15 +14,15 @@ ROWS = 120
 
 
 def write_table(file: Path, *, seed: int = 0, flip: bool = False, rows: int = ROWS, reverse: bool = False) -> Path:
-    """A table of three features and two flags; `flip` exchanges the labels, `reverse` the order of the columns."""
+    """A table of three features and three flags; `flip` exchanges the labels, `reverse` the order of the columns."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(rows, 3)) * (1.0, 5.0, 0.2)
-    names = ["id", "x1", "x2", "x3", "a", "b"]
+    names = ["id", "x1", "x2", "x3", "a", "b", "c"]
     with file.open("w", newline="") as out:
         table = csv.writer(out)
         table.writerow(names[::-1] if reverse else names)
         for i in range(rows):
-            flags = [int((x[i, n] > 0.1) != flip) for n in range(2)]
+            flags = [int((x[i, n] > 0.1) != flip) for n in range(3)]
             row = [f"m{i}", *(f"{value:.4f}" for value in x[i]), *flags]
             table.writerow(row[::-1] if reverse else row)
     return file

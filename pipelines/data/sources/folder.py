@@ -74,7 +74,8 @@ class FolderSource:
         size = self._options.size
         columns = {INPUT: Column("uint8", (size, size, 3))}
         columns |= {f"task.{target.task.name}": target.stored for target in self._targets}
-        return Description(image_input(size), tuple(target.task for target in self._targets), columns)
+        notes = tuple(target.note for target in self._targets if target.note)
+        return Description(image_input(size), tuple(t.task for t in self._targets), columns, notes=notes)
 
     def entries(self) -> Iterator[Entry]:
         """One sample for each row that is not dropped, in the order of the file.
