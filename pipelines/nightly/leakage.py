@@ -71,7 +71,7 @@ def check_champion(
         UserError: If the input differs, or tasks are missing or differ.
     """
     spec, new = next(iter(groups.values())).spec.input, manifest.description
-    problem = input_problem(spec, preparation, new.input, new.preparation)
+    problem = input_problem(spec, preparation, new.input, new.preparation, strict=True)
     if problem:
         raise UserError(
             f"the new data has another encoding than the data of the champion {uri}: {problem}",

@@ -53,13 +53,19 @@ class Served:
 
 
 def input_problem(
-    spec: InputSpec, preparation: Mapping[str, Any] | None, given: InputSpec, prepared: Mapping[str, Any]
+    spec: InputSpec,
+    preparation: Mapping[str, Any] | None,
+    given: InputSpec,
+    prepared: Mapping[str, Any],
+    *,
+    strict: bool = False,
 ) -> str:
     """What differs between the input of a model and that of data; empty if nothing does.
 
     Args:
         spec, preparation: Of the model; None for an unknown preparation.
         given, prepared: Of the data.
+        strict: Compare the mean of a number also where no gap is filled with it.
     """
     if any(getattr(spec, key) != getattr(given, key) for key in INPUT_KEYS):
         return f"the model reads {_input(spec)}, the data has {_input(given)}"
@@ -67,7 +73,7 @@ def input_problem(
         return ""
     mine, theirs = columns_of(dict(preparation)), columns_of(dict(prepared))
     if mine == theirs:
-        return _encoding_problem(preparation, prepared)
+        return _encoding_problem(preparation, prepared, strict)
     missing = [name for name in mine if name not in theirs]
     new = [name for name in theirs if name not in mine]
     if missing or new:
@@ -75,7 +81,7 @@ def input_problem(
     return f"the model reads the columns in the order {listed(mine)}, the data has them as {listed(theirs)}"
 
 
-def _encoding_problem(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+def _encoding_problem(mine: Mapping[str, Any], theirs: Mapping[str, Any], strict: bool) -> str:
     """What differs between two preparations of the same columns; the mean matters only where it fills gaps."""
     for key in sorted({*mine, *theirs} - {"features"}):
         if mine.get(key) != theirs.get(key):
@@ -85,13 +91,13 @@ def _encoding_problem(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str
     changed = [
         one["column"]
         for one, other in zip(mine["features"], theirs["features"], strict=True)
-        if _compared(one) != _compared(other)
+        if _compared(one, strict) != _compared(other, strict)
     ]
     return f"the columns {listed(changed)} have other categories, gaps or means" if changed else ""
 
 
-def _compared(feature: Mapping[str, Any]) -> dict[str, Any]:
-    fills = feature.get("gaps", True)
+def _compared(feature: Mapping[str, Any], strict: bool) -> dict[str, Any]:
+    fills = strict or feature.get("gaps", True)
     return {key: value for key, value in feature.items() if key != "mean" or fills}
 
 

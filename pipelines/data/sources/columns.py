@@ -125,7 +125,7 @@ class Figures:
         if not ordered or ordered[-1] - usual < FAR:
             return ""
         count = sum(self.exponents[one] for one in ordered if one - usual >= FAR)
-        return f"{count} values up to {2.0 ** (ordered[-1] - 1):.0e}, most are below {2.0**usual:.0e}"
+        return f"{count} values of at least {2.0 ** (ordered[-1] - 1):.0e}, most are below {2.0**usual:.0e}"
 
     def add(self, cell: str) -> float | None:
         """Count a cell; its number is returned."""
