@@ -1,6 +1,6 @@
 """Identity of raw data: of the files that a reader reads, and of the options with which they become shards.
 
-Shards record it. A command that has the raw data at hand compares it, without reading terabytes: a table of up to
+Shards record it. A command that can read the raw data compares it, without reading terabytes: a table of up to
 `CHEAP_BYTES` is compared by content, any other file by its name, its size and the time of its last change. Of a
 folder, `SAMPLED` files are compared by content too, because copies can have the sizes and times of other files.
 """

@@ -106,11 +106,11 @@ def results_folder(
         raise UserError(
             was,
             where=str(base),
-            remedy=f"give another run.name, or leave it out to train anew in a folder of its own{shown}",
+            remedy=f"give another run.name, or leave it out to train again in a folder of its own{shown}",
             wrong_use=True,
         )
     own = _own(base, config, data)
-    log(f"{was}: {'trained anew' if finished else 'not continued, but trained anew'} in {own}")
+    log(f"{was}: {'trained again' if finished else 'not continued, but trained from scratch'} in {own}")
     check_folder(own, "run.root", "a run", lambda: _recorded(own), OWN)
     own.check_writable()
     return own

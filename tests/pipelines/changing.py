@@ -14,7 +14,7 @@ ROWS = 120
 
 
 def write_table(file: Path, *, seed: int = 0, flip: bool = False, rows: int = ROWS, reverse: bool = False) -> Path:
-    """A table of three features and three flags; `flip` exchanges the labels, `reverse` the order of the columns."""
+    """A table of three features and three flags; `flip` exchanges labels, `reverse` the order of columns."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(rows, 3)) * (1.0, 5.0, 0.2)
     names = ["id", "x1", "x2", "x3", "a", "b", "c"]

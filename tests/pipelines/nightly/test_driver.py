@@ -24,7 +24,7 @@ from pipelines.config.validation import checked
 from pipelines.data.shards import shard
 from pipelines.errors import UserError
 from pipelines.nightly.datasets import checked_date, newest, of_date
-from pipelines.nightly.driver import LEASE, regroup
+from pipelines.nightly.driver import LEASE, _Job, regroup
 from pipelines.nightly.evaluation import verdict_of
 from pipelines.registry import aliases
 from pipelines.registry.models import load_groups
@@ -232,6 +232,16 @@ def test_another_configuration_of_a_nightly_run_is_refused(done, config: Config,
     )
     with pytest.raises(UserError, match="started with another configuration"):
         regroup(config, "2026-03-04")
+
+
+def test_a_nightly_run_is_not_continued_on_other_data(done, config: Config, root: Path) -> None:
+    held = json.loads(next(root.glob("runs/regroup/nightly/*/night.json")).read_text())
+    job = _Job(config, locate(str(root / "runs" / "changed")), None, None, print)
+    (job.folder / "night.json").write_json({**held, "config": job.digest()})
+    assert job.plan("2026-03-04").digest == held["digest"]
+    (job.folder / "night.json").write_json({**held, "config": job.digest(), "digest": "another"})
+    with pytest.raises(UserError, match="the training data has changed since the nightly run"):
+        job.plan("2026-03-04")
 
 
 def test_a_second_job_at_the_same_time_is_refused(done, config: Config) -> None:

@@ -80,7 +80,7 @@ def test_an_unfinished_run_is_not_continued_on_other_data(
     assert train(config).run.name == first.name
 
 
-def test_a_finished_run_on_other_data_is_trained_anew_unless_reused(table: Path, tmp_path: Path) -> None:
+def test_a_finished_run_on_other_data_is_trained_again_unless_reused(table: Path, tmp_path: Path) -> None:
     config = table_config(table, tmp_path)
     first = train(config)
     write_table(table, flip=True)
