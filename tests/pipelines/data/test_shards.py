@@ -135,7 +135,7 @@ def manifest_of(tmp_path: Path, images: Path, **data: object):
     plans = make_plans(source.entries(), source.describe(), config.source, config.data)
     folder = locate(config.data.shards)
     parts = {plan.digest: write_shard(source, source.describe(), plan, folder, "lz4") for plan in plans}
-    return config, folder, shards._publish(folder, source.describe(), plans, parts, config)
+    return config, folder, shards._publish(folder, source.describe(), plans, parts, config.source, {})
 
 
 def test_manifest_survives_the_round_trip(images: Path, tmp_path: Path) -> None:

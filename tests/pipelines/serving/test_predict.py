@@ -211,7 +211,7 @@ def test_a_model_that_does_not_fit_the_shards_is_refused(prepared: Prepared, tmp
     (model,) = GroupingNetwork(spec).specialise().values()
     save_model(tmp_path / "models" / "group_0", model)
     (tmp_path / "grouping.json").write_text("{}")
-    with pytest.raises(UserError, match=r"reads features of float32 \(4,\), the shards have image of uint8"):
+    with pytest.raises(UserError, match=r"reads features of float32 \(4,\), the data has image of uint8"):
         predict(prepared.config, str(tmp_path), str(tmp_path / "out"))
     held = prepared.manifest.shards
     wrong = replace(held["test"][0], rows=12)
