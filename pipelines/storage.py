@@ -317,28 +317,25 @@ def locate(uri: str) -> Location:
     Raises:
         UserError: For another scheme, or an address that carries credentials.
     """
-    parts = urlsplit(uri)
-    if parts.scheme in ("", "file"):
-        path = parts.path if parts.scheme else uri
-        return Location(str(Path(path).expanduser().absolute()))
-    if parts.scheme != "s3":
-        raise UserError(
-            f"cannot open an address of the kind {parts.scheme}://",
-            where=uri,
-            remedy="use a local path or s3://bucket/path",
-            wrong_use=True,
-        )
-    if "@" in parts.netloc:
-        raise UserError(
-            "an address must not carry credentials",
-            where=f"s3://…@{parts.netloc.rsplit('@', 1)[1]}{parts.path}",
-            remedy="remove them and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-            wrong_use=True,
-        )
-    if not parts.netloc:
-        raise UserError("the address names no bucket", where=uri, remedy="write s3://bucket/path", wrong_use=True)
+    scheme, separator, rest = uri.partition("://")
+    if uri.startswith("file:"):
+        return Location(str(Path(uri[5:].removeprefix("//").removeprefix("localhost")).absolute()))
+    if not separator or "/" in scheme:  # "?" and "#" are characters of a path here and of a key there
+        return Location(str(Path(uri).expanduser().absolute()))
+    bucket, _, key = rest.partition("/")
+    problem, remedy = "", "write s3://bucket/path"
+    if scheme != "s3":
+        problem, remedy = f"cannot open an address of the kind {scheme}://", "use a local path or s3://bucket/path"
+    elif "@" in bucket:
+        uri = f"s3://…@{rest.rsplit('@', 1)[1]}"
+        problem = "an address must not carry credentials"
+        remedy = "remove them and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    elif not bucket:
+        problem = "the address names no bucket"
+    if problem:
+        raise UserError(problem, where=uri, remedy=remedy, wrong_use=True)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    return Location(f"{parts.netloc}{parts.path}".rstrip("/"), "s3", endpoint)
+    return Location(f"{bucket}/{key}".rstrip("/"), "s3", endpoint)
 
 
 @lru_cache

@@ -41,6 +41,9 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Profile a few steps instead: a trace, and the time of each part.")
     ] = False,
+    reuse: Annotated[
+        bool, typer.Option("--reuse", help="Show a finished run although the data has changed since.")
+    ] = False,
     ray_config: RayFile = "",
     as_json: Json = False,
     debug: Debug = False,
@@ -52,7 +55,7 @@ def train(
         if profile:
             step = Next("train without the profiler", command_line(["train"], config, overrides, ray_config))
             return _profile(loaded) | {"next": step}
-        found = _train(loaded)
+        found = _train(loaded, reuse=reuse)
         model = found["models"][0] if found["models"] else found["run_dir"]
         predicting = predict_command(model, loaded, config, overrides, ray_config)
         return found | {"next": Next("predict the test split with the model", predicting)}
@@ -75,10 +78,10 @@ def _profile(config: Config) -> dict[str, Any]:
     return {"run_dir": str(done.folder.parent), "profile": found, "trace": str(done.trace)}
 
 
-def _train(config: Config) -> dict[str, Any]:
+def _train(config: Config, *, reuse: bool = False) -> dict[str, Any]:
     from pipelines.training.driver import train as train_grouping
 
-    done = train_grouping(config, log)
+    done = train_grouping(config, log, reuse=reuse)
     _print_summary(config, done)
     result = done.result
     shown = ("grouping", "split", "metrics", "baseline", "normalized_gain", "chosen", "candidates", "notes")

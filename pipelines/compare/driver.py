@@ -36,6 +36,7 @@ from pipelines.registry.tracking import connect, enabled, open_tracker
 from pipelines.runs.files import CONFIG
 from pipelines.runs.identity import earlier_verdict
 from pipelines.storage import Location
+from pipelines.training.checks import folder_of_data
 
 FOUND, PAGE = "compare.json", "compare.html"
 logger = logging.getLogger(__name__)
@@ -74,13 +75,15 @@ def compare(config: Config, log: Callable[[str], None] = logger.info) -> Compari
     named, folder = open_cells_folder(config, "compare")
     if enabled(config.track):
         connect(config.track)
-    with cells_session(named, log) as (data, executor):
+    named, folder, manifest = folder_of_data(config, named, folder, log)
+    with cells_session(named, log, folder, manifest) as (data, executor):
         methods = methods_of(config, data.tasks)
         comparison = Comparison(config, tuple(task.name for task in data.tasks))
+        job = cell_job(data, executor, folder)
         tracker = open_tracker(named, folder, data.manifest)
-        results = train_methods(comparison, methods, cell_job(data, executor, folder), executor, log)
+        results = train_methods(comparison, methods, job, executor, log)
         found = summary(comparison, data.tasks, methods, results, data.notes)
-        found |= {"name": folder.name, "signal": earlier_verdict(config)}
+        found |= {"name": folder.name, "signal": earlier_verdict(config, manifest.digest())}
         write_page(folder / PAGE, found, config)
         (folder / FOUND).write_json(found)
     artifacts = {name: (folder / name).read_text() for name in (PAGE, FOUND, CONFIG)}

@@ -14,7 +14,8 @@ from pipelines.errors import UserError
 from pipelines.execution.choice import open_executor
 from pipelines.execution.executor import Executor
 from pipelines.execution.resources import cells_cpus, processes
-from pipelines.runs.identity import folder_name
+from pipelines.runs.identity import folder_name, record_identity
+from pipelines.runs.lease import only_one
 from pipelines.storage import Location
 from pipelines.training.checks import Prepared, check_network, open_folder, prepare, write_config
 
@@ -37,17 +38,24 @@ def open_cells_folder(config: Config, kind: str) -> tuple[Config, Location]:
 
 
 @contextmanager
-def cells_session(config: Config, log: Callable[[str], None]) -> Iterator[tuple[Prepared, Executor]]:
+def cells_session(
+    config: Config, log: Callable[[str], None], folder: Location, manifest: Manifest
+) -> Iterator[tuple[Prepared, Executor]]:
     """Open the executor, prepare the data, and check everything that can be checked before a cell is trained.
+
+    There is one session for a folder of cells at a time.
 
     Raises:
         UserError: For the first problem.
     """
     section = config.ray
-    with open_executor(
-        section, processes=processes(section), imports=[CellJob.__module__], cpus=cells_cpus(section)
-    ) as executor:
-        yield prepare(config, executor, log, partial(check_cells, config)), executor
+    with (
+        only_one(folder, f"job that trains {folder.name}", log),
+        open_executor(
+            section, processes=processes(section), imports=[CellJob.__module__], cpus=cells_cpus(section)
+        ) as executor,
+    ):
+        yield prepare(config, executor, log, partial(check_cells, config), manifest), executor
 
 
 def check_cells(config: Config, manifest: Manifest, tasks: tuple[Task, ...]) -> None:
@@ -76,4 +84,5 @@ def check_cells(config: Config, manifest: Manifest, tasks: tuple[Task, ...]) -> 
 def cell_job(data: Prepared, executor: Executor, folder: Location) -> CellJob:
     """Write the configuration into the folder, and load the input of the cells."""
     write_config(data.config, folder)
+    record_identity(folder, data.config, data.manifest.digest())
     return CellJob(data.config, data.reader, data.samples(executor), folder)

@@ -28,6 +28,7 @@ from pipelines.config.loading import Config
 from pipelines.runs.identity import SIGNAL
 from pipelines.runs.results import numbers
 from pipelines.storage import Location
+from pipelines.training.checks import folder_of_data
 
 WEAK, STRONG = 0.3, 0.6  # thresholds of the intraclass correlation
 logger = logging.getLogger(__name__)
@@ -55,9 +56,10 @@ def signal(config: Config, log: Callable[[str], None] = logger.info) -> SignalRe
         UserError: For every problem, before training if it can be known by then.
     """
     named, folder = open_cells_folder(config, "signal")
+    named, folder, manifest = folder_of_data(config, named, folder, log)
     section = config.signal
     epochs = max(round(section.share * config.train.epochs), 1)
-    with cells_session(named, log) as (data, executor):
+    with cells_session(named, log, folder, manifest) as (data, executor):
         names = [task.name for task in data.tasks]
         partitions = distinct_partitions(names, min(config.network.groups, len(names)), section.partitions)
         kinds = (NAIVE, PROPOSAL, WIDE) if config.network.encoder in WIDTHS else (NAIVE, PROPOSAL)

@@ -8,6 +8,8 @@ from pydantic import Field, field_validator
 
 from pipelines.config.validation import Section
 
+MOST_BYTES = 200  # of a name, which gets a suffix where it becomes the name of a file
+
 
 class SourceSection(Section):
     """The raw data from which shards are created."""
@@ -396,3 +398,11 @@ class RunSection(Section):
     samples: int = Field(
         3, ge=0, le=20, description="Samples on the report page, worst ones and others each; 0 for no data on it."
     )
+
+    @field_validator("name")
+    @classmethod
+    def _is_name(cls, value: str) -> str:
+        other = any(mark in value for mark in "/\\") or any(not mark.isprintable() for mark in value)
+        if other or value in (".", "..") or value != value.strip() or len(value.encode()) > MOST_BYTES:
+            raise ValueError(f"expected a name: no path, no control characters, at most {MOST_BYTES} bytes")
+        return value

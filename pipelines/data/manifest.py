@@ -13,7 +13,7 @@ from dmtg_core.tasks import InputSpec, Task
 from pipelines.data import statistics
 from pipelines.data.sources.base import Column, Description
 from pipelines.errors import UserError
-from pipelines.storage import Location
+from pipelines.storage import Location, finite
 
 FILE = "_manifest.json"
 SCHEMA_VERSION = 2
@@ -41,6 +41,7 @@ class Manifest:
         source: Kind, root and options of the raw data.
         quarantined: Number of samples that were left out; `_quarantine.jsonl` lists them.
         group_rows: Samples of every row group of a shard, except its last.
+        made: `pipelines.data.raw_data.identity` of the raw data; empty in shards of earlier versions.
     """
 
     description: Description
@@ -49,6 +50,7 @@ class Manifest:
     source: Mapping[str, Any] = field(default_factory=dict)
     quarantined: int = 0
     group_rows: int = 1
+    made: Mapping[str, Any] = field(default_factory=dict)
 
     def rows(self, split: str) -> int:
         """Number of samples of a split."""
@@ -59,9 +61,24 @@ class Manifest:
         return [shard.file for shards in self.shards.values() for shard in shards]
 
     def digest(self) -> str:
-        """Twelve hex digits that change when any shard changes."""
-        every = "".join(shard.sha256 for split in SPLITS for shard in self.shards.get(split, ()))
-        return hashlib.sha256(every.encode()).hexdigest()[:12]
+        """Twelve hex digits that change with every shard, and with the description of what the shards hold.
+
+        The description has the names of columns, categories and classes, which the bytes of the shards lack.
+        """
+        every = [shard.sha256 for split in SPLITS for shard in self.shards.get(split, ())]
+        if self.made:  # the digests of shards of earlier versions stay as they were
+            every.append(json.dumps(self._described(), sort_keys=True))
+        return hashlib.sha256("".join(every).encode()).hexdigest()[:12]
+
+    def _described(self) -> dict[str, Any]:
+        """The description as values for JSON."""
+        found = self.description
+        return {
+            "input": found.input.to_dict(),
+            "tasks": [task.to_dict() for task in found.tasks],
+            "columns": {name: {"dtype": c.dtype, "shape": list(c.shape)} for name, c in found.columns.items()},
+            "preparation": dict(found.preparation),
+        }
 
     def tasks(self, names: Sequence[str] | None, where: str) -> tuple[Task, ...]:
         """The tasks with these `names`, in this order; all tasks for None.
@@ -81,15 +98,10 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as values for JSON; `from_dict` reads them."""
-        return {
+        values = {
             "schema_version": SCHEMA_VERSION,
-            "input": self.description.input.to_dict(),
-            "tasks": [task.to_dict() for task in self.description.tasks],
-            "columns": {
-                name: {"dtype": column.dtype, "shape": list(column.shape)}
-                for name, column in self.description.columns.items()
-            },
-            "preparation": dict(self.description.preparation),
+            **self._described(),
+            "notes": list(self.description.notes),
             "splits": {
                 split: {
                     "rows": self.rows(split),
@@ -103,28 +115,38 @@ class Manifest:
             "group_rows": self.group_rows,
             "digest": self.digest(),
             "source": dict(self.source),
+            "made": dict(self.made),
         }
+        return values | {"seal": seal_of(values)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
         """The inverse of `to_dict`."""
         columns = {name: Column(c["dtype"], tuple(c["shape"])) for name, c in values["columns"].items()}
         tasks = tuple(Task.from_dict(task) for task in values["tasks"])
+        notes = tuple(values.get("notes", ()))
         return cls(
-            description=Description(InputSpec(**values["input"]), tasks, columns, values["preparation"]),
+            description=Description(InputSpec(**values["input"]), tasks, columns, values["preparation"], notes),
             shards={split: [Shard(**s) for s in v["shards"]] for split, v in values["splits"].items()},
             sums={split: v["statistics"] for split, v in values["splits"].items()},
             source=values["source"],
             quarantined=values["quarantined"],
             group_rows=values["group_rows"],
+            made=values.get("made", {}),
         )
+
+
+def seal_of(values: Mapping[str, Any]) -> str:
+    """The digest of a manifest, which the manifest holds: an edited one is recognised."""
+    sealed = finite({key: value for key, value in values.items() if key != "seal"})
+    return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Location) -> Manifest:
     """The manifest of a shard folder.
 
     Raises:
-        UserError: When there is no manifest, or it has another schema version.
+        UserError: When there is no manifest, it was edited, or it has another schema version.
     """
     file = folder / FILE
     if not file.exists():
@@ -140,6 +162,12 @@ def read_manifest(folder: Location) -> Manifest:
             f"the manifest has schema {values.get('schema_version')!r}, this version reads {SCHEMA_VERSION}",
             where=str(file),
             remedy="create the shards again with dmtg shard",
+        )
+    if "seal" in values and values["seal"] != seal_of(values):
+        raise UserError(
+            "the manifest was edited: it is not the one that dmtg shard wrote",
+            where=str(file),
+            remedy="put the original back, or create it again with dmtg shard, which keeps complete shards",
         )
     return Manifest.from_dict(values)
 

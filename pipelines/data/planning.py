@@ -66,7 +66,11 @@ class StoredEntries(Sequence[Entry]):
 
 
 def make_plans(
-    entries: Iterable[Entry], description: Description, source: SourceSection, data: DataSection
+    entries: Iterable[Entry],
+    description: Description,
+    source: SourceSection,
+    data: DataSection,
+    files: str = "",
 ) -> list[ShardPlan]:
     """Divide the samples of each split, shuffled by the hash of their ids, into shards.
 
@@ -75,6 +79,7 @@ def make_plans(
         description: Content of their rows.
         source: Kind and options are part of the digests.
         data: Rows of a shard and compression.
+        files: Digest of the files on which shards depend beyond the fields of their samples.
 
     Returns:
         The plans of all splits, in order. They are small: their samples are in temporary files.
@@ -85,7 +90,8 @@ def make_plans(
     """
     described = [description.input.to_dict(), [task.to_dict() for task in description.tasks]]
     described.append(dict(description.preparation))
-    options = json.dumps([described, source.kind, source.options, data.compression], sort_keys=True, default=str)
+    depends = [described, source.kind, source.options, data.compression, *([files] if files else [])]
+    options = json.dumps(depends, sort_keys=True, default=str)
     size = data.rows_per_shard or min(max(SHARD_BYTES // description.row_bytes, 64), 8192)
     splits = {split: _Split(split, size, options) for split in SPLITS}
     repeated, before = _Repeated(), b""

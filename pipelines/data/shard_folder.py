@@ -17,6 +17,7 @@ from typing import Any
 from pipelines.config.sections import SourceSection
 from pipelines.data.manifest import listed_files
 from pipelines.errors import UserError
+from pipelines.runs.folders import check_folder
 from pipelines.storage import Location, locate
 
 PARTS = "_parts"
@@ -26,7 +27,6 @@ COMMAND = "dmtg shard"
 EXAMPLES = 3  # quarantined samples that a brief note keeps
 THREADS = 8  # concurrent requests
 SHARD = re.compile(r"(train|val|test)-\d+(-[0-9a-f]+)?\.parquet")  # earlier versions wrote no second part
-UNFINISHED = re.compile(rf"\.{re.escape(JOB)}\.[0-9a-f]{{8}}\.part")  # left by a killed job
 
 
 @dataclass(frozen=True)
@@ -93,17 +93,13 @@ def read_records(folder: Location) -> Records:
     Raises:
         UserError: For a file, and for a folder that is not empty and has no record.
     """
-    if folder.size() is not None:
-        raise UserError(
-            "data.shards names a file",
-            where=str(folder),
-            remedy="set data.shards to a folder that is empty or does not exist yet",
-            wrong_use=True,
-        )
-    folder.check_bucket()
-    published, started, notes = listed_files(folder), _job_files(folder), _notes(folder)
-    if published is None and started is None and not notes:
-        _check_empty(folder)
+    if folder.size() is None:
+        folder.check_bucket()
+        published, started, notes = listed_files(folder), _job_files(folder), _notes(folder)
+    else:
+        published, started, notes = None, None, []
+    recorded = published is not None or started is not None or bool(notes)
+    check_folder(folder, "data.shards", "shards", lambda: recorded, below=PARTS)
     by_digest = defaultdict(list)
     for note in notes:
         by_digest[note["digest"]].append(note)
@@ -149,26 +145,6 @@ def _json(file: Location) -> Any:
         return json.loads(file.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-
-
-def _check_empty(folder: Location) -> None:
-    """Check that a folder without records is empty."""
-    held = [*folder.files(recursive=False), *(name for name in folder.folders() if name != PARTS)]
-    below = folder / PARTS
-    held += [
-        f"{PARTS}/{name}"
-        for name in (*below.files(recursive=False), *below.folders())
-        if not UNFINISHED.fullmatch(name)
-    ]
-    if held:
-        more = f" and {len(held) - 3} more" if len(held) > 3 else ""
-        raise UserError(
-            f"the folder for the shards holds {len(held)} files or folders and no record of shards: "
-            f"{', '.join(held[:3])}{more}",
-            where=str(folder),
-            remedy="set data.shards to a folder that is empty or does not exist yet",
-            wrong_use=True,
-        )
 
 
 def record_job(folder: Location, files: Collection[str]) -> None:

@@ -30,9 +30,11 @@ import pyarrow.parquet as pq
 
 from dmtg_core.tasks import Task
 from pipelines.config.loading import Config
+from pipelines.config.sections import SourceSection
 from pipelines.data import statistics
 from pipelines.data.manifest import FILE, SPLITS, Manifest, Shard, check_shards, read_manifest
 from pipelines.data.planning import ShardPlan, make_plans
+from pipelines.data.raw_data import identity
 from pipelines.data.shard_folder import (
     EXAMPLES,
     PARTS,
@@ -51,6 +53,7 @@ from pipelines.data.sources.encoding import encode_like
 from pipelines.errors import UserError
 from pipelines.execution.choice import open_executor
 from pipelines.execution.executor import Executor
+from pipelines.runs.lease import only_one
 from pipelines.storage import Location, locate
 
 QUARANTINE = "_quarantine.jsonl"
@@ -96,16 +99,32 @@ def shard(
     folder = locate(config.data.shards)
     source = build_source(config.source.kind, config.source.root, config.source.options)
     check_apart(folder, config.source)
+    read_records(folder)  # a foreign folder is refused before anything is written
+    with only_one(folder / PARTS, f"job that writes shards into {folder}", progress, wait=True):
+        return _shard(config, config.source, source, folder, progress, executor)
+
+
+def _shard(
+    config: Config,
+    section: SourceSection,
+    source: Source,
+    folder: Location,
+    progress: Callable[[str], None],
+    executor: Executor | None,
+) -> ShardReport:
     records = read_records(folder)
     record_job(folder, records.files)  # first, so that a killed job leaves a folder that is known
     folder.check_writable()
-    progress(f"listing the samples of {config.source.root or config.source.kind}")
+    progress(f"listing the samples of {section.root or section.kind}")
+    made = identity(source, section, config.data)
     description = _description(source, config.data.like)
-    plans = make_plans(source.entries(), description, config.source, config.data)
+    for note in description.notes:
+        progress(f"note: {note}")
+    plans = make_plans(source.entries(), description, section, config.data, made["folders"])
     samples = sum(len(plan.entries) for plan in plans)
     files = records.files | {plan.file for plan in plans}
     record_job(folder, files)
-    parts = {plan.digest: part for plan in plans if (part := finished_part(folder, plan, records.notes))}
+    parts = {plan.digest: part for plan in plans if (part := finished_part(folder, plan, records.notes, source))}
     todo = [plan for plan in plans if plan.digest not in parts]
     progress(f"{samples} samples, {len(plans)} shards: {len(parts)} are complete, {len(todo)} to create")
     bad = BadSamples(folder, samples, config.data.max_bad_fraction)
@@ -122,7 +141,7 @@ def shard(
             progress(f"shard {done}/{len(todo)}: {part['shard']['file']}, {part['shard']['rows']} samples")
             bad.add(part)
             bad.check()
-    manifest = _publish(folder, description, plans, parts, config)
+    manifest = _publish(folder, description, plans, parts, section, made)
     remove_superseded(folder, files, manifest.files())
     return ShardReport(manifest, len(todo), len(plans) - len(todo))
 
@@ -191,20 +210,30 @@ def group_rows(description: Description) -> int:
 
 
 def finished_part(
-    folder: Location, plan: ShardPlan, notes: Mapping[str, Sequence[dict[str, Any]]]
+    folder: Location, plan: ShardPlan, notes: Mapping[str, Sequence[dict[str, Any]]], source: Source
 ) -> dict[str, Any] | None:
     """The note of a complete shard of the same plan; None if the shard has to be created.
+
+    A shard that lacks samples is complete only if they still cannot be used. They alone are read again.
 
     Args:
         folder: Folder of the shards.
         plan: Plan of the shard; the file can have another name, as in earlier versions.
         notes: Digest → brief notes, as in `Records`.
+        source: The reader.
     """
     for part in notes.get(plan.digest, ()):
         file = folder / part["shard"]["file"]
         if file.size() == part["shard"]["bytes"] and _plan_of(file) == plan.digest:
-            return part
+            return None if part["bad"] and _usable_again(folder, plan, part, source) else part
     return None
+
+
+def _usable_again(folder: Location, plan: ShardPlan, part: Mapping[str, Any], source: Source) -> bool:
+    """Whether a quarantined sample of a shard can be used now: its file was restored or made readable."""
+    left_out = {one["id"] for one in quarantined_in(folder, part["shard"]["file"])}
+    samples = _samples(source, (entry for entry in plan.entries if entry.id in left_out))
+    return any(not isinstance(found, str) for _, found in samples)
 
 
 def _plan_of(file: Location) -> str:
@@ -329,7 +358,8 @@ def _publish(
     description: Description,
     plans: Sequence[ShardPlan],
     parts: Mapping[str, dict[str, Any]],
-    config: Config,
+    section: SourceSection,
+    made: Mapping[str, Any],
 ) -> Manifest:
     """Write the manifest, which replaces the previous data set by the new one."""
     by_split = {split: [parts[plan.digest] for plan in plans if plan.split == split] for split in SPLITS}
@@ -341,22 +371,13 @@ def _publish(
             split: {t.name: statistics.merge([p["sums"][t.name] for p in held]) for t in description.tasks}
             for split, held in by_split.items()
         },
-        source=config.source.model_dump() if config.source else {},
+        source=section.model_dump(),
         quarantined=sum(part["bad"] for part in parts_in_order),
         group_rows=group_rows(description),
+        made=made,
     )
     check_shards(folder, manifest, checksums=False)  # another job can have removed shards that this job kept
     (folder / FILE).write_json(manifest.to_dict())
     bad = [part["shard"]["file"] for part in parts_in_order if part["bad"]]
     _write_quarantine(folder / QUARANTINE, folder, bad)
     return manifest
-
-
-def ensure_shards(
-    config: Config, progress: Callable[[str], None] = logger.info, executor: Executor | None = None
-) -> Manifest:
-    """The manifest of `data.shards`; shards that do not exist are created if `source` is configured."""
-    folder = locate(config.data.shards)
-    if (folder / FILE).exists() or config.source is None or not config.source.given:
-        return read_manifest(folder)
-    return shard(config, progress, executor).manifest

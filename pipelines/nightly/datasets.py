@@ -94,7 +94,7 @@ def newest(config: Config, date: str, log: Callable[[str], None]) -> DatedDatase
     for one in older:
         if (locate(one.shards) / FILE).exists():
             if one.date != date:
-                log(f"note: the newest data set has the date {one.date}, the nightly run has {date}")
+                log(f"note: {no_data_set(date, one.date)}")
             return one
         log(f"note: the data set of {one.date} is not finished (no {FILE}); an older one is used")
     folder.check_bucket()
@@ -107,6 +107,11 @@ def newest(config: Config, date: str, log: Callable[[str], None]) -> DatedDatase
 
 def _date(one: DatedDataset) -> str:
     return one.date
+
+
+def no_data_set(date: str, used: str) -> str:
+    """The note of a nightly run whose date has no data set."""
+    return f"there is no finished data set of {date}: the newest one before it is used, of {used}"
 
 
 def _partitions(folder: Location, place: str) -> list[DatedDataset]:

@@ -22,21 +22,21 @@ from dmtg_core.training.warm_start import WarmStart
 from pipelines.config.loading import Config
 from pipelines.data import statistics
 from pipelines.data.manifest import Manifest, read_manifest
-from pipelines.data.shards import ensure_shards
+from pipelines.data.renewal import ensure_shards
 from pipelines.errors import UserError
 from pipelines.execution.choice import open_executor
 from pipelines.execution.errors import user_error
 from pipelines.execution.executor import Executor
-from pipelines.nightly.datasets import checked_date, newest, of_date
+from pipelines.nightly.datasets import checked_date, newest, no_data_set, of_date
 from pipelines.nightly.evaluation import evaluate, verdict_of
 from pipelines.nightly.leakage import check_champion, check_evaluation, leakage_notes
-from pipelines.nightly.lease import Lease
 from pipelines.nightly.page import write_page
 from pipelines.nightly.webhook import check_address, send
 from pipelines.registry import aliases
 from pipelines.registry.models import load_registered
 from pipelines.registry.tracking import connect, enabled
 from pipelines.runs.files import LABELS
+from pipelines.runs.lease import Lease
 from pipelines.runs.models import write_model
 from pipelines.storage import Location, locate
 from pipelines.training.driver import Trained, train
@@ -171,7 +171,9 @@ class _Job:
                     remedy="use the same configuration again, or delete the folder to start from scratch",
                     wrong_use=True,
                 )
-            return NightlyRun(**{**held, "start": tuple(held["start"]), "notes": tuple(held["notes"])})
+            plan = NightlyRun(**{**held, "start": tuple(held["start"]), "notes": tuple(held["notes"])})
+            check_unchanged(plan, file)
+            return plan
         plan = self._new_plan(date)
         file.write_json(asdict(plan))
         return plan
@@ -191,7 +193,7 @@ class _Job:
         evaluated = read_manifest(locate(evaluation))
         check_evaluation(manifest, data.shards, evaluated, evaluation, tasks, config.regroup.split)
         champion = aliases.champion(config.track, config.name)
-        notes: list[str] = [] if data.date == date else [f"the newest data set has the date {data.date}"]
+        notes: list[str] = [] if data.date == date else [no_data_set(date, data.date)]
         start: tuple[str, ...] = ()
         if champion is not None:
             groups, preparation = load_registered(champion["uri"], config.track)
@@ -242,6 +244,7 @@ class _Job:
                 }
             ),
             self.log,
+            renew=False,
         )
 
     def verdict(self, plan: NightlyRun, trained: Trained) -> dict[str, Any]:
@@ -308,6 +311,20 @@ class _Job:
                 change = statistics.drift(task, held[task.name], manifest.sums["train"][task.name])
                 lines += [f"{task.name}: {change.replace('in train', 'for the champion')}"] if change else []
         return lines
+
+
+def check_unchanged(plan: NightlyRun, file: Location) -> None:
+    """Check that the training data is that with which the nightly run began.
+
+    Raises:
+        UserError: If it has changed.
+    """
+    if read_manifest(locate(plan.shards)).digest() != plan.digest:
+        raise UserError(
+            f"the training data has changed since the nightly run of {plan.date} began",
+            where=plan.shards,
+            remedy=f"delete the folder {file.parent} to start from scratch, or put the data back",
+        )
 
 
 def job_result(folder: Location) -> dict[str, Any]:

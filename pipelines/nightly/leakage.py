@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -12,8 +12,8 @@ from dmtg_core.names import listed
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import Task
 from pipelines.data.manifest import Manifest, read_manifest
-from pipelines.data.sources.encoding import shown
 from pipelines.errors import UserError
+from pipelines.serving.fitting import input_problem, same_tasks
 from pipelines.storage import locate
 
 
@@ -70,12 +70,11 @@ def check_champion(
     Raises:
         UserError: If the input differs, or tasks are missing or differ.
     """
-    spec, new = next(iter(groups.values())).spec.input, manifest.description.input
-    keys = ("kind", "shape", "dtype", "vocabulary")
-    same = all(getattr(spec, key) == getattr(new, key) for key in keys)
-    if not same or dict(preparation) != dict(manifest.description.preparation):
+    spec, new = next(iter(groups.values())).spec.input, manifest.description
+    problem = input_problem(spec, preparation, new.input, new.preparation, strict=True)
+    if problem:
         raise UserError(
-            f"the new data has another encoding than the data of the champion {uri}",
+            f"the new data has another encoding than the data of the champion {uri}: {problem}",
             where="data.like",
             remedy="write the new shards with data.like=<the champion's shards>",
         )
@@ -100,31 +99,6 @@ def leakage_notes(champion: Mapping[str, Any], evaluated: Manifest, evaluation: 
         return []
     seen = sample_ids(evaluated, evaluation, (split,)) & sample_ids(manifest, shards, ("train", "val"))
     return [f"the champion was trained on {len(seen)} of the evaluation samples"] if seen else []
-
-
-def same_tasks(some: Sequence[Task], others: Sequence[Task], where: str) -> None:
-    """Check that tasks with the same name are the same task.
-
-    Raises:
-        UserError: With the tasks that differ.
-    """
-    # offset and scale may differ: outputs are converted to the same units
-    keys = ("kind", "channels", "labels", "metric", "valid_below", "threshold")
-    known = {task.name: task for task in others}
-    differing = [
-        f"{task.name} ({key}: {shown(mine, theirs)}, {shown(theirs, mine)})"
-        for task in some
-        if task.name in known
-        for key in keys
-        for mine, theirs in [(getattr(task, key), getattr(known[task.name], key))]
-        if mine != theirs
-    ]
-    if differing:
-        raise UserError(
-            f"tasks with the same name differ: {'; '.join(differing[:3])}",
-            where=where,
-            remedy="give another name to a task that has changed",
-        )
 
 
 def sample_ids(manifest: Manifest, shards: str, splits: tuple[str, ...]) -> set[str]:

@@ -12,7 +12,9 @@ from pipelines.config.loading import Config
 from pipelines.data import statistics
 from pipelines.data.manifest import SPLITS, Manifest, broken_shards, read_manifest, support_notes
 from pipelines.data.reader import Reader
+from pipelines.data.renewal import stale_notes
 from pipelines.report.dataset import dataset_page
+from pipelines.runs.folders import check_page
 from pipelines.storage import Location, locate
 
 logger = logging.getLogger(__name__)
@@ -39,9 +41,12 @@ def inspect(config: Config, out: str = "") -> dict[str, Any]:
     manifest = read_manifest(folder)
     tasks = manifest.tasks(config.data.tasks, str(folder))
     logger.info("checking the shards in %s", folder)
+    page = _target(config, folder, out)
+    check_page(page, "--out")
     broken = broken_shards(folder, manifest, checksums=True)
     problems = broken + _constant(manifest, tasks)
     notes = support_notes(manifest, tasks, config.data.min_support) + _drifts(manifest, tasks)
+    notes += [*stale_notes(config, manifest), *manifest.description.notes]
     logger.info("writing the page")
     drawn = dataset_page(
         config.name,
@@ -50,7 +55,6 @@ def inspect(config: Config, out: str = "") -> dict[str, Any]:
         notes=notes,
         unreadable={problem.partition(" ")[0] for problem in broken},
     )
-    page = _target(config, folder, out)
     page.write_text(drawn)
     return {
         "rows": sum(manifest.rows(split) for split in SPLITS),

@@ -20,7 +20,7 @@ from pipelines.report.formatting import cost, percent, significant
 from pipelines.report.gate_animation import moving_gate
 from pipelines.report.render import render
 from pipelines.runs.files import DETAILS, GATE, METRICS, RESULT, read_jsonl
-from pipelines.runs.identity import earlier_verdict
+from pipelines.runs.identity import data_of, earlier_verdict
 from pipelines.runs.results import ALL, NAIVE
 from pipelines.storage import Location
 
@@ -87,7 +87,7 @@ def page(run: Location) -> str:
         gate=gate[0]["stage"] if gate else "",
         moving=moving_gate(gate, tasks) if gate else None,
         gated=gated,
-        signal=earlier_verdict(checked(Config, config)),
+        signal=earlier_verdict(checked(Config, config), data_of(run)),
         rows=rows,
         ramp=pictures.ramp(),
         stripes=pictures.stripes(),

@@ -6,6 +6,7 @@ cannot write its list of checkpoints, and cannot read a checkpoint without that 
 
 from __future__ import annotations
 
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipelines.runs.events import DAMAGED, Emit
 from pipelines.storage import Location
 
 PREFIX = "checkpoint_"
+NAME = re.compile(rf"{PREFIX}\d{{8,}}_\w+")  # of another folder nothing is read, and it is not removed
 KEEP = 2  # so that one can be damaged
 
 
@@ -35,8 +37,8 @@ class Checkpoints:
     def __init__(self, folder: Location, scratch: Path, emit: Emit) -> None:
         self.folder, self.scratch, self.emit = folder, scratch, emit
         self.fetched: Path | None = None
-        names = [name for name in folder.folders() if name.startswith(PREFIX)]
-        self.number = int(names[-1].removeprefix(PREFIX).split("_")[0]) if names else 0
+        names = [name for name in folder.folders() if NAME.fullmatch(name)]
+        self.number = int(names[-1].split("_")[1]) if names else 0
         self.whole = [name for name in names if (folder / name / SEAL).exists()]
 
     def newest(self) -> Path | None:
@@ -103,7 +105,7 @@ class Checkpoints:
             raise
         self.whole = [*self.whole, local.name][-KEEP:]
         for name in folder.folders():
-            if name.startswith(PREFIX) and name not in self.whole:
+            if NAME.fullmatch(name) and name not in self.whole:
                 _delete(folder / name)
 
 

@@ -19,6 +19,7 @@ EVENTS = "events.jsonl"  # see `pipelines.runs.events`
 CHECKPOINTS = "checkpoints"
 REPORT = "report.html"
 PROFILE = "profile"
+IDENTITY = "identity.json"  # configuration, data and version that the folder belongs to
 TRACKING = "tracking.json"  # the MLflow run and the digest of the data
 REGISTERED = "models.json"  # the registered models of the run
 LABELS = "labels.json"  # artifact of the MLflow run: statistics of the labels that a model was trained on

@@ -13,9 +13,10 @@ from dmtg_core.training.metrics import Metrics, MetricSums
 from pipelines.config.loading import Config
 from pipelines.data.manifest import check_shards, read_manifest
 from pipelines.data.reader import Reader
+from pipelines.data.renewal import stale_notes
 from pipelines.data.stream import StreamData
 from pipelines.errors import UserError
-from pipelines.registry.models import load_groups
+from pipelines.serving.fitting import check_input, load_with_preparation, same_tasks
 from pipelines.storage import locate
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,13 @@ def evaluate(config: Config, model: str, split: str = "test") -> Metrics:
     manifest = read_manifest(folder)
     logger.info("checking the shards in %s", folder)
     check_shards(folder, manifest, checksums=config.data.verify_checksums)
-    groups = load_groups(model, config.track)
+    for note in stale_notes(config, manifest):
+        logger.warning(note)
+    groups, preparation = load_with_preparation(model, config.track)
+    described = manifest.description
+    for group in groups.values():
+        check_input(group.spec.input, preparation, described.input, described.preparation, str(folder))
+        same_tasks(group.tasks, described.tasks, str(folder))
     wanted = [task.name for group in groups.values() for task in group.tasks]
     tasks = manifest.tasks(wanted, str(folder))
     if not manifest.rows(split):

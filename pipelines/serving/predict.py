@@ -25,20 +25,19 @@ import pyarrow.parquet as pq
 import torch
 
 from dmtg_core.network.grouping_network import GroupModel
-from dmtg_core.tasks import InputSpec, Task
 from pipelines.config.loading import Config
-from pipelines.config.sections import TrackSection
-from pipelines.data.manifest import FILE, SPLITS, Manifest, Shard, check_shards, read_manifest
+from pipelines.data.manifest import SPLITS, Manifest, Shard, check_shards, read_manifest
 from pipelines.data.reader import Reader
+from pipelines.data.renewal import stale_notes
 from pipelines.data.shard_folder import PARTS
 from pipelines.data.sources.base import INPUT
 from pipelines.errors import UserError
 from pipelines.execution.choice import open_executor
 from pipelines.execution.executor import Executor, Held
-from pipelines.registry.models import load_groups
-from pipelines.registry.tracking import connect
-from pipelines.registry.versions import find
+from pipelines.runs.folders import check_folder
+from pipelines.runs.lease import only_one
 from pipelines.serving.columns import ID, arrays_of, columns_of, described, schema
+from pipelines.serving.fitting import Served, check_input, open_model, same_tasks
 from pipelines.storage import Location, locate
 
 PREDICTIONS, PLAN = "_predictions.json", "_plan.json"
@@ -55,26 +54,6 @@ class Predicted:
     kept: int
     out: Location
     tasks: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Served:
-    """A model to predict with.
-
-    Args:
-        groups: Group → model.
-        address: The address with the number of the version, or the run folder.
-        digest: Digest of weights, tasks and groups.
-    """
-
-    groups: Mapping[str, GroupModel]
-    address: str
-    digest: str
-
-    @property
-    def tasks(self) -> dict[str, tuple[Task, str]]:
-        """Task name → task, and its group."""
-        return {task.name: (task, name) for name, model in self.groups.items() for task in model.tasks}
 
 
 @dataclass(frozen=True)
@@ -116,15 +95,31 @@ def predict(
     manifest = read_manifest(folder)
     chosen = _chosen(manifest, split, folder)
     check_shards(folder, chosen, checksums=False)
+    for note in stale_notes(config, manifest):
+        log(f"note: {note}")
     served = open_model(model, config.track)
-    check_fits(served, manifest.description.input, folder)
+    check_fits(served, manifest, folder)
+    check_folder(place, "--out", "predictions", (place / PLAN).exists)
     place.check_writable()
     about = {
         "format": FORMAT,
         "model": {"given": model, "address": served.address, "digest": served.digest},
         "data": {"shards": str(folder), "digest": manifest.digest(), "split": split},
     }
-    plan = _claim(place, about)
+    with only_one(place, f"job that predicts into {place}", log):
+        return _predict(config, served, manifest, chosen, place, about, log)
+
+
+def _predict(
+    config: Config,
+    served: Served,
+    manifest: Manifest,
+    chosen: Manifest,
+    place: Location,
+    about: dict[str, Any],
+    log: Callable[[str], None],
+) -> Predicted:
+    folder, plan = locate(config.data.shards), _claim(place, about)
     shards = [shard for held in chosen.shards.values() for shard in held if shard.rows]
     parts = {shard.file: part for shard in shards if (part := _finished(place, shard, plan))}
     todo = [shard for shard in shards if shard.file not in parts]
@@ -164,43 +159,16 @@ def _chosen(manifest: Manifest, split: str, folder: Location) -> Manifest:
     return replace(manifest, shards={name: manifest.shards[name] for name in names})
 
 
-def open_model(model: str, track: TrackSection) -> Served:
-    """A model, with the number of its version in the address, as aliases change.
+def check_fits(served: Served, manifest: Manifest, folder: Location) -> None:
+    """Check that the shards have the input and the tasks of the model, and that all columns have different names.
 
     Raises:
-        UserError: When there is no such model.
+        UserError: With what differs, or the columns.
     """
-    address = model
-    if model.startswith("models:/") and not model.startswith("models:/m-"):
-        found, _ = find(connect(track), model)
-        address = f"models:/{found.name}/{found.version}"
-    groups = load_groups(address, track)
-    return Served(groups, address, _digest(groups))
-
-
-def _digest(groups: Mapping[str, GroupModel]) -> str:
-    every = hashlib.sha256()
-    for name, model in sorted(groups.items()):
-        every.update(json.dumps([name, model.spec.to_dict()], sort_keys=True).encode())
-        for key, value in model.state_dict().items():
-            every.update(key.encode() + value.contiguous().numpy().tobytes())
-    return every.hexdigest()[:12]
-
-
-def check_fits(served: Served, stored: InputSpec, folder: Location) -> None:
-    """Check that the shards have the input of the model, and that all columns have different names.
-
-    Raises:
-        UserError: It names both inputs, or the columns.
-    """
-    for name, model in served.groups.items():
-        wanted = model.spec.input
-        if any(getattr(wanted, key) != getattr(stored, key) for key in ("kind", "shape", "dtype", "vocabulary")):
-            raise UserError(
-                f"{name} of the model reads {_input(wanted)}, the shards have {_input(stored)}",
-                where=str(folder),
-                remedy="write shards with the options of the model's training data, or use another model",
-            )
+    found = manifest.description
+    for model in served.groups.values():
+        check_input(model.spec.input, served.preparation, found.input, found.preparation, str(folder))
+        same_tasks(model.tasks, found.tasks, str(folder))
     counted = Counter([ID, *(name for task, _ in served.tasks.values() for name in columns_of(task))])
     twice = [name for name, count in counted.items() if count > 1]
     if twice:
@@ -209,10 +177,6 @@ def check_fits(served: Served, stored: InputSpec, folder: Location) -> None:
             where=served.address,
             remedy="predict with the models of single groups, or train with other names of tasks",
         )
-
-
-def _input(spec: InputSpec) -> str:
-    return f"{spec.kind} of {spec.dtype} {spec.shape}" + (f", ids to {spec.vocabulary}" if spec.vocabulary else "")
 
 
 def _claim(place: Location, about: Mapping[str, Any]) -> str:
@@ -233,14 +197,6 @@ def _claim(place: Location, about: Mapping[str, Any]) -> str:
                 wrong_use=True,
             )
         return mine
-    others = [name for name in place.files(recursive=False) if name == FILE or name.endswith(".parquet")]
-    if others:
-        raise UserError(
-            f"this folder has other contents than predictions: {', '.join(others[:3])}",
-            where=str(place),
-            remedy="give another --out",
-            wrong_use=True,
-        )
     file.write_json(about)
     return mine
 

@@ -22,7 +22,6 @@ from dmtg_core.tasks import Task
 from dmtg_core.training.warm_start import WarmStart
 from pipelines.config.loading import Config
 from pipelines.data.manifest import Manifest
-from pipelines.data.shards import ensure_shards
 from pipelines.errors import UserError
 from pipelines.execution.choice import open_executor
 from pipelines.execution.embedded import EmbeddedExecutor
@@ -30,6 +29,8 @@ from pipelines.execution.executor import Executor
 from pipelines.execution.resources import processes, sweep_cpus, trials_at_once
 from pipelines.registry.tracking import Tracker, connect, enabled, open_tracker
 from pipelines.runs.files import CONFIG, GROUPING, RESULT
+from pipelines.runs.identity import record_identity
+from pipelines.runs.lease import only_one
 from pipelines.runs.models import check_models
 from pipelines.runs.warm_start import Held, keep_models, open_models
 from pipelines.storage import Location
@@ -50,7 +51,7 @@ from pipelines.sweep.results import (
 )
 from pipelines.sweep.trackers import Trackers
 from pipelines.sweep.trials import STOPPED, Trial, best_config, sweep_name, trials
-from pipelines.training.checks import Prepared, check_network, open_folder, prepare, write_config
+from pipelines.training.checks import Prepared, check_network, folder_of_data, open_folder, prepare, write_config
 from pipelines.training.worker import Job
 
 SWEEP, BEST, PAGE = "sweep.json", "best.yaml", "sweep.html"
@@ -98,26 +99,36 @@ def sweep(config: Config, log: Callable[[str], None] = logger.info) -> SweepResu
             naive MTL finishes.
     """
     named, folder = open_folder(config, sweep_name(config))
-    models = open_models(named, folder)
-    planned = trials(config)
-    for trial in planned:
+    for trial in trials(config):
         trial.config.check_options()
+    if enabled(config.track):
+        connect(config.track)  # before shards are written, which can take hours
+    named, folder, manifest = folder_of_data(config, named, folder, log)
+    with only_one(folder, f"job that trains {folder.name}", log):
+        return _sweep_once(config, named, folder, manifest, log)
+
+
+def _sweep_once(
+    config: Config, named: Config, folder: Location, manifest: Manifest, log: Callable[[str], None]
+) -> SweepResult:
+    """Run a sweep of which this is the only job."""
+    models = open_models(named, folder)
+    planned = trials(config, folder=folder.name)
+    for trial in planned:
         check_models(trial.config, trial.run)
     left = [trial for trial in planned if status(trial) in (OPEN, BROKEN)]
-    if left and enabled(config.track):
-        connect(config.track)  # before shards are written, which can take hours
     with _executor(config) if left else nullcontext() as executor:
         check = partial(check_networks, planned, models, log)
-        data = prepare(planned[0].config, executor, log, check) if executor else None
-        manifest = data.manifest if data else ensure_shards(config, log)
+        data = prepare(planned[0].config, executor, log, check, manifest) if executor else None
         tasks = manifest.tasks(config.data.tasks, config.data.shards)
+        record_identity(folder, named, manifest.digest())
         tracker = open_tracker(named, folder, manifest)
         trackers = Trackers(tracker.run_id, manifest, log)
         with trackers.failing(folder, tracker):
             if data and executor:
                 write_config(named, folder)
                 start = keep_models(models, folder)
-                planned = trials(config, shared_start=len(start) < 2)
+                planned = trials(config, shared_start=len(start) < 2, folder=folder.name)
                 _train(config, data, executor, start, planned, left, trackers, log)
             found = _write_results(config, folder, planned, tasks)
             _publish(folder, planned, found, tracker, trackers)

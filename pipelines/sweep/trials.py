@@ -130,13 +130,14 @@ def _temperature(values: Mapping[str, Any]) -> str:
     return f"{values['family']}{values['start']:g}-{values['end']:g}{warmup}"
 
 
-def trials(config: Config, *, shared_start: bool = True) -> list[Trial]:
+def trials(config: Config, *, shared_start: bool = True, folder: str = "") -> list[Trial]:
     """All trials of a sweep: naive MTL, then all settings, each with every seed.
 
     Args:
         config: Configuration of the sweep.
         shared_start: Whether naive MTL can start from the models of `network.start_from`. It cannot start from
             several models.
+        folder: Name of the folder of the sweep; by default that of the configuration.
 
     Raises:
         UserError: As `settings`.
@@ -144,16 +145,17 @@ def trials(config: Config, *, shared_start: bool = True) -> list[Trial]:
     seeds = dict.fromkeys(config.sweep.seeds or (config.train.seed,))
     naive: list[tuple[Setting, bool]] = [({GROUPS: 1}, True)]
     tried = [*naive, *((setting, False) for setting in settings(config))]
-    return [_trial(config, setting, seed, first, shared_start) for setting, first in tried for seed in seeds]
+    root = locate(config.run.root) / (folder or sweep_name(config)) / TRIALS
+    return [_trial(config, setting, seed, first, shared_start, root) for setting, first in tried for seed in seeds]
 
 
-def _trial(config: Config, setting: Setting, seed: int, naive: bool, shared_start: bool) -> Trial:
+def _trial(config: Config, setting: Setting, seed: int, naive: bool, shared_start: bool, root: Location) -> Trial:
     name = f"{NAIVE if naive else label(setting)}_seed{seed}"
     over = dict(setting) | {
         "train.seed": seed,
         "search.baseline": False,
         "track.register_models": False,
-        "run.root": str(locate(config.run.root) / sweep_name(config) / TRIALS),
+        "run.root": str(root),
         "run.name": name,
         # if resources are available, another trial is worth more than another worker of a running trial
         "ray.workers": config.ray.fewest,

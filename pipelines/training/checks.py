@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import yaml
 
+from dmtg_core.names import listed
 from dmtg_core.network.batched.choice import built
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.tasks import Task
@@ -20,12 +22,12 @@ from pipelines.config.loading import Config
 from pipelines.data.ingest import keeps_in_memory, load_splits
 from pipelines.data.manifest import Manifest, check_shards, check_targets, support_notes
 from pipelines.data.reader import Reader
-from pipelines.data.shards import ensure_shards
+from pipelines.data.renewal import ensure_shards
 from pipelines.errors import UserError
 from pipelines.execution.executor import Executor, Held
 from pipelines.registry.tracking import shown
 from pipelines.runs.files import CONFIG
-from pipelines.runs.identity import open_run
+from pipelines.runs.identity import open_run, results_folder
 from pipelines.runs.warm_start import warm_start_errors
 from pipelines.storage import Location, locate
 
@@ -67,6 +69,7 @@ def prepare(
     executor: Executor | None,
     log: Callable[[str], None],
     check: Callable[[Manifest, tuple[Task, ...]], None] | None = None,
+    manifest: Manifest | None = None,
 ) -> Prepared:
     """Write the shards if they are missing, and check data and networks before a worker starts.
 
@@ -75,19 +78,50 @@ def prepare(
         executor: The executor of the command; None where shards that are missing get their own.
         log: Log callback.
         check: Check of the networks, given manifest and tasks; by default `check_network`.
+        manifest: Manifest of shards that are known to be those of the configuration.
 
     Raises:
         UserError: For the first problem.
     """
-    manifest = ensure_shards(config, log, executor)
+    manifest = ensure_shards(config, log, executor, manifest)
     folder = locate(config.data.shards)
     tasks = check_data(config, manifest, folder)
     if check is None:
         check_network(config, manifest, tasks, log=log)
     else:
         check(manifest, tasks)
-    notes = tuple(support_notes(manifest, tasks, config.data.min_support))
+    notes = (*support_notes(manifest, tasks, config.data.min_support), *batch_notes(config, manifest))
     return Prepared(config, Reader(folder, manifest, tasks), notes)
+
+
+def batch_notes(config: Config, manifest: Manifest) -> list[str]:
+    """A note if a batch holds more samples than there are: every epoch is then a single step."""
+    size, rows = config.train.batch_size, manifest.rows("train")
+    if size <= rows:
+        return []
+    return [f"train.batch_size={size} is more than the {rows} training samples: a step has all of them"]
+
+
+def folder_of_data(
+    config: Config, named: Config, folder: Location, log: Callable[[str], None]
+) -> tuple[Config, Location, Manifest]:
+    """The folder of a comparison, a grouping signal or a sweep on its data; see `results_folder`.
+
+    Args:
+        config: Configuration of the command.
+        named, folder: Result of `open_folder`.
+        log: Log callback.
+
+    Returns:
+        The configuration with the folder's name, the folder, and the manifest of the shards, which are created if
+        they are missing or stale.
+
+    Raises:
+        UserError: As `ensure_shards` and `results_folder`.
+    """
+    manifest = ensure_shards(config, log)
+    own = results_folder(named, folder, manifest.digest(), log, named=bool(config.run.name))
+    return named.model_copy(update={"run": named.run.model_copy(update={"name": own.name})}), own, manifest
 
 
 def open_folder(config: Config, name: str) -> tuple[Config, Location]:
@@ -119,10 +153,29 @@ def check_data(config: Config, manifest: Manifest, folder: Location) -> tuple[Ta
         UserError: For the first problem.
     """
     tasks = manifest.tasks(config.data.tasks, str(folder))
+    check_limits(config, tasks)
     check_targets(manifest, tasks, str(folder))
     check_shards(folder, manifest, checksums=config.data.verify_checksums)
     check_workers(config, manifest)
     return tasks
+
+
+def check_limits(config: Config, tasks: Sequence[Task]) -> None:
+    """Check that the limits of the nightly run are those of tasks: another name would have no effect.
+
+    Raises:
+        UserError: For a name that no task has.
+    """
+    names = [task.name for task in tasks]
+    unknown = [name for name in config.regroup.limits if name not in names]
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0], names, n=3) or names
+        raise UserError(
+            f"regroup.limits names {listed(unknown)}, which is no task of this configuration",
+            where="regroup.limits",
+            remedy=f"did you mean {listed(nearest)}?",
+            wrong_use=True,
+        )
 
 
 def check_network(

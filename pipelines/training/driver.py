@@ -10,17 +10,20 @@ from typing import Any
 
 from dmtg_core.training.warm_start import WarmStart
 from pipelines.config.loading import Config
+from pipelines.data.manifest import read_manifest
+from pipelines.data.renewal import ready_shards
 from pipelines.execution.choice import open_executor
 from pipelines.execution.embedded import EmbeddedExecutor
 from pipelines.execution.executor import Executor
 from pipelines.registry.models import Registered
 from pipelines.registry.tracking import Tracker, connect, enabled, open_tracker
 from pipelines.runs.events import for_result
-from pipelines.runs.files import EVENTS, REPORT, RESULT, SEARCHED, read_jsonl
-from pipelines.runs.identity import open_run
+from pipelines.runs.files import EVENTS, REGISTERED, REPORT, RESULT, SEARCHED, TRACKING, read_jsonl
+from pipelines.runs.identity import data_of, open_run, record_identity, results_folder
+from pipelines.runs.lease import Lease, only_one
 from pipelines.runs.models import check_models
 from pipelines.runs.warm_start import baseline_notes, keep_models, open_models
-from pipelines.storage import Location
+from pipelines.storage import Location, locate
 from pipelines.training.checks import Prepared, check_network, prepare, write_config
 from pipelines.training.finetune import train_groups
 from pipelines.training.monitor import monitoring
@@ -56,39 +59,82 @@ class Trained:
         return self.run / REPORT
 
 
-def train(config: Config, log: Callable[[str], None] = logger.info) -> Trained:
-    """Run a configuration to its end; resumes what an earlier call with the same configuration has left.
+def train(
+    config: Config, log: Callable[[str], None] = logger.info, *, reuse: bool = False, renew: bool = True
+) -> Trained:
+    """Run a configuration to its end; resumes what an earlier call with the same configuration and data has left.
+
+    Args:
+        config: The configuration.
+        log: Called with each line.
+        reuse: Use the result of a finished run of the configuration even if the data has changed since.
+        renew: Compare the shards with the raw data of the configuration first. A nightly run does not: its shards
+            are those of its date.
 
     Raises:
-        UserError: For any error of the user, before training starts if it can be known then.
+        UserError: For any error of the user, before training starts if it can be known then. One error is that
+            another job trains the same run.
     """
-    run, models = _open(config)
-    finished = (run / RESULT).exists()
+    base = open_run(config)
+    config.check_options()
+    ready = ready_shards(config, log) if renew else read_manifest(locate(config.data.shards))
+    folder = partial(results_folder, config, base, log=log, named=bool(config.run.name), reuse=reuse)
+    run = base if ready is None else folder(ready.digest())
+    models = _open(config, run)
+    finished = ready is not None and (run / RESULT).exists()
     # a finished run needs no executor
     with EmbeddedExecutor(config.ray) if finished else open_executor(config.ray) as executor:
-        data = prepare(config, executor, log, partial(check_network, config, models=models, log=log))
+        data = prepare(config, executor, log, partial(check_network, config, models=models, log=log), ready)
         for note in data.notes:
             log(f"note: {note}")
-        if finished:
-            tracker = reopen_tracker(config, run, data.manifest)
-            log(f"this run is finished: {run} (give another run.name to train again)")
-        else:
-            tracker = open_tracker(config, run, data.manifest)
-            write_config(config, run)
-            with open_workers(data, executor, log) as (chosen, workers):
-                train_monitored(_job(chosen, data, run, models), data, workers, tracker, log)
+        if ready is None:
+            run = folder(data.manifest.digest())
+            models = models if run == base else _open(config, run)
+        with only_one(run, f"job that trains {run.name}", log) as lease:
+            return _train_once(config, run, models, data, executor, lease, log)
+
+
+def _train_once(
+    config: Config,
+    run: Location,
+    models: WarmStart | None,
+    data: Prepared,
+    executor: Executor,
+    lease: Lease,
+    log: Callable[[str], None],
+) -> Trained:
+    """Train and publish a run of which this is the only job."""
+    finished = (run / RESULT).exists()
+    if finished and data_of(run) not in ("", data.manifest.digest()):
+        return _as_it_was(run)
+    if finished:
+        tracker = reopen_tracker(config, run, data.manifest)
+        log(f"this run is finished: {run} (give another run.name to train again)")
+    else:
+        record_identity(run, config, data.manifest.digest(), data.manifest.description.preparation)
+        tracker = open_tracker(config, run, data.manifest)
+        write_config(config, run)
+        with open_workers(data, executor, log) as (chosen, workers):
+            train_monitored(_job(chosen, data, run, models), data, workers, tracker, log)
+        lease.check()
     registered = publish(config, run, tracker, data.manifest, log)
     return Trained(run, tracker.run_id, (run / RESULT).read_json(), registered, finished)
 
 
-def _open(config: Config) -> tuple[Location, WarmStart | None]:
-    """The run folder, and the models that the network starts from."""
-    run = open_run(config)
-    config.check_options()
+def _as_it_was(run: Location) -> Trained:
+    """A finished run on other data than the shards hold now: it cannot be published with these."""
+    note = (run / TRACKING).read_json() if (run / TRACKING).exists() else {}
+    models = (run / REGISTERED).read_json() if (run / REGISTERED).exists() else []
+    registered = [Registered(**entry) for entry in models]
+    return Trained(run, note.get("run_id", ""), (run / RESULT).read_json(), registered, resumed=True)
+
+
+def _open(config: Config, run: Location) -> WarmStart | None:
+    """Check what a run needs before shards are written; the models that the network starts from."""
     check_models(config, run)
     if enabled(config.track) and not (run / RESULT).exists():
         connect(config.track)  # before shards are written, which can take hours
-    return run, open_models(config, run)
+    return open_models(config, run)
 
 
 def _job(config: Config, data: Prepared, run: Location, models: WarmStart | None) -> Job:

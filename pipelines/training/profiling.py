@@ -10,7 +10,8 @@ from dmtg_core.training.profile import OPERATORS, SHARES, TRACE
 from pipelines.config.loading import Config
 from pipelines.execution.choice import open_executor
 from pipelines.runs.files import PROFILE
-from pipelines.storage import Location, locate
+from pipelines.runs.identity import open_run
+from pipelines.storage import Location
 from pipelines.training.checks import prepare
 from pipelines.training.worker import Job
 from pipelines.training.workers import new_event_log, run_workers
@@ -40,8 +41,7 @@ def profile(config: Config, log: Callable[[str], None]) -> Profiled:
     Raises:
         UserError: As `train`.
     """
-    run = locate(config.run.root) / config.run_name()
-    run.check_writable()
+    run = open_run(config)
     config.check_options()
     with open_executor(config.ray) as executor:
         data = prepare(config, executor, log)

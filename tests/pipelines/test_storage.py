@@ -52,6 +52,16 @@ def test_unknown_scheme_and_credentials_in_an_address_are_refused() -> None:
     assert "secret" not in str(found.value)
 
 
+@pytest.mark.parametrize("name", ["data#1", "data?x=1", "a b", "a%20b", "#", "x\ty"])
+def test_an_address_is_read_as_it_is_written(tmp_path: Path, name: str) -> None:
+    assert locate(f"s3://b/{name}").path == f"b/{name}"
+    assert str(locate(f"s3://b/{name}/c")) == f"s3://b/{name}/c"
+    for address in (f"{tmp_path}/{name}", f"file://{tmp_path}/{name}"):
+        assert locate(address).path == f"{tmp_path}/{name}"
+    with pytest.raises(UserError, match="names no bucket"):
+        locate("s3:///x")
+
+
 def test_broken_json_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UserError, match="not a JSON file") as found:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
 from dmtg_core.tasks import InputSpec, Task
+from pipelines.storage import Location
 
 INPUT = "input"  # column of the network's input
 
@@ -30,6 +31,7 @@ class Column:
 class Description:
     """Content of every row of a source.
 
+    `notes` say what is remarkable about the raw data, such as outliers; they are for people alone.
     `columns` has `INPUT`, `task.<name>` for each task and, if pixels can lack a label, `mask.<name>` (uint8,
     1 = annotated). `preparation` describes how a raw sample (a text, a row of a table) becomes the stored input;
     see `pipelines.data.preprocessing`. It is empty if the raw sample is the stored input, as for an image.
@@ -39,6 +41,7 @@ class Description:
     tasks: tuple[Task, ...]
     columns: Mapping[str, Column]
     preparation: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def row_bytes(self) -> int:
@@ -57,6 +60,10 @@ class Entry:
 
 class Source(Protocol):
     """A reader of a raw format."""
+
+    def raw(self) -> Sequence[Location]:
+        """The files, and the folders of files, that are read; none for data that follows from the options."""
+        ...
 
     def describe(self) -> Description:
         """The columns of every row. A reader may open a few files for them."""

@@ -68,6 +68,10 @@ class CelebaSource:
                 wrong_use=True,
             )
 
+    def raw(self) -> Sequence[Location]:
+        """See `Source.raw`."""
+        return [_first_there(self._root, places) for places in (_ATTRIBUTES, _PARTITION, _IMAGES)]
+
     def describe(self) -> Description:
         """The image and one flag for each attribute. Reads the names of the attributes from their file.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -13,6 +14,7 @@ from pipelines.data.sources.rows import Row
 
 HELD_ROWS = 20_000  # rows of a table that are held in memory; a longer table is read again for each pass
 MOST_VALUES = 10_000  # different cells of a column that are held
+FAR = 20  # binary orders of magnitude, about six decimal ones, that make a number an outlier
 _FOLDED = 4096  # numbers that are added at a time
 T = TypeVar("T")
 Samples = Iterable[tuple[Row, str]]  # rows and their splits; each pass starts from the beginning
@@ -95,6 +97,7 @@ class Figures:
         most: Different cells above which no others are held.
         mean: Mean of the numbers.
         deviation: Standard deviation of the numbers.
+        exponents: Binary exponent → count of the numbers that are not 0.
     """
 
     cells: int = 0
@@ -104,11 +107,25 @@ class Figures:
     most: int = MOST_VALUES
     mean: float = math.nan
     deviation: float = math.nan
+    exponents: Counter[int] = field(default_factory=Counter)
 
     @property
     def incomplete(self) -> bool:
         """Whether the column has more different cells than `values` holds."""
         return len(self.values) > self.most
+
+    @property
+    def outliers(self) -> str:
+        """The numbers that are far larger than nine of ten others, as text; empty without any."""
+        ordered, below, usual = sorted(self.exponents), 0, 0
+        for usual in ordered:
+            below += self.exponents[usual]
+            if below >= 0.9 * self.exponents.total():
+                break
+        if not ordered or ordered[-1] - usual < FAR:
+            return ""
+        count = sum(self.exponents[one] for one in ordered if one - usual >= FAR)
+        return f"{count} values of at least {2.0 ** (ordered[-1] - 1):.0e}, most are below {2.0**usual:.0e}"
 
     def add(self, cell: str) -> float | None:
         """Count a cell; its number is returned."""
@@ -116,6 +133,8 @@ class Figures:
         self.cells += 1
         self.filled += bool(cell)
         self.numbers += number is not None
+        if number:
+            self.exponents[math.frexp(number)[1]] += 1
         if len(self.values) <= self.most:
             self.values.add(cell)
         return number

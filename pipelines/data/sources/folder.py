@@ -11,7 +11,7 @@ of the data set. Any other row whose image or label cannot be used is a bad samp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -65,12 +65,17 @@ class FolderSource:
         check_root(root, layout)
         check_root(root / self._options.images, "the images")
 
+    def raw(self) -> Sequence[Location]:
+        """See `Source.raw`."""
+        return (self._table, self._root / self._options.images)
+
     def describe(self) -> Description:
         """The image and one number for each task. Reads classes and statistics from the CSV file."""
         size = self._options.size
         columns = {INPUT: Column("uint8", (size, size, 3))}
         columns |= {f"task.{target.task.name}": target.stored for target in self._targets}
-        return Description(image_input(size), tuple(target.task for target in self._targets), columns)
+        notes = tuple(target.note for target in self._targets if target.note)
+        return Description(image_input(size), tuple(t.task for t in self._targets), columns, notes=notes)
 
     def entries(self) -> Iterator[Entry]:
         """One sample for each row that is not dropped, in the order of the file.

@@ -78,13 +78,14 @@ class Target:
     """A task, and the conversion of cells to stored values.
 
     `codes` maps cells to values. Any other cell has the value `otherwise`, or is an error if that is None. A
-    regression task has no codes.
+    regression task has no codes. `note` names outliers.
     """
 
     column: str
     task: Task
     codes: Mapping[str, int] | None = None
     otherwise: int | None = None
+    note: str = ""
 
     @property
     def stored(self) -> Column:
@@ -178,7 +179,8 @@ def _targets_of(
                 f"no number in the train rows of column {spec.column}", where=where, remedy="choose another column"
             )
         offset, scale = (figures.mean,), (figures.deviation or 1.0,)
-        return [Target(spec.column, make(spec.task_name, "regression", offset=offset, scale=scale))]
+        note = f"task {spec.task_name} has outliers: {figures.outliers}" if figures.outliers else ""
+        return [Target(spec.column, make(spec.task_name, "regression", offset=offset, scale=scale), note=note)]
     classes = spec.classes or in_order(cells.get(spec.column, set()) - {""})
     if spec.one_vs_rest is not None:
         return [

@@ -22,7 +22,7 @@ Pixels beyond the frame of the image are unknown: they count neither as nucleus 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -69,6 +69,10 @@ class NucleiSource:
         self._size = checked(NucleiOptions, options, "source.options").size
         self._root = root
         check_root(root, "labels.csv, images/<image>.png and masks/<image>.png")
+
+    def raw(self) -> Sequence[Location]:
+        """See `Source.raw`."""
+        return [self._root / name for name in ("labels.csv", "images", "masks")]
 
     def describe(self) -> Description:
         """An image, three maps and a count. Reads labels.csv for the statistics of the count."""

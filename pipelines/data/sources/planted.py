@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +45,10 @@ class PlantedSource:
             raise UserError(
                 str(error), where="source.options", remedy="change groups, tasks or features", wrong_use=True
             ) from error
+
+    def raw(self) -> Sequence[Location]:
+        """See `Source.raw`."""
+        return ()
 
     def describe(self) -> Description:
         """Features and a flag for each task."""

@@ -60,6 +60,11 @@ class PreparedSource(ABC):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_entries", "_prepared")}
 
+    @property
+    def _remarks(self) -> Sequence[str]:
+        """Notes about the input, once it has been read."""
+        return ()
+
     def prepare_as(self, spec: InputSpec, preparation: Mapping[str, Any]) -> None:
         """Use the preparation of other shards in place of one from the training split.
 
@@ -81,7 +86,9 @@ class PreparedSource(ABC):
         spec, preparation = self._input
         columns = {INPUT: Column(spec.dtype, spec.shape)}
         columns |= {f"task.{target.task.name}": target.stored for target in self._targets}
-        return Description(spec, tuple(target.task for target in self._targets), columns, preparation)
+        notes = (*(getattr(target, "note", "") for target in self._targets), *self._remarks)
+        tasks = tuple(target.task for target in self._targets)
+        return Description(spec, tasks, columns, preparation, tuple(filter(None, notes)))
 
     def entries(self) -> Iterator[Entry]:
         """One sample for each row that is not dropped, in the order of the file.

@@ -100,6 +100,10 @@ class TableSource(PreparedSource):
                 remedy="pip install 'dmtg[molecules]', or use ngrams",
             )
 
+    def raw(self) -> Sequence[Location]:
+        """See `Source.raw`."""
+        return (self._table,)
+
     @cached_property
     def _entries(self) -> Replayed[Entry]:
         return Replayed(self._listed)
@@ -152,7 +156,10 @@ class TableSource(PreparedSource):
         columns = [column for column in cells if column not in self._target_columns]
         most = max(MOST_VALUES, self._options.max_values)
         features, constants = [], []
+        self._outliers: list[str] = []
         for column, figures in training_figures(RowsOf(self._entries), columns, most).items():
+            if figures.outliers:
+                self._outliers.append(f"column {column} has outliers: {figures.outliers}")
             if len(figures.values) > 1:
                 features.append(self._feature(column, figures))
             else:
@@ -174,6 +181,10 @@ class TableSource(PreparedSource):
             "missing": list(self._options.missing),
         }
         return InputSpec("features", (len(mean),), "float32", mean, std), preparation
+
+    @property
+    def _remarks(self) -> Sequence[str]:
+        return vars(self).get("_outliers", ())
 
     @property
     def _target_columns(self) -> set[str]:

@@ -130,6 +130,18 @@ class TextSource(PreparedSource):
         files = list((self._options.files or {}).values()) or [self._options.file]
         check_root(root, ", ".join(files))
 
+    def raw(self) -> Sequence[Location]:
+        """See `Source.raw`."""
+        options = self._options
+        files = [self._root / name for name in list((options.files or {}).values()) or [options.file]]
+        files += [self._root / options.labels_file] if options.labels_column else []
+        return files + ([self._tokenizer_file] if options.tokenizer.endswith(".json") else [])
+
+    @property
+    def _tokenizer_file(self) -> Location:
+        name = self._options.tokenizer
+        return locate(name) if name.startswith("/") or "://" in name else self._root / name
+
     @cached_property
     def _entries(self) -> Replayed[Entry]:
         return Replayed(self._listed)
@@ -202,9 +214,7 @@ class TextSource(PreparedSource):
     def _input(self) -> tuple[InputSpec, Mapping[str, Any]]:
         options = self._options
         if options.tokenizer.endswith(".json"):
-            absolute = options.tokenizer.startswith("/") or "://" in options.tokenizer
-            file = locate(options.tokenizer) if absolute else self._root / options.tokenizer
-            tokenizer = load_tokenizer(file, options.length)
+            tokenizer = load_tokenizer(self._tokenizer_file, options.length)
         else:
             texts = train_cells(self._entries, options.text_column)
             tokenizer = train_tokenizer(texts, options.vocabulary, options.length, lowercase=options.lowercase)

@@ -32,7 +32,7 @@ from pipelines.config.loading import Config
 from pipelines.config.validation import checked
 from pipelines.data.sources import build_source
 from pipelines.errors import UserError
-from pipelines.runs.identity import earlier_verdict
+from pipelines.runs.identity import data_of, earlier_verdict
 from tests.dmtg_core.planted import planted_data
 
 METHODS = ["single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag", "feature_overlap",
@@ -310,8 +310,8 @@ def test_a_grouping_signal_resumes_and_is_found_by_a_comparison(tmp_path: Path) 
     second = signal(config, again.append)
     assert not [line for line in again if "to train" in line]
     assert second.found["verdict"] == first.found["verdict"]
-    assert earlier_verdict(config) == first.found["verdict"]
-    assert earlier_verdict(config_of(tmp_path, train={"epochs": 5})) == ""
+    assert earlier_verdict(config, data_of(first.folder)) == first.found["verdict"]
+    assert earlier_verdict(config_of(tmp_path, train={"epochs": 5}), "") == ""
 
 
 def result(score: float) -> dict[str, Any]:

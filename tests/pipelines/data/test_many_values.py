@@ -94,7 +94,7 @@ def sharded(config: Config) -> Source:
     description, folder = source.describe(), locate(config.data.shards)
     plans = make_plans(source.entries(), description, config.source, config.data)
     parts = {plan.digest: write_shard(source, description, plan, folder, "lz4") for plan in plans}
-    shards._publish(folder, description, plans, parts, config)
+    shards._publish(folder, description, plans, parts, config.source, {})
     return source
 
 

@@ -85,7 +85,7 @@ def test_bytes_of_a_shard_are_the_same_every_time(images: Path, tmp_path: Path) 
     plan = make_plans(source.entries(), source.describe(), config.source, config.data)[0]
     notes = [write_shard(source, source.describe(), plan, locate(str(tmp_path / name)), "lz4") for name in "ab"]
     assert notes[0] == notes[1]
-    assert finished_part(locate(str(tmp_path / "a")), plan, {plan.digest: notes[:1]}) == notes[0]
+    assert finished_part(locate(str(tmp_path / "a")), plan, {plan.digest: notes[:1]}, source) == notes[0]
 
 
 def test_row_groups_are_of_the_size_in_the_manifest(
@@ -135,7 +135,7 @@ def manifest_of(tmp_path: Path, images: Path, **data: object):
     plans = make_plans(source.entries(), source.describe(), config.source, config.data)
     folder = locate(config.data.shards)
     parts = {plan.digest: write_shard(source, source.describe(), plan, folder, "lz4") for plan in plans}
-    return config, folder, shards._publish(folder, source.describe(), plans, parts, config)
+    return config, folder, shards._publish(folder, source.describe(), plans, parts, config.source, {})
 
 
 def test_manifest_survives_the_round_trip(images: Path, tmp_path: Path) -> None:

@@ -24,12 +24,12 @@ from pipelines.config.validation import checked
 from pipelines.data.shards import shard
 from pipelines.errors import UserError
 from pipelines.nightly.datasets import checked_date, newest, of_date
-from pipelines.nightly.driver import LEASE, regroup
+from pipelines.nightly.driver import LEASE, _Job, regroup
 from pipelines.nightly.evaluation import verdict_of
-from pipelines.nightly.lease import Lease
 from pipelines.registry import aliases
 from pipelines.registry.models import load_groups
 from pipelines.registry.versions import list_models
+from pipelines.runs.lease import Lease
 from pipelines.storage import locate
 from tests.pipelines.driver import Driver, kill
 
@@ -234,6 +234,16 @@ def test_another_configuration_of_a_nightly_run_is_refused(done, config: Config,
         regroup(config, "2026-03-04")
 
 
+def test_a_nightly_run_is_not_continued_on_other_data(done, config: Config, root: Path) -> None:
+    held = json.loads(next(root.glob("runs/regroup/nightly/*/night.json")).read_text())
+    job = _Job(config, locate(str(root / "runs" / "changed")), None, None, print)
+    (job.folder / "night.json").write_json({**held, "config": job.digest()})
+    assert job.plan("2026-03-04").digest == held["digest"]
+    (job.folder / "night.json").write_json({**held, "config": job.digest(), "digest": "another"})
+    with pytest.raises(UserError, match="the training data has changed since the nightly run"):
+        job.plan("2026-03-04")
+
+
 def test_a_second_job_at_the_same_time_is_refused(done, config: Config) -> None:
     held = Lease(locate(config.run.root) / "regroup" / "nightly" / LEASE, 60, "regroup of nightly")
     with held.held(), pytest.raises(UserError, match="another regroup of nightly is running"):
@@ -250,7 +260,7 @@ def test_a_dry_run_does_not_change_the_registry_and_its_training_is_reused(
     found = regroup(fresh, "2026-03-06", dry_run=True)
     assert found["dry_run"]
     assert found["verdict"] == "kept"  # the data is that of the champion
-    assert any("newest data set has the date 2026-03-03" in note for note in found["notes"])
+    assert any("no finished data set of 2026-03-06" in note for note in found["notes"])
     assert [(m["name"], m["version"], m["aliases"]) for m in list_models(fresh.track)] == before
     folder = tmp_path / "runs" / "regroup" / "nightly" / "2026-03-06"
     assert not (folder / "verdict.json").exists()

@@ -193,7 +193,7 @@ def test_a_folder_with_other_contents_is_refused(prepared: Prepared, predicted: 
     assert caught.value.wrong_use
     with pytest.raises(UserError, match="on all of .* not of .* on test of"):
         prepared.predict("all")
-    with pytest.raises(UserError, match="has other contents than predictions: _manifest.json"):
+    with pytest.raises(UserError, match="no record of predictions: _manifest.json"):
         prepared.predict("shards")
     shards = {split: held[:1] for split, held in prepared.manifest.shards.items()}
     prepared.write(replace(prepared.manifest, shards=shards))
@@ -211,7 +211,7 @@ def test_a_model_that_does_not_fit_the_shards_is_refused(prepared: Prepared, tmp
     (model,) = GroupingNetwork(spec).specialise().values()
     save_model(tmp_path / "models" / "group_0", model)
     (tmp_path / "grouping.json").write_text("{}")
-    with pytest.raises(UserError, match=r"reads features of float32 \(4,\), the shards have image of uint8"):
+    with pytest.raises(UserError, match=r"reads features of float32 \(4,\), the data has image of uint8"):
         predict(prepared.config, str(tmp_path), str(tmp_path / "out"))
     held = prepared.manifest.shards
     wrong = replace(held["test"][0], rows=12)

@@ -19,8 +19,10 @@ import pytest
 import yaml
 
 from pipelines.config.loading import Config, load_config
+from pipelines.data.manifest import read_manifest
 from pipelines.errors import UserError
 from pipelines.runs.files import read_jsonl
+from pipelines.runs.identity import record_identity
 from pipelines.storage import locate
 from pipelines.sweep.driver import SweepResult, sweep
 from pipelines.sweep.trials import trials
@@ -97,6 +99,7 @@ def test_a_stopped_trial_frees_its_processes_and_cpus(
     planned = {trial.name: trial.run for trial in trials(config)}
     for name, source in ((NAIVE, NAIVE), ("groups2_seed22", GOOD)):  # as an earlier session would have left them
         shutil.copytree(f"{swept[1].folder}/trials/{source}", str(planned[name]))
+    record_identity(planned[NAIVE].parent.parent, config, read_manifest(locate(config.data.shards)).digest())
     metrics = planned["groups2_seed22"] / "metrics.jsonl"
     metrics.write_text(re.sub(r'"val_score": [^,]+', '"val_score": -100.0', metrics.read_text()))
     logged: list[str] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import product
 from typing import Any, Literal, get_args
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from dmtg_core.names import listed
 from pipelines.config.validation import Section, checked
 from pipelines.data.sources.base import Description, Entry
 from pipelines.data.sources.rooms.scene import render_scene
@@ -61,6 +62,10 @@ class RoomsSource:
         self._root = root
         self._options = checked(RoomsOptions, options, "source.options")
         self._reader = TaskonomySource(root, self._options.model_dump(include={"size", "tasks", "missing"}))
+
+    def raw(self) -> Sequence[Location]:
+        """None: the rooms follow from the options."""
+        return ()
 
     def describe(self) -> Description:
         """See `TaskonomySource.describe`; nothing is rendered yet."""
@@ -110,18 +115,35 @@ def generate(root: Location, options: RoomsOptions) -> int:
 
 
 def _clear(root: Location) -> None:
-    """Remove earlier rooms. Folders without the mark of rooms are kept, because their names are Taskonomy's."""
-    folders = [root / name for name in ("rgb", *TASKS)]
-    ours = (root / _DONE).exists() or (root / _BEGUN).exists()
-    if not ours and any(folder.exists() for folder in folders):
+    """Remove earlier rooms: the pictures that the mark in the folder names. Other pictures are not removed.
+
+    Raises:
+        UserError: When the folder holds other pictures. Nothing has been removed then.
+    """
+    marks = [mark.read_json() for name in (_DONE, _BEGUN) if (mark := root / name).exists()]
+    rendered = {place for mark in marks for place in _pictures(mark)}
+    held = [f"{name}/{file}" for name in ("rgb", *TASKS) for file in (root / name).files()]
+    foreign = [name for name in held if name not in rendered]
+    if foreign:
         raise UserError(
-            "the folder holds images that were not rendered by this reader",
+            f"the folder holds {len(foreign)} images that were not rendered by this reader: {listed(foreign[:3])}",
             where=str(root),
             remedy="set source.root to an empty folder, or source.kind to taskonomy",
         )
     (root / _DONE).delete()  # first, so that a folder whose removal is interrupted does not count as complete
-    for folder in folders:
-        folder.delete()
+    for name in held:
+        (root / name).delete()
+
+
+def _pictures(drawing: Mapping[str, int]) -> Iterator[str]:
+    """The files of rooms, relative to the root."""
+    for building, point in product(range(drawing["buildings"]), range(drawing["points"])):
+        for task in ("rgb", *TASKS):
+            yield f"{task}/{_place(task, f'room{building:03d}', point)}"
+
+
+def _place(task: str, building: str, point: int) -> str:
+    return f"{building}/point_{point}_view_0_domain_{domains(task)[0]}.png"
 
 
 def write_point(root: Location, building: str, point: int, arrays: Mapping[str, np.ndarray]) -> None:
@@ -136,5 +158,4 @@ def write_point(root: Location, building: str, point: int, arrays: Mapping[str, 
     for task, values in arrays.items():
         file = io.BytesIO()
         Image.fromarray(values).save(file, "PNG", compress_level=1)
-        name = f"point_{point}_view_0_domain_{domains(task)[0]}.png"
-        (root / task / building / name).write_bytes(file.getvalue(), sync=False)
+        (root / task / _place(task, building, point)).write_bytes(file.getvalue(), sync=False)

@@ -109,6 +109,15 @@ class TaskonomySource:
             )
         self._masked = [name for name in names if self._options.depth_mask and name in MESH]
 
+    def raw(self) -> Sequence[Location]:
+        """See `Source.raw`: the folders of the images and of the labels that are read, in any layout."""
+        layout, buildings = self._buildings()
+        names = dict.fromkeys(["rgb", *self._options.tasks, *(["depth_zbuffer"] if self._masked else [])])
+        folders = [self._root / name for name in names]
+        if layout == "building":
+            folders = [_folder(self._root, layout, name, one) for one in buildings for name in names]
+        return folders + ([locate(self._options.splits)] if self._options.splits else [])
+
     def describe(self) -> Description:
         """The columns; no file is opened."""
         size, names = self._options.size, self._options.tasks

@@ -227,3 +227,13 @@ def test_wrong_options(tmp_path):
     assert "buildings" in caught.value.remedy
     with pytest.raises(UserError, match="greater than or equal to 3"):
         RoomsSource(locate(str(tmp_path)), {"buildings": 2})
+
+
+def test_other_images_among_rooms_are_never_removed(tmp_path):
+    generate(locate(str(tmp_path)), RoomsOptions(**FEW))
+    (tmp_path / "rgb" / "mine").mkdir()
+    (tmp_path / "rgb" / "mine" / "holiday.png").write_bytes(b"x")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="rgb/mine/holiday.png"):
+        generate(locate(str(tmp_path)), RoomsOptions(**FEW | {"seed": 5}))
+    assert contents(tmp_path) == before

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
 from pipelines.storage import Location
 
+FILE = "_lease.json"
+LEASE_S = 120.0
 POLL_S = 2.0
+_OWN: set[str] = set()  # tokens of this process: a lost process can have had the same number
 SETTLE_S = 1.0  # time until a file that another process wrote at the same time is visible
 
 
@@ -56,10 +60,13 @@ class Lease:
         Returns:
             None if it was acquired, else the content of its file.
         """
+        _OWN.add(self.token)
         held = self._read()
         if held is None:
             if not self.file.create(_text(self._content())):
                 return self._read() or self.try_acquire()
+            if self.file.local is not None:  # creation is atomic there
+                return None
         elif self._alive(held):
             return held
         else:
@@ -69,8 +76,10 @@ class Lease:
         return None if held is not None and held["token"] == self.token else held
 
     def _alive(self, held: dict[str, Any]) -> bool:
-        if held["host"] == _host() and not _runs(int(held["pid"])):
-            return False  # on the same machine a lost process is known at once
+        if held["host"] == _host():  # on the same machine a lost process is known at once
+            pid = int(held["pid"])
+            if not _runs(pid) or (pid == os.getpid() and held["token"] not in _OWN):
+                return False
         return time.time() - float(held["renewed"]) < self.timeout_s
 
     def renew(self) -> None:
@@ -103,6 +112,11 @@ class Lease:
         while not self._stop.wait(self.timeout_s / 4):
             self.renew()
 
+    def here(self) -> bool:
+        """Whether a process of this machine holds the lease: it is known to be alive then."""
+        held = self._read()
+        return held is not None and held["host"] == _host() and self._alive(held)
+
     @contextmanager
     def held(self, wait_s: float = 0.0, log: Callable[[str], None] = print) -> Iterator[Lease]:
         """Hold the lease during the block.
@@ -122,9 +136,11 @@ class Lease:
         finally:
             self._stop.set()
             thread.join()
-            held = self._read()
-            if held is not None and held["token"] == self.token:
-                self.file.delete()
+            _OWN.discard(self.token)
+            with suppress(UserError):  # the storage is unreachable: the lease expires
+                held = self._read()
+                if held is not None and held["token"] == self.token:
+                    self.file.delete()
 
     def acquire(self, wait_s: float = 0.0, log: Callable[[str], None] = print) -> None:
         """Acquire the lease; see `held`."""
@@ -138,7 +154,7 @@ class Lease:
             raise UserError(
                 f"another {self.job} is running: {_shown(other)}",
                 where=str(self.file),
-                remedy="wait for it with --wait SECONDS; "
+                remedy="wait until it has ended (dmtg regroup --wait SECONDS); "
                 f"the lease of a lost job expires after {self.timeout_s:g} s",
             )
 
@@ -166,3 +182,24 @@ def _runs(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+@contextmanager
+def only_one(folder: Location, job: str, log: Callable[[str], None], *, wait: bool = False) -> Iterator[Lease]:
+    """Allow one job in a folder at a time.
+
+    A job that another machine started may be lost: it is waited for until its lease expires.
+
+    Args:
+        folder: Folder of the job; the lease is a file in it.
+        job: Name of the job in messages.
+        log: Log callback.
+        wait: Whether to wait for the other job to its end.
+
+    Raises:
+        UserError: If another job holds the lease. Nothing has been written then.
+    """
+    lease = Lease(folder.retrying(0) / FILE, LEASE_S, job)
+    patience = 0.0 if lease.here() else LEASE_S + POLL_S
+    with lease.held(math.inf if wait else patience, log):
+        yield lease

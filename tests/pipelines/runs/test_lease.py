@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.nightly import lease
-from pipelines.nightly.lease import Lease
+from pipelines.runs import lease
+from pipelines.runs.lease import Lease
 from pipelines.storage import locate
 from tests.paths import ROOT
 from tests.pipelines.s3_server import BUCKET
 
 HOLDER = """
 import sys, time
-from pipelines.nightly.lease import Lease
+from pipelines.runs.lease import Lease
 from pipelines.storage import locate
 with Lease(locate(sys.argv[1]), float(sys.argv[2]), "test").held():
     print("held", flush=True)
