@@ -27,8 +27,9 @@ from pipelines.data.manifest import Manifest
 from pipelines.data.preprocessing import Preparation, load_preparation
 from pipelines.errors import UserError
 from pipelines.registry.aliases import set_challenger
+from pipelines.registry.records import DETAILS, LONGEST_TAG, registered, tags_of, versions
 from pipelines.registry.tracking import connect
-from pipelines.registry.versions import DETAILS, LONGEST_TAG, find, registered, tags_of, versions
+from pipelines.registry.versions import find
 from pipelines.runs.files import GROUPING, MODELS
 from pipelines.runs.models import branches_of, outdated
 from pipelines.storage import Location, locate
