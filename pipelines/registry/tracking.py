@@ -21,7 +21,7 @@ from pipelines.config.loading import Config
 from pipelines.config.sections import TrackSection
 from pipelines.registry.environment import mlflow_environment
 from pipelines.registry.errors import reached, without_credentials
-from pipelines.registry.sqlite_store import new_store
+from pipelines.registry.sqlite_store import ensure_store
 from pipelines.runs.files import METRICS, REGISTERED, TRACKING, read_jsonl
 from pipelines.runs.writer import BackgroundWriter, PendingWrite
 from pipelines.storage import Location
@@ -293,7 +293,9 @@ def connect(section: TrackSection) -> Any:
         logging.getLogger(name).setLevel(logging.WARNING)
     given = os.environ.get("MLFLOW_REGISTRY_URI", "")
     registry = section.registry_uri or given
-    with reached(uri), new_store(uri):
+    with reached(uri):
+        for store in (uri, registry):
+            ensure_store(store)
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(registry)
         os.environ["MLFLOW_REGISTRY_URI"] = given  # MLflow sets it too, and the next section may have none
