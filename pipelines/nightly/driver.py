@@ -82,6 +82,7 @@ def regroup(
     shard: bool = False,
     dry_run: bool = False,
     wait_s: float = 0.0,
+    trust_code: bool = False,
     log: Callable[[str], None] = logger.info,
 ) -> dict[str, Any]:
     """Do a nightly run once. It resumes where an earlier call stopped.
@@ -92,6 +93,7 @@ def regroup(
         shard: Write the data set of the date first; see `datasets.of_date`.
         dry_run: Train and evaluate, but do not register, promote or send the verdict. A later call resumes it.
         wait_s: Seconds to wait for another job with the same model.
+        trust_code: As `pipelines.registry.models.load_registered`, for the champion.
         log: Log callback.
 
     Returns:
@@ -123,14 +125,21 @@ def regroup(
         with open_executor(config.ray) as executor:
             if source is not None and not (folder / PLAN).exists():
                 ensure_shards(source, log, executor)
-            job = _Job(config, folder, lease, executor, log)
+            job = _Job(config, folder, lease, executor, log, trust_code)
             return job.dry_run(date) if dry_run else job.run(date)
 
 
 class _Job:
     def __init__(
-        self, config: Config, folder: Location, lease: Lease, executor: Executor, log: Callable[[str], None]
+        self,
+        config: Config,
+        folder: Location,
+        lease: Lease,
+        executor: Executor,
+        log: Callable[[str], None],
+        trust_code: bool,
     ) -> None:
+        self.trust_code = trust_code
         self.config, self.folder, self.lease, self.executor, self.log = config, folder, lease, executor, log
 
     def dry_run(self, date: str) -> dict[str, Any]:
@@ -201,7 +210,7 @@ class _Job:
         notes: list[str] = [] if data.date == date else [f"the newest data set has the date {data.date}"]
         start: tuple[str, ...] = ()
         if champion is not None:
-            groups, preparation = load_registered(champion["uri"], config.track)
+            groups, preparation = load_registered(champion["uri"], config.track, trust_code=self.trust_code)
             check_champion(groups, tasks, champion["uri"], manifest, preparation)
             (self.folder / CHAMPION).delete()  # an earlier call may have copied another champion
             for name, model in groups.items():

@@ -21,11 +21,13 @@ from pipelines.storage import locate
 logger = logging.getLogger(__name__)
 
 
-def evaluate(config: Config, model: str, split: str = "test") -> Metrics:
+def evaluate(config: Config, model: str, split: str = "test", *, trust_code: bool = False) -> Metrics:
     """Metrics of a model on a split: task → metric → value.
 
     Args:
         model: `models:/…` address or a run folder.
+        split: Split of the shards.
+        trust_code: As `pipelines.registry.models.load_registered`.
 
     Raises:
         UserError: When model and shards do not fit, or the split is empty.
@@ -34,7 +36,7 @@ def evaluate(config: Config, model: str, split: str = "test") -> Metrics:
     manifest = read_manifest(folder)
     logger.info("checking the shards in %s", folder)
     check_shards(folder, manifest, checksums=config.data.verify_checksums)
-    groups = load_groups(model, config.track)
+    groups = load_groups(model, config.track, trust_code=trust_code)
     wanted = [task.name for group in groups.values() for task in group.tasks]
     tasks = manifest.tasks(wanted, str(folder))
     if not manifest.rows(split):

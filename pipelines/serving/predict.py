@@ -99,7 +99,13 @@ class Job:
 
 
 def predict(
-    config: Config, model: str, out: str, split: str = "test", log: Callable[[str], None] = logger.info
+    config: Config,
+    model: str,
+    out: str,
+    split: str = "test",
+    log: Callable[[str], None] = logger.info,
+    *,
+    trust_code: bool = False,
 ) -> Predicted:
     """Predict every sample of a split; complete files are kept.
 
@@ -108,6 +114,8 @@ def predict(
         model: `models:/…` address or a run folder.
         out: Folder for the files, local or s3://.
         split: train, val, test or all.
+        log: Log callback.
+        trust_code: As `pipelines.registry.models.load_registered`.
 
     Raises:
         UserError: When model and shards do not fit, or the folder has other contents.
@@ -116,7 +124,7 @@ def predict(
     manifest = read_manifest(folder)
     chosen = _chosen(manifest, split, folder)
     check_shards(folder, chosen, checksums=False)
-    served = open_model(model, config.track)
+    served = open_model(model, config.track, trust_code=trust_code)
     check_fits(served, manifest.description.input, folder)
     place.check_writable()
     about = {
@@ -164,17 +172,17 @@ def _chosen(manifest: Manifest, split: str, folder: Location) -> Manifest:
     return replace(manifest, shards={name: manifest.shards[name] for name in names})
 
 
-def open_model(model: str, track: TrackSection) -> Served:
+def open_model(model: str, track: TrackSection, *, trust_code: bool = False) -> Served:
     """A model, with the number of its version in the address, as aliases change.
 
     Raises:
-        UserError: When there is no such model.
+        UserError: As `pipelines.registry.models.load_registered`.
     """
     address = model
     if model.startswith("models:/") and not model.startswith("models:/m-"):
         found, _ = find(connect(track), model)
         address = f"models:/{found.name}/{found.version}"
-    groups = load_groups(address, track)
+    groups = load_groups(address, track, trust_code=trust_code)
     return Served(groups, address, _digest(groups))
 
 

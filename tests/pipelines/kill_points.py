@@ -33,7 +33,7 @@ WRITES = (
     *(f"mlflow:MlflowClient.{name}" for name in CLIENT),
     "mlflow:initialize_logged_model",
     *(f"pipelines.storage:Location.{name}" for name in ("write_bytes", "write_file", "create", "delete")),
-    "pipelines.nightly.driver:send",
+    "pipelines.nightly.publish:send",
 )
 
 
