@@ -29,7 +29,6 @@ from pipelines.execution.executor import Executor
 from pipelines.nightly.datasets import checked_date, newest, of_date
 from pipelines.nightly.evaluation import evaluate, verdict_of
 from pipelines.nightly.leakage import check_champion, check_evaluation, leakage_notes
-from pipelines.nightly.lease import Lease
 from pipelines.nightly.publish import VERDICT, job_result, publish
 from pipelines.nightly.webhook import check_address
 from pipelines.registry import aliases
@@ -37,6 +36,7 @@ from pipelines.registry.models import load_registered
 from pipelines.registry.tracking import connect, enabled
 from pipelines.registry.versions import show_model
 from pipelines.runs.files import LABELS
+from pipelines.runs.lease import Lease
 from pipelines.runs.models import write_model
 from pipelines.storage import Location, locate
 from pipelines.training.driver import Trained, train

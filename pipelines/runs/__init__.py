@@ -1,1 +1,1 @@
-"""The run folder: names and contents of its files."""
+"""The run folder: names and contents of its files, what it belongs to, and who may write it."""

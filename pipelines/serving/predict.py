@@ -99,14 +99,9 @@ class Job:
 
 
 def predict(
-    config: Config,
-    model: str,
-    out: str,
-    split: str = "test",
-    log: Callable[[str], None] = logger.info,
-    *,
-    trust_code: bool = False,
-) -> Predicted:
+    config: Config, model: str, out: str, split: str = "test", log: Callable[[str], None] = logger.info,
+    *, trust_code: bool = False,
+) -> Predicted:  # fmt: skip
     """Predict every sample of a split; complete files are kept.
 
     Args:
@@ -114,7 +109,6 @@ def predict(
         model: `models:/…` address or a run folder.
         out: Folder for the files, local or s3://.
         split: train, val, test or all.
-        log: Log callback.
         trust_code: As `pipelines.registry.models.load_registered`.
 
     Raises:
@@ -259,8 +253,7 @@ def _described(about: Mapping[str, Any]) -> str:
 
 
 def _identity(about: Mapping[str, Any]) -> str:
-    data = about["data"]
-    parts = [about["format"], about["model"]["digest"], data["digest"], data["split"]]
+    parts = [about["format"], about["model"]["digest"], about["data"]["digest"], about["data"]["split"]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 

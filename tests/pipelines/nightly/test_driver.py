@@ -26,10 +26,10 @@ from pipelines.errors import UserError
 from pipelines.nightly.datasets import checked_date, newest, of_date
 from pipelines.nightly.driver import LEASE, regroup
 from pipelines.nightly.evaluation import verdict_of
-from pipelines.nightly.lease import Lease
 from pipelines.registry import aliases
 from pipelines.registry.models import load_groups
 from pipelines.registry.versions import list_models
+from pipelines.runs.lease import Lease
 from pipelines.storage import locate
 from tests.pipelines.driver import Driver, kill
 

@@ -18,17 +18,18 @@ from pipelines.config.loading import Config
 from pipelines.config.validation import checked
 from pipelines.data.shards import shard
 from pipelines.errors import UserError
-from pipelines.nightly import lease, publish, webhook
+from pipelines.nightly import publish, webhook
 from pipelines.nightly.driver import LEASE, regroup
 from pipelines.registry import aliases, lost_runs
 from pipelines.registry.changes import JOURNAL
 from pipelines.registry.models import load_groups
 from pipelines.registry.records import registered
 from pipelines.registry.tracking import connect
+from pipelines.runs import lease
 from pipelines.storage import locate
 from tests.paths import ROOT
 from tests.pipelines.kill_points import kill_points
-from tests.pipelines.nightly import test_driver as nights
+from tests.pipelines.nightly import test_driver as nightly
 from tests.pipelines.nightly.test_driver import received
 from tests.pipelines.registry import versions
 
@@ -37,7 +38,7 @@ __all__ = ["received"]  # a fixture
 
 
 def config_of(root: Path, **sections: Any) -> Config:
-    values = nights.config_of(root, train={"epochs": 2, "learning_rate": 0.02}, **sections)
+    values = nightly.config_of(root, train={"epochs": 2, "learning_rate": 0.02}, **sections)
     values["regroup"] |= {"margin": 0.0, "limit": None, "lease_s": 5}
     return checked(Config, values)
 
@@ -46,7 +47,7 @@ def config_of(root: Path, **sections: Any) -> Config:
 def quick() -> Iterator[None]:
     """A small table, and no waiting for storage on other machines."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nights, "ROWS", 600)
+        patch.setattr(nightly, "ROWS", 600)
         patch.setattr(lease, "SETTLE_S", 0.01)
         patch.setattr(webhook, "PAUSE_S", 0.01)
         yield
@@ -57,9 +58,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of two dates, and a champion that was hardly trained."""
     root = tmp_path_factory.mktemp("killed")
     for n, date in enumerate((FIRST, NIGHT)):
-        nights.write_table(root / f"raw-{date}", n, (0, 0, 1, 1), level=0.4 * n)
+        nightly.write_table(root / f"raw-{date}", n, (0, 0, 1, 1), level=0.4 * n)
         like = str(root / "datasets" / f"date={FIRST}") if n else ""
-        values = nights.config_of(root, data={"shards": str(root / "datasets" / f"date={date}"), "like": like})
+        values = nightly.config_of(root, data={"shards": str(root / "datasets" / f"date={date}"), "like": like})
         values["source"]["root"] = str(root / f"raw-{date}")
         shard(checked(Config, values))
     values = config_of(root).model_dump(mode="json")
@@ -146,7 +147,7 @@ def test_what_did_not_accept_the_verdict_is_owed_and_sent_again(root, config, re
     assert len(received[1]) == 1
 
 
-def test_a_damaged_evaluation_shard_is_found_before_it_is_judged_on(root, config, tmp_path) -> None:
+def test_a_damaged_evaluation_shard_is_found_before_it_is_used(root, config, tmp_path) -> None:
     copy = tmp_path / "evaluation"
     shutil.copytree(root / "datasets" / f"date={NIGHT}", copy)
     (file,) = copy.glob("test-*.parquet")
@@ -160,7 +161,7 @@ def test_a_damaged_evaluation_shard_is_found_before_it_is_judged_on(root, config
 
 @pytest.mark.soak
 def test_a_night_that_is_killed_at_any_of_its_writes_is_finished(root, config, received, tmp_path) -> None:
-    """Each night has its own date. All of them have the same data and start from the same champion."""
+    """Each nightly run has its own date. All of them have the same data and start from the same champion."""
     file, listing = tmp_path / "config.yaml", tmp_path / "writes"
     file.write_text(yaml.safe_dump(json.loads(config.model_dump_json())))
 

@@ -8,13 +8,15 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from pipelines.errors import UserError
-from pipelines.runs.processes import has_ended, this_process
+from pipelines.runs.processes import has_ended, host, this_process
 from pipelines.storage import Location
 
+FILE = "_lease.json"
+LEASE_S = 120.0
 POLL_S = 2.0
 KINDS = {"token": str, "host": str, "pid": int}
 SETTLE_S = 1.0  # time until a file that another process wrote at the same time is visible
@@ -77,6 +79,8 @@ class Lease:
         if held is None:
             if not self.file.create(_text(self._content())):
                 return self._read() or self.try_acquire()
+            if self.file.local is not None:  # creation is atomic there
+                return None
         elif not self._left_behind(held):
             return held
         else:
@@ -132,6 +136,11 @@ class Lease:
         while not self._stop.wait(self.timeout_s / 4):
             self.renew()
 
+    def here(self) -> bool:
+        """Whether a process of this machine holds the lease: it is known to be alive then."""
+        held = self._read()
+        return held is not None and held.get("host") == host() and not has_ended(held)
+
     @contextmanager
     def held(self, wait_s: float = 0.0, log: Callable[[str], None] = print) -> Iterator[Lease]:
         """Hold the lease during the block.
@@ -151,9 +160,10 @@ class Lease:
         finally:
             self._stop.set()
             thread.join()
-            held = self._read()
-            if held is not None and held["token"] == self.token:
-                self.file.delete()
+            with suppress(UserError):  # the storage is unreachable: the lease is left behind
+                held = self._read()
+                if held is not None and held["token"] == self.token:
+                    self.file.delete()
 
     def acquire(self, wait_s: float = 0.0, log: Callable[[str], None] = print) -> None:
         """Acquire the lease; see `held`. A lease that looks left behind is watched for `timeout_s`."""
@@ -168,7 +178,7 @@ class Lease:
             raise UserError(
                 f"another {self.job} is running: {_shown(other)}",
                 where=str(self.file),
-                remedy="wait for it with --wait SECONDS; "
+                remedy="wait until it has ended (dmtg regroup --wait SECONDS); "
                 f"the lease of a lost job is free after {self.timeout_s:g} s without renewal",
             )
 
@@ -187,3 +197,24 @@ def _shown(held: dict[str, Any]) -> str:
     ago = time.time() - held["renewed"]
     seen = f"last seen {ago:.0f} s ago" if ago >= 0 else f"its clock is {-ago:.0f} s ahead of this one"
     return f"process {held['pid']} on {held['host']}, {seen}"
+
+
+@contextmanager
+def only_one(folder: Location, job: str, log: Callable[[str], None], *, wait: bool = False) -> Iterator[Lease]:
+    """Allow one job in a folder at a time.
+
+    A job that another machine started may be lost: it is waited for until its lease is left behind.
+
+    Args:
+        folder: Folder of the job; the lease is a file in it.
+        job: Name of the job in messages.
+        log: Log callback.
+        wait: Whether to wait for the other job to its end.
+
+    Raises:
+        UserError: If another job holds the lease. Nothing has been written then.
+    """
+    lease = Lease(folder.retrying(0) / FILE, LEASE_S, job)
+    patience = 0.0 if lease.here() else LEASE_S + POLL_S
+    with lease.held(math.inf if wait else patience, log):
+        yield lease

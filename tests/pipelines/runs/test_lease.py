@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.nightly import lease
-from pipelines.nightly.lease import Lease
+from pipelines.runs import lease
+from pipelines.runs.lease import Lease, only_one
 from pipelines.storage import Location, locate
 from tests.paths import ROOT
 from tests.pipelines.s3_server import BUCKET
 
 HOLDER = """
 import sys, time
-from pipelines.nightly.lease import Lease
+from pipelines.runs.lease import Lease
 from pipelines.storage import Location, locate
 with Lease(locate(sys.argv[1]), float(sys.argv[2]), "test").held():
     print("held", flush=True)
@@ -169,3 +169,15 @@ def test_the_late_holder_of_a_lease_that_was_left_behind_is_refused(tmp_path: Pa
     with pytest.raises(UserError, match="another job has taken over"):
         late.check()
     other.check()
+
+
+def test_a_second_job_in_a_folder_is_refused_on_this_machine_and_waits_for_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = locate(str(tmp_path))
+    monkeypatch.setattr(lease, "LEASE_S", 0.2)
+    with only_one(folder, "run", print), pytest.raises(UserError, match="another run is running"):
+        only_one(folder, "run", print).__enter__()
+    of_another_machine(folder / lease.FILE)
+    with only_one(folder, "run", print) as mine:
+        mine.check()
