@@ -25,7 +25,7 @@ from pipelines.errors import UserError
 from pipelines.registry import integrity
 from pipelines.registry.aliases import set_challenger
 from pipelines.registry.logged_models import Origin, log_version
-from pipelines.registry.records import LONGEST_TAG, registered, tags_of, version_of, versions
+from pipelines.registry.records import LONGEST_TAG, PREFIX, registered, tags_of, version_of, versions
 from pipelines.registry.tracking import connect
 from pipelines.registry.versions import find
 from pipelines.runs.files import GROUPING, MODELS
@@ -34,6 +34,7 @@ from pipelines.storage import Location, locate
 
 logger = logging.getLogger(__name__)
 
+MEMBERS = f"{PREFIX}members"
 LOGGED = re.compile(r"models:/m-[0-9a-f]{32}")  # address of a logged model, registered or not
 
 
@@ -98,8 +99,9 @@ def _register(origin: Origin, name: str, groups: Path, members: Sequence[Registe
     tags = tags_of(facts)
     for held in versions(origin.client, name) if registered(origin.client, name) else ():
         if held.run_id == origin.run_id:
-            for key in sorted(set(tags) - set(held.tags)):
-                origin.client.set_model_version_tag(name, held.version, key, tags[key])
+            for key, value in tags.items():  # a member that was deleted has another number now
+                if key not in held.tags or (key == MEMBERS and held.tags[key] != value):
+                    origin.client.set_model_version_tag(name, held.version, key, value)
             return Registered(name, f"models:/{name}/{held.version}")
     return Registered(name, f"models:/{name}/{log_version(origin, name, groups, models, facts, tags)}")
 

@@ -114,7 +114,7 @@ def test_a_night_that_is_killed_at_any_write_after_its_decision_is_finished(root
         writes = points.calls
         assert {"write_bytes verdict.json", "set_registered_model_alias", "log_text", "send"} <= set(writes)
         assert [call for call in writes if "published" in call] == ["write_bytes published.json"] * 3
-        for at in range(len(writes)):
+        for at in range(writes.index("set_registered_model_tag"), len(writes)):  # the lease has its own tests
             aliases.promote(config.track, "nightly", 1)
             shutil.rmtree(folder / NIGHT)
             shutil.copytree(held, folder / NIGHT)

@@ -15,6 +15,7 @@ from pipelines.registry import integrity
 from pipelines.registry.models import load_groups
 from pipelines.registry.records import registered_models
 from pipelines.registry.tracking import connect
+from pipelines.registry.versions import show_model
 from pipelines.runs.files import REGISTERED
 from pipelines.storage import locate
 from pipelines.training import publish
@@ -99,6 +100,9 @@ def test_models_that_were_deleted_from_the_registry_are_registered_again(
     assert published() == published() == first
     client.delete_model_version("emptied", "1")
     assert published() == published() == ["models:/emptied/2", *first[1:]]
+    client.delete_model_version("emptied.group_1", "1")
+    assert published() == ["models:/emptied/2", "models:/emptied.group_0/1", "models:/emptied.group_1/2"]
+    assert show_model(made.config.track, "emptied/2")["members"] == {"emptied.group_0": 1, "emptied.group_1": 2}
     for name in ("emptied", "emptied.group_0", "emptied.group_1"):
         client.delete_registered_model(name)
     assert published() == first
