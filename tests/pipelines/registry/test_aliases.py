@@ -121,12 +121,12 @@ def test_a_rollback_that_is_killed_is_finished_by_the_next_reader(section, reade
 
 
 def test_readers_of_a_group_get_the_member_of_the_composite_also_during_a_change(section, monkeypatch) -> None:
-    before_the_kill(section, "amid", 1)
+    before_the_kill(section, "during", 1)
     client = connect(section)
-    client.set_registered_model_alias("amid", "champion", "2")  # its groups still have the alias of version 1
-    assert [show_model(section, f"amid.group_{k}@champion")["version"] for k in range(2)] == [2, 2]
+    client.set_registered_model_alias("during", "champion", "2")  # its groups still have the alias of version 1
+    assert [show_model(section, f"during.group_{k}@champion")["version"] for k in range(2)] == [2, 2]
     with pytest.raises(UserError, match="no alias 'champion'"):
-        show_model(section, "amid.group_2@champion")
+        show_model(section, "during.group_2@champion")
 
 
 def test_a_change_to_a_version_that_was_deleted_is_undone(section) -> None:

@@ -96,16 +96,19 @@ def test_a_registration_that_is_killed_at_any_write_leaves_nothing_unfinished(
         return finish(source, EncoderSpec("mlp"), root, embedded, name=name, groups=1)
 
     with kill_points() as points:
-        made = registered("atx")
+        made = registered("pointx")
         assert not points.ended(made.register, None)
         writes = points.calls
         assert {"log_model_artifacts", "create_model_version", "set_registered_model_alias"} <= set(writes)
         for at in range(len(writes)):
-            made = registered(f"at{at}")
+            made = registered(f"point{at}")
             assert points.ended(made.register, at)
-            assert [model.uri for model in made.register()] == [f"models:/at{at}/1", f"models:/at{at}.group_0/1"]
+            assert [model.uri for model in made.register()] == [
+                f"models:/point{at}/1",
+                f"models:/point{at}.group_0/1",
+            ]
             client = connect(made.config.track)
             experiment = client.get_run(made.run_id).info.experiment_id
             logged = client.search_logged_models([experiment], f"source_run_id = '{made.run_id}'")
             assert {str(model.status) for model in logged} == {"READY"}, (at, writes[at])
-            assert client.get_registered_model(f"at{at}").aliases == {"challenger": 1}
+            assert client.get_registered_model(f"point{at}").aliases == {"challenger": 1}
