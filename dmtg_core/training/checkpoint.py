@@ -84,12 +84,14 @@ def check_branches(written: int, branches: int, tasks: Sequence[Task], where: st
 
 
 def save_model(folder: Path, model: GroupModel) -> None:
-    """Write one group's model into `folder`."""
+    """Write one group's model into `folder`, and the checksums of its files."""
     save_network(folder, model.network)
+    names = ("network.json", "network.safetensors")
+    write_json(folder / SEAL, {name: _checksum(folder / name) for name in names})
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu", *, branches: int = 1) -> GroupModel:
-    """Load the model of `save_model` in evaluation mode.
+    """Load the model of `save_model` in evaluation mode. Models of earlier versions have no checksums.
 
     Args:
         folder: Folder of the model.
@@ -97,9 +99,11 @@ def load_model(folder: Path, device: torch.device | str = "cpu", *, branches: in
         branches: K of the network that it is a part of, if known.
 
     Raises:
-        ValueError: As `load_network`, and if the network has more than one group.
+        ValueError: As `load_network` and `check_seal`, and if the network has more than one group.
     """
     network = load_network(folder)
+    if (folder / SEAL).exists():
+        check_seal(folder)
     check_branches(read_json(folder / "network.json", "format")["format"], branches, network.tasks, str(folder))
     if network.spec.groups != 1:
         raise ValueError(f"{folder}: holds a network of {network.spec.groups} branches, not one group's model")

@@ -30,6 +30,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 TrackUri = Annotated[
     str, typer.Option("--uri", help="Tracking server; an SQLite file in the current folder by default.")
 ]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Load a registered model whose files differ from those registered.")
+]
 RunDir = Annotated[str, typer.Argument(help="Folder of a finished run.")]
 Model = Annotated[
     str,

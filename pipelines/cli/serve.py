@@ -14,6 +14,7 @@ from pipelines.cli.options import (
     Model,
     Overrides,
     RayFile,
+    TrustCode,
     command_line,
     load,
     models_command,
@@ -31,6 +32,7 @@ def evaluate(
     overrides: Overrides = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     ray_config: RayFile = "",
+    trust_code: TrustCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -40,7 +42,7 @@ def evaluate(
         from pipelines.serving.evaluate import evaluate as evaluate_model
 
         loaded = load(config, overrides, ray_config)
-        metrics = evaluate_model(loaded, model, split)
+        metrics = evaluate_model(loaded, model, split, trust_code=trust_code)
         rows = [
             {"task": task, "metric": name, "value": significant(value)}
             for task, found in metrics.items()
@@ -60,6 +62,7 @@ def predict(
     overrides: Overrides = None,
     split: Annotated[str, typer.Option(help="train, val, test or all.")] = "test",
     ray_config: RayFile = "",
+    trust_code: TrustCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -76,7 +79,7 @@ def predict(
         from pipelines.serving.predict import predict as predict_shards
 
         loaded = load(config, overrides, ray_config)
-        done = predict_shards(loaded, model, out, split, log)
+        done = predict_shards(loaded, model, out, split, log, trust_code=trust_code)
         rows = [
             {"task": name, "group": entry["group"], "kind": entry["kind"], "unit": entry["unit"],
              "columns": listed(entry["columns"])}
@@ -118,6 +121,7 @@ def regroup(
         bool, typer.Option("--kept-ok", help="Exit with code 0, not 3, if the champion is kept.")
     ] = False,
     ray_config: RayFile = "",
+    trust_code: TrustCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -131,7 +135,9 @@ def regroup(
         from pipelines.nightly.driver import regroup as run_nightly
 
         loaded = load(config, overrides, ray_config)
-        found = run_nightly(loaded, night, shard=shard, dry_run=dry_run, wait_s=wait, log=log)
+        found = run_nightly(
+            loaded, night, shard=shard, dry_run=dry_run, wait_s=wait, trust_code=trust_code, log=log
+        )
         promoted = found["verdict"] == "promoted"
         if dry_run:
             again = [*(["--night", night] if night else []), *(["--shard"] if shard else [])]

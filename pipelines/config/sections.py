@@ -385,7 +385,7 @@ class RegroupSection(Section):
     )
     warm_start: bool = Field(True, description="Start from the weights of the champion where they fit.")
     lease_s: float = Field(
-        120, ge=5, description="Seconds without a sign of another regroup job after which it counts as dead."
+        120, ge=5, description="Seconds without a renewal after which the lease of another regroup job is free."
     )
     webhook: str = Field("", description="HTTP(S) address to which the verdict is sent as JSON.")
 

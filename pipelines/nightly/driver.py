@@ -1,9 +1,8 @@
 """`dmtg regroup`: a nightly run. It trains a challenger on the newest data and promotes it if it is better.
 
 The folder of a nightly run is `<run.root>/regroup/<name>/<date>`. Every step resumes where an earlier call
-stopped. The registry's alias `champion` moves in one step, after all steps that can fail and before the verdict is
-written. If the job is killed at any point, a complete champion serves, and the same command finishes the
-nightly run.
+stopped. The decision is written before the alias `champion` moves, and the verdict after it. If the job is killed
+at any point, a complete champion serves, and the same command finishes the nightly run.
 """
 
 from __future__ import annotations
@@ -30,20 +29,20 @@ from pipelines.execution.executor import Executor
 from pipelines.nightly.datasets import checked_date, newest, no_data_set, of_date
 from pipelines.nightly.evaluation import evaluate, verdict_of
 from pipelines.nightly.leakage import check_champion, check_evaluation, leakage_notes
-from pipelines.nightly.page import write_page
-from pipelines.nightly.webhook import check_address, send
+from pipelines.nightly.publish import VERDICT, job_result, publish
+from pipelines.nightly.webhook import check_address
 from pipelines.registry import aliases
 from pipelines.registry.models import load_registered
 from pipelines.registry.tracking import connect, enabled
+from pipelines.registry.versions import show_model
 from pipelines.runs.files import LABELS
 from pipelines.runs.lease import Lease
 from pipelines.runs.models import write_model
 from pipelines.storage import Location, locate
 from pipelines.training.driver import Trained, train
 
-PLAN, COMPARISON, VERDICT, REPORT, SENT = (
-    "night.json", "comparison.json", "verdict.json", "regroup.html", "webhook.json",
-)  # fmt: skip
+PLAN, COMPARISON = "night.json", "comparison.json"
+DECISION = "decision.json"  # the verdict before the alias moves
 LEASE, CHALLENGER, CHAMPION = "lease.json", "challenger", "champion"
 PROMOTED, KEPT = "promoted", "kept"
 logger = logging.getLogger(__name__)
@@ -83,6 +82,7 @@ def regroup(
     shard: bool = False,
     dry_run: bool = False,
     wait_s: float = 0.0,
+    trust_code: bool = False,
     log: Callable[[str], None] = logger.info,
 ) -> dict[str, Any]:
     """Do a nightly run once. It resumes where an earlier call stopped.
@@ -93,6 +93,7 @@ def regroup(
         shard: Write the data set of the date first; see `datasets.of_date`.
         dry_run: Train and evaluate, but do not register, promote or send the verdict. A later call resumes it.
         wait_s: Seconds to wait for another job with the same model.
+        trust_code: As `pipelines.registry.models.load_registered`, for the champion.
         log: Log callback.
 
     Returns:
@@ -119,19 +120,26 @@ def regroup(
         folder = root / date
         if (folder / VERDICT).exists():
             log(f"the nightly run of {date} is finished: {folder}")
-            _publish(config, folder, log)
-            return job_result(folder) | {"repeated": True}
+            publish(config, folder, log)
+            return job_result(config, folder) | {"repeated": True}
         with open_executor(config.ray) as executor:
             if source is not None and not (folder / PLAN).exists():
                 ensure_shards(source, log, executor)
-            job = _Job(config, folder, lease, executor, log)
+            job = _Job(config, folder, lease, executor, log, trust_code)
             return job.dry_run(date) if dry_run else job.run(date)
 
 
 class _Job:
     def __init__(
-        self, config: Config, folder: Location, lease: Lease, executor: Executor, log: Callable[[str], None]
+        self,
+        config: Config,
+        folder: Location,
+        lease: Lease,
+        executor: Executor,
+        log: Callable[[str], None],
+        trust_code: bool,
     ) -> None:
+        self.trust_code = trust_code
         self.config, self.folder, self.lease, self.executor, self.log = config, folder, lease, executor, log
 
     def dry_run(self, date: str) -> dict[str, Any]:
@@ -141,10 +149,8 @@ class _Job:
 
     def run(self, date: str) -> dict[str, Any]:
         plan = self.plan(date)
-        trained = self.train(plan, register=True)
-        verdict = self.verdict(plan, trained)
-        version = int(trained.models[0].uri.rsplit("/", 1)[1])
-        verdict |= {"challenger": trained.models[0].uri, "models": [model.uri for model in trained.models]}
+        verdict = self.decision(plan)
+        version = int(verdict["challenger"].rpartition("/")[2])
         self.lease.check()
         serving = aliases.champion(self.config.track, self.config.name)
         now = None if serving is None else int(serving["version"])
@@ -156,8 +162,18 @@ class _Job:
         if verdict["verdict"] == PROMOTED:
             aliases.promote(self.config.track, self.config.name, version)
         (self.folder / VERDICT).write_json(verdict)
-        _publish(self.config, self.folder, self.log)
-        return job_result(self.folder) | {"repeated": False}
+        publish(self.config, self.folder, self.log)
+        return job_result(self.config, self.folder) | {"repeated": False}
+
+    def decision(self, plan: NightlyRun) -> dict[str, Any]:
+        """The verdict before the alias moves. It is made once: afterwards the challenger may be the champion."""
+        file = self.folder / DECISION
+        if not file.exists():
+            trained = self.train(plan, register=True)
+            models = [model.uri for model in trained.models]
+            file.write_json(self.verdict(plan, trained) | {"challenger": models[0], "models": models})
+        held: dict[str, Any] = file.read_json()
+        return held
 
     def plan(self, date: str) -> NightlyRun:
         """The inputs of the nightly run. The first call stores them with a copy of the champion's models."""
@@ -196,8 +212,9 @@ class _Job:
         notes: list[str] = [] if data.date == date else [no_data_set(date, data.date)]
         start: tuple[str, ...] = ()
         if champion is not None:
-            groups, preparation = load_registered(champion["uri"], config.track)
+            groups, preparation = load_registered(champion["uri"], config.track, trust_code=self.trust_code)
             check_champion(groups, tasks, champion["uri"], manifest, preparation)
+            (self.folder / CHAMPION).delete()  # an earlier call may have copied another champion
             for name, model in groups.items():
                 write_model(self.folder / CHAMPION / name, model)
             why = self._cold_start(groups, manifest, tasks)
@@ -300,8 +317,8 @@ class _Job:
 
     def data_drift(self, plan: NightlyRun) -> list[str]:
         """The differences between the labels of the training split and those of the champion's training data."""
-        champion = aliases.champion(self.config.track, self.config.name)
-        held = None if champion is None else label_sums(self.config, str(champion["run_id"]))
+        champion = show_model(self.config.track, f"{self.config.name}/{plan.champion}")
+        held = label_sums(self.config, str(champion["run_id"]))
         if held is None:
             return ["the label statistics of the champion's data are unknown"]
         manifest = read_manifest(locate(plan.shards))
@@ -327,12 +344,6 @@ def check_unchanged(plan: NightlyRun, file: Location) -> None:
         )
 
 
-def job_result(folder: Location) -> dict[str, Any]:
-    """The verdict of a finished nightly run, with the address of its report."""
-    verdict: dict[str, Any] = (folder / VERDICT).read_json()
-    return verdict | {"report": str(folder / REPORT)}
-
-
 def grouping_drift(before: Grouping, after: Grouping) -> dict[str, Any]:
     """The change of a grouping over the tasks that both groupings have."""
     common = [name for name in before.tasks if name in after.tasks]
@@ -355,28 +366,3 @@ def label_sums(config: Config, run_id: str) -> dict[str, statistics.Sums] | None
     except Exception:  # noqa: BLE001 - the kind of error depends on the artifact store
         return None
     return found
-
-
-def _publish(config: Config, folder: Location, log: Callable[[str], None]) -> None:
-    """Publish a verdict to report, MLflow and webhook. What has been published is not published again."""
-    verdict = (folder / VERDICT).read_json()
-    if not (folder / REPORT).exists():
-        write_page(folder)
-        _track(config, folder, verdict, log)
-    if config.regroup.webhook and not (folder / SENT).exists():
-        problem = send(config.regroup.webhook, verdict)
-        if problem:
-            log(f"note: the webhook did not accept the verdict: {problem}; the same command sends it again")
-        else:
-            (folder / SENT).write_json({"night": verdict["night"]})
-
-
-def _track(config: Config, folder: Location, verdict: Mapping[str, Any], log: Callable[[str], None]) -> None:
-    try:
-        client = connect(config.track)
-        for name in (VERDICT, REPORT):
-            client.log_text(verdict["run_id"], (folder / name).read_text(), name)
-        client.set_tag(verdict["run_id"], "dmtg.verdict", verdict["verdict"])
-        client.set_tag(verdict["run_id"], "dmtg.night", verdict["night"])
-    except Exception as error:  # noqa: BLE001 - the verdict is written; a missing copy must not undo it
-        log(f"note: MLflow did not accept the verdict ({str(error).splitlines()[0][:200]}); it is in {folder}")

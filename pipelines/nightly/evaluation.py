@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from dmtg_core.evaluation.bootstrap import BlockSums, Comparison, Gain, compare
 from pipelines.config.loading import Config
 from pipelines.config.sections import RegroupSection
-from pipelines.data.manifest import read_manifest
+from pipelines.data.manifest import check_shards, read_manifest
 from pipelines.data.reader import Reader
 from pipelines.data.stream import StreamData
 from pipelines.errors import UserError
@@ -36,7 +36,7 @@ def evaluate(config: Config, evaluation: str, digest: str, run: Location) -> dic
         A `Comparison` as a dictionary, with `headline` metrics and `champion_groups`.
 
     Raises:
-        UserError: If the shards have changed.
+        UserError: If the shards have changed. Their checksums are verified in every nightly run.
     """
     folder = locate(evaluation)
     manifest = read_manifest(folder)
@@ -46,6 +46,8 @@ def evaluate(config: Config, evaluation: str, digest: str, run: Location) -> dic
             where=evaluation,
             remedy="delete the folder of the nightly run and start from scratch",
         )
+    split: str = config.regroup.split
+    check_shards(folder, replace(manifest, shards={split: manifest.shards[split]}), checksums=True)
     sides = {"champion": run / "champion", "challenger": run / "challenger" / MODELS}
     models = {side: {name: read_model(place / name) for name in place.folders()} for side, place in sides.items()}
     served = {side: {t.name for model in held.values() for t in model.tasks} for side, held in models.items()}

@@ -1,39 +1,22 @@
-"""The aliases champion and challenger, and the history of champions.
-
-The alias `champion` of the composite decides which version serves. It is set in one step; the aliases of the group
-models are set after it. The history is a list in a tag of the registered composite and is written before the alias
-is set. Entries after the version of the alias come from a promotion or a rollback that was interrupted; they are
-ignored.
-"""
+"""The aliases champion and challenger: promotion and rollback; see `pipelines.registry.changes`."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from typing import Any
 
 from pipelines.config.sections import TrackSection
 from pipelines.errors import UserError
+from pipelines.registry import changes
+from pipelines.registry.changes import CHALLENGER, CHAMPION, Change
+from pipelines.registry.records import facts_of, registered
 from pipelines.registry.tracking import connect
-from pipelines.registry.versions import (
-    CHALLENGER,
-    CHAMPION,
-    entry,
-    facts_of,
-    find,
-    registered,
-    registered_models,
-    versions,
-)
-
-HISTORY = "dmtg.champions"
-KEEP = 500  # champions; a tag of a registered model holds 5000 characters
+from pipelines.registry.versions import entry, find
 
 
 def champion(section: TrackSection, name: str) -> dict[str, Any] | None:
     """The champion as returned by `show_model`; None without one."""
     client = connect(section)
-    model = registered(client, name)
+    model = changes.settled(client, registered(client, name))
     if model is None or CHAMPION not in model.aliases:
         return None
     return entry(client.get_model_version(name, str(model.aliases[CHAMPION])), model.aliases)
@@ -46,9 +29,9 @@ def set_challenger(section: TrackSection, name: str, version: int) -> None:
         UserError: When there is no such version, or it is not a composite.
     """
     client = connect(section)
-    held = _composite(client, name, version)
-    client.set_registered_model_alias(name, CHALLENGER, str(version))
-    _set_member_aliases(client, held, CHALLENGER)
+    changes.finished(client, name)
+    _composite(client, name, version)
+    changes.make(client, name, Change("challenger", CHALLENGER, version))
 
 
 def promote(section: TrackSection, name: str, version: int | None = None) -> dict[str, Any]:
@@ -64,23 +47,20 @@ def promote(section: TrackSection, name: str, version: int | None = None) -> dic
         UserError: When there is no such version, or it is not a composite.
     """
     client = connect(section)
+    changes.finished(client, name)
     if version is None:
         version = int(find(client, f"{name}@{CHALLENGER}")[0].version)
     held = _composite(client, name, version)
-    history = _history(client, name)
+    history = changes.champions(client, name)
     if history[-1:] != [version]:
         history.append(version)
-        _write(client, name, history)
-        client.set_registered_model_alias(name, CHAMPION, str(version))
-    _set_member_aliases(client, held, CHAMPION)
-    return _outcome(held, history[-2] if len(history) > 1 else None)
+    before = history[-2] if len(history) > 1 else None
+    changes.make(client, name, Change("promote", CHAMPION, version, before, tuple(history)))
+    return _outcome(held, before)
 
 
 def rollback(section: TrackSection, name: str) -> dict[str, Any]:
-    """Make the previous champion the champion again.
-
-    A rollback that was interrupted may or may not have set the alias. `dmtg models list` shows it; promoting the
-    right version completes the rest.
+    """Make the previous champion the champion again. The same call completes a rollback that was interrupted.
 
     Returns:
         As `promote`; `before` is the version that was rolled back.
@@ -89,8 +69,11 @@ def rollback(section: TrackSection, name: str) -> dict[str, Any]:
         UserError: When there is no champion, or no previous one that still exists.
     """
     client = connect(section)
+    left = changes.finished(client, name)
+    if left is not None and left.command == "rollback":
+        return _outcome(_composite(client, name, left.version), left.before)
     find(client, name)
-    history = _history(client, name)
+    history = changes.champions(client, name)
     if len(history) < 2:
         raise UserError(
             f"{name} has had no champion before this one" if history else f"{name} has no champion",
@@ -98,15 +81,14 @@ def rollback(section: TrackSection, name: str) -> dict[str, Any]:
             remedy=f"dmtg models promote {name} --version N makes another version champion",
         )
     held = _composite(client, name, history[-2])
-    _write(client, name, history)  # removes ignored entries, which could match the new version of the alias
-    client.set_registered_model_alias(name, CHAMPION, str(held.version))
-    _set_member_aliases(client, held, CHAMPION)
+    made = Change("rollback", CHAMPION, history[-2], before=history[-1], history=tuple(history[:-1]))
+    changes.make(client, name, made)
     return _outcome(held, history[-1])
 
 
 def champions(section: TrackSection, name: str) -> list[int]:
     """The versions that were champion and were not rolled back, the current one last."""
-    return _history(connect(section), name)
+    return changes.champions(connect(section), name)
 
 
 def _outcome(held: Any, before: int | None) -> dict[str, Any]:
@@ -124,36 +106,3 @@ def _composite(client: Any, name: str, version: int) -> Any:
             wrong_use=True,
         )
     return held
-
-
-def _history(client: Any, name: str) -> list[int]:
-    """The valid part of the list in the tag: up to the version of the alias, and only existing versions."""
-    model = registered(client, name)
-    if model is None or CHAMPION not in model.aliases:
-        return []
-    current = int(model.aliases[CHAMPION])
-    held = json.loads(model.tags.get(HISTORY, "[]"))
-    if current in held:
-        held = held[: len(held) - held[::-1].index(current)]
-    else:
-        held.append(current)
-    existing = {int(version.version) for version in versions(client, name)}
-    return _without_repeats([number for number in held if number in existing])
-
-
-def _without_repeats(numbers: Sequence[int]) -> list[int]:
-    return [number for i, number in enumerate(numbers) if i == 0 or numbers[i - 1] != number]
-
-
-def _write(client: Any, name: str, history: Sequence[int]) -> None:
-    client.set_registered_model_tag(name, HISTORY, json.dumps(history[-KEEP:]))
-
-
-def _set_member_aliases(client: Any, composite: Any, alias: str) -> None:
-    """Set an alias of the group models to the members of a composite, and remove it from all other groups."""
-    members = facts_of(composite, "members")["members"]
-    for name, version in members.items():
-        client.set_registered_model_alias(name, alias, str(version))
-    for model in registered_models(client, f"{composite.name}.group_"):
-        if model.name not in members and alias in model.aliases:
-            client.delete_registered_model_alias(model.name, alias)

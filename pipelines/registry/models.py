@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import logging
 import re
@@ -17,34 +15,27 @@ from typing import Any
 
 import numpy as np
 
-from dmtg_core.grouping import Grouping
 from dmtg_core.names import by_number
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.training.checkpoint import OutdatedNetworkError, load_model
 from pipelines.config.loading import Config
 from pipelines.config.sections import TrackSection
 from pipelines.data.manifest import Manifest
-from pipelines.data.preprocessing import Preparation, load_preparation
 from pipelines.errors import UserError
+from pipelines.registry import integrity
 from pipelines.registry.aliases import set_challenger
+from pipelines.registry.logged_models import Origin, log_version
+from pipelines.registry.records import LONGEST_TAG, PREFIX, registered, tags_of, version_of, versions
 from pipelines.registry.tracking import connect
-from pipelines.registry.versions import DETAILS, LONGEST_TAG, find, registered, tags_of, versions
+from pipelines.registry.versions import find
 from pipelines.runs.files import GROUPING, MODELS
 from pipelines.runs.models import branches_of, outdated
 from pipelines.storage import Location, locate
 
 logger = logging.getLogger(__name__)
 
+MEMBERS = f"{PREFIX}members"
 LOGGED = re.compile(r"models:/m-[0-9a-f]{32}")  # address of a logged model, registered or not
-CODE = Path(__file__).parent / "pyfunc_model.py"
-
-
-def _pinned(name: str) -> str:
-    # package indexes do not have the local part of a version (torch's +cu130)
-    return f"{name}=={version(name).split('+')[0]}"
-
-
-REQUIREMENTS = [_pinned(name) for name in ("dmtg", "torch", "numpy", "safetensors")]
 
 
 @dataclass(frozen=True)
@@ -58,25 +49,6 @@ class Registered:
     def version(self) -> int:
         """The number of the version."""
         return int(self.uri.rpartition("/")[2])
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """The common inputs of all models of a run.
-
-    Args:
-        example: At least two stored input samples.
-        preparation: Conversion of raw to stored input; empty if they are the same.
-        result: The contents of `result.json`.
-        facts: Facts of the run.
-    """
-
-    client: Any
-    run_id: str
-    example: np.ndarray
-    preparation: Mapping[str, Any]
-    result: Mapping[str, Any]
-    facts: Mapping[str, Any]
 
 
 def register(
@@ -106,9 +78,10 @@ def register(
         "composite": config.name,
     }
     client = connect(config.track)
-    origin = _Origin(client, run_id, example, manifest.description.preparation, result, facts)
+    origin = Origin(client, run_id, example, manifest.description.preparation, result, facts)
     with tempfile.TemporaryDirectory() as folder:
         _fetch_models(run, Path(folder))
+        _loaded_from(Path(folder).iterdir(), 1, str(run / MODELS))  # nothing is registered if one is damaged
         members = []
         for group in result["grouping"]:
             with tempfile.TemporaryDirectory() as single:
@@ -119,17 +92,18 @@ def register(
     return [composite, *members]
 
 
-def _register(origin: _Origin, name: str, groups: Path, members: Sequence[Registered] = ()) -> Registered:
+def _register(origin: Origin, name: str, groups: Path, members: Sequence[Registered] = ()) -> Registered:
     """Register the model of the groups in a folder; with `members`, as their composite."""
     models = _loaded(groups.iterdir())
     facts = {**origin.facts, **_facts(origin.result, models, members)}
     tags = tags_of(facts)
     for held in versions(origin.client, name) if registered(origin.client, name) else ():
         if held.run_id == origin.run_id:
-            for key in sorted(set(tags) - set(held.tags)):
-                origin.client.set_model_version_tag(name, held.version, key, tags[key])
+            for key, value in tags.items():  # a member that was deleted has another number now
+                if key not in held.tags or (key == MEMBERS and held.tags[key] != value):
+                    origin.client.set_model_version_tag(name, held.version, key, value)
             return Registered(name, f"models:/{name}/{held.version}")
-    return Registered(name, f"models:/{name}/{_log(origin, name, groups, models, facts, tags)}")
+    return Registered(name, f"models:/{name}/{log_version(origin, name, groups, models, facts, tags)}")
 
 
 def _facts(
@@ -150,168 +124,53 @@ def _facts(
     }
 
 
-def _log(
-    origin: _Origin,
-    name: str,
-    groups: Path,
-    models: Mapping[str, GroupModel],
-    facts: Mapping[str, Any],
-    tags: Mapping[str, str],
-) -> str:
-    """Log a model and create a version with its tags in one request; the number of the version.
-
-    `mlflow.pyfunc.log_model` also loads the saved model, predicts with it, and asks the server for the history of
-    each metric of the run. The signature is computed from a prediction already.
-    """
-    import mlflow
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-
-    run = origin.client.get_run(origin.run_id)
-    logged = mlflow.initialize_logged_model(
-        name=name.replace(".", "_"),  # the name of a logged model cannot contain a dot
-        source_run_id=origin.run_id,
-        tags=dict(tags),
-        params=dict(run.data.params),
-        experiment_id=run.info.experiment_id,
-    )
-    try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-            _save(origin, Path(folder), groups, models, facts, logged)  # MLflow's own messages are left out
-            origin.client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
-    except BaseException:
-        origin.client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
-        raise
-    origin.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-    origin.client.log_outputs(origin.run_id, [LoggedModelOutput(logged.model_id, step=0)])
-    return _create_version(origin, name, logged.model_id, tags)
+def are_registered(section: TrackSection, models: Sequence[Registered], run_id: str) -> bool:
+    """Whether the registry has these versions of a run."""
+    client = connect(section)
+    held = [version_of(client, model.name, str(model.version)) for model in models]
+    return all(found is not None and found.run_id == run_id for found in held)
 
 
-def _save(
-    origin: _Origin,
-    folder: Path,
-    groups: Path,
-    models: Mapping[str, GroupModel],
-    facts: Mapping[str, Any],
-    logged: Any,
-) -> None:
-    """Save an MLflow model in the sub-folder `model`."""
-    import mlflow
-    from mlflow.models import Model
-
-    how = load_preparation(origin.preparation) if origin.preparation else None
-    metadata = {"grouping": origin.result["grouping"], "groups_served": facts["groups"]}
-    described = Model(
-        artifact_path=logged.artifact_location,
-        model_uuid=logged.model_id,
-        run_id=origin.run_id,
-        metadata=metadata,
-        model_id=logged.model_id,
-    )
-    mlflow.pyfunc.save_model(
-        folder / "model",
-        mlflow_model=described,
-        python_model=str(CODE),
-        artifacts={"groups": str(groups)} | _artifacts(origin, facts, folder),
-        signature=_signature(models, origin.example, how),
-        input_example=origin.example if how is None else [how.example()] * 2,
-        pip_requirements=REQUIREMENTS + [_pinned(name) for name in (how.libraries if how else ())],
-        metadata=metadata,
-    )
-
-
-def _separate_registry() -> bool:
-    """Whether the registry is a separate server, which does not have the models of the tracking server."""
-    import mlflow
-
-    registry = mlflow.get_registry_uri()
-    return registry.startswith("http") and registry != mlflow.get_tracking_uri()
-
-
-def _create_version(origin: _Origin, name: str, model_id: str, tags: Mapping[str, str]) -> str:
-    """Create a version of a logged model; on a separate registry server, with the address of the model's files.
-
-    Raises:
-        UserError: When only the tracking server can access the files.
-    """
-    place, held = f"models:/{model_id}", {"model_id": model_id}
-    if _separate_registry():
-        place, held = origin.client.get_logged_model(model_id).artifact_location, {}
-    if place.startswith("mlflow-artifacts:"):
-        raise UserError(
-            "a separate registry server cannot access artifacts that are served by the tracking server",
-            where=f"track.registry_uri; {place}",
-            remedy="leave out the registry's address if it is the same server, or store the artifacts of the "
-            "experiment in a bucket (mlflow server --no-serve-artifacts --default-artifact-root s3://…)",
-        )
-    if registered(origin.client, name) is None:
-        origin.client.create_registered_model(name)
-    made = origin.client.create_model_version(name, place, run_id=origin.run_id, tags=dict(tags), **held)
-    return str(made.version)
-
-
-def _artifacts(origin: _Origin, facts: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Write the JSON artifacts: the grouping, the facts of the version, and the preparation if there is one."""
-    groups = Grouping.from_dict(origin.result["grouping"])
-    texts = {"grouping": groups.to_json(), DETAILS.removesuffix(".json"): json.dumps(facts, indent=2)}
-    if origin.preparation:
-        texts["preparation"] = json.dumps(origin.preparation, indent=2)
-    for key, text in texts.items():
-        (folder / f"{key}.json").write_text(text, encoding="utf-8")
-    return {key: str(folder / f"{key}.json") for key in texts}
-
-
-def _signature(models: Mapping[str, GroupModel], example: np.ndarray, how: Preparation | None) -> Any:
-    import torch
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    outputs = []
-    for model in models.values():
-        for task, value in model.predict(torch.from_numpy(np.array(example))).items():
-            found = value.numpy()
-            outputs.append(TensorSpec(found.dtype, (-1, *found.shape[1:]), task))
-    inputs = [TensorSpec(example.dtype, (-1, *example.shape[1:]))] if how is None else _raw_columns(how)
-    return ModelSignature(Schema(inputs), Schema(outputs))
-
-
-def _raw_columns(how: Preparation) -> list[Any]:
-    from mlflow.types import ColSpec
-    from mlflow.types.schema import AnyType
-
-    if how.kind != "table":
-        return [ColSpec("string")]  # without a name, so that a list of strings is accepted too
-    # MLflow rejects integers in a column of doubles; the preparation checks the cells itself
-    return [ColSpec(AnyType(), name) for name in how.columns]
-
-
-def load_groups(uri: str, section: TrackSection) -> dict[str, GroupModel]:
+def load_groups(uri: str, section: TrackSection, *, trust_code: bool = False) -> dict[str, GroupModel]:
     """The group models of a registered model, or of a run folder.
 
     Args:
         uri: `models:/name/version`, `models:/name@alias`, `models:/name` for the newest version, another address
             that MLflow accepts (`runs:/…`, `models:/m-…`), or a run folder.
+        section: The registry.
+        trust_code: As `load_registered`.
 
     Raises:
-        UserError: When there is nothing to load.
+        UserError: As `load_registered`.
     """
     logger.info("loading %s", uri)
     if not uri.startswith(("models:/", "runs:/")):
         return _groups_of_run(uri)
-    return load_registered(uri, section)[0]
+    return load_registered(uri, section, trust_code=trust_code)[0]
 
 
-def load_registered(uri: str, section: TrackSection) -> tuple[dict[str, GroupModel], dict[str, Any]]:
+def load_registered(
+    uri: str, section: TrackSection, *, trust_code: bool = False
+) -> tuple[dict[str, GroupModel], dict[str, Any]]:
     """The group models of a registered model, and the preparation of their input; empty for none.
 
+    Args:
+        uri: As `load_groups`.
+        section: The registry.
+        trust_code: Load files that differ from those that were registered, too.
+
     Raises:
-        UserError: When there is nothing to load.
+        UserError: When there is nothing to load, or its files are not those that were registered.
     """
     import mlflow
 
     client = connect(section)
-    if uri.startswith("models:/") and not LOGGED.fullmatch(uri):
+    recorded = ""
+    if LOGGED.fullmatch(uri):
+        recorded = _logged_tags(client, uri).get(integrity.TAG, "")
+    elif uri.startswith("models:/"):
         found, _ = find(client, uri)
-        uri = f"models:/{found.name}/{found.version}"
+        uri, recorded = f"models:/{found.name}/{found.version}", found.tags.get(integrity.TAG, "")
     with tempfile.TemporaryDirectory() as folder:
         try:
             path = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
@@ -321,13 +180,11 @@ def load_registered(uri: str, section: TrackSection) -> tuple[dict[str, GroupMod
                 where="MLflow registry",
                 remedy="dmtg models list shows the registered models",
             ) from error
+        integrity.check(path, recorded, uri, trust=trust_code)
         file = path / "artifacts" / "preparation.json"
         preparation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         branches = _branches(client, path)
-        try:
-            return _loaded((path / "artifacts").glob("*/group_*"), branches), preparation
-        except OutdatedNetworkError as error:
-            raise outdated(error, uri) from error
+        return _loaded_from((path / "artifacts").glob("*/group_*"), branches, uri), preparation
 
 
 def _branches(client: Any, model: Path) -> int:
@@ -353,10 +210,37 @@ def _groups_of_run(uri: str) -> dict[str, GroupModel]:
         )
     with tempfile.TemporaryDirectory() as folder:
         _fetch_models(run, Path(folder))
-        try:
-            return _loaded(Path(folder).iterdir(), branches_of(run))
-        except OutdatedNetworkError as error:
-            raise outdated(error, uri) from error
+        return _loaded_from(Path(folder).iterdir(), branches_of(run), uri)
+
+
+def _logged_tags(client: Any, uri: str) -> Mapping[str, str]:
+    """The tags of a logged model; none if there is no such model."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tags: dict[str, str] = client.get_logged_model(uri.rpartition("/")[2]).tags
+    except MlflowException:
+        return {}
+    return tags
+
+
+def _loaded_from(folders: Iterable[Path], branches: int, where: str) -> dict[str, GroupModel]:
+    """As `_loaded`, with errors for the user.
+
+    Raises:
+        UserError: When a model is damaged, or has to be trained again.
+    """
+    try:
+        return _loaded(folders, branches)
+    except OutdatedNetworkError as error:
+        raise outdated(error, where) from error
+    except ValueError as error:
+        name, _, problem = str(error).partition(": ")
+        raise UserError(
+            f"a group model is damaged: {Path(name).name}: {problem}",
+            where=where,
+            remedy="put its files back, or train it again",
+        ) from error
 
 
 def _loaded(folders: Iterable[Path], branches: int = 1) -> dict[str, GroupModel]:

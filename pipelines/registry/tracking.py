@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -21,7 +22,8 @@ from pipelines.config.loading import Config
 from pipelines.config.sections import TrackSection
 from pipelines.registry.environment import mlflow_environment
 from pipelines.registry.errors import reached, without_credentials
-from pipelines.registry.sqlite_store import new_store
+from pipelines.registry.lost_runs import ENDED, PROCESS, end_lost_runs, owner_tag
+from pipelines.registry.sqlite_store import ensure_store
 from pipelines.runs.files import METRICS, REGISTERED, TRACKING, read_jsonl
 from pipelines.runs.writer import BackgroundWriter, PendingWrite
 from pipelines.storage import Location
@@ -30,6 +32,7 @@ if TYPE_CHECKING:  # it imports torch, which the registry alone does not need
     from pipelines.data.manifest import Manifest
 
 GROUPING_TAG, PARENT_TAG = "dmtg.grouping", "mlflow.parentRunId"
+KEY_TAG = "dmtg.key"  # a key that the run folder has before the run is created
 FAREWELL_S = 10.0  # an interrupted run waits so long for MLflow to receive its status
 logger = logging.getLogger(__name__)
 
@@ -107,6 +110,8 @@ class MlflowTracker:
         if not note.exists():
             return ""
         run_id: str = note.read_json()["run_id"]
+        if not run_id:  # the process was killed while it created the run
+            return ""
         try:
             info = self.client.get_run(run_id).info
         except MlflowException as error:
@@ -115,23 +120,43 @@ class MlflowTracker:
             return ""
         if info.lifecycle_stage != "active":  # it has been deleted
             return ""
-        if info.status == "FAILED":
+        if info.status in ENDED:
             self.client.update_run(run_id, status="RUNNING")
+        if info.status != "FINISHED":
+            self.client.set_tag(run_id, PROCESS, owner_tag()[PROCESS])
         return run_id
 
     def _created(self, config: Config, manifest: Manifest, parent: str) -> str:
         import mlflow
 
-        experiment = mlflow.set_experiment(config.track.experiment)
-        tags = {PARENT_TAG: parent} if parent else {}
-        run_id: str = self.client.create_run(
-            experiment.experiment_id, run_name=self.run.name, tags=tags
-        ).info.run_id
+        experiment = mlflow.set_experiment(config.track.experiment).experiment_id
+        note = self._new_note(manifest)
+        tags = {KEY_TAG: note["key"], **owner_tag(), **({PARENT_TAG: parent} if parent else {})}
+        run_id: str = self._keyed(experiment, note["key"]) or (
+            self.client.create_run(experiment, run_name=self.run.name, tags=tags).info.run_id
+        )
         self._describe(run_id, config, manifest)
         (self.run / REGISTERED).delete()  # models of a run that MLflow does not have any more
-        note = {"run_id": run_id, "uri": without_credentials(self.uri), "data_digest": manifest.digest()}
-        (self.run / TRACKING).write_json(note)
+        (self.run / TRACKING).write_json(note | {"run_id": run_id})
         return run_id
+
+    def _new_note(self, manifest: Manifest) -> dict[str, str]:
+        """The note of a run that is created next. It has a key, by which a killed process finds the run again."""
+        note = {"run_id": "", "uri": without_credentials(self.uri), "data_digest": manifest.digest()}
+        file = self.run / TRACKING
+        held: dict[str, str] = file.read_json() if file.exists() else {}
+        if {key: held.get(key) for key in note} != note or "key" not in held:
+            held = note | {"key": uuid.uuid4().hex}
+            file.write_json(held)
+        return held
+
+    def _keyed(self, experiment: str, key: str) -> str:
+        """The MLflow run with a key; empty if it was not created."""
+        found = self.client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        for run in found:
+            self.client.update_run(run.info.run_id, status="RUNNING")
+            self.client.set_tag(run.info.run_id, PROCESS, owner_tag()[PROCESS])
+        return str(found[0].info.run_id) if found else ""
 
     def _describe(self, run_id: str, config: Config, manifest: Manifest) -> None:
         import mlflow.data
@@ -293,12 +318,15 @@ def connect(section: TrackSection) -> Any:
         logging.getLogger(name).setLevel(logging.WARNING)
     given = os.environ.get("MLFLOW_REGISTRY_URI", "")
     registry = section.registry_uri or given
-    with reached(uri), new_store(uri):
+    with reached(uri):
+        for store in (uri, registry):
+            ensure_store(store)
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(registry)
         os.environ["MLFLOW_REGISTRY_URI"] = given  # MLflow sets it too, and the next section may have none
         client = mlflow.MlflowClient(uri, registry or uri)
         client.search_experiments(max_results=1)
+        end_lost_runs(client, uri, section.experiment)
     return client
 
 

@@ -3,84 +3,35 @@
 from __future__ import annotations
 
 import difflib
-import json
-import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.names import by_number
 from pipelines.config.sections import TrackSection
 from pipelines.errors import UserError
+from pipelines.registry import changes
+from pipelines.registry.changes import CHALLENGER, CHAMPION
+from pipelines.registry.records import (
+    OBJECTS,
+    PREFIX,
+    TEXTS,
+    facts_of,
+    last,
+    registered,
+    registered_models,
+    version_of,
+    versions,
+)
 from pipelines.registry.tracking import connect
-
-CHAMPION, CHALLENGER = "champion", "challenger"
-PREFIX = "dmtg."
-LONGEST_TAG = 5000  # characters; longer values are only in DETAILS
-DETAILS = "details.json"  # artifact with all facts of a version
-TEXTS = ("kind", "composite", "grouping", "data_digest", "config_digest", "code_version", "run", "split")
-OBJECTS = ("groups", "members", "metrics", "baseline", "headline")
-
-
-def tags_of(facts: Mapping[str, Any]) -> dict[str, str]:
-    """The tags of a version, without values that are too long for one.
-
-    Args:
-        facts: Texts, and values that are written as JSON. Those that are too long are read from `DETAILS`.
-    """
-    tags = {PREFIX + key: v if isinstance(v, str) else json.dumps(v) for key, v in facts.items()}
-    return {key: value for key, value in tags.items() if len(value) <= LONGEST_TAG}
-
-
-def facts_of(version: Any, *keys: str) -> dict[str, Any]:
-    """Facts of an MLflow model version, of `TEXTS` and `OBJECTS`; unknown ones are empty.
-
-    The artifact is read only for values that are too long for a tag. Only versions of DMTG have it.
-    """
-    tags = {key: version.tags.get(PREFIX + key) for key in keys}
-    if None in tags.values() and PREFIX + "kind" in version.tags:
-        details = _details(version)
-        return {key: details[key] for key in keys}
-    return {key: json.loads(text or "{}") if key in OBJECTS else text or "" for key, text in tags.items()}
-
-
-def _details(version: Any) -> dict[str, Any]:
-    import mlflow
-
-    with tempfile.TemporaryDirectory() as folder:
-        place = f"models:/{version.name}/{version.version}/artifacts/{DETAILS}"
-        text = Path(mlflow.artifacts.download_artifacts(place, dst_path=folder)).read_text(encoding="utf-8")
-    found: dict[str, Any] = json.loads(text)
-    return found
-
-
-def registered(client: Any, name: str) -> Any:
-    """A registered model with its aliases and tags; None if it does not exist."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
-
-
-def registered_models(client: Any, name: str = "") -> list[Any]:
-    """All registered models whose name starts with `name`, in order."""
-    found, token = [], None
-    while True:
-        page = client.search_registered_models(page_token=token)
-        found += [model for model in page if model.name.startswith(name)]
-        token = page.token
-        if not token:
-            return sorted(found, key=lambda model: by_number(model.name))
 
 
 def find(client: Any, address: str) -> tuple[Any, dict[str, str]]:
     """The version of an address, and the aliases of its model.
+
+    A change of aliases that was interrupted is finished first. The aliases of a group model are those of its
+    composite, so that a reader gets the versions of one composite during a change, too.
 
     Args:
         address: `name` for the newest version, `name/version` or `name@alias`, with or without `models:/`.
@@ -91,11 +42,11 @@ def find(client: Any, address: str) -> tuple[Any, dict[str, str]]:
     path = address.removeprefix("models:/")
     name, _, alias = path.partition("@")
     name, _, number = name.partition("/")
-    model = registered(client, name)
+    model = changes.settled(client, registered(client, name))
     if model is None:
         names = [held.name for held in registered_models(client)]
         raise _missing(f"no registered model {name!r}", name, names, "train a model first")
-    aliases = {key: str(value) for key, value in model.aliases.items()}
+    aliases = changes.aliases_of(client, model)
     if alias:
         if alias not in aliases:
             raise _missing(
@@ -103,58 +54,19 @@ def find(client: Any, address: str) -> tuple[Any, dict[str, str]]:
             )
         number = aliases[alias]
     if not number:
-        return newest(client, name), aliases
-    version = _version(client, name, number)
+        return _newest(client, name), aliases
+    version = version_of(client, name, number)
     if version is None:
         numbers = sorted((str(held.version) for held in versions(client, name)), key=by_number)
         raise _missing(f"{name} has no version {number!r}", number, numbers, "train a model first")
     return version, aliases
 
 
-def versions(client: Any, name: str, **search: Any) -> list[Any]:
-    """The versions of a registered model.
-
-    Args:
-        search: As MLflow's `search_model_versions` takes it.
-    """
-    quote = '"' if "'" in name else "'"
-    found: list[Any] = []
-    while True:
-        page = client.search_model_versions(f"name={quote}{name}{quote}", **search)
-        found += page
-        if not page.token or "max_results" in search:
-            return found
-        search["page_token"] = page.token
-
-
-def newest(client: Any, name: str) -> Any:
-    """The newest version of a registered model.
-
-    Raises:
-        UserError: When all of them have been deleted.
-    """
-    found = _last(client, name)
+def _newest(client: Any, name: str) -> Any:
+    found = last(client, name)
     if not found:
         raise _missing(f"{name} has no versions", name, (), "train a model first")
     return found[0]
-
-
-def _last(client: Any, name: str) -> list[Any]:
-    return versions(client, name, max_results=1, order_by=["version_number DESC"])
-
-
-def _version(client: Any, name: str, number: str) -> Any:
-    """A version; None if it does not exist."""
-    from mlflow.exceptions import MlflowException
-
-    if not number.isdecimal():
-        return None
-    try:
-        return client.get_model_version(name, number)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
 
 
 def _missing(what: str, wanted: str, held: Iterable[str], otherwise: str) -> UserError:
@@ -170,9 +82,10 @@ def _missing(what: str, wanted: str, held: Iterable[str], otherwise: str) -> Use
 def list_models(section: TrackSection, name: str = "") -> list[dict[str, Any]]:
     """The newest version and those with an alias of each registered model whose name starts with `name`."""
     client = connect(section)
-    found = []
-    for model in registered_models(client, name):
-        held = {int(version.version): version for version in _last(client, model.name)}
+    models, found = registered_models(client, name), []
+    changed = [changes.settle(client, model) for model in models]
+    for model in registered_models(client, name) if any(changed) else models:
+        held = {int(version.version): version for version in last(client, model.name)}
         for number in {int(number) for number in model.aliases.values()} - set(held):
             held[number] = client.get_model_version(model.name, str(number))
         found += [_shown(held[number], model.aliases) for number in sorted(held, reverse=True)]
@@ -214,7 +127,8 @@ def diff_models(section: TrackSection, before: str, after: str = "") -> dict[str
     """Compare two versions of a composite.
 
     Args:
-        before: An address. If `after` is empty, the name of a composite, for its champion and challenger.
+        before: An address. If `after` is empty, the name of a composite, for its champion and challenger. If they
+            are the same version, which a promotion leaves, it is compared with the champion before it.
         after: The other address.
 
     Returns:
@@ -225,8 +139,7 @@ def diff_models(section: TrackSection, before: str, after: str = "") -> dict[str
     Raises:
         UserError: When there is no such version, one of them is not a composite, or they have no task in common.
     """
-    name = before.removeprefix("models:/")
-    pair = (before, after) if after else (f"{name}@{CHAMPION}", f"{name}@{CHALLENGER}")
+    pair = (before, after) if after else _compared(section, before.removeprefix("models:/"))
     old, new = (show_model(section, address) for address in pair)
     for found in (old, new):
         if found["kind"] != "composite":
@@ -258,6 +171,26 @@ def diff_models(section: TrackSection, before: str, after: str = "") -> dict[str
         "metrics": _metric_rows(old, new, common),
         "notes": _notes(old, new, tasks, others),
     }
+
+
+def _compared(section: TrackSection, name: str) -> tuple[str, str]:
+    """The addresses of champion and challenger; after a promotion, of the champion before it and the champion.
+
+    Raises:
+        UserError: When they are the same version, and there was no champion before.
+    """
+    client = connect(section)
+    aliases = find(client, name)[1]
+    if CHAMPION not in aliases or aliases[CHAMPION] != aliases.get(CHALLENGER):
+        return f"{name}@{CHAMPION}", f"{name}@{CHALLENGER}"
+    history = changes.champions(client, name)
+    if len(history) < 2:
+        raise UserError(
+            f"{name}/{aliases[CHAMPION]} is champion and challenger, and there was no champion before it",
+            where="MLflow registry",
+            remedy=f"give two addresses, such as {name}/1 {name}@{CHAMPION}",
+        )
+    return f"{name}/{history[-2]}", f"{name}/{history[-1]}"
 
 
 def _metric_rows(old: Mapping[str, Any], new: Mapping[str, Any], tasks: Iterable[str]) -> list[dict[str, Any]]:

@@ -1,39 +1,40 @@
-"""The lease: a file that allows one job at a time. Its holder renews it; without renewal it expires."""
+"""The lease: a file that allows one job at a time. Its holder renews it; without renewal it is left behind."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
+from pipelines.runs.processes import has_ended, host, this_process
 from pipelines.storage import Location
 
 FILE = "_lease.json"
 LEASE_S = 120.0
 POLL_S = 2.0
-_OWN: set[str] = set()  # tokens of this process: a lost process can have had the same number
+KINDS = {"token": str, "host": str, "pid": int}
 SETTLE_S = 1.0  # time until a file that another process wrote at the same time is visible
 
 
 class Lease:
     """A lease that one process holds at a time, on any machine with access to the file.
 
-    The lease expires `timeout_s` after its last renewal. Another process can acquire it then. Times come from the
-    clocks of the machines, which must differ by much less than the timeout. On storage without conditional writes
-    two processes can acquire the lease at the same moment. One of them loses it, which `renew` and `check` detect.
+    Its holder counts its renewals in the file. A process that sees no renewal for `timeout_s` of its own time can
+    acquire the lease, and at once if the holder was a process of the same machine that has ended. Clocks of
+    machines are not compared: the time in the file only decides whether a job without patience watches a lease
+    that looks old, or gives up at once. On storage without conditional writes two processes can acquire the lease
+    at the same moment. One of them loses it, which `renew` and `check` detect.
 
     Args:
         file: File of the lease.
-        timeout_s: Seconds without renewal after which the lease expires. Its holder renews it four times as often.
+        timeout_s: Seconds without renewal after which the lease is left behind. Its holder renews it four times as
+            often.
         job: Name of the job in messages.
     """
 
@@ -42,32 +43,45 @@ class Lease:
         self.token = uuid.uuid4().hex
         self.lost_to = ""
         self.renewed = time.monotonic()
+        self.count = 0
+        self.first: dict[str, Any] | None = None  # the lease of another process as it was seen first
+        self.seen: tuple[dict[str, Any] | None, float] = (None, 0.0)  # as it was seen last, and since when
         self._stop = threading.Event()
 
     def _content(self) -> dict[str, Any]:
-        return {"token": self.token, "host": _host(), "pid": os.getpid(), "renewed": time.time()}
+        self.count += 1
+        return {"token": self.token, **this_process(), "renewed": time.time(), "count": self.count}
 
     def _read(self) -> dict[str, Any] | None:
+        """The content of the file; a token that nobody has if it is damaged; None without a file."""
         try:
-            held: dict[str, Any] = self.file.read_json()
+            text = self.file.read_bytes().decode("utf-8", errors="replace")
         except FileNotFoundError:
             return None
-        return held
+        try:
+            held = json.loads(text)
+            known = (
+                isinstance(held["token"], str) and isinstance(held["host"], str) and isinstance(held["pid"], int)
+            )
+            if known and math.isfinite(held["renewed"]):
+                return dict(held)
+        except (ValueError, TypeError, KeyError):
+            pass
+        return {"token": "", "damaged": text}
 
     def try_acquire(self) -> dict[str, Any] | None:
-        """Acquire the lease if it is free.
+        """Acquire the lease if it is free or left behind.
 
         Returns:
             None if it was acquired, else the content of its file.
         """
-        _OWN.add(self.token)
         held = self._read()
         if held is None:
             if not self.file.create(_text(self._content())):
                 return self._read() or self.try_acquire()
             if self.file.local is not None:  # creation is atomic there
                 return None
-        elif self._alive(held):
+        elif not self._left_behind(held):
             return held
         else:
             self.file.write_json(self._content())
@@ -75,19 +89,29 @@ class Lease:
         held = self._read()
         return None if held is not None and held["token"] == self.token else held
 
-    def _alive(self, held: dict[str, Any]) -> bool:
-        if held["host"] == _host():  # on the same machine a lost process is known at once
-            pid = int(held["pid"])
-            if not _runs(pid) or (pid == os.getpid() and held["token"] not in _OWN):
-                return False
-        return time.time() - float(held["renewed"]) < self.timeout_s
+    def _left_behind(self, held: dict[str, Any]) -> bool:
+        if has_ended(held):
+            return True  # on the same machine a lost process is known at once
+        now = time.monotonic()
+        self.first = self.first or held
+        if held != self.seen[0]:
+            self.seen = held, now
+        return now - self.seen[1] >= self.timeout_s
+
+    def _watched(self, held: dict[str, Any]) -> bool:
+        """Whether a lease may be left behind.
+
+        It looks old, damaged or of the future, and has not been renewed since it was seen first.
+        """
+        fresh = "damaged" not in held and 0 <= time.time() - held["renewed"] < self.timeout_s
+        return not fresh and held == self.first
 
     def renew(self) -> None:
         """Renew the lease, or note that another process holds it."""
         try:
             held = self._read()
             if held is None or held["token"] != self.token:
-                self.lost_to = f"{held['host']}, process {held['pid']}" if held else "its file was deleted"
+                self.lost_to = _holder(held) if held else "its file was deleted"
                 return
             self.file.write_json(self._content())
             self.renewed = time.monotonic()
@@ -115,7 +139,7 @@ class Lease:
     def here(self) -> bool:
         """Whether a process of this machine holds the lease: it is known to be alive then."""
         held = self._read()
-        return held is not None and held["host"] == _host() and self._alive(held)
+        return held is not None and held.get("host") == host() and not has_ended(held)
 
     @contextmanager
     def held(self, wait_s: float = 0.0, log: Callable[[str], None] = print) -> Iterator[Lease]:
@@ -136,26 +160,26 @@ class Lease:
         finally:
             self._stop.set()
             thread.join()
-            _OWN.discard(self.token)
-            with suppress(UserError):  # the storage is unreachable: the lease expires
+            with suppress(UserError):  # the storage is unreachable: the lease is left behind
                 held = self._read()
                 if held is not None and held["token"] == self.token:
                     self.file.delete()
 
     def acquire(self, wait_s: float = 0.0, log: Callable[[str], None] = print) -> None:
-        """Acquire the lease; see `held`."""
-        until, other = time.monotonic() + wait_s, self.try_acquire()
-        if other is not None and wait_s > 0:
-            log(f"waiting for another {self.job} ({_shown(other)})")
-        while other is not None and time.monotonic() < until:
-            time.sleep(min(POLL_S, max(until - time.monotonic(), 0.0)))
+        """Acquire the lease; see `held`. A lease that looks left behind is watched for `timeout_s`."""
+        until, other, logged = time.monotonic() + wait_s, self.try_acquire(), False
+        while other is not None and (time.monotonic() < until or self._watched(other)):
+            if not logged:
+                log(f"waiting for another {self.job} ({_shown(other)})")
+            logged = True
+            time.sleep(POLL_S)
             other = self.try_acquire()
         if other is not None:
             raise UserError(
                 f"another {self.job} is running: {_shown(other)}",
                 where=str(self.file),
                 remedy="wait until it has ended (dmtg regroup --wait SECONDS); "
-                f"the lease of a lost job expires after {self.timeout_s:g} s",
+                f"the lease of a lost job is free after {self.timeout_s:g} s without renewal",
             )
 
 
@@ -163,32 +187,23 @@ def _text(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
+def _holder(held: dict[str, Any]) -> str:
+    return "unknown, its file is damaged" if "damaged" in held else f"{held['host']}, process {held['pid']}"
+
+
 def _shown(held: dict[str, Any]) -> str:
-    ago = max(time.time() - float(held["renewed"]), 0)
-    return f"process {held['pid']} on {held['host']}, last seen {ago:.0f} s ago"
-
-
-def _host() -> str:
-    """The machine and its process namespace. Containers with one host name have their own process ids."""
-    space = Path("/proc/self/ns/pid")
-    return socket.gethostname() + (f"/{space.stat().st_ino}" if space.exists() else "")
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    if "damaged" in held:
+        return "its lease is damaged"
+    ago = time.time() - held["renewed"]
+    seen = f"last seen {ago:.0f} s ago" if ago >= 0 else f"its clock is {-ago:.0f} s ahead of this one"
+    return f"process {held['pid']} on {held['host']}, {seen}"
 
 
 @contextmanager
 def only_one(folder: Location, job: str, log: Callable[[str], None], *, wait: bool = False) -> Iterator[Lease]:
     """Allow one job in a folder at a time.
 
-    A job that another machine started may be lost: it is waited for until its lease expires.
+    A job that another machine started may be lost: it is waited for until its lease is left behind.
 
     Args:
         folder: Folder of the job; the lease is a file in it.

@@ -22,11 +22,13 @@ from pipelines.storage import locate
 logger = logging.getLogger(__name__)
 
 
-def evaluate(config: Config, model: str, split: str = "test") -> Metrics:
+def evaluate(config: Config, model: str, split: str = "test", *, trust_code: bool = False) -> Metrics:
     """Metrics of a model on a split: task → metric → value.
 
     Args:
         model: `models:/…` address or a run folder.
+        split: Split of the shards.
+        trust_code: As `pipelines.registry.models.load_registered`.
 
     Raises:
         UserError: When model and shards do not fit, or the split is empty.
@@ -37,7 +39,7 @@ def evaluate(config: Config, model: str, split: str = "test") -> Metrics:
     check_shards(folder, manifest, checksums=config.data.verify_checksums)
     for note in stale_notes(config, manifest):
         logger.warning(note)
-    groups, preparation = load_with_preparation(model, config.track)
+    groups, preparation = load_with_preparation(model, config.track, trust_code=trust_code)
     described = manifest.description
     for group in groups.values():
         check_input(group.spec.input, preparation, described.input, described.preparation, str(folder))

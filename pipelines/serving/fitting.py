@@ -105,17 +105,17 @@ def _input(spec: InputSpec) -> str:
     return f"{spec.kind} of {spec.dtype} {spec.shape}" + (f", ids to {spec.vocabulary}" if spec.vocabulary else "")
 
 
-def open_model(model: str, track: TrackSection) -> Served:
+def open_model(model: str, track: TrackSection, *, trust_code: bool = False) -> Served:
     """A model, with the number of its version in the address, as aliases change.
 
     Raises:
-        UserError: When there is no such model.
+        UserError: As `pipelines.registry.models.load_registered`.
     """
     address = model
     if model.startswith("models:/") and not model.startswith("models:/m-"):
         found, _ = find(connect(track), model)
         address = f"models:/{found.name}/{found.version}"
-    groups, preparation = load_with_preparation(address, track)
+    groups, preparation = load_with_preparation(address, track, trust_code=trust_code)
     return Served(groups, address, _digest(groups), preparation)
 
 
@@ -129,15 +129,15 @@ def _digest(groups: Mapping[str, GroupModel]) -> str:
 
 
 def load_with_preparation(
-    address: str, track: TrackSection
+    address: str, track: TrackSection, *, trust_code: bool = False
 ) -> tuple[dict[str, GroupModel], Mapping[str, Any] | None]:
     """The group models of a registered model or a run folder, and the preparation of their input; None if unknown.
 
     Raises:
-        UserError: When there is nothing to load.
+        UserError: As `pipelines.registry.models.load_registered`.
     """
     if address.startswith(("models:/", "runs:/")):
-        groups, preparation = load_registered(address, track)
+        groups, preparation = load_registered(address, track, trust_code=trust_code)
         return groups, preparation or None
     return load_groups(address, track), preparation_of(locate(address))
 

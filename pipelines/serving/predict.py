@@ -78,8 +78,9 @@ class Job:
 
 
 def predict(
-    config: Config, model: str, out: str, split: str = "test", log: Callable[[str], None] = logger.info
-) -> Predicted:
+    config: Config, model: str, out: str, split: str = "test", log: Callable[[str], None] = logger.info,
+    *, trust_code: bool = False,
+) -> Predicted:  # fmt: skip
     """Predict every sample of a split; complete files are kept.
 
     Args:
@@ -87,6 +88,7 @@ def predict(
         model: `models:/…` address or a run folder.
         out: Folder for the files, local or s3://.
         split: train, val, test or all.
+        trust_code: As `pipelines.registry.models.load_registered`.
 
     Raises:
         UserError: When model and shards do not fit, or the folder has other contents.
@@ -97,7 +99,7 @@ def predict(
     check_shards(folder, chosen, checksums=False)
     for note in stale_notes(config, manifest):
         log(f"note: {note}")
-    served = open_model(model, config.track)
+    served = open_model(model, config.track, trust_code=trust_code)
     check_fits(served, manifest, folder)
     check_folder(place, "--out", "predictions", (place / PLAN).exists)
     place.check_writable()
@@ -207,8 +209,7 @@ def _described(about: Mapping[str, Any]) -> str:
 
 
 def _identity(about: Mapping[str, Any]) -> str:
-    data = about["data"]
-    parts = [about["format"], about["model"]["digest"], data["digest"], data["split"]]
+    parts = [about["format"], about["model"]["digest"], about["data"]["digest"], about["data"]["split"]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 

@@ -19,7 +19,7 @@ from pipelines.config.validation import checked
 from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.errors import UserError
 from pipelines.registry.errors import not_published, reached, retry_while_unreachable, without_credentials
-from pipelines.registry.models import Registered, register
+from pipelines.registry.models import Registered, are_registered, register
 from pipelines.registry.tracking import Tracker, enabled, open_tracker, tracking_uri
 from pipelines.runs.files import CONFIG, GROUPING, LABELS, REGISTERED, REPORT, RESULT, TRACKING
 from pipelines.storage import Location, locate
@@ -67,9 +67,13 @@ def publish(
 def _registered(
     config: Config, run: Location, run_id: str, manifest: Manifest, result: dict[str, Any]
 ) -> list[Registered]:
-    """Register the models of a run if they are not registered; the registered models."""
+    """Register the models of a run if the registry does not have them; the registered models."""
     if (run / REGISTERED).exists():
-        return [Registered(**entry) for entry in (run / REGISTERED).read_json()]
+        held = [Registered(**entry) for entry in (run / REGISTERED).read_json()]
+        with reached(tracking_uri(config.track)):
+            if are_registered(config.track, held, run_id):
+                return held
+        logger.warning("the registry does not have all models of %s any more: they are registered again", run)
     example = stored_example(locate(config.data.shards), manifest)
     with reached(tracking_uri(config.track)):
         models = register(config, run, run_id, manifest, example, result)

@@ -154,11 +154,23 @@ def test_networks_of_more_than_ten_branches_from_the_version_before_are_refused(
         files.load_network(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["network.json", "network.safetensors"])
+def test_a_group_model_with_one_changed_bit_is_refused(tmp_path, name):
+    files.save_model(tmp_path, GroupingNetwork(mlp_spec(groups=2)).specialise()["group_0"])
+    held = bytearray((tmp_path / name).read_bytes())
+    held[-1] ^= 1 if name.endswith("safetensors") else ord(" ") ^ ord("\n")  # JSON with another white space
+    (tmp_path / name).write_bytes(held)
+    files.load_network(tmp_path)
+    with pytest.raises(ValueError, match=f"missing or damaged: {name}"):
+        files.load_model(tmp_path)
+
+
 def test_a_group_of_more_than_ten_branches_from_the_version_before_is_refused(tmp_path):
     network = assigned(GroupingNetwork(mlp_spec(groups=12)), list(range(10)))
     files.save_model(tmp_path, network.specialise()["group_0"])
     files.load_model(tmp_path, branches=12)
     written_before(tmp_path)
+    (tmp_path / files.SEAL).unlink()  # that version wrote no checksums of a model
     files.load_model(tmp_path, branches=10)
     with pytest.raises(files.OutdatedNetworkError, match="on 12 branches"):
         files.load_model(tmp_path, branches=12)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
-import mlflow
 import pytest
 
+from pipelines.config.sections import TrackSection
 from pipelines.errors import UserError
 from pipelines.registry.aliases import champion, champions, promote, rollback, set_challenger
+from pipelines.registry.changes import JOURNAL
+from pipelines.registry.records import registered
 from pipelines.registry.tracking import connect
-from pipelines.registry.versions import show_model
+from pipelines.registry.versions import diff_models, list_models, show_model
+from tests.pipelines.kill_points import kill_points
 from tests.pipelines.registry.versions import THREE, TWO, add_version, aliases
-
-WRITES = (
-    "set_registered_model_tag", "set_registered_model_alias", "delete_registered_model_alias",
-)  # fmt: skip
 
 
 def test_the_aliases_of_the_groups_are_set_with_those_of_the_composite(section) -> None:
@@ -56,91 +52,112 @@ def test_rollbacks_visit_all_previous_champions_that_still_exist(section) -> Non
     assert champions(section, "b") == [1, 2]
 
 
-class KilledError(BaseException):
-    """The process ends."""
+def served(version: int) -> dict[str, int]:
+    """The aliases of one version: the first has three groups, the others have two."""
+    return {"": version, ".group_0": version, ".group_1": version} | ({".group_2": 1} if version == 1 else {})
 
 
-@pytest.fixture
-def killer() -> Iterator[Any]:
-    """`killer(n)`: the process ends after n writes to the registry; `killer(None)`: it does not end."""
-    left: list[int | None] = [None]
-
-    def counted(write: Any) -> Any:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if left[0] is not None:
-                if left[0] == 0:
-                    raise KilledError
-                left[0] -= 1
-            return write(*args, **kwargs)
-
-        return wrapped
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in WRITES:
-            patch.setattr(mlflow.MlflowClient, name, counted(getattr(mlflow.MlflowClient, name)))
-        yield lambda writes: left.__setitem__(0, writes)
+def before_the_kill(section: TrackSection, name: str, *promoted: int) -> None:
+    for groups in (THREE, TWO, TWO):
+        add_version(section, name, groups)
+    for version in promoted:
+        promote(section, name, version)
 
 
-def ends_after(killer: Any, writes: int, body: Any) -> bool:
-    """Whether the process ended before `body` returned."""
-    killer(writes)
-    try:
-        body()
-    except KilledError:
-        return True
-    finally:
-        killer(None)
-    return False
+promote_2, promote_1 = (
+    (lambda section, name: promote(section, name, 2)),
+    (lambda section, name: promote(section, name, 1)),
+)
 
 
-def test_a_promotion_that_is_killed_at_any_point_is_completed_by_the_same_command(section, killer) -> None:
-    def served(version: int) -> dict[str, int]:
-        return {"": version, ".group_0": version, ".group_1": version} | ({".group_2": 1} if version == 1 else {})
+@pytest.mark.parametrize(
+    ("command", "again", "promoted", "serving", "history"),
+    [
+        (promote_2, rollback, (1,), 2, [1, 2]),
+        (rollback, promote_2, (1, 2), 1, [1]),
+        pytest.param(promote_1, rollback, (1, 2), 1, [1, 2, 1], marks=pytest.mark.soak),
+        pytest.param(rollback, promote_1, (2, 1, 3, 1), 3, [2, 1, 3], marks=pytest.mark.soak),
+    ],
+    ids=["promote", "rollback", "promote_back", "rollback_of_many"],
+)
+def test_a_command_that_is_killed_at_any_write_is_finished_by_the_same_command(
+    section, request, command, again, promoted, serving, history
+) -> None:
+    name = request.node.callspec.id
+    before_the_kill(section, name, *promoted)
+    with kill_points() as points:
+        assert not points.ended(lambda: command(section, name), None)
+        writes = points.calls
+        assert writes[0] == "set_registered_model_tag"
+        assert writes[-1] == "delete_registered_model_tag"
+        assert len(writes) >= 6
+        for at in range(len(writes)):
+            again(section, name)
+            assert points.ended(lambda: command(section, name), at)
+            assert points.calls == writes[:at]
+            assert command(section, name)["version"] == serving
+            assert aliases(section, name)["champion"] == served(serving)
+            assert champions(section, name) == history
+            assert JOURNAL not in registered(connect(section), name).tags
 
-    points, moved = 0, []
-    while True:
-        name = f"kill{points}"
-        add_version(section, name, THREE)
-        add_version(section, name, TWO)
-        promote(section, name, 1)
-        killed = ends_after(killer, points, lambda: promote(section, name, 2))  # noqa: B023 - called at once
-        serving = champion(section, name)["version"]
-        moved.append(serving)
-        assert champions(section, name) == ([1] if serving == 1 else [1, 2])
-        if not killed:
-            break
-        if serving == 1 and points:  # another one may be promoted instead
-            assert promote(section, name, 1)["version"] == 1
-            assert aliases(section, name)["champion"] == served(1)
-        assert promote(section, name, 2)["before"] == 1
-        assert aliases(section, name)["champion"] == served(2)
-        assert rollback(section, name)["version"] == 1
-        assert aliases(section, name)["champion"] == served(1)
-        assert champions(section, name) == [1]
-        points += 1
-    assert moved == [1, 1, 2, 2, 2, 2]  # list, alias, two groups, and the third one's alias
+
+READERS = {
+    "list": list_models,
+    "champion": champion,
+    "show": lambda section, name: show_model(section, f"{name}.group_0@champion"),
+    "diff": lambda section, name: diff_models(section, f"{name}/1", f"{name}@champion"),
+}
 
 
-def test_a_rollback_that_is_killed_at_any_point_loses_no_champion(section, killer) -> None:
-    points, moved = 0, []
-    while True:
-        name = f"back{points}"
-        for groups in (TWO, THREE):
-            add_version(section, name, groups)
-        for version in (1, 2, 1, 2):
-            promote(section, name, version)
-        killed = ends_after(killer, points, lambda: rollback(section, name))  # noqa: B023 - called at once
-        serving = champion(section, name)["version"]
-        moved.append(serving)
-        assert champions(section, name) == ([1, 2, 1, 2] if serving == 2 else [1, 2, 1])
-        if not killed:
-            break
-        promote(section, name, serving)
-        third = {".group_2": 1} if serving == 2 else {}
-        assert (
-            aliases(section, name)["champion"] == {"": serving, ".group_0": serving, ".group_1": serving} | third
-        )
-        left = [rollback(section, name)["version"] for _ in champions(section, name)[1:]]
-        assert left == ([1, 2, 1] if serving == 2 else [2, 1])
-        points += 1
-    assert moved == [2, 2, 1, 1, 1, 1]
+@pytest.mark.parametrize("reader", READERS)
+def test_a_rollback_that_is_killed_is_finished_by_the_next_reader(section, reader) -> None:
+    name = f"read_{reader}"
+    before_the_kill(section, name, 1, 2)
+    with kill_points() as points:
+        assert points.ended(lambda: rollback(section, name), 4)
+    READERS[reader](section, name)
+    assert aliases(section, name)["champion"] == served(1)
+    assert champions(section, name) == [1]
+
+
+def test_readers_of_a_group_get_the_member_of_the_composite_also_during_a_change(section, monkeypatch) -> None:
+    before_the_kill(section, "during", 1)
+    client = connect(section)
+    client.set_registered_model_alias("during", "champion", "2")  # its groups still have the alias of version 1
+    assert [show_model(section, f"during.group_{k}@champion")["version"] for k in range(2)] == [2, 2]
+    with pytest.raises(UserError, match="no alias 'champion'"):
+        show_model(section, "during.group_2@champion")
+
+
+def test_a_change_to_a_version_that_was_deleted_is_undone(section) -> None:
+    before_the_kill(section, "gone", 1)
+    with kill_points() as points:
+        assert points.ended(lambda: promote(section, "gone", 3), 1)
+    connect(section).delete_model_version("gone", "3")
+    assert champion(section, "gone")["version"] == 1
+    assert aliases(section, "gone")["champion"] == served(1)
+    assert champions(section, "gone") == [1]
+
+
+def test_models_with_similar_names_keep_their_aliases(section) -> None:
+    client = connect(section)
+    for name in ("near.group_theory", "near.group_7"):  # neither is a group of the composite `near`
+        client.create_registered_model(name)
+        client.create_model_version(name, "file:///nowhere")
+        client.set_registered_model_alias(name, "champion", "1")
+    before_the_kill(section, "near", 1, 2)
+    held = {".group_theory": 1, ".group_7": 1}
+    assert aliases(section, "near")["champion"] == served(2) | held
+
+
+def test_after_a_promotion_the_difference_is_that_to_the_champion_before(section) -> None:
+    before_the_kill(section, "seen", 1)
+    set_challenger(section, "seen", 1)
+    with pytest.raises(UserError, match="seen/1 is champion and challenger, and there was no champion before it"):
+        diff_models(section, "seen")
+    set_challenger(section, "seen", 2)
+    found = diff_models(section, "seen")
+    assert (found["before"]["version"], found["after"]["version"]) == (1, 2)
+    promote(section, "seen")
+    found = diff_models(section, "seen")
+    assert (found["before"]["version"], found["after"]["version"]) == (1, 2)

@@ -24,8 +24,9 @@ from pipelines.errors import UserError
 from pipelines.registry.aliases import champions, promote, set_challenger
 from pipelines.registry.models import load_groups
 from pipelines.registry.pyfunc_model import GroupPredictor
+from pipelines.registry.records import registered_models
 from pipelines.registry.tracking import connect
-from pipelines.registry.versions import list_models, registered_models, show_model
+from pipelines.registry.versions import list_models, show_model
 from tests.paths import ROOT
 from tests.pipelines.cli.test_app import call
 from tests.pipelines.registry.versions import THREE, TWO, add_version, aliases

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pipelines.config.sections import TrackSection
+from pipelines.registry.records import registered_models, tags_of
 from pipelines.registry.tracking import connect
-from pipelines.registry.versions import registered_models, tags_of
 
 TWO, THREE = [["sick", "cost"], ["days"]], [["sick"], ["cost"], ["days"]]
 
@@ -15,7 +15,7 @@ def add_version(section: TrackSection, name: str, groups: list[list[str]]) -> in
     served = {f"group_{i}": tasks for i, tasks in enumerate(groups)}
     held = {model.name for model in registered_models(client)}
     facts = dict.fromkeys(("composite", "grouping", "data_digest", "config_digest", "code_version", "run"), "x")
-    facts |= {"split": "test", "metrics": {}, "baseline": {}, "headline": {}, "tasks": "many"}
+    facts |= {"composite": name, "split": "test", "metrics": {}, "baseline": {}, "headline": {}, "tasks": "many"}
     members: dict[str, int] = {}
     for model in (*(f"{name}.{group}" for group in served), name):
         if model not in held:

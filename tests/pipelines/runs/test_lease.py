@@ -7,21 +7,22 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from pipelines.errors import UserError
 from pipelines.runs import lease
-from pipelines.runs.lease import Lease
-from pipelines.storage import locate
+from pipelines.runs.lease import Lease, only_one
+from pipelines.storage import Location, locate
 from tests.paths import ROOT
 from tests.pipelines.s3_server import BUCKET
 
 HOLDER = """
 import sys, time
 from pipelines.runs.lease import Lease
-from pipelines.storage import locate
+from pipelines.storage import Location, locate
 with Lease(locate(sys.argv[1]), float(sys.argv[2]), "test").held():
     print("held", flush=True)
     time.sleep(3600)
@@ -104,16 +105,79 @@ def test_the_lease_of_a_killed_process_is_acquired(tmp_path: Path) -> None:
         mine.check()
 
 
-def test_the_lease_of_another_machine_expires_and_its_late_holder_is_refused(tmp_path: Path) -> None:
+def of_another_machine(file: Location, **changes: object) -> dict[str, object]:
+    """Write a lease of another machine, and return it."""
+    held = Lease(file, 60, "job")._content() | {"host": "another machine"} | changes
+    file.write_json(held)
+    return held
+
+
+AGES = {"fresh": 0.0, "old": -3600.0, "future": 86400.0, "far future": 3.2e8}
+
+
+@pytest.mark.parametrize("age", AGES)
+def test_a_lease_that_is_not_renewed_is_left_behind_whatever_its_clock_says(tmp_path: Path, age: str) -> None:
+    file = locate(str(tmp_path / "lease.json"))
+    of_another_machine(file, renewed=time.time() + AGES[age])
+    waiting = Lease(file, 0.3, "job")
+    assert waiting.try_acquire() is not None
+    waiting.acquire(wait_s=3600 if age == "fresh" else 0)
+    waiting.check()
+
+
+@pytest.mark.parametrize("age", AGES)
+def test_a_lease_that_is_renewed_is_kept_whatever_its_clock_says(tmp_path: Path, age: str) -> None:
+    file = locate(str(tmp_path / "lease.json"))
+    held = of_another_machine(file, renewed=time.time() + AGES[age])
+    waiting = Lease(file, 3600, "job")
+    assert waiting.try_acquire() == held
+    renewed = of_another_machine(file, token=held["token"], renewed=held["renewed"], count=2)
+    with pytest.raises(UserError, match="another job is running: process"):
+        waiting.acquire()
+    assert file.read_json() == renewed
+
+
+DAMAGED = [
+    "", "{}", "null", "[]", '{"token": "a", "ho', '{"token": "a", "host": "o", "pid": 1, "renewed": NaN}',
+    '{"token": "a", "host": "o", "pid": "x", "renewed": 1}', "\udcff",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_lease_is_left_behind_after_the_timeout(tmp_path: Path, content: str) -> None:
+    (tmp_path / "lease.json").write_bytes(content.encode("utf-8", errors="surrogateescape"))
+    file, logged = locate(str(tmp_path / "lease.json")), []
+    assert Lease(file, 3600, "job").try_acquire() is not None
+    with Lease(file, 0.2, "job").held(log=logged.append) as mine:
+        mine.check()
+    assert "its lease is damaged" in logged[0]
+
+
+def test_another_process_with_the_id_of_a_lost_one_does_not_hold_its_lease(tmp_path: Path) -> None:
+    file = locate(str(tmp_path / "lease.json"))
+    file.write_json(Lease(file, 3600, "job")._content() | {"pid": 1})  # it runs, and started earlier
+    assert Lease(file, 3600, "job").try_acquire() is None
+
+
+def test_the_late_holder_of_a_lease_that_was_left_behind_is_refused(tmp_path: Path) -> None:
     file = locate(str(tmp_path / "lease.json"))
     late = Lease(file, 60, "job")
     assert late.try_acquire() is None
-    elsewhere = file.read_json() | {"host": "another machine"}
-    file.write_json(elsewhere)
-    other = Lease(file, 60, "job")
-    assert other.try_acquire() is not None
-    file.write_json(elsewhere | {"renewed": elsewhere["renewed"] - 61})
-    assert other.try_acquire() is None
+    file.write_json(file.read_json() | {"host": "another machine"})
+    other = Lease(file, 0.1, "job")
+    other.acquire(wait_s=3600)
     with pytest.raises(UserError, match="another job has taken over"):
         late.check()
     other.check()
+
+
+def test_a_second_job_in_a_folder_is_refused_on_this_machine_and_waits_for_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = locate(str(tmp_path))
+    monkeypatch.setattr(lease, "LEASE_S", 0.2)
+    with only_one(folder, "run", print), pytest.raises(UserError, match="another run is running"):
+        only_one(folder, "run", print).__enter__()
+    of_another_machine(folder / lease.FILE)
+    with only_one(folder, "run", print) as mine:
+        mine.check()

@@ -12,7 +12,7 @@ import yaml
 
 from dmtg_core import GroupingNetwork
 from dmtg_core.network.encoders import EncoderSpec
-from dmtg_core.training.checkpoint import OutdatedNetworkError, save_network
+from dmtg_core.training.checkpoint import SEAL, OutdatedNetworkError, save_network
 from pipelines.compare.cells import FORMAT, Cell, CellJob, train_cells
 from pipelines.config.ray_section import RaySection
 from pipelines.config.sections import TrackSection
@@ -41,6 +41,7 @@ def outdated(run: Path) -> None:
     """Rewrite the networks of a folder in the format of the previous version."""
     for file in run.rglob("network.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 1}))
+        file.with_name(SEAL).unlink(missing_ok=True)  # that version wrote no checksums of a model
 
 
 def finished(source, root: Path, branches: int) -> Finished:
