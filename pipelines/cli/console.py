@@ -20,6 +20,7 @@ from rich.table import Table
 
 from pipelines.cli.stages import naming_imports
 from pipelines.errors import UserError
+from pipelines.scratch import remove_abandoned
 
 LOG_WIDTH = 160
 # a warning of Ray to its driver that users cannot act on: Ray starts some helper processes for each worker
@@ -70,6 +71,7 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
     started = time.monotonic()
     log(f"dmtg {command}: reading {_without_secrets(reads)}" if reads else f"dmtg {command}")
     terminated = _on_sigterm()
+    remove_abandoned()
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", NOISE)  # Ray reads it when it is imported
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Lines()])
     for name in ("pipelines", "dmtg_core.network.batched.choice"):

@@ -14,14 +14,12 @@ import hashlib
 import io
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +49,7 @@ from pipelines.data.sources.encoding import encode_like
 from pipelines.errors import UserError
 from pipelines.execution.choice import open_executor
 from pipelines.execution.executor import Executor
+from pipelines.scratch import temporary_folder
 from pipelines.storage import Location, locate
 
 QUARANTINE = "_quarantine.jsonl"
@@ -177,8 +176,8 @@ class BadSamples:
 
 def _write_quarantine(file: Location, folder: Location, shards: Iterable[str]) -> None:
     """Write the bad samples of some shards, one a line. The note of one shard is in memory at a time."""
-    with tempfile.TemporaryDirectory(prefix="dmtg-") as scratch:
-        lines = Path(scratch) / QUARANTINE
+    with temporary_folder() as scratch:
+        lines = scratch / QUARANTINE
         with lines.open("w", encoding="utf-8") as target:
             for shard_file in shards:
                 target.writelines(json.dumps(one) + "\n" for one in quarantined_in(folder, shard_file))
