@@ -127,6 +127,4 @@ def _reason(error: Exception) -> str:
         return f"its TLS connection failed ({cause.reason or 'unknown reason'})"
     if isinstance(cause, OSError) and cause.errno:
         return os.strerror(cause.errno)
-    return (
-        "no answer in time" if isinstance(cause, TimeoutError) else f"the request failed ({type(cause).__name__})"
-    )
+    return f"the request failed ({type(cause).__name__})"
