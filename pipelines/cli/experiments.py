@@ -62,7 +62,7 @@ def signal(
             f"{len(found['partitions'])} random groupings × {len(found['seeds'])} seeds, {found['epochs']} epochs"
         )
         print_table(title, rows, right=("correlation", "between groupings", "between seeds"))
-        log(f"verdict: {found['verdict']}\nsignal:  {done.folder}")
+        log(f"verdict: {found['verdict']}", f"signal:  {done.folder}")
         step = Next(
             "compare the search with the baselines", command_line(["compare"], config, overrides, ray_config)
         )
@@ -114,7 +114,7 @@ def _compare(config: Config) -> dict[str, Any]:
     for text in (*found["verdicts"], *(f"note: {note}" for note in found["notes"])):
         log(text)
     log(f"signal:     {found['signal'] or 'not measured; dmtg signal measures whether the grouping can matter'}")
-    log(f"comparison: {done.folder}\nreport:     {done.page}")
+    log(f"comparison: {done.folder}", f"report:     {done.page}")
     ours = next((row for row in found["rows"] if row["method"] == found["reference"]), found["rows"][0])
     return {
         "run_dir": str(done.folder),
@@ -177,7 +177,7 @@ def _sweep(config: Config) -> dict[str, Any]:
         *(f"note: {note}" for note in found["notes"]),
     ):
         log(text)
-    log(f"sweep:    {done.folder}\nreport:   {done.page}\nbest:     {done.best_config}")
+    log(f"sweep:    {done.folder}", f"report:   {done.page}", f"best:     {done.best_config}")
     return {
         "run_dir": str(done.folder),
         "run_id": done.run_id,

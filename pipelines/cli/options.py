@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipelines.cli.completion import complete_config, complete_model
+from pipelines.errors import without_credentials
 
 if TYPE_CHECKING:
     from pipelines.config.loading import Config
@@ -72,8 +73,6 @@ def predict_command(
 
 def _without_secrets(override: str) -> str:
     """An override for a log. A value that holds a secret becomes a dot dot dot, and has to be typed again."""
-    from pipelines.registry.errors import without_credentials
-
     key, _, value = override.partition("=")
     return f"{key}=…" if key == "regroup.webhook" or without_credentials(value) != value else override
 
@@ -81,7 +80,6 @@ def _without_secrets(override: str) -> str:
 def models_command(command: str, track: TrackSection, *more: str) -> tuple[str, ...]:
     """A `dmtg models` command for the registry of a configuration."""
     from pipelines.config.loading import load_track
-    from pipelines.registry.errors import without_credentials
 
     elsewhere = track.uri and track.uri != load_track().uri and without_credentials(track.uri) == track.uri
     return "dmtg", "models", command, *more, *(["--uri", track.uri] if elsewhere else [])

@@ -18,6 +18,7 @@ from pipelines.cli.options import (
     load,
     predict_command,
 )
+from pipelines.errors import without_credentials
 from pipelines.report.formatting import percent, significant
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _profile(config: Config) -> dict[str, Any]:
         f"{found['workers']} × {found['device']}", rows, right=("share",),
     )  # fmt: skip
     log(f"all-reduce took {found['all_reduce_share']:.1%}, partly at the same time as the backward pass")
-    log(f"trace for ui.perfetto.dev: {done.trace}\nslowest operators: {done.operators}")
+    log(f"trace for ui.perfetto.dev: {done.trace}", f"slowest operators: {done.operators}")
     return {"run_dir": str(done.folder.parent), "profile": found, "trace": str(done.trace)}
 
 
@@ -92,7 +93,6 @@ def _train(config: Config) -> dict[str, Any]:
 
 
 def _print_summary(config: Config, done: Trained) -> None:
-    from pipelines.registry.errors import without_credentials
     from pipelines.registry.tracking import tracking_uri
 
     _print_tasks(done.result)
@@ -102,7 +102,7 @@ def _print_summary(config: Config, done: Trained) -> None:
         log(_selection(done.result))
     for note in done.result["notes"]:
         log(f"note: {note}")
-    log(f"run:      {done.run}\nreport:   {done.report}")
+    log(f"run:      {done.run}", f"report:   {done.report}")
     for model in done.models:
         log(f"model:    {model.uri}")
     if done.models:

@@ -5,26 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from pipelines import storage
-from pipelines.errors import UserError
+from pipelines.errors import UserError, without_credentials
 from pipelines.storage import Location
 
 # packages whose errors MLflow raises
 SERVICES = {"mlflow", "requests", "urllib3", "sqlalchemy", "alembic", "boto3", "botocore"}
-CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
-SECRETS = re.compile(r"(?i)([?&][^=&\s]*(?:password|token|secret|key)[^=&\s]*)=[^&\s]+")
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-def without_credentials(text: str) -> str:
-    """An address, or a text with addresses, without `user:password@` and secrets in its query."""
-    return SECRETS.sub(r"\1=…", CREDENTIALS.sub("", text))
 
 
 @contextlib.contextmanager

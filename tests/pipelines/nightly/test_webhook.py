@@ -149,8 +149,16 @@ def test_no_address_raises_another_error_or_is_in_a_message(text: str, start: st
     assert SECRET not in refused
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:9", "[::1]:9", "host.invalid"])
-def test_a_host_that_does_not_answer_is_a_reason_without_the_address(host: str) -> None:
+def _unknown(*_: object, **__: object) -> list[object]:
+    raise socket.gaierror(-2, "Name or service not known")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:9", "[::1]:9", "unknown.test"])
+def test_a_host_that_does_not_answer_is_a_reason_without_the_address(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if host == "unknown.test":
+        monkeypatch.setattr("socket.getaddrinfo", _unknown)
     found = send(f"http://{host}/{SECRET}", {})
     assert found
     assert SECRET not in found
