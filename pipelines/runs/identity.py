@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import yaml
-
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
+from pipelines.config.yaml_text import load_yaml
 from pipelines.errors import UserError
 from pipelines.runs.files import CONFIG
 from pipelines.storage import Location, locate
@@ -49,5 +48,5 @@ def _stored_digest(file: Location) -> str:
     The compare section is no part of the digest. It is not read, because its methods had other names in earlier
     versions.
     """
-    stored = yaml.safe_load(file.read_text())
+    stored = load_yaml(file.read_text())
     return checked(Config, {name: section for name, section in stored.items() if name != "compare"}).digest()
