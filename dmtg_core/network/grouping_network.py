@@ -45,7 +45,8 @@ class NetworkSpec:
         seed: Seed of the initial weights.
 
     Raises:
-        ValueError: If there is no task, if two tasks have one name, or for an unknown decoder or task_weighting.
+        ValueError: If there is no task, if two tasks have one name, for an unknown decoder or task_weighting, or a
+            number out of range.
     """
 
     input: InputSpec
@@ -64,6 +65,11 @@ class NetworkSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
         check_names(self.tasks)
+        for name in ("groups", "decoder_width"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)}")
+        if not math.isfinite(self.initial_scale):
+            raise ValueError(f"initial_scale must be finite, got {self.initial_scale}")
         if self.decoder not in DECODERS:
             raise ValueError(f"unknown decoder {self.decoder!r}, expected one of {', '.join(DECODERS)}")
         if self.task_weighting not in TASK_WEIGHTINGS:

@@ -130,6 +130,8 @@ class Config(Section):
         """
         self.settings()
         self.search_options()
+        with _excluding("network.encoder, network.options"):
+            self.encoder_spec().check()
 
     def encoder_spec(self) -> EncoderSpec:
         """The specification of the core's encoder."""
