@@ -27,6 +27,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the
 RayFile = Annotated[
     str, typer.Option("--ray-config", help="File that configures Ray; ./ray_config.yaml by default.")
 ]
+LocalOk = Annotated[
+    bool, typer.Option("--local-ok", help="Accept places on a cluster that only this job can see.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 TrackUri = Annotated[
     str, typer.Option("--uri", help="Tracking server; an SQLite file in the current folder by default.")
@@ -45,6 +48,29 @@ def load(config: str, overrides: Sequence[str] | None, ray_config: str = "") -> 
     from pipelines.config.loading import load_config
 
     return load_config(config, overrides or [], ray_config)
+
+
+def load_for_work(
+    config: str, overrides: Sequence[str] | None, ray_config: str, *, local_ok: bool, out: str = ""
+) -> Config:
+    """Read the configuration of a command that writes results, and check that its places are not lost.
+
+    Args:
+        config, overrides, ray_config: As for `load`.
+        local_ok: Accept places that only this job can see.
+        out: A further folder that is written.
+    """
+    from pipelines.execution.choice import on_ray
+    from pipelines.execution.places import check_places
+    from pipelines.registry.tracking import tracking_uri
+
+    loaded = load(config, overrides, ray_config)
+    places = {"run.root": loaded.run.root, "data.shards": loaded.data.shards, "--out": out}
+    places |= {"regroup.shards": loaded.regroup.shards}
+    places |= {"track.uri": tracking_uri(loaded.track), "track.registry_uri": loaded.track.registry_uri}
+    if not local_ok and on_ray(loaded.ray):
+        check_places(loaded.ray, places)
+    return loaded
 
 
 def command_line(

@@ -11,11 +11,13 @@ from pipelines.cli.options import (
     ConfigFile,
     Debug,
     Json,
+    LocalOk,
     Model,
     Overrides,
     RayFile,
     command_line,
     load,
+    load_for_work,
     models_command,
     predict_command,
 )
@@ -60,6 +62,7 @@ def predict(
     overrides: Overrides = None,
     split: Annotated[str, typer.Option(help="train, val, test or all.")] = "test",
     ray_config: RayFile = "",
+    local_ok: LocalOk = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -75,7 +78,7 @@ def predict(
         from dmtg_core.names import listed
         from pipelines.serving.predict import predict as predict_shards
 
-        loaded = load(config, overrides, ray_config)
+        loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok, out=out)
         done = predict_shards(loaded, model, out, split, log)
         rows = [
             {"task": name, "group": entry["group"], "kind": entry["kind"], "unit": entry["unit"],
@@ -118,6 +121,7 @@ def regroup(
         bool, typer.Option("--kept-ok", help="Exit with code 0, not 3, if the champion is kept.")
     ] = False,
     ray_config: RayFile = "",
+    local_ok: LocalOk = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -130,7 +134,7 @@ def regroup(
     def body() -> dict[str, Any]:
         from pipelines.nightly.driver import regroup as run_nightly
 
-        loaded = load(config, overrides, ray_config)
+        loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok)
         found = run_nightly(loaded, night, shard=shard, dry_run=dry_run, wait_s=wait, log=log)
         promoted = found["verdict"] == "promoted"
         if dry_run:

@@ -11,11 +11,13 @@ from pipelines.cli.options import (
     ConfigFile,
     Debug,
     Json,
+    LocalOk,
     Overrides,
     RayFile,
     RunDir,
     command_line,
     load,
+    load_for_work,
     predict_command,
 )
 from pipelines.errors import without_credentials
@@ -43,13 +45,14 @@ def train(
         bool, typer.Option("--profile", help="Profile a few steps instead: a trace, and the time of each part.")
     ] = False,
     ray_config: RayFile = "",
+    local_ok: LocalOk = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Search a grouping and train one model for each group. If it was killed, the same command resumes."""
 
     def body() -> dict[str, Any]:
-        loaded = load(config, overrides, ray_config)
+        loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok)
         if profile:
             step = Next("train without the profiler", command_line(["train"], config, overrides, ray_config))
             return _profile(loaded) | {"next": step}

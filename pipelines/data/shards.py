@@ -98,6 +98,7 @@ def shard(
     records = read_records(folder)
     record_job(folder, records.files)  # first, so that a killed job leaves a folder that is known
     folder.check_writable()
+    folder = folder.retrying()  # a server or disk that is away for a moment does not end hours of work
     progress(f"listing the samples of {config.source.root or config.source.kind}")
     description = _description(source, config.data.like)
     plans = make_plans(source.entries(), description, config.source, config.data)

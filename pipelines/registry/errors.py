@@ -34,6 +34,15 @@ def reached(uri: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error, ImportError) or type(error).__name__ == "NoSuchModuleError":  # of SQLAlchemy
+            name = getattr(error, "name", "") or without_credentials(str(error))
+            raise UserError(
+                f"the driver of this database is not installed: {name}",
+                where=f"track.uri = {without_credentials(uri)}",
+                remedy="install it, for example psycopg for postgresql:// or pymysql for "
+                "mysql+pymysql://, or set track.uri to an MLflow server",
+                wrong_use=True,
+            ) from error
         if _service(error) not in SERVICES and not isinstance(error, OSError):
             raise
         unreachable = _unreachable(error)

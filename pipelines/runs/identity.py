@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import yaml
+
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
 from pipelines.config.yaml_text import load_yaml
@@ -48,5 +50,13 @@ def _stored_digest(file: Location) -> str:
     The compare section is no part of the digest. It is not read, because its methods had other names in earlier
     versions.
     """
-    stored = load_yaml(file.read_text())
-    return checked(Config, {name: section for name, section in stored.items() if name != "compare"}).digest()
+    try:
+        stored = load_yaml(file.read_text())
+        return checked(Config, {name: section for name, section in stored.items() if name != "compare"}).digest()
+    except (UserError, AttributeError, yaml.YAMLError) as error:
+        problem = error.what if isinstance(error, UserError) else "it is damaged"
+        raise UserError(
+            f"the configuration in this run folder cannot be read: {problem}",
+            where=str(file),
+            remedy="another version of dmtg wrote it: use that version, or give another run.name",
+        ) from error

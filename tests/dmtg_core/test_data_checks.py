@@ -1,4 +1,4 @@
-"""What the library is given is checked once: lengths, types, shapes, ranges and finiteness; messages have names."""
+"""What the library is given is checked once: lengths, types, shapes, ranges and finiteness."""
 
 from __future__ import annotations
 
