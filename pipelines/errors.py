@@ -6,6 +6,7 @@ import re
 
 CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
 SECRETS = re.compile(r"(?i)([?&][^=&\s]*(?:password|token|secret|key)[^=&\s]*)=[^&\s]+")
+LONGEST = 2000  # characters of a line: a name can be a whole file
 # control characters, line and paragraph separators, and marks that change the direction of a text
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -39,7 +40,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(
-            f"{label}: {printable(text)}"
+            f"{label}: {printable(text)[:LONGEST]}"
             for label, text in (("what", self.what), ("where", self.where), ("remedy", self.remedy))
             if text
         )

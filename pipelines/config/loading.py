@@ -53,7 +53,9 @@ def _excluding(where: str) -> Iterator[None]:
 class Config(Section):
     """A whole configuration."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="Name of the run and of the registered models.")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_-]+$", max_length=100, description="Name of the run and of the registered models."
+    )
     source: SourceSection | None = None
     data: DataSection
     network: NetworkSection = NetworkSection()
@@ -292,7 +294,13 @@ def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
     merged = _merged(below, above)
     for section, owner, default in (("network", "encoder", NetworkSection().encoder), ("source", "kind", None)):
         old, new = below.get(section), merged.get(section)
-        if isinstance(old, dict) and isinstance(new, dict) and new.get(owner, default) != old.get(owner, default):
+        own = isinstance(above.get(section), dict)
+        if (
+            own
+            and isinstance(old, dict)
+            and isinstance(new, dict)
+            and new.get(owner, default) != old.get(owner, default)
+        ):
             new["options"] = above[section].get("options", {})
     return merged
 
