@@ -28,6 +28,7 @@ def test_an_insecure_pin_is_named() -> None:
         ("raise SystemExit(0)", 0),
         ("import sys; print('Found 1 known vulnerability', file=sys.stderr); raise SystemExit(1)", 1),
         ("raise SystemExit('cannot connect')", None),
+        ("print('a could not be audited\\n' * 1000)", None),
     ],
 )
 def test_an_answer_of_the_database_is_told_from_none(code: str, answered: int | None) -> None:
