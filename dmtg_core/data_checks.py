@@ -1,14 +1,35 @@
-"""Checks of samples in memory, made once for a data set: lengths, types, shapes, ranges and finiteness."""
+"""Checks of options, and of samples in memory: lengths, types, shapes, ranges and finiteness."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from dmtg_core.tasks import InputSpec, Task
 
 BLOCK = 2**20  # values of which the slow check looks at the same time
+
+
+def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
+    """Raise ValueError for an option that is none of the allowed ones."""
+    if value not in allowed:
+        raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")
+
+
+def check_counts(numbers: Mapping[str, int]) -> None:
+    """Raise ValueError for a number, given by its name, that is no whole number of at least 1."""
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
+
+
+def check_finite(numbers: Mapping[str, float]) -> None:
+    """Raise ValueError for a number, given by its name, that is NaN or infinite."""
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
 
 
 def check_lengths(inputs: np.ndarray, labels: Mapping[str, np.ndarray], present: Mapping[str, np.ndarray]) -> None:

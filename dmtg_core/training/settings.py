@@ -208,13 +208,13 @@ class TrainSettings:
 
     def _check_numbers(self) -> None:
         """Raise ValueError for a number that is not finite or too small."""
-        rates = ("learning_rate", *(() if self.gate_learning_rate is None else ("gate_learning_rate",)))
+        gate = () if self.gate_learning_rate is None else ("gate_learning_rate",)  # 0 keeps the gate as it is
         rules: Mapping[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
             "at least 1": (lambda x: x >= 1, ("epochs", "batch_size", "lr_every", "accumulate")),
-            "positive": (lambda x: x > 0, rates),
+            "positive": (lambda x: x > 0, ("learning_rate",)),
             "not negative": (
                 lambda x: x >= 0,
-                ("lr_patience", "checkpoint_every", "seed", "weight_decay", "clip_norm", "lr_min"),
+                ("lr_patience", "checkpoint_every", "seed", "weight_decay", "clip_norm", "lr_min", *gate),
             ),
             "finite": (math.isfinite, ("entropy_weight",)),
         }  # fmt: skip
