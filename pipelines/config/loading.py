@@ -14,12 +14,12 @@ import yaml
 from pydantic import Field
 
 from pipelines.config.ray_section import RaySection
+from pipelines.config.regroup_section import RegroupSection
 from pipelines.config.sections import (
     CompareSection,
     DataSection,
     GateSection,
     NetworkSection,
-    RegroupSection,
     RunSection,
     SearchSection,
     SignalSection,
