@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 
 KFP := .kfp/.installed
 
-.PHONY: install .kfp demo test soak lint format docs lock bench
+.PHONY: install .kfp demo test soak lint format docs lock bench audit
 
 install: $(STAMP)
 
@@ -57,3 +57,7 @@ lock:
 
 bench: install
 	$(BIN)/python -m bench $(ROWS)
+
+# where the database of known vulnerabilities cannot be reached, a few known pins are compared instead
+audit: install
+	$(BIN)/python -m tests.audit

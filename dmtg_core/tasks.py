@@ -118,13 +118,20 @@ class Task:
                 raise ValueError(
                     f"task {self.name!r}: {name} needs 1 or {self.channels} values, got {len(values)}"
                 )
-        if any(s <= 0 for s in self.scale):
-            raise ValueError(f"task {self.name!r}: scale must be positive, got {self.scale}")
         if self.labels and self.kind in CLASS_KINDS and len(self.labels) != self.channels:
             raise ValueError(f"task {self.name!r}: {len(self.labels)} class names for {self.channels} classes")
         if self.metric in ANGLES and self.channels != 3:
             raise ValueError(f"task {self.name!r}: metric {self.metric} needs 3 channels, got {self.channels}")
+        self._check_units()
         self._check_dense_fields()
+
+    def _check_units(self) -> None:
+        if not all(0 < s < math.inf for s in self.scale):
+            raise ValueError(f"task {self.name!r}: scale must be positive, got {self.scale}")
+        if not all(map(math.isfinite, self.offset)):
+            raise ValueError(f"task {self.name!r}: offset must be finite, got {self.offset}")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"task {self.name!r}: weight must not be negative, got {self.weight}")
 
     def _check_dense_fields(self) -> None:
         if self.kind != "dense_regression":
@@ -308,8 +315,12 @@ class InputSpec:
         self._check_constants()
 
     def _check_constants(self) -> None:
-        if any(s <= 0 for s in self.std):
+        if not all(isinstance(side, int) and side > 0 for side in self.shape):
+            raise ValueError(f"the sides of an input are positive whole numbers, got {self.shape}")
+        if not all(0 < s < math.inf for s in self.std):
             raise ValueError(f"input std must be positive, got {self.std}")
+        if not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"input mean must be finite, got {self.mean}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.shape[-1]):
                 raise ValueError(f"input {name} needs 1 or {self.shape[-1]} values, got {len(values)}")

@@ -1,6 +1,24 @@
-"""The error that a command shows to its user."""
+"""The error that a command shows to its user, and the form of a text that is safe to show."""
 
 from __future__ import annotations
+
+import re
+
+CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
+SECRETS = re.compile(r"(?i)([?&][^=&\s]*(?:password|token|secret|key)[^=&\s]*)=[^&\s]+")
+LONGEST = 2000  # characters of a line: a name can be a whole file
+# control characters, line and paragraph separators, and marks that change the direction of a text
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def without_credentials(text: str) -> str:
+    """An address, or a text with addresses, without `user:password@` and secrets in its query."""
+    return SECRETS.sub(r"\1=…", CREDENTIALS.sub("", text))
+
+
+def printable(text: str) -> str:
+    """A text for one line of a log or terminal: characters that could change other lines are escaped."""
+    return UNSAFE.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 class UserError(Exception):
@@ -22,7 +40,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(
-            f"{label}: {text}"
+            f"{label}: {printable(text)[:LONGEST]}"
             for label, text in (("what", self.what), ("where", self.where), ("remedy", self.remedy))
             if text
         )

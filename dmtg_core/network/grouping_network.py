@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dmtg_core.data_checks import check_choice, check_counts, check_finite
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.batched.branches import BatchedBranches
 from dmtg_core.network.decoders import DECODERS
@@ -45,7 +46,7 @@ class NetworkSpec:
         seed: Seed of the initial weights.
 
     Raises:
-        ValueError: If there is no task, if two tasks have one name, or for an unknown decoder or task_weighting.
+        ValueError: If there is no task, if two have one name, or for an unknown option or a number out of range.
     """
 
     input: InputSpec
@@ -64,12 +65,10 @@ class NetworkSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))
         check_names(self.tasks)
-        if self.decoder not in DECODERS:
-            raise ValueError(f"unknown decoder {self.decoder!r}, expected one of {', '.join(DECODERS)}")
-        if self.task_weighting not in TASK_WEIGHTINGS:
-            raise ValueError(
-                f"unknown task_weighting {self.task_weighting!r}, expected one of {', '.join(TASK_WEIGHTINGS)}"
-            )
+        check_counts({"groups": self.groups, "decoder_width": self.decoder_width})
+        check_finite({"initial_scale": self.initial_scale})
+        check_choice("decoder", self.decoder, DECODERS)
+        check_choice("task_weighting", self.task_weighting, TASK_WEIGHTINGS)
 
     def without_weights(self) -> NetworkSpec:
         """Return a copy without pretrained weights, for a network whose weights are loaded afterwards."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from dmtg_core.network.encoders import WIDTHS
@@ -58,9 +59,9 @@ class SearchOptions:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
         if not 0 < self.probability < 1:
             raise ValueError(f"probability must be in (0, 1), got {self.probability}")
-        if self.within < 0:
+        if not 0 <= self.within < math.inf:
             raise ValueError(f"within must not be negative, got {self.within}")
-        if self.distil_share < 0:
+        if not 0 <= self.distil_share < math.inf:
             raise ValueError(f"distil_share must not be negative, got {self.distil_share}")
 
     def affinity_epochs(self, settings: TrainSettings) -> tuple[int, int]:

@@ -32,7 +32,7 @@ from dmtg_core.search.feature_overlap import cluster
 from dmtg_core.search.options import AFFINITY, BASELINE, DISTILLED, GUIDED, RETRAINED, WIDE, SearchOptions
 from dmtg_core.search.state import SearchState
 from dmtg_core.training.context import LocalContext, TrainContext
-from dmtg_core.training.data import Data
+from dmtg_core.training.data import ArrayData, Data
 from dmtg_core.training.loop import Hooks, advance, evaluate, generalisation_gap
 from dmtg_core.training.metrics import Metrics
 from dmtg_core.training.settings import TrainSettings
@@ -102,8 +102,10 @@ def search(
 
     Raises:
         NonFiniteLossError: If the loss is not finite.
-        ValueError: If the warm start does not fit, or if the checkpoint is damaged.
+        ValueError: If the warm start does not fit, if the checkpoint is damaged, or as `ArrayData.check`.
     """
+    if isinstance(data, ArrayData):
+        data.check(spec.input, spec.tasks)
     return _Search(
         spec, data, settings, options or SearchOptions(), baseline, splits, context or LocalContext(), warm_start
     ).run()

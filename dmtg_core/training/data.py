@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmtg_core.tasks import Task
+from dmtg_core.data_checks import check_input, check_lengths, check_samples
+from dmtg_core.tasks import InputSpec, Task
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,17 @@ class Arrays:
         labels: Task name → `(n, …)` raw labels.
         present: Task name → bool `(n,)` or `(n, H, W)`, False for a missing label. A task without an entry has
             all labels.
+
+    Raises:
+        ValueError: For an array that is no NumPy array of numbers, or has another number of samples.
     """
 
     inputs: np.ndarray
     labels: Mapping[str, np.ndarray]
     present: Mapping[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        check_lengths(self.inputs, self.labels, self.present)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -155,6 +162,13 @@ def _gathered(parts: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.devi
         np.take(array, rows, axis=0, out=view[start : start + len(rows)], mode="clip")
         start += len(rows)
     return held.to(device, non_blocking=True)
+
+
+def parts_of(samples: Samples) -> tuple[Arrays, ...]:
+    """The arrays of samples that are in host memory."""
+    if isinstance(samples, Chunks):
+        return samples.parts
+    return (samples,) if isinstance(samples, Arrays) else ()
 
 
 class DeviceArrays:
@@ -297,7 +311,8 @@ class ArrayData:
         device: Device of the batches.
 
     Raises:
-        ValueError: If a split has fewer samples than there are workers.
+        ValueError: If a split has fewer samples than there are workers, inputs are not finite, or labels are not
+            what their tasks say. Every sample is checked here, once, and not in the steps.
     """
 
     def __init__(
@@ -313,10 +328,27 @@ class ArrayData:
         for name, arrays in splits.items():
             if len(arrays) < world_size:
                 raise ValueError(f"split {name!r} has {len(arrays)} samples for {world_size} workers")
+            for part in parts_of(arrays):
+                check_samples(f"split {name!r}", part.inputs, part.labels, part.present, tasks)
         self.splits = dict(splits)
         self.tasks = tuple(tasks)
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.device = torch.device(device)
+
+    def check(self, spec: InputSpec, tasks: Sequence[Task]) -> None:
+        """Check that the data has the input and the tasks of a network.
+
+        Raises:
+            ValueError: For another shape of the input, another task, or no split "train" or "val".
+        """
+        if {"train", "val"} - set(self.splits):
+            raise ValueError(f"expected the splits train and val, got {', '.join(self.splits) or 'none'}")
+        if [task.name for task in tasks] != [task.name for task in self.tasks]:
+            names = [", ".join(task.name for task in some) for some in (tasks, self.tasks)]
+            raise ValueError(f"the network has the tasks {names[0]}, the data has {names[1]}")
+        for name, samples in self.splits.items():
+            for part in parts_of(samples):
+                check_input(f"split {name!r}", part.inputs, spec)
 
     def steps(self, batch_size: int) -> int:
         """See `epoch_steps`."""

@@ -19,7 +19,7 @@ from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.threads import threads_of_step
 from dmtg_core.training.augment import augment, augment_generator
 from dmtg_core.training.context import LocalContext, TrainContext
-from dmtg_core.training.data import Batch, Data
+from dmtg_core.training.data import ArrayData, Batch, Data
 from dmtg_core.training.diagnostics import gate_figures, gradient_cosines, warnings
 from dmtg_core.training.metrics import Metrics, MetricSums
 from dmtg_core.training.settings import LR_SCHEDULES, TrainSettings, resolve
@@ -337,7 +337,10 @@ def fit(
 
     Raises:
         NonFiniteLossError: If the loss is not finite.
+        ValueError: As `ArrayData.check`.
     """
+    if isinstance(data, ArrayData):
+        data.check(network.spec.input, network.tasks)
     context = context or LocalContext()
     latest = context.latest()
     network.to(context.device)

@@ -104,7 +104,7 @@ class TemperatureSchedule:
             raise ValueError(
                 f"unknown temperature schedule {self.family!r}, expected one of {', '.join(FAMILIES)}"
             )
-        if not (self.start > 0 and self.end > 0):
+        if not (0 < self.start < math.inf and 0 < self.end < math.inf):
             raise ValueError(f"temperatures must be positive, got start={self.start}, end={self.end}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of the run in [0, 1), got {self.warmup}")
@@ -199,17 +199,30 @@ class TrainSettings:
         ):
             if value not in allowed:
                 raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")
-        for name in ("epochs", "batch_size", "lr_every", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("clip_norm", "lr_min", "lr_patience", "checkpoint_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        self._check_numbers()
         self._check_together()
         if not 0 < self.search_share <= 1:
             raise ValueError(f"search_share must be in (0, 1], got {self.search_share}")
         if not 0 <= self.prune_threshold < 1:
             raise ValueError(f"prune_threshold must be in [0, 1), got {self.prune_threshold}")
+
+    def _check_numbers(self) -> None:
+        """Raise ValueError for a number that is not finite or too small."""
+        gate = () if self.gate_learning_rate is None else ("gate_learning_rate",)  # 0 keeps the gate as it is
+        rules: Mapping[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+            "at least 1": (lambda x: x >= 1, ("epochs", "batch_size", "lr_every", "accumulate")),
+            "positive": (lambda x: x > 0, ("learning_rate",)),
+            "not negative": (
+                lambda x: x >= 0,
+                ("lr_patience", "checkpoint_every", "seed", "weight_decay", "clip_norm", "lr_min", *gate),
+            ),
+            "finite": (math.isfinite, ("entropy_weight",)),
+        }  # fmt: skip
+        for rule, (holds, names) in rules.items():
+            for name in names:
+                value = getattr(self, name)
+                if not (math.isfinite(value) and holds(value)):
+                    raise ValueError(f"{name} must be {rule}, got {value}")
 
     def _check_together(self) -> None:
         """Raise ValueError for options that exclude each other."""

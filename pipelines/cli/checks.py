@@ -266,7 +266,8 @@ def _on_ray() -> str:
 def mlflow_answers(section: TrackSection, write: bool) -> list[Finding]:
     """Send one request to the tracking server; with `write`, create a run and delete it."""
     os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-    from pipelines.registry.errors import reached, without_credentials
+    from pipelines.errors import without_credentials
+    from pipelines.registry.errors import reached
     from pipelines.registry.tracking import connect, enabled, tracking_uri
 
     if not enabled(section):

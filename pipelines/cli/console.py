@@ -10,16 +10,19 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipelines.cli.stages import naming_imports
-from pipelines.errors import UserError
+from pipelines.errors import UserError, printable, without_credentials
+from pipelines.scratch import remove_abandoned
 
 LOG_WIDTH = 160
 # a warning of Ray to its driver that users cannot act on: Ray starts some helper processes for each worker
@@ -38,9 +41,10 @@ class Next:
         return shlex.join(self.arguments)
 
 
-def log(text: str) -> None:
-    """Print a line on stderr; stdout is reserved for results."""
-    print(text, file=sys.stderr, flush=True)
+def log(*lines: str) -> None:
+    """Print lines on stderr, in a form that is safe to show; stdout is reserved for results."""
+    for line in lines:
+        print(printable(without_credentials(line)), file=sys.stderr, flush=True)
 
 
 class Lines(logging.Handler):
@@ -48,7 +52,32 @@ class Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record."""
-        log(self.format(record))
+        message = record.getMessage()
+        if record.name == "py.warnings":
+            message = message.partition("\n  ")[0]  # without the line of code that warns
+        log(message.strip(), *(record.exc_text or "").splitlines())
+
+
+def _record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    """A log record without credentials, for the handlers of all libraries."""
+    made = logging.LogRecord(*args, **kwargs)
+    made.msg, made.args = without_credentials(made.getMessage()), ()
+    if made.exc_info:  # a formatter uses the text, if there is one
+        made.exc_text = without_credentials(logging.Formatter().formatException(made.exc_info))
+    return made
+
+
+@contextmanager
+def safe_output() -> Iterator[None]:
+    """Credentials are removed from the log records and warnings of all libraries in the block."""
+    factory = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_record)
+    logging.captureWarnings(capture=True)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(factory)
+        logging.captureWarnings(capture=False)
 
 
 def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debug: bool, reads: str = "") -> None:
@@ -68,20 +97,21 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
         typer.Exit: Always. The code is 0 done, 1 failed, 2 wrong use, 3 kept, 130 interrupted, 143 terminated.
     """
     started = time.monotonic()
-    log(f"dmtg {command}: reading {_without_secrets(reads)}" if reads else f"dmtg {command}")
+    log(f"dmtg {command}: reading {reads}" if reads else f"dmtg {command}")
     terminated = _on_sigterm()
+    remove_abandoned()
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", NOISE)  # Ray reads it when it is imported
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[Lines()])
     for name in ("pipelines", "dmtg_core.network.batched.choice"):
         logging.getLogger(name).setLevel(logging.INFO)
     outcome: dict[str, Any] = {"command": command, "status": "failed"}
     try:
-        with naming_imports(log):
+        with safe_output(), naming_imports(log):
             outcome |= {"status": "done"} | body()
         code = outcome.pop("exit_code", 0 if outcome["status"] == "done" else FAILED)
         step = outcome.get("next")
         if step is not None:
-            log(f"\nnext: {step.purpose}\n  {step}")
+            log("", f"next: {step.purpose}", f"  {step}")
             outcome["next"] = str(step)
     except (Exception, KeyboardInterrupt) as error:
         code, outcome["error"] = _explain(command, error, terminated.is_set())
@@ -93,14 +123,6 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
 
         print(json.dumps(finite(outcome), allow_nan=False), flush=True)
     raise typer.Exit(code)
-
-
-def _without_secrets(address: str) -> str:
-    if "://" not in address:
-        return address
-    from pipelines.registry.errors import without_credentials
-
-    return without_credentials(address)
 
 
 def _on_sigterm() -> threading.Event:
@@ -132,7 +154,7 @@ def _explain(command: str, error: BaseException, terminated: bool) -> tuple[int,
     else:
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         shown = UserError(what, where=f"dmtg {command}", remedy="run it again with --debug to see where it failed")
-    log(f"\ndmtg {command} stopped\n{shown}")
+    log("", f"dmtg {command} stopped", *str(shown).split("\n"))
     if not sys.stderr.isatty():  # schedulers show the last line of a log
         log(f"dmtg {command} {'stopped' if code in (INTERRUPTED, TERMINATED) else 'failed'}: {shown.what}")
     return code, shown.to_dict()
@@ -140,10 +162,15 @@ def _explain(command: str, error: BaseException, terminated: bool) -> tuple[int,
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, right: Sequence[str] = ()) -> None:
     """Print rows with equal keys as a table on stderr; the columns in `right` are right-aligned."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=_cell(title), title_justify="left")
     for name in rows[0] if rows else ():
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        table.add_column(_cell(name), justify="right" if name in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*(_cell(value) for value in row.values()))
     # a log file has no width; Rich would cut the table to 80 columns
     Console(stderr=True, width=None if sys.stderr.isatty() else LOG_WIDTH).print(table)
+
+
+def _cell(value: object) -> Text:
+    """A value as it is: a name in square brackets is no markup."""
+    return Text(printable(without_credentials(str(value))))

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.cli.console import Next, log, print_table, run
-from pipelines.cli.options import ConfigFile, Debug, Json, Overrides, RayFile, command_line, load
+from pipelines.cli.options import (
+    ConfigFile,
+    Debug,
+    Json,
+    LocalOk,
+    Overrides,
+    RayFile,
+    command_line,
+    load,
+    load_for_work,
+)
 
 
 def shard(
@@ -20,6 +30,7 @@ def shard(
         ),
     ] = "",
     ray_config: RayFile = "",
+    local_ok: LocalOk = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -29,7 +40,7 @@ def shard(
         from pipelines.data.shards import shard as write_shards
         from pipelines.nightly.datasets import checked_date, of_date
 
-        loaded = load(config, overrides, ray_config)
+        loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok)
         date = checked_date(night) if night else ""
         if date:
             loaded = of_date(loaded, date)

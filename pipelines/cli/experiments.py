@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pipelines.cli.console import Next, log, print_table, run
-from pipelines.cli.options import ConfigFile, Debug, Json, Overrides, RayFile, command_line, load
+from pipelines.cli.options import ConfigFile, Debug, Json, LocalOk, Overrides, RayFile, command_line, load_for_work
 from pipelines.report.formatting import cost, percent, significant
 
 if TYPE_CHECKING:
     from pipelines.config.loading import Config
 
 
-def _load(config: str, overrides: Overrides, ray_config: str, tasks: str) -> Config:
+def _load(config: str, overrides: Overrides, ray_config: str, tasks: str, *, local_ok: bool) -> Config:
     """Read the configuration, and start the imports of the processes that will train, beside those of this one.
 
     Args:
@@ -20,10 +20,11 @@ def _load(config: str, overrides: Overrides, ray_config: str, tasks: str) -> Con
         overrides: `section.key=value` arguments.
         ray_config: File that configures Ray.
         tasks: Module of the functions that these processes call.
+        local_ok: Accept places that only this job can see.
     """
     from pipelines.execution.choice import preload_processes
 
-    loaded = load(config, overrides, ray_config)
+    loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok)
     preload_processes(loaded.ray, [tasks])
     return loaded
 
@@ -32,6 +33,7 @@ def signal(
     config: ConfigFile,
     overrides: Overrides = None,
     ray_config: RayFile = "",
+    local_ok: LocalOk = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -41,7 +43,7 @@ def signal(
     """
 
     def body() -> dict[str, Any]:
-        loaded = _load(config, overrides, ray_config, "pipelines.compare.cells")
+        loaded = _load(config, overrides, ray_config, "pipelines.compare.cells", local_ok=local_ok)
         from pipelines.compare.page import two
         from pipelines.compare.signal import signal as measure_signal
 
@@ -62,7 +64,7 @@ def signal(
             f"{len(found['partitions'])} random groupings × {len(found['seeds'])} seeds, {found['epochs']} epochs"
         )
         print_table(title, rows, right=("correlation", "between groupings", "between seeds"))
-        log(f"verdict: {found['verdict']}\nsignal:  {done.folder}")
+        log(f"verdict: {found['verdict']}", f"signal:  {done.folder}")
         step = Next(
             "compare the search with the baselines", command_line(["compare"], config, overrides, ray_config)
         )
@@ -75,6 +77,7 @@ def compare(
     config: ConfigFile,
     overrides: Overrides = None,
     ray_config: RayFile = "",
+    local_ok: LocalOk = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -82,7 +85,9 @@ def compare(
 
     def body() -> dict[str, Any]:
         step = Next("train a grouping and its models", command_line(["train"], config, overrides, ray_config))
-        return _compare(_load(config, overrides, ray_config, "pipelines.compare.cells")) | {"next": step}
+        return _compare(_load(config, overrides, ray_config, "pipelines.compare.cells", local_ok=local_ok)) | {
+            "next": step
+        }
 
     run("compare", body, reads=config, as_json=as_json, debug=debug)
 
@@ -114,7 +119,7 @@ def _compare(config: Config) -> dict[str, Any]:
     for text in (*found["verdicts"], *(f"note: {note}" for note in found["notes"])):
         log(text)
     log(f"signal:     {found['signal'] or 'not measured; dmtg signal measures whether the grouping can matter'}")
-    log(f"comparison: {done.folder}\nreport:     {done.page}")
+    log(f"comparison: {done.folder}", f"report:     {done.page}")
     ours = next((row for row in found["rows"] if row["method"] == found["reference"]), found["rows"][0])
     return {
         "run_dir": str(done.folder),
@@ -129,6 +134,7 @@ def sweep(
     config: ConfigFile,
     overrides: Overrides = None,
     ray_config: RayFile = "",
+    local_ok: LocalOk = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -138,7 +144,7 @@ def sweep(
     """
 
     def body() -> dict[str, Any]:
-        found = _sweep(_load(config, overrides, ray_config, "pipelines.sweep.embedded"))
+        found = _sweep(_load(config, overrides, ray_config, "pipelines.sweep.embedded", local_ok=local_ok))
         step = Next(
             "train the best setting with all its models",
             command_line(["train"], found["best_config"], [], ray_config),
@@ -177,7 +183,7 @@ def _sweep(config: Config) -> dict[str, Any]:
         *(f"note: {note}" for note in found["notes"]),
     ):
         log(text)
-    log(f"sweep:    {done.folder}\nreport:   {done.page}\nbest:     {done.best_config}")
+    log(f"sweep:    {done.folder}", f"report:   {done.page}", f"best:     {done.best_config}")
     return {
         "run_dir": str(done.folder),
         "run_id": done.run_id,

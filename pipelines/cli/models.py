@@ -10,6 +10,7 @@ import typer
 from pipelines.cli.completion import complete_address, complete_name
 from pipelines.cli.console import Next, log, print_table, run
 from pipelines.cli.options import Debug, Json, RayFile, RunDir, TrackUri
+from pipelines.errors import without_credentials
 from pipelines.report.formatting import significant
 
 if TYPE_CHECKING:
@@ -182,8 +183,6 @@ def _section(uri: str, ray_config: str) -> TrackSection:
 
 def _command(command: str, uri: str, ray_config: str, *more: str) -> tuple[str, ...]:
     """Another command with the same registry."""
-    from pipelines.registry.errors import without_credentials
-
     server = ["--uri", without_credentials(uri)] if uri else []
     ray = ["--ray-config", ray_config] if ray_config else []
     return "dmtg", "models", command, *more, *server, *ray
@@ -195,8 +194,6 @@ def _version(entry: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _serve_command(section: TrackSection, model: str) -> Next:
     """The MLflow command that serves a model. The server needs no Ray."""
-    from pipelines.registry.errors import without_credentials
-
     server = ("env", f"MLFLOW_TRACKING_URI={without_credentials(section.uri)}") if section.uri else ()
     return Next(
         "serve the model over HTTP",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipelines.cli.completion import complete_config, complete_model
+from pipelines.errors import without_credentials
 
 if TYPE_CHECKING:
     from pipelines.config.loading import Config
@@ -25,6 +26,9 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 RayFile = Annotated[
     str, typer.Option("--ray-config", help="File that configures Ray; ./ray_config.yaml by default.")
+]
+LocalOk = Annotated[
+    bool, typer.Option("--local-ok", help="Accept places on a cluster that only this job can see.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 TrackUri = Annotated[
@@ -47,6 +51,29 @@ def load(config: str, overrides: Sequence[str] | None, ray_config: str = "") -> 
     from pipelines.config.loading import load_config
 
     return load_config(config, overrides or [], ray_config)
+
+
+def load_for_work(
+    config: str, overrides: Sequence[str] | None, ray_config: str, *, local_ok: bool, out: str = ""
+) -> Config:
+    """Read the configuration of a command that writes results, and check that its places are not lost.
+
+    Args:
+        config, overrides, ray_config: As for `load`.
+        local_ok: Accept places that only this job can see.
+        out: A further folder that is written.
+    """
+    from pipelines.execution.choice import on_ray
+    from pipelines.execution.places import check_places
+    from pipelines.registry.tracking import tracking_uri
+
+    loaded = load(config, overrides, ray_config)
+    places = {"run.root": loaded.run.root, "data.shards": loaded.data.shards, "--out": out}
+    places |= {"regroup.shards": loaded.regroup.shards}
+    places |= {"track.uri": tracking_uri(loaded.track), "track.registry_uri": loaded.track.registry_uri}
+    if not local_ok and on_ray(loaded.ray):
+        check_places(loaded.ray, places)
+    return loaded
 
 
 def command_line(
@@ -75,8 +102,6 @@ def predict_command(
 
 def _without_secrets(override: str) -> str:
     """An override for a log. A value that holds a secret becomes a dot dot dot, and has to be typed again."""
-    from pipelines.registry.errors import without_credentials
-
     key, _, value = override.partition("=")
     return f"{key}=…" if key == "regroup.webhook" or without_credentials(value) != value else override
 
@@ -84,7 +109,6 @@ def _without_secrets(override: str) -> str:
 def models_command(command: str, track: TrackSection, *more: str) -> tuple[str, ...]:
     """A `dmtg models` command for the registry of a configuration."""
     from pipelines.config.loading import load_track
-    from pipelines.registry.errors import without_credentials
 
     elsewhere = track.uri and track.uri != load_track().uri and without_credentials(track.uri) == track.uri
     return "dmtg", "models", command, *more, *(["--uri", track.uri] if elsewhere else [])

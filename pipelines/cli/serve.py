@@ -11,12 +11,14 @@ from pipelines.cli.options import (
     ConfigFile,
     Debug,
     Json,
+    LocalOk,
     Model,
     Overrides,
     RayFile,
     TrustCode,
     command_line,
     load,
+    load_for_work,
     models_command,
     predict_command,
 )
@@ -63,6 +65,7 @@ def predict(
     split: Annotated[str, typer.Option(help="train, val, test or all.")] = "test",
     ray_config: RayFile = "",
     trust_code: TrustCode = False,
+    local_ok: LocalOk = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -78,7 +81,7 @@ def predict(
         from dmtg_core.names import listed
         from pipelines.serving.predict import predict as predict_shards
 
-        loaded = load(config, overrides, ray_config)
+        loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok, out=out)
         done = predict_shards(loaded, model, out, split, log, trust_code=trust_code)
         rows = [
             {"task": name, "group": entry["group"], "kind": entry["kind"], "unit": entry["unit"],
@@ -122,6 +125,7 @@ def regroup(
     ] = False,
     ray_config: RayFile = "",
     trust_code: TrustCode = False,
+    local_ok: LocalOk = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -134,7 +138,7 @@ def regroup(
     def body() -> dict[str, Any]:
         from pipelines.nightly.driver import regroup as run_nightly
 
-        loaded = load(config, overrides, ray_config)
+        loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok)
         found = run_nightly(
             loaded, night, shard=shard, dry_run=dry_run, wait_s=wait, trust_code=trust_code, log=log
         )

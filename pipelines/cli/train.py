@@ -11,13 +11,16 @@ from pipelines.cli.options import (
     ConfigFile,
     Debug,
     Json,
+    LocalOk,
     Overrides,
     RayFile,
     RunDir,
     command_line,
     load,
+    load_for_work,
     predict_command,
 )
+from pipelines.errors import without_credentials
 from pipelines.report.formatting import percent, significant
 
 if TYPE_CHECKING:
@@ -45,13 +48,14 @@ def train(
         bool, typer.Option("--reuse", help="Show a finished run although the data has changed since.")
     ] = False,
     ray_config: RayFile = "",
+    local_ok: LocalOk = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Search a grouping and train one model for each group. If it was killed, the same command resumes."""
 
     def body() -> dict[str, Any]:
-        loaded = load(config, overrides, ray_config)
+        loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok)
         if profile:
             step = Next("train without the profiler", command_line(["train"], config, overrides, ray_config))
             return _profile(loaded) | {"next": step}
@@ -74,7 +78,7 @@ def _profile(config: Config) -> dict[str, Any]:
         f"{found['workers']} × {found['device']}", rows, right=("share",),
     )  # fmt: skip
     log(f"all-reduce took {found['all_reduce_share']:.1%}, partly at the same time as the backward pass")
-    log(f"trace for ui.perfetto.dev: {done.trace}\nslowest operators: {done.operators}")
+    log(f"trace for ui.perfetto.dev: {done.trace}", f"slowest operators: {done.operators}")
     return {"run_dir": str(done.folder.parent), "profile": found, "trace": str(done.trace)}
 
 
@@ -95,7 +99,6 @@ def _train(config: Config, *, reuse: bool = False) -> dict[str, Any]:
 
 
 def _print_summary(config: Config, done: Trained) -> None:
-    from pipelines.registry.errors import without_credentials
     from pipelines.registry.tracking import tracking_uri
 
     _print_tasks(done.result)
@@ -105,7 +108,7 @@ def _print_summary(config: Config, done: Trained) -> None:
         log(_selection(done.result))
     for note in done.result["notes"]:
         log(f"note: {note}")
-    log(f"run:      {done.run}\nreport:   {done.report}")
+    log(f"run:      {done.run}", f"report:   {done.report}")
     for model in done.models:
         log(f"model:    {model.uri}")
     if done.models:

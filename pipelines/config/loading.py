@@ -14,12 +14,12 @@ import yaml
 from pydantic import Field
 
 from pipelines.config.ray_section import RaySection
+from pipelines.config.regroup_section import RegroupSection
 from pipelines.config.sections import (
     CompareSection,
     DataSection,
     GateSection,
     NetworkSection,
-    RegroupSection,
     RunSection,
     SearchSection,
     SignalSection,
@@ -28,7 +28,8 @@ from pipelines.config.sections import (
     TrackSection,
     TrainSection,
 )
-from pipelines.config.validation import Section, checked
+from pipelines.config.validation import Section, checked, clip
+from pipelines.config.yaml_text import DEEPEST, LARGEST_TEXT, load_yaml
 from pipelines.errors import UserError
 from pipelines.recipes import RECIPES, recipes
 
@@ -52,7 +53,9 @@ def _excluding(where: str) -> Iterator[None]:
 class Config(Section):
     """A whole configuration."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="Name of the run and of the registered models.")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_-]+$", max_length=100, description="Name of the run and of the registered models."
+    )
     source: SourceSection | None = None
     data: DataSection
     network: NetworkSection = NetworkSection()
@@ -129,6 +132,8 @@ class Config(Section):
         """
         self.settings()
         self.search_options()
+        with _excluding("network.encoder, network.options"):
+            self.encoder_spec().check()
 
     def encoder_spec(self) -> EncoderSpec:
         """The specification of the core's encoder."""
@@ -289,7 +294,13 @@ def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
     merged = _merged(below, above)
     for section, owner, default in (("network", "encoder", NetworkSection().encoder), ("source", "kind", None)):
         old, new = below.get(section), merged.get(section)
-        if isinstance(old, dict) and isinstance(new, dict) and new.get(owner, default) != old.get(owner, default):
+        own = isinstance(above.get(section), dict)
+        if (
+            own
+            and isinstance(old, dict)
+            and isinstance(new, dict)
+            and new.get(owner, default) != old.get(owner, default)
+        ):
             new["options"] = above[section].get("options", {})
     return merged
 
@@ -304,7 +315,7 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(_text(path))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
             f"cannot read the configuration: {_reason(error)}", where=str(path), remedy="correct the file",
@@ -313,12 +324,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return _sections(values, str(path))
 
 
+def _text(path: Path) -> str:
+    """The text of a file; one that is too large is not read to its end."""
+    with path.open(encoding="utf-8") as file:
+        return file.read(LARGEST_TEXT + 1)
+
+
 def _stored(address: str) -> dict[str, Any]:
     """The values of a file in object storage, such as one that a sweep writes; its base can be a recipe."""
     from pipelines.storage import locate  # imports Arrow, which a local file does not need
 
     try:
-        values = _sections(yaml.safe_load(locate(address).read_text()), address)
+        values = _sections(load_yaml(locate(address).read_text()), address)
     except (FileNotFoundError, PermissionError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
             f"cannot read the configuration: {_reason(error)}", where=address,
@@ -359,16 +376,16 @@ def _apply(values: dict[str, Any], override: str) -> None:
             remedy="write an override, for example train.epochs=10",
             wrong_use=True,
         )
-    *path, last = key.split(".")
+    *path, last = key.split(".", DEEPEST)
     section = values
     for part in path:
         inner = section.get(part)
         section[part] = section = dict(inner) if isinstance(inner, dict) else {}
     try:
-        section[last] = yaml.safe_load(text)
+        section[last] = load_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(
-            f"the value is not YAML: {text}",
+            f"the value is not YAML: {clip(text)}",
             where=f"command line, {key}",
             remedy="close every bracket and quote, and quote the override for the shell",
             wrong_use=True,

@@ -23,23 +23,29 @@ class RaySection(Section):
         description="Data-parallel training workers; with two numbers, the fewest and the most, the number "
         "follows the size of the cluster. With auto there is one, or as many as shorten the training.",
     )
-    cpus_per_worker: float = Field(1, gt=0, description="CPUs of a training worker.")
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs of a training worker; 1 for training on GPUs.")
+    cpus_per_worker: float = Field(1, gt=0, le=10**6, description="CPUs of a training worker.")
+    gpus_per_worker: float = Field(
+        0, ge=0, le=10**6, description="GPUs of a training worker; 1 for training on GPUs."
+    )
     data_cpus: float = Field(
         2,
         gt=0,
+        le=10**6,
         description="CPUs for Ray Data, in addition to those of the workers; also the number of shards that Ray "
         "writes at a time.",
     )
     object_store_mib: int | None = Field(
         None,
         ge=80,
+        le=2**30,
         description="Memory for samples in MiB, on a local cluster its shared memory; by default a third of the "
         "memory of the machine.",
     )
-    tune_cpus: float = Field(0.5, gt=0, description="CPUs of the process that drives a trial of a sweep.")
+    tune_cpus: float = Field(
+        0.5, gt=0, le=10**6, description="CPUs of the process that drives a trial of a sweep."
+    )
     trials: int | None = Field(
-        None, ge=1, description="Trials of a sweep at a time; by default as many as the resources allow."
+        None, ge=1, le=10**6, description="Trials of a sweep at a time; by default as many as the resources allow."
     )
     autoscaling: bool = Field(
         False, description="The cluster adds machines on demand, so its present resources are no limit."
@@ -49,13 +55,20 @@ class RaySection(Section):
     )
     tracking_uri: str = Field("", description="MLflow server, used if track.uri is empty.")
     registry_uri: str = Field("", description="MLflow model registry, if it is not the tracking server.")
-    max_failures: int = Field(2, ge=0, description="How many times lost workers and processes are replaced.")
-    timeout_s: int = Field(300, ge=1, description="Longest time in seconds that a worker waits for the others.")
+    max_failures: int = Field(
+        2, ge=0, le=10**6, description="How many times lost workers and processes are replaced."
+    )
+    timeout_s: int = Field(
+        300, ge=1, le=10**9, description="Longest time in seconds that a worker waits for the others."
+    )
     resize_every_s: float = Field(
-        60, gt=0, description="Seconds between two checks whether resources for more workers are available."
+        60,
+        gt=0,
+        le=10**9,
+        description="Seconds between two checks whether resources for more workers are available.",
     )
     hung_after_s: float = Field(
-        1800, ge=0, description="Seconds without a batch after which a worker is ended; 0 for never."
+        1800, ge=0, le=10**6, description="Seconds without a batch after which a worker is ended; 0 for never."
     )
 
     @field_validator("workers", mode="before")
@@ -64,9 +77,9 @@ class RaySection(Section):
         if value == "auto":
             return value
         numbers = list(value) if isinstance(value, list | tuple) else [value]
-        counts = [n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and n >= 1]
+        counts = [n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 10**6]
         if len(counts) != len(numbers) or len(counts) not in (1, 2) or counts != sorted(counts):
-            raise ValueError("expected auto, a number of at least 1, or two such numbers [fewest, most]")
+            raise ValueError("expected auto, a number from 1 to 1000000, or two such numbers [fewest, most]")
         return tuple(counts) if len(counts) == 2 else counts[0]
 
     @property

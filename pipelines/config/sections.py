@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from pipelines.config.validation import Section
+from pipelines.config.validation import Section, Seed
 
 MOST_BYTES = 200  # of a name, which gets a suffix where it becomes the name of a file
 
@@ -37,7 +37,7 @@ class DataSection(Section):
         "that models trained on either can be evaluated on both.",
     )
     rows_per_shard: int | None = Field(
-        None, ge=1, description="Samples in one Parquet file; by default as many as 64 MiB hold."
+        None, ge=1, le=10**9, description="Samples in one Parquet file; by default as many as 64 MiB hold."
     )
     compression: Literal["none", "lz4", "zstd"] = Field("none", description="Compression of the Parquet pages.")
     max_bad_fraction: float = Field(
@@ -45,25 +45,29 @@ class DataSection(Section):
     )
     verify_checksums: bool = Field(True, description="Compare every shard with its checksum before training.")
     min_support: int = Field(
-        20,
-        ge=1,
-        description="Labels of a class below which a note says that its results are unreliable.",
+        20, ge=1, description="Labels of a class below which a note says that its results are unreliable."
     )
     cache: Literal["auto", "memory", "device", "stream"] = Field(
         "auto",
         description="Where the samples are kept: in memory (memory), on the training device (device) or "
         "nowhere, so that every epoch streams them (stream); auto chooses memory or stream by their size.",
     )
-    read_threads: int = Field(4, ge=1, description="Row groups that a streaming worker reads at the same time.")
+    read_threads: int = Field(
+        4, ge=1, le=1024, description="Row groups that a streaming worker reads at the same time."
+    )
     shuffle_mib: float = Field(
         128,
         gt=0,
+        le=2**30,
         description="Decoded size in MiB of the samples from which a streamed global batch is drawn. A worker "
         "holds up to three times this size. With 16 MiB for every worker, or a multiple, each reads its own "
         "part.",
     )
     cache_gib: float = Field(
-        4.0, gt=0, description="Decoded size in GiB up to which data.cache=auto keeps the samples in memory."
+        4.0,
+        gt=0,
+        le=2**30,
+        description="Decoded size in GiB up to which data.cache=auto keeps the samples in memory.",
     )
 
     @field_validator("shards")
@@ -82,11 +86,11 @@ class NetworkSection(Section):
         description="Encoder: one of mlp, convnet, resnet18, resnet34, resnet50, celeba_resnet, "
         "xception_taskonomy, vit, vit_b_16, embedding_bag, text_transformer, transformers.",
     )
-    stem: int = Field(0, ge=0, description="Stages of the encoder that all groups share.")
-    groups: int = Field(3, ge=1, description="Largest number of groups, K.")
+    stem: int = Field(0, ge=0, le=1000, description="Stages of the encoder that all groups share.")
+    groups: int = Field(3, ge=1, le=1000, description="Largest number of groups, K.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the encoder.")
     decoder: Literal["subpixel", "xception"] = Field("subpixel", description="Decoder of the dense tasks.")
-    decoder_width: int = Field(64, ge=1, description="Channels of the first layer of the decoder.")
+    decoder_width: int = Field(64, ge=1, le=2**16, description="Channels of the first layer of the decoder.")
     rescale_gradients: bool = Field(
         False, description="Scale gradients by 1/√N into the branches and by 1/√K into the stem."
     )
@@ -147,8 +151,8 @@ class GateSection(Section):
 class TrainSection(Section):
     """Training of the networks."""
 
-    epochs: int = Field(20, ge=1, description="Epochs of search and fine-tuning together.")
-    batch_size: int = Field(64, ge=1, description="Samples of a global batch, over all workers.")
+    epochs: int = Field(20, ge=1, le=10**6, description="Epochs of search and fine-tuning together.")
+    batch_size: int = Field(64, ge=1, le=10**9, description="Samples of a global batch, over all workers.")
     optimizer: Literal["adam", "adamw", "sgd"] = Field(
         "adam", description="Optimiser of the encoders, the heads and the gate."
     )
@@ -157,9 +161,11 @@ class TrainSection(Section):
     lr_schedule: Literal["constant", "cosine", "halving", "plateau"] = Field(
         "cosine", description="Schedule of the learning rate over the epochs."
     )
-    lr_every: int = Field(15, ge=1, description="Epochs between two halvings of the learning rate (halving).")
+    lr_every: int = Field(
+        15, ge=1, le=10**6, description="Epochs between two halvings of the learning rate (halving)."
+    )
     lr_patience: int = Field(
-        3, ge=0, description="Epochs without progress after which the learning rate is halved (plateau)."
+        3, ge=0, le=10**6, description="Epochs without progress after which the learning rate is halved (plateau)."
     )
     lr_min: float = Field(0.0, ge=0, description="Smallest learning rate of the schedule.")
     clip_norm: float = Field(0.0, ge=0, description="Largest norm of the gradient; 0 for no limit.")
@@ -173,7 +179,7 @@ class TrainSection(Section):
         "aggregators).",
     )
     accumulate: int = Field(
-        1, ge=1, description="Parts in which a batch is computed, one after the other, to save memory."
+        1, ge=1, le=10**6, description="Parts in which a batch is computed, one after the other, to save memory."
     )
     recompute: bool = Field(
         False, description="Compute activations again in the backward pass: less memory, more time."
@@ -200,7 +206,7 @@ class TrainSection(Section):
     checkpoint_every: int = Field(
         500, ge=0, description="Steps between two checkpoints within an epoch; 0 for a checkpoint at its end only."
     )
-    seed: int = Field(
+    seed: Seed = Field(
         22, description="Seed of initial weights, data order, gate noise and every other random choice."
     )
 
@@ -217,6 +223,7 @@ class SearchSection(Section):
     starts: int = Field(
         1,
         ge=0,
+        le=100,
         description="Number of uniform gates. dmtg needs at least one and fine-tunes the gate with the best "
         "validation score.",
     )
@@ -258,6 +265,7 @@ class SearchSection(Section):
     group_epochs: int = Field(
         0,
         ge=0,
+        le=10**6,
         description="Epochs that each group is trained on its own afterwards; groups are trained at the same "
         "time if resources are available.",
     )
@@ -281,13 +289,13 @@ class TrackSection(Section):
 class SweepSection(Section):
     """The values of a sweep. All combinations are tried; an empty list keeps the value of the configuration."""
 
-    groups: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="Values of network.groups.")
-    stems: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="Values of network.stem.")
+    groups: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = Field((), description="Values of network.groups.")
+    stems: tuple[Annotated[int, Field(ge=0, le=1000)], ...] = Field((), description="Values of network.stem.")
     temperatures: tuple[TemperatureSection, ...] = Field((), description="Values of gate.temperature.")
     gate_learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (), description="Values of gate.learning_rate."
     )
-    seeds: tuple[int, ...] = Field(
+    seeds: tuple[Seed, ...] = Field(
         (), description="Values of train.seed; settings are ranked by the mean over the seeds."
     )
     samples: int | None = Field(
@@ -320,8 +328,8 @@ class CompareSection(Section):
         description="Methods of the comparison. naive_mtl is always trained, because every gain is relative to "
         "it.",
     )  # fmt: skip
-    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1, description="Values of train.seed.")
-    random_draws: int = Field(3, ge=1, description="Random groupings for each seed.")
+    seeds: tuple[Seed, ...] = Field((1, 2, 3), min_length=1, description="Values of train.seed.")
+    random_draws: int = Field(3, ge=1, le=1000, description="Random groupings for each seed.")
     equal_budget: bool = Field(
         True,
         description="Also train baselines for as many epochs as the guided search costs: the wide encoder, a "
@@ -346,48 +354,11 @@ class CompareSection(Section):
 class SignalSection(Section):
     """The grouping signal (`dmtg signal`): short runs of random groupings."""
 
-    partitions: int = Field(6, ge=2, description="Number of random groupings.")
-    seeds: tuple[int, ...] = Field(
+    partitions: int = Field(6, ge=2, le=1000, description="Number of random groupings.")
+    seeds: tuple[Seed, ...] = Field(
         (1, 2, 3), min_length=2, description="Values of train.seed; every grouping is trained with each."
     )
     share: float = Field(0.5, gt=0, le=1, description="Epochs of each run, as a share of train.epochs.")
-
-
-class RegroupSection(Section):
-    """The nightly run: its data sets, and the conditions under which a challenger replaces the champion."""
-
-    shards: str = Field(
-        "",
-        description="Folder with a data set for each date, in <date> or date=<date>, or a JSON file with a list "
-        'of {"date": …, "shards": …}; the newest data set is used. Empty for data.shards.',
-    )
-    evaluation: str = Field(
-        "",
-        description="Shards on whose split champion and challenger are evaluated; empty for those of the nightly "
-        "run.",
-    )
-    split: Literal["test", "val"] = Field(
-        "test", description="Split on which champion and challenger are evaluated."
-    )
-    margin: float = Field(0.5, ge=0, description="Smallest gain of the challenger over the champion, in per cent.")
-    confidence: float = Field(
-        0.95,
-        gt=0,
-        lt=1,
-        description="Level of the bootstrap confidence interval; the interval of the gain must be above 0.",
-    )
-    resamples: int = Field(2000, ge=100, description="Number of bootstrap resamples.")
-    limit: float | None = Field(
-        5.0, ge=0, description="Largest increase of the error of any task, in per cent; null for no limit."
-    )
-    limits: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        default_factory=dict, description="Values that replace regroup.limit for single tasks: task → per cent."
-    )
-    warm_start: bool = Field(True, description="Start from the weights of the champion where they fit.")
-    lease_s: float = Field(
-        120, ge=5, description="Seconds without a renewal after which the lease of another regroup job is free."
-    )
-    webhook: str = Field("", description="HTTP(S) address to which the verdict is sent as JSON.")
 
 
 class RunSection(Section):

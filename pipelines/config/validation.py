@@ -4,19 +4,46 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from pipelines.errors import UserError
 
 S = TypeVar("S", bound=BaseModel)
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # in a field "seed" or "seeds"
+LARGEST_INT, LARGEST_FLOAT = 10**12, 1e30  # of any other number
 
 
 class Section(BaseModel):
-    """A part of the configuration. It refuses unknown keys and is immutable."""
+    """A part of the configuration. It refuses unknown keys and numbers that are not finite or too large."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _finite(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name not in ("seed", "seeds"):
+            _check_numbers(value)
+        return value
+
+
+def _check_numbers(value: object) -> None:
+    """Check the numbers of a value, also of one that has no type.
+
+    Raises:
+        ValueError: For NaN, infinity, or a number that is too large.
+    """
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            _check_numbers(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_numbers(inner)
+    elif isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
+        raise ValueError(f"expected a finite number of at most {LARGEST_FLOAT:g}")
+    elif isinstance(value, int) and abs(value) > LARGEST_INT:
+        raise ValueError(f"expected a whole number of at most {LARGEST_INT}")
 
 
 def checked(model: type[S], values: Mapping[str, Any], where: str = "") -> S:
@@ -48,13 +75,14 @@ def _problem(model: type[BaseModel], found: dict[str, Any], where: str) -> tuple
     if found["input"] is None and found["type"].startswith(("model", "dict")):
         return f"{name} is empty", f"give {name} a key, or remove its line"
     if found["type"] != "extra_forbidden":
-        return f"{name}: {found['msg']}, got {_clip(repr(found['input']))}", "correct the value"
+        return f"{name}: {found['msg']}, got {clip(repr(found['input']))}", "correct the value"
     valid = list(_keys_at(model, path[:-1]))
     nearest = difflib.get_close_matches(path[-1], valid, n=3) or valid
     return f"unknown key {name}", f"did you mean {', '.join(nearest)}?"
 
 
-def _clip(text: str, most: int = 100) -> str:
+def clip(text: str, most: int = 100) -> str:
+    """The beginning of a text."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

@@ -14,14 +14,12 @@ import hashlib
 import io
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +52,7 @@ from pipelines.errors import UserError
 from pipelines.execution.choice import open_executor
 from pipelines.execution.executor import Executor
 from pipelines.runs.lease import only_one
+from pipelines.scratch import temporary_folder
 from pipelines.storage import Location, locate
 
 QUARANTINE = "_quarantine.jsonl"
@@ -115,6 +114,7 @@ def _shard(
     records = read_records(folder)
     record_job(folder, records.files)  # first, so that a killed job leaves a folder that is known
     folder.check_writable()
+    folder = folder.retrying()  # a server or disk that is away for a moment does not end hours of work
     progress(f"listing the samples of {section.root or section.kind}")
     made = identity(source, section, config.data)
     description = _description(source, config.data.like)
@@ -196,8 +196,8 @@ class BadSamples:
 
 def _write_quarantine(file: Location, folder: Location, shards: Iterable[str]) -> None:
     """Write the bad samples of some shards, one a line. The note of one shard is in memory at a time."""
-    with tempfile.TemporaryDirectory(prefix="dmtg-") as scratch:
-        lines = Path(scratch) / QUARANTINE
+    with temporary_folder() as scratch:
+        lines = scratch / QUARANTINE
         with lines.open("w", encoding="utf-8") as target:
             for shard_file in shards:
                 target.writelines(json.dumps(one) + "\n" for one in quarantined_in(folder, shard_file))

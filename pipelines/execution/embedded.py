@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +14,7 @@ from pipelines.config.ray_section import RaySection
 from pipelines.execution.executor import Held, Outcome
 from pipelines.execution.pool import Pool
 from pipelines.execution.resources import sample_memory
+from pipelines.scratch import new_scratch
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class EmbeddedExecutor(AbstractContextManager["EmbeddedExecutor"]):
         self.pool = Pool(processes, section.max_failures, imports) if processes else None
         if self.pool is not None:
             self.pool.start()
-        self.scratch = tempfile.TemporaryDirectory(prefix="dmtg-") if processes else None
+        self.scratch = new_scratch() if processes else None
         self.numbers = itertools.count()
 
     def run(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Outcome]:
@@ -67,7 +66,7 @@ class EmbeddedExecutor(AbstractContextManager["EmbeddedExecutor"]):
         """See `Executor.hold`."""
         if self.scratch is None:
             return InProcess(value)
-        file = str(Path(self.scratch.name) / f"{next(self.numbers)}.arrow")
+        file = str(self.scratch.path / f"{next(self.numbers)}.arrow")
         with pa.OSFile(file, "wb") as sink, pa.ipc.new_file(sink, value.schema) as writer:
             writer.write_table(value)
         return Mapped(file)
@@ -85,7 +84,7 @@ class EmbeddedExecutor(AbstractContextManager["EmbeddedExecutor"]):
         if self.pool is not None:
             self.pool.close()
         if self.scratch is not None:
-            self.scratch.cleanup()
+            self.scratch.close()
 
 
 def _here(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Outcome]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipelines.config.ray_section import RaySection
 from pipelines.errors import UserError
+from pipelines.execution.cluster_address import check_cluster
 from pipelines.execution.resources import missing_resources
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def session(section: RaySection, cpus: float | None = None) -> Iterator[None]:
         cpus: Logical CPUs of a local cluster; by default those of the most workers and of the data tasks.
 
     Raises:
-        UserError: When the cluster cannot hold the workers and the data tasks at the same time.
+        UserError: When the cluster does not answer, refuses the token, or cannot hold the workers and the data
+            tasks at the same time.
     """
     set_environment()
     import ray
@@ -64,6 +66,7 @@ def session(section: RaySection, cpus: float | None = None) -> Iterator[None]:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
         logger.info("connecting to the Ray cluster at %s", address)
+        check_cluster(address)
     else:
         logger.info("starting Ray")
     with _kept_sigterm_handler(), _start_errors(address):
@@ -91,9 +94,14 @@ def _start_errors(address: str | None) -> Iterator[None]:
         yield
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
+        if type(error).__name__ == "AuthenticationError":
+            raise UserError(
+                f"the Ray cluster at {address} refuses the token: {reason}", where="RAY_AUTH_MODE, RAY_AUTH_TOKEN",
+                remedy="set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the token of the cluster",
+            ) from error  # fmt: skip
         if address:
             raise UserError(
-                f"the Ray cluster does not answer: {reason}", where=f"ray.address = {address}",
+                f"the Ray cluster at {address} does not answer: {reason}", where=f"ray.address = {address}",
                 remedy="correct ray.address or RAY_ADDRESS, or start the cluster; dmtg doctor tests the address",
             ) from error  # fmt: skip
         raise UserError(

@@ -11,7 +11,7 @@ import torch
 
 from dmtg_core.evaluation.bootstrap import BlockSums, Comparison, Gain, compare
 from pipelines.config.loading import Config
-from pipelines.config.sections import RegroupSection
+from pipelines.config.regroup_section import RegroupSection
 from pipelines.data.manifest import check_shards, read_manifest
 from pipelines.data.reader import Reader
 from pipelines.data.stream import StreamData

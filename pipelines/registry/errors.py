@@ -5,26 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from pipelines import storage
-from pipelines.errors import UserError
+from pipelines.errors import UserError, without_credentials
 from pipelines.storage import Location
 
 # packages whose errors MLflow raises
 SERVICES = {"mlflow", "requests", "urllib3", "sqlalchemy", "alembic", "boto3", "botocore"}
-CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
-SECRETS = re.compile(r"(?i)([?&][^=&\s]*(?:password|token|secret|key)[^=&\s]*)=[^&\s]+")
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-def without_credentials(text: str) -> str:
-    """An address, or a text with addresses, without `user:password@` and secrets in its query."""
-    return SECRETS.sub(r"\1=…", CREDENTIALS.sub("", text))
 
 
 @contextlib.contextmanager
@@ -42,6 +34,15 @@ def reached(uri: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error, ImportError) or type(error).__name__ == "NoSuchModuleError":  # of SQLAlchemy
+            name = getattr(error, "name", "") or without_credentials(str(error))
+            raise UserError(
+                f"the driver of this database is not installed: {name}",
+                where=f"track.uri = {without_credentials(uri)}",
+                remedy="install it, for example psycopg for postgresql:// or pymysql for "
+                "mysql+pymysql://, or set track.uri to an MLflow server",
+                wrong_use=True,
+            ) from error
         if _service(error) not in SERVICES and not isinstance(error, OSError):
             raise
         unreachable = _unreachable(error)

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pipelines.config.loading import Config
 from pipelines.config.sections import TrackSection
+from pipelines.errors import without_credentials
 from pipelines.registry.environment import mlflow_environment
-from pipelines.registry.errors import reached, without_credentials
+from pipelines.registry.errors import reached
 from pipelines.registry.lost_runs import ENDED, PROCESS, end_lost_runs, owner_tag
 from pipelines.registry.sqlite_store import ensure_store
 from pipelines.runs.files import METRICS, REGISTERED, TRACKING, read_jsonl

@@ -14,6 +14,7 @@ import yaml
 
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
+from pipelines.config.yaml_text import load_yaml
 from pipelines.errors import UserError
 from pipelines.runs.files import CONFIG, IDENTITY, PROFILE, REPORT, RESULT, TRACKING
 from pipelines.runs.folders import check_folder
@@ -72,8 +73,16 @@ def _stored_digest(file: Location) -> str:
     The compare section is no part of the digest. It is not read, because its methods had other names in earlier
     versions.
     """
-    stored = yaml.safe_load(file.read_text())
-    return checked(Config, {name: section for name, section in stored.items() if name != "compare"}).digest()
+    try:
+        stored = load_yaml(file.read_text())
+        return checked(Config, {name: section for name, section in stored.items() if name != "compare"}).digest()
+    except (UserError, AttributeError, yaml.YAMLError) as error:
+        problem = error.what if isinstance(error, UserError) else "it is damaged"
+        raise UserError(
+            f"the configuration in this run folder cannot be read: {problem}",
+            where=str(file),
+            remedy="another version of dmtg wrote it: use that version, or give another run.name",
+        ) from error
 
 
 def results_folder(

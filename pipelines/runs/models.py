@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import yaml
 
@@ -14,14 +12,15 @@ from dmtg_core.training.warm_start import WarmStart
 from pipelines.config.loading import Config
 from pipelines.errors import UserError
 from pipelines.runs.files import CONFIG, MODELS
+from pipelines.scratch import temporary_folder
 from pipelines.storage import Location
 
 
 def write_model(place: Location, model: GroupModel) -> None:
     """Write a group model into a local or remote folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save_model(Path(folder), model)
-        for file in sorted(Path(folder).iterdir()):
+    with temporary_folder() as folder:
+        checkpoint.save_model(folder, model)
+        for file in sorted(folder.iterdir()):
             (place / file.name).write_bytes(file.read_bytes())
 
 
@@ -32,16 +31,16 @@ def read_model(place: Location) -> GroupModel:
         UserError: When a file is missing or damaged, it is not a group model, or it has to be trained again.
     """
     branches = branches_of(place.parent.parent)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         for name in place.files(recursive=False):
-            (Path(folder) / name).write_bytes((place / name).read_bytes())
+            (folder / name).write_bytes((place / name).read_bytes())
         try:
-            return checkpoint.load_model(Path(folder), branches=branches)
+            return checkpoint.load_model(folder, branches=branches)
         except checkpoint.OutdatedNetworkError as error:
             raise outdated(error, str(place)) from error
         except ValueError as error:
             raise UserError(
-                str(error).replace(folder, str(place)),
+                str(error).replace(str(folder), str(place)),
                 where=str(place),
                 remedy="give a folder models/group_<k> of a run that dmtg train has finished",
             ) from error

@@ -11,12 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +34,7 @@ from pipelines.execution.choice import open_executor
 from pipelines.execution.executor import Executor, Held
 from pipelines.runs.folders import check_folder
 from pipelines.runs.lease import only_one
+from pipelines.scratch import temporary_folder
 from pipelines.serving.columns import ID, arrays_of, columns_of, described, schema
 from pipelines.serving.fitting import Served, check_input, open_model, same_tasks
 from pipelines.storage import Location, locate
@@ -298,8 +297,8 @@ def predict_shard(job: Job, models: Mapping[str, GroupModel], shard: Shard) -> d
     """
     source = pq.ParquetFile(pa.BufferReader(_whole(job, shard)))
     tasks = [task for model in models.values() for task in model.tasks]
-    with tempfile.TemporaryDirectory(prefix="dmtg-") as scratch:
-        local, rows = Path(scratch) / shard.file, 0
+    with temporary_folder() as scratch:
+        local, rows = scratch / shard.file, 0
         with pq.ParquetWriter(local, schema(tasks), compression="zstd") as writer:
             for group in range(source.num_row_groups):
                 table = predicted(job, models, source.read_row_group(group, columns=[ID, INPUT]))

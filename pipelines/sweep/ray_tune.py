@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import queue
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from pipelines.execution.ray_executor import RayExecutor
 from pipelines.registry.tracking import NullTracker
 from pipelines.runs.events import for_result
 from pipelines.runs.files import EVENTS, METRICS, RESULT, read_jsonl
+from pipelines.scratch import temporary_folder
 from pipelines.sweep.events import TrialEvents
 from pipelines.sweep.halving import (
     WORST,
@@ -219,14 +219,14 @@ def run_trials(
         ended = [one for name, one in events.trials.items() if name not in names]
         scheduler.replay({one.name: read_jsonl(one.run / METRICS) for one in ended})
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the callback logs failed trials
-    with tempfile.TemporaryDirectory(prefix="dmtg-") as scratch:
+    with temporary_folder() as scratch:
         trainable = tune.with_resources(tune.with_parameters(TrialRun, jobs=dict(jobs)), {"cpu": ray.tune_cpus})
         tuner = tune.Tuner(
             trainable,
             param_space={NAME: tune.grid_search(names)},
             tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=at_once),
             run_config=tune.RunConfig(
-                name="sweep", storage_path=scratch, verbose=0, callbacks=[TuneEvents(events)],
+                name="sweep", storage_path=str(scratch), verbose=0, callbacks=[TuneEvents(events)],
                 failure_config=tune.FailureConfig(max_failures=ray.max_failures),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the run folder has them
             ),

@@ -20,9 +20,10 @@ from pipelines.runs.checkpoints import Checkpoints
 from pipelines.runs.events import RESIZED, RESUMED, UNWRITTEN, Emit
 from pipelines.runs.files import CHECKPOINTS, GATE, METRICS
 from pipelines.runs.writer import BackgroundWriter, PendingWrite
+from pipelines.scratch import STACKS
 from pipelines.storage import PATIENCE_S, Location, finite
 from pipelines.training.failures import PermanentError
-from pipelines.training.watchdog import STACKS, Scratch, Watchdog
+from pipelines.training.watchdog import Watchdog, worker_scratch
 
 CLOSING_S = 5.0  # on Ray, the process is ended then
 PROGRESS = "progress.json"  # in a checkpoint: the records of all epochs before it, and the number of workers
@@ -55,7 +56,7 @@ class RunContext:
         self.run, self.emit, self.on_record = run, emit, on_record
         self.device = device or torch.device("cpu")
         self.records: list[dict[str, Any]] = []
-        self.scratch = Scratch(run, emit)
+        self.scratch = worker_scratch(run, emit)
         self.watchdog = Watchdog(hung_after_s, self.scratch.path / STACKS)
         self.checkpoints = Checkpoints(run / CHECKPOINTS, self.scratch.path, emit)
         self.writer = BackgroundWriter(emit)

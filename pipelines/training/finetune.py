@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,6 +26,7 @@ from pipelines.runs.events import UNWRITTEN, Emit, emitter
 from pipelines.runs.files import CHECKPOINTS, DETAILS, MODELS, RESULT, SEARCHED
 from pipelines.runs.models import read_model, write_model
 from pipelines.runs.results import gains
+from pipelines.scratch import temporary_folder
 from pipelines.storage import Location
 from pipelines.training.failures import permanent_error, training_failed
 from pipelines.training.worker import Job
@@ -77,8 +77,8 @@ def train_group(job: Job, name: str, members: Sequence[str], before: float) -> t
     """
     reader = replace(job.reader, tasks=tuple(task for task in job.reader.tasks if task.name in members))
     settings = group_settings(job.config)
-    with tempfile.TemporaryDirectory(prefix="dmtg-") as scratch:
-        context = GroupContext(job.run / GROUPS / name, Path(scratch), emitter(job.event_log))
+    with temporary_folder() as scratch:
+        context = GroupContext(job.run / GROUPS / name, scratch, emitter(job.event_log))
         data = open_data(
             reader, job.held, job.config.data, seed=settings.seed, rank=0, world_size=1, device=context.device
         )

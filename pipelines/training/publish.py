@@ -17,8 +17,8 @@ import yaml
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
 from pipelines.data.manifest import Manifest, read_manifest
-from pipelines.errors import UserError
-from pipelines.registry.errors import not_published, reached, retry_while_unreachable, without_credentials
+from pipelines.errors import UserError, without_credentials
+from pipelines.registry.errors import not_published, reached, retry_while_unreachable
 from pipelines.registry.models import Registered, are_registered, register
 from pipelines.registry.tracking import Tracker, enabled, open_tracker, tracking_uri
 from pipelines.runs.files import CONFIG, GROUPING, LABELS, REGISTERED, REPORT, RESULT, TRACKING

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import faulthandler
-import fcntl
 import hashlib
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from dmtg_core.training.data import Batch, Data
 from pipelines.errors import UserError
 from pipelines.runs.events import HUNG, Emit, EventLog
+from pipelines.scratch import STACKS, Scratch, abandoned, new_scratch
 from pipelines.storage import Location
 
-STACKS = "stacks.txt"
 REARM_S = 1.0  # least seconds between two timers, which are threads, and between two progress reports
 
 
-class Scratch:
-    """A worker's temporary folder. Creating it removes the folders of workers that were killed.
-
-    The process holds a lock on its folder. A folder that can be locked therefore has no owner.
+def worker_scratch(run: Location, emit: Emit) -> Scratch:
+    """A worker's temporary folder. The folders of workers of the same run that have ended are removed.
 
     Args:
         run: The run folder. Workers of other runs on this machine are left alone.
@@ -34,55 +28,23 @@ class Scratch:
     Raises:
         UserError: When no folder can be created.
     """
-
-    def __init__(self, run: Location, emit: Emit) -> None:
-        temporary = Path(tempfile.gettempdir())
-        prefix = f"dmtg-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}-"
-        try:
-            with _locked(temporary):  # or another worker could remove the folder before it is locked
-                for left in temporary.glob(f"{prefix}*"):
-                    _clear(left, run, emit)
-                self.path = Path(tempfile.mkdtemp(prefix=prefix))
-                self.lock = os.open(self.path, os.O_RDONLY)
-                fcntl.flock(self.lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise UserError(
-                f"cannot create a folder for temporary files: {error}",
-                where=str(temporary),
-                remedy="free disk space there, or set TMPDIR to another folder",
-            ) from error
-
-    def close(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self.lock)
-
-
-@contextmanager
-def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
-    """Hold a lock on a folder; `fcntl.LOCK_NB` in `flags` raises BlockingIOError instead of waiting."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
-        yield
-    finally:
-        os.close(descriptor)
+    purpose = hashlib.sha256(str(run).encode()).hexdigest()[:16]
+    for left in abandoned(purpose):
+        _clear(left, run, emit)
+    return new_scratch(purpose)
 
 
 def _clear(left: Path, run: Location, emit: Emit) -> None:
     """Remove the folder of a worker that has ended; keep its stacks if it hung."""
     try:
-        with _locked(left, fcntl.LOCK_NB):
-            stacks = left / STACKS
-            if stacks.exists() and stacks.stat().st_size:
-                kept = run / f"hung_{stacks.stat().st_mtime_ns}.txt"
-                kept.write_file(stacks)
-                emit(
-                    HUNG, f"a worker made no progress for ray.hung_after_s and was ended; its stacks are in {kept}"
-                )
-            shutil.rmtree(left, ignore_errors=True)
+        stacks = left / STACKS
+        if stacks.exists() and stacks.stat().st_size:
+            kept = run / f"hung_{stacks.stat().st_mtime_ns}.txt"
+            kept.write_file(stacks)
+            emit(HUNG, f"a worker made no progress for ray.hung_after_s and was ended; its stacks are in {kept}")
+        shutil.rmtree(left, ignore_errors=True)
     except (OSError, UserError):
-        return  # it has an owner, or is removed next time
+        return  # it is removed next time
 
 
 class Watchdog:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dmtg_core.network.grouping_network import NetworkSpec
@@ -23,6 +21,7 @@ from pipelines.runs.events import EventLog, LocalEventLog, for_result
 from pipelines.runs.files import DETAILS, PROFILE, RESULT, SEARCHED
 from pipelines.runs.models import warm_start
 from pipelines.runs.results import write_result
+from pipelines.scratch import temporary_folder
 from pipelines.storage import Location
 from pipelines.training.context import RunContext
 from pipelines.training.failures import PermanentError, permanent_error
@@ -106,10 +105,10 @@ def _search(job: Job, context: RunContext) -> SearchResult:
 
 def _profile(job: Job, context: RunContext) -> None:
     spec, data = _open(job, context)
-    with tempfile.TemporaryDirectory(prefix="dmtg-") as folder:
-        profile_steps(spec, data, job.config.settings(), context, Path(folder))
+    with temporary_folder() as folder:
+        profile_steps(spec, data, job.config.settings(), context, folder)
         if context.rank == 0:
-            for file in sorted(Path(folder).iterdir()):
+            for file in sorted(folder.iterdir()):
                 (job.run / PROFILE / file.name).write_bytes(file.read_bytes())
 
 

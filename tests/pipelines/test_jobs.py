@@ -70,7 +70,14 @@ class Head:
     def submit(self, folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Submit a command with a working directory by `ray job submit`, and wait for its end."""
         return self.ray(
-            "job", "submit", f"--working-dir={folder}", f"--submission-id={name}", "--", "dmtg", *arguments
+            "job",
+            "submit",
+            f"--working-dir={folder}",
+            f"--submission-id={name}",
+            "--",
+            "dmtg",
+            *arguments,
+            "--local-ok",
         )
 
     def details(self, name: str) -> tuple[JobDetails, str]:

@@ -49,6 +49,11 @@ WIDTHS: Mapping[str, tuple[str, ...]] = {
     "text_transformer": ("width",),
 }
 
+# options that are sizes: a positive whole number, or a list of them
+SIZES = ("widths", "width", "features", "embedding", "layers", "heads", "patch")
+LISTS = ("widths",)
+LARGEST_SIZE = 2**20
+
 # options that select pretrained weights
 PRETRAINED = ("weights", "path")
 
@@ -59,6 +64,14 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
+
+
+def _check_size(what: str, value: object, *, several: bool) -> None:
+    numbers = list(value) if several and isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    whole = [n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= LARGEST_SIZE]
+    if not numbers or len(whole) < len(numbers) or several != isinstance(value, Sequence):
+        wanted = "a list of positive whole numbers" if several else "a positive whole number"
+        raise ValueError(f"{what} must be {wanted}, each at most {LARGEST_SIZE}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,22 @@ class EncoderSpec:
     def __post_init__(self) -> None:
         if self.name == "transformers":
             object.__setattr__(self, "options", with_config(self.options or {}))
+
+    def check(self) -> None:
+        """Check name and options without an input, before anything is built.
+
+        Raises:
+            ValueError: For an unknown name, an unknown option, or a size that is not a positive whole number.
+        """
+        if self.name not in ENCODERS:
+            raise ValueError(f"unknown encoder {self.name!r}, expected one of {', '.join(ENCODERS)}")
+        known = list(inspect.signature(ENCODERS[self.name][0]).parameters)[1:]
+        for name, value in (self.options or {}).items():
+            if name not in known:
+                valid = ", ".join(known) or "none"
+                raise ValueError(f"encoder {self.name} has no option {name!r}, its options are: {valid}")
+            if name in SIZES:
+                _check_size(f"option {name} of encoder {self.name}", value, several=name in LISTS)
 
     def without_weights(self) -> EncoderSpec:
         """Return the same architecture with random initial weights, which needs no files of weights."""
@@ -120,8 +149,7 @@ class EncoderSpec:
         Raises:
             ValueError: For an unknown name or option, an input of the wrong kind, or a stem of too many stages.
         """
-        if self.name not in ENCODERS:
-            raise ValueError(f"unknown encoder {self.name!r}, expected one of {', '.join(ENCODERS)}")
+        self.check()
         build, kind = ENCODERS[self.name]
         if spec.kind != kind:
             raise ValueError(f"encoder {self.name} reads {kind} input, got {spec.kind}")

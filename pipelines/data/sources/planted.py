@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from dmtg_core.evaluation.planted import planted
-from pipelines.config.validation import Section, checked
+from pipelines.config.validation import Section, Seed, checked
 from pipelines.data.sources.base import INPUT, Column, Description, Entry
 from pipelines.errors import UserError
 from pipelines.storage import Location
@@ -23,7 +23,7 @@ class PlantedOptions(Section):
     groups: int = Field(3, ge=1)
     features: int = Field(16, ge=2)
     rows: int = Field(4000, ge=100)
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
 
 class PlantedSource:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from pipelines.execution.resources import cores
 from pipelines.execution.session import set_environment
 from pipelines.runs.events import emitter
+from pipelines.scratch import temporary_folder
 from pipelines.training.ray.events import RayEventLog
 from pipelines.training.ray.failures import training_failed
 from pipelines.training.worker import Job, work
@@ -52,7 +52,7 @@ def run_workers(
     samples = "streamed" if job.held is None else "in shared memory"
     log(f"training on Ray with {count} worker{'s' * (section.most > 1)}, samples {samples}")
     limit_collectives(section.timeout_s)  # the same limit as for PyTorch's collectives
-    with tempfile.TemporaryDirectory(prefix="dmtg-") as scratch:
+    with temporary_folder() as scratch:
         trainer = InterruptibleTrainer(
             work,
             train_loop_config={"job": job},
@@ -69,7 +69,7 @@ def run_workers(
             run_config=RunConfig(
                 # Ray's own storage is a temporary folder: a short failure of the run's storage would end the run
                 name=job.run.name,
-                storage_path=scratch,
+                storage_path=str(scratch),
                 failure_config=FailureConfig(max_failures=section.max_failures),
                 callbacks=controller_callbacks(event_log),
                 logging_config=LoggingConfig(log_level="ERROR"),

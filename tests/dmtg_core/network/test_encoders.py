@@ -210,7 +210,7 @@ def test_a_residual_block_without_change_of_shape_adds_its_input(name, stage):
         ("image", EncoderSpec("vit", 0, {"heads": 5}), "width 192 is no multiple of its 5 heads"),
         ("image", EncoderSpec("xception_taskonomy", 14), "xception_taskonomy.*0 to 13.*got 14"),
         ("tokens", EncoderSpec("text_transformer", 0, {"heads": 3}), "4 layers, width 128, 3 heads"),
-        ("tokens", EncoderSpec("text_transformer", 0, {"layers": 0}), "0 layers"),
+        ("tokens", EncoderSpec("text_transformer", 0, {"layers": 0}), "option layers of encoder text_transformer"),
     ],
 )
 def test_impossible_encoders_are_refused(kind, spec, message):

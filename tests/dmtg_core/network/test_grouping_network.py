@@ -300,7 +300,7 @@ def test_input_of_any_size_has_complete_maps():
         ({"tasks": ()}, "at least one task"),
         ({"tasks": (SAMPLEWISE[0], SAMPLEWISE[0])}, "unique, got smiling"),
         ({"tasks": samples.DENSE[:1]}, "'segments' is dense, but encoder mlp has no feature map"),
-        ({"groups": 0}, "1 group, got 10 and 0"),
+        ({"groups": 0}, "groups must be a whole number of at least 1, got 0"),
         ({"sampling": "hard"}, "unknown sampling 'hard'"),
         ({"initial": "zeros"}, "unknown initial logits 'zeros'"),
         ({"encoder": EncoderSpec("transformer")}, "unknown encoder 'transformer'"),

@@ -84,8 +84,8 @@ def test_an_epoch_of_refused_steps_ends_early():
                 yield batch
 
     arrays = samples.arrays(spec.input, spec.tasks, 900)
-    arrays.inputs[:] = np.nan
     data = MonitoredData({"train": arrays, "val": arrays}, spec.tasks)
+    arrays.inputs[:] = np.nan  # after the check
     with pytest.raises(NonFiniteLossError):
         fit(GroupingNetwork(spec), data, TrainSettings(epochs=1, batch_size=2), local())
     assert len(drawn) == 100

@@ -1,5 +1,7 @@
+import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,7 +16,7 @@ from pipelines.data.shards import QUARANTINE, finished_part, shard, table_of, wr
 from pipelines.data.sources import build_source
 from pipelines.data.sources.base import Column, Description, Entry
 from pipelines.errors import UserError
-from pipelines.storage import locate
+from pipelines.storage import Location, locate
 from tests.pipelines.conftest import make_config, write_images
 
 
@@ -46,6 +48,22 @@ class TestJob:
         assert (first.made, second.made, second.kept) == (len(before), 2, len(before) - 2)
         assert {name: (folder / name).read_bytes() for name in before} == before
         assert second.manifest.digest() == first.manifest.digest()
+
+    def test_storage_that_is_away_for_a_moment_is_waited_for(
+        self, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write, calls = Location._write, []
+
+        def away(place: Location, *arguments: Any, **options: Any) -> None:
+            calls.append(place.patience_s)
+            if place.name.endswith(".parquet") and len(calls) % 3:
+                raise OSError(errno.EHOSTUNREACH, "No route to host")
+            write(place, *arguments, **options)
+
+        monkeypatch.setattr(Location, "_write", away)
+        monkeypatch.setattr("pipelines.storage.FIRST_PAUSE_S", 0.0)
+        config = make_config(images, tmp_path)
+        assert shard(config).made == len(list((tmp_path / "shards").glob("*.parquet")))
 
     def test_other_options_replace_all_shards(self, images: Path, tmp_path: Path) -> None:
         shard(make_config(images, tmp_path))

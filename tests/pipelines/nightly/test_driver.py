@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from pipelines.config.loading import Config
-from pipelines.config.sections import RegroupSection
+from pipelines.config.regroup_section import RegroupSection
 from pipelines.config.validation import checked
 from pipelines.data.shards import shard
 from pipelines.errors import UserError

@@ -27,9 +27,9 @@ from pipelines.config.sections import TrackSection
 from pipelines.config.validation import checked
 from pipelines.data.manifest import Manifest
 from pipelines.data.sources.base import Description
-from pipelines.errors import UserError
+from pipelines.errors import UserError, without_credentials
 from pipelines.registry import tracking
-from pipelines.registry.errors import reached, without_credentials
+from pipelines.registry.errors import reached
 from pipelines.registry.tracking import MlflowTracker, connect, open_tracker, shown
 from pipelines.runs.files import METRICS, read_jsonl
 from pipelines.storage import Location, locate

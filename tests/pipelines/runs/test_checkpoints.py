@@ -22,9 +22,10 @@ from pipelines.errors import UserError
 from pipelines.runs.checkpoints import Checkpoints
 from pipelines.runs.events import DAMAGED, UNWRITTEN
 from pipelines.runs.writer import BackgroundWriter, PendingWrite
+from pipelines.scratch import STACKS
 from pipelines.storage import is_transient, locate
 from pipelines.training.failures import PermanentError, permanent_error
-from pipelines.training.watchdog import STACKS, Scratch
+from pipelines.training.watchdog import worker_scratch
 from tests.paths import ROOT
 from tests.pipelines.conftest import make_config
 from tests.pipelines.driver import in_own_mounts
@@ -255,10 +256,11 @@ import ctypes, sys, time
 import numpy as np, torch
 from dmtg_core.training.data import ArrayData, Arrays
 from dmtg_core.tasks import Task
+from pipelines.scratch import STACKS
 from pipelines.storage import locate
-from pipelines.training.watchdog import STACKS, MonitoredData, Scratch, Watchdog
+from pipelines.training.watchdog import MonitoredData, Watchdog, worker_scratch
 
-scratch = Scratch(locate({run!r}), print)
+scratch = worker_scratch(locate({run!r}), print)
 watchdog = Watchdog({seconds}, scratch.path / STACKS)
 rows = Arrays(np.zeros((80, 4), "float32"), {{"a": np.zeros(80, "uint8")}}, {{}})
 data = MonitoredData(ArrayData({{"train": rows, "val": rows}}, [Task("a", "binary")]), watchdog)
@@ -290,8 +292,8 @@ def test_a_worker_that_hangs_is_ended_and_its_stacks_are_kept(tmp_path: Path) ->
     events = Recorded()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tempfile.tempdir", str(tmp_path))
-        own = Scratch(locate(str(tmp_path / "run")), events)
-        other = Scratch(locate(str(tmp_path / "run")), events)  # a folder in use is left alone
+        own = worker_scratch(locate(str(tmp_path / "run")), events)
+        other = worker_scratch(locate(str(tmp_path / "run")), events)  # a folder in use is left alone
     assert not left.exists()
     kept = next((tmp_path / "run").glob("hung_*.txt"))
     assert "stuck_in_a_driver" in kept.read_text()

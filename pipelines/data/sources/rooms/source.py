@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import Field
 
 from dmtg_core.names import listed
-from pipelines.config.validation import Section, checked
+from pipelines.config.validation import Section, Seed, checked
 from pipelines.data.sources.base import Description, Entry
 from pipelines.data.sources.rooms.scene import render_scene
 from pipelines.data.sources.taskonomy.source import TASKS, TaskName, TaskonomySource, domains
@@ -41,7 +41,7 @@ class RoomsOptions(Section):
     buildings: int = Field(12, ge=3, le=1000)
     points: int = Field(50, ge=1)
     resolution: int = Field(96, ge=16, le=1024)
-    seed: int = Field(22, ge=0)
+    seed: Seed = 22
     size: int = Field(64, ge=8)
     tasks: tuple[TaskName, ...] = Field(get_args(TaskName), min_length=1)
     missing: Literal["quarantine", "mask"] = "quarantine"

@@ -1,0 +1,70 @@
+"""YAML of users, read with the safe loader; a text is refused if its values would take long or fill the memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+LARGEST_TEXT = 2 * 2**20  # characters
+MOST_VALUES = 200_000  # with every alias replaced by what it stands for
+DEEPEST = 40
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, with a limit of the nesting: a deeper text would end in the limit of Python's recursion."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose a node and those in it."""
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise _refused(f"values are nested more than {DEEPEST} levels deep", self.peek_event().start_mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: If it is not valid, too large or nested too deeply, or has impossible values.
+    """
+    if len(text) > LARGEST_TEXT:
+        raise yaml.YAMLError(f"it has {len(text)} characters, at most {LARGEST_TEXT} are read")
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _size(node, {})
+        return loader.construct_document(node)
+    except (ValueError, OverflowError) as error:  # a date without such a day, a number of thousands of digits
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from error
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Number of values in a node; an alias counts as often as it is used.
+
+    Args:
+        sizes: The sizes of the nodes so far, 0 for a node that is being counted.
+    """
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise _refused("an alias stands for a value that contains it", node.start_mark)
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    inner = [one for pair in node.value for one in pair] if isinstance(node, yaml.MappingNode) else node.value
+    count = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum(_size(one, sizes) for one in inner)
+    if count > MOST_VALUES:
+        raise _refused(f"it stands for more than {MOST_VALUES} values", node.start_mark)
+    sizes[id(node)] = count
+    return count
+
+
+def _refused(problem: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)

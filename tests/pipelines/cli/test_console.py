@@ -1,0 +1,111 @@
+"""What commands print: names that are hostile, addresses with credentials, and warnings of other libraries."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import pytest
+import typer
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from pipelines.cli.console import print_table, run
+from pipelines.errors import UserError, printable
+
+ADDRESS = "https://me:hush@mlflow.test/x?token=hush"
+
+
+def fail(message: str) -> None:
+    raise RuntimeError(message)
+
+
+def printed(body: Any, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(typer.Exit):
+        run("train", body, as_json=False, debug=False)
+    return capsys.readouterr().err
+
+
+@given(st.text())
+@example("a\nfailed: b")
+@example("\x1b]0;title\x07\x1b[2J\r\x9b2J")
+@example("abc\u202edef\u2028\ud800")
+def test_a_text_is_one_line_of_visible_characters(text: str) -> None:
+    shown = printable(text)
+    assert len(shown.splitlines()) <= 1
+    assert not any(ord(character) < 32 or 127 <= ord(character) < 160 for character in shown)
+    shown.encode()
+    if text.isprintable():
+        assert shown == text
+
+
+@pytest.mark.parametrize("kind", ["error", "other error", "log", "library", "warning", "traceback"])
+def test_no_line_has_credentials_or_control_characters(
+    kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a process of its own
+    hostile = f"task \x1b[2J\nnote: forged {ADDRESS}"
+
+    def body() -> dict[str, Any]:
+        if kind == "error":
+            raise UserError(hostile, where=hostile, remedy=hostile)
+        if kind == "other error":
+            raise RuntimeError(hostile)
+        if kind == "log":
+            logging.getLogger("pipelines.x").info(hostile)
+        elif kind == "library":
+            logging.getLogger("library").warning("retrying %s", hostile)
+        elif kind == "traceback":
+            try:
+                fail(hostile)
+            except RuntimeError:
+                logging.getLogger("library").exception("failed")
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")
+                warnings.warn(hostile, stacklevel=1)
+        return {}
+
+    found = printed(body, capsys)
+    assert "task" in found
+    assert "hush" not in found
+    assert "\x1b" not in found
+    if kind != "traceback":
+        assert not any(line.startswith("note: forged") for line in found.splitlines())
+
+
+def test_handlers_of_other_libraries_get_records_without_credentials() -> None:
+    got: list[str] = []
+
+    class Own(logging.StreamHandler):  # as MLflow has one
+        def emit(self, record: logging.LogRecord) -> None:
+            got.append(self.format(record))
+
+    logger = logging.getLogger("library.own")
+    logger.addHandler(handler := Own())
+
+    def body() -> dict[str, Any]:
+        logger.warning("retrying %s", ADDRESS)
+        try:
+            fail(ADDRESS)
+        except RuntimeError:
+            logger.exception("failed")
+        return {}
+
+    with pytest.raises(typer.Exit):
+        run("train", body, as_json=False, debug=False)
+    logger.removeHandler(handler)
+    assert len(got) == 2
+    assert "mlflow.test" in got[0]
+    assert "Traceback" in got[1]
+    assert "hush" not in "".join(got)
+
+
+def test_a_table_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("of [red]x", [{"task": "[bold]a[/]", "value\x1b": f"b\x1b[2J\n{ADDRESS}"}])
+    found = capsys.readouterr().err
+    assert "[bold]a[/]" in found
+    assert "[red]x" in found
+    assert "\x1b" not in found
+    assert "hush" not in found
