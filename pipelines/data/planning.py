@@ -30,11 +30,20 @@ _KEY = hashlib.sha256().digest_size
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Plan of a shard: file name, split, samples, and a digest of the samples and the options."""
+    """Plan of a shard.
+
+    Args:
+        file: Name of the shard.
+        split: Its split.
+        entries: Its samples.
+        key: Digest of the samples and the options. The shard holds it, and equal data has equal shards.
+        digest: Digest of the key and of the state of the raw files, which changes when they are copied.
+    """
 
     file: str
     split: str
     entries: Sequence[Entry]
+    key: str
     digest: str
 
 
@@ -90,10 +99,9 @@ def make_plans(
     """
     described = [description.input.to_dict(), [task.to_dict() for task in description.tasks]]
     described.append(dict(description.preparation))
-    depends = [described, source.kind, source.options, data.compression, *([files] if files else [])]
-    options = json.dumps(depends, sort_keys=True, default=str)
+    options = json.dumps([described, source.kind, source.options, data.compression], sort_keys=True, default=str)
     size = data.rows_per_shard or min(max(SHARD_BYTES // description.row_bytes, 64), 8192)
-    splits = {split: _Split(split, size, options) for split in SPLITS}
+    splits = {split: _Split(split, size, options, files) for split in SPLITS}
     repeated, before = _Repeated(), b""
     # neighbours on disk are similar; a hash shuffles them in the same way on every machine
     for record in sort_records(map(_record, entries)):
@@ -159,9 +167,9 @@ class _Repeated:
 class _Split:
     """The plans of a split, made from its samples in their order."""
 
-    def __init__(self, name: str, rows: int, options: str) -> None:
+    def __init__(self, name: str, rows: int, options: str, files: str) -> None:
         self.count = 0
-        self._name, self._rows, self._options = name, rows, options.encode()
+        self._name, self._rows, self._options, self._files = name, rows, options.encode(), files
         self._file = TemporaryRecords()
         self._plans: list[ShardPlan] = []
         self._start()
@@ -181,10 +189,11 @@ class _Split:
 
     def _end(self) -> None:
         self._digest.update(b"]")
-        digest = self._digest.hexdigest()
+        key = self._digest.hexdigest()
+        digest = hashlib.sha256(f"{key} {self._files}".encode()).hexdigest() if self._files else key
         run = Run(self._file, self._begin, self._file.size)
         file = f"{self._name}-{len(self._plans):05d}-{digest[:12]}.parquet"
-        self._plans.append(ShardPlan(file, self._name, StoredEntries(run, self._held), digest))
+        self._plans.append(ShardPlan(file, self._name, StoredEntries(run, self._held), key, digest))
         self._start()
 
     def finished(self) -> list[ShardPlan]:

@@ -56,7 +56,7 @@ from pipelines.scratch import temporary_folder
 from pipelines.storage import Location, locate
 
 QUARANTINE = "_quarantine.jsonl"
-PLAN = b"dmtg.plan"  # metadata key of a shard: the digest of its plan
+PLAN = b"dmtg.plan"  # metadata key of a shard: the key of its plan
 GROUP_BYTES = 16 * 2**20  # decoded size of a row group, the unit that training reads
 WINDOW = 32  # plans for each concurrent task whose samples are in memory at the same time
 READERS = 4  # samples that a task opens at the same time, so that waits for a network overlap
@@ -224,7 +224,7 @@ def finished_part(
     """
     for part in notes.get(plan.digest, ()):
         file = folder / part["shard"]["file"]
-        if file.size() == part["shard"]["bytes"] and _plan_of(file) == plan.digest:
+        if file.size() == part["shard"]["bytes"] and _plan_of(file) == plan.key:
             return None if part["bad"] and _usable_again(folder, plan, part, source) else part
     return None
 
@@ -237,7 +237,7 @@ def _usable_again(folder: Location, plan: ShardPlan, part: Mapping[str, Any], so
 
 
 def _plan_of(file: Location) -> str:
-    """The digest of the plan of a shard, from the footer of its file: a file can have been renamed."""
+    """The key of the plan of a shard, from the footer of its file: a file can have been renamed."""
     try:
         with file.filesystem.open_input_file(file.path) as opened:
             held = pq.ParquetFile(opened).schema_arrow.metadata or {}
@@ -261,7 +261,7 @@ def write_shard(
     # dictionaries and page statistics take time and are useless for pixels
     with pq.ParquetWriter(
         sink,
-        schema(description).with_metadata({PLAN: plan.digest}),
+        schema(description).with_metadata({PLAN: plan.key}),
         compression=compression,
         use_dictionary=False,
         write_statistics=False,

@@ -18,6 +18,7 @@ from pipelines.storage import Location
 FILE = "_lease.json"
 LEASE_S = 120.0
 POLL_S = 2.0
+_OWN: set[str] = set()  # tokens that this process holds: one that an error left behind is not among them
 KINDS = {"token": str, "host": str, "pid": int}
 SETTLE_S = 1.0  # time until a file that another process wrote at the same time is visible
 
@@ -75,6 +76,7 @@ class Lease:
         Returns:
             None if it was acquired, else the content of its file.
         """
+        _OWN.add(self.token)
         held = self._read()
         if held is None:
             if not self.file.create(_text(self._content())):
@@ -90,7 +92,7 @@ class Lease:
         return None if held is not None and held["token"] == self.token else held
 
     def _left_behind(self, held: dict[str, Any]) -> bool:
-        if has_ended(held):
+        if _ended(held):
             return True  # on the same machine a lost process is known at once
         now = time.monotonic()
         self.first = self.first or held
@@ -139,7 +141,7 @@ class Lease:
     def here(self) -> bool:
         """Whether a process of this machine holds the lease: it is known to be alive then."""
         held = self._read()
-        return held is not None and held.get("host") == host() and not has_ended(held)
+        return held is not None and held.get("host") == host() and not _ended(held)
 
     @contextmanager
     def held(self, wait_s: float = 0.0, log: Callable[[str], None] = print) -> Iterator[Lease]:
@@ -160,6 +162,7 @@ class Lease:
         finally:
             self._stop.set()
             thread.join()
+            _OWN.discard(self.token)
             with suppress(UserError):  # the storage is unreachable: the lease is left behind
                 held = self._read()
                 if held is not None and held["token"] == self.token:
@@ -175,12 +178,18 @@ class Lease:
             time.sleep(POLL_S)
             other = self.try_acquire()
         if other is not None:
+            _OWN.discard(self.token)
             raise UserError(
                 f"another {self.job} is running: {_shown(other)}",
                 where=str(self.file),
                 remedy="wait until it has ended (dmtg regroup --wait SECONDS); "
                 f"the lease of a lost job is free after {self.timeout_s:g} s without renewal",
             )
+
+
+def _ended(held: dict[str, Any]) -> bool:
+    """Whether the holder has ended, or is this process and does not hold it any more."""
+    return has_ended(held) or (this_process().items() <= held.items() and held["token"] not in _OWN)
 
 
 def _text(value: dict[str, Any]) -> str:

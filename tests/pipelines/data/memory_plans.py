@@ -33,7 +33,7 @@ def plans_in_memory(
             text = options + json.dumps([asdict(entry) for entry in chosen], sort_keys=True, default=str)
             digest = hashlib.sha256(text.encode()).hexdigest()
             file = f"{split}-{start // size:05d}-{digest[:12]}.parquet"
-            plans.append(ShardPlan(file, split, chosen, digest))
+            plans.append(ShardPlan(file, split, chosen, digest, digest))
     return plans
 
 

@@ -225,7 +225,8 @@ def test_data_set_in_a_bucket_stays_until_the_next_is_complete(
     manifest = read_manifest(folder)
     assert manifest.rows("train") == first.rows("train")
     assert not set(manifest.files()) & set(names)
-    assert set(folder.files()) == {
+    left = {name for name in folder.files() if not name.startswith(".probe-")}  # of the jobs that ended
+    assert left == {
         "_manifest.json", "_quarantine.jsonl", "notes.parquet", *manifest.files(),
         *(f"_parts/{name}.json" for name in manifest.files()),
     }  # fmt: skip

@@ -12,6 +12,7 @@ from pipelines.config.sections import DataSection, SourceSection
 from pipelines.data import shards
 from pipelines.data.manifest import FILE, check_shards, check_targets, read_manifest
 from pipelines.data.planning import make_plans
+from pipelines.data.raw_data import identity
 from pipelines.data.shards import QUARANTINE, finished_part, shard, table_of, write_shard
 from pipelines.data.sources import build_source
 from pipelines.data.sources.base import Column, Description, Entry
@@ -151,9 +152,9 @@ def manifest_of(tmp_path: Path, images: Path, **data: object):
     assert config.source is not None
     source = build_source("folder", str(images), config.source.options)
     plans = make_plans(source.entries(), source.describe(), config.source, config.data)
-    folder = locate(config.data.shards)
+    folder, made = locate(config.data.shards), identity(source, config.source, config.data)
     parts = {plan.digest: write_shard(source, source.describe(), plan, folder, "lz4") for plan in plans}
-    return config, folder, shards._publish(folder, source.describe(), plans, parts, config.source, {})
+    return config, folder, shards._publish(folder, source.describe(), plans, parts, config.source, made)
 
 
 def test_manifest_survives_the_round_trip(images: Path, tmp_path: Path) -> None:
