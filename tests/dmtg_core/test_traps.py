@@ -153,7 +153,7 @@ STRING_OPTIONS = [
     (Task, {"name": "t", "kind": "binary"}, ("kind", "loss", "metric")),
     (InputSpec, {"kind": "features", "shape": (3,)}, ("kind", "dtype")),
     (TemperatureSchedule, {}, ("family",)),
-    (TrainSettings, {}, ("optimizer", "lr_schedule", "precision", "aggregator")),
+    (TrainSettings, {}, ("optimizer", "lr_schedule", "precision", "aggregator", "batch_branches")),
     (
         NetworkSpec,
         {"input": samples.FEATURES, "tasks": samples.SAMPLEWISE, "encoder": EncoderSpec("mlp"), "groups": 2},

@@ -8,6 +8,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -92,10 +93,11 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    started = Head(tmp_path_factory.mktemp("h") / "r")
-    yield started
-    started.stop()
+def head() -> Iterator[Head]:
+    with tempfile.TemporaryDirectory(prefix="h") as folder:  # short: the path of a socket has at most 107 bytes
+        started = Head(Path(folder) / "r")
+        yield started
+        started.stop()
 
 
 @pytest.fixture(scope="module")

@@ -222,7 +222,8 @@ class Seen:
 
 def trained(augmentations: tuple[str, ...], epochs: int = 1) -> tuple[Seen, TrainState]:
     spec = image_spec((samples.SAMPLEWISE[0], samples.DENSE[2]))
-    settings = TrainSettings(epochs=4, batch_size=8, augment=augmentations, seed=5)
+    # without the trial of `batch_branches`, whose copies of the network would be watched, too
+    settings = TrainSettings(epochs=4, batch_size=8, augment=augmentations, seed=5, batch_branches="off")
     seen = Seen(samples.data(spec.input, spec.tasks, rows=16))
     state = TrainState.fresh(GroupingNetwork(spec), settings)
     seen.watch(state.network)

@@ -128,6 +128,15 @@ def test_a_file_that_is_no_database_is_named(tmp_path, content) -> None:
         ensure_store(f"sqlite:///{file}")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises, also in a process that a shell has started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_of_the_creation_leaves_no_file_and_is_delivered(tmp_path, cache, monkeypatch) -> None:
     cache.unlink()
     create = sqlite_store._create
@@ -145,6 +154,7 @@ def test_an_interruption_of_the_creation_leaves_no_file_and_is_delivered(tmp_pat
     assert connect(TrackSection(uri=f"sqlite:///{file}")).search_experiments()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_is_delivered_after_the_block() -> None:
     done = []
 
