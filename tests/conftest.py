@@ -16,24 +16,27 @@ settings.register_profile("reproducible", deadline=None, derandomize=True, datab
 settings.load_profile("reproducible")
 
 
-# finished runs, servers and a Ray session: made once in a process, in many seconds
-SHARED = r"run|vit_run|ray_session|s3|s3_port|mlflow_server"
+# what takes many seconds to start, and is started once in a process → fixtures or marks of the files that use it
+SHARED = {"ray": r"ray_session|vit_run|mark\.ray", "servers": "s3|s3_port|mlflow_server"}
 
 
 @lru_cache
-def _uses_shared(file: str) -> bool:
-    """Whether tests of a file take a fixture that is shared by files."""
+def _shared(file: str) -> str:
+    """What a file shares with other files; empty for a file with fixtures of its own or a finished run."""
     text = Path(file).read_text(encoding="utf-8")
-    return re.search(rf"def \w+\([^)]*\b({SHARED})[:,)]|usefixtures\(.({SHARED})\b", text) is not None
+    for name, words in SHARED.items():
+        if re.search(rf"def \w+\([^)]*\b({words})[:,)]|usefixtures\(.({words})\b|pytest\.({words})\b", text):
+            return name
+    return ""
 
 
 class OneProcessForShared(LoadFileScheduling):
-    """Tests are shared out by files, but those of files that share fixtures go to one process."""
+    """Tests are shared out by files, but those of files that use one Ray session or server go to one process."""
 
     def _split_scope(self, nodeid: str) -> str:
         """The name of what stays together."""
         file: str = super()._split_scope(nodeid)
-        return "shared" if _uses_shared(file) else file
+        return _shared(file) or file
 
 
 def pytest_xdist_make_scheduler(config: Any, log: Any) -> OneProcessForShared:
