@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -289,6 +290,9 @@ class InputSpec:
         dtype: Name of the stored numpy dtype.
         mean, std: One value, or one for each channel (feature). Not used for tokens.
         vocabulary: Number of token ids, with padding; 0 for other kinds.
+        quantiles: For each feature, quantiles of its values at equal distances of probability, from the smallest
+            to the largest value. Such a feature is mapped to a normal distribution, not standardised by mean and
+            std. Empty for a feature that is standardised. All that are not empty have one length.
     """
 
     kind: str
@@ -297,10 +301,12 @@ class InputSpec:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     vocabulary: int = 0
+    quantiles: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("shape", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "quantiles", tuple(tuple(map(float, edges)) for edges in self.quantiles))
         rank = {"image": 3, "features": 1, "tokens": 1}.get(self.kind)
         if rank is None:
             raise ValueError(f"unknown input kind {self.kind!r}, expected image, features or tokens")
@@ -324,10 +330,28 @@ class InputSpec:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.shape[-1]):
                 raise ValueError(f"input {name} needs 1 or {self.shape[-1]} values, got {len(values)}")
+        self._check_quantiles()
+
+    def _check_quantiles(self) -> None:
+        if not self.quantiles:
+            return
+        if self.kind != "features" or len(self.quantiles) != self.shape[0]:
+            wanted = f"{self.shape[0]} lists" if self.kind == "features" else "none"
+            raise ValueError(f"quantiles of {self.kind} input: expected {wanted}, got {len(self.quantiles)}")
+        given = [edges for edges in self.quantiles if edges]
+        if len({len(edges) for edges in given}) > 1 or any(len(edges) < 2 for edges in given):
+            lengths = sorted({len(edges) for edges in given})
+            raise ValueError(f"quantiles need one length of at least 2, got {listed(map(str, lengths))}")
+        for edges in given:
+            if not all(map(math.isfinite, edges)) or any(b < a for a, b in pairwise(edges)):
+                raise ValueError(f"quantiles must be finite and in ascending order, got {edges[:5]} …")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields ready for JSON. `InputSpec(**...)` reads them."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        if not self.quantiles:
+            del values["quantiles"]
+        return values
 
 
 def check_names(tasks: Sequence[Task]) -> None:

@@ -21,6 +21,7 @@ from dmtg_core.network.encoders import EncoderSpec, build_encoder, seeded
 from dmtg_core.network.gate import GroupGate
 from dmtg_core.network.heads import HeadBank
 from dmtg_core.network.inputs import Normalise, scaled
+from dmtg_core.network.members import average
 from dmtg_core.network.numbered import Numbered
 from dmtg_core.tasks import InputSpec, Task, check_names
 
@@ -101,10 +102,17 @@ class NetworkSpec:
 
 @dataclass(frozen=True)
 class PairOutputs:
-    """Outputs of all live heads: `rows` `(M, B)` of the head bank, `dense` `(B, C, H, W)` for each dense pair."""
+    """Outputs of all live heads.
+
+    Args:
+        rows: Outputs of the head bank, `(M, B)`; for an encoder with members `(M, B · members)`, sample by sample.
+        dense: Dense pair → `(B, C, H, W)`.
+        members: Number of weight-sharing members of the encoder; 0 for an encoder without members.
+    """
 
     rows: Tensor
     dense: dict[Pair, Tensor]
+    members: int = 0
 
 
 class GroupingNetwork(nn.Module):
@@ -142,6 +150,7 @@ class GroupingNetwork(nn.Module):
         self.normalise = Normalise(spec.input)
         self.stem, branches, features = build_encoder(spec.encoder, spec.input, spec.groups, spec.seed)
         self.branches = Numbered(dict(enumerate(branches)))
+        self.members = features.members
         dense = [task for task in spec.tasks if task.dense]
         if dense and not features.stride:
             raise ValueError(
@@ -202,7 +211,7 @@ class GroupingNetwork(nn.Module):
         dense = {
             (k, n): self._run(decoder, features[k], raw.shape[1:3]) for (k, n), decoder in self.decoders.items()
         }
-        return PairOutputs(rows, dense)
+        return PairOutputs(rows, dense, self.members)
 
     def forward(self, raw: Tensor) -> dict[str, Tensor]:
         """Compute the hard network on stored input.
@@ -213,13 +222,24 @@ class GroupingNetwork(nn.Module):
         """
         assignment = self.gate.assignment()
         features = self.features(raw, assignment)
-        return {task.name: self._head(assignment[n], n, features, raw) for n, task in enumerate(self.tasks)}
+        return {
+            task.name: self.head(assignment[n], n, features[assignment[n]], raw.shape[1:3])
+            for n, task in enumerate(self.tasks)
+        }
 
-    def _head(self, k: int, n: int, features: Mapping[int, Tensor], raw: Tensor) -> Tensor:
-        if self.tasks[n].dense:
-            out: Tensor = self.decoders[k, n](features[k], raw.shape[1:3])
+    def head(self, k: int, n: int, features: Tensor, size: Sequence[int]) -> Tensor:
+        """Compute the output of task n on branch k, as `forward`.
+
+        Args:
+            features: Output of branch k: `(B, F)`, `(B, members, F)` or `(B, F, h, w)`.
+            size: Height and width of the output of a dense task.
+        """
+        task = self.tasks[n]
+        if task.dense:
+            out: Tensor = self.decoders[k, n](features, size)
             return out
-        return self.bank.head(k, self.tasks[n], pooled(features[k]))
+        rows = self.bank.head(k, task, pooled(features))
+        return average(task, rows.unflatten(0, (-1, self.members))) if self.members else rows
 
     def copy_head(self, pair: Pair, source: GroupingNetwork, trained: Pair) -> None:
         """Copy the weights of another network's head of the same shape to the head of `pair`."""
@@ -352,8 +372,14 @@ def _same_buffers(part: nn.Module) -> Iterator[None]:
 
 
 def pooled(features: Tensor) -> Tensor:
-    """Average a feature map over its pixels, `(B, F)`. Return a feature vector unchanged."""
-    return features.mean((2, 3)) if features.dim() == 4 else features
+    """Return the input of the head bank.
+
+    A feature map is averaged over its pixels, `(B, F)`. The members of each sample become samples,
+    `(B · members, F)`. A feature vector does not change.
+    """
+    if features.dim() == 4:
+        return features.mean((2, 3))
+    return features.flatten(0, 1) if features.dim() == 3 else features
 
 
 def clone(network: GroupingNetwork) -> GroupingNetwork:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmtg_core.network.grouping_network import GroupingNetwork, pooled
+from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import Data
 
@@ -79,11 +79,8 @@ def _moments(
     leaf = (shared[0] if several else shared).detach().float().requires_grad_()
     features = rest((leaf, *shared[1:]) if several else leaf)
     found = []
-    for n, task in enumerate(network.tasks):
-        if task.dense:
-            output = network.decoders[0, n](features, raw.shape[1:3])
-        else:
-            output = network.bank.head(0, task, pooled(features))
+    for n in range(len(network.tasks)):
+        output = network.head(0, n, features, raw.shape[1:3])
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
         (gradient,) = torch.autograd.grad((output * signs).sum(), leaf, retain_graph=True)
         # (B, C), (B, C, h, w) and (B, L, C) to (samples and positions, C)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dmtg_core.names import listed
-from dmtg_core.network.grouping_network import GroupingNetwork, pooled
+from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Batch
 from dmtg_core.training.losses import sample_loss
@@ -90,10 +90,7 @@ def gradient_cosines(network: GroupingNetwork, batch: Batch, context: TrainConte
 def _feature_gradient(network: GroupingNetwork, batch: Batch, features: Tensor, k: int, n: int) -> Tensor:
     """Flat gradient of task n's loss with respect to the features of branch k."""
     task, leaf = network.tasks[n], features.detach().float().requires_grad_()
-    if task.dense:
-        output = network.decoders[k, n](leaf, batch.inputs.shape[1:3])
-    else:
-        output = network.bank.head(k, task, pooled(leaf))
+    output = network.head(k, n, leaf, batch.inputs.shape[1:3])
     loss = sample_loss(task, output, batch.targets[task.name]).sum()
     (gradient,) = torch.autograd.grad(loss, leaf)
     return gradient.flatten()

@@ -219,7 +219,12 @@ class PairLosses(nn.Module):
         return [rows[place] for place in self.in_order]
 
     def _families(self, outputs: PairOutputs, targets: Mapping[str, Tensor]) -> list[Tensor]:
-        return [self._family(number, outputs.rows.float(), targets) for number in range(len(self.families))]
+        """Loss sums `(P, B)` of each family. The loss of an encoder with members is the mean of their losses."""
+        rows, members, numbers = outputs.rows.float(), outputs.members, range(len(self.families))
+        if not members:
+            return [self._family(number, rows, targets) for number in numbers]
+        repeated = {name: target.repeat_interleave(members, 0) for name, target in targets.items()}
+        return [self._family(number, rows, repeated).unflatten(1, (-1, members)).mean(2) for number in numbers]
 
     def _family(self, number: int, rows: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
         loss, channels = self.families[number]

@@ -17,6 +17,7 @@ from torch import nn
 from dmtg_core.network.encoders.basic import convnet, mlp
 from dmtg_core.network.encoders.pretrained_text import transformers, with_config
 from dmtg_core.network.encoders.resnet import celeba_resnet, resnet
+from dmtg_core.network.encoders.tabular import tabm
 from dmtg_core.network.encoders.text import embedding_bag, text_transformer
 from dmtg_core.network.encoders.vit import vit, vit_b_16
 from dmtg_core.network.encoders.xception import xception_taskonomy
@@ -25,6 +26,7 @@ from dmtg_core.tasks import InputSpec
 # name → (function that builds the stages of one encoder, kind of its input)
 ENCODERS: Mapping[str, tuple[Callable[..., list[nn.Module]], str]] = {
     "mlp": (mlp, "features"),
+    "tabm": (tabm, "features"),
     "convnet": (convnet, "image"),
     "resnet18": (resnet(18), "image"),
     "resnet34": (resnet(34), "image"),
@@ -41,6 +43,7 @@ ENCODERS: Mapping[str, tuple[Callable[..., list[nn.Module]], str]] = {
 # encoder → options that set its widths, either one for each stage or a single one for all stages
 WIDTHS: Mapping[str, tuple[str, ...]] = {
     "mlp": ("widths",),
+    "tabm": ("width",),
     "convnet": ("widths",),
     "celeba_resnet": ("width",),
     "xception_taskonomy": ("widths", "features"),
@@ -50,7 +53,9 @@ WIDTHS: Mapping[str, tuple[str, ...]] = {
 }
 
 # options that are sizes: a positive whole number, or a list of them
-SIZES = ("widths", "width", "features", "embedding", "layers", "heads", "patch")
+SIZES = (
+    "widths", "width", "features", "embedding", "layers", "heads", "patch", "blocks", "members", "frequencies",
+)  # fmt: skip
 LISTS = ("widths",)
 LARGEST_SIZE = 2**20
 
@@ -171,10 +176,13 @@ class Features:
     Args:
         channels: Number of features.
         stride: Input pixels that a feature pixel spans; 0 if the features are not a map.
+        members: Weight-sharing members of the encoder, the second axis of its output `(B, members, F)`; 0 for an
+            encoder without members.
     """
 
     channels: int
     stride: int
+    members: int = 0
 
 
 def build_encoder(
@@ -202,4 +210,6 @@ def _features(spec: InputSpec, stem: nn.Module, branch: nn.Module) -> Features:
     out = branch(stem(probe))
     for module, mode in modes:
         module.training = mode
+    if out.dim() == 3:
+        return Features(out.shape[2], 0, out.shape[1])
     return Features(out.shape[1], spec.shape[0] // out.shape[2] if out.dim() == 4 else 0)

@@ -20,7 +20,7 @@ SHAPES = {
     "tokens": InputSpec("tokens", (LENGTH,), "int32", vocabulary=VOCABULARY),
 }
 STAGES = {
-    "mlp": 2, "convnet": 3, "resnet18": 5, "resnet34": 5, "resnet50": 5, "celeba_resnet": 2,
+    "mlp": 2, "tabm": 4, "convnet": 3, "resnet18": 5, "resnet34": 5, "resnet50": 5, "celeba_resnet": 2,
     "xception_taskonomy": 7, "vit": 4, "embedding_bag": 3, "text_transformer": 4, "transformers": 3,
 }  # fmt: skip
 # small versions of encoders whose defaults are large
@@ -72,7 +72,8 @@ def test_the_size_of_the_stem_does_not_change_the_encoder(name):
         with torch.no_grad():
             outputs.append(branch.eval()(stem.eval()(x)))
         parameters.append(sum(p.numel() for part in (stem, branch) for p in part.parameters()))
-        assert features.channels == outputs[-1].shape[1]
+        assert features.channels == outputs[-1].shape[2 if features.members else 1]
+        assert (outputs[-1].dim() == 3) == bool(features.members)
         assert features.stride == (32 // outputs[-1].shape[2] if outputs[-1].dim() == 4 else 0)
     assert outputs[0].std(0).max() > 0
     assert all(torch.equal(out, outputs[0]) for out in outputs)
