@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
+
+from dmtg_core.evaluation.trees import train_trees
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.cost import inference_cost, naive_flops, training_flops, wide_spec
 from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
@@ -42,8 +45,8 @@ from pipelines.training.failures import permanent_error, training_failed
 
 CELLS = "cells"
 FORMAT = 2  # format 1 had AUROC from bins, and the wrong order of more than ten branches
-NAIVE, AFFINITIES, WIDE, DISTILLED_WIDE, GROUPING, PAIR, PROPOSAL, SEARCH = (
-    "naive_mtl", "affinities", "wide", "wide_distilled", "grouping", "pair", "proposal", "search"
+NAIVE, AFFINITIES, WIDE, DISTILLED_WIDE, GROUPING, PAIR, PROPOSAL, SEARCH, TREE_ENSEMBLES = (
+    "naive_mtl", "affinities", "wide", "wide_distilled", "grouping", "pair", "proposal", "search", "trees"
 )  # fmt: skip
 Result = dict[str, Any]
 
@@ -56,12 +59,12 @@ class Cell:
         kind: NAIVE, AFFINITIES (naive MTL again, with the affinities of the published selectors; with many tasks
             the affinities take far longer than the run), WIDE, DISTILLED_WIDE (the best of three wide encoders,
             distilled from all three), GROUPING, PAIR, PROPOSAL (the groups at which the guided search starts,
-            trained as they are) or SEARCH.
+            trained as they are), SEARCH, or TREE_ENSEMBLES (`label` is the method).
         seed: Seed of initial weights, data order and gate noise.
         epochs: Number of epochs; 0 for `train.epochs`.
         groups: Groups of a GROUPING, tasks of a PAIR.
         options: Changes of a SEARCH to the search section.
-        label: Name of a SEARCH, for its file.
+        label: Name of a SEARCH or of TREE_ENSEMBLES, for its file.
     """
 
     kind: str
@@ -261,6 +264,17 @@ def _search(
     }
 
 
+def _trees(
+    cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
+) -> Result:
+    """One ensemble for each task. Its cost is not one of operations, so it is 0; `seconds` has the duration."""
+    threads = torch.get_num_threads()
+    done = train_trees(cell.label, spec.tasks, data, splits=splits, seed=settings.seed, threads=threads)
+    grouping = {f"group_{n}": [task.name] for n, task in enumerate(spec.tasks)}
+    figures = {"score": done.score, "metrics": done.metrics}
+    return {"grouping": grouping, **figures, "cost": 0.0, "flops": 0, "parameters": 0}
+
+
 TRAIN: Mapping[str, Callable[..., Result]] = {
     NAIVE: _naive,
     AFFINITIES: _affinities,
@@ -270,4 +284,5 @@ TRAIN: Mapping[str, Callable[..., Result]] = {
     PAIR: _pair,
     PROPOSAL: _proposal,
     SEARCH: _search,
+    TREE_ENSEMBLES: _trees,
 }

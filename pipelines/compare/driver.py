@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from dmtg_core.evaluation.trees import TREES, trees_apply
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.encoders import WIDTHS
 from dmtg_core.search.options import SearchOptions
@@ -77,7 +78,7 @@ def compare(config: Config, log: Callable[[str], None] = logger.info) -> Compari
         connect(config.track)
     named, folder, manifest = folder_of_data(config, named, folder, log)
     with cells_session(named, log, folder, manifest) as (data, executor):
-        methods = methods_of(config, data.tasks)
+        methods = methods_of(config, data.tasks, data.manifest.description.input.kind)
         comparison = Comparison(config, tuple(task.name for task in data.tasks))
         job = cell_job(data, executor, folder)
         tracker = open_tracker(named, folder, data.manifest)
@@ -109,13 +110,15 @@ def _tracked(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def methods_of(config: Config, tasks: Sequence[Task]) -> list[str]:
+def methods_of(config: Config, tasks: Sequence[Task], input_kind: str) -> list[str]:
     """The methods in order: naive MTL, the chosen methods, variants, groupings, and methods with an equal budget.
 
     Raises:
         UserError: For a method that cannot run with these tasks or this encoder, and for a name that is taken.
     """
-    chosen = list(dict.fromkeys((NAIVE, *config.compare.methods)))
+    trees = TREES if trees_apply(input_kind, tasks) else ()
+    defaults = () if "methods" in config.compare.model_fields_set else trees
+    chosen = list(dict.fromkeys((NAIVE, *config.compare.methods, *defaults)))
     if "exhaustive" in chosen and len(tasks) > EXHAUSTIVE_TASKS:
         raise UserError(
             f"{len(tasks)} tasks have too many partitions to train them all",
@@ -128,6 +131,13 @@ def methods_of(config: Config, tasks: Sequence[Task]) -> list[str]:
             f"encoder {config.network.encoder} has fixed widths and cannot be made wide",
             where="compare.methods: wide",
             remedy="leave wide and wide_distilled out of compare.methods",
+            wrong_use=True,
+        )
+    if {*TREES} & {*chosen} and not trees:
+        raise UserError(
+            f"tree ensembles read tables, got {input_kind} input",
+            where=f"compare.methods: {', '.join(name for name in chosen if name in TREES)}",
+            remedy="leave them out of compare.methods",
             wrong_use=True,
         )
     own = [*config.compare.variants, *config.compare.groupings]

@@ -13,10 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from dmtg_core.evaluation.trees import TREES
 from dmtg_core.grouping import Grouping
 from dmtg_core.search.feature_overlap import cluster
 from dmtg_core.search.selection import best_partition
-from pipelines.compare.cells import AFFINITIES, DISTILLED_WIDE, NAIVE, PAIR, SEARCH, WIDE, Cell, Result
+from pipelines.compare.cells import (
+    AFFINITIES,
+    DISTILLED_WIDE,
+    NAIVE,
+    PAIR,
+    SEARCH,
+    TREE_ENSEMBLES,
+    WIDE,
+    Cell,
+    Result,
+)
 from pipelines.config.loading import Config
 
 EXHAUSTIVE_TASKS = 6  # six tasks have 122 partitions into three groups, eight have 1,094
@@ -69,6 +80,10 @@ def _search(label: str, options: Mapping[str, Any]) -> First:
     return lambda _comparison, seed: [Cell(SEARCH, seed, options=tuple(sorted(options.items())), label=label)]
 
 
+def _trees(method: str) -> First:
+    return lambda _comparison, seed: [Cell(TREE_ENSEMBLES, seed, label=method)]
+
+
 def _singles(comparison: Comparison, seed: int) -> list[Cell]:
     return [Cell(PAIR, seed, groups=((task,),)) for task in comparison.tasks]
 
@@ -106,6 +121,7 @@ FIRST: Mapping[str, First] = {
     GUIDED: GUIDED_SEARCH,
     UNDISTILLED: GUIDED_SEARCH,
     "retrained": GUIDED_SEARCH,
+    **{method: _trees(method) for method in TREES},
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from dmtg_core.evaluation.trees import EXTRA_TREES, GRADIENT_BOOSTING, TREES
 from dmtg_core.grouping import Grouping
 from dmtg_core.tasks import Task
 from dmtg_core.training.metrics import error_of, total_error
@@ -161,7 +162,11 @@ def verdicts(
     affinities = [by_name[name] for name in AFFINITIES if name in by_name]
     if affinities:
         baselines.insert(2, max(affinities, key=lambda row: row["gain"]["value"])["method"])
-    sentences = [_gain_sentence(by_name[reference]["gain"])]
+    baselines += TREES
+    # trees that are better are the first thing to know about a table
+    better = [by_name[name] for name in TREES if name in by_name and by_name[name]["behind"]["high"] < 0]
+    sentences = [f"Decision trees are better here: {NAMES[row['method']]}, by {_points(row)}." for row in better]
+    sentences.append(_gain_sentence(by_name[reference]["gain"]))
     sentences += [_difference_sentence(by_name[name]) for name in baselines if name in by_name]
     longer = [by_name[f"{name}{LONG}"] for name in (WIDE, RANDOM, AFFINITY) if f"{name}{LONG}" in by_name]
     if any(row["behind"]["high"] < 0 for row in longer):
@@ -186,12 +191,20 @@ NAMES = {
     f"{WIDE}{LONG}": "the wide encoder trained for as long as the search",
     f"retrained{LONG}": "its own groups trained from scratch for as long as the search",
     DISTILLED_WIDE: "the best of three wide encoders distilled from their ensemble, without any grouping",
+    EXTRA_TREES: "extra trees, one forest for each task",
+    GRADIENT_BOOSTING: "gradient boosting, one model for each task",
 }
 
 
 TOO_SHORT = (
     "Longer training gains more than the search: raise train.epochs until it no longer helps, and compare again."
 )
+
+
+def _points(row: Mapping[str, Any]) -> str:
+    """The gain of a method over the search, with its interval."""
+    behind = row["behind"]
+    return f"{-behind['value']:.1f} points of gain ({-behind['high']:.1f} to {-behind['low']:.1f})"
 
 
 def _difference_sentence(row: Mapping[str, Any]) -> str:

@@ -317,7 +317,8 @@ class CompareSection(Section):
     methods: tuple[
         Literal[
             "naive_mtl", "single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag",
-            "feature_overlap", "hoa", "exhaustive", "dmtg", "guided", "undistilled", "retrained",
+            "feature_overlap", "hoa", "exhaustive", "dmtg", "guided", "undistilled", "retrained", "extra_trees",
+            "gradient_boosting",
         ],
         ...,
     ] = Field(
@@ -326,7 +327,7 @@ class CompareSection(Section):
             "undistilled", "retrained",
         ),
         description="Methods of the comparison. naive_mtl is always trained, because every gain is relative to "
-        "it.",
+        "it. The default has extra_trees and gradient_boosting as well if the input is a table.",
     )  # fmt: skip
     seeds: tuple[Seed, ...] = Field((1, 2, 3), min_length=1, description="Values of train.seed.")
     random_draws: int = Field(3, ge=1, le=1000, description="Random groupings for each seed.")

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from dmtg_core import Grouping
+from dmtg_core.evaluation.trees import TREES
 from pipelines.compare.cells import AFFINITIES, GROUPING, NAIVE, Cell
 from pipelines.compare.driver import ComparisonResult, compare, methods_of
 from pipelines.compare.methods import (
@@ -28,6 +30,7 @@ from pipelines.compare.methods import (
 from pipelines.compare.preparation import open_cells_folder
 from pipelines.compare.results import TOO_SHORT, verdicts
 from pipelines.compare.signal import analyse, distinct_partitions, signal
+from pipelines.compare.significance import mean_of
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
 from pipelines.data.sources import build_source
@@ -36,7 +39,8 @@ from pipelines.runs.identity import data_of, earlier_verdict
 from tests.dmtg_core.planted import planted_data
 
 METHODS = ["single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag", "feature_overlap",
-           "hoa", "exhaustive", "dmtg", "guided", "undistilled", "retrained"]  # fmt: skip
+           "hoa", "exhaustive", "dmtg", "guided", "undistilled", "retrained", "extra_trees",
+           "gradient_boosting"]  # fmt: skip
 Finished = tuple[Config, ComparisonResult, list[str]]
 LONG = ["wide_long", "random_long", "affinity_long", "retrained_long"]
 
@@ -287,7 +291,34 @@ def test_methods_that_cannot_run_are_refused(tmp_path: Path, sections: dict[str,
     tasks = planted_data(0, tasks=7, groups=2)[1]
     compared = {"methods": ["wide"], **sections.get("compare", {})}
     with pytest.raises(UserError, match=problem):
-        methods_of(config_of(tmp_path, **{**sections, "compare": compared}), tasks)
+        methods_of(config_of(tmp_path, **{**sections, "compare": compared}), tasks, "features")
+
+
+def test_tables_are_compared_with_tree_ensembles(tmp_path: Path) -> None:
+    tasks = planted_data(0, tasks=4, groups=2)[1]
+    values = config_of(tmp_path).model_dump()
+    del values["compare"]["methods"]
+    default = checked(Config, values)
+    assert {*TREES} <= {*methods_of(default, tasks, "features")}
+    assert not {*TREES} & {*methods_of(default, tasks, "image")}
+    chosen = config_of(tmp_path, compare={"methods": ["wide", "extra_trees"], "variants": {}, "groupings": {}})
+    assert methods_of(chosen, tasks, "features")[:3] == [NAIVE, "wide", "extra_trees"]
+    with pytest.raises(UserError, match="tree ensembles read tables, got image input"):
+        methods_of(chosen, tasks, "image")
+
+
+def test_trees_that_are_better_are_the_first_sentence() -> None:
+    rows = [
+        {"method": "guided", "gain": asdict(mean_of([5.0, 6.0, 7.0]))},
+        {"method": "extra_trees", "behind": asdict(mean_of([-4.0, -5.0, -6.0]))},
+        {"method": "gradient_boosting", "behind": asdict(mean_of([4.0, -5.0, 6.0]))},
+    ]
+    found = verdicts(rows, "guided", {"guided": [Grouping.of([["a"], ["b"]])] * 3})
+    assert found[0].startswith(
+        "Decision trees are better here: extra trees, one forest for each task, by 5.0 points"
+    )
+    assert sum("trees are better" in sentence for sentence in found) == 1
+    assert any("not significantly different from gradient boosting" in sentence for sentence in found)
 
 
 def test_one_group_or_one_task_has_nothing_to_compare(tmp_path: Path) -> None:
