@@ -208,8 +208,8 @@ def _binary(column: ColumnSummary) -> Use:
     return _task(column, "binary", f"{share}, the rest {often}", column.missing, metric="auroc", positive=[rare])
 
 
-def _task(column: ColumnSummary, kind: str, what: str, missing: str, **options: Any) -> Use:
-    why = ", ".join(part for part in (what, missing) if part)
+def _task(column: ColumnSummary, kind: str, what: str, gaps: str, **options: Any) -> Use:
+    why = ", ".join(part for part in (what, gaps) if part)
     return Use(column.name, "target", why, {"column": column.name, "kind": kind, **options})
 
 

@@ -34,11 +34,13 @@ from pipelines.data.sources.labels import (
 )
 from pipelines.data.sources.rows import (
     SPLIT_COLUMN,
+    Dialect,
     DialectOptions,
     Row,
     check_root,
     read_rows,
     split_of,
+    table_dialect,
     with_ids,
 )
 from pipelines.storage import Location
@@ -124,19 +126,24 @@ class FolderSource:
     def _samples(self) -> Replayed[Entry]:
         return Replayed(self._listed)
 
-    def _listed(self, first: bool) -> Iterator[Entry]:
-        options, where = self._options, str(self._table)
+    def _needed(self) -> list[str]:
+        """The columns that the options name; they are required."""
+        options = self._options
         needed = [options.image_column, *(task.column for task in options.tasks)]
         if options.split_column is not None and "split_column" in options.model_fields_set:
-            needed.append(options.split_column)  # named in the options, so it must exist
-        rows = read_rows(
-            self._table,
-            list(dict.fromkeys(needed)),
-            dialect=options.dialect,
-            words=[options.image_column],
-            log=first,
-        )
-        named = with_ids(without_markers(rows, label_markers(options.tasks)), options.image_column, "", where)
+            needed.append(options.split_column)
+        return list(dict.fromkeys(needed))
+
+    @cached_property
+    def _dialect(self) -> Dialect:
+        return table_dialect(self._table, self._options.dialect, columns=self._needed(), log=True)
+
+    def _listed(self, first: bool) -> Iterator[Entry]:
+        options, where = self._options, str(self._table)
+        words = [options.image_column]
+        rows = read_rows(self._table, self._needed(), dialect=self._dialect, words=words)
+        rows = without_markers(rows, label_markers(options.tasks))
+        named = with_ids(rows, options.image_column, "", where)
         for row, name in kept_rows(named, options.tasks, where, log=first):
             has_extension = PurePosixPath(name).suffix.lower() in EXTENSIONS
             cells = {task.column: row.cells[task.column] for task in options.tasks}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
@@ -19,6 +20,8 @@ __all__ = [
     "MOST_NAMES", "SPLITS", "SPLIT_COLUMN", "Dialect", "DialectOptions", "Row", "check_root", "check_unique",
     "hash_split", "read_head", "read_rows", "split_name", "split_of", "table_dialect", "with_ids",
 ]  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {**{name: name for name in SPLITS}, "valid": "val", "validation": "val", "dev": "val"}
@@ -49,10 +52,9 @@ def read_rows(
     location: Location,
     columns: Sequence[str],
     *,
-    dialect: DialectOptions | None = None,
+    dialect: Dialect | None = None,
     header: Sequence[str] | None = None,
     words: Collection[str] = (),
-    log: bool = False,
 ) -> Iterator[Row]:
     """The rows of a table of text, a Parquet file, or all Parquet files of a folder, a block at a time.
 
@@ -61,10 +63,9 @@ def read_rows(
     Args:
         location: The file, or a folder of Parquet files with the same columns.
         columns: Required columns.
-        dialect: What is known of how a table of text is written; the rest is found in its first bytes.
+        dialect: How a table of text is written; by default it is found in its first bytes.
         header: Names of the columns of a table of text without a header line.
         words: Columns whose cells stay as they are written, such as texts and ids.
-        log: Whether to log how an unusual table is written.
 
     Raises:
         UserError: When the file does not exist, cannot be read, is empty or lacks a column.
@@ -75,9 +76,37 @@ def read_rows(
     if is_parquet(location.name):
         yield from parquet_rows(location, columns)
         return
-    found = dialect_of(location, dialect, columns=columns, named=header is None, log=log)
+    found = dialect or dialect_of(location, columns=columns, named=header is None)
     rows = delimited_rows(location, found, columns, header)
     yield from _in_points(rows, found, frozenset(words)) if found.converts else rows
+
+
+def table_dialect(
+    location: Location,
+    given: DialectOptions | None = None,
+    *,
+    columns: Sequence[str] = (),
+    named: bool = True,
+    log: bool = False,
+) -> Dialect:
+    """How a table is written; the usual dialect for Parquet.
+
+    Args:
+        location: The table.
+        given: What is known.
+        columns: Required columns.
+        named: False for a table of text whose columns are named by the options.
+        log: Whether to log a dialect that is not the usual one.
+
+    Raises:
+        UserError: When a table of text cannot be read or decoded.
+    """
+    if location.is_dir() or is_parquet(location.name):
+        return Dialect()
+    found = dialect_of(location, given, columns=columns, named=named)
+    if log and (found.packing or found.options):
+        logger.info("%s: %s", location, found)
+    return found
 
 
 def _in_points(rows: Iterable[Row], dialect: Dialect, words: frozenset[str]) -> Iterator[Row]:
@@ -103,13 +132,6 @@ def read_head(location: Location, most: int) -> tuple[list[Row], bool]:
     rows = read_rows(location, ())
     found = list(islice(rows, most))
     return found, next(rows, None) is not None
-
-
-def table_dialect(location: Location, given: DialectOptions | None = None, columns: Sequence[str] = ()) -> Dialect:
-    """How a table is written; the usual dialect for Parquet."""
-    if location.is_dir() or is_parquet(location.name):
-        return Dialect()
-    return dialect_of(location, given, columns=columns)
 
 
 def check_unique(ids: Sequence[str], where: str) -> None:

@@ -44,6 +44,7 @@ from pipelines.data.sources.preprocessed import PreparedSource
 from pipelines.data.sources.rows import (
     MOST_NAMES,
     SPLIT_COLUMN,
+    Dialect,
     DialectOptions,
     Row,
     read_rows,
@@ -138,7 +139,7 @@ class TableSource(PreparedSource):
     def _listed(self, first: bool) -> Iterator[Entry]:
         options, where = self._options, str(self._table)
         words = [name for name in (options.id_column, options.smiles) if name is not None]
-        rows = read_rows(self._table, self._named_columns(), dialect=options.dialect, words=words, log=first)
+        rows = read_rows(self._table, self._named_columns(), dialect=self._dialect, words=words)
         rows = without_markers(rows, self._markers, frozenset(options.missing))
         needed: list[str] = []
         for row, name in kept_rows(with_ids(rows, options.id_column, "", where), options.tasks, where, log=first):
@@ -146,6 +147,10 @@ class TableSource(PreparedSource):
             cells = {column: row.cells[column] for column in needed}
             split = split_of(row, options.split_column, name, where)
             yield Entry(name, split, {"row": Row(row.line, cells, row.unit)})
+
+    @cached_property
+    def _dialect(self) -> Dialect:
+        return table_dialect(self._table, self._options.dialect, columns=self._named_columns(), log=True)
 
     @property
     def _markers(self) -> dict[str, frozenset[str]]:
@@ -216,7 +221,7 @@ class TableSource(PreparedSource):
             "kind": "table",
             "features": [feature for feature, _ in features],
             "missing": list(self._options.missing),
-            **table_dialect(self._table, self._options.dialect, self._named_columns()).marks,
+            **self._dialect.marks,
         }
         return InputSpec("features", (len(mean),), "float32", mean, std), preparation
 

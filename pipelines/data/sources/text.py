@@ -38,11 +38,13 @@ from pipelines.data.sources.labels import (
 from pipelines.data.sources.preprocessed import PreparedSource, RowTarget, train_cells
 from pipelines.data.sources.rows import (
     SPLIT_COLUMN,
+    Dialect,
     DialectOptions,
     Row,
     check_root,
     read_rows,
     split_of,
+    table_dialect,
     with_ids,
 )
 from pipelines.data.sources.tokens import load_tokenizer, train_tokenizer
@@ -181,14 +183,14 @@ class TextSource(PreparedSource):
         labels = [options.labels_column] if options.labels_column else [task.column for task in options.tasks]
         needed = list(dict.fromkeys([options.text_column, *labels]))
         named = options.split_column if not split and "split_column" in options.model_fields_set else None
+        columns = [*needed, *(name for name in (options.id_column, named) if name and name not in needed)]
         kept = (options.text_column, options.id_column, options.labels_column)
         rows = read_rows(
             location,
-            [*needed, *(name for name in (options.id_column, named) if name and name not in needed)],
-            dialect=self._dialect(file),
+            columns,
+            dialect=self._dialect_of(file, columns),
             header=options.columns,
             words=[name for name in kept if name is not None],
-            log=first,
         )
         rows = without_markers(rows, label_markers(options.tasks))
         named_rows = with_ids(rows, options.id_column, f"{file}:", str(location))
@@ -197,11 +199,21 @@ class TextSource(PreparedSource):
             place = split or split_of(row, options.split_column, name, str(location))
             yield Entry(name, place, {"row": Row(row.line, cells, f"{file}, {row.unit}")})
 
-    def _dialect(self, file: str) -> DialectOptions:
-        """What is known of how a file is written: cells of a `.tsv` file have no quotes around them."""
-        given = self._options.dialect
-        plain = file.lower().endswith(".tsv") and given.quotes is None
-        return given.model_copy(update={"quotes": "", "delimiter": given.delimiter or "\t"}) if plain else given
+    @cached_property
+    def _dialects(self) -> dict[str, Dialect]:
+        return {}
+
+    def _dialect_of(self, file: str, columns: Sequence[str]) -> Dialect:
+        """How a file is written: cells of a `.tsv` file have no quotes around them, unless the options say so."""
+        given, named = self._options.dialect, self._options.columns is None
+        if file.lower().endswith(".tsv"):
+            given = DialectOptions(delimiter="\t", quotes="").model_copy(
+                update=given.model_dump(exclude_unset=True)
+            )
+        if file not in self._dialects:
+            found = table_dialect(self._root / file, given, columns=columns, named=named, log=True)
+            self._dialects[file] = found
+        return self._dialects[file]
 
     @cached_property
     def _targets(self) -> Sequence[RowTarget]:

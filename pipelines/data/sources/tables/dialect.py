@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -20,8 +19,6 @@ from pipelines.data.dates import formats_of
 from pipelines.data.sources.tables.encodings import encoding_of, unpacked
 from pipelines.errors import UserError
 from pipelines.storage import Location
-
-logger = logging.getLogger(__name__)
 
 HEAD_BYTES = 2**20  # bytes from which the dialect is found
 HEAD_LINES = 1000  # lines from which the dialect is found
@@ -102,12 +99,7 @@ class Dialect:
 
 
 def dialect_of(
-    location: Location,
-    given: DialectOptions | None = None,
-    *,
-    columns: Sequence[str] = (),
-    named: bool = True,
-    log: bool = False,
+    location: Location, given: DialectOptions | None = None, *, columns: Sequence[str] = (), named: bool = True
 ) -> Dialect:
     """The dialect of a file. `config new` and the readers find it with this function.
 
@@ -116,7 +108,6 @@ def dialect_of(
         given: What is known.
         columns: Required columns: a first line that has them all is a header.
         named: Whether the file names its columns or may do so; False for names from the options.
-        log: Whether to log a dialect that is not the usual one.
 
     Raises:
         UserError: When the file cannot be read or decoded.
@@ -125,10 +116,7 @@ def dialect_of(
     with unpacked(location) as (file, packing):
         head = file.read(HEAD_BYTES)
     cut = len(head) == HEAD_BYTES
-    found = replace(_detected(head, given, location, columns=columns, named=named, cut=cut), packing=packing)
-    if log and (found.options or packing or not found.header):
-        logger.info("%s: %s", location, found)
-    return found
+    return replace(_detected(head, given, location, columns=columns, named=named, cut=cut), packing=packing)
 
 
 def _detected(
@@ -239,12 +227,13 @@ def _has_header(lines: Sequence[Sequence[str]], dialect: Dialect, columns: Seque
     found = _columns(lines[1:])
     if len(found) != len(first):
         return True
-    pairs = [(cell, column) for cell, column in zip(first, found, strict=True) if column]
+    pairs = [(cell, column) for cell, column in zip(first, found, strict=True) if cell and column]
     heads = [cell for cell, column in pairs if all(_measured(one, dialect) for one in column)]
+    if not heads or not all(_measured(cell, dialect) for cell in heads):
+        return True
     numbers = [float(dialect.plain(cell)) for cell in heads if _number(cell, dialect)]
-    ascending = all(one.is_integer() for one in numbers) and all(one < other for one, other in pairwise(numbers))
-    named = not any(heads) or not all(_measured(cell, dialect) or not cell for cell in heads)
-    return named or (len(numbers) == len(heads) and len(numbers) > 1 and ascending and numbers[0] >= 0)
+    whole = len(numbers) == len(heads) and all(one.is_integer() and one >= 0 for one in numbers)
+    return whole and all(one < other for one, other in pairwise(numbers))
 
 
 def _number(cell: str, dialect: Dialect) -> bool:
