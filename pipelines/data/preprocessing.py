@@ -7,7 +7,7 @@ on. The module needs numpy. Some kinds need one more library, which is imported 
 
 from __future__ import annotations
 
-import math
+import logging
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -16,7 +16,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-LARGEST = float(np.finfo(np.float32).max)
+from pipelines.data.cells import by_number, cell_number, cell_text, in_points, marks_of, normal_form
+from pipelines.data.dates import ISO, PARTS, parts_of, read_date
+
+logger = logging.getLogger(__name__)
+
+MARKS = ("decimal", "thousands")  # of a preparation, for numbers that are given as texts
+_UNSEEN = "\0"  # no cell
+MOST_EXAMPLES = 5  # most unseen values of a column in a message
 
 
 class Preparation(Protocol):
@@ -70,6 +77,8 @@ def prepare(preparation: Mapping[str, Any] | Preparation, raw: Any) -> np.ndarra
         raw: A DataFrame or a list of dictionaries with the raw columns; if there is only one column, also a list
             or an array of its values.
 
+    Values of categories that the training split does not have are counted and logged, in one warning.
+
     Returns:
         `(B, F)` or `(B, L)`, as stored in the shards.
 
@@ -78,7 +87,17 @@ def prepare(preparation: Mapping[str, Any] | Preparation, raw: Any) -> np.ndarra
         TypeError: For samples without named columns if there are several columns.
     """
     how = load_preparation(preparation) if isinstance(preparation, Mapping) else preparation
-    return np.stack([_numbered(how, number, cells) for number, cells in enumerate(_rows(how, raw))])
+    rows = _rows(how, raw)
+    stored = np.stack([_numbered(how, number, cells) for number, cells in enumerate(rows)])
+    remarks = how.remarks(rows, stored) if isinstance(how, TablePreparation) else []
+    if remarks:
+        logger.warning("%s", "; ".join(remarks))
+    return stored
+
+
+def for_plain_cells(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A preparation for cells of `rows.read_rows`, whose numbers are already as in Python."""
+    return {key: value for key, value in values.items() if key not in MARKS}
 
 
 def _numbered(how: Preparation, number: int, cells: Mapping[str, Any]) -> np.ndarray:
@@ -123,33 +142,19 @@ def _single(value: Any) -> Any:
     return value[0] if isinstance(value, list | tuple | np.ndarray) and len(value) == 1 else value
 
 
-def cell_text(value: Any) -> str:
-    """A cell as in a CSV file: "" for a missing value, and no ".0" after a whole number."""
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):
-        return ""
-    if isinstance(value, float | np.floating):
-        if math.isnan(value):
-            return ""
-        return str(int(value)) if float(value).is_integer() else repr(float(value))
-    return str(value).strip()
-
-
-def cell_number(cell: str) -> float | None:
-    """The cell as a finite number that float32 can hold; None if it is not one."""
-    try:
-        number = float(cell)
-    except ValueError:
-        return None
-    return number if abs(number) <= LARGEST else None
-
-
 class TablePreparation:
     """Columns of a table as float32 features, in the order of `features`.
 
     A number is one feature in its own unit. A missing number is the mean of the training split; if the training
-    split has missing numbers, a second feature is 1 for them. A category has one feature for each value of the
-    training split and one for all other values; one of them is 1. An empty cell is a value of a category. Numbers
-    are standardised on the device, by `InputSpec.mean` and `InputSpec.std`.
+    split has missing numbers, a second feature is 1 for them. A date is one feature for each of its `parts`. A
+    category has one feature for each value of the training split and one for all other values; one of them is
+    1. An empty cell is a value of a category. Numbers are standardised on the device, by `InputSpec.mean` and
+    `InputSpec.std`.
+
+    The `form` of a category says when two cells are the same value: "value" if they have the same
+    `normal_form`, as 1, "1.0" and 1.0 have; "digits" for texts with leading zeros, where a number is the only
+    text that equals it. Without it, as in models of earlier versions, cells are compared as texts. `decimal`
+    and `thousands` are the marks in numbers that are given as texts.
     """
 
     kind = "table"
@@ -158,16 +163,9 @@ class TablePreparation:
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._features: Sequence[Mapping[str, Any]] = values["features"]
         self._missing = frozenset(values["missing"])
-        self._places = {
-            feature["column"]: {value: place for place, value in enumerate(feature["values"])}
-            for feature in self._features
-            if feature["type"] == "category"
-        }
-        sizes = [
-            len(feature["values"]) + 1 if feature["type"] == "category" else 1 + feature["gaps"]
-            for feature in self._features
-        ]
-        self._starts = [0, *accumulate(sizes)]
+        self._marks = marks_of(values)
+        self._of_column = {feature["column"]: _Feature(feature) for feature in self._features}
+        self._starts = [0, *accumulate(one.size for one in self._of_column.values())]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -178,32 +176,94 @@ class TablePreparation:
         """float32 (F,).
 
         Raises:
-            ValueError: For text in a column of numbers.
+            ValueError: For text in a column of numbers or of dates.
         """
         found = np.zeros(self._starts[-1], np.float32)  # filled in place, because a category can have many values
-        for feature, start in zip(self._features, self._starts, strict=False):
-            cell = cell_text(cells[feature["column"]])
-            if cell in self._missing:
-                cell = ""
-            if feature["type"] == "category":
-                places = self._places[feature["column"]]
-                found[start + places.get(cell, len(places))] = 1
-                continue
-            found[start] = self._number(feature, cell)
-            if feature["gaps"]:
-                found[start + 1] = not cell
+        for (column, feature), start in zip(self._of_column.items(), self._starts, strict=False):
+            feature.fill(found[start : start + feature.size], self._text(cells[column]), cells[column])
         return found
 
-    @staticmethod
-    def _number(feature: Mapping[str, Any], cell: str) -> float:
-        number = cell_number(cell) if cell else float(feature["mean"])
-        if number is None:
-            raise ValueError(f"{cell!r} in column {feature['column']} is not a finite number")
-        return number
+    def _text(self, value: Any) -> str:
+        text = cell_text(value)
+        if text in self._missing:
+            return ""
+        return in_points(text, *self._marks) if self._marks and isinstance(value, str) else text
+
+    def remarks(self, rows: Sequence[Mapping[str, Any]], stored: np.ndarray) -> list[str]:
+        """What is remarkable about samples: values of categories that the training split does not have.
+
+        Args:
+            rows: Raw samples.
+            stored: float32 (B, F), the result of `row` for each of them.
+        """
+        found = []
+        for (column, feature), end in zip(self._of_column.items(), self._starts[1:], strict=True):
+            if feature.kind == "category" and (unseen := np.flatnonzero(stored[:, end - 1])).size:
+                cells = dict.fromkeys(repr(self._text(rows[i][column])) for i in unseen.tolist())
+                shown = ", ".join(list(cells)[:MOST_EXAMPLES]) + (", …" if len(cells) > MOST_EXAMPLES else "")
+                count = f"{unseen.size} of {len(rows)} cells"
+                found.append(f"column {column}: {count} have a value that training did not have: {shown}")
+        return found
 
     def example(self) -> dict[str, Any]:
-        """The mean of each number and the first value of each category."""
-        return {f["column"]: f["mean"] if f["type"] == "number" else f["values"][0] for f in self._features}
+        """The mean of each number, the first value of each category and the first day of each date."""
+        return {column: feature.example for column, feature in self._of_column.items()}
+
+
+class _Feature:
+    """One column: its number of stored values, and how a cell becomes these."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._column, self.kind = values["column"], values["type"]
+        self._values = values
+        self.fill = {"number": self._fill_number, "date": self._fill_date, "category": self._fill_category}[
+            self.kind
+        ]
+        if self.kind == "category":
+            self.size, self.example = len(values["values"]) + 1, values["values"][0]
+            self._places = {value: place for place, value in enumerate(values["values"])}
+            self._form = values.get("form", "text")
+            self._texts = by_number(values["values"]) if self._form == "digits" else {}
+            return
+        self._gaps: bool = values["gaps"]
+        self._means: list[float] = values["means"] if self.kind == "date" else [values["mean"]]
+        self.size = len(self._means) + self._gaps
+        if self.kind == "date":
+            self.example = values["first"]
+            self._first = read_date(self.example, ISO)
+        else:
+            self.example = values["mean"]
+
+    def _fill_category(self, found: np.ndarray, cell: str, value: Any) -> None:
+        if self._form == "value":
+            cell = normal_form(cell)
+        elif self._form == "digits" and cell and not (isinstance(value, str) and cell in self._places):
+            cell = self._texts.get(normal_form(cell), _UNSEEN)
+        found[self._places.get(cell, -1)] = 1
+
+    def _fill_number(self, found: np.ndarray, cell: str, value: Any) -> None:
+        number = float(value) if isinstance(value, bool | np.bool_) else self._number(cell)
+        found[0] = number
+        if self._gaps:
+            found[1] = not cell
+
+    def _number(self, cell: str) -> float:
+        number = cell_number(cell) if cell else float(self._means[0])
+        if number is None:
+            raise ValueError(f"{cell!r} in column {self._column} is not a finite number")
+        return number
+
+    def _fill_date(self, found: np.ndarray, cell: str, _value: Any) -> None:
+        count = len(self._means)
+        moment = read_date(cell, self._values["format"]) if cell else None
+        if cell and moment is None:
+            raise ValueError(
+                f"{cell!r} in column {self._column} is not a date in the form {self._values['format']}"
+            )
+        assert self._first is not None
+        found[:count] = parts_of(moment, self._first, clock=count > len(PARTS)) if moment else self._means
+        if self._gaps:
+            found[count] = not cell
 
 
 class TextPreparation:

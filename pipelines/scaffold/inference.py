@@ -11,10 +11,12 @@ from functools import cached_property
 from typing import Any
 
 from dmtg_core.names import listed
-from pipelines.data.preprocessing import cell_number
-from pipelines.data.sources.labels import FLAGS
+from pipelines.data.cells import MISSING, cell_number, has_leading_zero
+from pipelines.data.dates import formats_of
+from pipelines.data.sources.labels import DASHES
 from pipelines.data.sources.rows import MOST_NAMES, Row, split_name
-from pipelines.data.sources.table import FINEST, MISSING
+from pipelines.data.sources.table import FINEST
+from pipelines.data.sources.tables.flags import FLAGS
 from pipelines.errors import UserError
 
 HEAD_ROWS = 20_000
@@ -23,6 +25,10 @@ MOST_NUMBERS = 20  # most values of a target of whole numbers that counts as cla
 ROWS_A_CLASS = 10  # smallest mean number of rows of such a class
 GAPS = ("na", "n/a", "#n/a", "nan", "null", "none", "?", "-", "--", ".", "unknown", "missing")
 _ID = re.compile(r"(?i:^(id|.*[_\s-]id|uid|uuid|guid|key|index|row|unnamed: 0|)$)|[a-z](Id|ID)$")
+_CODE = re.compile(
+    r"(?i)(^|[^a-z])(zip|zip_?code|post_?(al)?_?code|plz|postleitzahl|code_postal|phone|telefon|iban|isbn)"
+)
+FEWEST_WORDS = 4  # fewest words of half of the values of a column of texts
 _SPLIT = ("split", "set", "subset", "partition", "fold")
 
 
@@ -40,11 +46,13 @@ class ColumnSummary:
 
     @cached_property
     def gaps(self) -> tuple[str, ...]:
-        """Markers of an empty cell: the usual ones, and words such as "n/a" in a column of numbers."""
-        words = Counter(cell for cell in self.cells if cell and cell not in MISSING and cell_number(cell) is None)
+        """Markers of an empty cell: the usual ones, and words such as "unknown" among numbers."""
+        every = set(self.cells)
+        usual = tuple(mark for mark in MISSING if mark not in DASHES or "+" not in every)
+        words = Counter(cell for cell in self.cells if cell and cell not in usual and cell_number(cell) is None)
         filled = sum(bool(cell) for cell in self.cells)
         among_numbers = 2 * words.total() < filled
-        return (*MISSING, *(word for word in words if among_numbers and word.lower() in GAPS))
+        return (*usual, *(word for word in words if among_numbers and word.lower() in GAPS))
 
     @cached_property
     def numbers(self) -> dict[str, float]:
@@ -60,6 +68,32 @@ class ColumnSummary:
     def whole(self) -> bool:
         """Whether all values are whole numbers."""
         return self.numeric and all(number.is_integer() for number in self.numbers.values())
+
+    @property
+    def dates(self) -> tuple[str, ...]:
+        """The formats in which all values are dates; several if days and months could be exchanged."""
+        if self.numeric or not self.counts:
+            return ()
+        formats = Counter(form for value in self.counts for form in formats_of(value))
+        return tuple(form for form, count in formats.items() if count == len(self.counts))
+
+    @property
+    def digits(self) -> bool:
+        """Whether the values are whole numbers that name something, such as postcodes and ids.
+
+        They have leading zeros; or the name of the column says so, and there are many of them.
+        """
+        if not self.whole:
+            return False
+        named = _CODE.search(self.name) or _ID.search(self.name)
+        return any(map(has_leading_zero, self.counts)) or bool(named and len(self.counts) > MOST_NUMBERS)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the values are texts: most of them have several words, and few occur twice."""
+        words = sorted(len(value.split()) for value in self.counts) or [0]
+        several = words[len(words) // 2] >= FEWEST_WORDS
+        return several and not self.dates and 2 * len(self.counts) > self.counts.total()
 
     @property
     def unique(self) -> bool:
@@ -134,6 +168,10 @@ def target(column: ColumnSummary, where: str, more: bool) -> Use:
     Raises:
         UserError: For a column that has only one value, or that is neither a number nor a class.
     """
+    if {*column.counts} == {"-1", "0", "1"}:  # -1 is a usual code of a missing value
+        known = ColumnSummary(column.name, ["" if cell == "-1" else cell for cell in column.cells])
+        why = f"{known.missing}, written as -1; if -1 is no, write positive: ['1'] in place of missing"
+        return _task(known, "binary", "values 0 and 1", why, metric="auroc", missing=["-1"])
     counts, missing = column.counts, column.missing
     if len(counts) < 2:
         rows = f"in the first {len(column.cells)} rows" if more else "in all rows"
@@ -170,8 +208,8 @@ def _binary(column: ColumnSummary) -> Use:
     return _task(column, "binary", f"{share}, the rest {often}", column.missing, metric="auroc", positive=[rare])
 
 
-def _task(column: ColumnSummary, kind: str, what: str, missing: str, **options: Any) -> Use:
-    why = ", ".join(part for part in (what, missing) if part)
+def _task(column: ColumnSummary, kind: str, what: str, gaps: str, **options: Any) -> Use:
+    why = ", ".join(part for part in (what, gaps) if part)
     return Use(column.name, "target", why, {"column": column.name, "kind": kind, **options})
 
 
@@ -180,18 +218,41 @@ def feature(column: ColumnSummary) -> Use:
     counts = column.counts
     if len(counts) < 2 and not (counts and column.missing):
         return Use(column.name, "left out", f"always {next(iter(counts))!r}" if counts else "always empty")
-    if column.numeric and column.too_close_for_float32:
+    if column.digits:
+        return _code_use(column)
+    return _number_use(column) if column.numeric else _word_use(column)
+
+
+def _number_use(column: ColumnSummary) -> Use:
+    if column.too_close_for_float32:
         return Use(column.name, "left out", "the values are equal in float32; subtract an offset first")
-    if column.numeric:
-        return Use(column.name, "number", column.missing)
+    return Use(column.name, "number", column.missing)
+
+
+def _word_use(column: ColumnSummary) -> Use:
+    """The use of a column whose values are not all numbers."""
+    counts, missing = column.counts, column.missing
+    if len(column.dates) == 1:
+        return Use(column.name, "date", ", ".join(filter(None, (f"as {column.dates[0]}", missing))))
+    ways = f"; the dates can be read as {' and '.join(column.dates)}: write yyyy-mm-dd" if column.dates else ""
     if 2 * sum(counts[value] for value in column.numbers) >= counts.total():
         odd = next(value for value in counts if value not in column.numbers)
-        return Use(
-            column.name, "left out", f"numbers, but also {odd!r}; if that marks an empty cell, add it to missing"
-        )
-    if len(counts) <= MOST_VALUES:
-        return Use(column.name, "category", ", ".join(part for part in (_some(column), column.missing) if part))
-    return Use(column.name, "left out", f"{len(counts)} different texts: neither number nor category")
+        why = f"numbers, but also {odd!r}; if that marks an empty cell, add it to missing"
+    elif column.is_text:
+        why = f"{len(counts)} different texts of several words: read them with --source text"
+    elif len(counts) <= MOST_VALUES:
+        return Use(column.name, "category", ", ".join(filter(None, (_some(column), missing))) + ways)
+    else:
+        why = f"{len(counts)} different texts: neither number nor category{ways}"
+    return Use(column.name, "left out", why)
+
+
+def _code_use(column: ColumnSummary) -> Use:
+    """The use of whole numbers that name something."""
+    if len(column.counts) <= MOST_VALUES:
+        return Use(column.name, "category", f"{_some(column)}; they name something, so they are no amounts")
+    why = f"{len(column.counts)} whole numbers that name something, such as a postcode or an id"
+    return Use(column.name, "left out", f"{why}; as amounts, add the column to features")
 
 
 def _some(column: ColumnSummary) -> str:

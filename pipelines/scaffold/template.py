@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from pipelines.config.loading import recipe_config
+from pipelines.data.cells import MISSING
 from pipelines.data.sources import SOURCES, options_model
 from pipelines.data.sources.folder import EXTENSIONS
-from pipelines.data.sources.rows import SPLIT_COLUMN, read_head
-from pipelines.data.sources.table import MISSING
+from pipelines.data.sources.rows import SPLIT_COLUMN, read_head, table_dialect
+from pipelines.data.sources.tables.parquet import is_parquet
 from pipelines.errors import UserError
 from pipelines.scaffold.comments import Draft, Written, text_of
 from pipelines.scaffold.inference import (
@@ -95,7 +96,8 @@ def _kind_of(place: Location | None) -> str:
         )
     if not place.is_dir():
         return "table"
-    return "table" if any(name.lower().endswith((".parquet", ".pq")) for name in _files(place)) else "folder"
+    parts = any("=" in name for name in place.folders())  # folders of Parquet files that Spark and pandas write
+    return "table" if parts or any(map(is_parquet, _files(place))) else "folder"
 
 
 def _name_of(data: str) -> str:
@@ -115,13 +117,13 @@ def _table(data: str, place: Location, given: Sequence[str]) -> Draft:
     tasks, rest = _tasks(columns, given, place, more)
     rows_by = [use for use in (split_use(rest), id_use(rest)) if use is not None]
     inputs = [feature(column) for name, column in rest.items() if name not in [use.column for use in rows_by]]
-    used = [use.column for use in inputs if use.use in ("number", "category")]
+    used = [use.column for use in inputs if use.use in ("number", "category", "date")]
     if not used:
         raise UserError(
             "no column is left to predict from", where=str(place),
             remedy="; ".join(f"{use.column}: {use.why}" for use in (*inputs, *rows_by)) or "name fewer targets",
         )  # fmt: skip
-    options, why = _of_rows(rows_by)
+    options, why = _of_rows(rows_by, place)
     options["tasks"] = [dict(use.options) for use in tasks]
     if len(used) < len(inputs) or (options.get("split_column", "") is None and SPLIT_COLUMN in rest):
         options["features"] = used
@@ -150,7 +152,7 @@ def _text(data: str, place: Location, given: Sequence[str]) -> Draft:
     text = max(rest.values(), key=lambda column: sum(map(len, column.cells)))
     rest.pop(text.name)
     rows_by = [use for use in (split_use(rest), id_use(rest)) if use is not None]
-    options, why = _of_rows(rows_by)
+    options, why = _of_rows(rows_by, place)
     root, _, file = data.rpartition("/")
     options = {"file": file, "text_column": text.name, **options}
     why["text_column"] = "the column with the longest texts"
@@ -172,7 +174,7 @@ def _folder(data: str, place: Location, given: Sequence[str]) -> Draft:
     images, image_column, suffix = _images(place, rest)
     rest.pop(image_column)
     split = split_use(rest)
-    options, why = _of_rows([split] if split else [])
+    options, why = _of_rows([split] if split else [], place / labels)
     options = {"labels": labels, "images": images, "image_column": image_column, "suffix": suffix, **options}
     why["suffix"] = "added to a name without an extension"
     options["size"] = 64
@@ -244,10 +246,11 @@ def _tasks(
     return tasks, {name: column for name, column in columns.items() if name not in names}
 
 
-def _of_rows(uses: Sequence[Use]) -> tuple[Written, dict[str, str]]:
-    """The options of the reader for the id and the split, and the reason for each."""
-    options: Written = {}
-    why = {}
+def _of_rows(uses: Sequence[Use], table: Location) -> tuple[Written, dict[str, str]]:
+    """The options of the reader for the dialect, the id and the split, and the reason for each."""
+    dialect = table_dialect(table)
+    options: Written = {"dialect": dialect.options} if dialect.options else {}
+    why = {"dialect": f"how the file is written: {dialect}"} if options else {}
     for use in uses:
         if use.use == "id":
             options["id_column"], why["id_column"] = use.column, use.why

@@ -16,6 +16,7 @@ from dmtg_core.names import listed
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import InputSpec, Task
 from pipelines.config.sections import TrackSection
+from pipelines.data.preprocessing import MARKS
 from pipelines.data.renewal import columns_of
 from pipelines.data.sources.encoding import shown
 from pipelines.errors import UserError
@@ -83,7 +84,7 @@ def input_problem(
 
 def _encoding_problem(mine: Mapping[str, Any], theirs: Mapping[str, Any], strict: bool) -> str:
     """What differs between two preparations of the same columns; the mean matters only where it fills gaps."""
-    for key in sorted({*mine, *theirs} - {"features"}):
+    for key in sorted({*mine, *theirs} - {"features", *MARKS}):  # the marks of numbers are not in the input
         if mine.get(key) != theirs.get(key):
             return f"the data has another {key} than the data of the model"
     if not isinstance(mine.get("features"), list):

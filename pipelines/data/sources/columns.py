@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from pipelines.data.preprocessing import cell_number
+from pipelines.data.cells import cell_number, has_leading_zero
+from pipelines.data.dates import CLOCK_PART, PARTS, formats_of, has_clock, parts_of, read_date
 from pipelines.data.sources.base import Entry
 from pipelines.data.sources.rows import Row
 
@@ -98,6 +99,8 @@ class Figures:
         mean: Mean of the numbers.
         deviation: Standard deviation of the numbers.
         exponents: Binary exponent → count of the numbers that are not 0.
+        zeros: Number of cells that are digits with a 0 before them.
+        dates: Format of `dates.FORMATS` → number of cells that are dates in it.
     """
 
     cells: int = 0
@@ -108,6 +111,13 @@ class Figures:
     mean: float = math.nan
     deviation: float = math.nan
     exponents: Counter[int] = field(default_factory=Counter)
+    zeros: int = 0
+    dates: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def date_formats(self) -> tuple[str, ...]:
+        """The formats in which all filled cells are dates; several for days and months that could be exchanged."""
+        return tuple(name for name, count in self.dates.items() if count == self.filled)
 
     @property
     def incomplete(self) -> bool:
@@ -135,6 +145,10 @@ class Figures:
         self.numbers += number is not None
         if number:
             self.exponents[math.frexp(number)[1]] += 1
+        if number is None and cell:
+            self.dates.update(formats_of(cell))
+        else:
+            self.zeros += has_leading_zero(cell)
         if len(self.values) <= self.most:
             self.values.add(cell)
         return number
@@ -171,6 +185,29 @@ def _measure_deviations(samples: Samples, found: Mapping[str, Figures]) -> None:
                 squares[column].add((number - figures.mean) ** 2)
     for column, figures in found.items():
         figures.deviation = math.sqrt(squares[column].total / figures.numbers)
+
+
+def date_figures(samples: Samples, column: str, form: str) -> tuple[str, dict[str, Figures]]:
+    """The first day of a column of dates, and the figures of the parts of its dates, over the training rows.
+
+    Args:
+        samples: Rows and splits.
+        column: Name of the column.
+        form: Its format, of `dates.FORMATS`.
+
+    Returns:
+        The day in ISO 8601, and name of the part → figures, with the hour only if a date has a time.
+    """
+    moments = [read_date(cell, form) for row in _training(samples) if (cell := row.cells[column])]
+    held = [moment for moment in moments if moment is not None]
+    first = min(held).replace(hour=0, minute=0, second=0)
+    clock = any(map(has_clock, held))
+    names = (*PARTS, *([CLOCK_PART] if clock else []))
+    rows = [
+        (Row(0, dict(zip(names, map(repr, parts_of(moment, first, clock=clock)), strict=True))), "train")
+        for moment in held
+    ]
+    return first.date().isoformat(), training_figures(rows, names)
 
 
 def different_cells(samples: Samples, columns: Collection[str]) -> dict[str, set[str]]:

@@ -24,8 +24,25 @@ from pipelines.config.validation import Section, checked
 from pipelines.data.sources.base import INPUT, Column, Description, Entry
 from pipelines.data.sources.columns import Replayed, RowsOf
 from pipelines.data.sources.images import image_input, read_image, rgb
-from pipelines.data.sources.labels import LabelTask, Target, kept_rows, label_targets
-from pipelines.data.sources.rows import SPLIT_COLUMN, Row, check_root, split_of, table_rows, with_ids
+from pipelines.data.sources.labels import (
+    LabelTask,
+    Target,
+    kept_rows,
+    label_markers,
+    label_targets,
+    without_markers,
+)
+from pipelines.data.sources.rows import (
+    SPLIT_COLUMN,
+    Dialect,
+    DialectOptions,
+    Row,
+    check_root,
+    read_rows,
+    split_of,
+    table_dialect,
+    with_ids,
+)
 from pipelines.storage import Location
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -38,7 +55,7 @@ class FolderOptions(Section):
     `suffix` is added to an id without an extension. Images are stored `size` × `size`: `resize` is "pad" (the
     whole image with its aspect ratio, on mid-grey, which is near zero after normalisation), "crop" (the central
     square) or "stretch" (the whole image, without its aspect ratio). Without a split column, the split follows
-    from the hash of the id.
+    from the hash of the id. `labels` is a table of text or Parquet; `dialect` says how it is written.
     """
 
     labels: str = "labels.csv"
@@ -48,6 +65,7 @@ class FolderOptions(Section):
     size: int = Field(64, ge=1)
     resize: Literal["stretch", "crop", "pad"] = "pad"
     split_column: str | None = SPLIT_COLUMN
+    dialect: DialectOptions = DialectOptions()
     tasks: tuple[LabelTask, ...] = Field(min_length=1)
 
 
@@ -108,13 +126,25 @@ class FolderSource:
     def _samples(self) -> Replayed[Entry]:
         return Replayed(self._listed)
 
+    def _needed(self) -> list[str]:
+        """The columns that the options name; they are required."""
+        options = self._options
+        needed = [options.image_column, *(task.column for task in options.tasks)]
+        if options.split_column is not None and "split_column" in options.model_fields_set:
+            needed.append(options.split_column)
+        return list(dict.fromkeys(needed))
+
+    @cached_property
+    def _dialect(self) -> Dialect:
+        return table_dialect(self._table, self._options.dialect, columns=self._needed(), log=True)
+
     def _listed(self, first: bool) -> Iterator[Entry]:
         options, where = self._options, str(self._table)
-        needed = [options.image_column, *(task.column for task in options.tasks)]
-        if options.split_column not in (None, SPLIT_COLUMN):
-            needed.append(str(options.split_column))  # named in the options, so it must exist
-        rows = with_ids(table_rows(self._table, list(dict.fromkeys(needed))), options.image_column, "", where)
-        for row, name in kept_rows(rows, options.tasks, where, log=first):
+        words = [options.image_column]
+        rows = read_rows(self._table, self._needed(), dialect=self._dialect, words=words)
+        rows = without_markers(rows, label_markers(options.tasks))
+        named = with_ids(rows, options.image_column, "", where)
+        for row, name in kept_rows(named, options.tasks, where, log=first):
             has_extension = PurePosixPath(name).suffix.lower() in EXTENSIONS
             cells = {task.column: row.cells[task.column] for task in options.tasks}
             file = name if has_extension else name + options.suffix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,26 +16,27 @@ from pydantic import ConfigDict, Field, model_validator
 from dmtg_core.names import by_number, listed
 from dmtg_core.tasks import Task, check_names
 from pipelines.config.validation import Section
-from pipelines.data.preprocessing import cell_number
+from pipelines.data.cells import MISSING, cell_number, has_leading_zero, normal_form
 from pipelines.data.sources.base import BadSampleError, Column
 from pipelines.data.sources.columns import Figures, Samples, different_cells, training_figures
 from pipelines.data.sources.rows import Row
+from pipelines.data.sources.tables.flags import FLAGS
 from pipelines.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_YES = ("true", "yes", "1", "1.0")
-_NO = ("false", "no", "0", "0.0", "-1", "-1.0")
+DASHES = ("-", "--")  # missing, but a class beside "+"
 
 
 class LabelTask(Section):
     """One column of a table as a task, or as one task for each class.
 
-    `classes` fixes the names and their order (default: those in the file, sorted, numbers by their size). `drop`
-    lists values whose rows are left out. `one_vs_rest` ("all" or a list of classes) creates one binary task
-    `<name>.<class>` for each class of a class column, for the kinds binary and multiclass. `positive` lists the
-    values that count as 1 for a binary task (default: true, yes, 1 against false, no, 0, -1; any other value is a
-    bad sample).
+    `classes` fixes the names and their order (default: those in the file, sorted, numbers by their size).
+    `drop` lists values whose rows are left out. `one_vs_rest` ("all" or a list of classes) creates one binary
+    task `<name>.<class>` for each class of a class column, for the kinds binary and multiclass. `positive`
+    lists the values that count as 1 for a binary task (default: true, yes, 1 against false, no, 0, -1, also ja
+    and nein, oui and non, да and нет, 是 and 否, …; any other value is a bad sample). `missing` lists markers of
+    a missing label besides the usual ones (NA, N/A, ?, -, …), such as -1 beside 0 and 1.
     """
 
     model_config = ConfigDict(coerce_numbers_to_str=True)  # YAML reads the class names of `[1, 2, 3]` as numbers
@@ -46,6 +48,7 @@ class LabelTask(Section):
     drop: tuple[str, ...] = ()
     one_vs_rest: Literal["all"] | tuple[str, ...] | None = None
     positive: tuple[str, ...] | None = Field(None, min_length=1)
+    missing: tuple[str, ...] = ()
     metric: str = ""
     loss: str = ""
 
@@ -68,6 +71,17 @@ class LabelTask(Section):
         return self.classes is None and (self.kind == "multiclass" or self.one_vs_rest is not None)
 
     @property
+    def reads_words(self) -> bool:
+        """Whether the names of the two values are those in the file."""
+        return self.kind == "binary" and self.one_vs_rest is None
+
+    @property
+    def words(self) -> set[str]:
+        """The values that the options name."""
+        chosen = self.one_vs_rest if isinstance(self.one_vs_rest, tuple) else ()
+        return {*(self.classes or ()), *(self.positive or ()), *self.drop, *chosen}
+
+    @property
     def task_name(self) -> str:
         """`name`, or the name of the column without characters that a metric name cannot have."""
         return self.name or safe_name(self.column)
@@ -77,8 +91,9 @@ class LabelTask(Section):
 class Target:
     """A task, and the conversion of cells to stored values.
 
-    `codes` maps cells to values. Any other cell has the value `otherwise`, or is an error if that is None. A
-    regression task has no codes. `note` names outliers.
+    `codes` maps cells, or their `normal_form`, to values. Any other cell has the value `otherwise`, or is an
+    error if that is None. A regression task has no codes. Cells in `missing` have no value. `note` says what is
+    remarkable.
     """
 
     column: str
@@ -86,6 +101,7 @@ class Target:
     codes: Mapping[str, int] | None = None
     otherwise: int | None = None
     note: str = ""
+    missing: frozenset[str] = frozenset()
 
     @property
     def stored(self) -> Column:
@@ -102,27 +118,23 @@ class Target:
             BadSampleError: For a cell that is not a label of the task.
         """
         cell = row.cells[self.column]
-        if not cell:
+        if not cell or cell in self.missing:
             return None
-        number = cell_number(cell) if self.codes is None else self.codes.get(cell, self.otherwise)
+        number = cell_number(cell) if self.codes is None else self._code(cell, self.codes)
         if number is None:
             raise BadSampleError(f"{self._complaint(cell)} in column {self.column}, {row.place}")
         return np.asarray(number, self.stored.dtype)
+
+    def _code(self, cell: str, codes: Mapping[str, int]) -> int | None:
+        code = codes.get(cell)
+        return codes.get(normal_form(cell), self.otherwise) if code is None else code
 
     def _complaint(self, cell: str) -> str:
         if self.codes is None:
             return f"{cell!r} is not a finite number"
         if self.codes == FLAGS:
-            return f"{cell!r} is neither yes ({', '.join(_YES)}) nor no ({', '.join(_NO)})"
+            return f"{cell!r} is neither yes (true, yes, 1, ja, …) nor no (false, no, 0, -1, nein, …)"
         return f"a label outside its classes: {cell!r}"
-
-
-FLAGS: Mapping[str, int] = {
-    form: value
-    for words, value in ((_YES, 1), (_NO, 0))
-    for word in words
-    for form in (word, word.capitalize(), word.upper())
-}
 
 
 def kept_rows(
@@ -145,6 +157,40 @@ def kept_rows(
         logger.info("%s: %d of %d rows left out by `drop`", where, every - kept, every)
 
 
+def label_markers(specs: Sequence[LabelTask], missing: Sequence[str] | None = None) -> dict[str, frozenset[str]]:
+    """Column → markers of a missing label in it, which are emptied before the labels are read.
+
+    Args:
+        specs: The label columns.
+        missing: Markers that are given for all columns; None for the usual ones, of which a dash is left out,
+            as it
+            can be a class beside "+", and words that a task names.
+    """
+    found: dict[str, frozenset[str]] = {}
+    for spec in specs:
+        named = {word for one in specs if one.column == spec.column for word in one.words}
+        usual = set(MISSING) - set(DASHES) - named if missing is None else set(missing)
+        found[spec.column] = found.get(spec.column, frozenset()) | usual | set(spec.missing)
+    return found
+
+
+def without_markers(
+    rows: Iterable[Row], of_columns: Mapping[str, frozenset[str]], others: frozenset[str] = frozenset()
+) -> Iterator[Row]:
+    """The rows, with empty cells in place of markers of missing values.
+
+    Args:
+        rows: The rows.
+        of_columns: Column → its markers.
+        others: Markers of the columns that are not in `of_columns`.
+    """
+    every = others.union(*of_columns.values())
+    for row in rows:
+        held = [name for name, cell in row.cells.items() if cell in every and cell in of_columns.get(name, others)]
+        row.cells.update(dict.fromkeys(held, ""))
+        yield row
+
+
 def label_targets(specs: Sequence[LabelTask], samples: Samples, where: str) -> tuple[Target, ...]:
     """The tasks of all label columns, with classes from all rows and statistics from the training rows.
 
@@ -157,7 +203,7 @@ def label_targets(specs: Sequence[LabelTask], samples: Samples, where: str) -> t
         UserError: For an invalid task, and for two tasks with the same name.
     """
     numbers = training_figures(samples, [spec.column for spec in specs if spec.kind == "regression"])
-    cells = different_cells(samples, [spec.column for spec in specs if spec.reads_classes])
+    cells = different_cells(samples, [spec.column for spec in specs if spec.reads_classes or spec.reads_words])
     try:
         targets = [target for spec in specs for target in _targets_of(spec, cells, numbers, where)]
         check_names([target.task for target in targets])
@@ -180,24 +226,65 @@ def _targets_of(
             )
         offset, scale = (figures.mean,), (figures.deviation or 1.0,)
         note = f"task {spec.task_name} has outliers: {figures.outliers}" if figures.outliers else ""
-        return [Target(spec.column, make(spec.task_name, "regression", offset=offset, scale=scale), note=note)]
-    classes = spec.classes or in_order(cells.get(spec.column, set()) - {""})
+        task = make(spec.task_name, "regression", offset=offset, scale=scale)
+        return [Target(spec.column, task, note=note, missing=frozenset(DASHES))]
+    held = cells.get(spec.column, set()) - {""}
+    gaps = frozenset(DASHES) - ({*DASHES} if "+" in {*held, *spec.words} else spec.words)
+    classes, codes = (spec.classes, _codes(spec.classes)) if spec.classes else _classes(held - gaps)
     if spec.one_vs_rest is not None:
         return [
             Target(
                 spec.column,
                 make(f"{spec.task_name}.{safe_name(one)}", "binary", labels=("rest", one)),
-                {name: int(name == one) for name in classes},
+                {cell: int(classes[code] == one) for cell, code in codes.items()},
+                missing=gaps,
             )
             for one in _chosen(spec, classes)
         ]
     if spec.kind == "multiclass":
         task = make(spec.task_name, "multiclass", len(classes), labels=classes)
-        return [Target(spec.column, task, {name: i for i, name in enumerate(classes)})]
+        return [Target(spec.column, task, codes, missing=gaps)]
     task = make(spec.task_name, "binary")
-    if spec.positive is None:
-        return [Target(spec.column, task, FLAGS)]
-    return [Target(spec.column, task, dict.fromkeys(spec.positive, 1), otherwise=0)]
+    if spec.positive is not None:
+        codes = dict.fromkeys(_codes(spec.positive), 1)
+        return [Target(spec.column, task, codes, otherwise=0, missing=gaps)]
+    odd = _minus_ones(held)
+    note = ""
+    if odd:
+        note = (
+            f"column {spec.column} has {listed(odd)} beside 0 and 1, which is taken for a missing label; if it is "
+            "no, write positive: ['1']"
+        )
+        logger.warning("%s: %s", where, note)
+    return [Target(spec.column, task, FLAGS, note=note, missing=gaps.union(odd))]
+
+
+def _codes(names: Sequence[str]) -> dict[str, int]:
+    """Name and its normal form → place of the name. A normal form of several names is not in it."""
+    of_name = {name: place for place, name in enumerate(names)}
+    if any(map(has_leading_zero, names)):
+        return of_name
+    forms = Counter(map(normal_form, names))
+    of_form = {normal_form(name): place for name, place in of_name.items() if forms[normal_form(name)] == 1}
+    return of_form | of_name
+
+
+def _classes(cells: set[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The classes of a column, and cell → its class. Cells of one value, such as 1 and 1.0, are one class."""
+    if any(map(has_leading_zero, cells)):
+        names = in_order(cells)
+        return names, _codes(names)
+    forms: dict[str, list[str]] = {}
+    for cell in cells:
+        forms.setdefault(normal_form(cell), []).append(cell)
+    names = in_order(same[0] if len(same) == 1 else form for form, same in forms.items())
+    return names, _codes(names)
+
+
+def _minus_ones(cells: set[str]) -> list[str]:
+    """The cells that are -1 in a column that has 0 and 1 as well."""
+    forms = {cell: normal_form(cell) for cell in cells}
+    return sorted(cell for cell, form in forms.items() if form == "-1") if {"0", "1"} <= {*forms.values()} else []
 
 
 def _chosen(spec: LabelTask, classes: Sequence[str]) -> Sequence[str]:

@@ -41,7 +41,7 @@ from pipelines.data.sources.images import (
     rgb,
     sixteen_bit,
 )
-from pipelines.data.sources.rows import check_root, split_name, table_rows, with_ids
+from pipelines.data.sources.rows import check_root, read_rows, split_name, with_ids
 from pipelines.errors import UserError
 from pipelines.storage import Location
 
@@ -107,7 +107,7 @@ class NucleiSource:
             UserError: For a missing column, an empty id, an unknown split.
         """
         table = self._root / "labels.csv"
-        for row, name in with_ids(table_rows(table, ("image", "split", _COUNT)), "image", "", str(table)):
+        for row, name in with_ids(read_rows(table, ("image", "split", _COUNT)), "image", "", str(table)):
             split = split_name(row.cells["split"])
             if split is None:
                 raise UserError(

@@ -11,7 +11,7 @@ import numpy as np
 
 from dmtg_core.names import listed
 from dmtg_core.tasks import InputSpec, Task
-from pipelines.data.preprocessing import Preparation, load_preparation
+from pipelines.data.preprocessing import Preparation, for_plain_cells, load_preparation
 from pipelines.data.sources.base import INPUT, BadSampleError, Column, Description, Entry
 from pipelines.data.sources.rows import Row
 from pipelines.errors import UserError
@@ -113,7 +113,7 @@ class PreparedSource(ABC):
 
     @cached_property
     def _prepared(self) -> Preparation:
-        return load_preparation(self._input[1])
+        return load_preparation(for_plain_cells(self._input[1]))
 
 
 def train_cells(entries: Iterable[Entry], column: str) -> Iterator[str]:

@@ -21,18 +21,42 @@ from pydantic import Field, model_validator
 from dmtg_core.names import listed
 from dmtg_core.tasks import InputSpec
 from pipelines.config.validation import Section, checked
+from pipelines.data.cells import MISSING, has_leading_zero, normal_form
 from pipelines.data.preprocessing import load_preparation
 from pipelines.data.sources.base import Entry
-from pipelines.data.sources.columns import MOST_VALUES, Figures, Replayed, RowsOf, training_figures
-from pipelines.data.sources.labels import LabelTask, Target, kept_rows, label_targets
+from pipelines.data.sources.columns import (
+    MOST_VALUES,
+    Figures,
+    Replayed,
+    RowsOf,
+    date_figures,
+    training_figures,
+)
+from pipelines.data.sources.labels import (
+    LabelTask,
+    Target,
+    kept_rows,
+    label_markers,
+    label_targets,
+    without_markers,
+)
 from pipelines.data.sources.preprocessed import PreparedSource
-from pipelines.data.sources.rows import MOST_NAMES, SPLIT_COLUMN, Row, read_rows, split_of, with_ids
+from pipelines.data.sources.rows import (
+    MOST_NAMES,
+    SPLIT_COLUMN,
+    Dialect,
+    DialectOptions,
+    Row,
+    read_rows,
+    split_of,
+    table_dialect,
+    with_ids,
+)
 from pipelines.errors import UserError
 from pipelines.storage import Location
 
 logger = logging.getLogger(__name__)
 
-MISSING = ("nan", "NaN", "null", "NULL", "None")
 WIDE = 10_000  # features of a sample above which a warning is logged
 FINEST = 1e-5  # ratio of deviation and mean below which float32, with 24 bits, loses the differences
 
@@ -41,10 +65,13 @@ class TableOptions(Section):
     """The table, the targets and the features.
 
     `file` is below the root; empty if the root is the table itself. Without `id_column`, the number of a row is
-    its id. Without a split column, the split follows from the hash of the id. `features` are "all" remaining
-    columns, or a list. Without `categorical`, a feature is a category if less than half of its training cells are
-    numbers; with it, the features that it does not name are numbers. `missing` are markers of an empty cell. A
-    category with more than `max_values` values is refused.
+    its id. Without a split column, the split follows from the hash of the id. `dialect` says how a table of
+    text is written; what it does not say is found in the file. `features` are "all" remaining columns, or a
+    list. A column of dates becomes numbers: days since the first one, year, month, day, weekday, day of the
+    year and, with times, hour. Without `categorical`, another feature is a category if less than half of its
+    training cells are numbers, or if they are digits with leading zeros, such as postcodes; with it, the
+    features that it does not name are numbers. `missing` are markers of an empty cell. A category with more
+    than `max_values` values is refused.
 
     `smiles` names a column of molecules, which is then the only input. `molecule_features`: "ngrams" (counts of
     1 to `longest` neighbouring characters, hashed to `bits` features) or "morgan" (rdkit's fingerprint of `radius`
@@ -54,6 +81,7 @@ class TableOptions(Section):
     file: str = ""
     id_column: str | None = None
     split_column: str | None = SPLIT_COLUMN
+    dialect: DialectOptions = DialectOptions()
     tasks: tuple[LabelTask, ...] = Field(min_length=1)
     features: Literal["all"] | tuple[str, ...] = "all"
     categorical: tuple[str, ...] | None = None
@@ -110,7 +138,9 @@ class TableSource(PreparedSource):
 
     def _listed(self, first: bool) -> Iterator[Entry]:
         options, where = self._options, str(self._table)
-        rows = read_rows(self._table, self._named_columns(), missing=options.missing)
+        words = [name for name in (options.id_column, options.smiles) if name is not None]
+        rows = read_rows(self._table, self._named_columns(), dialect=self._dialect, words=words)
+        rows = without_markers(rows, self._markers, frozenset(options.missing))
         needed: list[str] = []
         for row, name in kept_rows(with_ids(rows, options.id_column, "", where), options.tasks, where, log=first):
             needed = needed or [*(task.column for task in options.tasks), *self._feature_columns(row)]
@@ -118,11 +148,23 @@ class TableSource(PreparedSource):
             split = split_of(row, options.split_column, name, where)
             yield Entry(name, split, {"row": Row(row.line, cells, row.unit)})
 
+    @cached_property
+    def _dialect(self) -> Dialect:
+        return table_dialect(self._table, self._options.dialect, columns=self._named_columns(), log=True)
+
+    @property
+    def _markers(self) -> dict[str, frozenset[str]]:
+        """Column → markers of missing values, for columns whose markers are not those of the features."""
+        options = self._options
+        kept = dict.fromkeys((options.id_column, options.split_column), frozenset[str]())
+        given = options.missing if "missing" in options.model_fields_set else None
+        return {name: marks for name, marks in kept.items() if name} | label_markers(options.tasks, given)
+
     def _named_columns(self) -> list[str]:
         """The columns that the options name; they are required."""
         options = self._options
         listed = () if options.features == "all" else options.features
-        split = None if options.split_column == SPLIT_COLUMN else options.split_column
+        split = options.split_column if "split_column" in options.model_fields_set else None
         single = [name for name in (options.id_column, split, options.smiles) if name is not None]
         every = [*single, *(task.column for task in options.tasks), *listed, *(options.categorical or ())]
         return list(dict.fromkeys(every))
@@ -179,6 +221,7 @@ class TableSource(PreparedSource):
             "kind": "table",
             "features": [feature for feature, _ in features],
             "missing": list(self._options.missing),
+            **self._dialect.marks,
         }
         return InputSpec("features", (len(mean),), "float32", mean, std), preparation
 
@@ -193,7 +236,16 @@ class TableSource(PreparedSource):
     def _feature(self, column: str, figures: Figures) -> tuple[dict[str, Any], list[tuple[float, float]]]:
         """One feature of the preparation, with mean and standard deviation of each of its stored values."""
         listed = self._options.categorical
-        if column in listed if listed is not None else 2 * figures.numbers < figures.filled:
+        if listed is None or column not in listed:
+            if len(figures.date_formats) == 1:
+                return self._dates(column, figures)
+            if figures.date_formats:
+                logger.warning(
+                    "%s: the dates of column %s can be read in several ways (%s): write them as yyyy-mm-dd",
+                    self._table, column, ", ".join(figures.date_formats),
+                )  # fmt: skip
+        few = 2 * figures.numbers < figures.filled or bool(figures.zeros)
+        if few if listed is None else column in listed:
             return self._category(column, figures)
         if not figures.numbers:
             raise UserError(
@@ -213,15 +265,26 @@ class TableSource(PreparedSource):
         return feature, [(mean, deviation or 1.0)] + [(0.0, 1.0)] * gaps
 
     def _category(self, column: str, figures: Figures) -> tuple[dict[str, Any], list[tuple[float, float]]]:
-        values = sorted(figures.values)
+        form = "digits" if any(map(has_leading_zero, figures.values)) else "value"
+        values = sorted(figures.values if form == "digits" else set(map(normal_form, figures.values)))
         if len(values) > self._options.max_values:
+            digits = " (digits with leading zeros are no numbers)" if form == "digits" else ""
             raise UserError(
                 f"column {column} has {len(values)}{' or more' * figures.incomplete} different values, more than "
-                f"max_values={self._options.max_values}, such as {', '.join(map(repr, values[:3]))}",
+                f"max_values={self._options.max_values}, such as {', '.join(map(repr, values[:3]))}{digits}",
                 where=str(self._table),
                 remedy="remove it from features, or raise source.options.max_values",
             )
-        return {"column": column, "type": "category", "values": values}, [(0.0, 1.0)] * (len(values) + 1)
+        feature = {"column": column, "type": "category", "values": values, "form": form}
+        return feature, [(0.0, 1.0)] * (len(values) + 1)
+
+    def _dates(self, column: str, figures: Figures) -> tuple[dict[str, Any], list[tuple[float, float]]]:
+        (form,), gaps = figures.date_formats, figures.filled < figures.cells
+        first, parts = date_figures(RowsOf(self._entries), column, form)
+        means = [one.mean for one in parts.values()]
+        feature = {"column": column, "type": "date", "format": form, "first": first, "parts": list(parts)}
+        scales = [(one.mean, one.deviation or 1.0) for one in parts.values()]
+        return {**feature, "means": means, "gaps": gaps}, scales + [(0.0, 1.0)] * gaps
 
     def _molecules(self, column: str) -> tuple[InputSpec, Mapping[str, Any]]:
         options = self._options
@@ -250,6 +313,8 @@ def _problem(chosen: Sequence[str], taken: set[str | None], categorical: Sequenc
 
 
 def _log_features(where: str, features: Sequence[Mapping[str, Any]]) -> None:
-    for kind, plural in (("number", "numbers"), ("category", "categories")):
+    for kind, plural in (("number", "numbers"), ("date", "dates"), ("category", "categories")):
         names = [feature["column"] for feature in features if feature["type"] == kind]
+        if not names and kind == "date":
+            continue
         logger.info("%s: %d features are %s: %s", where, len(names), plural, listed(names, MOST_NAMES))

@@ -27,9 +27,26 @@ from dmtg_core.tasks import InputSpec, Task, check_names
 from pipelines.config.validation import Section, checked
 from pipelines.data.sources.base import BadSampleError, Column, Entry
 from pipelines.data.sources.columns import Replayed, RowsOf
-from pipelines.data.sources.labels import LabelTask, kept_rows, label_targets, safe_name
+from pipelines.data.sources.labels import (
+    LabelTask,
+    kept_rows,
+    label_markers,
+    label_targets,
+    safe_name,
+    without_markers,
+)
 from pipelines.data.sources.preprocessed import PreparedSource, RowTarget, train_cells
-from pipelines.data.sources.rows import SPLIT_COLUMN, Row, check_root, read_rows, split_of, with_ids
+from pipelines.data.sources.rows import (
+    SPLIT_COLUMN,
+    Dialect,
+    DialectOptions,
+    Row,
+    check_root,
+    read_rows,
+    split_of,
+    table_dialect,
+    with_ids,
+)
 from pipelines.data.sources.tokens import load_tokenizer, train_tokenizer
 from pipelines.errors import UserError
 from pipelines.storage import Location, locate
@@ -44,7 +61,8 @@ class TextOptions(Section):
     """The texts, the labels and the tokenizer.
 
     Either `files` names a file for each split, or `file` names one file, with the splits in `split_column` or by
-    the hash of the id. Names that end with `.tsv` are read with tabs and without quotes, others as CSV or Parquet.
+    the hash of the id. Names that end with `.tsv` are read with tabs and without quotes, others as CSV or Parquet;
+    `dialect` says how they are written.
     `columns` names the columns of a file without a header line. Without `id_column`, the id of a row is its file
     and number.
 
@@ -61,6 +79,7 @@ class TextOptions(Section):
     text_column: str = "text"
     id_column: str | None = None
     split_column: str | None = SPLIT_COLUMN
+    dialect: DialectOptions = DialectOptions()
     tasks: tuple[LabelTask, ...] = ()
     labels_column: str | None = None
     labels_file: str = "labels.txt"
@@ -163,18 +182,38 @@ class TextSource(PreparedSource):
         options, location = self._options, self._root / file
         labels = [options.labels_column] if options.labels_column else [task.column for task in options.tasks]
         needed = list(dict.fromkeys([options.text_column, *labels]))
-        named = None if split or options.split_column == SPLIT_COLUMN else options.split_column
+        named = options.split_column if not split and "split_column" in options.model_fields_set else None
+        columns = [*needed, *(name for name in (options.id_column, named) if name and name not in needed)]
+        kept = (options.text_column, options.id_column, options.labels_column)
         rows = read_rows(
             location,
-            [*needed, *(name for name in (options.id_column, named) if name and name not in needed)],
+            columns,
+            dialect=self._dialect_of(file, columns),
             header=options.columns,
-            quotes=not file.lower().endswith(".tsv"),
+            words=[name for name in kept if name is not None],
         )
+        rows = without_markers(rows, label_markers(options.tasks))
         named_rows = with_ids(rows, options.id_column, f"{file}:", str(location))
         for row, name in kept_rows(named_rows, options.tasks, str(location), log=first):
             cells = {column: row.cells[column] for column in needed}
             place = split or split_of(row, options.split_column, name, str(location))
             yield Entry(name, place, {"row": Row(row.line, cells, f"{file}, {row.unit}")})
+
+    @cached_property
+    def _dialects(self) -> dict[str, Dialect]:
+        return {}
+
+    def _dialect_of(self, file: str, columns: Sequence[str]) -> Dialect:
+        """How a file is written: cells of a `.tsv` file have no quotes around them, unless the options say so."""
+        given, named = self._options.dialect, self._options.columns is None
+        if file.lower().endswith(".tsv"):
+            given = DialectOptions(delimiter="\t", quotes="").model_copy(
+                update=given.model_dump(exclude_unset=True)
+            )
+        if file not in self._dialects:
+            found = table_dialect(self._root / file, given, columns=columns, named=named, log=True)
+            self._dialects[file] = found
+        return self._dialects[file]
 
     @cached_property
     def _targets(self) -> Sequence[RowTarget]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from pipelines.data.sources.rows import SPLITS, Row, split_name, table_rows
+from pipelines.data.sources.rows import SPLITS, Row, read_rows, split_name
 from pipelines.errors import UserError
 from pipelines.storage import Location
 
@@ -31,7 +31,7 @@ def read_splits(table: Location) -> dict[str, str]:
     Raises:
         UserError: For a file of neither format, or a building in two splits.
     """
-    rows = list(table_rows(table, ()))
+    rows = list(read_rows(table, ()))
     columns = set(rows[0].cells)
     if {"building", "split"} <= columns:
         pairs = [(row.cells["building"], split_name(row.cells["split"]), row) for row in rows]

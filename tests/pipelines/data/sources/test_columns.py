@@ -13,10 +13,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.sources import build_source, columns, rows
+from pipelines.data.sources import build_source, columns
 from pipelines.data.sources.base import Source
 from pipelines.data.sources.columns import ExactSum, Replayed, training_figures
 from pipelines.data.sources.rows import Row, read_rows
+from pipelines.data.sources.tables import delimited, parquet
 from pipelines.errors import UserError
 from pipelines.storage import locate
 
@@ -65,8 +66,8 @@ def test_a_long_table_is_read_as_a_short_one(
 ) -> None:
     short = reader(written)
     expected = short.describe(), list(short.entries())
-    for name, value in (("BATCH_ROWS", 30), ("BLOCK_BYTES", 100)):
-        monkeypatch.setattr(rows, name, value)
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 30)
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 100)
     monkeypatch.setattr(columns, "HELD_ROWS", 10)
     monkeypatch.setattr(columns, "_FOLDED", 7)
     long = reader(written)
@@ -80,7 +81,7 @@ def test_a_long_table_is_read_as_a_short_one(
 
 
 def test_rows_of_a_parquet_file_are_numbered_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "BATCH_ROWS", 4)
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 4)
     pq.write_table(pa.table({"a": list(range(10))}), tmp_path / "t.parquet")
     found = list(read_rows(locate(str(tmp_path / "t.parquet")), ["a"]))
     assert [(row.line, row.cells["a"]) for row in found] == [(i + 1, f"{i}") for i in range(10)]
@@ -89,7 +90,7 @@ def test_rows_of_a_parquet_file_are_numbered_through(tmp_path: Path, monkeypatch
 def test_only_the_beginning_of_a_table_is_read_for_its_first_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "BLOCK_BYTES", 2**12)
+    monkeypatch.setattr(delimited, "BLOCK_BYTES", 2**12)
     text = "a,b\n" + "1,2\n" * 20_000 + "a line that does not fit\n"
     (tmp_path / "t.csv").write_text(text)
     every = read_rows(locate(str(tmp_path / "t.csv")), ["a"])

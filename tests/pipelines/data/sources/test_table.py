@@ -110,7 +110,7 @@ def test_empty_category_is_a_value_if_training_has_it(tmp_path):
 def test_features_can_be_listed_and_numbers_be_categories(root):
     reader = source(root, features=["age"], categorical=["age"])
     (feature,) = reader.describe().preparation["features"]
-    assert feature == {"column": "age", "type": "category", "values": ["", "20", "40"]}
+    assert feature == {"column": "age", "type": "category", "values": ["", "20", "40"], "form": "value"}
     assert rows(reader)["d"][INPUT].tolist() == [0, 0, 0, 1]
 
 
