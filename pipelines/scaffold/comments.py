@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
+from pipelines.config.yaml_text import in_line
 from pipelines.data.sources import options_model
 from pipelines.scaffold.inference import Use
 
@@ -149,7 +149,7 @@ class _Page:
             self.note(self.why["source.options.tasks"], "    ")
             self.lines.append("    tasks:")
             for task, use in zip(value, draft.uses, strict=False):
-                line = f"      - {_flow(task)}"
+                line = f"      - {in_line(task)}"
                 fits = len(line) + len(use.why) + 4 <= WIDTH
                 self.lines += [f"{line}  # {use.why}"] if fits else [f"      # {use.why}", line]
         for paragraph in (model.__doc__ or "").split("\n\n"):
@@ -161,12 +161,7 @@ class _Page:
 
 def _pair(key: str, value: Any, width: int = WIDTH - 10) -> str:
     """A key and its value as YAML, wrapped if the line is long."""
-    return f"{_flow(key)}: {_flow(value, width)}".replace("\n", "\n  ")
-
-
-def _flow(value: Any, width: int = 10_000) -> str:
-    shown = yaml.safe_dump(value, default_flow_style=True, width=width, allow_unicode=True, sort_keys=False)
-    return shown.removesuffix("...\n").rstrip()
+    return f"{in_line(key)}: {in_line(value, width)}".replace("\n", "\n  ")
 
 
 def _fits(model: type[BaseModel], options: Written) -> bool:

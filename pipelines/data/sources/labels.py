@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from dmtg_core.names import by_number, listed
+from dmtg_core.names import by_number, listed, look_of
 from dmtg_core.tasks import Task, check_names
 from pipelines.config.validation import Section
 from pipelines.data.preprocessing import cell_number
@@ -24,30 +24,38 @@ from pipelines.errors import UserError
 logger = logging.getLogger(__name__)
 
 _YES = ("true", "yes", "1", "1.0")
+NAME_THEM = "write a name for each of them in source.options.tasks: {column: …, kind: …, name: …}"
 _NO = ("false", "no", "0", "0.0", "-1", "-1.0")
 
 
 class LabelTask(Section):
     """One column of a table as a task, or as one task for each class.
 
-    `classes` fixes the names and their order (default: those in the file, sorted, numbers by their size). `drop`
-    lists values whose rows are left out. `one_vs_rest` ("all" or a list of classes) creates one binary task
-    `<name>.<class>` for each class of a class column, for the kinds binary and multiclass. `positive` lists the
-    values that count as 1 for a binary task (default: true, yes, 1 against false, no, 0, -1; any other value is a
-    bad sample).
+    `name` is the name of the task (default: that of the column). `classes` fixes the names and their order
+    (default: those in the file, sorted, numbers by their size). `drop` lists values whose rows are left out.
+    `one_vs_rest` ("all" or a list of classes) creates one binary task `<name>.<class>` for each class of a class
+    column, for the kinds binary and multiclass. `positive` lists the values that count as 1 for a binary task
+    (default: true, yes, 1 against false, no, 0, -1; any other value is a bad sample).
     """
 
     model_config = ConfigDict(coerce_numbers_to_str=True)  # YAML reads the class names of `[1, 2, 3]` as numbers
 
     column: str
     kind: Literal["binary", "multiclass", "regression"]
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str | None = None
     classes: tuple[str, ...] | None = Field(None, min_length=1)
     drop: tuple[str, ...] = ()
     one_vs_rest: Literal["all"] | tuple[str, ...] | None = None
     positive: tuple[str, ...] | None = Field(None, min_length=1)
     metric: str = ""
     loss: str = ""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str | None) -> str | None:
+        if name is not None and not look_of(name):
+            raise ValueError("a name needs at least one character that is not a space")
+        return name
 
     @model_validator(mode="after")
     def _check_use(self) -> Self:
@@ -68,9 +76,14 @@ class LabelTask(Section):
         return self.classes is None and (self.kind == "multiclass" or self.one_vs_rest is not None)
 
     @property
+    def reads_words(self) -> bool:
+        """Whether the names of the two values are those in the file."""
+        return self.kind == "binary" and self.one_vs_rest is None
+
+    @property
     def task_name(self) -> str:
-        """`name`, or the name of the column without characters that a metric name cannot have."""
-        return self.name or safe_name(self.column)
+        """`name`, or the name of the column."""
+        return self.column if self.name is None else self.name
 
 
 @dataclass(frozen=True)
@@ -157,15 +170,52 @@ def label_targets(specs: Sequence[LabelTask], samples: Samples, where: str) -> t
         UserError: For an invalid task, and for two tasks with the same name.
     """
     numbers = training_figures(samples, [spec.column for spec in specs if spec.kind == "regression"])
-    cells = different_cells(samples, [spec.column for spec in specs if spec.reads_classes])
+    cells = different_cells(samples, [spec.column for spec in specs if spec.reads_classes or spec.reads_words])
     try:
         targets = [target for spec in specs for target in _targets_of(spec, cells, numbers, where)]
+        _check_looks(targets)
         check_names([target.task for target in targets])
     except ValueError as error:
         raise UserError(
             str(error), where="source.options.tasks", remedy="correct the task", wrong_use=True
         ) from error
     return tuple(targets)
+
+
+def _check_looks(targets: Sequence[Target]) -> None:
+    """Raise UserError for a task without a name, and for tasks whose names look the same."""
+    alike: dict[str, list[Target]] = defaultdict(list)
+    for target in targets:
+        alike[look_of(target.task.name)].append(target)
+    for look, same in alike.items():
+        forms = "" if len({target.task.name for target in same}) == 1 else ", in different forms"
+        if len(same) > 1 or not look:
+            unique = f"task names must be unique, got {look} more than once{forms}"
+            what = unique if look else "a task has no name"
+            raise UserError(
+                f"{what}: {_columns(same)}", where="source.options.tasks", wrong_use=True,
+                remedy=NAME_THEM,
+            )  # fmt: skip
+    _warn_of_clashes([target.task for target in targets])
+
+
+def _warn_of_clashes(tasks: Sequence[Task]) -> None:
+    by_case = defaultdict(list)
+    for task in tasks:
+        by_case[look_of(task.name).casefold()].append(task.name)
+    for same in by_case.values():
+        if len(same) > 1:
+            logger.warning("task names that differ only in case, which some databases take for one: %s; %s",
+                           listed(same), NAME_THEM)  # fmt: skip
+    names = {"id", *(task.name for task in tasks)}
+    columns = [f"{task.name}.{label}" for task in tasks if task.kind == "multiclass" for label in task.labels]
+    both = [*(task.name for task in tasks if task.name == "id"), *(name for name in columns if name in names)]
+    if both:
+        logger.warning("a file of predictions would have two columns %s; %s", listed(both), NAME_THEM)
+
+
+def _columns(targets: Iterable[Target]) -> str:
+    return "column " + listed(dict.fromkeys(repr(target.column) for target in targets))
 
 
 def _targets_of(
@@ -186,7 +236,7 @@ def _targets_of(
         return [
             Target(
                 spec.column,
-                make(f"{spec.task_name}.{safe_name(one)}", "binary", labels=("rest", one)),
+                make(f"{spec.task_name}.{one}", "binary", labels=("rest", one)),
                 {name: int(name == one) for name in classes},
             )
             for one in _chosen(spec, classes)
@@ -194,10 +244,20 @@ def _targets_of(
     if spec.kind == "multiclass":
         task = make(spec.task_name, "multiclass", len(classes), labels=classes)
         return [Target(spec.column, task, {name: i for i, name in enumerate(classes)})]
-    task = make(spec.task_name, "binary")
+    task = make(spec.task_name, "binary", labels=_words(spec, cells.get(spec.column, set()) - {""}))
     if spec.positive is None:
         return [Target(spec.column, task, FLAGS)]
     return [Target(spec.column, task, dict.fromkeys(spec.positive, 1), otherwise=0)]
+
+
+def _words(spec: LabelTask, cells: set[str]) -> tuple[str, ...]:
+    """The names of the negative and the positive value of a binary task; none for numbers and mixed words."""
+    if spec.positive is not None:
+        negative = in_order(cells.difference(spec.positive))
+        return negative[0] if len(negative) == 1 else "rest", listed(spec.positive)
+    found = ([cell for cell in in_order(cells) if FLAGS.get(cell) == value] for value in (0, 1))
+    pair = [some[0] for some in found if len({cell.casefold() for cell in some}) == 1]
+    return tuple(pair) if len(pair) == 2 and all(cell_number(word) is None for word in pair) else ()
 
 
 def _chosen(spec: LabelTask, classes: Sequence[str]) -> Sequence[str]:
@@ -220,8 +280,3 @@ def in_order(values: Iterable[str]) -> tuple[str, ...]:
         return number is None, number or 0.0, by_number(value)
 
     return tuple(sorted(values, key=place))
-
-
-def safe_name(name: str) -> str:
-    """The name without characters that a column or a metric cannot have."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)

@@ -27,7 +27,7 @@ from dmtg_core.tasks import InputSpec, Task, check_names
 from pipelines.config.validation import Section, checked
 from pipelines.data.sources.base import BadSampleError, Column, Entry
 from pipelines.data.sources.columns import Replayed, RowsOf
-from pipelines.data.sources.labels import LabelTask, kept_rows, label_targets, safe_name
+from pipelines.data.sources.labels import LabelTask, kept_rows, label_targets
 from pipelines.data.sources.preprocessed import PreparedSource, RowTarget, train_cells
 from pipelines.data.sources.rows import SPLIT_COLUMN, Row, check_root, read_rows, split_of, with_ids
 from pipelines.data.sources.tokens import load_tokenizer, train_tokenizer
@@ -183,7 +183,7 @@ class TextSource(PreparedSource):
             return label_targets(options.tasks, RowsOf(self._entries), str(self._root))
         names = self._label_names()
         try:
-            tasks = [Task(safe_name(name), "binary", metric=options.metric) for name in names]
+            tasks = [Task(name, "binary", metric=options.metric) for name in names]
             check_names(tasks)
         except ValueError as error:
             raise UserError(
