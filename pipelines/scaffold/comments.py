@@ -19,7 +19,9 @@ WIDTH = 110
 Written = dict[str, Any]
 WHY = {
     "name": "name of runs and registered models",
-    "source.options.tasks": "kind: binary, multiclass or regression; metric: the figure that is compared",
+    "source.options.tasks": "kind: binary, multiclass or regression; to change what was assumed, change this "
+    "word alone. metric: the figure that is compared; auto is auroc for binary, balanced_accuracy for multiclass "
+    "and rmse for regression",
     "network.groups": "largest number of groups, K",
     "network.stem": "stages of the encoder that all groups share",
     "gate.learning_rate": "higher than that of the network, because the gate has few steps to converge",

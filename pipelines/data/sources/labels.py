@@ -23,6 +23,7 @@ from pipelines.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+METRIC = {"binary": "auroc", "multiclass": "balanced_accuracy", "regression": "rmse"}  # of metric=auto
 _YES = ("true", "yes", "1", "1.0")
 NAME_THEM = "write a name for each of them in source.options.tasks: {column: …, kind: …, name: …}"
 _NO = ("false", "no", "0", "0.0", "-1", "-1.0")
@@ -35,7 +36,9 @@ class LabelTask(Section):
     (default: those in the file, sorted, numbers by their size). `drop` lists values whose rows are left out.
     `one_vs_rest` ("all" or a list of classes) creates one binary task `<name>.<class>` for each class of a class
     column, for the kinds binary and multiclass. `positive` lists the values that count as 1 for a binary task
-    (default: true, yes, 1 against false, no, 0, -1; any other value is a bad sample).
+    (default: true, yes, 1 against false, no, 0, -1; any other value is a bad sample); other kinds do not read it,
+    so that `kind` can be changed alone. The metric `auto` is auroc for a binary task, balanced_accuracy for a
+    multiclass task and rmse for a regression task.
     """
 
     model_config = ConfigDict(coerce_numbers_to_str=True)  # YAML reads the class names of `[1, 2, 3]` as numbers
@@ -64,7 +67,7 @@ class LabelTask(Section):
         for option, used in (
             ("one_vs_rest", self.kind != "regression"),
             ("classes", of_classes and self.kind != "regression"),
-            ("positive", self.kind == "binary" and self.one_vs_rest is None),
+            ("positive", self.one_vs_rest is None),
         ):
             if getattr(self, option) is not None and not used:
                 raise ValueError(f"{option} has no meaning for this {self.kind} task of column {self.column}")
@@ -79,6 +82,13 @@ class LabelTask(Section):
     def reads_words(self) -> bool:
         """Whether the names of the two values are those in the file."""
         return self.kind == "binary" and self.one_vs_rest is None
+
+    @property
+    def headline(self) -> str:
+        """The metric of the tasks."""
+        return (
+            METRIC[self.kind if self.one_vs_rest is None else "binary"] if self.metric == "auto" else self.metric
+        )
 
     @property
     def task_name(self) -> str:
@@ -221,7 +231,7 @@ def _columns(targets: Iterable[Target]) -> str:
 def _targets_of(
     spec: LabelTask, cells: Mapping[str, set[str]], numbers: Mapping[str, Figures], where: str
 ) -> list[Target]:
-    make = partial(Task, metric=spec.metric, loss=spec.loss)
+    make = partial(Task, metric=spec.headline, loss=spec.loss)
     if spec.kind == "regression":
         figures = numbers[spec.column]
         if not figures.numbers:
