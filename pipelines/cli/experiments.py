@@ -5,8 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pipelines.cli.console import Next, log, print_table, run
-from pipelines.cli.next_steps import next_step, of_compare, of_signal, of_sweep
-from pipelines.cli.options import ConfigFile, Debug, Json, LocalOk, Overrides, RayFile, command_line, load_for_work
+from pipelines.cli.options import (
+    ConfigFile,
+    Debug,
+    Json,
+    LocalOk,
+    Overrides,
+    RayFile,
+    command_line,
+    load_for_work,
+    next_step,
+)
+from pipelines.compare.verdicts import of_compare, of_signal, of_sweep
 from pipelines.report.formatting import cost, percent, significant
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipelines.cli.console import Next, log, print_table, run
-from pipelines.cli.next_steps import next_step, of_train
 from pipelines.cli.options import (
     ConfigFile,
     Debug,
@@ -19,8 +18,10 @@ from pipelines.cli.options import (
     command_line,
     load,
     load_for_work,
+    next_step,
     predict_command,
 )
+from pipelines.compare.verdicts import of_train
 from pipelines.errors import without_credentials
 from pipelines.report.formatting import percent, significant
 

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 from pipelines.cli.app import PANELS, app
 from pipelines.cli.console import Next
 from pipelines.cli.data import _next_step as after_inspect
-from pipelines.cli.next_steps import STEPS, Verdict, next_step, of_compare, of_signal, of_sweep, of_train
-from pipelines.cli.options import command_line
+from pipelines.cli.options import STEPS, command_line, next_step
 from pipelines.cli.serve import _next_step as after_predict
 from pipelines.compare.signal import verdict as signal_verdict
 from pipelines.compare.significance import Correlation
+from pipelines.compare.verdicts import Verdict, of_compare, of_signal, of_sweep, of_train
 from pipelines.config.loading import load_config
 from tests.cluster.commands import parsed
 from tests.paths import ROOT

@@ -1,4 +1,7 @@
-"""The next command after a command that measured whether grouping helps: it follows from the verdict."""
+"""Whether grouping helps, from the result of a command; the next command follows from it.
+
+Heavy libraries are imported in the functions: the command line imports this module.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
-
-from pipelines.cli.console import Next
-from pipelines.cli.options import command_line
-
-ONE_ENCODER = "network.groups=1"  # naive MTL: nothing is searched
 
 
 class Verdict(Enum):
@@ -21,36 +19,6 @@ class Verdict(Enum):
     UNCLEAR = "unclear"
     NOT = "not"
     SETTLED = "settled"  # one encoder has been chosen, and a model of it is there
-
-
-# verdict → purpose, command and further overrides; None for the command that uses the model
-STEPS: Mapping[Verdict, tuple[str, str, Sequence[str]] | None] = {
-    Verdict.HELPS: ("train a grouping and its models", "train", ()),
-    Verdict.UNMEASURED: ("measure in short runs whether the grouping can matter", "signal", ()),
-    Verdict.UNCLEAR: ("compare the search with the baselines", "compare", ()),
-    Verdict.NOT: ("train one encoder for all tasks, without a search", "train", (ONE_ENCODER,)),
-    Verdict.SETTLED: None,
-}
-
-
-def next_step(
-    verdict: Verdict, config: str, overrides: Sequence[str] | None, ray_config: str, use: Next | None = None
-) -> Next:
-    """The next command after a verdict.
-
-    Args:
-        verdict: Whether grouping helps.
-        config: The configuration file or recipe.
-        overrides: `section.key=value` arguments of the command that ended.
-        ray_config: The file that configures Ray; empty for the default.
-        use: The command that uses the model that is there, if there is one; it needs no other training.
-    """
-    step = STEPS[verdict]
-    if use is not None and (step is None or verdict is Verdict.HELPS):
-        return use
-    assert step is not None, "a verdict that is settled has a model"
-    purpose, command, more = step
-    return Next(purpose, command_line([command], config, [*(overrides or []), *more], ray_config))
 
 
 def of_train(result: Mapping[str, Any], signal: str) -> Verdict:
