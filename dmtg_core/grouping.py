@@ -74,9 +74,8 @@ class Grouping:
 
     def to_json(self) -> str:
         """Return indented JSON with the tasks in order, the groups and the name."""
-        return (
-            json.dumps({"name": self.name, "tasks": list(self.tasks), "groups": self.to_dict()}, indent=2) + "\n"
-        )
+        values = {"name": self.name, "tasks": list(self.tasks), "groups": self.to_dict()}
+        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
     @property
     def assignment(self) -> list[int]:

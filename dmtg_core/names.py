@@ -1,10 +1,17 @@
-"""Names: a sort key for names with numbers, and short lists of names for messages."""
+"""Names: their keys in narrower stores, a sort key for names with numbers, and short lists for messages."""
 
 from __future__ import annotations
 
+import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
+
+LONGEST_KEY = 200  # bytes; a store adds the stage and the metric, and a file name has at most 255 bytes
+LONGEST_PREFIX = 100  # bytes of a name that a derived key shows
+_WORDS = re.compile(r"[\w.-]+( [\w.-]+)*")
+_DERIVED = re.compile(r".* [0-9a-f]{10}")
 
 
 def by_number(name: str) -> tuple[list[Any], str]:
@@ -29,3 +36,27 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     every = list(names)
     more = f" and {len(every) - most} more" if len(every) > most else ""
     return ", ".join(every[:most]) + more
+
+
+def key_of(name: str) -> str:
+    """Return the key of a name in a store that takes fewer characters than a name has, such as MLflow.
+
+    Letters and digits of any script, `_`, `.`, `-` and single spaces are kept: a name of these that has at most
+    `LONGEST_KEY` bytes in UTF-8 is its own key. The key of any other name is its beginning and ten hex digits of
+    its SHA-256. Distinct names have distinct keys.
+
+    Example:
+        >>> key_of("价格 2024"), key_of("a/b")
+        ('价格 2024', 'a_b c14cddc033')
+    """
+    encoded = name.encode("utf-8", "surrogatepass")
+    own = _WORDS.fullmatch(name) and not _DERIVED.fullmatch(name) and name not in (".", "..")
+    if own and len(encoded) <= LONGEST_KEY:
+        return name
+    words = re.sub(r"[^\w. -]+", "_", name).encode()[:LONGEST_PREFIX].decode(errors="ignore")
+    return f"{words.strip('. ') or '_'} {hashlib.sha256(encoded).hexdigest()[:10]}"
+
+
+def look_of(name: str) -> str:
+    """Return the composed form of a name without spaces around it: names of one look cannot be told apart."""
+    return " ".join(unicodedata.normalize("NFC", name).split())

@@ -25,8 +25,6 @@ from dmtg_core.names import listed
 CLASS_KINDS = ("multiclass", "dense_classification")
 DENSE_KINDS = ("dense_classification", "dense_regression")
 
-LONGEST_NAME = 200  # characters; the name of a tracked metric (stage, task and metric) has at most 250
-
 INPUT_DTYPES = ("uint8", "uint16", "int16", "int32", "float16", "float32", "float64")
 
 # Metrics of a direction with three components, for example a surface normal.
@@ -59,7 +57,7 @@ class Task:
     """One prediction task.
 
     Args:
-        name: Name, unique among the tasks of a network.
+        name: Name, unique among the tasks of a network. It is shown as it is; see `names.key_of`.
         kind: A key of `LOSSES`.
         channels: Number of classes of a multiclass or dense classification task, number of values for each sample
             (or pixel) of a regression task, 1 for a binary task.
@@ -355,13 +353,10 @@ class InputSpec:
 
 
 def check_names(tasks: Sequence[Task]) -> None:
-    """Raise ValueError if there is no task, if two have one name, or if a name is longer than `LONGEST_NAME`."""
+    """Raise ValueError if there is no task, or if two have one name."""
     counts = Counter(task.name for task in tasks)
     if not counts:
         raise ValueError("at least one task is needed, got none")
     twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
         raise ValueError(f"task names must be unique, got {listed(twice)} more than once")
-    long = [name for name in counts if len(name) > LONGEST_NAME]
-    if long:
-        raise ValueError(f"a task name has at most {LONGEST_NAME} characters, got {len(long[0])}: {long[0][:40]}…")

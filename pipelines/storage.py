@@ -279,8 +279,9 @@ class Location:
         self.write_bytes(text.encode("utf-8"))
 
     def write_json(self, value: Any) -> None:
-        """`write_text` of indented JSON that ends with a newline; NaN and infinity become null."""
-        self.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+        """Write indented JSON that ends with a newline; letters are not escaped, NaN and infinity become null."""
+        text = json.dumps(finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        self.write_bytes(text.encode("utf-8", "backslashreplace"))  # half of a pair becomes an escape of JSON
 
     def delete(self) -> None:
         """Remove the file, or the folder with its content; do nothing if neither exists."""

@@ -167,7 +167,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON."""
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:

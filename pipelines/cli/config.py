@@ -10,6 +10,10 @@ import typer
 from pipelines.cli.console import Next, log, print_table, run
 from pipelines.cli.options import ConfigFile, Debug, Json, Overrides, RayFile, command_line, load
 
+TARGETS = (
+    "Columns to predict: the option is repeated for each, or they are separated by commas. A name with a comma "
+    """has quotes as in CSV: '"height, in cm",weight'."""
+)
 config_app = typer.Typer(
     name="config", no_args_is_help=True, help="Create a configuration for your data, show one, print the schema."
 )
@@ -70,7 +74,7 @@ def config_schema(
 def config_new(
     data: Annotated[str, typer.Argument(help="Table (CSV, TSV, Parquet) or folder, local or s3://.")] = "",
     source: Annotated[str, typer.Option(help="Reader of the raw format; inferred from the data by default.")] = "",
-    targets: Annotated[list[str] | None, typer.Option(help="Columns to predict, separated by commas.")] = None,
+    targets: Annotated[list[str] | None, typer.Option(help=TARGETS)] = None,
     out: Annotated[str, typer.Option("--out", "-o", help="File to write; <name>.yaml by default.")] = "",
     name: Annotated[str, typer.Option(help="Name of runs and models; the name of the data by default.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,

@@ -98,7 +98,9 @@ def _next_step(found: dict[str, Any], config: str, overrides: list[str] | None, 
     if not found["problems"]:
         return Next("train a grouping and its models", command_line(["train"], config, overrides, ray_config))
     if constant and len(constant) < len(tasks):
-        kept = f"data.tasks=[{', '.join(task for task in tasks if task not in constant)}]"
+        from pipelines.config.yaml_text import in_line
+
+        kept = f"data.tasks={in_line([task for task in tasks if task not in constant])}"
         without = command_line(["inspect"], config, [*(overrides or []), kept], ray_config)
         return Next("inspect the shards without the constant targets", without)
     return Next(

@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pipelines.cli.console import Next, log, print_table, run
-from pipelines.cli.options import ConfigFile, Debug, Json, LocalOk, Overrides, RayFile, command_line, load_for_work
+from pipelines.cli.options import (
+    ConfigFile,
+    Debug,
+    Json,
+    LocalOk,
+    Overrides,
+    RayFile,
+    command_line,
+    load_for_work,
+    next_step,
+)
+from pipelines.compare.verdicts import of_compare, of_signal, of_sweep
 from pipelines.report.formatting import cost, percent, significant
 
 if TYPE_CHECKING:
@@ -65,9 +76,7 @@ def signal(
         )
         print_table(title, rows, right=("correlation", "between groupings", "between seeds"))
         log(f"verdict: {found['verdict']}", f"signal:  {done.folder}")
-        step = Next(
-            "compare the search with the baselines", command_line(["compare"], config, overrides, ray_config)
-        )
+        step = next_step(of_signal(found["verdict"]), config, overrides, ray_config)
         return {"run_dir": str(done.folder), **found, "next": step}
 
     run("signal", body, reads=config, as_json=as_json, debug=debug)
@@ -84,10 +93,9 @@ def compare(
     """Compare the search with naive MTL, a wide encoder, random groups and published selectors, over seeds."""
 
     def body() -> dict[str, Any]:
-        step = Next("train a grouping and its models", command_line(["train"], config, overrides, ray_config))
-        return _compare(_load(config, overrides, ray_config, "pipelines.compare.cells", local_ok=local_ok)) | {
-            "next": step
-        }
+        found = _compare(_load(config, overrides, ray_config, "pipelines.compare.cells", local_ok=local_ok))
+        verdict = of_compare(found["rows"], found.pop("reference"))
+        return found | {"next": next_step(verdict, config, overrides, ray_config)}
 
     run("compare", body, reads=config, as_json=as_json, debug=debug)
 
@@ -126,6 +134,7 @@ def _compare(config: Config) -> dict[str, Any]:
         "run_id": done.run_id,
         **{key: found[key] for key in ("rows", "split", "verdicts", "agreement", "notes")},
         "normalized_gain": ours["gain"]["value"],
+        "reference": found["reference"],
         "report": str(done.page),
     }
 
@@ -145,11 +154,11 @@ def sweep(
 
     def body() -> dict[str, Any]:
         found = _sweep(_load(config, overrides, ray_config, "pipelines.sweep.embedded", local_ok=local_ok))
-        step = Next(
+        best = Next(
             "train the best setting with all its models",
             command_line(["train"], found["best_config"], [], ray_config),
         )
-        return found | {"next": step}
+        return found | {"next": next_step(of_sweep(found["best"]), config, overrides, ray_config, best)}
 
     run("sweep", body, reads=config, as_json=as_json, debug=debug)
 

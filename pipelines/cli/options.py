@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipelines.cli.completion import complete_config, complete_model
+from pipelines.cli.console import Next
+from pipelines.compare.verdicts import Verdict
 from pipelines.errors import without_credentials
 
 if TYPE_CHECKING:
@@ -112,3 +114,34 @@ def models_command(command: str, track: TrackSection, *more: str) -> tuple[str, 
 
     elsewhere = track.uri and track.uri != load_track().uri and without_credentials(track.uri) == track.uri
     return "dmtg", "models", command, *more, *(["--uri", track.uri] if elsewhere else [])
+
+
+ONE_ENCODER = "network.groups=1"  # naive MTL: nothing is searched
+# verdict → purpose, command and further overrides; None for the command that uses the model
+STEPS: Mapping[Verdict, tuple[str, str, Sequence[str]] | None] = {
+    Verdict.HELPS: ("train a grouping and its models", "train", ()),
+    Verdict.UNMEASURED: ("measure in short runs whether the grouping can matter", "signal", ()),
+    Verdict.UNCLEAR: ("compare the search with the baselines", "compare", ()),
+    Verdict.NOT: ("train one encoder for all tasks, without a search", "train", (ONE_ENCODER,)),
+    Verdict.SETTLED: None,
+}
+
+
+def next_step(
+    verdict: Verdict, config: str, overrides: Sequence[str] | None, ray_config: str, use: Next | None = None
+) -> Next:
+    """The next command after a verdict.
+
+    Args:
+        verdict: Whether grouping helps.
+        config: The configuration file or recipe.
+        overrides: `section.key=value` arguments of the command that ended.
+        ray_config: The file that configures Ray; empty for the default.
+        use: The command that uses the model that is there, if there is one; it needs no other training.
+    """
+    step = STEPS[verdict]
+    if use is not None and (step is None or verdict is Verdict.HELPS):
+        return use
+    assert step is not None, "a verdict that is settled has a model"
+    purpose, command, more = step
+    return Next(purpose, command_line([command], config, [*(overrides or []), *more], ray_config))

@@ -18,8 +18,10 @@ from pipelines.cli.options import (
     command_line,
     load,
     load_for_work,
+    next_step,
     predict_command,
 )
+from pipelines.compare.verdicts import of_train
 from pipelines.errors import without_credentials
 from pipelines.report.formatting import percent, significant
 
@@ -55,6 +57,8 @@ def train(
     """Search a grouping and train one model for each group. If it was killed, the same command resumes."""
 
     def body() -> dict[str, Any]:
+        from pipelines.runs.identity import earlier_verdict
+
         loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok)
         if profile:
             step = Next("train without the profiler", command_line(["train"], config, overrides, ray_config))
@@ -62,7 +66,9 @@ def train(
         found = _train(loaded, reuse=reuse)
         model = found["models"][0] if found["models"] else found["run_dir"]
         predicting = predict_command(model, loaded, config, overrides, ray_config)
-        return found | {"next": Next("predict the test split with the model", predicting)}
+        use = Next("predict the test split with the model", predicting)
+        step = next_step(of_train(found, earlier_verdict(loaded, "")), config, overrides, ray_config, use)
+        return found | {"next": step}
 
     run("train", body, reads=config, as_json=as_json, debug=debug)
 

@@ -34,6 +34,11 @@ WEAK, STRONG = 0.3, 0.6  # thresholds of the intraclass correlation
 logger = logging.getLogger(__name__)
 
 
+# beginnings of the verdict, from which the next command follows
+HARDLY = "Grouping hardly matters here."
+NO_SIGNAL = "All runs have the same validation score, so there is no grouping signal."
+
+
 @dataclass(frozen=True)
 class SignalResult:
     """A grouping signal.
@@ -146,7 +151,7 @@ def verdict(overall: Correlation, gains: Mapping[str, Mapping[str, Any] | None])
             encoder are None if its widths are fixed.
     """
     if not math.isfinite(overall.value):
-        return "All runs have the same validation score, so there is no grouping signal."
+        return NO_SIGNAL
     random, proposed = gains["random"], gains["proposed_over_random"]
     assert random is not None
     assert proposed is not None
@@ -154,7 +159,7 @@ def verdict(overall: Correlation, gains: Mapping[str, Mapping[str, Any] | None])
     if proposed["low"] > 0 or overall.low > WEAK or overall.value > STRONG:
         effect = "Grouping matters here."
     elif overall.value < WEAK:
-        effect = "Grouping hardly matters here."
+        effect = HARDLY
     else:
         effect = "Grouping may matter here."
         ending = " More partitions or seeds would give a clearer answer."

@@ -41,6 +41,9 @@ if TYPE_CHECKING:  # a configuration is read without torch
     from dmtg_core.training.settings import TrainSettings
 
 
+BY_NAME = ("regroup.limits", "compare.groupings")  # their keys are names, which can have dots
+
+
 @contextmanager
 def _excluding(where: str) -> Iterator[None]:
     """Turn the core's error about options that exclude each other into a `UserError`."""
@@ -376,7 +379,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
             remedy="write an override, for example train.epochs=10",
             wrong_use=True,
         )
-    *path, last = key.split(".", DEEPEST)
+    owner = next((name for name in BY_NAME if key.startswith(f"{name}.")), "")
+    *path, last = [*owner.split("."), key.removeprefix(f"{owner}.")] if owner else key.split(".", DEEPEST)
     section = values
     for part in path:
         inner = section.get(part)

@@ -47,6 +47,12 @@ def load_yaml(text: str) -> Any:
         loader.dispose()
 
 
+def in_line(value: Any, width: int = 10_000) -> str:
+    """A value as YAML that `load_yaml` reads, on one line unless it is longer than `width`."""
+    shown: str = yaml.safe_dump(value, default_flow_style=True, width=width, allow_unicode=True, sort_keys=False)
+    return shown.removesuffix("...\n").rstrip()
+
+
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
     """Number of values in a node; an alias counts as often as it is used.
 

@@ -172,9 +172,11 @@ def _create_version(origin: Origin, name: str, model_id: str, tags: Mapping[str,
 def _artifacts(origin: Origin, facts: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Write the JSON artifacts: the grouping, the facts of the version, and the preparation if there is one."""
     groups = Grouping.from_dict(origin.result["grouping"])
-    texts = {"grouping": groups.to_json(), DETAILS.removesuffix(".json"): json.dumps(facts, indent=2)}
+    values = {DETAILS.removesuffix(".json"): facts}
     if origin.preparation:
-        texts["preparation"] = json.dumps(origin.preparation, indent=2)
+        values["preparation"] = origin.preparation
+    texts = {key: json.dumps(value, indent=2, ensure_ascii=False) for key, value in values.items()}
+    texts["grouping"] = groups.to_json()
     for key, text in texts.items():
         (folder / f"{key}.json").write_text(text, encoding="utf-8")
     return {key: str(folder / f"{key}.json") for key in texts}

@@ -23,8 +23,8 @@ def tags_of(facts: Mapping[str, Any]) -> dict[str, str]:
     Args:
         facts: Texts, and values that are written as JSON. Those that are too long are read from `DETAILS`.
     """
-    tags = {PREFIX + key: v if isinstance(v, str) else json.dumps(v) for key, v in facts.items()}
-    return {key: value for key, value in tags.items() if len(value) <= LONGEST_TAG}
+    texts = {key: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for key, v in facts.items()}
+    return {PREFIX + key: text for key, text in texts.items() if len(text) <= LONGEST_TAG}
 
 
 def facts_of(version: Any, *keys: str) -> dict[str, Any]:

@@ -13,17 +13,19 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dmtg_core.names import key_of
 from pipelines.config.loading import Config
 from pipelines.config.sections import TrackSection
 from pipelines.errors import without_credentials
 from pipelines.registry.environment import mlflow_environment
 from pipelines.registry.errors import reached
 from pipelines.registry.lost_runs import ENDED, PROCESS, end_lost_runs, owner_tag
+from pipelines.registry.records import LONGEST_TAG
 from pipelines.registry.sqlite_store import ensure_store
 from pipelines.runs.files import METRICS, REGISTERED, TRACKING, read_jsonl
 from pipelines.runs.writer import BackgroundWriter, PendingWrite
@@ -34,6 +36,8 @@ if TYPE_CHECKING:  # it imports torch, which the registry alone does not need
 
 GROUPING_TAG, PARENT_TAG = "dmtg.grouping", "mlflow.parentRunId"
 KEY_TAG = "dmtg.key"  # a key that the run folder has before the run is created
+NAME_TAG = "dmtg.name."  # with the key of a task whose name MLflow does not take: its name
+MOST_AT_ONCE = 100  # parameters or tags of a request
 FAREWELL_S = 10.0  # an interrupted run waits so long for MLflow to receive its status
 logger = logging.getLogger(__name__)
 
@@ -161,11 +165,16 @@ class MlflowTracker:
 
     def _describe(self, run_id: str, config: Config, manifest: Manifest) -> None:
         import mlflow.data
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
         values = shown(config)
         flat = _flatten({section: value for section, value in values.items() if section != "ray"})
-        self.client.log_batch(run_id, params=[Param(k, str(v)[:5000]) for k, v in flat.items()])
+        for params in _parts([Param(key, str(value)[:5000]) for key, value in flat.items()]):
+            self.client.log_batch(run_id, params=params)
+        names = {task.name: key_of(task.name) for task in manifest.description.tasks}
+        tags = [RunTag(NAME_TAG + key, name[:LONGEST_TAG]) for name, key in names.items() if key != name]
+        for some in _parts(tags):
+            self.client.log_batch(run_id, tags=some)
         self.client.set_tag(run_id, "dmtg.data_digest", manifest.digest())
         with (
             warnings.catch_warnings()
@@ -181,7 +190,7 @@ class MlflowTracker:
         self.client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Add the metrics of an epoch, `<stage>/<task>/<metric>`; the background writer sends them."""
+        """Add the metrics of an epoch, `<stage>/<key of the task>/<metric>`; the background writer sends them."""
         self._add([record])
         self._send_later()
 
@@ -254,8 +263,8 @@ def _metrics(record: Mapping[str, Any]) -> list[Any]:
 
     values: dict[str, float | None] = {}
     for task, found in record["val"].items():
-        values |= {f"{record['stage']}/{task}/{name}": value for name, value in found.items()}
-        values[f"{record['stage']}/{task}/train_loss"] = record["train_loss"][task]
+        values |= {f"{record['stage']}/{key_of(task)}/{name}": value for name, value in found.items()}
+        values[f"{record['stage']}/{key_of(task)}/train_loss"] = record["train_loss"][task]
     defined = {key: value for key, value in values.items() if value is not None}
     score = record["val_score"]
     defined[f"{record['stage']}/val_score"] = float("nan") if score is None else score
@@ -268,13 +277,19 @@ def _final(result: Mapping[str, Any], held: Mapping[str, float]) -> list[Any]:
     from mlflow.entities import Metric
 
     values = {
-        f"{result['split']}/{task}/{name}": value
+        f"{result['split']}/{key_of(task)}/{name}": value
         for task, found in result.get("metrics", {}).items()
         for name, value in found.items()
     }
     values["normalized_gain"] = result.get("normalized_gain")
     stamp = int(time.time() * 1000)
     return [Metric(k, v, stamp, 0) for k, v in values.items() if v is not None and k not in held]
+
+
+def _parts(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """The values in parts of at most `MOST_AT_ONCE`."""
+    for start in range(0, len(values), MOST_AT_ONCE):
+        yield values[start : start + MOST_AT_ONCE]
 
 
 def tracking_uri(section: TrackSection) -> str:
@@ -350,8 +365,8 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= (
-            _flatten(value, f"{prefix}{key}.")
+            _flatten(value, f"{prefix}{key_of(str(key))}.")
             if isinstance(value, Mapping) and value
-            else {f"{prefix}{key}": value}
+            else {f"{prefix}{key_of(str(key))}": value}
         )
     return flat

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import escape
 from typing import Any
 
@@ -46,9 +48,11 @@ def number_of(group: str) -> int:
 def svg(figure: Figure, label: str) -> str:
     """A figure as an SVG element; `label` is its text for screen readers."""
     buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}, dpi=dots(figure, 100)
-    )
+    with _any_script():
+        figure.savefig(
+            buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None},
+            dpi=dots(figure, 100),
+        )  # fmt: skip
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     # black becomes the text colour of the page, for its light and dark modes
@@ -58,6 +62,15 @@ def svg(figure: Figure, label: str) -> str:
     return drawn.replace('style="font', 'fill="currentColor" style="font').replace(
         "<text ", '<text fill="currentColor" '
     )
+
+
+@contextmanager
+def _any_script() -> Iterator[None]:
+    """Names can have letters that the font of Matplotlib lacks; a page shows them in a font of the browser."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
+        yield
 
 
 def dots(figure: Figure, wanted: float) -> float:
@@ -124,7 +137,7 @@ def grouping_png(groups: Mapping[str, Sequence[str]]) -> bytes:
     """Plot a grouping as PNG, for documents that do not support SVG."""
     buffer = io.BytesIO()
     tasks = [task for held in groups.values() for task in held]
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE), _any_script():
         figure = _gate_picture(tasks, certain(groups))
         figure.savefig(buffer, format="png", dpi=dots(figure, 130), bbox_inches="tight", facecolor="white")
     return buffer.getvalue()

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
+from pipelines.config.yaml_text import in_line
 from pipelines.data.sources import options_model
 from pipelines.scaffold.inference import Use
 
@@ -19,7 +19,9 @@ WIDTH = 110
 Written = dict[str, Any]
 WHY = {
     "name": "name of runs and registered models",
-    "source.options.tasks": "kind: binary, multiclass or regression; metric: the figure that is compared",
+    "source.options.tasks": "kind: binary, multiclass or regression; to change what was assumed, change this "
+    "word alone. metric: the figure that is compared; auto is auroc for binary, balanced_accuracy for multiclass "
+    "and rmse for regression",
     "network.groups": "largest number of groups, K",
     "network.stem": "stages of the encoder that all groups share",
     "gate.learning_rate": "higher than that of the network, because the gate has few steps to converge",
@@ -149,7 +151,7 @@ class _Page:
             self.note(self.why["source.options.tasks"], "    ")
             self.lines.append("    tasks:")
             for task, use in zip(value, draft.uses, strict=False):
-                line = f"      - {_flow(task)}"
+                line = f"      - {in_line(task)}"
                 fits = len(line) + len(use.why) + 4 <= WIDTH
                 self.lines += [f"{line}  # {use.why}"] if fits else [f"      # {use.why}", line]
         for paragraph in (model.__doc__ or "").split("\n\n"):
@@ -161,12 +163,7 @@ class _Page:
 
 def _pair(key: str, value: Any, width: int = WIDTH - 10) -> str:
     """A key and its value as YAML, wrapped if the line is long."""
-    return f"{_flow(key)}: {_flow(value, width)}".replace("\n", "\n  ")
-
-
-def _flow(value: Any, width: int = 10_000) -> str:
-    shown = yaml.safe_dump(value, default_flow_style=True, width=width, allow_unicode=True, sort_keys=False)
-    return shown.removesuffix("...\n").rstrip()
+    return f"{in_line(key)}: {in_line(value, width)}".replace("\n", "\n  ")
 
 
 def _fits(model: type[BaseModel], options: Written) -> bool:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
-from dmtg_core.names import listed
+from dmtg_core.names import listed, look_of
+from pipelines.config.yaml_text import in_line
 from pipelines.data.cells import MISSING, cell_number, has_leading_zero
 from pipelines.data.dates import formats_of
 from pipelines.data.sources.labels import DASHES
@@ -18,6 +22,7 @@ from pipelines.data.sources.rows import MOST_NAMES, Row, split_name
 from pipelines.data.sources.table import FINEST
 from pipelines.data.sources.tables.flags import FLAGS
 from pipelines.errors import UserError
+from pipelines.scaffold.quantities import whole_numbers
 
 HEAD_ROWS = 20_000
 MOST_VALUES = 100  # most values of a category, and most classes of a target
@@ -135,18 +140,22 @@ def summaries(rows: Sequence[Row]) -> dict[str, ColumnSummary]:
 
 
 def chosen_targets(given: Sequence[str], columns: Sequence[str], where: str) -> list[str]:
-    """The columns that `--targets` names: each value is one column, or several that are separated by commas.
+    """The columns that `--targets` names: each value is one column, or several that are separated as in CSV.
 
     Raises:
         UserError: For fewer than two columns, a column that is named twice, and an unknown column.
     """
-    names = [name.strip() for value in given for name in ([value] if value in columns else value.split(","))]
+    by_look = {look_of(name): name for name in columns}
+    named = [name for value in given for name in ([value] if look_of(value) in by_look else _in_csv(value))]
+    names = [name if name in columns else by_look.get(look_of(name), name) for name in named]
     unknown = [name for name in names if name not in columns]
     problem = ""
     if not names:
         problem = "no target columns are named"
     elif unknown:
-        problem = f"no column {listed(unknown)}"
+        by_case = {name.casefold(): name for name in columns}
+        near = dict.fromkeys(by_case[n] for name in unknown for n in get_close_matches(name.casefold(), by_case))
+        problem = f"no column {listed(unknown)}" + (f"; did you mean {listed(near)}?" if near else "")
     elif len(names) != len(set(names)):
         problem = "a target is named twice"
     elif len(names) == 1:
@@ -154,9 +163,16 @@ def chosen_targets(given: Sequence[str], columns: Sequence[str], where: str) -> 
     if problem:
         raise UserError(
             problem, where=where, wrong_use=True,
-            remedy=f"name them with --targets first,second; the columns are {listed(columns, MOST_NAMES)}",
+            remedy="name them with --targets first,second, with --targets for each, or with quotes as in CSV, "
+            f"""--targets '"first, in cm",second'; the columns are {listed(columns, MOST_NAMES)}""",
         )  # fmt: skip
     return names
+
+
+def _in_csv(value: str) -> list[str]:
+    """The names in a value of `--targets`: a name with a comma has quotes, as in CSV."""
+    rows = csv.reader(io.StringIO(value, newline=""), skipinitialspace=True)
+    return [name.strip() for row in rows for name in row if name.strip()]
 
 
 def target(column: ColumnSummary, where: str, more: bool) -> Use:
@@ -184,12 +200,19 @@ def target(column: ColumnSummary, where: str, more: bool) -> Use:
     if len(counts) == 2:
         return _binary(column)
     few_numbers = len(counts) <= MOST_NUMBERS and counts.total() >= ROWS_A_CLASS * len(counts)
-    if column.numeric and not (column.whole and few_numbers):
+    if column.whole and few_numbers:
+        numbers: Counter[int] = Counter()
+        for value, number in column.numbers.items():
+            numbers[int(number)] += counts[value]
+        quantity, why = whole_numbers(column.name, numbers)
+        if quantity:
+            return _task(column, "regression", f"an amount: {why}; for classes write kind: multiclass", missing)
+        return _task(column, "multiclass", f"codes: {why}; for an amount write kind: regression", missing)
+    if column.numeric:
         low, high = min(column.numbers.values()), max(column.numbers.values())
         return _task(column, "regression", f"numbers from {low:g} to {high:g}", missing)
     if len(counts) <= MOST_VALUES:
-        what = f"{len(counts)} whole numbers; for a quantity write regression" if column.whole else _some(column)
-        return _task(column, "multiclass", what, missing, metric="balanced_accuracy")
+        return _task(column, "multiclass", _some(column), missing)
     odd = [value for value in counts if value not in column.numbers]
     raise UserError(
         f"target {column.name} has {len(counts)} different values that are not all numbers, such as {odd[0]!r}",
@@ -204,13 +227,14 @@ def _binary(column: ColumnSummary) -> Use:
     positive = next((value for value in column.counts if flags and FLAGS[value]), rare)
     share = f"{column.counts[positive] / column.counts.total():.0%} are {positive}"
     if flags:
-        return _task(column, "binary", share, column.missing, metric="auroc")
-    return _task(column, "binary", f"{share}, the rest {often}", column.missing, metric="auroc", positive=[rare])
+        return _task(column, "binary", share, column.missing)
+    what = f"{share}, the rarer value; for the other write positive: {in_line([often])}"
+    return _task(column, "binary", what, column.missing, positive=[rare])
 
 
 def _task(column: ColumnSummary, kind: str, what: str, gaps: str, **options: Any) -> Use:
     why = ", ".join(part for part in (what, gaps) if part)
-    return Use(column.name, "target", why, {"column": column.name, "kind": kind, **options})
+    return Use(column.name, "target", why, {"column": column.name, "kind": kind, "metric": "auto", **options})
 
 
 def feature(column: ColumnSummary) -> Use:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from pipelines.config.loading import recipe_config
+from pipelines.config.yaml_text import in_line
 from pipelines.data.cells import MISSING
 from pipelines.data.sources import SOURCES, options_model
 from pipelines.data.sources.folder import EXTENSIONS
-from pipelines.data.sources.rows import SPLIT_COLUMN, read_head, table_dialect
+from pipelines.data.sources.rows import MOST_NAMES, SPLIT_COLUMN, read_head, table_dialect
 from pipelines.data.sources.tables.parquet import is_parquet
 from pipelines.errors import UserError
 from pipelines.scaffold.comments import Draft, Written, text_of
@@ -26,6 +28,7 @@ from pipelines.scaffold.inference import (
     summaries,
     target,
 )
+from pipelines.scaffold.inputs import longest_text, molecules
 from pipelines.storage import Location, locate
 
 RECIPE_OF = {
@@ -60,6 +63,7 @@ def new_config(kind: str, data: str, targets: Sequence[str], name: str) -> NewCo
     if place is not None and not place.exists():
         place.check_bucket()
         raise UserError("no such file or folder", where=str(place), remedy="correct the path", wrong_use=True)
+    inferred = not kind
     kind = kind or _kind_of(place)
     options_model(kind)  # refuses an unknown kind
     if place is None and kind in ("table", "folder"):
@@ -72,7 +76,8 @@ def new_config(kind: str, data: str, targets: Sequence[str], name: str) -> NewCo
     name = name or _name_of(data or kind)
     if kind == "table":
         assert place is not None
-        draft = _table(data, place, targets)
+        draft = _texts_of_table(data, place, targets) if inferred else None
+        draft = draft or _table(data, place, targets)
     elif kind == "folder":
         assert place is not None
         draft = _folder(data, place, targets)
@@ -111,11 +116,25 @@ def _files(folder: Location) -> list[str]:
     return folder.files(recursive=False)
 
 
+def _texts_of_table(data: str, place: Location, given: Sequence[str]) -> Draft | None:
+    """The configuration for a table with a column of texts; None for another table."""
+    if place.is_dir():
+        return None
+    columns = summaries(read_head(place, HEAD_ROWS)[0])
+    names = chosen_targets(given, list(columns), str(place))
+    rest = {name: column for name, column in columns.items() if name not in names}
+    if longest_text(rest) is None or molecules(rest) is not None:
+        return None
+    return _text(data, place, given)
+
+
 def _table(data: str, place: Location, given: Sequence[str]) -> Draft:
     rows, more = read_head(place, HEAD_ROWS)
     columns = summaries(rows)
     tasks, rest = _tasks(columns, given, place, more)
-    rows_by = [use for use in (split_use(rest), id_use(rest)) if use is not None]
+    if molecule := molecules(rest):
+        return _molecules(data, place, molecule, rest, tasks, (len(rows), more))
+    rows_by = _rows_by(rest)
     inputs = [feature(column) for name, column in rest.items() if name not in [use.column for use in rows_by]]
     used = [use.column for use in inputs if use.use in ("number", "category", "date")]
     if not used:
@@ -143,19 +162,63 @@ def _table(data: str, place: Location, given: Sequence[str]) -> Draft:
     return Draft("table", _seen(about, len(rows), more), values, _named(why), [*tasks, *rows_by, *inputs])
 
 
+def _molecules(
+    data: str,
+    place: Location,
+    column: ColumnSummary,
+    rest: dict[str, ColumnSummary],
+    tasks: Sequence[Use],
+    seen: tuple[int, bool],
+) -> Draft:
+    """The configuration for a table with molecules; `seen`: the number of rows, and whether there are more."""
+    rest.pop(column.name)
+    rows_by = _rows_by(rest)
+    options, why = _of_rows(rows_by, place)
+    options["tasks"] = [dict(use.options) for use in tasks]
+    options["smiles"] = column.name
+    others = _others(rest, rows_by)
+    why["smiles"] = f"molecules as SMILES, such as {next(iter(column.counts))[:40]}" + (
+        f"; they are the only input, as a sample has one: {others} are not read; to predict from them instead, "
+        f"remove smiles and molecule_features and add features: [{others}]"
+        if others
+        else ""
+    )
+    options["molecule_features"] = "morgan" if importlib.util.find_spec("rdkit") else "ngrams"
+    why["molecule_features"] = "morgan: fingerprints of rdkit; ngrams: neighbouring characters, without rdkit"
+    values = {
+        "source": {"kind": "table", "root": data, "options": options},
+        **_training("mlp", 0, {"widths": [256, 128]}, len(tasks), seen[0], 1e-3),
+    }
+    uses = [*tasks, *rows_by, Use(column.name, "molecules", "SMILES")]
+    about = f"{len(tasks)} tasks on the molecules of {data}"
+    return Draft("table", _seen(about, *seen), values, _named(why), uses)
+
+
+def _others(rest: Mapping[str, ColumnSummary], rows_by: Sequence[Use]) -> str:
+    """The columns that are neither target, id, split nor the input, as a list of YAML; empty if there are none."""
+    taken = [use.column for use in rows_by]
+    return in_line([name for name in rest if name not in taken][:MOST_NAMES])[1:-1]
+
+
 def _text(data: str, place: Location, given: Sequence[str]) -> Draft:
     rows, more = read_head(place, HEAD_ROWS)
     columns = summaries(rows)
     tasks, rest = _tasks(columns, given, place, more)
     if not rest:
         raise UserError("no column is left for the texts", where=str(place), remedy="name fewer targets")
-    text = max(rest.values(), key=lambda column: sum(map(len, column.cells)))
+    text = longest_text(rest) or max(rest.values(), key=lambda column: sum(map(len, column.cells)))
     rest.pop(text.name)
-    rows_by = [use for use in (split_use(rest), id_use(rest)) if use is not None]
+    rows_by = _rows_by(rest)
     options, why = _of_rows(rows_by, place)
     root, _, file = data.rpartition("/")
     options = {"file": file, "text_column": text.name, **options}
-    why["text_column"] = "the column with the longest texts"
+    others = _others(rest, rows_by)
+    why["text_column"] = "the column with the longest texts" + (
+        f"; it is the only input, as a sample has one: {others} are not read; dmtg config new --source table "
+        "predicts from them instead"
+        if others
+        else ""
+    )
     options["tasks"] = [dict(use.options) for use in tasks]
     values = {
         "source": {"kind": "text", "root": root or ("/" if data.startswith("/") else "."), "options": options},
@@ -246,6 +309,12 @@ def _tasks(
     return tasks, {name: column for name, column in columns.items() if name not in names}
 
 
+def _rows_by(columns: Mapping[str, ColumnSummary]) -> list[Use]:
+    """The split and the id, of those that there are; a text is no id."""
+    short = {name: column for name, column in columns.items() if longest_text({name: column}) is None}
+    return [use for use in (split_use(columns), id_use(short)) if use is not None]
+
+
 def _of_rows(uses: Sequence[Use], table: Location) -> tuple[Written, dict[str, str]]:
     """The options of the reader for the dialect, the id and the split, and the reason for each."""
     dialect = table_dialect(table)
@@ -268,7 +337,13 @@ def _training(encoder: str, stem: int, options: Written, tasks: int, rows: int, 
     return {
         "network": {"encoder": encoder, "stem": stem, "groups": groups, "options": options},
         "gate": {"learning_rate": 0.02},
-        "train": {"epochs": epochs, "batch_size": batch, "learning_rate": rate},
+        "train": {
+            "epochs": epochs,
+            "batch_size": batch,
+            "optimizer": "adamw",
+            "learning_rate": rate,
+            "weight_decay": 0.1,
+        },
     }
 
 

@@ -18,7 +18,7 @@ from dmtg_core.tasks import InputSpec, Task
 from pipelines.config.sections import TrackSection
 from pipelines.data.preprocessing import MARKS
 from pipelines.data.renewal import columns_of
-from pipelines.data.sources.encoding import shown
+from pipelines.data.sources.encoding import shown, unnamed
 from pipelines.errors import UserError
 from pipelines.registry.models import load_groups, load_registered
 from pipelines.registry.tracking import connect
@@ -177,7 +177,7 @@ def same_tasks(some: Sequence[Task], others: Sequence[Task], where: str) -> None
         if task.name in known
         for key in TASK_KEYS
         for mine, theirs in [(getattr(task, key), getattr(known[task.name], key))]
-        if mine != theirs
+        if mine != theirs and not unnamed(task, key, mine, theirs)
     ]
     if differing:
         raise UserError(

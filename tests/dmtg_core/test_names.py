@@ -1,9 +1,13 @@
-"""Names with numbers of any length in the order of the numbers."""
+"""The keys of names of any script and length, and names with numbers in the order of the numbers."""
 
+import unicodedata
+from itertools import product
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmtg_core.names import by_number, listed
+from dmtg_core.names import LONGEST_KEY, by_number, key_of, listed, look_of
 
 
 @given(st.lists(st.integers(0, 10**30), unique=True))
@@ -30,3 +34,43 @@ def test_many_names_are_shortened():
     assert listed(["a", "b"]) == "a, b"
     assert listed([]) == ""
     assert listed(str(i) for i in range(70_000)) == "0, 1, 2, 3, 4 and 69995 more"
+
+
+@given(st.text("abcXYZ0129_.-", min_size=1, max_size=LONGEST_KEY).filter(lambda name: name not in (".", "..")))
+def test_a_name_of_ascii_letters_is_its_own_key(name):
+    assert key_of(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["5_o_Clock_Shadow", "价格", "Kündigung in 3 Monaten", "Цена в рублях", "نوع ۲", "a.b"]
+)
+def test_letters_of_every_script_are_kept(name):
+    assert key_of(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "a/b", "a ", "a  b", "x\n", "..", "50 %", "q" * 201, "很" * 67, "हिन्दी", "\u202ea"]
+)
+def test_other_names_have_a_short_key_that_is_no_name_of_its_own(name):
+    key = key_of(name)
+    assert key != name
+    assert len(key.encode()) <= 111
+    assert key_of(key) != key
+
+
+@given(st.lists(st.text(max_size=300) | st.text("a/ .", max_size=4), unique=True, max_size=50))
+def test_distinct_names_have_distinct_keys(names):
+    assert len({key_of(name) for name in names + [key_of(name) for name in names]}) == len(
+        {*names, *(key_of(name) for name in names)}
+    )
+
+
+def test_keys_of_ten_thousand_names_of_one_beginning_are_distinct():
+    names = {"Wie zufrieden sind Sie " * 8 + "".join(end) for end in product("/ .-_aä价\u0301\n%", repeat=4)}
+    assert len(names) == 11**4
+    assert len({key_of(name) for name in names}) == len(names)
+
+
+@given(st.text(max_size=30))
+def test_names_of_one_look_are_one_name_in_other_forms(name):
+    assert look_of(f"  {unicodedata.normalize('NFD', name)}\t") == look_of(unicodedata.normalize("NFC", name))

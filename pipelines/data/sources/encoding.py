@@ -52,14 +52,19 @@ def _in_its_units(task: Task, earlier: Task | None, where: str) -> Task:
         return task
     for key in ("kind", "labels", "channels"):
         mine, theirs = getattr(task, key), getattr(earlier, key)
-        if mine != theirs:
+        if mine != theirs and not unnamed(task, key, mine, theirs):
             raise UserError(
                 f"task {task.name}: {key} {shown(mine, theirs)}, in the earlier shards {shown(theirs, mine)}",
                 where=f"data.like={where}",
                 remedy="name its classes in source.options.tasks, or give the task another name",
                 wrong_use=True,
             )
-    return replace(task, offset=earlier.offset, scale=earlier.scale)
+    return replace(task, offset=earlier.offset, scale=earlier.scale, labels=earlier.labels)
+
+
+def unnamed(task: Task, key: str, mine: Any, theirs: Any) -> bool:
+    """Whether a field differs only because one of two flags has no names of its values, as in older shards."""
+    return task.kind == "binary" and key == "labels" and not (mine and theirs)
 
 
 def shown(value: Any, other: Any) -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from dmtg_core.names import by_number, listed
+from dmtg_core.names import by_number, listed, look_of
 from dmtg_core.tasks import Task, check_names
 from pipelines.config.validation import Section
 from pipelines.data.cells import MISSING, cell_number, has_leading_zero, normal_form
@@ -26,24 +25,28 @@ from pipelines.errors import UserError
 logger = logging.getLogger(__name__)
 
 DASHES = ("-", "--")  # missing, but a class beside "+"
+METRIC = {"binary": "auroc", "multiclass": "balanced_accuracy", "regression": "rmse"}  # of metric=auto
+NAME_THEM = "write a name for each of them in source.options.tasks: {column: …, kind: …, name: …}"
 
 
 class LabelTask(Section):
     """One column of a table as a task, or as one task for each class.
 
-    `classes` fixes the names and their order (default: those in the file, sorted, numbers by their size).
-    `drop` lists values whose rows are left out. `one_vs_rest` ("all" or a list of classes) creates one binary
-    task `<name>.<class>` for each class of a class column, for the kinds binary and multiclass. `positive`
-    lists the values that count as 1 for a binary task (default: true, yes, 1 against false, no, 0, -1, also ja
-    and nein, oui and non, да and нет, 是 and 否, …; any other value is a bad sample). `missing` lists markers of
-    a missing label besides the usual ones (NA, N/A, ?, -, …), such as -1 beside 0 and 1.
+    `name` is the name of the task (default: that of the column). `classes` fixes the names and their order
+    (default: those in the file, sorted, numbers by their size). `drop` lists values whose rows are left out.
+    `one_vs_rest` ("all" or a list of classes) creates one binary task `<name>.<class>` for each class of a class
+    column, for the kinds binary and multiclass. `positive` lists the values that count as 1 for a binary task
+    (default: true, yes, 1 against false, no, 0, -1, also ja and nein, oui and non, да and нет, 是 and 否, …; any
+    other value is a bad sample); other kinds do not read it, so that `kind` can be changed alone. `missing` lists
+    markers of a missing label besides the usual ones (NA, N/A, ?, -, …), such as -1 beside 0 and 1. The metric
+    `auto` is auroc for a binary task, balanced_accuracy for a multiclass task and rmse for a regression task.
     """
 
     model_config = ConfigDict(coerce_numbers_to_str=True)  # YAML reads the class names of `[1, 2, 3]` as numbers
 
     column: str
     kind: Literal["binary", "multiclass", "regression"]
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str | None = None
     classes: tuple[str, ...] | None = Field(None, min_length=1)
     drop: tuple[str, ...] = ()
     one_vs_rest: Literal["all"] | tuple[str, ...] | None = None
@@ -52,6 +55,13 @@ class LabelTask(Section):
     metric: str = ""
     loss: str = ""
 
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str | None) -> str | None:
+        if name is not None and not look_of(name):
+            raise ValueError("a name needs at least one character that is not a space")
+        return name
+
     @model_validator(mode="after")
     def _check_use(self) -> Self:
         """Refuse options that the kind would ignore."""
@@ -59,7 +69,7 @@ class LabelTask(Section):
         for option, used in (
             ("one_vs_rest", self.kind != "regression"),
             ("classes", of_classes and self.kind != "regression"),
-            ("positive", self.kind == "binary" and self.one_vs_rest is None),
+            ("positive", self.one_vs_rest is None),
         ):
             if getattr(self, option) is not None and not used:
                 raise ValueError(f"{option} has no meaning for this {self.kind} task of column {self.column}")
@@ -82,9 +92,16 @@ class LabelTask(Section):
         return {*(self.classes or ()), *(self.positive or ()), *self.drop, *chosen}
 
     @property
+    def headline(self) -> str:
+        """The metric of the tasks."""
+        return (
+            METRIC[self.kind if self.one_vs_rest is None else "binary"] if self.metric == "auto" else self.metric
+        )
+
+    @property
     def task_name(self) -> str:
-        """`name`, or the name of the column without characters that a metric name cannot have."""
-        return self.name or safe_name(self.column)
+        """`name`, or the name of the column."""
+        return self.column if self.name is None else self.name
 
 
 @dataclass(frozen=True)
@@ -206,6 +223,7 @@ def label_targets(specs: Sequence[LabelTask], samples: Samples, where: str) -> t
     cells = different_cells(samples, [spec.column for spec in specs if spec.reads_classes or spec.reads_words])
     try:
         targets = [target for spec in specs for target in _targets_of(spec, cells, numbers, where)]
+        _check_looks(targets)
         check_names([target.task for target in targets])
     except ValueError as error:
         raise UserError(
@@ -214,10 +232,46 @@ def label_targets(specs: Sequence[LabelTask], samples: Samples, where: str) -> t
     return tuple(targets)
 
 
+def _check_looks(targets: Sequence[Target]) -> None:
+    """Raise UserError for a task without a name, and for tasks whose names look the same."""
+    alike: dict[str, list[Target]] = defaultdict(list)
+    for target in targets:
+        alike[look_of(target.task.name)].append(target)
+    for look, same in alike.items():
+        forms = "" if len({target.task.name for target in same}) == 1 else ", in different forms"
+        if len(same) > 1 or not look:
+            unique = f"task names must be unique, got {look} more than once{forms}"
+            what = unique if look else "a task has no name"
+            raise UserError(
+                f"{what}: {_columns(same)}", where="source.options.tasks", wrong_use=True,
+                remedy=NAME_THEM,
+            )  # fmt: skip
+    _warn_of_clashes([target.task for target in targets])
+
+
+def _warn_of_clashes(tasks: Sequence[Task]) -> None:
+    by_case = defaultdict(list)
+    for task in tasks:
+        by_case[look_of(task.name).casefold()].append(task.name)
+    for same in by_case.values():
+        if len(same) > 1:
+            logger.warning("task names that differ only in case, which some databases take for one: %s; %s",
+                           listed(same), NAME_THEM)  # fmt: skip
+    names = {"id", *(task.name for task in tasks)}
+    columns = [f"{task.name}.{label}" for task in tasks if task.kind == "multiclass" for label in task.labels]
+    both = [*(task.name for task in tasks if task.name == "id"), *(name for name in columns if name in names)]
+    if both:
+        logger.warning("a file of predictions would have two columns %s; %s", listed(both), NAME_THEM)
+
+
+def _columns(targets: Iterable[Target]) -> str:
+    return "column " + listed(dict.fromkeys(repr(target.column) for target in targets))
+
+
 def _targets_of(
     spec: LabelTask, cells: Mapping[str, set[str]], numbers: Mapping[str, Figures], where: str
 ) -> list[Target]:
-    make = partial(Task, metric=spec.metric, loss=spec.loss)
+    make = partial(Task, metric=spec.headline, loss=spec.loss)
     if spec.kind == "regression":
         figures = numbers[spec.column]
         if not figures.numbers:
@@ -235,7 +289,7 @@ def _targets_of(
         return [
             Target(
                 spec.column,
-                make(f"{spec.task_name}.{safe_name(one)}", "binary", labels=("rest", one)),
+                make(f"{spec.task_name}.{one}", "binary", labels=("rest", one)),
                 {cell: int(classes[code] == one) for cell, code in codes.items()},
                 missing=gaps,
             )
@@ -244,7 +298,7 @@ def _targets_of(
     if spec.kind == "multiclass":
         task = make(spec.task_name, "multiclass", len(classes), labels=classes)
         return [Target(spec.column, task, codes, missing=gaps)]
-    task = make(spec.task_name, "binary")
+    task = make(spec.task_name, "binary", labels=_words(spec, held - gaps))
     if spec.positive is not None:
         codes = dict.fromkeys(_codes(spec.positive), 1)
         return [Target(spec.column, task, codes, otherwise=0, missing=gaps)]
@@ -287,6 +341,16 @@ def _minus_ones(cells: set[str]) -> list[str]:
     return sorted(cell for cell, form in forms.items() if form == "-1") if {"0", "1"} <= {*forms.values()} else []
 
 
+def _words(spec: LabelTask, cells: set[str]) -> tuple[str, ...]:
+    """The names of the negative and the positive value of a binary task; none for numbers and mixed words."""
+    if spec.positive is not None:
+        negative = in_order(cells.difference(spec.positive))
+        return negative[0] if len(negative) == 1 else "rest", listed(spec.positive)
+    found = ([cell for cell in in_order(cells) if FLAGS.get(cell) == value] for value in (0, 1))
+    pair = [some[0] for some in found if len({cell.casefold() for cell in some}) == 1]
+    return tuple(pair) if len(pair) == 2 and all(cell_number(word) is None for word in pair) else ()
+
+
 def _chosen(spec: LabelTask, classes: Sequence[str]) -> Sequence[str]:
     """The classes of `one_vs_rest`."""
     if spec.one_vs_rest is None or spec.one_vs_rest == "all":
@@ -307,8 +371,3 @@ def in_order(values: Iterable[str]) -> tuple[str, ...]:
         return number is None, number or 0.0, by_number(value)
 
     return tuple(sorted(values, key=place))
-
-
-def safe_name(name: str) -> str:
-    """The name without characters that a column or a metric cannot have."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)

@@ -32,7 +32,6 @@ from pipelines.data.sources.labels import (
     kept_rows,
     label_markers,
     label_targets,
-    safe_name,
     without_markers,
 )
 from pipelines.data.sources.preprocessed import PreparedSource, RowTarget, train_cells
@@ -222,7 +221,7 @@ class TextSource(PreparedSource):
             return label_targets(options.tasks, RowsOf(self._entries), str(self._root))
         names = self._label_names()
         try:
-            tasks = [Task(safe_name(name), "binary", metric=options.metric) for name in names]
+            tasks = [Task(name, "binary", metric=options.metric) for name in names]
             check_names(tasks)
         except ValueError as error:
             raise UserError(

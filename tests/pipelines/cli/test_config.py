@@ -278,16 +278,16 @@ class TestGuesses:
     @pytest.mark.parametrize(
         ("cells", "options"),
         [
-            ([0, 1] * 9, {"kind": "binary", "metric": "auroc"}),
-            (["True", "False", ""] * 9, {"kind": "binary", "metric": "auroc"}),
-            (["spam", "ham", "ham"] * 9, {"kind": "binary", "metric": "auroc", "positive": ["spam"]}),
-            ([1, 2, 2] * 9, {"kind": "binary", "metric": "auroc", "positive": ["1"]}),
-            ([1, 2, 3] * 20, {"kind": "multiclass", "metric": "balanced_accuracy"}),
-            ([1, 2, 3], {"kind": "regression"}),
-            ([0.5, 1.5, 2.5] * 20, {"kind": "regression"}),
-            (list(range(200)), {"kind": "regression"}),
-            ([*range(200), "NA"], {"kind": "regression"}),
-            (["a", "b", "c"] * 9, {"kind": "multiclass", "metric": "balanced_accuracy"}),
+            ([0, 1] * 9, {"kind": "binary", "metric": "auto"}),
+            (["True", "False", ""] * 9, {"kind": "binary", "metric": "auto"}),
+            (["spam", "ham", "ham"] * 9, {"kind": "binary", "metric": "auto", "positive": ["spam"]}),
+            ([1, 2, 2] * 9, {"kind": "binary", "metric": "auto", "positive": ["1"]}),
+            ([1, 2, 3] * 20, {"kind": "multiclass", "metric": "auto"}),
+            ([1, 2, 3], {"kind": "regression", "metric": "auto"}),
+            ([0.5, 1.5, 2.5] * 20, {"kind": "regression", "metric": "auto"}),
+            (list(range(200)), {"kind": "regression", "metric": "auto"}),
+            ([*range(200), "NA"], {"kind": "regression", "metric": "auto"}),
+            (["a", "b", "c"] * 9, {"kind": "multiclass", "metric": "auto"}),
         ],
     )
     def test_kind_of_a_target(self, cells: list[object], options: dict[str, object]) -> None:

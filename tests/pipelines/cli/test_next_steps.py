@@ -16,8 +16,11 @@ from typer.testing import CliRunner
 from pipelines.cli.app import PANELS, app
 from pipelines.cli.console import Next
 from pipelines.cli.data import _next_step as after_inspect
-from pipelines.cli.options import command_line
+from pipelines.cli.options import STEPS, command_line, next_step
 from pipelines.cli.serve import _next_step as after_predict
+from pipelines.compare.signal import verdict as signal_verdict
+from pipelines.compare.significance import Correlation
+from pipelines.compare.verdicts import Verdict, of_compare, of_signal, of_sweep, of_train
 from pipelines.config.loading import load_config
 from tests.cluster.commands import parsed
 from tests.paths import ROOT
@@ -121,3 +124,75 @@ def test_shell_completion_offers_recipes_files_and_imports_little(tmp_path: Path
         capture_output=True, text=True, check=True, cwd=tmp_path,
     ).stdout.splitlines()  # fmt: skip
     assert out == ["[['rooms', 'roof.yaml', 'rows/'], ['paper/celeba40_k4'], ['rows/x.yml']]", "set()"]
+
+
+# ---------------------------------------------------------------- after a command that measured the grouping
+
+
+USE = Next("predict", ("dmtg", "predict", "models:/m/1", "-c", "x.yaml"))
+TWO = {"group_0": ["a", "b"], "group_1": ["c"]}
+
+
+def told(effect: float) -> str:
+    """What `dmtg signal` says if groups explain this share of the variation."""
+    gain = {"value": 0.0, "low": -1.0, "high": 1.0, "count": 3}
+    gains = {"random": gain, "proposed_over_random": gain, "wide": None, "wide_over_random": None}
+    return signal_verdict(Correlation(effect, effect - 0.1, effect + 0.1, 1.0, 1.0), gains)
+
+
+@pytest.mark.parametrize("verdict", list(Verdict))
+def test_the_step_after_each_verdict_is_a_command(verdict: Verdict) -> None:
+    step = next_step(verdict, "x.yaml", ["network.groups=4"], "r.yaml", USE)
+    assert set(STEPS) == set(Verdict)
+    if verdict in (Verdict.HELPS, Verdict.SETTLED):
+        assert step is USE
+        return
+    name, params = parsed(shlex.split(str(step))[1:])
+    assert (params["config"], params["ray_config"]) == ("x.yaml", "r.yaml")
+    if verdict is Verdict.NOT:  # nothing is searched: the last value of a key counts
+        assert (name, params["overrides"]) == ("train", ["network.groups=4", "network.groups=1"])
+    else:
+        assert name in ("signal", "compare")
+        assert params["overrides"] == ["network.groups=4"]
+
+
+@pytest.mark.parametrize(
+    ("gain", "chosen", "groups", "signal", "verdict"),
+    [
+        (3.0, "guided", TWO, "", Verdict.HELPS),
+        (None, "guided", TWO, "", Verdict.HELPS),
+        (3.0, "wide", {"group_0": ["a", "b", "c"]}, "", Verdict.SETTLED),
+        (0.0, "naive_mtl", {"group_0": ["a", "b", "c"]}, "", Verdict.SETTLED),
+        (-1.0, "guided", TWO, "", Verdict.UNMEASURED),
+        (-1.0, "guided", TWO, told(0.05), Verdict.NOT),
+        (-1.0, "guided", TWO, told(0.9), Verdict.UNCLEAR),
+    ],
+)
+def test_after_training(gain: float, chosen: str, groups: Any, signal: str, verdict: Verdict) -> None:
+    assert of_train({"normalized_gain": gain, "chosen": chosen, "grouping": groups}, signal) is verdict
+
+
+def test_after_signal() -> None:
+    assert of_signal(told(0.05)) is of_signal(told(float("nan"))) is Verdict.NOT
+    assert of_signal(told(0.9)) is of_signal(told(0.45)) is Verdict.UNCLEAR
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "verdict"),
+    [
+        (0.5, 2.0, Verdict.HELPS),
+        (-0.5, 2.0, Verdict.NOT),
+        (-3.0, -2.0, Verdict.NOT),
+        (float("-inf"), 2.0, Verdict.HELPS),
+        (float("-inf"), -2.0, Verdict.NOT),
+    ],
+)
+def test_after_a_comparison(low: float, value: float, verdict: Verdict) -> None:
+    rows = [{"method": "naive_mtl", "gain": None}, {"method": "guided", "gain": {"low": low, "value": value}}]
+    assert of_compare(rows, "guided") is verdict
+
+
+def test_after_a_sweep() -> None:
+    assert of_sweep({"gain_validation": 2.0}) is Verdict.HELPS
+    assert of_sweep({"gain_validation": -2.0}) is Verdict.NOT
+    assert of_sweep(None) is of_sweep({"gain_validation": None}) is Verdict.HELPS

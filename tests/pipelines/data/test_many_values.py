@@ -13,7 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from dmtg_core.tasks import LONGEST_NAME, InputSpec, Task
+from dmtg_core.tasks import InputSpec, Task
 from dmtg_core.training.data import ArrayData, Arrays, Chunks, DeviceArrays
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
@@ -201,15 +201,6 @@ def test_predictions_of_many_classes(classes: int, named: bool) -> None:
     else:
         assert found.column_names == ["t", "t.probability"]
         assert found["t.probability"].to_pylist() == [0.75] * 4
-
-
-def test_a_task_whose_metrics_could_not_be_tracked_is_refused(tmp_path: Path) -> None:
-    long = "x" * (LONGEST_NAME + 1)
-    (tmp_path / "t.csv").write_text(f"id,size,kind,split\na,1,{long},train\nb,2,y,train\nc,3,y,val\n")
-    spec = {"column": "kind", "kind": "multiclass", "one_vs_rest": "all"}
-    options = config_of(tmp_path, [spec], ["size"]).source.options
-    with pytest.raises(UserError, match=f"a task name has at most {LONGEST_NAME} characters, got 206: kind.xxx"):
-        build_source("table", str(tmp_path), options).describe()
 
 
 def test_plot_of_many_tasks_has_fewer_dots() -> None:

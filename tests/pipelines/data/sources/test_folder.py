@@ -102,7 +102,7 @@ def test_one_vs_rest(tmp_path):
     write(tmp_path, "image,label,split\na,T-Shirt,train\nb,Not sure,val\nc,Hat,test\nd,,train\n")
     task = {"column": "label", "kind": "multiclass", "one_vs_rest": "all"}
     reader = source(tmp_path, task)
-    assert [t.name for t in reader.describe().tasks] == ["label.Hat", "label.Not_sure", "label.T-Shirt"]
+    assert [t.name for t in reader.describe().tasks] == ["label.Hat", "label.Not sure", "label.T-Shirt"]
     assert {t.kind for t in reader.describe().tasks} == {"binary"}
     found = rows(reader)
     assert [found[i]["task.label.Hat"] for i in "abc"] == [0, 0, 1]
@@ -275,9 +275,9 @@ def test_unknown_option_names_the_nearest(root):
     [
         {**PRICE, "one_vs_rest": "all"},
         {**PRICE, "classes": ["a"]},
-        {**KIND, "positive": ["a"]},
         {**FLAG, "classes": ["a"]},
-        {**FLAG, "name": "a b"},
+        {**FLAG, "name": " "},
+        {**KIND, "one_vs_rest": "all", "positive": ["a"]},
         {**FLAG, "kind": "flag"},
     ],
 )

@@ -45,7 +45,7 @@ def decode(reader, row):
 def test_rows_match_the_description(root):
     reader = source(root, metric="f1")
     description = reader.describe()
-    assert [t.name for t in description.tasks] == ["anger", "joy_of_life", "surprise"]
+    assert [t.name for t in description.tasks] == ["anger", "joy of life", "surprise"]
     assert {(t.kind, t.metric) for t in description.tasks} == {("binary", "f1")}
     assert (description.input.kind, description.input.shape, description.input.dtype) == (
         "tokens",
@@ -65,7 +65,7 @@ def test_rows_match_the_description(root):
 def test_label_ids_become_flags_and_an_empty_cell_is_missing(root):
     reader = source(root)
     found = [reader.read(entry) for entry in list(reader.entries())[:4]]
-    names = ("task.anger", "task.joy_of_life", "task.surprise")
+    names = ("task.anger", "task.joy of life", "task.surprise")
     assert [[row[name] for name in names] for row in found] == [[1, 0, 1], [0, 1, 0], [None] * 3, [0, 1, 1]]
 
 
@@ -234,8 +234,8 @@ def test_label_names_that_cannot_be_used(root):
     (root / "labels.txt").write_text("anger\n\njoy\n")
     with pytest.raises(UserError, match="no label name in line 2"):
         source(root).describe()
-    (root / "labels.txt").write_text("so so\nso-so\nso_so\n")
-    with pytest.raises(UserError, match="task names must be unique, got so_so"):
+    (root / "labels.txt").write_text("so so\nso-so\nso so\n")
+    with pytest.raises(UserError, match="task names must be unique, got so so"):
         source(root).describe()
 
 

@@ -1,0 +1,63 @@
+"""Columns of which the whole input is made: molecules, written as SMILES, and texts."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Mapping
+
+from pipelines.scaffold.inference import ColumnSummary
+
+LOOKED_AT = 500  # different values of a column that are examined
+FEWEST_WORDS = 5  # of the values of a text, on average
+LEAST_SHARE = 0.95  # of the values that are molecules; 0.8 if the name of the column says so
+LEAST_SHARE_NAMED = 0.8
+_NAMED = re.compile(r"(?i)smiles|molecule|molekül|molécule|structure|compound|ligand|drug|分子")
+# an atom of the organic subset or in brackets, then bonds, branches, rings and charges (opensmiles.org, section 3)
+_ATOM = r"(?:Br|Cl|[BCNOPSFI]|[bcnops]|\*|\[\d*(?:[A-Z][a-z]?|[a-z]{1,2}|\*)[^\[\]\s]*\])"
+_SMILES = re.compile(rf"{_ATOM}(?:{_ATOM}|[()=#$:/\\.~@-]|%\d\d|\d)*")
+_DRAWN = re.compile(r"[()=#\[\]]|[a-z]\d")  # no word of letters has these
+
+
+def molecules(columns: Mapping[str, ColumnSummary]) -> ColumnSummary | None:
+    """The column of molecules; None if there is none. One whose name says so comes first."""
+    for column in sorted(columns.values(), key=lambda column: not _NAMED.search(column.name)):
+        if _holds_molecules(column):
+            return column
+    return None
+
+
+def _holds_molecules(column: ColumnSummary) -> bool:
+    values = list(column.counts)[:LOOKED_AT]
+    if column.numeric or len(values) < 3:
+        return False
+    drawn = sum(bool(_DRAWN.search(value)) for value in values)
+    least = LEAST_SHARE_NAMED if _NAMED.search(column.name) else LEAST_SHARE
+    if 2 * drawn < len(values) or sum(bool(_SMILES.fullmatch(value)) for value in values) < least * len(values):
+        return False
+    return importlib.util.find_spec("rdkit") is None or _share_of_rdkit(values) >= least
+
+
+def _share_of_rdkit(values: list[str]) -> float:
+    """The share of the values that rdkit reads."""
+    from rdkit import Chem, rdBase
+
+    with rdBase.BlockLogs():
+        return sum(Chem.MolFromSmiles(value) is not None for value in values) / len(values)
+
+
+def longest_text(columns: Mapping[str, ColumnSummary]) -> ColumnSummary | None:
+    """The column with the longest texts of several words; None if there is none."""
+    found = [column for column in columns.values() if _holds_texts(column)]
+    return max(found, key=lambda column: sum(map(len, column.cells)), default=None)
+
+
+def _holds_texts(column: ColumnSummary) -> bool:
+    """Whether the values have several words, and few occur in several rows: not those of a category."""
+    values = list(column.counts)[:LOOKED_AT]
+    # Chinese and Japanese are written without spaces: two characters are about a word
+    words = sum(
+        len(value.split()) + len(re.findall(r"[\u3040-\u30ff\u3400-\u9fff]", value)) // 2 for value in values
+    )
+    several = bool(values) and words >= FEWEST_WORDS * len(values)
+    return several and not column.numeric and 2 * len(column.counts) > column.counts.total()
