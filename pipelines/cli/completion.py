@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from pipelines.recipes import recipes
@@ -13,13 +14,23 @@ SERVER_S = "3"  # timeout of requests to the tracking server, in seconds
 
 def complete_config(incomplete: str) -> list[str]:
     """Recipes, YAML files and folders whose names begin with `incomplete`."""
+    return [*(name for name in recipes() if name.startswith(incomplete)), *_files(incomplete, (".yaml", ".yml"))]
+
+
+def _files(incomplete: str, ends: Collection[str]) -> list[str]:
+    """Files with one of some endings, or with any if there is none, and folders."""
     folder, _, begun = incomplete.rpartition("/")
     place = Path(f"{folder}/") if folder or incomplete.startswith("/") else Path()
     prefix = f"{folder}/" if "/" in incomplete else ""
     found = [path for path in place.glob(f"{begun}*") if not path.name.startswith(".") or begun.startswith(".")]
-    files = [f"{prefix}{path.name}" for path in found if path.suffix in (".yaml", ".yml") and path.is_file()]
+    files = [f"{prefix}{path.name}" for path in found if path.is_file() and (not ends or path.suffix in ends)]
     folders = [f"{prefix}{path.name}/" for path in found if path.is_dir()]
-    return [*(name for name in recipes() if name.startswith(incomplete)), *sorted(files), *sorted(folders)]
+    return [*sorted(files), *sorted(folders)]
+
+
+def complete_input(incomplete: str) -> list[str]:
+    """Files and folders whose names begin with `incomplete`."""
+    return _files(incomplete, ())
 
 
 def complete_model(incomplete: str) -> list[str]:
@@ -45,14 +56,9 @@ def _addresses() -> list[str]:
     logging.disable()
     try:
         from pipelines.config.loading import load_track
-        from pipelines.registry.tracking import tracking_uri
         from pipelines.registry.versions import list_models
 
-        section = load_track()
-        file = tracking_uri(section).removeprefix("sqlite:///")
-        if "://" not in file and not Path(file).exists():
-            return []  # MLflow would create the file
-        found = list_models(section)
+        found = list_models(load_track())
     except Exception:  # noqa: BLE001 - a completion that fails offers nothing
         return []
     aliases = [f"models:/{model['name']}@{alias}" for model in found for alias in model["aliases"]]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.cli.console import Next, log, print_table, run
+from pipelines.cli.console import Next, print_table, run, show
 from pipelines.cli.options import ConfigFile, Debug, Json, Overrides, RayFile, command_line, load
 
 config_app = typer.Typer(
@@ -98,7 +98,7 @@ def config_new(
         if made.uses:
             rows = [{"column": use.column, "type": kinds[use.column], "reason": use.why} for use in made.uses]
             print_table(f"Inferred types of the columns of {data}", rows)
-        log(f"configuration: {file}")
+        show(f"configuration: {file}")
         has_source = loaded.source is not None and loaded.source.given
         purpose = "write the shards" if has_source else "set source.root in the file, then write the shards"
         return {"config": file, "columns": kinds, "next": Next(purpose, command_line(["shard"], file, []))}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from pipelines.cli.completion import complete_address, complete_name
-from pipelines.cli.console import Next, log, print_table, run
+from pipelines.cli.console import Next, log, print_table, run, show
 from pipelines.cli.options import Debug, Json, RayFile, RunDir, TrackUri
 from pipelines.errors import without_credentials
 from pipelines.report.formatting import significant
@@ -107,7 +107,7 @@ def models_diff(
             for task in (*found["tasks"], *found["only_before"], *found["only_after"])
         ]  # fmt: skip
         print_table("Groupings", rows)
-        log(f"adjusted Rand index {found['adjusted_rand_index']:.3f} (1: equal groupings, 0: chance)")
+        show(f"adjusted Rand index {found['adjusted_rand_index']:.3f} (1: equal groupings, 0: chance)")
         metrics = [
             {
                 "task": row["task"],
@@ -119,7 +119,7 @@ def models_diff(
         ]
         print_table("Metrics", metrics, right=(first, second))
         for note in found["notes"]:
-            log(f"note: {note}")
+            show(f"note: {note}")
         step = Next(
             "make the second version the champion",
             _command("promote", uri, ray_config, *_version(found["after"])),
@@ -263,8 +263,8 @@ def models_register(
 
         done = register_run(run_dir, uri, log)
         for model in done.models:
-            log(f"model: {model.uri}")
-        log(f"MLflow run {done.run_id} at {done.uri}")
+            show(f"model: {model.uri}")
+        show(f"MLflow run {done.run_id} at {done.uri}")
         whole = [model.uri for model in done.models[:1]]
         step = Next("show the model", _command("show", uri, "", *whole)) if whole else DEMO
         return {"run_dir": str(done.run), "run_id": done.run_id, "models": [model.uri for model in done.models],

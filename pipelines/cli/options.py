@@ -44,6 +44,13 @@ Model = Annotated[
         help="models:/<name>/<version> or models:/<name>@<alias>, or a run folder.", autocompletion=complete_model
     ),
 ]
+PredictModel = Annotated[
+    str,
+    typer.Argument(
+        help="models:/<name>/<version> or models:/<name>@<alias>, a run folder, or the folder of a saved model.",
+        autocompletion=complete_model,
+    ),
+]
 
 
 def load(config: str, overrides: Sequence[str] | None, ray_config: str = "") -> Config:

@@ -12,24 +12,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from dmtg_core.tasks import Task
+from pipelines.errors import UserError
 
 ID = "id"
 MOST_CLASSES = 1000  # with a column each; with more, Parquet is slow and files are large
 
 
-def schema(tasks: Sequence[Task]) -> pa.Schema:
-    """Columns of a file of predictions."""
-    fields = [pa.field(ID, pa.string())]
+def schema(tasks: Sequence[Task], name: str = ID, *, numbered: bool = False) -> pa.Schema:
+    """Columns of a file of predictions.
+
+    Args:
+        tasks: The tasks.
+        name: Name of the column of ids.
+        numbered: Whether the ids are numbers of rows.
+    """
+    fields = [pa.field(name, pa.int64() if numbered else pa.string())]
     for task in tasks:
         fields += [pa.field(name, kind) for name, kind in columns_of(task).items()]
     return pa.schema(fields)
+
+
+def check_names(tasks: Iterable[Task], name: str, model: str) -> None:
+    """Check that all columns have different names.
+
+    Args:
+        tasks: The tasks.
+        name: Column of the ids.
+        model: Address of the model, for the message.
+
+    Raises:
+        UserError: With the names that occur twice.
+    """
+    counted = Counter([name, *(column for task in tasks for column in columns_of(task))])
+    twice = [column for column, count in counted.items() if count > 1]
+    if twice:
+        raise UserError(
+            f"two columns of predictions would be called {', '.join(twice)}",
+            where=model,
+            remedy="predict with the models of single groups, or train with other names of tasks",
+        )
 
 
 def columns_of(task: Task) -> dict[str, pa.DataType]:
