@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 from pipelines.recipes import recipes
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 SERVER_S = "3"  # timeout of requests to the tracking server, in seconds
 
@@ -29,8 +33,44 @@ def _files(incomplete: str, ends: Collection[str]) -> list[str]:
 
 
 def complete_input(incomplete: str) -> list[str]:
-    """Files and folders whose names begin with `incomplete`."""
-    return _files(incomplete, ())
+    """Files and folders whose names begin with `incomplete`, and overrides."""
+    return [*_files(incomplete, ()), *(complete_override(incomplete) if "." in incomplete else [])]
+
+
+def complete_override(incomplete: str) -> list[str]:
+    """`section.key=` for each key whose name begins with `incomplete`, with its values if they are listed.
+
+    Bash makes three words of key=value. The values alone are completed there.
+    """
+    words = os.environ.get("COMP_WORDS", "").split()[1:]
+    before = words[-3:-1] if incomplete not in ("", "=") else words[-2:]
+    keys = _keys()
+    if "=" in before and before[0] in keys:
+        return [value for value in keys[before[0]] if value.startswith(incomplete.removeprefix("="))]
+    found = [f"{key}={value}" for key, values in keys.items() for value in (values or ("",))]
+    matching = [one for one in found if one.startswith(incomplete)]
+    several = len({one.partition("=")[0] for one in matching}) > 1
+    return list(dict.fromkeys(f"{one.partition('=')[0]}=" for one in matching)) if several else matching
+
+
+def _keys() -> dict[str, tuple[str, ...]]:
+    """`section.key` of a configuration → its values, if they are listed."""
+    from pipelines.config.loading import Config
+
+    return dict(_keys_of(Config, ""))
+
+
+def _keys_of(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    from pydantic import BaseModel
+
+    for name, field in model.model_fields.items():
+        kinds = [field.annotation, *get_args(field.annotation)]
+        inner = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if inner is not None:
+            yield from _keys_of(inner, f"{prefix}{name}.")
+            continue
+        listed = [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+        yield f"{prefix}{name}", tuple(map(str, listed)) or (("true", "false") if bool in kinds else ())
 
 
 def complete_model(incomplete: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -84,7 +85,8 @@ def config_new(
         from pipelines.scaffold.template import new_config
         from pipelines.storage import locate
 
-        made = new_config(source, data, targets or [], name)
+        beside = "" if "://" in out else str(Path(out).parent)
+        made = new_config(source, data, targets or [], name, beside)
         file = out or f"{made.name}.yaml"
         place = locate(file)
         if place.exists() and not force:

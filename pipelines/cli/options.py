@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli.completion import complete_config, complete_model
+from pipelines.cli.completion import complete_config, complete_model, complete_override
 from pipelines.errors import without_credentials
 
 if TYPE_CHECKING:
@@ -21,7 +21,10 @@ ConfigFile = Annotated[
     ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="section.key=value arguments that override values of the file.")
+    list[str] | None,
+    typer.Argument(
+        help="section.key=value arguments that override values of the file.", autocompletion=complete_override
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 RayFile = Annotated[
