@@ -90,7 +90,11 @@ PANELS: Mapping[str, Mapping[Callable[..., Any] | typer.Typer, tuple[str, ...]]]
             "dmtg models rollback mydata",
         ),
         evaluate: ("dmtg evaluate models:/mydata/1 -c mydata.yaml",),
-        predict: ("dmtg predict models:/mydata@champion -c mydata.yaml --out predictions --split all",),
+        predict: (
+            "dmtg predict models:/mydata@champion new.csv -o predictions.csv",
+            "dmtg predict models:/mydata@champion photos -o predictions.parquet --bad-rows skip",
+            "dmtg predict models:/mydata@champion -c mydata.yaml --out predictions --split all",
+        ),
     },
     "Nightly runs": {
         regroup: (

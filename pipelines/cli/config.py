@@ -16,7 +16,7 @@ config_app = typer.Typer(
 )
 
 
-@config_app.command("show")
+@config_app.command("show", epilog="Example: dmtg config show -c mydata.yaml train.epochs=40")
 def config_show(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -50,7 +50,7 @@ def config_show(
     run("config show", body, reads=config, as_json=as_json, debug=debug)
 
 
-@config_app.command("schema")
+@config_app.command("schema", epilog="Example: dmtg config schema > dmtg.schema.json")
 def config_schema(
     ray: Annotated[bool, typer.Option("--ray", help="Print the schema of ray_config.yaml instead.")] = False,
     debug: Debug = False,
@@ -67,7 +67,7 @@ def config_schema(
     run("config schema", body, as_json=False, debug=debug)
 
 
-@config_app.command("new")
+@config_app.command("new", epilog="Example: dmtg config new mydata.csv --targets churn,spend")
 def config_new(
     data: Annotated[str, typer.Argument(help="Table (CSV, TSV, Parquet) or folder, local or s3://.")] = "",
     source: Annotated[str, typer.Option(help="Reader of the raw format; inferred from the data by default.")] = "",

@@ -33,7 +33,7 @@ Address = Annotated[
 ]
 
 
-@models_app.command("list")
+@models_app.command("list", epilog="Example: dmtg models list")
 def models_list(uri: TrackUri = "", ray_config: RayFile = "", as_json: Json = False, debug: Debug = False) -> None:
     """List the newest version of every registered model, and all versions with an alias."""
 
@@ -53,7 +53,7 @@ def models_list(uri: TrackUri = "", ray_config: RayFile = "", as_json: Json = Fa
     run("models list", body, as_json=as_json, debug=debug)
 
 
-@models_app.command("show")
+@models_app.command("show", epilog="Example: dmtg models show mydata@champion")
 def models_show(
     address: Address, uri: TrackUri = "", ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
 ) -> None:
@@ -78,7 +78,7 @@ def models_show(
     run("models show", body, as_json=as_json, debug=debug)
 
 
-@models_app.command("diff")
+@models_app.command("diff", epilog="Example: dmtg models diff mydata")
 def models_diff(
     before: Annotated[
         str,
@@ -131,7 +131,7 @@ def models_diff(
     run("models diff", body, as_json=as_json, debug=debug)
 
 
-@models_app.command("promote")
+@models_app.command("promote", epilog="Example: dmtg models promote mydata --version 3")
 def models_promote(
     name: Name,
     version: Annotated[int | None, typer.Option(help="Version to promote; the challenger by default.")] = None,
@@ -157,7 +157,7 @@ def models_promote(
     run("models promote", body, as_json=as_json, debug=debug)
 
 
-@models_app.command("rollback")
+@models_app.command("rollback", epilog="Example: dmtg models rollback mydata")
 def models_rollback(
     name: Name, uri: TrackUri = "", ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
 ) -> None:
@@ -246,7 +246,7 @@ def _metric_rows(entry: Mapping[str, Any]) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-@models_app.command("register")
+@models_app.command("register", epilog="Example: dmtg models register work/mydata/runs/mydata-0a1b2c3d")
 def models_register(
     run_dir: RunDir,
     uri: Annotated[str, typer.Option("--uri", help="Tracking server; the server of the run by default.")] = "",

@@ -89,7 +89,7 @@ def predict(
     given: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FILES]... [OVERRIDES]...",
+            metavar="[FILE|SECTION.KEY=VALUE]",
             help="Tables of new rows (CSV, TSV, Parquet, JSON lines), images, folders of images, or - for stdin. "
             "With -c also section.key=value overrides.",
             autocompletion=complete_input,
