@@ -205,9 +205,17 @@ def _column_rows(tasks: Mapping[str, Any]) -> list[dict[str, str]]:
 
     return [
         {"task": name, "group": entry["group"], "kind": entry["kind"], "unit": entry["unit"],
-         "columns": listed(entry["columns"])}
+         "columns": listed(entry["columns"]), "content": _content(entry)}
         for name, entry in tasks.items()
     ]  # fmt: skip
+
+
+def _content(entry: Mapping[str, Any]) -> str:
+    """What the first column of a task holds."""
+    labels = entry.get("labels", ())
+    if entry["kind"] == "binary":
+        return f"probability of {labels[1] if len(labels) > 1 else 1}"
+    return {"multiclass": "class", "regression": "value"}.get(entry["kind"], "pixels")
 
 
 def _next_step(model: str, track: TrackSection) -> Next:

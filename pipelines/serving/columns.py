@@ -3,7 +3,7 @@
 | task | columns |
 |---|---|
 | all | `id`, as in the shards |
-| binary | `<task>`: probability of class 1 |
+| binary | `<task>`: probability of class 1, the second of `labels` |
 | multiclass | `<task>`: name of the most likely class, or its id if classes have no names; |
 |  | `<task>.<class>`: probability of each; with more than `MOST_CLASSES` only `<task>.probability`, the highest |
 | regression | `<task>`: value in the task's unit; `<task>.<channel>` if there are several |
@@ -112,7 +112,7 @@ def described(tasks: Mapping[str, tuple[Task, str]], shape: Sequence[int]) -> di
     for name, (task, group) in tasks.items():
         names = list(columns_of(task))
         entry: dict[str, Any] = {"group": group, "kind": task.kind, "columns": names, "unit": task.unit}
-        if task.classes:
+        if task.classes or task.labels:
             entry["labels"] = list(task.labels)
         if task.dense:
             deep = [] if task.classes or task.channels == 1 else [task.channels]

@@ -123,6 +123,8 @@ def test_files_mlflow_a_server_and_the_library_predict_the_same(models, track, d
     done = dmtg(model.uri, "new.csv", "-o", "out.csv")
     assert done.exit_code == 0, done.stderr
     assert "not read: note, extra" in done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("sick", "grade", "cost"))]
+    assert [line.split("  ")[-1] for line in lines] == ["probability of 1", "class", "value"]
     found = pd.read_csv("out.csv")
     assert list(found) == ["key", "sick", "grade", "grade.nah", "grade.fern, weit", "cost"]
     assert list(found["key"]) == ["s", "r", "q", "p"]
