@@ -1,5 +1,28 @@
-"""Entry point of `python -m pipelines.cli`."""
+"""Entry point of `dmtg` and of `python -m pipelines.cli`. It needs no other package until it runs a command."""
 
-from pipelines.cli.app import main
+import sys
 
-main()
+from pipelines.cli import versions
+
+
+def main() -> None:
+    """Run the command of the command line.
+
+    Raises:
+        SystemExit: With the exit code; without the packages of the extra `pipelines`, with what to install.
+    """
+    if sys.argv[1:] == ["--version"]:
+        print("\n".join(versions()))
+        return
+    try:
+        from pipelines.cli.app import main as run
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "pipelines", "dmtg_core"):
+            raise
+        sys.exit(f"dmtg needs the package {missing}: pip install 'dmtg[pipelines]'")
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from os import _exit as end_process
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from pipelines.cli import versions
 from pipelines.cli.config import config_app
 from pipelines.cli.data import inspect, shard
 from pipelines.cli.doctor import doctor
@@ -33,6 +34,28 @@ app = typer.Typer(
     epilog="-c takes a YAML file or the name of a packaged recipe. Arguments section.key=value override its "
     "values. dmtg COMMAND --help shows examples.",
 )
+
+
+def _print_versions(asked: bool) -> None:
+    if asked:
+        print("\n".join(versions()))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Print versions of dmtg and its packages.",
+        ),
+    ] = False,
+) -> None:
+    pass
+
 
 # title of a help panel → commands of the panel, each with examples
 PANELS: Mapping[str, Mapping[Callable[..., Any] | typer.Typer, tuple[str, ...]]] = {
@@ -67,7 +90,11 @@ PANELS: Mapping[str, Mapping[Callable[..., Any] | typer.Typer, tuple[str, ...]]]
             "dmtg models rollback mydata",
         ),
         evaluate: ("dmtg evaluate models:/mydata/1 -c mydata.yaml",),
-        predict: ("dmtg predict models:/mydata@champion -c mydata.yaml --out predictions --split all",),
+        predict: (
+            "dmtg predict models:/mydata@champion new.csv -o predictions.csv",
+            "dmtg predict models:/mydata@champion photos -o predictions.parquet --bad-rows skip",
+            "dmtg predict models:/mydata@champion -c mydata.yaml --out predictions --split all",
+        ),
     },
     "Nightly runs": {
         regroup: (

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pipelines.cli.console import Next, log, print_table, run
+from pipelines.cli.console import Next, print_table, run, show
 from pipelines.cli.options import ConfigFile, Debug, Json, Overrides, RayFile, command_line, load
 
 TARGETS = (
@@ -19,7 +20,7 @@ config_app = typer.Typer(
 )
 
 
-@config_app.command("show")
+@config_app.command("show", epilog="Example: dmtg config show -c mydata.yaml train.epochs=40")
 def config_show(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -53,7 +54,7 @@ def config_show(
     run("config show", body, reads=config, as_json=as_json, debug=debug)
 
 
-@config_app.command("schema")
+@config_app.command("schema", epilog="Example: dmtg config schema > dmtg.schema.json")
 def config_schema(
     ray: Annotated[bool, typer.Option("--ray", help="Print the schema of ray_config.yaml instead.")] = False,
     debug: Debug = False,
@@ -70,7 +71,7 @@ def config_schema(
     run("config schema", body, as_json=False, debug=debug)
 
 
-@config_app.command("new")
+@config_app.command("new", epilog="Example: dmtg config new mydata.csv --targets churn,spend")
 def config_new(
     data: Annotated[str, typer.Argument(help="Table (CSV, TSV, Parquet) or folder, local or s3://.")] = "",
     source: Annotated[str, typer.Option(help="Reader of the raw format; inferred from the data by default.")] = "",
@@ -88,7 +89,8 @@ def config_new(
         from pipelines.scaffold.template import new_config
         from pipelines.storage import locate
 
-        made = new_config(source, data, targets or [], name)
+        beside = "" if "://" in out else str(Path(out).parent)
+        made = new_config(source, data, targets or [], name, beside)
         file = out or f"{made.name}.yaml"
         place = locate(file)
         if place.exists() and not force:
@@ -102,7 +104,7 @@ def config_new(
         if made.uses:
             rows = [{"column": use.column, "type": kinds[use.column], "reason": use.why} for use in made.uses]
             print_table(f"Inferred types of the columns of {data}", rows)
-        log(f"configuration: {file}")
+        show(f"configuration: {file}")
         has_source = loaded.source is not None and loaded.source.given
         purpose = "write the shards" if has_source else "set source.root in the file, then write the shards"
         return {"config": file, "columns": kinds, "next": Next(purpose, command_line(["shard"], file, []))}

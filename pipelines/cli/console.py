@@ -12,10 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,7 +26,7 @@ from pipelines.cli.stages import naming_imports
 from pipelines.errors import UserError, printable, without_credentials
 from pipelines.scratch import remove_abandoned
 
-LOG_WIDTH = 160
+GAP = "  "  # between the columns of a table in a pipe
 # a warning of Ray to its driver that users cannot act on: Ray starts some helper processes for each worker
 NOISE = "worker processes have been started on node"
 FAILED, WRONG_USE, KEPT, INTERRUPTED, TERMINATED = 1, 2, 3, 130, 143
@@ -41,10 +43,27 @@ class Next:
         return shlex.join(self.arguments)
 
 
+_json: ContextVar[bool] = ContextVar("json", default=False)  # whether stdout is for the JSON object alone
+
+
 def log(*lines: str) -> None:
-    """Print lines on stderr, in a form that is safe to show; stdout is reserved for results."""
+    """Print lines of progress on stderr, in a form that is safe to show."""
+    _print(lines, sys.stderr)
+
+
+def show(*lines: str) -> None:
+    """Print lines of a result on stdout, in a form that is safe to show; with `--json` on stderr."""
+    _print(lines, _results())
+
+
+def _print(lines: Sequence[str], stream: TextIO) -> None:
     for line in lines:
-        print(printable(without_credentials(line)), file=sys.stderr, flush=True)
+        print(printable(without_credentials(line)), file=stream, flush=True)
+
+
+def _results() -> TextIO:
+    """The stream of results."""
+    return sys.stderr if _json.get() else sys.stdout
 
 
 class Lines(logging.Handler):
@@ -105,6 +124,7 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
     for name in ("pipelines", "dmtg_core.network.batched.choice"):
         logging.getLogger(name).setLevel(logging.INFO)
     outcome: dict[str, Any] = {"command": command, "status": "failed"}
+    token = _json.set(as_json)
     try:
         with safe_output(), naming_imports(log):
             outcome |= {"status": "done"} | body()
@@ -117,6 +137,8 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
         code, outcome["error"] = _explain(command, error, terminated.is_set())
         if debug:
             raise
+    finally:
+        _json.reset(token)
     outcome["seconds"] = round(time.monotonic() - started, 1)
     if as_json:
         from pipelines.storage import finite
@@ -161,14 +183,42 @@ def _explain(command: str, error: BaseException, terminated: bool) -> tuple[int,
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, right: Sequence[str] = ()) -> None:
-    """Print rows with equal keys as a table on stderr; the columns in `right` are right-aligned."""
+    """Print rows with equal keys as a table, which is a result.
+
+    A terminal gets a table with lines, any other reader aligned text of any width.
+
+    Args:
+        title: Title of the table.
+        rows: The rows.
+        right: Columns that are right-aligned.
+    """
+    stream = _results()
+    if not stream.isatty():
+        show(title, *_aligned(rows, right), "")
+        return
     table = Table(title=_cell(title), title_justify="left")
     for name in rows[0] if rows else ():
         table.add_column(_cell(name), justify="right" if name in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
-    # a log file has no width; Rich would cut the table to 80 columns
-    Console(stderr=True, width=None if sys.stderr.isatty() else LOG_WIDTH).print(table)
+    Console(file=stream).print(table)
+
+
+def _aligned(rows: Sequence[Mapping[str, Any]], right: Sequence[str]) -> list[str]:
+    """The names of the columns and the rows, as lines whose cells are aligned in a terminal."""
+    names = list(rows[0]) if rows else []
+    lines = [[_cell(value).plain for value in cells] for cells in (names, *(row.values() for row in rows))]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    return [
+        GAP.join(_padded(cell, width, right=name in right)
+                 for cell, width, name in zip(cells, widths, names, strict=True)).rstrip()
+        for cells in lines
+    ]  # fmt: skip
+
+
+def _padded(cell: str, width: int, *, right: bool) -> str:
+    space = " " * (width - cell_len(cell))
+    return space + cell if right else cell + space
 
 
 def _cell(value: object) -> Text:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.cli.console import Next, log, print_table, run
+from pipelines.cli.console import Next, log, print_table, run, show
 from pipelines.cli.options import (
     ConfigFile,
     Debug,
@@ -46,7 +46,7 @@ def shard(
             loaded = of_date(loaded, date)
         done = write_shards(loaded, log)
         described = done.manifest.to_dict()
-        log(
+        show(
             f"{described['rows']} samples in {done.made + done.kept} shards ({done.kept} kept), "
             f"{described['quarantined']} quarantined: {loaded.data.shards}"
         )
@@ -81,10 +81,10 @@ def inspect(
         print_table(f"{loaded.data.shards}: {found['rows']} samples", found["table"],
                     right=("rows", "missing", "mean", "std", "min", "max"))  # fmt: skip
         for problem in found["problems"]:
-            log(f"problem: {problem}")
+            show(f"problem: {problem}")
         for note in found["notes"]:
-            log(f"note: {note}")
-        log(f"page: {found['page']}")
+            show(f"note: {note}")
+        show(f"page: {found['page']}")
         step = _next_step(found, config, overrides, ray_config)
         return found | {"status": "failed" if found["problems"] else "done", "next": step}
 

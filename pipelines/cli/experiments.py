@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pipelines.cli.console import Next, log, print_table, run
+from pipelines.cli.console import Next, log, print_table, run, show
 from pipelines.cli.options import (
     ConfigFile,
     Debug,
@@ -75,7 +75,7 @@ def signal(
             f"{len(found['partitions'])} random groupings × {len(found['seeds'])} seeds, {found['epochs']} epochs"
         )
         print_table(title, rows, right=("correlation", "between groupings", "between seeds"))
-        log(f"verdict: {found['verdict']}", f"signal:  {done.folder}")
+        show(f"verdict: {found['verdict']}", f"signal:  {done.folder}")
         step = next_step(of_signal(found["verdict"]), config, overrides, ray_config)
         return {"run_dir": str(done.folder), **found, "next": step}
 
@@ -125,9 +125,9 @@ def _compare(config: Config) -> dict[str, Any]:
     )
     print_table(title, rows, right=tuple(rows[0])[1:])
     for text in (*found["verdicts"], *(f"note: {note}" for note in found["notes"])):
-        log(text)
-    log(f"signal:     {found['signal'] or 'not measured; dmtg signal measures whether the grouping can matter'}")
-    log(f"comparison: {done.folder}", f"report:     {done.page}")
+        show(text)
+    show(f"signal:     {found['signal'] or 'not measured; dmtg signal measures whether the grouping can matter'}")
+    show(f"comparison: {done.folder}", f"report:     {done.page}")
     ours = next((row for row in found["rows"] if row["method"] == found["reference"]), found["rows"][0])
     return {
         "run_dir": str(done.folder),
@@ -191,8 +191,8 @@ def _sweep(config: Config) -> dict[str, Any]:
         *([KNEE] if found["knee"] else []),
         *(f"note: {note}" for note in found["notes"]),
     ):
-        log(text)
-    log(f"sweep:    {done.folder}", f"report:   {done.page}", f"best:     {done.best_config}")
+        show(text)
+    show(f"sweep:    {done.folder}", f"report:   {done.page}", f"best:     {done.best_config}")
     return {
         "run_dir": str(done.folder),
         "run_id": done.run_id,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from pipelines.cli.completion import complete_address, complete_name
-from pipelines.cli.console import Next, log, print_table, run
+from pipelines.cli.console import Next, log, print_table, run, show
 from pipelines.cli.options import Debug, Json, RayFile, RunDir, TrackUri
 from pipelines.errors import without_credentials
 from pipelines.report.formatting import significant
@@ -33,7 +33,7 @@ Address = Annotated[
 ]
 
 
-@models_app.command("list")
+@models_app.command("list", epilog="Example: dmtg models list")
 def models_list(uri: TrackUri = "", ray_config: RayFile = "", as_json: Json = False, debug: Debug = False) -> None:
     """List the newest version of every registered model, and all versions with an alias."""
 
@@ -53,7 +53,7 @@ def models_list(uri: TrackUri = "", ray_config: RayFile = "", as_json: Json = Fa
     run("models list", body, as_json=as_json, debug=debug)
 
 
-@models_app.command("show")
+@models_app.command("show", epilog="Example: dmtg models show mydata@champion")
 def models_show(
     address: Address, uri: TrackUri = "", ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
 ) -> None:
@@ -78,7 +78,7 @@ def models_show(
     run("models show", body, as_json=as_json, debug=debug)
 
 
-@models_app.command("diff")
+@models_app.command("diff", epilog="Example: dmtg models diff mydata")
 def models_diff(
     before: Annotated[
         str,
@@ -107,7 +107,7 @@ def models_diff(
             for task in (*found["tasks"], *found["only_before"], *found["only_after"])
         ]  # fmt: skip
         print_table("Groupings", rows)
-        log(f"adjusted Rand index {found['adjusted_rand_index']:.3f} (1: equal groupings, 0: chance)")
+        show(f"adjusted Rand index {found['adjusted_rand_index']:.3f} (1: equal groupings, 0: chance)")
         metrics = [
             {
                 "task": row["task"],
@@ -119,7 +119,7 @@ def models_diff(
         ]
         print_table("Metrics", metrics, right=(first, second))
         for note in found["notes"]:
-            log(f"note: {note}")
+            show(f"note: {note}")
         step = Next(
             "make the second version the champion",
             _command("promote", uri, ray_config, *_version(found["after"])),
@@ -131,7 +131,7 @@ def models_diff(
     run("models diff", body, as_json=as_json, debug=debug)
 
 
-@models_app.command("promote")
+@models_app.command("promote", epilog="Example: dmtg models promote mydata --version 3")
 def models_promote(
     name: Name,
     version: Annotated[int | None, typer.Option(help="Version to promote; the challenger by default.")] = None,
@@ -157,7 +157,7 @@ def models_promote(
     run("models promote", body, as_json=as_json, debug=debug)
 
 
-@models_app.command("rollback")
+@models_app.command("rollback", epilog="Example: dmtg models rollback mydata")
 def models_rollback(
     name: Name, uri: TrackUri = "", ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
 ) -> None:
@@ -246,7 +246,7 @@ def _metric_rows(entry: Mapping[str, Any]) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-@models_app.command("register")
+@models_app.command("register", epilog="Example: dmtg models register work/mydata/runs/mydata-0a1b2c3d")
 def models_register(
     run_dir: RunDir,
     uri: Annotated[str, typer.Option("--uri", help="Tracking server; the server of the run by default.")] = "",
@@ -263,8 +263,8 @@ def models_register(
 
         done = register_run(run_dir, uri, log)
         for model in done.models:
-            log(f"model: {model.uri}")
-        log(f"MLflow run {done.run_id} at {done.uri}")
+            show(f"model: {model.uri}")
+        show(f"MLflow run {done.run_id} at {done.uri}")
         whole = [model.uri for model in done.models[:1]]
         step = Next("show the model", _command("show", uri, "", *whole)) if whole else DEMO
         return {"run_dir": str(done.run), "run_id": done.run_id, "models": [model.uri for model in done.models],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli.completion import complete_config, complete_model
+from pipelines.cli.completion import complete_config, complete_model, complete_override
 from pipelines.cli.console import Next
 from pipelines.compare.verdicts import Verdict
 from pipelines.errors import without_credentials
@@ -23,7 +23,10 @@ ConfigFile = Annotated[
     ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="section.key=value arguments that override values of the file.")
+    list[str] | None,
+    typer.Argument(
+        help="section.key=value arguments that override values of the file.", autocompletion=complete_override
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 RayFile = Annotated[
@@ -44,6 +47,13 @@ Model = Annotated[
     str,
     typer.Argument(
         help="models:/<name>/<version> or models:/<name>@<alias>, or a run folder.", autocompletion=complete_model
+    ),
+]
+PredictModel = Annotated[
+    str,
+    typer.Argument(
+        help="models:/<name>/<version> or models:/<name>@<alias>, a run folder, or the folder of a saved model.",
+        autocompletion=complete_model,
     ),
 ]
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli.console import KEPT, Next, log, print_table, run
+from pipelines.cli.completion import complete_config, complete_input
+from pipelines.cli.console import KEPT, Next, log, print_table, run, show
 from pipelines.cli.options import (
     ConfigFile,
     Debug,
@@ -14,7 +19,9 @@ from pipelines.cli.options import (
     LocalOk,
     Model,
     Overrides,
+    PredictModel,
     RayFile,
+    TrackUri,
     TrustCode,
     command_line,
     load,
@@ -22,10 +29,30 @@ from pipelines.cli.options import (
     models_command,
     predict_command,
 )
+from pipelines.errors import UserError
 from pipelines.report.formatting import percent, significant
 
 if TYPE_CHECKING:
     from pipelines.config.loading import Config
+    from pipelines.config.sections import TrackSection
+    from pipelines.serving.new_rows import Wanted
+
+OVERRIDE = re.compile(r"[a-z_]+(\.\w+)*=")
+
+
+class Format(StrEnum):
+    """Formats of predictions for new rows."""
+
+    CSV = "csv"
+    PARQUET = "parquet"
+    JSONL = "jsonl"
+
+
+class BadRows(StrEnum):
+    """What happens if rows cannot be used."""
+
+    REFUSE = "refuse"
+    SKIP = "skip"
 
 
 def evaluate(
@@ -58,54 +85,149 @@ def evaluate(
 
 
 def predict(
-    model: Model,
-    config: ConfigFile,
-    out: Annotated[str, typer.Option(help="Folder for the predictions, local or s3://.")],
-    overrides: Overrides = None,
-    split: Annotated[str, typer.Option(help="train, val, test or all.")] = "test",
+    model: PredictModel,
+    given: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[FILE|SECTION.KEY=VALUE]",
+            help="Tables of new rows (CSV, TSV, Parquet, JSON lines), images, folders of images, or - for stdin. "
+            "With -c also section.key=value overrides.",
+            autocompletion=complete_input,
+        ),
+    ] = None,
+    config: Annotated[
+        str,
+        typer.Option(
+            "--config",
+            "-c",
+            help="Configuration whose shards are predicted if no file is given.",
+            autocompletion=complete_config,
+        ),
+    ] = "",
+    out: Annotated[
+        str,
+        typer.Option("--out", "-o", help="File for predictions of new rows, - for stdout; folder for shards."),
+    ] = "-",
+    form: Annotated[
+        Format | None, typer.Option("--format", help="Format of the file; by its name by default.")
+    ] = None,
+    bad_rows: Annotated[
+        BadRows, typer.Option(help="Rows that cannot be used: refuse the file, or skip them.")
+    ] = BadRows.REFUSE,
+    id_column: Annotated[
+        str, typer.Option("--id", help="Column that is passed on; by default that of the ids in training.")
+    ] = "",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    split: Annotated[str, typer.Option(help="Of shards: train, val, test or all.")] = "test",
+    uri: TrackUri = "",
     ray_config: RayFile = "",
     trust_code: TrustCode = False,
     local_ok: LocalOk = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Predict shards with a model and write Parquet files. If it was killed, the same command resumes.
+    """Predict new rows of a file, or shards, with a model.
 
-    Columns: id. A binary task has its probability. A multiclass task has its most probable class, and
-    <task>.<class> with the probability of each class; with more than 1000 classes it has only <task>.probability,
-    that of the most probable class. A regression task has its value. A dense task has the raw bytes of its pixels;
-    their dtype and shape are in _predictions.json.
+    For new rows the model prepares its input as in training. The columns it reads are required; others are not
+    read. The file of predictions has the rows in their order, and it appears when it is complete.
+
+    With -c and no file, shards are predicted into a folder of Parquet files. If it was killed, the same command
+    resumes.
+
+    Columns: the id, or the number of the row. A binary task has its probability. A multiclass task has its most
+    probable class, and <task>.<class> with the probability of each class; with more than 1000 classes it has only
+    <task>.probability, that of the most probable class. A regression task has its value. A dense task has the raw
+    bytes of its pixels; their dtype and shape are in _predictions.json, or in the metadata of the Parquet file.
     """
+    files, overrides = _files_and_overrides(given or [], config)
 
     def body() -> dict[str, Any]:
-        from dmtg_core.names import listed
-        from pipelines.serving.predict import predict as predict_shards
+        if files:
+            from pipelines.config.loading import load_track
+            from pipelines.serving.new_rows import Wanted
 
+            track = load(config, overrides, ray_config).track if config else load_track(uri, ray_config)
+            wanted = Wanted(model, files, out, form or "", bad_rows, id_column, force=force, trust_code=trust_code)
+            return _predict_rows(wanted, track, as_json=as_json)
         loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok, out=out)
-        done = predict_shards(loaded, model, out, split, log, trust_code=trust_code)
-        rows = [
-            {"task": name, "group": entry["group"], "kind": entry["kind"], "unit": entry["unit"],
-             "columns": listed(entry["columns"])}
-            for name, entry in done.tasks.items()
-        ]  # fmt: skip
-        print_table(f"Predictions of {model} on {split}", rows)
-        log(f"{done.rows} rows in {done.files} files ({done.kept} kept): {done.out}")
-        return {"rows": done.rows, "files": done.files, "kept": done.kept, "out": str(done.out),
-                "next": _next_step(model, loaded)}  # fmt: skip
+        return _predict_shards(loaded, model, out, split, trust_code=trust_code)
 
-    run("predict", body, reads=config, as_json=as_json, debug=debug)
+    _check_use(files, config, out)
+    run("predict", body, reads=", ".join(files) or config, as_json=as_json, debug=debug)
 
 
-def _next_step(model: str, config: Config) -> Next:
+def _files_and_overrides(given: Sequence[str], config: str) -> tuple[list[str], list[str]]:
+    """The arguments that name files, and those that override values of a configuration."""
+    overrides = [one for one in given if config and OVERRIDE.match(one) and not Path(one).exists()]
+    return [one for one in given if one not in overrides], overrides
+
+
+def _check_use(files: Sequence[str], config: str, out: str) -> None:
+    """Check the combination of arguments.
+
+    Raises:
+        typer.BadParameter: With what is missing.
+    """
+    if not files and not config:
+        raise typer.BadParameter("give a file with new rows, or the configuration of shards with -c")
+    if not files and out == "-":
+        raise typer.BadParameter("give the folder for the predictions of shards with --out")
+
+
+def _predict_rows(wanted: Wanted, track: TrackSection, *, as_json: bool) -> dict[str, Any]:
+    from pipelines.serving.new_rows import predict_rows
+
+    if wanted.out == "-" and as_json:
+        raise UserError("stdout cannot hold both the predictions and the JSON object", where="--json, --out -",
+                        remedy="name a file with -o", wrong_use=True)  # fmt: skip
+    done = predict_rows(wanted, track, log)
+    if wanted.out != "-":
+        print_table(f"Predictions of {done.address}", _column_rows(done.tasks))
+        show(f"{done.rows} rows, {done.skipped} left out: {wanted.out}")
+    else:
+        log(f"{done.rows} rows, {done.skipped} left out")
+    return {"rows": done.rows, "skipped": done.skipped, "out": wanted.out, "model": done.address,
+            "next": _next_step(wanted.model, track)}  # fmt: skip
+
+
+def _predict_shards(loaded: Config, model: str, out: str, split: str, *, trust_code: bool) -> dict[str, Any]:
+    from pipelines.serving.predict import predict as predict_shards
+
+    done = predict_shards(loaded, model, out, split, log, trust_code=trust_code)
+    print_table(f"Predictions of {model} on {split}", _column_rows(done.tasks))
+    show(f"{done.rows} rows in {done.files} files ({done.kept} kept): {done.out}")
+    return {"rows": done.rows, "files": done.files, "kept": done.kept, "out": str(done.out),
+            "next": _next_step(model, loaded.track)}  # fmt: skip
+
+
+def _column_rows(tasks: Mapping[str, Any]) -> list[dict[str, str]]:
+    from dmtg_core.names import listed
+
+    return [
+        {"task": name, "group": entry["group"], "kind": entry["kind"], "unit": entry["unit"],
+         "columns": listed(entry["columns"]), "content": _content(entry)}
+        for name, entry in tasks.items()
+    ]  # fmt: skip
+
+
+def _content(entry: Mapping[str, Any]) -> str:
+    """What the first column of a task holds."""
+    labels = entry.get("labels", ())
+    if entry["kind"] == "binary":
+        return f"probability of {labels[1] if len(labels) > 1 else 1}"
+    return {"multiclass": "class", "regression": "value"}.get(entry["kind"], "pixels")
+
+
+def _next_step(model: str, track: TrackSection) -> Next:
     """The command after `predict`, which depends on the model's address."""
     name, _, alias = model.removeprefix("models:/").partition("@")
     name, _, version = name.partition("/")
     if not model.startswith("models:/"):
-        return Next("list the registered models", models_command("list", config.track))
+        return Next("list the registered models", models_command("list", track))
     if alias == "champion" or "." in name:
-        return Next("show the model and its metrics", models_command("show", config.track, model))
+        return Next("show the model and its metrics", models_command("show", track, model))
     chosen = ["--version", version] if version else []
-    return Next("make the model the champion", models_command("promote", config.track, name, *chosen))
+    return Next("make the model the champion", models_command("promote", track, name, *chosen))
 
 
 def regroup(
@@ -174,8 +296,8 @@ def _print_verdict(found: dict[str, Any]) -> dict[str, Any]:
         print_table(f"{found['name']}, {found['night']}, on {found['split']}", rows,
                     right=("champion", "challenger", "gain"))  # fmt: skip
     for note in (*found["notes"], *found.get("data_drift", ())):
-        log(f"note: {note}")
-    log(f"verdict: {found['verdict']}{' (dry run)' if found.get('dry_run') else ''}. {headline(found)}")
+        show(f"note: {note}")
+    show(f"verdict: {found['verdict']}{' (dry run)' if found.get('dry_run') else ''}. {headline(found)}")
     if found.get("report"):
-        log(f"report:  {found['report']}")
+        show(f"report:  {found['report']}")
     return found

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli.console import Next, log, print_table, run
+from pipelines.cli.console import Next, log, print_table, run, show
 from pipelines.cli.options import (
     ConfigFile,
     Debug,
@@ -83,8 +83,8 @@ def _profile(config: Config) -> dict[str, Any]:
         f"{found['seconds_per_step']:.3g} s a step, {found['samples_per_second']:.0f} samples/s on "
         f"{found['workers']} × {found['device']}", rows, right=("share",),
     )  # fmt: skip
-    log(f"all-reduce took {found['all_reduce_share']:.1%}, partly at the same time as the backward pass")
-    log(f"trace for ui.perfetto.dev: {done.trace}", f"slowest operators: {done.operators}")
+    show(f"all-reduce took {found['all_reduce_share']:.1%}, partly at the same time as the backward pass")
+    show(f"trace for ui.perfetto.dev: {done.trace}", f"slowest operators: {done.operators}")
     return {"run_dir": str(done.folder.parent), "profile": found, "trace": str(done.trace)}
 
 
@@ -109,17 +109,17 @@ def _print_summary(config: Config, done: Trained) -> None:
 
     _print_tasks(done.result)
     if done.result["normalized_gain"] is not None:
-        log(f"gain over naive MTL: {percent(done.result['normalized_gain'])} (one run; other seeds vary)")
+        show(f"gain over naive MTL: {percent(done.result['normalized_gain'])} (one run; other seeds vary)")
     if len(done.result["candidates"]) > 1:
-        log(_selection(done.result))
+        show(_selection(done.result))
     for note in done.result["notes"]:
-        log(f"note: {note}")
-    log(f"run:      {done.run}", f"report:   {done.report}")
+        show(f"note: {note}")
+    show(f"run:      {done.run}", f"report:   {done.report}")
     for model in done.models:
-        log(f"model:    {model.uri}")
+        show(f"model:    {model.uri}")
     if done.models:
         server = without_credentials(tracking_uri(config.track))
-        log(f"registry: {server if server.startswith('http') else f'mlflow ui --backend-store-uri {server}'}")
+        show(f"registry: {server if server.startswith('http') else f'mlflow ui --backend-store-uri {server}'}")
 
 
 def _print_tasks(result: dict[str, Any]) -> None:
@@ -163,7 +163,7 @@ def report(run_dir: RunDir, as_json: Json = False, debug: Debug = False) -> None
         from pipelines.storage import locate
 
         page = write_report(locate(run_dir))
-        log(f"report: {page}")
+        show(f"report: {page}")
         config = f"{run_dir.rstrip('/')}/config.yaml"
         step = Next("evaluate all metrics on the test split", ("dmtg", "evaluate", run_dir, "-c", config))
         return {"run_dir": run_dir, "report": str(page), "next": step}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field
 
+from pipelines.config.places import anchored, as_written, placed
 from pipelines.config.ray_section import RaySection
 from pipelines.config.regroup_section import RegroupSection
 from pipelines.config.sections import (
@@ -79,6 +80,7 @@ class Config(Section):
             mode="json", include={"name", "source", "data", "network", "gate", "train", "search"}
         )
         del values["network"]["batch_branches"]  # another order of the same computation
+        values = as_written(values, self.run.folder)  # the same from every working directory
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
     def run_name(self) -> str:
@@ -167,6 +169,9 @@ class Config(Section):
 def load_config(path: str, overrides: Sequence[str] = (), ray_config: str = "") -> Config:
     """The configuration of a YAML file, a stored object or a recipe, with overrides.
 
+    Relative paths of a file are relative to its folder, those of overrides and recipes to the working directory;
+    with `ray.storage`, the paths of results are relative to that.
+
     The key `base:` of a file names a recipe, or a file relative to it. The file is merged into its base, and the
     overrides are merged into the result. Sections and other dictionaries are merged key by key; any other value,
     null included, replaces the value of the base. Options belong to one encoder or one reader: a different
@@ -181,14 +186,22 @@ def load_config(path: str, overrides: Sequence[str] = (), ray_config: str = "") 
         UserError: For a file or base that is missing or not YAML, bases that form a cycle, an override without
             "=", and any wrong key or value.
     """
-    values = _stored(path) if "://" in path else _with_bases(_find(path), ())
-    ray_file = Path(ray_config or "ray_config.yaml")
-    if ray_config or ray_file.exists():
-        values["ray"] = {**_read_yaml(ray_file), **(values.get("ray") or {})}
     over: dict[str, Any] = {}
     for override in overrides:
         _apply(over, override)
-    return checked(Config, _placed(_overlaid(values, over)))
+    values = _overlaid(_with_ray(path, ray_config, beside=True), over)
+    if isinstance(values.get("ray"), dict) and values["ray"].get("storage"):
+        values = _overlaid(_with_ray(path, ray_config, beside=False), over)
+    return checked(Config, placed(values))
+
+
+def _with_ray(path: str, ray_config: str, *, beside: bool) -> dict[str, Any]:
+    """The values of a file, its bases and the file of the `ray` section; `beside` as in `_with_bases`."""
+    values = _stored(path) if "://" in path else _with_bases(_find(path), (), beside=beside)
+    ray_file = Path(ray_config or "ray_config.yaml")
+    if ray_config or ray_file.exists():
+        values["ray"] = {**_read_yaml(ray_file), **(values.get("ray") or {})}
+    return values
 
 
 def load_ray(ray_config: str = "") -> RaySection:
@@ -212,39 +225,6 @@ def load_track(uri: str = "", ray_config: str = "") -> TrackSection:
     return TrackSection(uri=uri or section.tracking_uri, registry_uri="" if uri else section.registry_uri)
 
 
-def _placed(values: dict[str, Any]) -> dict[str, Any]:
-    """The values, with the addresses of the `ray` section in other sections that have none."""
-    ray = values.get("ray")
-    if not isinstance(ray, dict):
-        return values
-    placed = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
-    for section, key, address in (
-        ("track", "uri", ray.get("tracking_uri")), ("track", "registry_uri", ray.get("registry_uri"))
-    ):  # fmt: skip
-        held = placed.setdefault(section, {})
-        if address and isinstance(held, dict) and not held.get(key):
-            held[key] = address
-    storage = ray.get("storage")
-    if isinstance(storage, str) and storage:
-        if isinstance(placed.setdefault("run", {}), dict):
-            placed["run"].setdefault("root", RunSection().root)
-        for section, key in (
-            ("run", "root"),
-            ("data", "shards"),
-            ("data", "like"),
-            ("regroup", "shards"),
-            ("regroup", "evaluation"),
-        ):
-            held = placed.get(section)
-            if isinstance(held, dict) and isinstance(held.get(key), str) and _relative(held[key]):
-                held[key] = f"{storage.rstrip('/')}/{held[key]}"
-    return placed
-
-
-def _relative(path: str) -> bool:
-    return bool(path.strip()) and "://" not in path and not path.startswith(("/", "~"))
-
-
 def recipe_config(name: str) -> Config:
     """A recipe as it ships, without the values of `ray_config.yaml`."""
     return checked(Config, _with_bases(_find(name), ()))
@@ -264,11 +244,12 @@ def _find(path: str, folder: Path = Path()) -> Path:
     )
 
 
-def _with_bases(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def _with_bases(file: Path, above: tuple[Path, ...], *, beside: bool = False) -> dict[str, Any]:
     """The values of a file merged into those of its base, which may have a base too.
 
     Args:
         above: The chain of files whose base this file is, the first one first.
+        beside: Whether relative paths of a file that is no recipe are relative to its folder.
     """
     chain = (*above, file.resolve())
     if chain[-1] in above:
@@ -280,6 +261,8 @@ def _with_bases(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         )
     values = _read_yaml(file)
     base = values.pop("base", None)
+    if beside and RECIPES not in file.parents:
+        values = anchored(values, file)
     if base is None:
         return values
     if not isinstance(base, str):
@@ -289,7 +272,7 @@ def _with_bases(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
             remedy="name one recipe or one file",
             wrong_use=True,
         )
-    return _overlaid(_with_bases(_find(base, file.parent), chain), values)
+    return _overlaid(_with_bases(_find(base, file.parent), chain, beside=beside), values)
 
 
 def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -367,6 +367,9 @@ class RunSection(Section):
 
     root: str = Field("runs", description="Local folder or s3:// address that holds the run folders.")
     name: str = Field("", description="Name of the run folder; by default it follows from the configuration.")
+    folder: str = Field(
+        "", description="Folder of the configuration file, to which its paths are relative; set when it is read."
+    )
     samples: int = Field(
         3, ge=0, le=20, description="Samples on the report page, worst ones and others each; 0 for no data on it."
     )

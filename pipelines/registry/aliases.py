@@ -46,7 +46,7 @@ def promote(section: TrackSection, name: str, version: int | None = None) -> dic
     Raises:
         UserError: When there is no such version, or it is not a composite.
     """
-    client = connect(section)
+    client = connect(section, create=False)
     changes.finished(client, name)
     if version is None:
         version = int(find(client, f"{name}@{CHALLENGER}")[0].version)
@@ -68,7 +68,7 @@ def rollback(section: TrackSection, name: str) -> dict[str, Any]:
     Raises:
         UserError: When there is no champion, or no previous one that still exists.
     """
-    client = connect(section)
+    client = connect(section, create=False)
     left = changes.finished(client, name)
     if left is not None and left.command == "rollback":
         return _outcome(_composite(client, name, left.version), left.before)

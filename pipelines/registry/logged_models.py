@@ -41,6 +41,7 @@ class Origin:
         preparation: Conversion of raw to stored input; empty if they are the same.
         result: The contents of `result.json`.
         facts: Facts of the run.
+        source: `pipelines.data.new_samples.raw_form` of the data set.
     """
 
     client: Any
@@ -49,6 +50,7 @@ class Origin:
     preparation: Mapping[str, Any]
     result: Mapping[str, Any]
     facts: Mapping[str, Any]
+    source: Mapping[str, Any]
 
 
 def log_version(
@@ -120,6 +122,7 @@ def _save(
 
     how = load_preparation(origin.preparation) if origin.preparation else None
     metadata = {"grouping": origin.result["grouping"], "groups_served": facts["groups"]}
+    metadata |= {"source": dict(origin.source)}
     described = Model(
         artifact_path=logged.artifact_location,
         model_uuid=logged.model_id,

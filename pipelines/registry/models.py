@@ -21,6 +21,7 @@ from dmtg_core.training.checkpoint import OutdatedNetworkError, load_model
 from pipelines.config.loading import Config
 from pipelines.config.sections import TrackSection
 from pipelines.data.manifest import Manifest
+from pipelines.data.new_samples import raw_form
 from pipelines.errors import UserError
 from pipelines.registry import integrity
 from pipelines.registry.aliases import set_challenger
@@ -78,7 +79,8 @@ def register(
         "composite": config.name,
     }
     client = connect(config.track)
-    origin = Origin(client, run_id, example, manifest.description.preparation, result, facts)
+    form = raw_form(manifest.source)
+    origin = Origin(client, run_id, example, manifest.description.preparation, result, facts, form)
     with tempfile.TemporaryDirectory() as folder:
         _fetch_models(run, Path(folder))
         _loaded_from(Path(folder).iterdir(), 1, str(run / MODELS))  # nothing is registered if one is damaged
@@ -149,6 +151,21 @@ def load_groups(uri: str, section: TrackSection, *, trust_code: bool = False) ->
     return load_registered(uri, section, trust_code=trust_code)[0]
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A model of the registry, or a saved one.
+
+    Args:
+        groups: Group → model.
+        preparation: How its input is prepared; empty for stored input.
+        source: `pipelines.data.new_samples.raw_form` of its data; empty for models of earlier versions.
+    """
+
+    groups: dict[str, GroupModel]
+    preparation: dict[str, Any]
+    source: dict[str, Any]
+
+
 def load_registered(
     uri: str, section: TrackSection, *, trust_code: bool = False
 ) -> tuple[dict[str, GroupModel], dict[str, Any]]:
@@ -162,9 +179,15 @@ def load_registered(
     Raises:
         UserError: When there is nothing to load, or its files are not those that were registered.
     """
+    found = load_whole(uri, section, trust_code=trust_code)
+    return found.groups, found.preparation
+
+
+def load_whole(uri: str, section: TrackSection, *, trust_code: bool = False) -> Loaded:
+    """A registered model with what is recorded about its input; see `load_registered`."""
     import mlflow
 
-    client = connect(section)
+    client = connect(section, create=False)
     recorded = ""
     if LOGGED.fullmatch(uri):
         recorded = _logged_tags(client, uri).get(integrity.TAG, "")
@@ -181,19 +204,40 @@ def load_registered(
                 remedy="dmtg models list shows the registered models",
             ) from error
         integrity.check(path, recorded, uri, trust=trust_code)
-        file = path / "artifacts" / "preparation.json"
-        preparation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        branches = _branches(client, path)
-        return _loaded_from((path / "artifacts").glob("*/group_*"), branches, uri), preparation
+        return _read(path, client, uri)
 
 
-def _branches(client: Any, model: Path) -> int:
-    """K of the network of a registered model: that of its run, or else the number of its groups."""
-    from mlflow.exceptions import MlflowException
+def load_saved(folder: Path) -> Loaded:
+    """A model that `mlflow.artifacts.download_artifacts` has saved in a local folder.
+
+    Raises:
+        UserError: When it is damaged, or has to be trained again.
+    """
+    return _read(folder, None, str(folder))
+
+
+def is_saved(address: str) -> bool:
+    """Whether an address is a local folder with a saved model."""
+    return "://" not in address and (Path(address) / "MLmodel").is_file()
+
+
+def _read(path: Path, client: Any, uri: str) -> Loaded:
     from mlflow.models import Model
 
-    described = Model.load(str(model / "MLmodel"))
+    described = Model.load(str(path / "MLmodel"))
+    file = path / "artifacts" / "preparation.json"
+    preparation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    groups = _loaded_from((path / "artifacts").glob("*/group_*"), _branches(client, described), uri)
+    return Loaded(groups, preparation, (described.metadata or {}).get("source", {}))
+
+
+def _branches(client: Any, described: Any) -> int:
+    """K of the network of a model: that of its run, or else the number of its groups."""
+    from mlflow.exceptions import MlflowException
+
     groups = len((described.metadata or {}).get("grouping", ()))
+    if client is None:
+        return groups
     try:
         return int(client.get_run(described.run_id).data.params["network.groups"])
     except (MlflowException, KeyError):  # the run has been deleted

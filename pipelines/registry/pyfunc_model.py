@@ -11,14 +11,20 @@ name importable.
 
 from __future__ import annotations
 
+import csv
+import functools
 import json
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import mlflow.pyfunc
 import numpy as np
 import torch
+from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
+from mlflow.types.schema import AnyType
 
 from dmtg_core.names import by_number
 from dmtg_core.training.checkpoint import load_model
@@ -41,6 +47,7 @@ class GroupPredictor(mlflow.pyfunc.PythonModel):
         self.models = [load_model(folder, branches=len(described["groups"])) for folder in folders]
         file = context.artifacts.get("preparation")
         self.preparation = load_preparation(json.loads(Path(file).read_text(encoding="utf-8"))) if file else None
+        accept_csv(sys.modules.get("mlflow.pyfunc.scoring_server"))
 
     # MLflow would read annotations as a schema; the schema is the signature in the registry
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
@@ -63,6 +70,47 @@ class GroupPredictor(mlflow.pyfunc.PythonModel):
         for model in self.models:
             found |= {name: value.numpy() for name, value in model.predict(torch.from_numpy(stored)).items()}
         return found
+
+
+def rows_of(text: Iterable[str]) -> list[dict[str, str]]:
+    """The rows of a CSV table as dictionaries, with every cell as it is written.
+
+    Raises:
+        ValueError: For a row with more or fewer cells than there are names.
+        csv.Error: When a quote is not closed.
+    """
+    names, *rows = [cells for cells in csv.reader(text, strict=True) if cells] or [[]]
+    wrong = [number for number, cells in enumerate(rows, start=1) if len(cells) != len(names)]
+    if wrong:
+        raise ValueError(f"row {wrong[0]} has {len(rows[wrong[0] - 1])} cells, expected {len(names)}")
+    names = [name.removeprefix("\ufeff").strip() for name in names]
+    return [dict(zip(names, cells, strict=True)) for cells in rows]
+
+
+def accept_csv(server: Any) -> None:
+    """Let a scoring server of MLflow read the cells of `text/csv` as text, as they were read for training.
+
+    MLflow reads CSV with the types of the signature. The columns of a table have none, because MLflow would refuse
+    whole numbers in a column of doubles, and numbers and booleans in a column of strings, in JSON and DataFrames.
+    Without types it refuses CSV, and inferred types turn 001 into 1.
+
+    Args:
+        server: The module `mlflow.pyfunc.scoring_server`; None in a process that serves nothing.
+    """
+    parse = getattr(server, "parse_csv_input", None)
+    if parse is None or hasattr(parse, "__wrapped__"):
+        return
+
+    @functools.wraps(parse)
+    def parse_as_text(csv_input: Any, schema: Any = None) -> Any:
+        if schema is None or not any(isinstance(kind, AnyType) for kind in schema.input_types()):
+            return parse(csv_input, schema)
+        try:
+            return rows_of(csv_input)
+        except (csv.Error, ValueError) as error:
+            raise MlflowException.invalid_parameter_value(f"not a CSV table: {error}") from error
+
+    server.parse_csv_input = parse_as_text
 
 
 set_model(GroupPredictor())

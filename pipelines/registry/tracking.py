@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dmtg_core.names import key_of
 from pipelines.config.loading import Config
 from pipelines.config.sections import TrackSection
-from pipelines.errors import without_credentials
+from pipelines.errors import UserError, without_credentials
 from pipelines.registry.environment import mlflow_environment
 from pipelines.registry.errors import reached
 from pipelines.registry.lost_runs import ENDED, PROCESS, end_lost_runs, owner_tag
 from pipelines.registry.records import LONGEST_TAG
+from pipelines.registry.sqlite_store import PREFIX as SQLITE
 from pipelines.registry.sqlite_store import ensure_store
 from pipelines.runs.files import METRICS, REGISTERED, TRACKING, read_jsonl
 from pipelines.runs.writer import BackgroundWriter, PendingWrite
@@ -319,13 +320,29 @@ def shown(config: Config) -> dict[str, Any]:
     return cleaned
 
 
-def connect(section: TrackSection) -> Any:
+def exists(section: TrackSection) -> bool:
+    """Whether there can be a registry: its address is no SQLite file, or the file exists."""
+    uri = tracking_uri(section)
+    return not uri.startswith(SQLITE) or Path(uri.removeprefix(SQLITE)).exists()
+
+
+def connect(section: TrackSection, *, create: bool = True) -> Any:
     """Connect to MLflow: a client whose first request has been answered. The registry is set for all of MLflow.
 
+    Args:
+        section: The addresses.
+        create: Whether an SQLite file that does not exist is created.
+
     Raises:
-        UserError: When the server does not answer.
+        UserError: When the server does not answer, or the file does not exist and is not created.
     """
     uri = tracking_uri(section)
+    if not create and not exists(section):
+        raise UserError(
+            "there is no registry",
+            where=without_credentials(uri),
+            remedy="run the command in the folder of mlflow.db, name the registry with --uri, or train first",
+        )
     _announce(uri)
     mlflow_environment()
     import mlflow

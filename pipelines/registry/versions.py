@@ -24,7 +24,7 @@ from pipelines.registry.records import (
     version_of,
     versions,
 )
-from pipelines.registry.tracking import connect
+from pipelines.registry.tracking import connect, exists
 
 
 def find(client: Any, address: str) -> tuple[Any, dict[str, str]]:
@@ -81,6 +81,8 @@ def _missing(what: str, wanted: str, held: Iterable[str], otherwise: str) -> Use
 
 def list_models(section: TrackSection, name: str = "") -> list[dict[str, Any]]:
     """The newest version and those with an alias of each registered model whose name starts with `name`."""
+    if not exists(section):
+        return []
     client = connect(section)
     models, found = registered_models(client, name), []
     changed = [changes.settle(client, model) for model in models]
@@ -114,7 +116,7 @@ def show_model(section: TrackSection, address: str) -> dict[str, Any]:
     Raises:
         UserError: When there is no such version.
     """
-    version, aliases = find(connect(section), address)
+    version, aliases = find(connect(section, create=False), address)
     return entry(version, aliases)
 
 
@@ -179,7 +181,7 @@ def _compared(section: TrackSection, name: str) -> tuple[str, str]:
     Raises:
         UserError: When they are the same version, and there was no champion before.
     """
-    client = connect(section)
+    client = connect(section, create=False)
     aliases = find(client, name)[1]
     if CHAMPION not in aliases or aliases[CHAMPION] != aliases.get(CHALLENGER):
         return f"{name}@{CHAMPION}", f"{name}@{CHALLENGER}"

@@ -170,3 +170,10 @@ def preparation_of(run: Location) -> dict[str, Any] | None:
     held = (run / IDENTITY).read_json() if (run / IDENTITY).exists() else {}
     found: dict[str, Any] | None = held.get("preparation")
     return found
+
+
+def source_of(run: Location) -> dict[str, Any]:
+    """Kind and options of the raw data of a run; empty if its configuration does not name them."""
+    values = load_yaml((run / CONFIG).read_text()) if (run / CONFIG).exists() else {}
+    found: dict[str, Any] = values.get("source") or {}
+    return found

@@ -52,6 +52,9 @@ class Draft:
     base: tuple[str, Config] | None = None
 
 
+NOT_OPTIONS = (("source", "kind"), ("source", "options"), ("run", "folder"))  # the last one is set by dmtg itself
+
+
 def text_of(draft: Draft) -> str:
     """The text of the file. A line that begins with `#key:` is an option at its default value."""
     page = _Page(WHY | draft.why)
@@ -132,7 +135,7 @@ class _Page:
             else:
                 self.key(f"{name}.", key, value, "  ")
         for key, info in model.model_fields.items():
-            if key in (written or {}) or (name == "source" and key in ("kind", "options")):
+            if key in (written or {}) or (name, key) in NOT_OPTIONS:
                 continue
             value = default.model_dump(mode="json")[key]
             self.option(key, value, info.description or _first_line(type(getattr(default, key))), "  ")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from pipelines.config.loading import recipe_config
+from pipelines.config.places import relative
 from pipelines.config.yaml_text import in_line
 from pipelines.data.cells import MISSING
 from pipelines.data.sources import SOURCES, options_model
@@ -47,7 +49,7 @@ class NewConfig:
     uses: Sequence[Use]
 
 
-def new_config(kind: str, data: str, targets: Sequence[str], name: str) -> NewConfig:
+def new_config(kind: str, data: str, targets: Sequence[str], name: str, folder: str = "") -> NewConfig:
     """Create a configuration file for a data set.
 
     Args:
@@ -55,6 +57,7 @@ def new_config(kind: str, data: str, targets: Sequence[str], name: str) -> NewCo
         data: A table or a folder; can be empty for a source that has a recipe as its base.
         targets: Columns to predict, for a table, an image folder or a table of texts.
         name: Name of runs and models; empty to use that of the data.
+        folder: Folder of the file, to which its paths are relative; empty for the working directory.
 
     Raises:
         UserError: For data that do not exist or cannot be read, and for targets that cannot be used.
@@ -88,6 +91,9 @@ def new_config(kind: str, data: str, targets: Sequence[str], name: str) -> NewCo
     draft.values = {"name": name, **draft.values}
     draft.values["data"] = {"shards": f"work/{name}/shards"} | draft.values.get("data", {})
     draft.values["run"] = {"root": f"work/{name}/runs"}
+    source = draft.values["source"]
+    if folder not in ("", ".") and relative(source.get("root", "")):
+        source["root"] = os.path.relpath(source["root"], folder)
     return NewConfig(name, text_of(draft), draft.uses)
 
 

@@ -3,7 +3,7 @@
 | task | columns |
 |---|---|
 | all | `id`, as in the shards |
-| binary | `<task>`: probability of class 1 |
+| binary | `<task>`: probability of class 1, the second of `labels` |
 | multiclass | `<task>`: name of the most likely class, or its id if classes have no names; |
 |  | `<task>.<class>`: probability of each; with more than `MOST_CLASSES` only `<task>.probability`, the highest |
 | regression | `<task>`: value in the task's unit; `<task>.<channel>` if there are several |
@@ -12,24 +12,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from dmtg_core.tasks import Task
+from pipelines.errors import UserError
 
 ID = "id"
 MOST_CLASSES = 1000  # with a column each; with more, Parquet is slow and files are large
 
 
-def schema(tasks: Sequence[Task]) -> pa.Schema:
-    """Columns of a file of predictions."""
-    fields = [pa.field(ID, pa.string())]
+def schema(tasks: Sequence[Task], name: str = ID, *, numbered: bool = False) -> pa.Schema:
+    """Columns of a file of predictions.
+
+    Args:
+        tasks: The tasks.
+        name: Name of the column of ids.
+        numbered: Whether the ids are numbers of rows.
+    """
+    fields = [pa.field(name, pa.int64() if numbered else pa.string())]
     for task in tasks:
         fields += [pa.field(name, kind) for name, kind in columns_of(task).items()]
     return pa.schema(fields)
+
+
+def check_names(tasks: Iterable[Task], name: str, model: str) -> None:
+    """Check that all columns have different names.
+
+    Args:
+        tasks: The tasks.
+        name: Column of the ids.
+        model: Address of the model, for the message.
+
+    Raises:
+        UserError: With the names that occur twice.
+    """
+    counted = Counter([name, *(column for task in tasks for column in columns_of(task))])
+    twice = [column for column, count in counted.items() if count > 1]
+    if twice:
+        raise UserError(
+            f"two columns of predictions would be called {', '.join(twice)}",
+            where=model,
+            remedy="predict with the models of single groups, or train with other names of tasks",
+        )
 
 
 def columns_of(task: Task) -> dict[str, pa.DataType]:
@@ -83,7 +112,7 @@ def described(tasks: Mapping[str, tuple[Task, str]], shape: Sequence[int]) -> di
     for name, (task, group) in tasks.items():
         names = list(columns_of(task))
         entry: dict[str, Any] = {"group": group, "kind": task.kind, "columns": names, "unit": task.unit}
-        if task.classes:
+        if task.classes or task.labels:
             entry["labels"] = list(task.labels)
         if task.dense:
             deep = [] if task.classes or task.channels == 1 else [task.channels]

@@ -9,23 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dmtg_core.names import listed
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import InputSpec, Task
 from pipelines.config.sections import TrackSection
+from pipelines.data.new_samples import raw_form
 from pipelines.data.preprocessing import MARKS
 from pipelines.data.renewal import columns_of
 from pipelines.data.sources.encoding import shown, unnamed
 from pipelines.errors import UserError
-from pipelines.registry.models import load_groups, load_registered
+from pipelines.registry.models import is_saved, load_groups, load_registered, load_saved, load_whole
 from pipelines.registry.tracking import connect
 from pipelines.registry.versions import find
-from pipelines.runs.identity import preparation_of
+from pipelines.runs.identity import preparation_of, source_of
 from pipelines.storage import locate
 
+REGISTERED = ("models:/", "runs:/")  # addresses of MLflow
 INPUT_KEYS = ("kind", "shape", "dtype", "vocabulary")
 # offset and scale may differ: outputs are converted to the same units
 TASK_KEYS = ("kind", "channels", "labels", "metric", "valid_below", "threshold", "unit")
@@ -40,12 +43,14 @@ class Served:
         address: The address with the number of the version, or the run folder.
         digest: Digest of weights, tasks and groups.
         preparation: How its input is prepared; None if it is unknown.
+        source: `pipelines.data.new_samples.raw_form` of its data; empty if it is unknown.
     """
 
     groups: Mapping[str, GroupModel]
     address: str
     digest: str
     preparation: Mapping[str, Any] | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tasks(self) -> dict[str, tuple[Task, str]]:
@@ -114,10 +119,17 @@ def open_model(model: str, track: TrackSection, *, trust_code: bool = False) -> 
     """
     address = model
     if model.startswith("models:/") and not model.startswith("models:/m-"):
-        found, _ = find(connect(track), model)
+        found, _ = find(connect(track, create=False), model)
         address = f"models:/{found.name}/{found.version}"
-    groups, preparation = load_with_preparation(address, track, trust_code=trust_code)
-    return Served(groups, address, _digest(groups), preparation)
+    if address.startswith(REGISTERED):
+        found = load_whole(address, track, trust_code=trust_code)
+    elif is_saved(address):
+        found = load_saved(Path(address))
+    else:
+        groups = load_groups(address, track)
+        run = locate(address)
+        return Served(groups, address, _digest(groups), preparation_of(run), raw_form(source_of(run)))
+    return Served(found.groups, address, _digest(found.groups), found.preparation or None, found.source)
 
 
 def _digest(groups: Mapping[str, GroupModel]) -> str:
@@ -137,7 +149,7 @@ def load_with_preparation(
     Raises:
         UserError: As `pipelines.registry.models.load_registered`.
     """
-    if address.startswith(("models:/", "runs:/")):
+    if address.startswith(REGISTERED):
         groups, preparation = load_registered(address, track, trust_code=trust_code)
         return groups, preparation or None
     return load_groups(address, track), preparation_of(locate(address))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ from pipelines.execution.executor import Executor, Held
 from pipelines.runs.folders import check_folder
 from pipelines.runs.lease import only_one
 from pipelines.scratch import temporary_folder
-from pipelines.serving.columns import ID, arrays_of, columns_of, described, schema
+from pipelines.serving.columns import ID, arrays_of, check_names, described, schema
 from pipelines.serving.fitting import Served, check_input, open_model, same_tasks
 from pipelines.storage import Location, locate
 
@@ -170,14 +169,7 @@ def check_fits(served: Served, manifest: Manifest, folder: Location) -> None:
     for model in served.groups.values():
         check_input(model.spec.input, served.preparation, found.input, found.preparation, str(folder))
         same_tasks(model.tasks, found.tasks, str(folder))
-    counted = Counter([ID, *(name for task, _ in served.tasks.values() for name in columns_of(task))])
-    twice = [name for name, count in counted.items() if count > 1]
-    if twice:
-        raise UserError(
-            f"two columns of predictions would be called {', '.join(twice)}",
-            where=served.address,
-            remedy="predict with the models of single groups, or train with other names of tasks",
-        )
+    check_names((task for task, _ in served.tasks.values()), ID, served.address)
 
 
 def _claim(place: Location, about: Mapping[str, Any]) -> str:

@@ -184,7 +184,7 @@ def best_config(config: Config, setting: Setting) -> dict[str, Any]:
     chosen = shown(with_values(config, setting))
     for section in ("sweep", "regroup", "ray"):
         del chosen[section]
-    chosen["run"] = {"root": str(locate(config.run.root))}
+    chosen["run"] = {"root": str(locate(config.run.root)), "folder": config.run.folder}
     chosen["data"]["shards"] = str(locate(config.data.shards))
     applied = {"storage", "tracking_uri", "registry_uri"}
     ray = config.ray.model_dump(mode="json", exclude_defaults=True, exclude=applied)

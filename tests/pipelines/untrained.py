@@ -62,18 +62,20 @@ def finish(
     name: str,
     groups: int = 1,
     files: str = "",
+    raw: dict[str, Any] | None = None,
 ) -> Finished:
     """A run whose task n is in group n mod `groups`, and an MLflow run for it.
 
     Args:
         root: Folder of the run folder, and of MLflow's files if `track` is an SQLite file.
         files: Another place for MLflow's files, if it is the first run of the experiment.
+        raw: Kind and options of the source, for the manifest and the configuration.
     """
     description = source.describe()
     spec = NetworkSpec(description.input, description.tasks, encoder, groups=groups, initial="diagonal",
                        initial_scale=1.0)  # fmt: skip
     network = GroupingNetwork(spec)
-    grouping = network.grouping()
+    grouping, manifest = network.grouping(), Manifest(description, {}, {}, source=raw or {})
     run = root / f"{name}-{groups}"
     models = network.specialise()
     for group, model in models.items():
@@ -91,9 +93,7 @@ def finish(
         "baseline": {task.name: {task.metric: 0.25} for task in description.tasks},
     }
     example = np.stack([source.read(entry)[INPUT] for entry in list(source.entries())[:4]])
-    return Finished(
-        config, run, _run_id(config, root, files), Manifest(description, {}, {}), example, result, models
-    )
+    return Finished(config, run, _run_id(config, root, files), manifest, example, result, models)
 
 
 def _run_id(config: Config, root: Path, files: str) -> str:

@@ -111,8 +111,7 @@ class FolderSource:
         """
         values = {f"task.{t.task.name}": t.value(entry.fields["row"]) for t in self._targets}
         location = self._root / self._options.images / entry.fields["file"]
-        image = rgb(read_image(location), str(location))
-        return {INPUT: _square(image, self._options.size, self._options.resize), **values}
+        return {INPUT: stored_image(location, self._options.size, self._options.resize), **values}
 
     def __getstate__(self) -> dict[str, Any]:
         # a worker receives its rows with their entries
@@ -157,8 +156,18 @@ class FolderSource:
         return label_targets(self._options.tasks, RowsOf(self._samples), str(self._table))
 
 
-def _square(image: Image.Image, size: int, how: str) -> np.ndarray:
-    """An RGB image as uint8 (size, size, 3)."""
+def stored_image(location: Location, size: int, how: str) -> np.ndarray:
+    """An image file as uint8 (size, size, 3), in RGB.
+
+    Args:
+        location: The file.
+        size: Height and width.
+        how: "pad", "crop" or "stretch"; see `FolderOptions`.
+
+    Raises:
+        BadSampleError: For an image that is missing or damaged.
+    """
+    image = rgb(read_image(location), str(location))
     box, smooth = (size, size), Image.Resampling.BILINEAR
     if how == "pad":
         image = ImageOps.pad(image, box, smooth, color=_GREY)

@@ -157,6 +157,17 @@ class TestShow:
 
 
 class TestNew:
+    def test_a_file_in_another_folder_has_the_path_of_the_data_from_there(
+        self, mixed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "data.csv").write_bytes(Path(mixed).read_bytes())
+        monkeypatch.chdir(tmp_path)
+        code, _, logged = call("config", "new", "data.csv", "--targets", "churn,spend", "-o", "conf/mine.yaml")
+        assert code == 0, logged
+        assert yaml.safe_load(Path("conf/mine.yaml").read_text())["source"]["root"] == "../data.csv"
+        config = load_config("conf/mine.yaml")
+        assert (config.source.root, config.data.shards) == ("conf/../data.csv", "conf/work/data/shards")
+
     def test_table_of_six_targets(self, mixed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         code, _, logged = call("config", "new", mixed, "--targets", ",".join(SIX), "-o", "mine.yaml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from typing import Any
@@ -11,7 +12,7 @@ import typer
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipelines.cli.console import print_table, run
+from pipelines.cli.console import log, print_table, run, show
 from pipelines.errors import UserError, printable
 
 ADDRESS = "https://me:hush@mlflow.test/x?token=hush"
@@ -104,8 +105,38 @@ def test_handlers_of_other_libraries_get_records_without_credentials() -> None:
 
 def test_a_table_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     print_table("of [red]x", [{"task": "[bold]a[/]", "value\x1b": f"b\x1b[2J\n{ADDRESS}"}])
-    found = capsys.readouterr().err
+    found = capsys.readouterr().out
     assert "[bold]a[/]" in found
     assert "[red]x" in found
     assert "\x1b" not in found
     assert "hush" not in found
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_results_go_to_stdout_unless_the_json_object_does(
+    as_json: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def body() -> dict[str, Any]:
+        log("progress")
+        print_table("Values", [{"task": "a", "value": 1}], right=("value",))
+        show("page: p.html")
+        return {"next": None}
+
+    with pytest.raises(typer.Exit):
+        run("train", body, as_json=as_json, debug=False)
+    out, err = capsys.readouterr()
+    result = "Values\ntask  value\na         1\n\npage: p.html\n"
+    assert "progress" in err
+    assert result in (err if as_json else out)
+    assert [json.loads(line)["status"] for line in out.splitlines()] == ["done"] if as_json else out == result
+
+
+def test_a_table_in_a_pipe_is_aligned_text_of_any_width(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"task": "größe", "note": "x" * 300, "end": "."}, {"task": "身長", "note": "", "end": "."}]
+    print_table("Tasks", rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Tasks"
+    assert lines[1].split() == ["task", "note", "end"]
+    assert lines[2] == f"größe  {'x' * 300}  ."
+    assert lines[3] == f"身長   {' ' * 300}  ."  # a wide character has two cells of a terminal
+    assert "".join(lines).isprintable()

@@ -102,11 +102,11 @@ def test_after_predict_comes_the_promotion_of_the_model(
     model: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert str(after_predict(model, load_config("rooms"))) == command
+    assert str(after_predict(model, load_config("rooms").track)) == command
     elsewhere = load_config("rooms", ["track.uri=http://mlflow:5000"])
-    assert str(after_predict(model, elsewhere)) == f"{command} --uri http://mlflow:5000"
+    assert str(after_predict(model, elsewhere.track)) == f"{command} --uri http://mlflow:5000"
     secret = load_config("rooms", ["track.uri=http://me:hush@mlflow:5000"])
-    assert str(after_predict(model, secret)) == command
+    assert str(after_predict(model, secret.track)) == command
     parsed(shlex.split(command)[1:])
 
 

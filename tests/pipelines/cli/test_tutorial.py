@@ -38,7 +38,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, st
                 given = [run[1] if run and "…" in word else word for word in words]
                 done = CliRunner().invoke(app, [*given, *SHORTER.get(name, ())])
                 assert done.exit_code == 0, f"dmtg {' '.join(words)}\n{done.output}"
-                logged[name] = done.stderr
+                logged[name] = done.output
                 if name == "config new":
                     write_configurations(folder, TUTORIAL)  # the tutorial replaces the file
     return folder, logged

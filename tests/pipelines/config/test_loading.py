@@ -7,6 +7,7 @@ import yaml
 from dmtg_core import AGGREGATORS, ENCODERS, GroupingNetwork, InputSpec, Task, TrainSettings
 from pipelines.config.loading import Config, load_config
 from pipelines.config.sections import NetworkSection, TrainSection
+from pipelines.config.validation import checked
 from pipelines.data.sources import build_source
 from pipelines.errors import UserError
 from pipelines.recipes import recipes
@@ -128,7 +129,8 @@ def test_file_is_merged_into_its_base_key_by_key(tmp_path: Path) -> None:
     )
     path = write(tmp_path, "mine.yaml", base="bases/second.yaml", name="mine", data={"tasks": ["c"]})
     config = load_config(path, ["train.seed=2"])
-    assert (config.name, config.data.shards, config.data.tasks) == ("mine", "s", ["c"])
+    assert (config.name, config.data.tasks) == ("mine", ["c"])
+    assert config.data.shards == f"{tmp_path}/bases/s"  # a path is relative to the file that has it
     assert (config.train.epochs, config.train.seed) == (4, 2)
     assert (config.gate.temperature.start, config.gate.temperature.family) == (3.0, "linear")
 
@@ -303,3 +305,62 @@ def test_on_and_off_are_words_and_do_not_change_the_digest(file: str, value: str
     assert config.settings().batch_branches == read
     assert config.digest() == load_config(file).digest()
     assert Config(**yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+PLACES = {
+    "source": {"kind": "table", "root": "raw"},
+    "data": {"shards": "work/shards"},
+    "run": {"root": "work/runs"},
+    "track": {"uri": "sqlite:///mlflow.db"},
+    "network": {"start_from": ["old", "/abs", "s3://b/c"]},
+}
+
+
+@pytest.fixture
+def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file in a folder below the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf").mkdir()
+    path = tmp_path / "conf" / "c.yaml"
+    path.write_text(yaml.safe_dump({"name": "x", **PLACES}))
+    return path
+
+
+def test_paths_of_a_file_are_beside_it_and_those_of_overrides_are_not(apart: Path) -> None:
+    config = load_config("conf/c.yaml", ["data.like=other"])
+    assert config.source is not None
+    assert (config.source.root, config.data.shards) == ("conf/raw", "conf/work/shards")
+    assert config.run.root == "conf/work/runs"
+    assert config.track.uri == "sqlite:///conf/mlflow.db"
+    assert config.network.start_from == ("conf/old", "/abs", "s3://b/c")
+    assert config.data.like == "other"
+    (apart.parent / "d.yaml").write_text("base: c.yaml\nrun: {root: mine}\n")
+    derived = load_config("conf/d.yaml")
+    assert (derived.run.root, derived.data.shards) == ("conf/mine", "conf/work/shards")
+    stored = load_config("conf/c.yaml", ["ray.storage=s3://bucket/x"])
+    assert (stored.data.shards, stored.run.root) == ("s3://bucket/x/work/shards", "s3://bucket/x/work/runs")
+
+
+def test_a_run_is_the_same_from_every_folder(apart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config("conf/c.yaml")
+    absolute = load_config(str(apart))
+    again = Path("again.yaml")
+    again.write_text(yaml.safe_dump(config.model_dump(mode="json")))  # as a run folder stores it
+    assert load_config("again.yaml").digest() == config.digest()
+    monkeypatch.chdir(apart.parent)
+    beside = load_config("c.yaml")
+    assert beside.data.shards == "work/shards"
+    assert beside.digest() == config.digest() == absolute.digest() == load_config("../again.yaml").digest()
+
+
+def test_a_file_whose_places_are_in_the_working_directory_is_read_as_before(
+    apart: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path("work/shards").mkdir(parents=True)
+    caplog.set_level("INFO")
+    config = load_config("conf/c.yaml")
+    assert (config.data.shards, config.run.root) == ("work/shards", "work/runs")
+    assert "data.shards=work/shards is in the current folder, not beside conf/c.yaml" in caplog.text
+    assert config.digest() == checked(Config, {"name": "x", **PLACES}).digest()
+    (apart.parent / "work" / "shards").mkdir(parents=True)
+    assert load_config("conf/c.yaml").run.root == "conf/work/runs"

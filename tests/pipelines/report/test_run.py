@@ -84,7 +84,7 @@ def test_the_terminal_has_the_groups_in_the_order_of_their_numbers(capsys: pytes
         "headline": dict.fromkeys(tasks, "loss"), "candidates": [],
     }  # fmt: skip
     _print_summary(load_config("planted"), Trained(locate("run"), "", found, [], False))
-    rows = re.findall(r"(group_\d+) *\S (t\d+)", capsys.readouterr().err)
+    rows = re.findall(r"(group_\d+) +(t\d+)", capsys.readouterr().out)
     assert rows == [(name, task) for name, held in found["grouping"].items() for task in held]
 
 
@@ -99,7 +99,7 @@ def test_the_terminal_lists_the_scores_of_the_candidates_and_the_training_cost()
 def test_the_terminal_shows_a_gain_as_positive(capsys: pytest.CaptureFixture[str]) -> None:
     found = measured(1.0, 2.0) | {"grouping_name": "g2", "notes": [], "candidates": []}
     _print_summary(load_config("planted"), Trained(locate("run"), "", found, [], False))
-    logged = capsys.readouterr().err
+    logged = capsys.readouterr().out
     assert "gain over naive MTL: +20.0 % (one run; other seeds vary)" in logged
     assert len(re.findall(r"\+50\.0 %", logged)) == 2
     assert "-50.0 %" in logged

@@ -238,9 +238,11 @@ def http(uri: str, store: dict[str, str], folder: Path) -> Iterator[str]:
         end(server)
 
 
-def ask(url: str, body: dict[str, Any]) -> dict[str, np.ndarray]:
-    heads = {"Content-Type": "application/json"}
-    request = urllib.request.Request(url, json.dumps(body).encode(), heads)  # noqa: S310 - a server of our own
+def ask(url: str, body: dict[str, Any] | str) -> dict[str, np.ndarray]:
+    """The predictions for a body of JSON, or for a text of CSV."""
+    heads = {"Content-Type": "text/csv" if isinstance(body, str) else "application/json"}
+    text = body if isinstance(body, str) else json.dumps(body)
+    request = urllib.request.Request(url, text.encode(), heads)  # noqa: S310 - a server of our own
     with urllib.request.urlopen(request) as answer:  # noqa: S310
         found = json.load(answer)["predictions"]
     return {task: np.array(values) for task, values in found.items()}
@@ -258,6 +260,8 @@ def test_mlflow_serves_images_and_rows_over_http(served, store, tmp_path) -> Non
         cells = FRAME[["age", "work"]].astype(object).where(FRAME[["age", "work"]].notna(), None)
         found = ask(url, {"dataframe_split": cells.to_dict("split")})
         again = ask(url, {"dataframe_records": cells.to_dict("records")})
+        table = ask(url, FRAME[["work", "age", "split"]].to_csv(index=False))
     for task, values in predictions(rows.source, rows.composite).items():
         np.testing.assert_allclose(found[task], values, rtol=1e-6, atol=1e-7)
         np.testing.assert_array_equal(again[task], found[task])
+        np.testing.assert_array_equal(table[task], found[task])

@@ -112,7 +112,7 @@ def test_the_terminal_lists_the_groups_in_that_order(many, tmp_path: Path) -> No
     for arguments in (["train", "-c", str(file)], ["models", "show", "many", "--uri", config.track.uri]):
         called = CliRunner().invoke(app, arguments)
         assert called.exit_code == 0, called.stderr
-        lines = [line for line in called.stderr.splitlines() if re.search("flag_|number", line)]
+        lines = [line for line in called.stdout.splitlines() if re.search("flag_|number", line)]
         assert [name for line in lines for name in re.findall(r"\b(group_\d+)\b(?!/)", line)][:GROUPS] == NAMES
 
 

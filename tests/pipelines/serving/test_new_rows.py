@@ -1,0 +1,283 @@
+"""`dmtg predict MODEL new.csv`: the predictions of MLflow, of a server and of the library, for all kinds."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from mlflow.pyfunc import scoring_server
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from dmtg_core.network.encoders import EncoderSpec
+from dmtg_core.network.grouping_network import GroupModel
+from pipelines.cli.app import app
+from pipelines.config.sections import TrackSection
+from pipelines.data.preprocessing import load_preparation, prepare
+from pipelines.data.sources import build_source
+from pipelines.data.sources.base import INPUT, Source
+from pipelines.registry.models import load_groups
+from pipelines.runs.identity import record_identity
+from pipelines.serving import new_rows
+from pipelines.storage import locate
+from tests.pipelines.conftest import TASKS, write_images
+from tests.pipelines.untrained import Finished, finish
+
+LABELS = [{"column": "sick", "kind": "binary"}, {"column": "cost", "kind": "regression"},
+          {"column": "grade", "kind": "multiclass", "classes": ["nah", "fern, weit"]}]  # fmt: skip
+OPTIONS: dict[str, tuple[str, dict[str, Any], EncoderSpec]] = {
+    "rows": ("table", {"file": "t.csv", "id_column": "key", "features": ["age", "plant", "smoker"],
+                       "categorical": ["plant", "smoker"], "tasks": LABELS}, EncoderSpec("mlp")),
+    "texts": ("text", {"file": "t.csv", "id_column": "key", "tasks": LABELS[:2], "text_column": "note",
+                       "length": 8}, EncoderSpec("embedding_bag")),
+    "pictures": ("folder", {"suffix": ".png", "size": 16, "resize": "crop", "tasks": TASKS},
+                 EncoderSpec("convnet", options={"widths": [4, 8]})),
+}  # fmt: skip
+FRAME = pd.DataFrame({
+    "key": ["p", "q", "r", "s"], "age": ["20", "40.5", "", "30"], "plant": ["001", "1", "", "01"],
+    "smoker": ["TRUE", "FALSE", "TRUE", ""], "note": ["a day at sea", 'so "no", she said', "NA", "zzz"],
+    "sick": ["1", "0", "1", "0"], "cost": ["3", "5.5", "4", "1"], "grade": ["nah", "nah", "fern, weit", "nah"],
+    "split": ["train", "train", "train", "val"],
+})  # fmt: skip
+NEW = FRAME.drop(columns=["sick", "cost", "grade", "split"]).assign(extra="x").iloc[::-1]
+
+
+@dataclass
+class Model:
+    """A registered model: its source, its run, and the addresses of the composite and the models of its groups."""
+
+    source: Source
+    run: Finished
+    uri: str
+    groups: list[str]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("models")
+    write_images(place, rows=6)
+    FRAME.to_csv(place / "t.csv", index=False)
+    return place
+
+
+@pytest.fixture(scope="module")
+def track(root: Path) -> dict[str, str]:
+    return {"uri": f"sqlite:///{root / 'mlflow.db'}"}
+
+
+@pytest.fixture(scope="module")
+def models(root: Path, track: dict[str, str]) -> dict[str, Model]:
+    """A registered model of each kind."""
+    found = {}
+    for name, (kind, options, encoder) in OPTIONS.items():
+        source = build_source(kind, str(root), options)
+        run = finish(source, encoder, root, track, name=name, groups=2, raw={"kind": kind, "options": options})
+        record_identity(locate(str(run.run)), run.config, "data", source.describe().preparation)
+        (run.run / "grouping.json").write_text(json.dumps(run.result["grouping"]))
+        composite, *groups = run.register()
+        found[name] = Model(source, run, composite.uri, [group.uri for group in groups])
+    return found
+
+
+@pytest.fixture
+def dmtg(tmp_path: Path, track: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`dmtg predict` with a model and more arguments, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str, stdin: bytes | None = None) -> Result:
+        return CliRunner().invoke(app, ["predict", *arguments, "--uri", track["uri"]], input=stdin)
+
+    return call
+
+
+def expected(groups: Mapping[str, GroupModel], stored: np.ndarray) -> dict[str, np.ndarray]:
+    """Task → predictions of the library."""
+    found: dict[str, np.ndarray] = {}
+    for model in groups.values():
+        found |= {task: value.numpy() for task, value in model.eval().predict(torch.from_numpy(stored)).items()}
+    return found
+
+
+def same(frame: pd.DataFrame, values: Mapping[str, Any]) -> None:
+    """The columns of a file are the values, of a row or of several."""
+    shares = np.asarray(values["grade"])
+    for task in ("sick", "cost"):
+        np.testing.assert_allclose(frame[task], values[task], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(frame[["grade.nah", "grade.fern, weit"]], shares, rtol=1e-5, atol=1e-7)
+    assert list(frame["grade"]) == [("nah", "fern, weit")[best] for best in shares.argmax(1)]
+
+
+def test_files_mlflow_a_server_and_the_library_predict_the_same(models, track, dmtg, tmp_path) -> None:
+    model = models["rows"]
+    NEW.to_csv("new.csv", index=False)
+    done = dmtg(model.uri, "new.csv", "-o", "out.csv")
+    assert done.exit_code == 0, done.stderr
+    assert "not read: note, extra" in done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("sick", "grade", "cost"))]
+    assert [line.split("  ")[-1] for line in lines] == ["probability of 1", "class", "value"]
+    found = pd.read_csv("out.csv")
+    assert list(found) == ["key", "sick", "grade", "grade.nah", "grade.fern, weit", "cost"]
+    assert list(found["key"]) == ["s", "r", "q", "p"]
+
+    how = load_preparation(model.source.describe().preparation)
+    groups = load_groups(model.uri, TrackSection(**track))
+    same(found, expected(groups, prepare(how, NEW)))
+    composite = mlflow.pyfunc.load_model(model.uri)
+    same(found, composite.predict(NEW))
+    pieces = [mlflow.pyfunc.load_model(uri).predict(NEW) for uri in model.groups]
+    same(found, pieces[0] | pieces[1])
+
+    server = TestClient(scoring_server.init(composite))
+    text = NEW.to_csv(index=False)
+    records = NEW.assign(age=[30, None, 40.5, 20]).to_dict("records")
+    bodies = {
+        "text/csv": text,
+        "application/json": json.dumps({"dataframe_records": records}).replace("NaN", "null"),
+    }
+    for kind, body in bodies.items():
+        answer = server.post("/invocations", content=body, headers={"Content-Type": kind})
+        assert answer.status_code == 200, answer.text
+        same(found, answer.json()["predictions"])
+    wrong = server.post("/invocations", content='age\n"', headers={"Content-Type": "text/csv"})
+    assert wrong.status_code == 400
+    assert "not a CSV table" in wrong.text
+
+    alone = dmtg(model.groups[1], "new.csv", "-o", "cost.csv")
+    assert alone.exit_code == 0, alone.stderr
+    assert pd.read_csv("cost.csv").equals(found[["key", "cost"]])
+
+
+def test_every_format_and_every_place_of_a_model(models, dmtg, tmp_path) -> None:
+    model = models["rows"]
+    NEW.to_csv("new.csv", index=False)
+    NEW.to_parquet("new.parquet", index=False)
+    NEW.to_json("new.jsonl", orient="records", lines=True)
+    saved = mlflow.artifacts.download_artifacts(model.uri, dst_path=str(tmp_path / "saved"))
+    assert dmtg(model.uri, "new.csv", "-o", "out.csv").exit_code == 0
+    text = Path("out.csv").read_text()
+    for arguments in ([saved, "new.parquet"], [str(model.run.run), "new.jsonl", "--id", "key"]):
+        done = dmtg(*arguments)
+        assert done.exit_code == 0, done.stderr
+        assert done.stdout == text
+    for data in (Path("new.jsonl").read_bytes(), Path("new.parquet").read_bytes(), Path("new.csv").read_bytes()):
+        assert dmtg(model.uri, "-", "-o", "-", stdin=data).stdout == text
+    first = pd.read_csv("out.csv")
+    assert dmtg(model.uri, "new.csv", "-o", "out.parquet").exit_code == 0
+    assert dmtg(model.uri, "new.csv", "-o", "out.jsonl").exit_code == 0
+    for other in (pd.read_parquet("out.parquet"), pd.read_json("out.jsonl", lines=True)):
+        pd.testing.assert_frame_equal(other, first, check_dtype=False, rtol=1e-5)
+
+
+def test_rows_without_ids_are_numbered_across_files_in_blocks(models, dmtg, monkeypatch) -> None:
+    sizes, whole = [], new_rows.predicted
+    monkeypatch.setattr(new_rows, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(new_rows, "predicted", lambda *a: sizes.append(len(a[1])) or whole(*a))
+    NEW.drop(columns="key").to_csv("new.csv", index=False)
+    NEW[["plant", "smoker", "age"]].to_csv("more.csv", index=False)
+    done = dmtg(models["rows"].uri, "new.csv", "more.csv", "-o", "out.parquet")
+    assert done.exit_code == 0, done.stderr
+    assert "rows are numbered" in done.stderr
+    found = pd.read_parquet("out.parquet")
+    assert list(found["row"]) == list(range(1, 9))
+    assert sizes == [3, 3, 2]
+    np.testing.assert_allclose(found["cost"][:4], found["cost"][4:], rtol=1e-5)
+
+
+def test_bad_rows_are_named_and_refused_or_skipped(models, dmtg) -> None:
+    NEW.assign(age=["30", "old", "40", "1e99"]).to_csv("new.csv", index=False)
+    refused = dmtg(models["rows"].uri, "new.csv", "-o", "out.csv")
+    assert refused.exit_code == 1
+    assert "2 rows cannot be used: new.csv, line 3: 'old' in column age" in refused.stderr
+    assert "new.csv, line 5: '1e99' in column age" in refused.stderr
+    assert not Path("out.csv").exists()
+    skipped = dmtg(models["rows"].uri, "new.csv", "-o", "out.csv", "--bad-rows", "skip", "--json")
+    assert skipped.exit_code == 0, skipped.stderr
+    assert "new.csv, line 3: 'old' in column age" in skipped.stderr
+    told = json.loads(skipped.stdout.splitlines()[-1])
+    assert (told["rows"], told["skipped"]) == (2, 2)
+    assert list(pd.read_csv("out.csv")["key"]) == ["s", "q"]
+    NEW.assign(age="?").to_csv("none.csv", index=False)
+    assert "no row is left" in dmtg(models["rows"].uri, "none.csv", "--bad-rows", "skip").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "problem"),
+    [
+        (["narrow.csv", "-o", "out.csv"], 1, "no column plant"),
+        (["new.csv", "-o", "out.csv", "--id", "number"], 1, "no column number"),
+        (["new.csv", "-o", "held.csv"], 2, "the file exists already"),
+        (["new.csv", "-o", "new.csv", "--force"], 2, "would replace their input"),
+        (["new.csv", "-o", "out.xlsx"], 2, "says no format"),
+        (["new.csv", "--json"], 2, "stdout cannot hold both"),
+        (["absent.csv", "-o", "out.csv"], 1, "does not exist"),
+        (["empty.jsonl", "-o", "out.csv"], 1, "no rows"),
+        ([], 2, "give a file with new rows"),
+    ],
+)
+def test_what_cannot_work_is_refused_and_nothing_is_written(
+    models, dmtg, tmp_path, arguments, code, problem
+) -> None:
+    NEW.to_csv("new.csv", index=False)
+    NEW.drop(columns="plant").to_csv("narrow.csv", index=False)
+    Path("held.csv").write_text("mine")
+    Path("empty.jsonl").write_text("")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    done = dmtg(models["rows"].uri, *arguments)
+    assert done.exit_code == code
+    assert problem in " ".join(done.stderr.replace("│", " ").split())
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_force_overwrites_a_file(models, dmtg) -> None:
+    NEW.to_csv("new.csv", index=False)
+    Path("held.csv").write_text("mine")
+    assert dmtg(models["rows"].uri, "new.csv", "-o", "held.csv", "--force").exit_code == 0
+    assert len(pd.read_csv("held.csv")) == 4
+
+
+def test_texts_are_read_as_in_training(models, dmtg) -> None:
+    model = models["texts"]
+    FRAME[["key", "note"]].to_csv("new.csv", index=False)
+    done = dmtg(model.uri, "new.csv")
+    assert done.exit_code == 0, done.stderr
+    stored = np.stack([model.source.read(entry)[INPUT] for entry in model.source.entries()])
+    np.testing.assert_allclose(
+        pd.read_csv(io.StringIO(done.stdout))["cost"], expected(model.run.models, stored)["cost"], rtol=1e-5
+    )
+    Path("new.tsv").write_text('note\n"a day at sea\n')  # a quote is a character there, as in training
+    assert dmtg(model.uri, "new.tsv").exit_code == 0
+
+
+def test_images_of_folders_and_files(models, root, dmtg) -> None:
+    model = models["pictures"]
+    done = dmtg(model.uri, str(root / "images"), "-o", "out.csv")
+    assert done.exit_code == 0, done.stderr
+    found = pd.read_csv("out.csv")
+    entries = sorted(model.source.entries(), key=lambda entry: list(found["image"]).index(f"{entry.id}.png"))
+    stored = np.stack([model.source.read(entry)[INPUT] for entry in entries])
+    values = expected(model.run.models, stored)
+    assert len(found) == 6
+    for task in ("bright", "level"):
+        np.testing.assert_allclose(found[task], values[task], rtol=1e-4, atol=1e-6)
+
+    Image.new("RGB", (30, 20)).save("good.png")
+    Path("bad.png").write_bytes(b"no image")
+    assert "not an image" in dmtg(model.uri, "good.png", "bad.png").stderr
+    skipped = dmtg(model.uri, "good.png", "bad.png", "--bad-rows", "skip")
+    assert list(pd.read_csv(io.StringIO(skipped.stdout))["image"]) == ["good.png"]
+    assert "no such file" in dmtg(model.uri, "absent.png").stderr
+    assert "does not record how its input is prepared" in dmtg(str(model.run.run), "good.png").stderr
+    options = model.run.run / "config.yaml"
+    options.write_text(json.dumps({"source": {"kind": "folder", "options": OPTIONS["pictures"][1]}}))
+    from_run = dmtg(str(model.run.run), "good.png")
+    assert from_run.stdout == skipped.stdout
