@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.cli.console import Next, log, print_table, run
 from pipelines.cli.options import ConfigFile, Debug, Json, LocalOk, Overrides, RayFile, command_line, load_for_work
-from pipelines.report.formatting import cost, percent, significant
+from pipelines.report.formatting import cost, figure, percent
 
 if TYPE_CHECKING:
     from pipelines.config.loading import Config
@@ -94,7 +94,7 @@ def compare(
 
 def _compare(config: Config) -> dict[str, Any]:
     from pipelines.compare.driver import compare as compare_methods
-    from pipelines.compare.page import interval, two
+    from pipelines.compare.page import ahead, interval, two
 
     done = compare_methods(config, log)
     found = done.found
@@ -103,7 +103,7 @@ def _compare(config: Config) -> dict[str, Any]:
             "method": row["method"],
             "gain, errors": interval(row["gain"], " %"),
             "gain, losses": interval(row["gain_loss"], " %"),
-            f"behind {found['reference']}": interval(row["behind"]),
+            f"against {found['reference']}": interval(ahead(row["behind"])),
             "training": f"{row['cost']:.1f}",
             "operations": cost(row["flops"]),
             "parameters": cost(row["parameters"]),
@@ -165,7 +165,7 @@ def _sweep(config: Config) -> dict[str, Any]:
         {
             "setting": row["label"],
             "seeds": f"{row['finished']} of {row['seeds']}",
-            "score": significant(row["val_score"]),
+            "score": figure(row["val_score"]),
             "gain on val": percent(row["gain_validation"]),
             f"on {found['split']}": percent(row["gain"]),
             "operations": cost(row["flops"]),
