@@ -1,6 +1,7 @@
 """The demo's table, its last lines, and the page that `dmtg report --open` opens; nothing is trained."""
 
 import csv
+import io
 import shutil
 import sys
 import webbrowser
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from dmtg_core.evaluation.planted import planted
@@ -16,8 +18,10 @@ from pipelines.cli import train
 from pipelines.cli.app import app
 from pipelines.config.loading import load_config
 from pipelines.report import run as report_of_run
+from pipelines.report.figures import grouping_png
 from pipelines.scaffold.example import FAULTS, MICROPHONES, ROWS, write_hall
 from pipelines.storage import Location, locate
+from tests.paths import ROOT
 
 
 def test_the_table_of_the_demo_holds_the_planted_problem(tmp_path: Path) -> None:
@@ -96,3 +100,12 @@ def test_report_opens_the_page_or_says_where_it_is(
     assert (f"no browser opened the page here: open {page}" in shown.stderr) is not browser
     CliRunner().invoke(app, ["report", str(tmp_path / "my run")])
     assert len(opened) == 1
+
+
+def test_the_picture_of_the_readme_is_the_grouping_by_machine(tmp_path: Path) -> None:
+    groups = {f"group_{g}": list(FAULTS[g::3]) for g in range(3)}
+    drawn, held = (
+        np.asarray(Image.open(file).convert("L").resize((320, 160)), float)
+        for file in (io.BytesIO(grouping_png(groups)), ROOT / "docs" / "demo.png")
+    )
+    assert np.abs(drawn - held).mean() < 3  # other versions of the fonts differ a little
