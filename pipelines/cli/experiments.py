@@ -17,7 +17,7 @@ from pipelines.cli.options import (
     next_step,
 )
 from pipelines.compare.verdicts import of_compare, of_signal, of_sweep
-from pipelines.report.formatting import cost, percent, significant
+from pipelines.report.formatting import cost, figure, percent
 
 if TYPE_CHECKING:
     from pipelines.config.loading import Config
@@ -102,7 +102,7 @@ def compare(
 
 def _compare(config: Config) -> dict[str, Any]:
     from pipelines.compare.driver import compare as compare_methods
-    from pipelines.compare.page import interval, two
+    from pipelines.compare.page import ahead, interval, two
 
     done = compare_methods(config, log)
     found = done.found
@@ -111,7 +111,7 @@ def _compare(config: Config) -> dict[str, Any]:
             "method": row["method"],
             "gain, errors": interval(row["gain"], " %"),
             "gain, losses": interval(row["gain_loss"], " %"),
-            f"behind {found['reference']}": interval(row["behind"]),
+            f"against {found['reference']}": interval(ahead(row["behind"])),
             "training": f"{row['cost']:.1f}",
             "operations": cost(row["flops"]),
             "parameters": cost(row["parameters"]),
@@ -174,7 +174,7 @@ def _sweep(config: Config) -> dict[str, Any]:
         {
             "setting": row["label"],
             "seeds": f"{row['finished']} of {row['seeds']}",
-            "score": significant(row["val_score"]),
+            "score": figure(row["val_score"]),
             "gain on val": percent(row["gain_validation"]),
             f"on {found['split']}": percent(row["gain"]),
             "operations": cost(row["flops"]),

@@ -11,7 +11,7 @@ from pipelines.cli.completion import complete_address, complete_name
 from pipelines.cli.console import Next, log, print_table, run, show
 from pipelines.cli.options import Debug, Json, RayFile, RunDir, TrackUri
 from pipelines.errors import without_credentials
-from pipelines.report.formatting import significant
+from pipelines.report.formatting import figure
 
 if TYPE_CHECKING:
     from pipelines.config.sections import TrackSection
@@ -112,8 +112,8 @@ def models_diff(
             {
                 "task": row["task"],
                 "metric": row["metric"],
-                first: significant(row["before"]),
-                second: significant(row["after"]),
+                first: figure(row["before"]),
+                second: figure(row["after"]),
             }
             for row in found["metrics"]
         ]
@@ -240,7 +240,7 @@ def _task_rows(entry: Mapping[str, Any]) -> list[dict[str, str]]:
 def _metric_rows(entry: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         {"task": task, "metric": f"{name} *" if name == entry["headline"].get(task) else name,
-         "value": significant(value), "naive MTL": significant(entry["baseline"].get(task, {}).get(name))}
+         "value": figure(value), "naive MTL": figure(entry["baseline"].get(task, {}).get(name))}
         for task, values in entry["metrics"].items()
         for name, value in values.items()
     ]  # fmt: skip

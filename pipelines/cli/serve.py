@@ -30,7 +30,7 @@ from pipelines.cli.options import (
     predict_command,
 )
 from pipelines.errors import UserError
-from pipelines.report.formatting import percent, significant
+from pipelines.report.formatting import figure, percent
 
 if TYPE_CHECKING:
     from pipelines.config.loading import Config
@@ -73,7 +73,7 @@ def evaluate(
         loaded = load(config, overrides, ray_config)
         metrics = evaluate_model(loaded, model, split, trust_code=trust_code)
         rows = [
-            {"task": task, "metric": name, "value": significant(value)}
+            {"task": task, "metric": name, "value": figure(value)}
             for task, found in metrics.items()
             for name, value in found.items()
         ]
@@ -285,8 +285,8 @@ def _print_verdict(found: dict[str, Any]) -> dict[str, Any]:
         {
             "task": row["task"],
             "metric": row["metric"],
-            "champion": significant(row["champion"]),
-            "challenger": significant(row["challenger"]),
+            "champion": figure(row["champion"]),
+            "challenger": figure(row["challenger"]),
             "gain": percent(row["value"]),
             "group": row["before"] if row["before"] == row["after"] else f"{row['before']} → {row['after']}",
         }

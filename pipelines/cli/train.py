@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,21 +26,38 @@ from pipelines.cli.options import (
 )
 from pipelines.compare.verdicts import of_train
 from pipelines.errors import without_credentials
-from pipelines.report.formatting import percent, significant
+from pipelines.report.formatting import figure, percent
 
 if TYPE_CHECKING:
     from pipelines.config.loading import Config
+    from pipelines.storage import Location
     from pipelines.training.driver import Trained
 
 
 def demo(overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> None:
-    """Run everything on rendered rooms: shards, grouping, models, report. It takes minutes and needs no server."""
+    """Run everything on a table of three machines: shards, grouping, models, report. It needs no server."""
 
     def body() -> dict[str, Any]:
-        step = Next("train on your own data", ("dmtg", "config", "new", "--help"))
-        return _train(load("rooms", overrides)) | {"next": step}
+        from pipelines.scaffold.example import FAULTS, write_hall
+        from pipelines.storage import locate
 
-    run("demo", body, reads="the recipe rooms", as_json=as_json, debug=debug)
+        config = load("hall", overrides)
+        table = config.source.root if config.source else ""
+        write_hall(locate(table))
+        found = _train(config)
+        log(f"picture:  {found['run_dir']}/grouping.png")
+        command = (program(), "config", "new", table, "--targets", ",".join(FAULTS), "-o", "my_table.yaml")
+        return found | {
+            "next": Next("the same with your own table: put its path and targets in this command", command)
+        }
+
+    run("demo", body, reads="the recipe hall", as_json=as_json, debug=debug)
+
+
+def program() -> str:
+    """The command `dmtg` as it can be typed here: its path if its environment is not active."""
+    own = Path(sys.argv[0])
+    return "dmtg" if shutil.which("dmtg") or own.name != "dmtg" else str(own.resolve())
 
 
 def train(
@@ -131,8 +151,8 @@ def _print_tasks(result: dict[str, Any]) -> None:
             "group": row["group"],
             "task": row["task"],
             "metric": row["metric"],
-            "this grouping": significant(row["value"]),
-            "naive MTL": significant(row["baseline"]),
+            "this grouping": figure(row["value"]),
+            "naive MTL": figure(row["baseline"]),
             "gain": percent(row["gain"]),
         }
         for row in sorted(task_rows(result), key=lambda row: by_number(row["group"]))
@@ -155,7 +175,12 @@ def _selection(result: dict[str, Any]) -> str:
     )
 
 
-def report(run_dir: RunDir, as_json: Json = False, debug: Debug = False) -> None:
+def report(
+    run_dir: RunDir,
+    in_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Write the report of a finished run as one self-contained HTML page."""
 
     def body() -> dict[str, Any]:
@@ -164,8 +189,18 @@ def report(run_dir: RunDir, as_json: Json = False, debug: Debug = False) -> None
 
         page = write_report(locate(run_dir))
         show(f"report: {page}")
+        if in_browser:
+            _open(page)
         config = f"{run_dir.rstrip('/')}/config.yaml"
         step = Next("evaluate all metrics on the test split", ("dmtg", "evaluate", run_dir, "-c", config))
         return {"run_dir": run_dir, "report": str(page), "next": step}
 
     run("report", body, reads=run_dir, as_json=as_json, debug=debug)
+
+
+def _open(page: Location) -> None:
+    """Open a local page in the browser, or say where to open it."""
+    import webbrowser
+
+    if page.local is None or not webbrowser.open(Path(page.local).resolve().as_uri()):
+        log(f"no browser opened the page here: open {page} on a machine with one")

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from pipelines.config.loading import Config
 from pipelines.registry.tracking import shown
 from pipelines.report.figures import COLOURS, NEUTRAL, STYLE, WIDTH, heatmap, label_rows, svg
-from pipelines.report.formatting import cost
 from pipelines.report.render import render
 from pipelines.storage import Location
 
@@ -37,7 +36,7 @@ def write_page(target: Location, found: Mapping[str, Any], config: Config) -> No
     target.write_text(
         render(
             "compare.html",
-            filters={"cost": cost, "interval": interval, "two": two},
+            filters={"interval": interval, "ahead": ahead, "two": two},
             found=found,
             config=yaml.safe_dump(shown(config), sort_keys=False),
             figures=plots,
@@ -52,6 +51,11 @@ def interval(mean: Mapping[str, Any], unit: str = "") -> str:
     if not math.isfinite(mean["low"]):
         return f"{mean['value']:+.1f}{unit}"
     return f"{mean['value']:+.1f} ± {(mean['high'] - mean['low']) / 2:.1f}{unit}"
+
+
+def ahead(behind: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The gain of a method minus that of the reference: positive is better, as in every other column."""
+    return {**behind, "value": 0.0 - behind["value"], "low": 0.0 - behind["high"], "high": 0.0 - behind["low"]}
 
 
 def two(value: float | None) -> str:
@@ -78,7 +82,7 @@ def gains(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
 
 
 def by_task(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], reference: str) -> str:
-    """Plot the error of each task relative to naive MTL: the search, naive MTL and single-task networks.
+    """Plot the gain of each task over naive MTL's mean error: the search, naive MTL and single-task networks.
 
     Returns:
         The figure; empty if naive MTL is not among the methods.
@@ -95,15 +99,16 @@ def by_task(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], reference: 
         for n, task in enumerate(tasks):
             base = found[NAIVE][task]["value"] or math.nan
             for i, name in enumerate(shown):
-                error = {end: 100 * found[name][task][end] / base for end in ("value", "low", "high")}
+                error = {end: 100 - 100 * found[name][task][end] / base for end in ("value", "low", "high")}
                 place = n + (i - (len(shown) - 1) / 2) * thick
                 label = "" if n else name
                 axes.barh(place, error["value"], color=tints[name], height=0.9 * thick, label=label)
                 plot_interval(axes, error, place)
         label_rows(axes, tasks)
-        axes.set_xlabel("error, % of naive MTL's mean (left is better)")
+        axes.axvline(0, linewidth=0.8, color="black")
+        axes.set_xlabel("gain over naive MTL's mean error, %")
         axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9, borderaxespad=0)
-        return svg(figure, f"Error of each task with intervals over seeds, of {', '.join(shown)}; see the table")
+        return svg(figure, f"Gain of each task with intervals over seeds, of {', '.join(shown)}; see the table")
 
 
 def plot_interval(axes: Axes, mean: Mapping[str, Any], place: float) -> None:

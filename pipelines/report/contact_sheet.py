@@ -17,6 +17,7 @@ from pipelines.data.reader import Reader
 from pipelines.data.statistics import Sums, class_name
 from pipelines.data.stream import all_units
 from pipelines.report import pictures
+from pipelines.report.formatting import figure, in_unit, quantity
 from pipelines.report.pictures import Picture
 
 SEED = 22
@@ -140,7 +141,7 @@ class Sheet:
             return Legend(task.name, named[:MOST_CLASSES], (f"and {rest} more classes",) if rest > 0 else ())
         if task.metric in ANGLES:
             return Legend(task.name, ends=("the three components from -1 to 1 as red, green and blue",))
-        ends = [" to ".join(quantity(task, end) for end in pair) for pair in self._limits[task.name]]
+        ends = [" to ".join(quantity(end, task.unit) for end in pair) for pair in self._limits[task.name]]
         return Legend(task.name, ends=tuple(dict.fromkeys(ends)))
 
     def input(self, sample: Sample) -> Shown:
@@ -221,7 +222,7 @@ def show_values(task: Task, sample: Sample, scales: Limits) -> Shown:
     """Maps of numbers, one picture for each channel."""
     values, valid = sample.labels[task.name], _valid(task, sample)
     known = values[valid]
-    span = [figure(known.min()), quantity(task, known.max())] if known.size else []
+    span = [figure(in_unit(known.min(), task.unit)[0]), quantity(known.max(), task.unit)] if known.size else []
     text = _with_gaps(" to ".join(span), valid)
     channels = list(zip(_channels(values), _channels(valid), scales, strict=True))[:MOST_CHANNELS]
     drawn = [
@@ -255,18 +256,7 @@ def in_words(task: Task, value: np.ndarray) -> str:
         return class_name(task, int(value)) if task.labels else ("no", "yes")[int(value) != 0]
     if task.classes:
         return "missing" if int(value) == task.ignore_index else class_name(task, int(value))
-    return ", ".join("missing" if math.isnan(x) else quantity(task, x) for x in np.atleast_1d(value).tolist())
-
-
-def quantity(task: Task, value: float) -> str:
-    """A raw value with its unit."""
-    times = "× " if task.unit[:1].isdigit() else ""  # a unit such as 1/512 m
-    return f"{figure(value)} {times}{task.unit}".rstrip()
-
-
-def figure(value: float) -> str:
-    """A number with four significant digits, or all digits of an integer part below a million."""
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
+    return ", ".join("missing" if math.isnan(x) else quantity(x, task.unit) for x in np.atleast_1d(value).tolist())
 
 
 def limits(task: Task, sums: Sums) -> Limits:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dmtg_core.tasks import Task
@@ -14,7 +14,9 @@ from pipelines.data.reader import Reader
 from pipelines.data.shards import QUARANTINE
 from pipelines.data.statistics import class_name
 from pipelines.report import pictures
-from pipelines.report.contact_sheet import Sheet, figure, pick
+from pipelines.report.contact_sheet import Sheet, pick
+from pipelines.report.features import features_of
+from pipelines.report.formatting import in_unit
 from pipelines.report.render import render
 from pipelines.runs.files import read_jsonl
 from pipelines.storage import Location
@@ -42,7 +44,6 @@ def dataset_page(
     sheet = Sheet(samples, reader)
     return render(
         "dataset.html",
-        filters={"figure": figure, "percent": percent},
         styles=("page", "sheet", "dataset"),
         title=title,
         folder=str(reader.folder),
@@ -54,6 +55,9 @@ def dataset_page(
         tasks=[task_row(manifest, task, splits) for task in tasks],
         flags=[flag_row(manifest, task, splits) for task in tasks if task.kind == "binary"],
         classes=[class_table(manifest, task, splits) for task in tasks if task.classes],
+        features=features_of(reader, unreadable),
+        kind=manifest.description.input.kind,
+        dense=any(task.dense for task in tasks),
         values=[row for task in numeric for row in value_rows(manifest, task, splits)],
         samples=[(sample.id, sheet.input(sample), sheet.labels(sample)) for sample in samples],
         legends=sheet.legends(),
@@ -61,13 +65,6 @@ def dataset_page(
         stripes=pictures.stripes(),
         source=json.dumps(dict(manifest.source), indent=2, default=str),
     )
-
-
-def percent(value: float | None) -> str:
-    """A share in per cent; a share that is not 0 is not shown as 0."""
-    if value is None:
-        return "–"
-    return "< 0.1%" if 0 < value < 0.001 else f"{value:.1%}"
 
 
 def task_row(manifest: Manifest, task: Task, splits: Sequence[str]) -> dict[str, Any]:
@@ -82,7 +79,7 @@ def task_row(manifest: Manifest, task: Task, splits: Sequence[str]) -> dict[str,
         pixels = _size(manifest, task) * labelled
         unlabelled = 1 - sums["values"] / pixels if task.dense and pixels else None
         gaps.append({"samples": sums["missing"] / sums["rows"], "pixels": unlabelled})
-    return {"name": task.name, "kind": task.kind.replace("_", " "), "unit": task.unit, "gaps": gaps}
+    return {"name": task.name, "kind": task.kind.replace("_", " "), "unit": in_unit(0, task.unit)[1], "gaps": gaps}
 
 
 def _size(manifest: Manifest, task: Task) -> int:
@@ -144,16 +141,21 @@ def value_rows(manifest: Manifest, task: Task, splits: Sequence[str]) -> list[di
                 {
                     "name": f"{task.name}, channel {number}" if len(channels) > 1 else task.name,
                     "channel": number,
-                    "unit": task.unit,
+                    "unit": in_unit(0, task.unit)[1],
                     "split": split,
-                    "raw": found,
+                    "raw": {key: in_unit(value, task.unit)[0] for key, value in found.items()},
                     # each channel has its own constants
-                    "network": statistics.in_network_units(task, found, number)
+                    "network": _rounded(statistics.in_network_units(task, found, number))
                     if len(channels) == task.channels
                     else {},
                 }
             )
     return sorted(rows, key=lambda row: row["channel"])
+
+
+def _rounded(found: Mapping[str, float]) -> dict[str, float]:
+    """Values in network units to four decimals: a mean of 7·10⁻¹⁰ is a rounding error."""
+    return {key: round(value, 4) for key, value in found.items()}
 
 
 def frequent_reasons(folder: Location, most: int = 8) -> list[dict[str, Any]]:

@@ -73,6 +73,19 @@ def _any_script() -> Iterator[None]:
         yield
 
 
+def with_titles(drawn: str, titles: Mapping[str, str]) -> str:
+    """A figure whose elements show a text when the pointer is over them.
+
+    Args:
+        drawn: SVG of `svg`.
+        titles: Id of an element, as set with `Artist.set_gid`, → its text.
+    """
+    for element, text in titles.items():
+        opening = f'<g id="{element}">'
+        drawn = drawn.replace(opening, f"{opening}<title>{escape(text)}</title>", 1)
+    return drawn
+
+
 def dots(figure: Figure, wanted: float) -> float:
     """Dots per inch, reduced for figures of very many tasks, whose pixels would take gigabytes."""
     width, height = figure.get_size_inches()

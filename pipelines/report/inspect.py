@@ -14,6 +14,7 @@ from pipelines.data.manifest import SPLITS, Manifest, broken_shards, read_manife
 from pipelines.data.reader import Reader
 from pipelines.data.renewal import stale_notes
 from pipelines.report.dataset import dataset_page
+from pipelines.report.formatting import quantity
 from pipelines.runs.folders import check_page
 from pipelines.storage import Location, locate
 
@@ -100,6 +101,7 @@ def _drifts(manifest: Manifest, tasks: Sequence[Task]) -> list[str]:
 def _table(manifest: Manifest, names: list[str]) -> list[dict[str, Any]]:
     rows = []
     kinds = {task.name: task.kind for task in manifest.description.tasks}
+    units = {task.name: task.unit for task in manifest.description.tasks}
     for name in names:
         for split in SPLITS:
             if not manifest.rows(split):
@@ -112,11 +114,16 @@ def _table(manifest: Manifest, names: list[str]) -> list[dict[str, Any]]:
                     "split": split,
                     "rows": found["rows"],
                     "missing": f"{found['missing_rate']:.1%}",
-                    **{key: f"{found[key]:.4g}" if key in found else "" for key in ("mean", "std", "min", "max")},
+                    **{key: _figure(found.get(key), units[name]) for key in ("mean", "std", "min", "max")},
                     "classes": _shares(found.get("classes")),
                 }
             )
     return rows
+
+
+def _figure(value: float | None, unit: str) -> str:
+    """A raw value with its unit; empty if the task has none."""
+    return "" if value is None else quantity(value, unit)
 
 
 def _shares(classes: list[int] | None) -> str:

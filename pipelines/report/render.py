@@ -9,8 +9,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from pipelines.report import formatting
 from pipelines.report.figures import colour, number_of
 
+# the filters of all templates: numbers are written in one way on all pages
+NUMBERS = {name: getattr(formatting, name) for name in ("cost", "figure", "number", "percent", "share")}
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -31,7 +34,7 @@ def render(
 
     Args:
         template: File name of the template, which extends `base.html`.
-        filters: Filters of the template in addition to `tint`.
+        filters: Filters of the template in addition to `tint` and to those of `NUMBERS`.
         styles: Names of the style sheets, which are in the folder of the templates.
         figures: SVG of `figures.svg`, whose labels are escaped; a page leaves an empty one out.
         values: All other values of the template, which are escaped.
@@ -39,7 +42,7 @@ def render(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"tint": tint, **(filters or {})}
+    environment.filters |= {"tint": tint, **NUMBERS, **(filters or {})}
     environment.policies["json.dumps_kwargs"] = {}  # keep the order of keys: Bokeh refers to earlier ones
     style = "".join((TEMPLATES / f"{name}.css").read_text() for name in styles)
     trusted = {name: Markup(drawn) for name, drawn in (figures or {}).items()}  # noqa: S704 - our own SVG

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from pipelines.config.loading import Config
 from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.report import figures, pictures
-from pipelines.report.formatting import cost, percent, significant
+from pipelines.report.formatting import cost, percent
 from pipelines.report.gate_animation import moving_gate
 from pipelines.report.render import render
 from pipelines.runs.files import DETAILS, GATE, METRICS, RESULT, read_jsonl
@@ -75,7 +76,6 @@ def page(run: Location) -> str:
     }
     return render(
         "page.html",
-        filters={"cost": cost, "percent": percent, "significant": significant},
         styles=("page", "run", "sheet"),
         run=str(run),
         command=shlex.join(retrain_command(run)),
@@ -191,13 +191,17 @@ def overlap_plot(result: Mapping[str, Any], tasks: Sequence[str]) -> str:
 
 def facts(
     result: Mapping[str, Any], details: Mapping[str, Any], final: Sequence[Sequence[float]] | None
-) -> list[tuple[str, str]]:
-    """The summary at the top of the report: headings, each with one or two sentences."""
-    found = [("Groups", groups_text(result)), ("Gate", gate_text(result, final))]
-    if result["normalized_gain"] is not None:
-        found.append(("Gain", gain_text(result, details.get("intervals"))))
-    found.append(("Cost", cost_text(result, details.get("cost"))))
-    return [(name, text) for name, text in found if text]
+) -> dict[str, str]:
+    """The texts of the sections on the groups, the gain and the cost, each with one or two sentences."""
+    gained = result["normalized_gain"] is not None
+    found = {
+        "groups": groups_text(result),
+        "gate": gate_text(result, final),
+        "gain": gain_text(result, details.get("intervals")) if gained else "",
+        "capacity": capacity_text(result),
+        "cost": cost_text(result, details.get("cost")),
+    }
+    return {name: text for name, text in found.items() if text}
 
 
 def groups_text(result: Mapping[str, Any]) -> str:
@@ -239,6 +243,23 @@ def gain_text(result: Mapping[str, Any], intervals: Mapping[str, Any] | None) ->
     )
 
 
+def capacity_text(result: Mapping[str, Any]) -> str:
+    """The validation loss of the result relative to the wide encoder's, which has the same inference cost."""
+    found = {c["stage"]: c for c in result["candidates"]}
+    if WIDE not in found or result["chosen"] == WIDE or result["chosen"] not in found:
+        return ""
+    ours, wide = found[result["chosen"]], found[WIDE]
+    stopped = wide["final"] is None
+    key = "score" if stopped or ours["final"] is None else "final"
+    less = 100 * (1 - math.exp(ours[key] - wide[key]))
+    before = " before distillation" if result["distilled"].get("kept") else ""
+    when = ", which was stopped at the end of the search" if stopped else ""
+    return (
+        f"The gain in validation loss{before} is {percent(less)} over one wide encoder with the same inference "
+        f"cost{when}."
+    )
+
+
 def cost_text(result: Mapping[str, Any], measured: Mapping[str, Any] | None) -> str:
     """The inference and training cost relative to naive MTL."""
     rows = {row["name"]: row for row in measured["rows"]} if measured else {}
@@ -257,7 +278,7 @@ def cost_text(result: Mapping[str, Any], measured: Mapping[str, Any] | None) -> 
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """The result in two or three sentences, with the limits of a single run."""
+    """The result in one sentence."""
     count = len(result["grouping"])
     groups = f"{len(result['metrics'])} tasks in {count} {'group' if count == 1 else 'groups'}"
     if result["chosen"] == WIDE:
@@ -268,7 +289,4 @@ def verdict(result: Mapping[str, Any]) -> str:
     gain = result["normalized_gain"]
     if gain is None:
         return f"{groups}."
-    return (
-        f"{groups}. The gain over one shared encoder (naive MTL) on {result['split']} is {percent(gain)} in this "
-        "run. A single run does not show the variation between seeds."
-    )
+    return f"{groups}: {percent(gain)} gain over one shared encoder (naive MTL) on {result['split']}, in one run."

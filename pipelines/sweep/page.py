@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from pipelines.config.loading import Config
 from pipelines.registry.tracking import shown
-from pipelines.report.figures import COLOURS, NEUTRAL, STYLE, WIDTH, svg
-from pipelines.report.formatting import cost, number, percent
+from pipelines.report.figures import COLOURS, NEUTRAL, STYLE, WIDTH, svg, with_titles
+from pipelines.report.formatting import cost, percent, scaled
 from pipelines.report.render import render
 from pipelines.storage import Location
 from pipelines.sweep.results import KNEE
@@ -37,7 +37,6 @@ def write_page(target: Location, found: Mapping[str, Any], config: Config) -> No
     plots = {"pareto": pareto(known, found["pareto"], found["knee"]), "parallel": parallel(known)} if known else {}
     page = render(
         "sweep.html",
-        filters={"cost": cost, "percent": percent, "number": number},
         found=found,
         verdict=verdict(found),
         marks={row["label"]: ", ".join(marks_of(row["label"], found)) for row in found["settings"]},
@@ -70,7 +69,7 @@ def verdict(found: Mapping[str, Any]) -> str:
     if gained is None:
         return f"Best setting: {best['label']} (mean of {seeds}). Its gain over naive MTL is not defined."
     return (
-        f"Best setting: {best['label']}. Its gain over naive MTL on validation is {gained:+.1f} % "
+        f"Best setting: {best['label']}. Its gain over naive MTL on validation is {percent(gained)} "
         f"(mean of {seeds}), at {cost(best['flops'])} operations per sample."
     )
 
@@ -79,33 +78,39 @@ def pareto(settings: Sequence[Row], front: Sequence[Row], knee: str | None) -> s
     """Plot validation gain against operations per sample, with a line through the Pareto front."""
     gains = "; ".join(f"{row['label']} {percent(row['gain_validation'])} at {cost(row['flops'])}" for row in front)
     best = {row["label"] for row in front}
+    costs, unit = scaled([row["flops"] for row in settings])
+    at = {row["label"]: flops for row, flops in zip(settings, costs, strict=True)}
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
         axes = figure.add_subplot()
         axes.axhline(0, color=NAIVE, linewidth=0.8, linestyle=":")
-        steps = [(row["flops"] / 1e6, row["gain_validation"]) for row in front]
+        steps = [(at[row["label"]], row["gain_validation"]) for row in front]
         axes.plot(*zip(*steps, strict=True), color=FRONT, linewidth=1.4, drawstyle="steps-post", zorder=2)
-        for row in settings:
+        for i, row in enumerate(settings):
             colour, marker = (FRONT, "o") if row["label"] in best else (OTHER, "s")
             colour, marker = (NAIVE, "D") if row["naive"] else (colour, marker)
-            axes.scatter(
-                [row["flops"] / 1e6], [row["gain_validation"]], color=colour, marker=marker, s=34, zorder=3
-            )
+            point = (at[row["label"]], row["gain_validation"])
+            axes.scatter(*point, color=colour, marker=marker, s=34, zorder=3).set_gid(f"point-{i}")
             if row["label"] == knee:
-                axes.plot(row["flops"] / 1e6, row["gain_validation"], marker="o", markersize=15, color="black",
+                axes.plot(*point, marker="o", markersize=15, color="black",
                           fillstyle="none", clip_on=False)  # fmt: skip
-        _numbers(axes, front)
-        axes.set(xlabel="million operations per sample", ylabel="gain over naive MTL on validation, %")
+        _numbers(axes, steps)
+        axes.set(xlabel=f"{unit} operations per sample".strip(), ylabel="gain over naive MTL on validation, %")
         axes.margins(x=0.12, y=0.15)
-        return svg(
+        drawn = svg(
             figure, f"Gain over naive MTL against operations per sample. The front, cheapest first: {gains}"
         )
+        return with_titles(drawn, {f"point-{i}": described(row) for i, row in enumerate(settings)})
 
 
-def _numbers(axes: Axes, front: Sequence[Row]) -> None:
+def described(row: Row) -> str:
+    """A setting with its gain and its cost, for the pointer."""
+    return f"{row['label']}: gain {percent(row['gain_validation'])}, {cost(row['flops'])} operations per sample"
+
+
+def _numbers(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     """Write the number of each setting in the table of the front at its point."""
-    for i, row in enumerate(front, 1):
-        place = (row["flops"] / 1e6, row["gain_validation"])
+    for i, place in enumerate(points, 1):
         axes.annotate(str(i), place, (-8, 8), textcoords="offset points", ha="right", va="bottom", fontsize=9)
 
 
@@ -124,7 +129,8 @@ def parallel(settings: Sequence[Row]) -> str:
         for i in sorted(range(len(rows)), key=lambda i: gains[i]):
             shift = 0.12 * ((i + 0.5) / len(rows) - 0.5)  # lines with the same value are shifted apart
             heights = [at[i] + (shift if n < len(axes_of) - 2 else 0) for n, (_, at, _) in enumerate(axes_of)]
-            axes.plot(range(len(axes_of)), heights, color=GAIN(gains[i]), linewidth=1.8, alpha=0.9)
+            axes.plot(range(len(axes_of)), heights, color=GAIN(gains[i]), linewidth=2.4, alpha=0.9,
+                      gid=f"line-{i}")  # fmt: skip
         for n, (_, _, marks) in enumerate(axes_of):
             axes.axvline(n, color="black", linewidth=0.8)
             for height, text in marks.items():
@@ -134,7 +140,8 @@ def parallel(settings: Sequence[Row]) -> str:
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.tick_params(length=0)
         listed = "; ".join(f"{row['label']} {percent(row['gain_validation'])}" for row in rows)
-        return svg(figure, f"Settings as lines through their values, coloured by validation gain: {listed}")
+        drawn = svg(figure, f"Settings as lines through their values, coloured by validation gain: {listed}")
+        return with_titles(drawn, {f"line-{i}": described(row) for i, row in enumerate(rows)})
 
 
 def _mark(axes: Axes, n: int, height: float, text: str, *, beside: bool) -> None:

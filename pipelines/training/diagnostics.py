@@ -24,6 +24,7 @@ from pipelines.data.manifest import SPLITS
 from pipelines.data.reader import Reader
 from pipelines.data.stream import Unit, all_units
 from pipelines.report.contact_sheet import Sample, Sheet, ids_of, in_words
+from pipelines.report.formatting import quantity
 from pipelines.training.latency import costs
 
 EXAMINED = 2**30  # most bytes of samples that are examined; of a larger split a random part
@@ -98,8 +99,8 @@ def label_summary(task: Task, sums: statistics.Sums) -> str:
         shown = [f"{statistics.class_name(task, i)} {share:.0%}" for share, i in shares[:3] if share]
         return ", ".join(shown) + (f", {len(shares) - 3} more" if len(shares) > 3 else "")
     found = statistics.moments(sums)
-    unit = f" ({task.unit})" if task.unit else ""
-    return "mean {mean:.4g}, deviation {std:.4g}, {min:.4g} to {max:.4g}".format(**found) + unit
+    mean, deviation, least, greatest = (quantity(found[key], task.unit) for key in ("mean", "std", "min", "max"))
+    return f"mean {mean}, deviation {deviation}, {least} to {greatest}"
 
 
 class MergedGroups(nn.Module):

@@ -47,7 +47,7 @@ def run(script, folder, *arguments):
 @pytest.mark.parametrize(
     ("command", "first"),
     [
-        (("demo",), "dmtg demo: reading the recipe rooms"),
+        (("demo",), "dmtg demo: reading the recipe hall"),
         (("doctor", "-c", "t.yaml"), "dmtg doctor: reading t.yaml"),
         (("doctor",), "dmtg doctor"),
         (("config", "new", "t.csv", "--targets", "y"), "dmtg config new: reading t.csv"),

@@ -17,14 +17,22 @@ from pipelines.data.shards import table_of
 from pipelines.data.sources import build_source
 from pipelines.data.sources.base import Description, Source
 from pipelines.recipes import recipes
+from pipelines.scaffold.example import write_hall
 from pipelines.storage import locate
 from tests.pipelines import raw_data
+
+
+def hall(root: Path) -> Path:
+    write_hall(locate(str(root)))
+    return root
+
 
 # reader or recipe → what writes its files; words that change what would be slow, or mean nothing, with two samples
 WRITERS: Mapping[str, Callable[[Path], Path]] = {
     "celeba": raw_data.write_celeba,
     "clothing": raw_data.write_clothing,
     "goemotions": raw_data.write_goemotions,
+    "hall": hall,
     "nuclei": raw_data.write_nuclei,
     "planted": lambda root: root,  # made from its options
     "rooms": lambda root: root,  # its reader draws its files

@@ -198,13 +198,13 @@ def test_page_counts_classes_flags_and_missing_labels(page: Page) -> None:
     assert not [row for row in page.cells if row[0] == "none"]
     assert page.row("bright", "binary")[1:] == ["25.0%", "16.7%"]
     assert page.row("bright", "3") == ["33.3%", "2", "40.0%"]
-    assert page.row("depth", "dense regression") == ["1/512 m", "0.0%, pixels 6.2%", "0.0%, pixels 6.2%"]
+    assert page.row("depth", "dense regression") == ["m", "0.0%, pixels 6.2%", "0.0%, pixels 6.2%"]
     assert page.row("normal", "dense regression") == ["", "0.0%, pixels 25.0%", "0.0%, pixels 25.0%"]
 
 
 def test_page_shows_values_in_raw_and_in_network_units(page: Page) -> None:
     assert page.row("level (cd)", "train") == ["10", "5", "5", "15", "0", "1", "-1", "1"]
-    assert page.row("depth (1/512 m)", "val") == ["1500", "500", "1000", "2000", "0", "0.5", "-0.5", "0.5"]
+    assert page.row("depth (m)", "val") == ["2.93", "0.9766", "1.953", "3.906", "0", "0.5", "-0.5", "0.5"]
     assert page.row("normal, channel 2", "train") == ["0", "0", "0", "0", "-1", "0", "-1", "-1"]
     # every channel has its own offset and scale
     assert page.row("bend, channel 0", "train") == ["100", "10", "90", "110", "0", "1", "-1", "1"]
@@ -230,7 +230,7 @@ def test_contact_sheet_draws_every_label(page: Page) -> None:
     shown = ["#" + bytes(seg.getpixel(place)).hex() for place in ((1, 0), (0, 2))]
     assert shown == [pictures.class_colour(0), pictures.class_colour(1)]
     assert "level15 cd" in re.sub(r"\s*\n\s*", "", page.text)
-    assert "depth: 2000 to 2000 × 1/512 m, 6% without a label" in page.text
+    assert "depth: 3.906 to 3.906 m, 6% without a label" in page.text
 
 
 def test_problems_are_on_top_and_readable_samples_are_drawn(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pipelines.cli.train import _print_summary, _selection
 from pipelines.config.loading import load_config
 from pipelines.report.figures import branches, curve, ordered
 from pipelines.report.run import (
+    capacity_text,
     cost_text,
     facts,
     gain_text,
@@ -40,6 +41,7 @@ def result(chosen: str, gain: float | None = 4.0) -> dict[str, Any]:
         "metrics": {"a": {}, "b": {}, "c": {}},
         "split": "test",
         "normalized_gain": gain,
+        "distilled": {},
         "candidates": [
             candidate("guided", -1.0, None), candidate("start_0", -1.2, -1.3), candidate("wide", -1.1, -1.4, 1)
         ],
@@ -51,17 +53,17 @@ def result(chosen: str, gain: float | None = 4.0) -> dict[str, Any]:
     [
         (
             "start_0",
-            "3 tasks in 2 groups. The gain over one shared encoder (naive MTL) on test is +4.0 % in this run.",
+            "3 tasks in 2 groups: +4.0 % gain over one shared encoder (naive MTL) on test, in one run.",
         ),
         (
             "wide",
-            "No grouping of the 3 tasks was better than one wide encoder with the same inference cost. The gain",
+            "No grouping of the 3 tasks was better than one wide encoder with the same inference cost: +4.0 %",
         ),
     ],
 )
 def test_the_verdict_names_the_result_and_its_gain(chosen: str, text: str) -> None:
     assert verdict(result(chosen)).startswith(text)
-    assert verdict(result(chosen, gain=None)) == text.split(". ", maxsplit=1)[0] + "."
+    assert verdict(result(chosen, gain=None)) == text.partition(": ")[0] + "."
 
 
 def test_the_plotted_gate_is_the_gate_of_the_result_or_the_best_one() -> None:
@@ -156,12 +158,28 @@ def test_the_text_of_the_cost_is_relative_to_naive_mtl_if_both_were_measured() -
     text = cost_text(measured(1.0, 2.0), {"rows": rows})
     assert text.startswith("Inference takes 1.5 times the operations and 1.5 times the time of naive MTL.")
     assert text.endswith("Training costs 5.2 runs of naive MTL.")
-    assert cost_text(measured(1.0, 2.0), None).startswith("Inference takes 3 M operations a sample.")
+    assert cost_text(measured(1.0, 2.0), None).startswith("Inference takes 3 million operations a sample.")
+
+
+def test_the_text_of_the_capacity_compares_the_result_with_the_wide_encoder() -> None:
+    """The scores are mean logarithms of losses: a difference of -0.1 is a loss that is lower by 9.5 %."""
+    both = [candidate("start_0", -1.0, -1.5), candidate("wide", -1.1, -1.4, 1)]
+    found = result("start_0") | {"candidates": both, "distilled": {}}
+    assert capacity_text(found) == (
+        "The gain in validation loss is +9.5 % over one wide encoder with the same inference cost."
+    )
+    found["distilled"] = {"kept": True}
+    both[1] |= {"final": None}
+    assert capacity_text(found).startswith(
+        "The gain in validation loss before distillation is -10.5 % over one wide"
+    )
+    assert "cost, which was stopped at the end of the search." in capacity_text(found)
+    assert capacity_text(result("wide")) == capacity_text(found | {"candidates": []}) == ""
 
 
 def test_without_naive_mtl_there_is_no_gain() -> None:
-    names = [name for name, _ in facts(measured(1.0, 2.0) | {"normalized_gain": None}, {}, SURE)]
-    assert names == ["Groups", "Gate", "Cost"]
+    found = facts(measured(1.0, 2.0) | {"normalized_gain": None}, {}, SURE)
+    assert list(found) == ["groups", "gate", "capacity", "cost"]
 
 
 def test_branches_have_the_names_of_their_groups() -> None:

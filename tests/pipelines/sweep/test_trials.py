@@ -315,8 +315,11 @@ def test_page_needs_no_network_and_shows_front_best_setting_and_failures(
     page = (tmp_path / "sweep.html").read_text()
     assert not re.findall(r"(?:src|href)=\"http", page)
     assert len(re.findall(r'<svg role="img" aria-label="[^"]+"', page)) == 2
-    assert "The front, cheapest first: naive_mtl +0.0 % at 1 M; groups2 +25.0 % at 2 M" in page
+    assert "The front, cheapest first: naive_mtl +0.0 % at 1 million; groups2 +25.0 % at 2 million" in page
     assert "groups2 (best, knee)" in page
+    assert page.index("<figure>") < page.index("the rule")
+    hovers = re.findall(r"<title>(groups2: [^<]+)</title>", page)
+    assert hovers == ["groups2: gain +25.0 %, 2 million operations per sample"] * 2  # a point and a line
     assert "groups3 (front)" in page
     assert "failed: memory ran out" in page
     assert "Its gain over naive MTL on validation is +25.0 % (mean of 2 seeds)" in verdict(content)

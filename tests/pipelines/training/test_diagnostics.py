@@ -170,5 +170,5 @@ def test_the_summary_of_the_data_set(found: dict[str, Any]) -> None:
     tasks = {task["name"]: task for task in data["tasks"]}
     assert tasks["bright"]["missing"] == 0.25
     assert tasks["colour"]["labels"] == "blue 33%, green 33%, red 33%"
-    assert tasks["level"]["labels"] == "mean 10, deviation 5, 5 to 15 (cd)"
+    assert tasks["level"]["labels"] == "mean 10 cd, deviation 5 cd, 5 cd to 15 cd"
     assert {"python", "torch", "ray", "mlflow", "dmtg"} <= set(found["versions"])
