@@ -72,7 +72,7 @@ def temporary_folder(inside: Path | None = None) -> Iterator[Path]:
     """A temporary folder for the time of the block.
 
     Args:
-        inside: The folder that gets it, beside a file that is renamed to its place; abandoned ones there are removed.
+        inside: The folder that gets it, if a file in it is renamed to its place; abandoned ones are removed there.
 
     Raises:
         UserError: If no folder can be created.

@@ -109,3 +109,15 @@ def test_a_table_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> 
     assert "[red]x" in found
     assert "\x1b" not in found
     assert "hush" not in found
+
+
+def test_an_answer_is_acknowledged_when_all_of_it_has_been_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    printed: list[str] = []
+
+    def body() -> dict[str, Any]:
+        return {"version": 1, "answered": lambda: printed.append(capsys.readouterr().out)}
+
+    with pytest.raises(typer.Exit):
+        run("models rollback", body, as_json=True, debug=False)
+    assert '"version": 1' in printed[0]
+    assert "answered" not in printed[0]
