@@ -32,6 +32,7 @@ from pipelines.config.sections import SearchSection
 from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.execution.executor import Executor
+from pipelines.execution.resources import cells_cpus
 from pipelines.registry.tracking import connect, enabled, open_tracker
 from pipelines.runs.files import CONFIG
 from pipelines.runs.identity import earlier_verdict
@@ -72,11 +73,13 @@ def compare(config: Config, log: Callable[[str], None] = logger.info) -> Compari
     """
     from pipelines.compare.page import write_page
 
-    named, folder = open_cells_folder(config, "compare")
+    named, base = open_cells_folder(config, "compare")
     if enabled(config.track):
         connect(config.track)
-    named, folder, manifest = folder_of_data(config, named, folder, log)
-    with cells_session(named, log, folder, manifest) as (data, executor):
+    with (
+        folder_of_data(config, named, base, cells_cpus(config.ray), log) as (named, folder, manifest),
+        cells_session(named, log, folder, manifest) as (data, executor),
+    ):
         methods = methods_of(config, data.tasks)
         comparison = Comparison(config, tuple(task.name for task in data.tasks))
         job = cell_job(data, executor, folder)
