@@ -73,6 +73,8 @@ def compare(config: Config, log: Callable[[str], None] = logger.info) -> Compari
     """
     from pipelines.compare.page import write_page
 
+    for name, changes in config.compare.variants.items():
+        check_variant(config, name, changes)
     named, base = open_cells_folder(config, "compare")
     if enabled(config.track):
         connect(config.track)
@@ -142,8 +144,6 @@ def methods_of(config: Config, tasks: Sequence[Task]) -> list[str]:
             remedy="give each variant and each grouping its own name",
             wrong_use=True,
         )
-    for name, changes in config.compare.variants.items():
-        check_variant(config, name, changes)
     for name, groups in config.compare.groupings.items():
         try:
             Grouping.of(groups, [task.name for task in tasks])
