@@ -1,8 +1,9 @@
 """Temporary folders that only their user can read, and that the next command removes if their process was killed.
 
 A folder is created by `mkdtemp` (mode 0700) in the folder of `tempfile.gettempdir()`, which all users of a machine
-share. Its process holds a lock on the folder itself and on nothing that others can open. A folder is abandoned if
-it belongs to this user, is no link, has mode 0700 and can be locked.
+share, or beside a file that is renamed to its place. Its process holds a lock on the folder itself and on nothing
+that others can open. A folder is abandoned if it belongs to this user, is no link, has mode 0700 and can be
+locked.
 """
 
 from __future__ import annotations
@@ -42,46 +43,53 @@ class Scratch:
         os.close(self.descriptor)
 
 
-def new_scratch(purpose: str = "") -> Scratch:
+def new_scratch(purpose: str = "", inside: Path | None = None) -> Scratch:
     """Create a temporary folder.
 
     Args:
         purpose: A part of its name, by which `abandoned` finds it.
+        inside: The folder that gets it; that of `tempfile.gettempdir()` by default.
 
     Raises:
         UserError: If no folder can be created.
     """
     try:
         while True:
-            path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{purpose}-"))
+            path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{purpose}-", dir=inside))
             descriptor = _locked(path)
             if descriptor is not None:
                 return Scratch(path, descriptor)
     except OSError as error:
         raise UserError(
             f"cannot create a folder for temporary files: {error}",
-            where=tempfile.gettempdir(),
-            remedy="free disk space there, or set TMPDIR to another folder",
+            where=str(inside or tempfile.gettempdir()),
+            remedy="free disk space there" + ("" if inside else ", or set TMPDIR to another folder"),
         ) from error
 
 
 @contextmanager
-def temporary_folder() -> Iterator[Path]:
+def temporary_folder(inside: Path | None = None) -> Iterator[Path]:
     """A temporary folder for the time of the block.
+
+    Args:
+        inside: The folder that gets it, if a file in it is renamed to its place; abandoned ones are removed there.
 
     Raises:
         UserError: If no folder can be created.
     """
-    scratch = new_scratch()
+    if inside is not None:
+        remove_abandoned(inside)
+    scratch = new_scratch(inside=inside)
     try:
         yield scratch.path
     finally:
         scratch.close()
 
 
-def abandoned(purpose: str = "") -> Iterator[Path]:
+def abandoned(purpose: str = "", inside: Path | None = None) -> Iterator[Path]:
     """The folders of processes of this user that have ended. Each is locked while it is yielded."""
-    for path in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}{purpose}-*" if purpose else f"{PREFIX}*")):
+    place = inside or Path(tempfile.gettempdir())
+    for path in sorted(place.glob(f"{PREFIX}{purpose}-*" if purpose else f"{PREFIX}*")):
         try:
             descriptor = _locked(path)
         except OSError:
@@ -93,9 +101,9 @@ def abandoned(purpose: str = "") -> Iterator[Path]:
                 os.close(descriptor)
 
 
-def remove_abandoned() -> None:
+def remove_abandoned(inside: Path | None = None) -> None:
     """Remove the abandoned folders. The stacks of a worker that hung are kept for the run that it belongs to."""
-    for path in abandoned():
+    for path in abandoned(inside=inside):
         stacks = path / STACKS
         if not (stacks.exists() and stacks.stat().st_size):
             shutil.rmtree(path, ignore_errors=True)

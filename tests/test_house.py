@@ -21,6 +21,13 @@ MOST_MODULES = 16  # in a folder
 MOST_LINES = 400  # in a file
 LENGTHS = {"dmtg_core": (7, 30), "pipelines": (8, 28)}  # median and 95th percentile of the lines of a function
 RAY_TRAIN = ROOT / "pipelines" / "training" / "ray"
+# what is done in one place only → this place
+ONLY_IN = {
+    "yaml.load": "config/yaml_text.py",
+    "yaml.safe_load": "config/yaml_text.py",
+    "tempfile.TemporaryDirectory": "scratch.py",
+    "tempfile.mkdtemp": "scratch.py",
+}
 
 
 def files(package: str) -> list[Path]:
@@ -163,3 +170,14 @@ def test_no_import_changes_the_environment() -> None:
 )
 def test_a_change_of_the_environment_is_seen(code: str, changes: bool) -> None:
     assert any(changes_environment(node) for node in at_import(ast.parse(code))) == changes
+
+
+def test_yaml_is_read_and_temporary_folders_are_created_in_one_place() -> None:
+    elsewhere = [
+        f"{file.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}"
+        for file in files("pipelines")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and file != ROOT / "pipelines" / ONLY_IN.get(ast.unparse(node), file.relative_to(ROOT / "pipelines"))
+    ]
+    assert elsewhere == []

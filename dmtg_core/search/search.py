@@ -209,7 +209,7 @@ class _Search:
         self.state.held[name] = state
         scores = [record["val_score"] for record in state.history]
         self._end(
-            name, state, score=min(scores), restless=_score_noise(scores),
+            name, state, score=min(scores), noise=_score_noise(scores),
             probabilities=state.network.gate.probabilities().tolist(),
         )  # fmt: skip
         finalists = self._finalists() if self._done(self.candidates[-1]) else self.candidates
@@ -236,7 +236,7 @@ class _Search:
         if self.options.method == "dmtg":
             return [best]
         # a difference within the noise of the score does not separate candidates
-        most = scores[best] + factor * self.options.within + self._result(best)["restless"]
+        most = scores[best] + factor * self.options.within + self._result(best)["noise"]
         return [name for name, score in scores.items() if score <= most]
 
     def _finish(self, name: str) -> None:

@@ -13,6 +13,8 @@ from dmtg_core.training import checkpoint
 from dmtg_core.training.settings import TrainSettings
 from dmtg_core.training.state import TrainState
 
+RENAMED = {"restless": "noise"}  # keys of results in checkpoints of earlier versions
+
 
 @dataclass
 class SearchState:
@@ -68,4 +70,5 @@ class SearchState:
         trained = {
             name: checkpoint.load_network(folder / "trained" / name, device) for name in described["trained"]
         }
-        return cls(plan, described["results"], current, held, trained)
+        results = [{RENAMED.get(key, key): value for key, value in one.items()} for one in described["results"]]
+        return cls(plan, results, current, held, trained)

@@ -86,6 +86,7 @@ def config_new(
 
     def body() -> dict[str, Any]:
         from pipelines.errors import UserError
+        from pipelines.runs.folders import check_file
         from pipelines.scaffold.template import new_config
         from pipelines.storage import locate
 
@@ -93,6 +94,7 @@ def config_new(
         made = new_config(source, data, targets or [], name, beside)
         file = out or f"{made.name}.yaml"
         place = locate(file)
+        check_file(place, "-o", "a configuration", _is_config if force else lambda _: True)
         if place.exists() and not force:
             raise UserError(
                 "the file exists already", where=str(place),
@@ -110,3 +112,17 @@ def config_new(
         return {"config": file, "columns": kinds, "next": Next(purpose, command_line(["shard"], file, []))}
 
     run("config new", body, reads=data, as_json=as_json, debug=debug)
+
+
+def _is_config(text: str) -> bool:
+    """Whether a text is a configuration: a mapping with sections of one, and nothing else."""
+    import yaml
+
+    from pipelines.config.loading import Config
+    from pipelines.config.yaml_text import load_yaml
+
+    try:
+        values = load_yaml(text)
+    except yaml.YAMLError:
+        return False
+    return isinstance(values, dict) and set(values) <= {"base", *Config.model_fields}

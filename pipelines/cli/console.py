@@ -108,6 +108,7 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
         command: Name of the command.
         body: The work of the command. It returns the fields of the JSON object. If "status" is "failed" the exit
             code is 1; "exit_code" sets another one. "next" is a `Next`, which is printed last.
+            "answered" is called after everything has been printed.
         as_json: Print the JSON object as the last line of stdout.
         debug: Raise an error with its traceback.
         reads: What the command reads first; a part of the first line.
@@ -125,10 +126,12 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
         logging.getLogger(name).setLevel(logging.INFO)
     outcome: dict[str, Any] = {"command": command, "status": "failed"}
     token = _json.set(as_json)
+    answered: Callable[[], None] | None = None
     try:
         with safe_output(), naming_imports(log):
             outcome |= {"status": "done"} | body()
         code = outcome.pop("exit_code", 0 if outcome["status"] == "done" else FAILED)
+        answered = outcome.pop("answered", None)
         step = outcome.get("next")
         if step is not None:
             log("", f"next: {step.purpose}", f"  {step}")
@@ -144,6 +147,8 @@ def run(command: str, body: Callable[[], dict[str, Any]], *, as_json: bool, debu
         from pipelines.storage import finite
 
         print(json.dumps(finite(outcome), allow_nan=False), flush=True)
+    if answered is not None:
+        answered()
     raise typer.Exit(code)
 
 

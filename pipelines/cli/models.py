@@ -161,18 +161,32 @@ def models_promote(
 def models_rollback(
     name: Name, uri: TrackUri = "", ray_config: RayFile = "", as_json: Json = False, debug: Debug = False
 ) -> None:
-    """Make the previous champion the champion again."""
+    """Make the previous champion the champion again.
+
+    If the command was killed, the same command completes it and does not go back twice.
+    """
 
     def body() -> dict[str, Any]:
         from pipelines.registry.aliases import rollback
 
         model = name.removeprefix("models:/")
-        outcome = _print_champion(_query(uri, ray_config, lambda section: rollback(section, model)))
-        return outcome | {
-            "next": Next("show the champion", _command("show", uri, ray_config, f"{model}@champion"))
+        outcome = _query(uri, ray_config, lambda section: rollback(section, model, acknowledged=False))
+        return _print_champion(outcome) | {
+            "next": Next("show the champion", _command("show", uri, ray_config, f"{model}@champion")),
+            "answered": lambda: _acknowledge(uri, ray_config, model),
         }
 
     run("models rollback", body, as_json=as_json, debug=debug)
+
+
+def _acknowledge(uri: str, ray_config: str, name: str) -> None:
+    from pipelines.errors import UserError
+    from pipelines.registry.aliases import acknowledge
+
+    try:
+        _query(uri, ray_config, lambda section: acknowledge(section, name))
+    except UserError as error:
+        log(f"note: {error.what}; the next rollback gives this answer once more")
 
 
 def _section(uri: str, ray_config: str) -> TrackSection:

@@ -33,6 +33,7 @@ from pipelines.config.sections import SearchSection
 from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.execution.executor import Executor
+from pipelines.execution.resources import cells_cpus
 from pipelines.registry.tracking import connect, enabled, open_tracker
 from pipelines.runs.files import CONFIG
 from pipelines.runs.identity import earlier_verdict
@@ -73,11 +74,15 @@ def compare(config: Config, log: Callable[[str], None] = logger.info) -> Compari
     """
     from pipelines.compare.page import write_page
 
-    named, folder = open_cells_folder(config, "compare")
+    for name, changes in config.compare.variants.items():
+        check_variant(config, name, changes)
+    named, base = open_cells_folder(config, "compare")
     if enabled(config.track):
         connect(config.track)
-    named, folder, manifest = folder_of_data(config, named, folder, log)
-    with cells_session(named, log, folder, manifest) as (data, executor):
+    with (
+        folder_of_data(config, named, base, cells_cpus(config.ray), log) as (named, folder, manifest),
+        cells_session(named, log, folder, manifest) as (data, executor),
+    ):
         methods = methods_of(config, data.tasks, data.manifest.description.input.kind)
         comparison = Comparison(config, tuple(task.name for task in data.tasks))
         job = cell_job(data, executor, folder)
@@ -149,8 +154,6 @@ def methods_of(config: Config, tasks: Sequence[Task], input_kind: str) -> list[s
             remedy="give each variant and each grouping its own name",
             wrong_use=True,
         )
-    for name, changes in config.compare.variants.items():
-        check_variant(config, name, changes)
     for name, groups in config.compare.groupings.items():
         try:
             Grouping.of(groups, [task.name for task in tasks])

@@ -25,6 +25,7 @@ from pipelines.compare.methods import random_groupings
 from pipelines.compare.preparation import cell_job, cells_session, open_cells_folder
 from pipelines.compare.significance import Correlation, agreement, intraclass_correlation, mean_of
 from pipelines.config.loading import Config
+from pipelines.execution.resources import cells_cpus
 from pipelines.runs.identity import SIGNAL
 from pipelines.runs.results import numbers
 from pipelines.storage import Location
@@ -60,11 +61,13 @@ def signal(config: Config, log: Callable[[str], None] = logger.info) -> SignalRe
     Raises:
         UserError: For every problem, before training if it can be known by then.
     """
-    named, folder = open_cells_folder(config, "signal")
-    named, folder, manifest = folder_of_data(config, named, folder, log)
+    named, base = open_cells_folder(config, "signal")
     section = config.signal
     epochs = max(round(section.share * config.train.epochs), 1)
-    with cells_session(named, log, folder, manifest) as (data, executor):
+    with (
+        folder_of_data(config, named, base, cells_cpus(config.ray), log) as (named, folder, manifest),
+        cells_session(named, log, folder, manifest) as (data, executor),
+    ):
         names = [task.name for task in data.tasks]
         partitions = distinct_partitions(names, min(config.network.groups, len(names)), section.partitions)
         kinds = (NAIVE, PROPOSAL, WIDE) if config.network.encoder in WIDTHS else (NAIVE, PROPOSAL)

@@ -24,7 +24,9 @@ from pipelines.data.sources.base import Description, Entry
 from pipelines.errors import UserError
 
 SHARD_BYTES = 64 * 2**20  # decoded size of a shard if its number of rows is not configured
+SMALL_COUNT, SMALL_BYTES = 100, 2**20  # shards, and their decoded size, for a note
 NAMED = 5  # most ids in a message
+MOST_SHARDS = 10_000  # of a configured size that is smaller than the default
 _KEY = hashlib.sha256().digest_size
 
 
@@ -94,13 +96,14 @@ def make_plans(
         The plans of all splits, in order. They are small: their samples are in temporary files.
 
     Raises:
-        UserError: When there are no samples for training or validation, two samples have the same id, or the
-            temporary folder is full.
+        UserError: When there are no samples for training or validation, two samples have the same id, there are
+            too many shards of a small configured size, or the temporary folder is full.
     """
     described = [description.input.to_dict(), [task.to_dict() for task in description.tasks]]
     described.append(dict(description.preparation))
     options = json.dumps([described, source.kind, source.options, data.compression], sort_keys=True, default=str)
-    size = data.rows_per_shard or min(max(SHARD_BYTES // description.row_bytes, 64), 8192)
+    usual = min(max(SHARD_BYTES // description.row_bytes, 64), 8192)
+    size = data.rows_per_shard or usual
     splits = {split: _Split(split, size, options, files) for split in SPLITS}
     repeated, before = _Repeated(), b""
     # neighbours on disk are similar; a hash shuffles them in the same way on every machine
@@ -119,7 +122,29 @@ def make_plans(
             where=source.root,
             remedy="training needs samples for train and val; check the split column or file",
         )
-    return [plan for split in splits.values() for plan in split.finished()]
+    plans = [plan for split in splits.values() for plan in split.finished()]
+    if size < usual and len(plans) > MOST_SHARDS:
+        raise UserError(
+            f"data.rows_per_shard={size} makes {len(plans)} shards of {sum(counts.values())} samples, "
+            f"at most {MOST_SHARDS} are reasonable",
+            where="data.rows_per_shard",
+            remedy=f"leave it out: a shard then has {usual} samples",
+            wrong_use=True,
+        )
+    return plans
+
+
+def small_shards(plans: Sequence[ShardPlan], row_bytes: int) -> str:
+    """A note for shards that are much smaller than is useful; empty for others.
+
+    Args:
+        plans: All shards.
+        row_bytes: Decoded size of a sample.
+    """
+    rows = max(len(plan.entries) for plan in plans)
+    if len(plans) < SMALL_COUNT or rows * row_bytes >= SMALL_BYTES:
+        return ""
+    return f"{len(plans)} shards of {rows} samples at most are slow to read: raise data.rows_per_shard"
 
 
 def _record(entry: Entry) -> bytes:

@@ -42,9 +42,17 @@ def ensure_shards(
     Raises:
         UserError: As `ready_shards` and `shard`.
     """
-    ready = manifest or ready_shards(config, progress)
-    if ready is not None:
-        return ready
+    return manifest or ready_shards(config, progress) or renew_shards(config, progress, executor)
+
+
+def renew_shards(
+    config: Config, progress: Callable[[str], None] = logger.info, executor: Executor | None = None
+) -> Manifest:
+    """Create the shards of which `ready_shards` has found none, or changed ones; arguments as `ensure_shards`.
+
+    Raises:
+        UserError: As `shard`.
+    """
     before = read_manifest(locate(config.data.shards)) if (locate(config.data.shards) / FILE).exists() else None
     now = shard(config, progress, executor).manifest
     if before is not None:

@@ -31,7 +31,7 @@ from pipelines.config.loading import Config
 from pipelines.config.sections import SourceSection
 from pipelines.data import statistics
 from pipelines.data.manifest import FILE, SPLITS, Manifest, Shard, check_shards, read_manifest
-from pipelines.data.planning import ShardPlan, make_plans
+from pipelines.data.planning import ShardPlan, make_plans, small_shards
 from pipelines.data.raw_data import identity
 from pipelines.data.shard_folder import (
     EXAMPLES,
@@ -122,6 +122,9 @@ def _shard(
         progress(f"note: {note}")
     plans = make_plans(source.entries(), description, section, config.data, made["folders"])
     samples = sum(len(plan.entries) for plan in plans)
+    small = small_shards(plans, description.row_bytes)
+    if small:
+        progress(f"note: {small}")
     files = records.files | {plan.file for plan in plans}
     record_job(folder, files)
     parts = {plan.digest: part for plan in plans if (part := finished_part(folder, plan, records.notes, source))}

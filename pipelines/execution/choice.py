@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from pipelines.config.ray_section import RaySection
 from pipelines.errors import UserError
@@ -37,6 +37,19 @@ def open_executor(
     else:
         with EmbeddedExecutor(section, processes, imports) as embedded:
             yield embedded
+
+
+def kept_session(section: RaySection, cpus: float) -> AbstractContextManager[None]:
+    """One Ray session for several executors that follow each other; nothing if the work does not run on Ray.
+
+    Args:
+        section: The configured resources.
+        cpus: Logical CPUs of a local Ray cluster, as many as the executor needs that uses the most.
+
+    Raises:
+        UserError: As `on_ray` and `session`.
+    """
+    return session(section, cpus) if on_ray(section) else nullcontext()
 
 
 def preload_processes(section: RaySection, imports: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ from pipelines.errors import UserError
 from pipelines.execution.choice import open_executor
 from pipelines.execution.errors import user_error
 from pipelines.execution.executor import Executor
-from pipelines.nightly.datasets import checked_date, newest, no_data_set, of_date
+from pipelines.nightly.datasets import DATE, checked_date, newest, no_data_set, of_date
 from pipelines.nightly.evaluation import evaluate, verdict_of
 from pipelines.nightly.leakage import check_champion, check_evaluation, leakage_notes
 from pipelines.nightly.publish import VERDICT, job_result, publish
@@ -36,12 +36,14 @@ from pipelines.registry.models import load_registered
 from pipelines.registry.tracking import connect, enabled
 from pipelines.registry.versions import show_model
 from pipelines.runs.files import LABELS
+from pipelines.runs.folders import check_folder
 from pipelines.runs.lease import Lease
 from pipelines.runs.models import write_model
 from pipelines.storage import Location, locate
 from pipelines.training.driver import Trained, train
 
-PLAN, COMPARISON = "night.json", "comparison.json"
+PLAN, COMPARISON = "plan.json", "comparison.json"
+EARLIER_PLAN = "night.json"  # of earlier versions
 DECISION = "decision.json"  # the verdict before the alias moves
 LEASE, CHALLENGER, CHAMPION = "lease.json", "challenger", "champion"
 PROMOTED, KEPT = "promoted", "kept"
@@ -114,8 +116,7 @@ def regroup(
             remedy="set track.uri, or leave it out for an SQLite file in the current folder",
             wrong_use=True,
         )
-    root = (locate(config.run.root) / "regroup" / config.name).retrying()
-    root.check_writable()
+    root = _root(config, date)
     with Lease(root / LEASE, config.regroup.lease_s, f"regroup of {config.name}").held(wait_s, log) as lease:
         folder = root / date
         if (folder / VERDICT).exists():
@@ -123,10 +124,25 @@ def regroup(
             publish(config, folder, log)
             return job_result(config, folder) | {"repeated": True}
         with open_executor(config.ray) as executor:
-            if source is not None and not (folder / PLAN).exists():
+            if source is not None and not _plan_of(folder).exists():
                 ensure_shards(source, log, executor)
             job = _Job(config, folder, lease, executor, log, trust_code)
             return job.dry_run(date) if dry_run else job.run(date)
+
+
+def _root(config: Config, date: str) -> Location:
+    """The folder of all nightly runs of a model, which has a folder for each date.
+
+    Raises:
+        UserError: If it or the folder of the date has other contents, or cannot be written.
+    """
+    root = (locate(config.run.root) / "regroup" / config.name).retrying()
+    dated = [name for name in root.folders() if DATE.fullmatch(name)]
+    check_folder(root, "run.root", "nightly runs", lambda: False, (LEASE, *dated))
+    folder = root / date
+    check_folder(folder, "run.root", "a nightly run", lambda: _plan_of(folder).exists(), (CHAMPION,))
+    root.check_writable()
+    return root
 
 
 class _Job:
@@ -177,7 +193,7 @@ class _Job:
 
     def plan(self, date: str) -> NightlyRun:
         """The inputs of the nightly run. The first call stores them with a copy of the champion's models."""
-        file = self.folder / PLAN
+        file = _plan_of(self.folder)
         if file.exists():
             held = file.read_json()
             if held["config"] != self.digest():
@@ -328,6 +344,12 @@ class _Job:
                 change = statistics.drift(task, held[task.name], manifest.sums["train"][task.name])
                 lines += [f"{task.name}: {change.replace('in train', 'for the champion')}"] if change else []
         return lines
+
+
+def _plan_of(folder: Location) -> Location:
+    """The file of the plan of a nightly run; it need not exist."""
+    earlier = folder / EARLIER_PLAN
+    return earlier if earlier.exists() else folder / PLAN
 
 
 def check_unchanged(plan: NightlyRun, file: Location) -> None:

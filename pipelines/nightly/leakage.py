@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.parquet as pq
-import yaml
 
 from dmtg_core.names import listed
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import Task
 from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.errors import UserError
+from pipelines.runs.configuration import stored_values
 from pipelines.serving.fitting import input_problem, same_tasks
 from pipelines.storage import locate
 
@@ -119,7 +119,7 @@ def training_data(champion: Mapping[str, Any]) -> tuple[Manifest, str] | None:
     """The training data of a registered model; None if it is missing or has changed."""
     try:
         run = locate(champion["run"])
-        shards = yaml.safe_load((run / "config.yaml").read_text())["data"]["shards"]
+        shards = stored_values(run)["data"]["shards"]
         manifest = read_manifest(locate(shards))
     except (UserError, OSError, KeyError, TypeError):
         return None

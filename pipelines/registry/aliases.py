@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from pipelines.config.sections import TrackSection
 from pipelines.errors import UserError
 from pipelines.registry import changes
-from pipelines.registry.changes import CHALLENGER, CHAMPION, Change
+from pipelines.registry.changes import CHALLENGER, CHAMPION, PROMOTE, ROLLBACK, Change
 from pipelines.registry.records import facts_of, registered
 from pipelines.registry.tracking import connect
 from pipelines.registry.versions import entry, find
+
+logger = logging.getLogger(__name__)
 
 
 def champion(section: TrackSection, name: str) -> dict[str, Any] | None:
@@ -55,12 +58,16 @@ def promote(section: TrackSection, name: str, version: int | None = None) -> dic
     if history[-1:] != [version]:
         history.append(version)
     before = history[-2] if len(history) > 1 else None
-    changes.make(client, name, Change("promote", CHAMPION, version, before, tuple(history)))
+    changes.make(client, name, Change(PROMOTE, CHAMPION, version, before, tuple(history)))
     return _outcome(held, before)
 
 
-def rollback(section: TrackSection, name: str) -> dict[str, Any]:
+def rollback(section: TrackSection, name: str, *, acknowledged: bool = True) -> dict[str, Any]:
     """Make the previous champion the champion again. The same call completes a rollback that was interrupted.
+
+    Args:
+        acknowledged: False if `acknowledge` is called when the user has the answer; until then, the same call
+            returns the same answer, so that a command that is killed and repeated does not go back twice.
 
     Returns:
         As `promote`; `before` is the version that was rolled back.
@@ -69,10 +76,20 @@ def rollback(section: TrackSection, name: str) -> dict[str, Any]:
         UserError: When there is no champion, or no previous one that still exists.
     """
     client = connect(section, create=False)
-    left = changes.finished(client, name)
-    if left is not None and left.command == "rollback":
-        return _outcome(_composite(client, name, left.version), left.before)
+    changes.finished(client, name)
     find(client, name)
+    done = changes.unanswered(registered(client, name))
+    if done is None:
+        done = _roll_back(client, name)
+    else:
+        logger.info("note: %s was rolled back by an interrupted command; repeat it to go back further", name)
+    outcome = _outcome(_composite(client, name, done.version), done.before)
+    if acknowledged:
+        changes.acknowledge(client, name)
+    return outcome
+
+
+def _roll_back(client: Any, name: str) -> Change:
     history = changes.champions(client, name)
     if len(history) < 2:
         raise UserError(
@@ -80,10 +97,15 @@ def rollback(section: TrackSection, name: str) -> dict[str, Any]:
             where="MLflow registry",
             remedy=f"dmtg models promote {name} --version N makes another version champion",
         )
-    held = _composite(client, name, history[-2])
-    made = Change("rollback", CHAMPION, history[-2], before=history[-1], history=tuple(history[:-1]))
+    _composite(client, name, history[-2])
+    made = Change(ROLLBACK, CHAMPION, history[-2], before=history[-1], history=tuple(history[:-1]))
     changes.make(client, name, made)
-    return _outcome(held, history[-1])
+    return made
+
+
+def acknowledge(section: TrackSection, name: str) -> None:
+    """The user has the answer of a rollback: the next call rolls back again."""
+    changes.acknowledge(connect(section), name)
 
 
 def champions(section: TrackSection, name: str) -> list[int]:

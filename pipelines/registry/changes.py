@@ -9,6 +9,10 @@ aliases of the group models are copies for other programs.
 
 The history of champions is a list in another tag, written before the alias is set. Its entries after the version
 of the alias are ignored.
+
+A rollback that is repeated goes back further. A third tag therefore says that its answer has not been printed: the
+same command then gives the answer of the rollback that was done. The tag is removed after the answer, or by a
+promotion.
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ from typing import Any
 from pipelines.registry.records import PREFIX, facts_of, registered, registered_models, version_of, versions
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-HISTORY, JOURNAL = "dmtg.champions", "dmtg.change"
+PROMOTE, ROLLBACK = "promote", "rollback"
+HISTORY, JOURNAL, UNANSWERED = "dmtg.champions", "dmtg.change", "dmtg.unanswered"
 KEEP = 500  # champions; a tag of a registered model holds 5000 characters
 GROUP = re.compile(r"(.+)\.group_\d+")
 logger = logging.getLogger(__name__)
@@ -59,8 +64,19 @@ def make(client: Any, name: str, change: Change) -> None:
 
 def pending(model: Any) -> Change | None:
     """The change of a registered model that was not finished."""
+    return _change_in(model, JOURNAL)
+
+
+def unanswered(model: Any) -> Change | None:
+    """The rollback to the champion of a registered model whose answer has not been printed."""
+    change = _change_in(model, UNANSWERED)
+    current = model.aliases.get(CHAMPION)
+    return change if change is not None and str(change.version) == str(current) else None
+
+
+def _change_in(model: Any, tag: str) -> Change | None:
     try:
-        values = json.loads(model.tags[JOURNAL])
+        values = json.loads(model.tags[tag])
         return Change(**{**values, "history": tuple(values["history"])})
     except (KeyError, TypeError, ValueError):  # no such tag, or not of this version
         return None
@@ -151,7 +167,18 @@ def _finish(client: Any, name: str, change: Change) -> None:
         client.set_registered_model_alias(name, change.alias, str(change.version))
     if _is_ours(client, name, change):
         _set_members(client, name, change.alias)
+        if change.command == ROLLBACK:
+            client.set_registered_model_tag(name, UNANSWERED, json.dumps(asdict(change)))
+        elif change.command == PROMOTE:
+            acknowledge(client, name)
         client.delete_registered_model_tag(name, JOURNAL)
+
+
+def acknowledge(client: Any, name: str) -> None:
+    """Remove the tag of a rollback: its answer has been printed, or does not matter any more."""
+    model = registered(client, name)
+    if model is not None and UNANSWERED in model.tags:
+        client.delete_registered_model_tag(name, UNANSWERED)
 
 
 def _is_ours(client: Any, name: str, change: Change) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from pipelines.data.preprocessing import Preparation, load_preparation
 from pipelines.errors import UserError
 from pipelines.registry import integrity
 from pipelines.registry.records import DETAILS, registered
+from pipelines.scratch import temporary_folder
 
 CODE = Path(__file__).parent / "pyfunc_model.py"
 
@@ -79,11 +79,11 @@ def log_version(
     )
     discard_unfinished(origin, logged)
     try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-            _save(origin, Path(folder), groups, models, facts, logged)  # MLflow's own messages are left out
-            recorded = {integrity.TAG: integrity.record(Path(folder) / "model")}
+        with temporary_folder() as folder, contextlib.redirect_stderr(io.StringIO()):
+            _save(origin, folder, groups, models, facts, logged)  # MLflow's own messages are left out
+            recorded = {integrity.TAG: integrity.record(folder / "model")}
             origin.client.set_logged_model_tags(logged.model_id, recorded)
-            origin.client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
+            origin.client.log_model_artifacts(logged.model_id, str(folder / "model"))
     except BaseException:
         origin.client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
         raise

@@ -6,7 +6,6 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,6 +30,7 @@ from pipelines.registry.tracking import connect
 from pipelines.registry.versions import find
 from pipelines.runs.files import GROUPING, MODELS
 from pipelines.runs.models import branches_of, outdated
+from pipelines.scratch import temporary_folder
 from pipelines.storage import Location, locate
 
 logger = logging.getLogger(__name__)
@@ -81,15 +81,15 @@ def register(
     client = connect(config.track)
     form = raw_form(manifest.source)
     origin = Origin(client, run_id, example, manifest.description.preparation, result, facts, form)
-    with tempfile.TemporaryDirectory() as folder:
-        _fetch_models(run, Path(folder))
-        _loaded_from(Path(folder).iterdir(), 1, str(run / MODELS))  # nothing is registered if one is damaged
+    with temporary_folder() as folder:
+        _fetch_models(run, folder)
+        _loaded_from(folder.iterdir(), 1, str(run / MODELS))  # nothing is registered if one is damaged
         members = []
         for group in result["grouping"]:
-            with tempfile.TemporaryDirectory() as single:
-                shutil.copytree(Path(folder) / group, Path(single) / group)
-                members.append(_register(origin, f"{config.name}.{group}", Path(single)))
-        composite = _register(origin, config.name, Path(folder), members)
+            with temporary_folder() as single:
+                shutil.copytree(folder / group, single / group)
+                members.append(_register(origin, f"{config.name}.{group}", single))
+        composite = _register(origin, config.name, folder, members)
     set_challenger(config.track, config.name, composite.version)
     return [composite, *members]
 
@@ -194,9 +194,9 @@ def load_whole(uri: str, section: TrackSection, *, trust_code: bool = False) -> 
     elif uri.startswith("models:/"):
         found, _ = find(client, uri)
         uri, recorded = f"models:/{found.name}/{found.version}", found.tags.get(integrity.TAG, "")
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         try:
-            path = Path(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
+            path = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
         except Exception as error:
             raise UserError(
                 f"cannot load {uri}: {str(error).splitlines()[0][:200]}",
@@ -252,9 +252,9 @@ def _groups_of_run(uri: str) -> dict[str, GroupModel]:
             where=uri,
             remedy="give models:/<name>/<version>, or a run folder that dmtg train has finished",
         )
-    with tempfile.TemporaryDirectory() as folder:
-        _fetch_models(run, Path(folder))
-        return _loaded_from(Path(folder).iterdir(), branches_of(run), uri)
+    with temporary_folder() as folder:
+        _fetch_models(run, folder)
+        return _loaded_from(folder.iterdir(), branches_of(run), uri)
 
 
 def _logged_tags(client: Any, uri: str) -> Mapping[str, str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dmtg_core.names import by_number
+from pipelines.scratch import temporary_folder
 
 PREFIX = "dmtg."
 LONGEST_TAG = 5000  # characters; longer values are only in DETAILS
@@ -42,9 +42,9 @@ def facts_of(version: Any, *keys: str) -> dict[str, Any]:
 def _details(version: Any) -> dict[str, Any]:
     import mlflow
 
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         place = f"models:/{version.name}/{version.version}/artifacts/{DETAILS}"
-        text = Path(mlflow.artifacts.download_artifacts(place, dst_path=folder)).read_text(encoding="utf-8")
+        text = Path(mlflow.artifacts.download_artifacts(place, dst_path=str(folder))).read_text(encoding="utf-8")
     found: dict[str, Any] = json.loads(text)
     return found
 

@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import sqlite3
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import UserError
+from pipelines.scratch import temporary_folder
 
 PREFIX = "sqlite:///"
 STATIC = {"alembic_version", "workspaces", "sqlite_sequence"}  # tables with rows that every new store has
@@ -46,10 +46,10 @@ def ensure_store(uri: str) -> None:
     if file.exists():
         _check(file, uri)
         return
-    with suppress(OSError), interrupts_deferred():  # MLflow reports a folder that cannot be written to
+    with suppress(OSError, UserError), interrupts_deferred():  # MLflow reports a folder that cannot be written to
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".dmtg-") as folder:
-            made = Path(folder) / file.name
+        with temporary_folder(file.parent) as folder:
+            made = folder / file.name
             _copy_template(made)
             _put(made, file)
 
@@ -78,11 +78,11 @@ def _copy_template(file: Path) -> None:
     if not template().exists():
         try:
             template().parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=template().parent) as folder:
-                made = Path(folder) / "store"
+            with temporary_folder(template().parent) as folder:
+                made = folder / "store"
                 _create(made)
                 made.replace(template())
-        except OSError:
+        except (OSError, UserError):
             _create(file)
     if not file.exists():
         shutil.copyfile(template(), file)

@@ -18,10 +18,11 @@ from pipelines.report.contact_sheet import Sheet, pick
 from pipelines.report.features import features_of
 from pipelines.report.formatting import in_unit
 from pipelines.report.render import render
-from pipelines.runs.files import read_jsonl
+from pipelines.runs.files import each_jsonl
 from pipelines.storage import Location
 
 SAMPLES = 12
+REASONS, LONGEST = 1000, 200  # of quarantine that are told apart, and their characters
 ENDS = 20  # classes at each end of a long table: the most and the least frequent ones
 
 
@@ -160,9 +161,10 @@ def _rounded(found: Mapping[str, float]) -> dict[str, float]:
 
 def frequent_reasons(folder: Location, most: int = 8) -> list[dict[str, Any]]:
     """Reasons of quarantine, the most frequent first, each with the number of samples and one of them."""
-    similar: dict[str, list[dict[str, str]]] = {}
-    for one in read_jsonl(folder / QUARANTINE):
+    similar: dict[str, dict[str, Any]] = {}
+    for one in each_jsonl(folder / QUARANTINE):
         # file names and numbers differ between samples with the same reason
-        similar.setdefault(re.sub(r"\S*[\d/]\S*", "…", one["reason"].replace(one["id"], "…")), []).append(one)
-    ordered = sorted(similar.values(), key=len, reverse=True)[:most]
-    return [{"count": len(group), **group[0]} for group in ordered]
+        reason = re.sub(r"\S*[\d/]\S*", "…", one["reason"].replace(one["id"], "…"))[:LONGEST]
+        if reason in similar or len(similar) < REASONS:
+            similar.setdefault(reason, {"count": 0, **one})["count"] += 1
+    return sorted(similar.values(), key=lambda group: -group["count"])[:most]

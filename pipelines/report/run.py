@@ -20,6 +20,7 @@ from pipelines.report import figures, pictures
 from pipelines.report.formatting import cost, percent
 from pipelines.report.gate_animation import moving_gate
 from pipelines.report.render import render
+from pipelines.runs.configuration import stored_values
 from pipelines.runs.files import DETAILS, GATE, METRICS, RESULT, read_jsonl
 from pipelines.runs.identity import data_of, earlier_verdict
 from pipelines.runs.results import ALL, NAIVE
@@ -59,7 +60,7 @@ def page(run: Location) -> str:
     """Render the report of a finished run as HTML. Results that an older run does not have are left out."""
     result = dict(MISSING) | (run / RESULT).read_json()
     details = (run / DETAILS).read_json() if (run / DETAILS).exists() else {}
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = stored_values(run)
     tasks = list(result["metrics"])
     gate = gate_records(read_jsonl(run / GATE), result)
     final = final_probabilities(result, gate)

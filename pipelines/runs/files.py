@@ -1,8 +1,10 @@
-"""Names of the files of a run folder, and a reader of JSON Lines files."""
+"""Names of the files of a run folder, and readers of JSON Lines files."""
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from pipelines.storage import Location
@@ -27,4 +29,19 @@ LABELS = "labels.json"  # artifact of the MLflow run: statistics of the labels t
 
 def read_jsonl(file: Location) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file; none if the file does not exist."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return list(each_jsonl(file))
+
+
+def each_jsonl(file: Location) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file, one at a time: the file can be larger than the memory.
+
+    Raises:
+        UserError: When the storage fails.
+    """
+    if not file.exists():
+        return
+    try:
+        with io.TextIOWrapper(file.filesystem.open_input_stream(file.path), encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+    except OSError as error:
+        raise file.unreachable(error) from error

@@ -1,4 +1,4 @@
-"""The rule for folders that are written: a folder that is not empty is written only if it holds a record of ours.
+"""The rule for what is written: a folder that is not empty holds a record of ours, a file is of the same kind.
 
 Every command follows it before it writes anything. What a command removes is named by its own records.
 """
@@ -66,14 +66,29 @@ def _names(folder: Location) -> list[str]:
     return [*folder.files(recursive=False), *folder.folders()]
 
 
+def check_file(file: Location, key: str, what: str, ours: Callable[[str], bool]) -> None:
+    """Check that a file may be written: there is none yet, it is empty, or it is of the kind that is written.
+
+    Args:
+        file: The file.
+        key: Option that names it, for the message.
+        what: What it has to be, such as "a page".
+        ours: Whether a text is one of this kind.
+
+    Raises:
+        UserError: If it is another file, or a folder.
+    """
+    problem = "it is a folder" if file.is_dir() else ""
+    if file.size():
+        problem = "" if ours(file.read_bytes().decode(errors="replace")) else f"the file exists and is not {what}"
+    if problem:
+        raise UserError(problem, where=str(file), remedy=f"name another file with {key}", wrong_use=True)
+
+
 def check_page(page: Location, key: str) -> None:
     """Check that a page may be written: there is no file yet, or it is a page.
 
     Raises:
         UserError: If it is another file.
     """
-    if page.size() and not page.read_bytes()[:15].lower().startswith(b"<!doctype html"):
-        raise UserError(
-            "the file exists and is not a page", where=str(page), remedy=f"name another file with {key}",
-            wrong_use=True,
-        )  # fmt: skip
+    check_file(page, key, "a page", lambda text: text[:15].lower().startswith("<!doctype html"))

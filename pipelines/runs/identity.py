@@ -10,12 +10,10 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
-import yaml
-
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
-from pipelines.config.yaml_text import load_yaml
 from pipelines.errors import UserError
+from pipelines.runs.configuration import stored_values, unreadable
 from pipelines.runs.files import CONFIG, IDENTITY, PROFILE, REPORT, RESULT, TRACKING
 from pipelines.runs.folders import check_folder
 from pipelines.storage import Location, locate
@@ -53,7 +51,7 @@ def open_run(config: Config) -> Location:
     check_folder(run, "run.root, run.name", "a run", lambda: _recorded(run), OWN)
     run.check_writable()
     run = run.retrying()
-    if (run / CONFIG).exists() and _stored_digest(run / CONFIG) != config.digest():
+    if (run / CONFIG).exists() and _stored_digest(run) != config.digest():
         raise UserError(
             "this run folder belongs to another configuration",
             where=str(run / CONFIG),
@@ -67,22 +65,17 @@ def _recorded(run: Location) -> bool:
     return (run / IDENTITY).exists() or (run / CONFIG).exists()
 
 
-def _stored_digest(file: Location) -> str:
+def _stored_digest(run: Location) -> str:
     """Digest of a stored configuration.
 
     The compare section is no part of the digest. It is not read, because its methods had other names in earlier
     versions.
     """
+    stored = stored_values(run)
     try:
-        stored = load_yaml(file.read_text())
         return checked(Config, {name: section for name, section in stored.items() if name != "compare"}).digest()
-    except (UserError, AttributeError, yaml.YAMLError) as error:
-        problem = error.what if isinstance(error, UserError) else "it is damaged"
-        raise UserError(
-            f"the configuration in this run folder cannot be read: {problem}",
-            where=str(file),
-            remedy="another version of dmtg wrote it: use that version, or give another run.name",
-        ) from error
+    except UserError as error:
+        raise unreadable(run, error.what) from error
 
 
 def results_folder(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import yaml
-
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.training import checkpoint
 from dmtg_core.training.warm_start import WarmStart
 from pipelines.config.loading import Config
 from pipelines.errors import UserError
+from pipelines.runs.configuration import stored_values, unreadable
 from pipelines.runs.files import CONFIG, MODELS
 from pipelines.scratch import temporary_folder
 from pipelines.storage import Location
@@ -47,10 +46,16 @@ def read_model(place: Location) -> GroupModel:
 
 
 def branches_of(run: Location) -> int:
-    """K of the network of a run; 1 without a configuration in its folder."""
-    file = run / CONFIG
-    values = yaml.safe_load(file.read_text()) if file.exists() else {}
-    return int(values.get("network", {}).get("groups", 1))
+    """K of the network of a run; 1 without a configuration in its folder.
+
+    Raises:
+        UserError: If its configuration is damaged.
+    """
+    values = stored_values(run) if (run / CONFIG).exists() else {}
+    try:
+        return int(values.get("network", {}).get("groups", 1))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise unreadable(run, "network.groups is no number") from error
 
 
 def outdated(error: checkpoint.OutdatedNetworkError, where: str) -> UserError:

@@ -103,9 +103,11 @@ def sweep(config: Config, log: Callable[[str], None] = logger.info) -> SweepResu
         trial.config.check_options()
     if enabled(config.track):
         connect(config.track)  # before shards are written, which can take hours
-    named, folder, manifest = folder_of_data(config, named, folder, log)
-    with only_one(folder, f"job that trains {folder.name}", log):
-        return _sweep_once(config, named, folder, manifest, log)
+    with (
+        folder_of_data(config, named, folder, sweep_cpus(config.ray), log) as (named, own, manifest),
+        only_one(own, f"job that trains {own.name}", log),
+    ):
+        return _sweep_once(config, named, own, manifest, log)
 
 
 def _sweep_once(

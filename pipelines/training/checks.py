@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import yaml
@@ -22,8 +22,9 @@ from pipelines.config.loading import Config
 from pipelines.data.ingest import keeps_in_memory, load_splits
 from pipelines.data.manifest import Manifest, check_shards, check_targets, support_notes
 from pipelines.data.reader import Reader
-from pipelines.data.renewal import ensure_shards
+from pipelines.data.renewal import ensure_shards, ready_shards, renew_shards
 from pipelines.errors import UserError
+from pipelines.execution.choice import kept_session
 from pipelines.execution.executor import Executor, Held
 from pipelines.registry.tracking import shown
 from pipelines.runs.files import CONFIG
@@ -102,26 +103,32 @@ def batch_notes(config: Config, manifest: Manifest) -> list[str]:
     return [f"train.batch_size={size} is more than the {rows} training samples: a step has all of them"]
 
 
+@contextmanager
 def folder_of_data(
-    config: Config, named: Config, folder: Location, log: Callable[[str], None]
-) -> tuple[Config, Location, Manifest]:
+    config: Config, named: Config, folder: Location, cpus: float, log: Callable[[str], None]
+) -> Iterator[tuple[Config, Location, Manifest]]:
     """The folder of a comparison, a grouping signal or a sweep on its data; see `results_folder`.
+
+    If shards have to be created on Ray, its session lasts until the end of the block: training uses it, too.
 
     Args:
         config: Configuration of the command.
         named, folder: Result of `open_folder`.
+        cpus: Logical CPUs of a local Ray cluster.
         log: Log callback.
 
-    Returns:
+    Yields:
         The configuration with the folder's name, the folder, and the manifest of the shards, which are created if
         they are missing or stale.
 
     Raises:
         UserError: As `ensure_shards` and `results_folder`.
     """
-    manifest = ensure_shards(config, log)
-    own = results_folder(named, folder, manifest.digest(), log, named=bool(config.run.name))
-    return named.model_copy(update={"run": named.run.model_copy(update={"name": own.name})}), own, manifest
+    ready = ready_shards(config, log)
+    with kept_session(config.ray, cpus) if ready is None else nullcontext():
+        manifest = ready or renew_shards(config, log)
+        own = results_folder(named, folder, manifest.digest(), log, named=bool(config.run.name))
+        yield named.model_copy(update={"run": named.run.model_copy(update={"name": own.name})}), own, manifest
 
 
 def open_folder(config: Config, name: str) -> tuple[Config, Location]:

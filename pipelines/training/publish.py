@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import yaml
 
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
@@ -21,6 +20,7 @@ from pipelines.errors import UserError, without_credentials
 from pipelines.registry.errors import not_published, reached, retry_while_unreachable
 from pipelines.registry.models import Registered, are_registered, register
 from pipelines.registry.tracking import Tracker, enabled, open_tracker, tracking_uri
+from pipelines.runs.configuration import stored_values
 from pipelines.runs.files import CONFIG, GROUPING, LABELS, REGISTERED, REPORT, RESULT, TRACKING
 from pipelines.storage import Location, locate
 
@@ -112,7 +112,7 @@ def register_run(run_dir: str, uri: str = "", log: Callable[[str], None] = logge
             where=str(run),
             remedy="give the folder of a run that dmtg train has finished, or run its dmtg train command again",
         )
-    held = checked(Config, yaml.safe_load((run / CONFIG).read_text()))
+    held = checked(Config, stored_values(run))
     track = held.track.model_copy(update={"uri": uri or _address(held, run), "register_models": True})
     config = held.model_copy(update={"track": track})
     if not enabled(track):

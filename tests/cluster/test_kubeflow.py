@@ -113,7 +113,7 @@ def test_a_nightly_run_goes_from_raw_files_to_a_verdict_on_the_best_setting_of_i
     sharded, swept, night = objects
     assert sharded["shards"] == str(tmp_path / "dated" / "2026-05-01")
     assert (night["night"], night["verdict"]) == ("2026-05-01", "promoted")
-    plan = json.loads((Path(night["report"]).parent / "night.json").read_text())
+    plan = json.loads((Path(night["report"]).parent / "plan.json").read_text())
     assert plan["shards"] == sharded["shards"]
     trained = yaml.safe_load((Path(night["report"]).parent / "challenger" / "config.yaml").read_text())
     best = yaml.safe_load(Path(swept["best_config"]).read_text())

@@ -35,6 +35,14 @@ def test_a_folder_is_private_and_is_removed(shared: Path) -> None:
     assert list(shared.iterdir()) == []
 
 
+def test_what_a_killed_process_left_beside_a_file_is_removed_by_the_next(tmp_path: Path) -> None:
+    os.close(new_scratch(inside=tmp_path).descriptor)
+    with temporary_folder(tmp_path) as folder:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert list(tmp_path.iterdir()) == [folder]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_in_use_is_kept_and_one_of_a_killed_process_is_removed(shared: Path) -> None:
     code = (
         "import os, signal; from pipelines.scratch import new_scratch; held = new_scratch();"

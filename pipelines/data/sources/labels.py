@@ -163,13 +163,19 @@ def kept_rows(
         UserError: When no row is left.
     """
     every, kept = 0, 0
+    dropping = [spec for spec in specs if spec.drop]
+    absent = {(spec.column, value) for spec in dropping for value in spec.drop}
     for row, name in rows:
         every += 1
-        if not any(row.cells[spec.column] in spec.drop for spec in specs):
+        dropped = {(one.column, row.cells[one.column]) for one in dropping if row.cells[one.column] in one.drop}
+        absent -= dropped
+        if not dropped:
             kept += 1
             yield row, name
     if not kept:
         raise UserError("every row is left out by `drop`", where=where, remedy="drop fewer values")
+    for column, value in sorted(absent) if log else ():
+        logger.warning("%s: `drop` names %r, which is no value of column %s", where, value, column)
     if log and kept < every:
         logger.info("%s: %d of %d rows left out by `drop`", where, every - kept, every)
 

@@ -20,6 +20,7 @@ from dmtg_core import (
 from dmtg_core.search import affinity_phase
 from dmtg_core.search.baselines import hard_network, train_hard
 from dmtg_core.search.search import _score_noise, _Search
+from dmtg_core.training.checkpoint import seal
 from dmtg_core.training.loop import score_of
 from tests.dmtg_core import samples
 from tests.dmtg_core.interrupted import Interrupted, without_times
@@ -255,7 +256,7 @@ def test_a_slightly_worse_candidate_is_a_teacher_and_not_the_result(data, monkey
     def ended(self, name, state, **found):
         end(self, name, state, **found)
         if name in given:
-            self.state.results[-1] |= {"score": given[name], "restless": 0.0}
+            self.state.results[-1] |= {"score": given[name], "noise": 0.0}
 
     def finished(self, name):
         finish(self, name)
@@ -293,3 +294,14 @@ def test_the_noise_of_a_score_is_that_of_the_second_half_of_its_search():
     assert _score_noise([1.0, 2.0, 2.5, 3.5, 3.0, 3.25]) == 0.375
     assert _score_noise([1.0]) == 0.0
     assert _score_noise([0.0, 1.0, float("inf"), 2.0]) == 0.0
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path, data):
+    first = search(SPEC, data, SETTINGS, GUIDED, baseline=False, context=local(tmp_path))
+    for file in tmp_path.glob("*/search.json"):
+        text = file.read_text()
+        assert '"noise"' in text
+        file.write_text(text.replace('"noise"', '"restless"'))
+        seal(file.parent)
+    again = search(SPEC, data, SETTINGS, GUIDED, baseline=False, context=local(tmp_path))
+    assert again.candidates == first.candidates

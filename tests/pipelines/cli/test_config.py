@@ -250,13 +250,27 @@ class TestNew:
 
     def test_it_overwrites_a_file_only_with_force(self, mixed: str, tmp_path: Path) -> None:
         arguments = ("config", "new", mixed, "--targets", "churn,spend", "-o", str(tmp_path / "mine.yaml"))
-        (tmp_path / "mine.yaml").write_text("mine")
+        (tmp_path / "mine.yaml").write_text("name: mine\n")
         code, _, logged = call(*arguments)
         assert code == 2
         assert "--force" in logged
-        assert (tmp_path / "mine.yaml").read_text() == "mine"
+        assert (tmp_path / "mine.yaml").read_text() == "name: mine\n"
         assert call(*arguments, "--force")[0] == 0
         assert load_config(str(tmp_path / "mine.yaml")).name == "my_data"
+
+    @pytest.mark.parametrize("text", ["id,churn\n1,0\n", "[1, 2]\n", "replicas: 3\n", "\x00PNG"])
+    def test_force_overwrites_no_other_file(self, mixed: str, tmp_path: Path, text: str) -> None:
+        other = tmp_path / "other"
+        other.write_text(text)
+        code, _, logged = call("config", "new", mixed, "--targets", "churn,spend", "-o", str(other), "--force")
+        assert code == 2
+        assert "is not a configuration" in logged
+        assert other.read_text() == text
+
+    def test_a_folder_is_no_file_to_write(self, mixed: str, tmp_path: Path) -> None:
+        code, _, logged = call("config", "new", mixed, "--targets", "churn,spend", "-o", str(tmp_path))
+        assert code == 2
+        assert "it is a folder" in logged
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -140,3 +140,15 @@ def test_a_table_in_a_pipe_is_aligned_text_of_any_width(capsys: pytest.CaptureFi
     assert lines[2] == f"größe  {'x' * 300}  ."
     assert lines[3] == f"身長   {' ' * 300}  ."  # a wide character has two cells of a terminal
     assert "".join(lines).isprintable()
+
+
+def test_an_answer_is_acknowledged_when_all_of_it_has_been_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    printed: list[str] = []
+
+    def body() -> dict[str, Any]:
+        return {"version": 1, "answered": lambda: printed.append(capsys.readouterr().out)}
+
+    with pytest.raises(typer.Exit):
+        run("models rollback", body, as_json=True, debug=False)
+    assert '"version": 1' in printed[0]
+    assert "answered" not in printed[0]

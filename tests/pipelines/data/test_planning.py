@@ -16,9 +16,9 @@ import pytest
 
 from dmtg_core import InputSpec, Task
 from pipelines.config.sections import DataSection, SourceSection
-from pipelines.data import external_sort
+from pipelines.data import external_sort, planning
 from pipelines.data.external_sort import TemporaryRecords, sort_records
-from pipelines.data.planning import ShardPlan, make_plans, pickled, unpickled
+from pipelines.data.planning import ShardPlan, make_plans, pickled, small_shards, unpickled
 from pipelines.data.sources.base import Column, Description, Entry
 from pipelines.data.sources.rows import Row
 from pipelines.errors import UserError
@@ -169,3 +169,15 @@ def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(UserError, match="cannot write temporary files: No such file") as found:
         TemporaryRecords()
+
+
+def test_shards_that_are_too_small_are_refused_or_noted_before_one_is_written(monkeypatch) -> None:
+    one = DataSection(shards="x", rows_per_shard=1)
+    monkeypatch.setattr(planning, "MOST_SHARDS", 100)
+    with pytest.raises(UserError, match="rows_per_shard=1 makes 400 shards of 400 samples") as found:
+        make_plans(generated(400), DESCRIPTION, SOURCE, one)
+    assert found.value.where == "data.rows_per_shard"
+    few = make_plans(generated(100), DESCRIPTION, SOURCE, one)
+    assert "raise data.rows_per_shard" in small_shards(few, DESCRIPTION.row_bytes)
+    assert not small_shards(few[:99], DESCRIPTION.row_bytes)
+    assert not small_shards(few, 2**20)

@@ -227,19 +227,19 @@ def test_the_report_has_the_verdict_and_is_in_mlflow(done, config: Config) -> No
 
 
 def test_another_configuration_of_a_nightly_run_is_refused(done, config: Config, root: Path) -> None:
-    (locate(config.run.root) / "regroup" / "nightly" / "2026-03-04" / "night.json").write_json(
-        {**json.loads(next(root.glob("runs/regroup/nightly/*/night.json")).read_text()), "config": "another"}
+    (locate(config.run.root) / "regroup" / "nightly" / "2026-03-04" / "plan.json").write_json(
+        {**json.loads(next(root.glob("runs/regroup/nightly/*/plan.json")).read_text()), "config": "another"}
     )
     with pytest.raises(UserError, match="started with another configuration"):
         regroup(config, "2026-03-04")
 
 
 def test_a_nightly_run_is_not_continued_on_other_data(done, config: Config, root: Path) -> None:
-    held = json.loads(next(root.glob("runs/regroup/nightly/*/night.json")).read_text())
+    held = json.loads(next(root.glob("runs/regroup/nightly/*/plan.json")).read_text())
     job = _Job(config, locate(str(root / "runs" / "changed")), None, None, print, trust_code=False)
-    (job.folder / "night.json").write_json({**held, "config": job.digest()})
+    (job.folder / "plan.json").write_json({**held, "config": job.digest()})
     assert job.plan("2026-03-04").digest == held["digest"]
-    (job.folder / "night.json").write_json({**held, "config": job.digest(), "digest": "another"})
+    (job.folder / "plan.json").write_json({**held, "config": job.digest(), "digest": "another"})
     with pytest.raises(UserError, match="the training data has changed since the nightly run"):
         job.plan("2026-03-04")
 

@@ -6,8 +6,8 @@ import pytest
 
 from pipelines.config.sections import TrackSection
 from pipelines.errors import UserError
-from pipelines.registry.aliases import champion, champions, promote, rollback, set_challenger
-from pipelines.registry.changes import JOURNAL
+from pipelines.registry.aliases import acknowledge, champion, champions, promote, rollback, set_challenger
+from pipelines.registry.changes import JOURNAL, UNANSWERED
 from pipelines.registry.records import registered
 from pipelines.registry.tracking import connect
 from pipelines.registry.versions import diff_models, list_models, show_model
@@ -99,6 +99,35 @@ def test_a_command_that_is_killed_at_any_write_is_finished_by_the_same_command(
             assert aliases(section, name)["champion"] == served(serving)
             assert champions(section, name) == history
             assert JOURNAL not in registered(connect(section), name).tags
+
+
+@pytest.mark.parametrize("between", ["nothing", "a reader"])
+def test_a_rollback_that_is_killed_before_its_answer_is_not_done_twice(section, between) -> None:
+    name = f"answer_{between[-1]}"
+    before_the_kill(section, name, 1, 2, 3)
+    with kill_points() as points:
+        assert not points.ended(lambda: rollback(section, name, acknowledged=False), None)
+        steps = len(points.calls)
+    promote(section, name, 3)
+    for at in range(steps + 1):  # the last one is not reached: the process ends after its last write
+        with kill_points() as points:
+            assert points.ended(lambda: rollback(section, name, acknowledged=False), at) == (at < steps)
+        if between == "a reader" and at:
+            assert champion(section, name)["version"] == 2
+        outcome = rollback(section, name, acknowledged=False)
+        assert (outcome["version"], outcome["before"]) == (2, 3), at
+        acknowledge(section, name)
+        assert champions(section, name) == [1, 2]
+        assert not {JOURNAL, UNANSWERED} & set(registered(connect(section), name).tags)
+        promote(section, name, 3)
+
+
+def test_a_promotion_ends_the_wait_for_the_answer_of_a_rollback(section) -> None:
+    before_the_kill(section, "later", 1, 2, 3)
+    rollback(section, "later", acknowledged=False)
+    promote(section, "later", 3)
+    promote(section, "later", 2)
+    assert rollback(section, "later")["version"] == 3
 
 
 READERS = {

@@ -150,6 +150,12 @@ def test_drop_removes_rows_and_logs_it(root, caplog):
     assert "1 of 5 rows left out" in caplog.text
 
 
+def test_a_value_to_drop_that_no_row_has_is_named(root, caplog):
+    list(source(root, {**WARD, "drop": ["south", "soth"]}, SICK, features=["age"]).entries())
+    assert caplog.text.count("`drop` names 'soth', which is no value of column") == 1
+    assert "'south'" not in caplog.text
+
+
 def test_row_number_as_id_counts_dropped_rows(root):
     task = {**WARD, "drop": ["south"]}
     reader = source(root, task, id_column=None, features=["age"])
