@@ -16,7 +16,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from bench.steps import Costs, ours, published, taskonomy
 
-SIZE, ROWS_OF_BATCH = 64, 2  # neither changes a count
+SIZE, ROWS_OF_BATCH = 32, 2  # neither changes a count
 # part of a step → end of the names of its modules
 MODULES = {
     "stem": ".network.stem", "encoders": ".network.branches.", "heads": ".network.decoders.",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
+gc.disable()  # until all tests are collected: what is imported lives as long as the process
 torch.set_num_threads(1)  # the tensors are small, and the machine is shared
 settings.register_profile("reproducible", deadline=None, derandomize=True, database=None, max_examples=30)
 settings.load_profile("reproducible")
@@ -18,16 +21,43 @@ settings.load_profile("reproducible")
 
 # what takes many seconds to start, and is started once in a process → fixtures or marks of the files that use it
 SHARED = {"ray": r"ray_session|vit_run|mark\.ray", "servers": "s3|s3_port|mlflow_server"}
+# what takes long goes first, so that no process waits for the other one at the end; the longest first
+LONG = (
+    "ray", "servers", "dmtg_core/evaluation/test_planted.py", "pipelines/compare/test_driver.py",
+    "cluster/test_kubeflow.py", "pipelines/serving/test_registered_model.py", "pipelines/nightly/test_driver.py",
+    "pipelines/nightly/test_kills.py", "pipelines/registry/test_tracking.py",
+    "pipelines/execution/test_cluster.py",
+    "pipelines/data/test_many_values.py", "pipelines/registry/test_lost_runs.py", "bench/test_operators.py",
+    "bench/test_gpu.py", "bench/test_runner.py", "dmtg_core/search/test_search.py",
+    "dmtg_core/evaluation/test_bootstrap.py", "pipelines/data/test_stream.py",
+    "pipelines/registry/test_aliases.py", "pipelines/data/test_shard_folder.py", "docs/test_site.py",
+    "pipelines/report/test_browser.py", "pipelines/config/test_recipes.py",
+)  # fmt: skip
 
 
 @lru_cache
 def _shared(file: str) -> str:
-    """What a file shares with other files; empty for a file with fixtures of its own or a finished run."""
+    """What a file shares with other files, else the file."""
     text = Path(file).read_text(encoding="utf-8")
     for name, words in SHARED.items():
         if re.search(rf"def \w+\([^)]*\b({words})[:,)]|usefixtures\(.({words})\b|pytest\.({words})\b", text):
             return name
-    return ""
+    return file
+
+
+def _place(item: pytest.Item) -> int:
+    """The place of a test among those that take long; all others come after them."""
+    name = _shared(item.nodeid.partition("::")[0]).removeprefix("tests/")
+    return LONG.index(name) if name in LONG else len(LONG)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_place)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 class OneProcessForShared(LoadFileScheduling):
@@ -35,10 +65,10 @@ class OneProcessForShared(LoadFileScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         """The name of what stays together."""
-        file: str = super()._split_scope(nodeid)
-        return _shared(file) or file
+        return _shared(super()._split_scope(nodeid))
 
 
-def pytest_xdist_make_scheduler(config: Any, log: Any) -> OneProcessForShared:
-    """Where several processes share the tests."""
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneProcessForShared:
+    """Where several processes share the tests. Their order is kept; by default files with many tests go first."""
+    config.option.loadscopereorder = False
     return OneProcessForShared(config, log)
