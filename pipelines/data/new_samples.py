@@ -7,6 +7,7 @@ one after another, in the order of the files; a file is not held in memory.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -17,11 +18,18 @@ from pydantic import ValidationError
 
 from dmtg_core.names import listed
 from dmtg_core.tasks import InputSpec
-from pipelines.data.preprocessing import Preparation, cell_text
+from pipelines.data.cells import cell_text, marks_of
+from pipelines.data.preprocessing import (
+    Preparation,
+    TablePreparation,
+    for_plain_cells,
+    load_preparation,
+    unseen_remarks,
+)
 from pipelines.data.sources import SOURCES, options_model
 from pipelines.data.sources.base import BadSampleError
 from pipelines.data.sources.folder import EXTENSIONS, stored_image
-from pipelines.data.sources.rows import MOST_NAMES, Row, read_rows
+from pipelines.data.sources.rows import MOST_NAMES, DialectOptions, read_rows, table_dialect
 from pipelines.errors import UserError
 from pipelines.storage import Location
 
@@ -74,6 +82,10 @@ class Samples(Protocol):
         """The samples, those that cannot be used included."""
         ...
 
+    def remarks(self) -> Sequence[str]:
+        """What was remarkable about the samples so far, such as values that training did not have."""
+        ...
+
 
 def raw_form(source: Mapping[str, Any]) -> dict[str, Any]:
     """What new samples of a data set have to be like, for the record of a model.
@@ -101,7 +113,7 @@ def raw_form(source: Mapping[str, Any]) -> dict[str, Any]:
 def new_samples(
     files: Sequence[Location],
     spec: InputSpec,
-    how: Preparation | None,
+    preparation: Mapping[str, Any] | None,
     form: Mapping[str, Any],
     id_column: str,
 ) -> Samples:
@@ -110,15 +122,15 @@ def new_samples(
     Args:
         files: Tables; or images and folders of images.
         spec: Input of the model.
-        how: Preparation of the model's input; None for stored input.
+        preparation: Preparation of the model's input; empty or None for stored input.
         form: `raw_form` of the model's data set.
         id_column: Column of ids in place of that of the data set.
 
     Raises:
         UserError: When the model reads neither rows nor images of a known form.
     """
-    if how is not None:
-        return TableSamples(files, how, form, id_column)
+    if preparation:
+        return TableSamples(files, preparation, form, id_column)
     if form.get("kind") == "folder" and "resize" in form:
         return ImageSamples(files, spec.shape[0], form["resize"])
     raise UserError(
@@ -132,9 +144,13 @@ class TableSamples:
     """Rows of tables; see `new_samples`."""
 
     def __init__(
-        self, files: Sequence[Location], how: Preparation, form: Mapping[str, Any], id_column: str
+        self, files: Sequence[Location], preparation: Mapping[str, Any], form: Mapping[str, Any], id_column: str
     ) -> None:
-        self.files, self.how, self.form = files, how, form
+        self.files, self.form = files, form
+        self.how = load_preparation(preparation)
+        self.of_table = load_preparation(for_plain_cells(preparation))  # its cells have numbers as in Python
+        self.marks = marks_of(preparation)
+        self.rows, self.unseen = 0, dict[str, Counter[str]]()
         self.asked, self.id_column = id_column, id_column or str(form.get("id_column", ""))
 
     @property
@@ -164,32 +180,48 @@ class TableSamples:
     def _columns(self, file: Location) -> list[str]:
         needed = [*self.how.columns, *([self.asked] if self.asked else [])]
         rows = self._rows(file, list(dict.fromkeys(needed)))
-        return list(next(rows).cells)
+        return list(next(rows)[1])
 
-    def _rows(self, file: Location, columns: Sequence[str]) -> Iterator[Row]:
+    def _rows(self, file: Location, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Place and cells of each row."""
         name = file.name.lower()
         if name.endswith(JSON_LINES):
-            return json_rows(file, columns)
+            yield from json_rows(file, columns)
+            return
         # the reader of texts reads tabs without quotes, too
-        quotes = not (self.form.get("kind") == "text" and name.endswith(".tsv"))
-        return read_rows(file, columns, quotes=quotes)
+        plain = self.form.get("kind") == "text" and name.endswith(".tsv")
+        given = DialectOptions(delimiter="\t", quotes="") if plain else None
+        dialect = table_dialect(file, given, columns=columns, usual=self.marks)
+        words = [self.id_column, *(() if isinstance(self.how, TablePreparation) else self.how.columns)]
+        for row in read_rows(file, columns, dialect=dialect, words=words):
+            yield row.place, row.cells
 
     def __iter__(self) -> Iterator[Sample]:
         """See `Samples`."""
         numbers = count(1)
         for file in self.files:
-            for row in self._rows(file, self.how.columns):
-                name = row.cells.get(self.id_column, "") if self.id_column else str(next(numbers))
-                yield self._sample(name, f"{file.name}, {row.place}", row.cells)
+            how = self.how if file.name.lower().endswith(JSON_LINES) else self.of_table
+            for place, cells in self._rows(file, self.how.columns):
+                name = cell_text(cells.get(self.id_column)) if self.id_column else str(next(numbers))
+                yield self._sample(how, name, f"{file.name}, {place}", cells)
 
-    def _sample(self, name: str, place: str, cells: Mapping[str, str]) -> Sample:
-        missing = [column for column in self.how.columns if column not in cells]
+    def _sample(self, how: Preparation, name: str, place: str, cells: Mapping[str, Any]) -> Sample:
+        missing = [column for column in how.columns if column not in cells]
         if missing:  # only a line of JSON lacks a column
             return Sample(name, place, None, f"no column {listed(missing)}")
         try:
-            return Sample(name, place, self.how.row(cells))
+            stored = how.row(cells)
         except ValueError as error:
             return Sample(name, place, None, str(error))
+        self.rows += 1
+        if isinstance(how, TablePreparation):
+            for column, value in how.unseen(cells, stored).items():
+                self.unseen.setdefault(column, Counter())[value] += 1
+        return Sample(name, place, stored)
+
+    def remarks(self) -> Sequence[str]:
+        """See `Samples.remarks`."""
+        return unseen_remarks(self.unseen, self.rows)
 
 
 class ImageSamples:
@@ -229,9 +261,13 @@ class ImageSamples:
             except BadSampleError as error:
                 yield Sample(name, name, None, str(error))
 
+    def remarks(self) -> Sequence[str]:
+        """See `Samples.remarks`."""
+        return ()
 
-def json_rows(file: Location, columns: Sequence[str]) -> Iterator[Row]:
-    """The rows of a file with a JSON object on each line.
+
+def json_rows(file: Location, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and values of the rows of a file with a JSON object on each line.
 
     Args:
         file: The file.
@@ -246,15 +282,15 @@ def json_rows(file: Location, columns: Sequence[str]) -> Iterator[Row]:
             for number, text in enumerate(_lines(opened), start=1):
                 if not text.strip():
                     continue
-                row = Row(number, _object(text, f"{file}, line {number}"))
-                missing, needed = [name for name in needed if name not in row.cells], []
+                values = _object(text, f"{file}, line {number}")
+                missing, needed = [name for name in needed if name not in values], []
                 if missing:
                     raise UserError(
                         f"no column {listed(missing)}",
                         where=f"{file}, line {number}",
-                        remedy=f"there are {listed(row.cells, MOST_NAMES)}",
+                        remedy=f"there are {listed(values, MOST_NAMES)}",
                     )
-                yield row
+                yield f"line {number}", values
         if not number or list(columns) == needed != []:
             raise UserError("the file has no rows", where=str(file), remedy="write one object on each line")
     except FileNotFoundError as error:
@@ -270,7 +306,7 @@ def _lines(opened: Any) -> Iterator[bytes]:
     yield rest
 
 
-def _object(text: bytes, where: str) -> dict[str, str]:
+def _object(text: bytes, where: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except ValueError as error:
@@ -279,4 +315,4 @@ def _object(text: bytes, where: str) -> dict[str, str]:
         raise UserError(
             f"expected an object, got {type(values).__name__}", where=where, remedy="write one object on each line"
         )
-    return {name: cell_text(value) for name, value in values.items()}
+    return values

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -196,18 +197,45 @@ class TablePreparation:
             rows: Raw samples.
             stored: float32 (B, F), the result of `row` for each of them.
         """
-        found = []
-        for (column, feature), end in zip(self._of_column.items(), self._starts[1:], strict=True):
-            if feature.kind == "category" and (unseen := np.flatnonzero(stored[:, end - 1])).size:
-                cells = dict.fromkeys(repr(self._text(rows[i][column])) for i in unseen.tolist())
-                shown = ", ".join(list(cells)[:MOST_EXAMPLES]) + (", …" if len(cells) > MOST_EXAMPLES else "")
-                count = f"{unseen.size} of {len(rows)} cells"
-                found.append(f"column {column}: {count} have a value that training did not have: {shown}")
-        return found
+        found: dict[str, Counter[str]] = {}
+        for column, place in self._others.items():
+            if (places := np.flatnonzero(stored[:, place])).size:
+                found[column] = Counter(self._text(rows[i][column]) for i in places.tolist())
+        return unseen_remarks(found, len(rows))
+
+    def unseen(self, cells: Mapping[str, Any], stored: np.ndarray) -> dict[str, str]:
+        """The columns of a sample whose category the training split does not have, with its value.
+
+        Args:
+            cells: The raw sample.
+            stored: float32 (F,), the result of `row`.
+        """
+        return {column: self._text(cells[column]) for column, end in self._others.items() if stored[end]}
+
+    @cached_property
+    def _others(self) -> dict[str, int]:
+        """Category → place of its stored value for other values."""
+        ends = zip(self._of_column.items(), self._starts[1:], strict=True)
+        return {column: end - 1 for (column, feature), end in ends if feature.kind == "category"}
 
     def example(self) -> dict[str, Any]:
         """The mean of each number, the first value of each category and the first day of each date."""
         return {column: feature.example for column, feature in self._of_column.items()}
+
+
+def unseen_remarks(unseen: Mapping[str, Counter[str]], rows: int) -> list[str]:
+    """Sentences about values that the training split does not have.
+
+    Args:
+        unseen: Column → value → number of its cells.
+        rows: Number of samples.
+    """
+    found = []
+    for column, cells in unseen.items():
+        shown = ", ".join(map(repr, list(cells)[:MOST_EXAMPLES])) + (", …" if len(cells) > MOST_EXAMPLES else "")
+        count = f"{cells.total()} of {rows} cells"
+        found.append(f"column {column}: {count} have a value that training did not have: {shown}")
+    return found
 
 
 class _Feature:

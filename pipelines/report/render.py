@@ -25,7 +25,7 @@ def tint(group: str) -> str:
 def render(
     template: str,
     *,
-    filters: Mapping[str, Callable[..., str]] | None = None,
+    filters: Mapping[str, Callable[..., Any]] | None = None,
     styles: Sequence[str] = ("page",),
     figures: Mapping[str, str] | None = None,
     **values: Any,

@@ -167,6 +167,6 @@ def preparation_of(run: Location) -> dict[str, Any] | None:
 
 def source_of(run: Location) -> dict[str, Any]:
     """Kind and options of the raw data of a run; empty if its configuration does not name them."""
-    values = load_yaml((run / CONFIG).read_text()) if (run / CONFIG).exists() else {}
+    values = stored_values(run) if (run / CONFIG).exists() else {}
     found: dict[str, Any] = values.get("source") or {}
     return found

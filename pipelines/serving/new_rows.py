@@ -23,7 +23,6 @@ import torch
 from dmtg_core.tasks import InputSpec, Task
 from pipelines.config.sections import TrackSection
 from pipelines.data.new_samples import Sample, Samples, new_samples
-from pipelines.data.preprocessing import load_preparation
 from pipelines.errors import UserError
 from pipelines.scratch import temporary_folder
 from pipelines.serving.columns import arrays_of, check_names, described, schema
@@ -109,8 +108,7 @@ def predict_rows(wanted: Wanted, track: TrackSection, log: Callable[[str], None]
     _check_dense(tasks, kind, wanted.out)
     spec = next(iter(served.groups.values())).spec.input
     with _files(wanted.inputs) as files:
-        how = load_preparation(served.preparation) if served.preparation else None
-        samples = new_samples(files, spec, how, served.source, wanted.id_column)
+        samples = new_samples(files, spec, served.preparation, served.source, wanted.id_column)
         for note in samples.check():
             log(f"note: {note}")
         check_names(tasks, samples.id_name, served.address)
@@ -125,6 +123,8 @@ def predict_rows(wanted: Wanted, track: TrackSection, log: Callable[[str], None]
                 rows, bad = _predict(served, samples, columns, writer, wanted.bad_rows == "skip", log)
             _check_bad(bad, rows, wanted)
             _publish(made, wanted.out)
+        for remark in samples.remarks():
+            log(f"note: {remark}")
     if bad.count:
         log(f"note: {bad}; they are left out")
     return PredictedRows(rows, bad.count, served.address, about)

@@ -87,6 +87,7 @@ def table_dialect(
     *,
     columns: Sequence[str] = (),
     named: bool = True,
+    usual: tuple[str, str] | None = None,
     log: bool = False,
 ) -> Dialect:
     """How a table is written; the usual dialect for Parquet.
@@ -96,6 +97,7 @@ def table_dialect(
         given: What is known.
         columns: Required columns.
         named: False for a table of text whose columns are named by the options.
+        usual: As `dialect_of`.
         log: Whether to log a dialect that is not the usual one.
 
     Raises:
@@ -103,7 +105,7 @@ def table_dialect(
     """
     if location.is_dir() or is_parquet(location.name):
         return Dialect()
-    found = dialect_of(location, given, columns=columns, named=named)
+    found = dialect_of(location, given, columns=columns, named=named, usual=usual)
     if log and (found.packing or found.options):
         logger.info("%s: %s", location, found)
     return found

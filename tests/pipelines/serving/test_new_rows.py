@@ -193,6 +193,26 @@ def test_rows_without_ids_are_numbered_across_files_in_blocks(models, dmtg, monk
     np.testing.assert_allclose(found["cost"][:4], found["cost"][4:], rtol=1e-5)
 
 
+def test_a_file_in_another_dialect_has_the_same_predictions(models, dmtg) -> None:
+    NEW.to_csv("new.csv", index=False)
+    assert dmtg(models["rows"].uri, "new.csv", "-o", "out.csv").exit_code == 0
+    written = NEW.assign(age=NEW["age"].str.replace(".", ","), extra="größer").to_csv(index=False, sep=";")
+    Path("german.csv").write_bytes(written.encode("cp1252"))
+    done = dmtg(models["rows"].uri, "german.csv", "-o", "german_out.csv")
+    assert done.exit_code == 0, done.stderr
+    assert Path("german_out.csv").read_text() == Path("out.csv").read_text()
+
+
+def test_values_that_training_did_not_have_are_counted(models, dmtg) -> None:
+    NEW.assign(plant=["oak", "elm", "001", "oak"]).to_csv("new.csv", index=False)
+    done = dmtg(models["rows"].uri, "new.csv", "-o", "out.csv")
+    assert "column plant: 3 of 4 cells have a value that training did not have: 'oak', 'elm'" in " ".join(
+        done.stderr.split()
+    )
+    NEW[NEW["key"] != "s"].to_csv("known.csv", index=False)  # s was not in training
+    assert "training did not have" not in dmtg(models["rows"].uri, "known.csv", "-o", "known_out.csv").stderr
+
+
 def test_bad_rows_are_named_and_refused_or_skipped(models, dmtg) -> None:
     NEW.assign(age=["30", "old", "40", "1e99"]).to_csv("new.csv", index=False)
     refused = dmtg(models["rows"].uri, "new.csv", "-o", "out.csv")
@@ -206,7 +226,7 @@ def test_bad_rows_are_named_and_refused_or_skipped(models, dmtg) -> None:
     told = json.loads(skipped.stdout.splitlines()[-1])
     assert (told["rows"], told["skipped"]) == (2, 2)
     assert list(pd.read_csv("out.csv")["key"]) == ["s", "q"]
-    NEW.assign(age="?").to_csv("none.csv", index=False)
+    NEW.assign(age="old").to_csv("none.csv", index=False)
     assert "no row is left" in dmtg(models["rows"].uri, "none.csv", "--bad-rows", "skip").stderr
 
 

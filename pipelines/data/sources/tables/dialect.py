@@ -99,7 +99,12 @@ class Dialect:
 
 
 def dialect_of(
-    location: Location, given: DialectOptions | None = None, *, columns: Sequence[str] = (), named: bool = True
+    location: Location,
+    given: DialectOptions | None = None,
+    *,
+    columns: Sequence[str] = (),
+    named: bool = True,
+    usual: tuple[str, str] | None = None,
 ) -> Dialect:
     """The dialect of a file. `config new` and the readers find it with this function.
 
@@ -108,6 +113,7 @@ def dialect_of(
         given: What is known.
         columns: Required columns: a first line that has them all is a header.
         named: Whether the file names its columns or may do so; False for names from the options.
+        usual: Decimal mark and thousands separators that are chosen if others fit as well.
 
     Raises:
         UserError: When the file cannot be read or decoded.
@@ -116,11 +122,19 @@ def dialect_of(
     with unpacked(location) as (file, packing):
         head = file.read(HEAD_BYTES)
     cut = len(head) == HEAD_BYTES
-    return replace(_detected(head, given, location, columns=columns, named=named, cut=cut), packing=packing)
+    found = _detected(head, given, location, columns=columns, named=named, cut=cut, usual=usual)
+    return replace(found, packing=packing)
 
 
 def _detected(
-    head: bytes, given: DialectOptions, location: Location, *, columns: Sequence[str], named: bool, cut: bool
+    head: bytes,
+    given: DialectOptions,
+    location: Location,
+    *,
+    columns: Sequence[str],
+    named: bool,
+    cut: bool,
+    usual: tuple[str, str] | None,
 ) -> Dialect:
     encoding = _known(given.encoding) if given.encoding else encoding_of(head, str(location), cut=cut)
     text = codecs.getincrementaldecoder(encoding)(errors="replace").decode(head)
@@ -133,7 +147,7 @@ def _detected(
         delimiter = _delimiter(text, quotes, cut, "\t" if tabs else ",")
     lines = parsed_head(text, delimiter, quotes, cut=cut)
     dialect = Dialect(delimiter, encoding=encoding, quotes=quotes, skipped=skipped)
-    decimal, thousands = _marks(lines[1:] or lines, given, delimiter)
+    decimal, thousands = _marks(lines[1:] or lines, given, delimiter, usual)
     dialect = replace(dialect, decimal=decimal, thousands=thousands)
     header = named and bool(lines) and _has_header(lines, dialect, columns)
     return replace(dialect, header=header if given.header is None else given.header)
@@ -194,7 +208,9 @@ def _columns(lines: Sequence[Sequence[str]]) -> list[list[str]]:
     return [[cell for cell in column if cell and cell not in MISSING] for column in zip(*rows, strict=True)]
 
 
-def _marks(lines: Sequence[Sequence[str]], given: DialectOptions, delimiter: str) -> tuple[str, str]:
+def _marks(
+    lines: Sequence[Sequence[str]], given: DialectOptions, delimiter: str, usual: tuple[str, str] | None
+) -> tuple[str, str]:
     """The decimal mark and the thousands separators with which most columns are numbers."""
     known = given.thousands
     choices = [
@@ -204,6 +220,7 @@ def _marks(lines: Sequence[Sequence[str]], given: DialectOptions, delimiter: str
     ]
     if delimiter == ",":  # a cell that is quoted for its comma is rather 1,234 than 1,5
         choices.sort(key=lambda marks: marks[0] == ",")
+    choices.sort(key=lambda marks: marks != usual)
     columns = [column for column in _columns(lines) if column]
     counts = {marks: sum(_all_numbers(column, *marks) for column in columns) for marks in choices}
     best = max(choices, key=lambda marks: counts[marks])
