@@ -130,7 +130,9 @@ class WarmStart:
             line = f"{where} starts from {name} with its heads of {listed(taken) or 'no task'}"
             lines.append(line + (f"; new heads for {listed(fresh)}" if fresh else ""))
             found, wanted = model.spec.input, spec.input
-            if (found.mean, found.std) != (wanted.mean, wanted.std):
+            if found.quantiles != wanted.quantiles:
+                lines.append(f"{name} was trained on input normalised by other quantiles")
+            elif (found.mean, found.std) != (wanted.mean, wanted.std):
                 lines.append(
                     f"{name} was trained on input normalised by mean {_short(found.mean)} and std "
                     f"{_short(found.std)}; here they are {_short(wanted.mean)} and {_short(wanted.std)}"

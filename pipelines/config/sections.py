@@ -83,7 +83,7 @@ class NetworkSection(Section):
 
     encoder: str = Field(
         "convnet",
-        description="Encoder: one of mlp, convnet, resnet18, resnet34, resnet50, celeba_resnet, "
+        description="Encoder: one of mlp, tabm, convnet, resnet18, resnet34, resnet50, celeba_resnet, "
         "xception_taskonomy, vit, vit_b_16, embedding_bag, text_transformer, transformers.",
     )
     stem: int = Field(0, ge=0, le=1000, description="Stages of the encoder that all groups share.")

@@ -8,12 +8,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import numpy as np
+
 from pipelines.data.cells import cell_number, has_leading_zero
 from pipelines.data.dates import CLOCK_PART, PARTS, formats_of, has_clock, parts_of, read_date
 from pipelines.data.sources.base import Entry
 from pipelines.data.sources.rows import Row
 
 HELD_ROWS = 20_000  # rows of a table that are held in memory; a longer table is read again for each pass
+SAMPLED_ROWS = 20_000  # training rows from which quantiles are computed
 MOST_VALUES = 10_000  # different cells of a column that are held
 FAR = 20  # binary orders of magnitude, about six decimal ones, that make a number an outlier
 _FOLDED = 4096  # numbers that are added at a time
@@ -208,6 +211,17 @@ def date_figures(samples: Samples, column: str, form: str) -> tuple[str, dict[st
         for moment in held
     ]
     return first.date().isoformat(), training_figures(rows, names)
+
+
+def training_sample(samples: Samples, most: int = SAMPLED_ROWS) -> list[Row]:
+    """Training rows for quantiles: all of them, or `most` that are drawn at random, always the same ones."""
+    rng, held = np.random.default_rng(0), list[Row]()
+    for count, row in enumerate(_training(samples)):
+        if count < most:
+            held.append(row)
+        elif (place := int(rng.integers(count + 1))) < most:
+            held[place] = row
+    return held
 
 
 def different_cells(samples: Samples, columns: Collection[str]) -> dict[str, set[str]]:

@@ -12,17 +12,19 @@ import importlib.util
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Literal, Self
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from dmtg_core.names import listed
 from dmtg_core.tasks import InputSpec
 from pipelines.config.validation import Section, checked
 from pipelines.data.cells import MISSING, has_leading_zero, normal_form
-from pipelines.data.preprocessing import load_preparation
+from pipelines.data.preprocessing import for_plain_cells, load_preparation
 from pipelines.data.sources.base import Entry
 from pipelines.data.sources.columns import (
     MOST_VALUES,
@@ -31,6 +33,7 @@ from pipelines.data.sources.columns import (
     RowsOf,
     date_figures,
     training_figures,
+    training_sample,
 )
 from pipelines.data.sources.labels import (
     LabelTask,
@@ -58,6 +61,7 @@ from pipelines.storage import Location
 logger = logging.getLogger(__name__)
 
 WIDE = 10_000  # features of a sample above which a warning is logged
+MOST_QUANTILES = 256  # of a feature
 FINEST = 1e-5  # ratio of deviation and mean below which float32, with 24 bits, loses the differences
 
 
@@ -71,7 +75,8 @@ class TableOptions(Section):
     year and, with times, hour. Without `categorical`, another feature is a category if less than half of its
     training cells are numbers, or if they are digits with leading zeros, such as postcodes; with it, the
     features that it does not name are numbers. `missing` are markers of an empty cell. A category with more
-    than `max_values` values is refused.
+    than `max_values` values is refused. `scaling` is the normalisation of numbers on the device: "standard" (zero
+    mean, unit deviation) or "quantile" (to a normal distribution, by quantiles of the training rows).
 
     `smiles` names a column of molecules, which is then the only input. `molecule_features`: "ngrams" (counts of
     1 to `longest` neighbouring characters, hashed to `bits` features) or "morgan" (rdkit's fingerprint of `radius`
@@ -87,6 +92,7 @@ class TableOptions(Section):
     categorical: tuple[str, ...] | None = None
     missing: tuple[str, ...] = MISSING
     max_values: int = Field(100, ge=2)
+    scaling: Literal["standard", "quantile"] = "standard"
     smiles: str | None = None
     molecule_features: Literal["ngrams", "morgan"] = "ngrams"
     bits: int = Field(2048, ge=16)
@@ -98,7 +104,7 @@ class TableOptions(Section):
         """Refuse options that would be ignored."""
         unused = {"molecule_features", "bits", "longest", "radius"}
         if self.smiles is not None:
-            unused = {"features", "categorical", "max_values"}
+            unused = {"features", "categorical", "max_values", "scaling"}
             unused |= {"radius"} if self.molecule_features == "ngrams" else {"longest"}
         for option in sorted(unused & self.model_fields_set):
             raise ValueError(f"{option} has no meaning {'with' if self.smiles else 'without'} these molecules")
@@ -223,7 +229,20 @@ class TableSource(PreparedSource):
             "missing": list(self._options.missing),
             **self._dialect.marks,
         }
-        return InputSpec("features", (len(mean),), "float32", mean, std), preparation
+        sizes = [len(scales) for _, scales in features]
+        quantiles = self._quantiles(preparation, sizes) if self._options.scaling == "quantile" else ()
+        return InputSpec("features", (len(mean),), "float32", mean, std, quantiles=quantiles), preparation
+
+    def _quantiles(self, preparation: Mapping[str, Any], sizes: Sequence[int]) -> tuple[tuple[float, ...], ...]:
+        """Quantiles of each stored value that is a number. `sizes`: number of stored values of each feature."""
+        how = load_preparation(for_plain_cells(preparation))
+        stored = []
+        for row in training_sample(RowsOf(self._entries)):
+            with suppress(ValueError):  # a sample that cannot be used
+                stored.append(how.row(row.cells))
+        parts = np.split(np.array(stored), np.cumsum(sizes)[:-1], axis=1)
+        pairs = zip(preparation["features"], parts, strict=True)
+        return tuple(edges for feature, values in pairs for edges in _feature_quantiles(feature, values))
 
     @property
     def _remarks(self) -> Sequence[str]:
@@ -296,6 +315,28 @@ class TableSource(PreparedSource):
             preparation |= {"longest": options.longest}
         how = load_preparation(preparation)
         return InputSpec("features", (options.bits,), str(how.row(how.example()).dtype)), preparation
+
+
+def _feature_quantiles(feature: Mapping[str, Any], values: np.ndarray) -> list[tuple[float, ...]]:
+    """Quantiles of the stored values of a feature, over the rows that have it; none for flags.
+
+    Their number is that of TabM (Gorishniy et al. 2025): one for 30 rows, at least 10, here at most
+    `MOST_QUANTILES`.
+
+    Args:
+        feature: The feature of the preparation.
+        values: `(n, S)`.
+    """
+    if feature["type"] == "category":
+        return [()] * values.shape[1]
+    gaps = int(feature["gaps"])
+    filled = values[values[:, -1] == 0] if gaps else values
+    levels = np.linspace(0, 1, min(max(len(values) // 30, 10), MOST_QUANTILES))
+    found: list[tuple[float, ...]] = []
+    for numbers in filled.T[: values.shape[1] - gaps]:
+        flag = len(np.unique(numbers)) <= 2
+        found.append(() if flag else tuple(np.quantile(numbers, levels).astype(np.float32).tolist()))
+    return found + [()] * gaps
 
 
 def _problem(chosen: Sequence[str], taken: set[str | None], categorical: Sequence[str]) -> str:

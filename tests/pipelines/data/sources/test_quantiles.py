@@ -1,0 +1,98 @@
+"""`scaling: quantile` of the reader of tables: normal scores of numbers, against scikit-learn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.preprocessing import QuantileTransformer
+
+from dmtg_core.network.inputs import Normalise
+from dmtg_core.tasks import InputSpec
+from pipelines.data.sources.base import INPUT
+from pipelines.data.sources.columns import RowsOf, training_sample
+from pipelines.data.sources.table import TableSource
+from pipelines.storage import locate
+
+TASK = {"column": "sick", "kind": "binary"}
+
+
+def table(folder: Path, rows: int = 600) -> pd.DataFrame:
+    """Numbers with a long tail, with gaps and with two values, a category, dates; a third is not for training."""
+    rng = np.random.default_rng(1)
+    frame = pd.DataFrame(
+        {
+            "income": np.exp(3 * rng.normal(size=rows)).round(3),
+            "age": np.where(rng.random(rows) < 0.2, np.nan, rng.integers(18, 90, rows)),
+            "insured": rng.integers(0, 2, rows),
+            "plant": rng.choice(["oak", "elm"], rows),
+            "seen": pd.date_range("2020-01-01", periods=rows).strftime("%Y-%m-%d"),
+            "sick": rng.integers(0, 2, rows),
+            "split": np.where(np.arange(rows) % 3 == 2, "val", "train"),
+        }
+    )
+    frame.to_csv(folder / "t.csv", index=False)
+    return frame
+
+
+def source(folder: Path, **options: Any) -> TableSource:
+    return TableSource(locate(str(folder)), {"file": "t.csv", "tasks": [TASK], "scaling": "quantile", **options})
+
+
+def test_numbers_become_normal_scores_and_flags_do_not_change(tmp_path: Path) -> None:
+    frame = table(tmp_path)
+    reader = source(tmp_path)
+    spec = reader.describe().input
+    stored = np.stack([reader.read(entry)[INPUT] for entry in reader.entries()])
+    scores = Normalise(spec)(torch.from_numpy(stored)).numpy()
+    train = (frame["split"] == "train").to_numpy()
+    income = frame[["income"]].to_numpy(np.float32)
+    expected = QuantileTransformer(n_quantiles=400 // 30, output_distribution="normal").fit(income[train])
+    inside = (income[:, 0] > income[train].min()) & (income[:, 0] < income[train].max())
+    np.testing.assert_allclose(scores[inside, 0], expected.transform(income)[inside, 0], atol=2e-3)
+    ages = frame["age"].to_numpy(np.float32)
+    known = train & ~np.isnan(ages)
+    assert spec.quantiles[1] == tuple(np.quantile(ages[known], np.linspace(0, 1, 13)).astype(np.float32).tolist())
+    # the gap of age, the flag, and the categories (two and other values) are as they are; then six parts of dates
+    assert [len(edges) for edges in spec.quantiles[2:7]] == [0] * 5
+    assert np.array_equal(scores[:, 4:7], stored[:, 4:7])
+    assert [bool(edges) for edges in spec.quantiles[7:]] == [
+        True,
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]  # one or two years
+
+
+def test_the_manifest_keeps_the_quantiles(tmp_path: Path) -> None:
+    table(tmp_path, rows=90)
+    described = source(tmp_path).describe()
+    assert InputSpec(**json.loads(json.dumps(described.input.to_dict()))) == described.input
+    plain = source(tmp_path, scaling="standard").describe().input
+    assert plain == InputSpec(plain.kind, plain.shape, plain.dtype, plain.mean, plain.std)
+
+
+def test_a_long_table_is_sampled_and_the_sample_is_always_the_same(tmp_path: Path) -> None:
+    table(tmp_path)
+    reader = source(tmp_path)
+    every = training_sample(RowsOf(reader._entries))
+    some = [training_sample(RowsOf(reader._entries), 50) for _ in range(2)]
+    assert len(every) == 400
+    assert some[0] == some[1]
+    lines = [row.line for row in some[0]]
+    assert len(set(lines)) == 50
+    assert set(lines) <= {row.line for row in every}
+    assert max(lines) > 400  # not the first ones
+
+
+def test_molecules_have_no_scaling(tmp_path: Path) -> None:
+    table(tmp_path, rows=9)
+    with pytest.raises(Exception, match="scaling has no meaning with these molecules"):
+        source(tmp_path, smiles="plant")
