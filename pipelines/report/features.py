@@ -160,20 +160,27 @@ def table_values(inputs: np.ndarray, preparation: Mapping[str, Any]) -> list[Val
         return []
     described = preparation.get("features", [{"column": f"feature {i}", "type": "number", "gaps": False}
                                              for i in range(inputs.shape[1])])  # fmt: skip
-    sizes = [len(one["values"]) + 1 if one["type"] == "category" else 1 + one["gaps"] for one in described]
-    edges = [0, *itertools.accumulate(sizes)]
+    edges = [0, *itertools.accumulate(map(_size, described))]
     return [
         _feature(one, inputs[:, start:stop])
         for one, (start, stop) in zip(described, itertools.pairwise(edges), strict=True)
     ]
 
 
+def _size(described: Mapping[str, Any]) -> int:
+    """Number of stored values of a feature."""
+    if described["type"] == "category":
+        return len(described["values"]) + 1
+    return len(described.get("means", [0])) + int(described["gaps"])
+
+
 def _feature(described: Mapping[str, Any], stored: np.ndarray) -> Values:
     if described["type"] != "category":
-        numbers = stored[:, 0].astype(np.float64)
-        return Values(
-            described["column"], np.where(stored[:, 1] > 0, np.nan, numbers) if described["gaps"] else numbers
-        )
+        numbers, unit = stored[:, 0].astype(np.float64), ""
+        if described["type"] == "date":  # the first part is a count of days
+            unit = f"days since {described['first']}"
+        gaps = stored[:, -1] > 0 if described["gaps"] else np.zeros(len(stored), bool)
+        return Values(described["column"], np.where(gaps, np.nan, numbers), unit=unit)
     classes, names = stored.argmax(1), (*described["values"], "other values")
     gap = described["values"].index("") if "" in described["values"] else -1
     return Values(described["column"], np.where(classes == gap, -1, classes), names)

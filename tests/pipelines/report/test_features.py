@@ -10,7 +10,9 @@ from scipy import stats
 
 from dmtg_core import InputSpec, Task
 from pipelines.config.loading import Config
+from pipelines.data.dates import ISO
 from pipelines.data.manifest import read_manifest
+from pipelines.data.preprocessing import prepare
 from pipelines.data.reader import Reader
 from pipelines.data.sources.base import Column, Description
 from pipelines.report import features
@@ -128,3 +130,24 @@ def test_a_histogram_is_drawn_of_any_numbers(values: list[float], bars: int) -> 
     found: dict[str, Any] = distribution(features.Values("x", np.array(values)))
     assert sum(bar > 0 for bar in found["bars"]) == bars
     assert max(found["bars"], default=1.0) == 1.0
+
+
+def test_columns_after_a_date_are_read_at_their_place() -> None:
+    """The stored rows come from the preparation that served models use."""
+    means = [1.0, 2020.0, 1.0, 2.0, 3.0, 2.0]
+    date = {
+        "column": "born",
+        "type": "date",
+        "format": ISO,
+        "first": "2020-01-01",
+        "means": means,
+        "gaps": True,
+    }
+    site = {"column": "site", "type": "category", "values": ["", "north"], "form": "value"}
+    age = {"column": "age", "type": "number", "mean": 1.0, "gaps": False}
+    preparation = {"kind": "table", "missing": [], "features": [date, site, age]}
+    cells = [("2020-01-04", "north", 7), ("", "", 8)]
+    rows = [dict(zip(("born", "site", "age"), one, strict=True)) for one in cells]
+    born, place, old = table_values(prepare(preparation, rows), preparation)
+    assert (born.array[0], born.unit, born.missing) == (3.0, "days since 2020-01-01", 0.5)
+    assert (place.array.tolist(), old.array.tolist()) == ([1, -1], [7.0, 8.0])
