@@ -17,14 +17,13 @@ import numpy as np
 from pydantic import ValidationError
 
 from dmtg_core.names import listed
+from dmtg_core.tables.cells import cell_text, marks_of
+from dmtg_core.tables.preparation import TablePreparation, unseen_remarks
 from dmtg_core.tasks import InputSpec
-from pipelines.data.cells import cell_text, marks_of
 from pipelines.data.preprocessing import (
     Preparation,
-    TablePreparation,
     for_plain_cells,
     load_preparation,
-    unseen_remarks,
 )
 from pipelines.data.sources import SOURCES, options_model
 from pipelines.data.sources.base import BadSampleError

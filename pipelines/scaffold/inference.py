@@ -14,12 +14,12 @@ from functools import cached_property
 from typing import Any
 
 from dmtg_core.names import listed, look_of
+from dmtg_core.tables.cells import MISSING, cell_number, has_leading_zero
+from dmtg_core.tables.dates import formats_of
+from dmtg_core.tables.features import FINEST
 from pipelines.config.yaml_text import in_line
-from pipelines.data.cells import MISSING, cell_number, has_leading_zero
-from pipelines.data.dates import formats_of
 from pipelines.data.sources.labels import DASHES
 from pipelines.data.sources.rows import MOST_NAMES, Row, split_name
-from pipelines.data.sources.table import FINEST
 from pipelines.data.sources.tables.flags import FLAGS
 from pipelines.errors import UserError
 from pipelines.scaffold.quantities import whole_numbers

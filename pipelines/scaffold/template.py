@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from dmtg_core.tables.cells import MISSING
 from pipelines.config.loading import recipe_config
 from pipelines.config.places import relative
 from pipelines.config.yaml_text import in_line
-from pipelines.data.cells import MISSING
 from pipelines.data.sources import SOURCES, options_model
 from pipelines.data.sources.folder import EXTENSIONS
 from pipelines.data.sources.rows import MOST_NAMES, SPLIT_COLUMN, read_head, table_dialect

@@ -13,11 +13,12 @@ import numpy as np
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from dmtg_core.names import by_number, listed, look_of
+from dmtg_core.tables.cells import MISSING, cell_number, has_leading_zero, normal_form
+from dmtg_core.tables.figures import Figures
 from dmtg_core.tasks import Task, check_names
 from pipelines.config.validation import Section
-from pipelines.data.cells import MISSING, cell_number, has_leading_zero, normal_form
 from pipelines.data.sources.base import BadSampleError, Column
-from pipelines.data.sources.columns import Figures, Samples, different_cells, training_figures
+from pipelines.data.sources.columns import Samples, different_cells, training_figures
 from pipelines.data.sources.rows import Row
 from pipelines.data.sources.tables.flags import FLAGS
 from pipelines.errors import UserError

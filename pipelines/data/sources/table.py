@@ -12,29 +12,20 @@ import importlib.util
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Literal, Self
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from dmtg_core.names import listed
+from dmtg_core.tables.cells import MISSING
+from dmtg_core.tables.features import ColumnError, TableInput, TableRules, table_input
 from dmtg_core.tasks import InputSpec
 from pipelines.config.validation import Section, checked
-from pipelines.data.cells import MISSING, has_leading_zero, normal_form
-from pipelines.data.preprocessing import for_plain_cells, load_preparation
+from pipelines.data.preprocessing import load_preparation
 from pipelines.data.sources.base import Entry
-from pipelines.data.sources.columns import (
-    MOST_VALUES,
-    Figures,
-    Replayed,
-    RowsOf,
-    date_figures,
-    training_figures,
-    training_sample,
-)
+from pipelines.data.sources.columns import Replayed, RowsOf, TrainingCells
 from pipelines.data.sources.labels import (
     LabelTask,
     Target,
@@ -61,8 +52,11 @@ from pipelines.storage import Location
 logger = logging.getLogger(__name__)
 
 WIDE = 10_000  # features of a sample above which a warning is logged
-MOST_QUANTILES = 256  # of a feature
-FINEST = 1e-5  # ratio of deviation and mean below which float32, with 24 bits, loses the differences
+REMEDIES = {  # option of a `ColumnError` → what the options of the reader can do
+    "features": " in the table, or remove it from features",
+    "categorical": " from features, or add it to categorical",
+    "max_values": " from features, or raise source.options.max_values",
+}
 
 
 class TableOptions(Section):
@@ -202,47 +196,19 @@ class TableSource(PreparedSource):
             return self._molecules(self._options.smiles)
         cells = next(iter(self._entries)).fields["row"].cells
         columns = [column for column in cells if column not in self._target_columns]
-        most = max(MOST_VALUES, self._options.max_values)
-        features, constants = [], []
-        self._outliers: list[str] = []
-        for column, figures in training_figures(RowsOf(self._entries), columns, most).items():
-            if figures.outliers:
-                self._outliers.append(f"column {column} has outliers: {figures.outliers}")
-            if len(figures.values) > 1:
-                features.append(self._feature(column, figures))
-            else:
-                constants.append(column)
-        if constants:
-            logger.warning("%s: left out, constant in training: %s", self._table, listed(constants, MOST_NAMES))
-        if not features:
-            raise UserError("no feature is left", where=str(self._table), remedy="choose other features")
-        _log_features(str(self._table), [feature for feature, _ in features])
-        mean, std = zip(*(pair for _, scales in features for pair in scales), strict=True)
-        if len(mean) > WIDE:
-            size = len(mean) * 4 // 1024
-            logger.warning(
-                "%s: %d features, %d KiB for each sample: set data.compression=lz4", self._table, len(mean), size
-            )
-        preparation = {
-            "kind": "table",
-            "features": [feature for feature, _ in features],
-            "missing": list(self._options.missing),
-            **self._dialect.marks,
-        }
-        sizes = [len(scales) for _, scales in features]
-        quantiles = self._quantiles(preparation, sizes) if self._options.scaling == "quantile" else ()
-        return InputSpec("features", (len(mean),), "float32", mean, std, quantiles=quantiles), preparation
-
-    def _quantiles(self, preparation: Mapping[str, Any], sizes: Sequence[int]) -> tuple[tuple[float, ...], ...]:
-        """Quantiles of each stored value that is a number. `sizes`: number of stored values of each feature."""
-        how = load_preparation(for_plain_cells(preparation))
-        stored = []
-        for row in training_sample(RowsOf(self._entries)):
-            with suppress(ValueError):  # a sample that cannot be used
-                stored.append(how.row(row.cells))
-        parts = np.split(np.array(stored), np.cumsum(sizes)[:-1], axis=1)
-        pairs = zip(preparation["features"], parts, strict=True)
-        return tuple(edges for feature, values in pairs for edges in _feature_quantiles(feature, values))
+        options = self._options
+        rules = TableRules(
+            categorical=options.categorical, missing=options.missing, marks=self._dialect.marks,
+            max_values=options.max_values, scaling=options.scaling,
+        )  # fmt: skip
+        try:
+            found = table_input(TrainingCells(RowsOf(self._entries)), columns, rules)
+        except ColumnError as error:
+            remedy = f"{error.remedy}{REMEDIES.get(error.option, '')}"
+            raise UserError(error.what, where=str(self._table), remedy=remedy) from error
+        self._outliers = found.outliers
+        _log_features(str(self._table), found)
+        return found.spec, found.preparation
 
     @property
     def _remarks(self) -> Sequence[str]:
@@ -251,59 +217,6 @@ class TableSource(PreparedSource):
     @property
     def _target_columns(self) -> set[str]:
         return {task.column for task in self._options.tasks}
-
-    def _feature(self, column: str, figures: Figures) -> tuple[dict[str, Any], list[tuple[float, float]]]:
-        """One feature of the preparation, with mean and standard deviation of each of its stored values."""
-        listed = self._options.categorical
-        if listed is None or column not in listed:
-            if len(figures.date_formats) == 1:
-                return self._dates(column, figures)
-            if figures.date_formats:
-                logger.warning(
-                    "%s: the dates of column %s can be read in several ways (%s): write them as yyyy-mm-dd",
-                    self._table, column, ", ".join(figures.date_formats),
-                )  # fmt: skip
-        few = 2 * figures.numbers < figures.filled or bool(figures.zeros)
-        if few if listed is None else column in listed:
-            return self._category(column, figures)
-        if not figures.numbers:
-            raise UserError(
-                f"no number in the train rows of column {column}",
-                where=str(self._table),
-                remedy="remove it from features, or add it to categorical",
-            )
-        mean, deviation = figures.mean, figures.deviation
-        if 0 < deviation < FINEST * abs(mean):
-            raise UserError(
-                f"column {column} differs by {deviation:g} around {mean:g}: the values are equal in float32",
-                where=str(self._table),
-                remedy="subtract an offset in the table, or remove it from features",
-            )
-        gaps = figures.filled < figures.cells
-        feature = {"column": column, "type": "number", "mean": mean, "gaps": gaps}
-        return feature, [(mean, deviation or 1.0)] + [(0.0, 1.0)] * gaps
-
-    def _category(self, column: str, figures: Figures) -> tuple[dict[str, Any], list[tuple[float, float]]]:
-        form = "digits" if any(map(has_leading_zero, figures.values)) else "value"
-        values = sorted(figures.values if form == "digits" else set(map(normal_form, figures.values)))
-        if len(values) > self._options.max_values:
-            digits = " (digits with leading zeros are no numbers)" if form == "digits" else ""
-            raise UserError(
-                f"column {column} has {len(values)}{' or more' * figures.incomplete} different values, more than "
-                f"max_values={self._options.max_values}, such as {', '.join(map(repr, values[:3]))}{digits}",
-                where=str(self._table),
-                remedy="remove it from features, or raise source.options.max_values",
-            )
-        feature = {"column": column, "type": "category", "values": values, "form": form}
-        return feature, [(0.0, 1.0)] * (len(values) + 1)
-
-    def _dates(self, column: str, figures: Figures) -> tuple[dict[str, Any], list[tuple[float, float]]]:
-        (form,), gaps = figures.date_formats, figures.filled < figures.cells
-        first, parts = date_figures(RowsOf(self._entries), column, form)
-        means = [one.mean for one in parts.values()]
-        feature = {"column": column, "type": "date", "format": form, "first": first, "parts": list(parts)}
-        scales = [(one.mean, one.deviation or 1.0) for one in parts.values()]
-        return {**feature, "means": means, "gaps": gaps}, scales + [(0.0, 1.0)] * gaps
 
     def _molecules(self, column: str) -> tuple[InputSpec, Mapping[str, Any]]:
         options = self._options
@@ -315,28 +228,6 @@ class TableSource(PreparedSource):
             preparation |= {"longest": options.longest}
         how = load_preparation(preparation)
         return InputSpec("features", (options.bits,), str(how.row(how.example()).dtype)), preparation
-
-
-def _feature_quantiles(feature: Mapping[str, Any], values: np.ndarray) -> list[tuple[float, ...]]:
-    """Quantiles of the stored values of a feature, over the rows that have it; none for flags.
-
-    Their number is that of TabM (Gorishniy et al. 2025): one for 30 rows, at least 10, here at most
-    `MOST_QUANTILES`.
-
-    Args:
-        feature: The feature of the preparation.
-        values: `(n, S)`.
-    """
-    if feature["type"] == "category":
-        return [()] * values.shape[1]
-    gaps = int(feature["gaps"])
-    filled = values[values[:, -1] == 0] if gaps else values
-    levels = np.linspace(0, 1, min(max(len(values) // 30, 10), MOST_QUANTILES))
-    found: list[tuple[float, ...]] = []
-    for numbers in filled.T[: values.shape[1] - gaps]:
-        flag = len(np.unique(numbers)) <= 2
-        found.append(() if flag else tuple(np.quantile(numbers, levels).astype(np.float32).tolist()))
-    return found + [()] * gaps
 
 
 def _problem(chosen: Sequence[str], taken: set[str | None], categorical: Sequence[str]) -> str:
@@ -353,9 +244,20 @@ def _problem(chosen: Sequence[str], taken: set[str | None], categorical: Sequenc
     return f"categorical names {listed(lost)}, which is not a feature" if lost else ""
 
 
-def _log_features(where: str, features: Sequence[Mapping[str, Any]]) -> None:
+def _log_features(where: str, found: TableInput) -> None:
+    for column, formats in found.ambiguous.items():
+        logger.warning(
+            "%s: the dates of column %s can be read in several ways (%s): write them as yyyy-mm-dd",
+            where, column, ", ".join(formats),
+        )  # fmt: skip
+    if found.constants:
+        logger.warning("%s: left out, constant in training: %s", where, listed(found.constants, MOST_NAMES))
+    features = found.preparation["features"]
     for kind, plural in (("number", "numbers"), ("date", "dates"), ("category", "categories")):
         names = [feature["column"] for feature in features if feature["type"] == kind]
         if not names and kind == "date":
             continue
         logger.info("%s: %d features are %s: %s", where, len(names), plural, listed(names, MOST_NAMES))
+    if (size := found.spec.shape[0]) > WIDE:
+        memory = size * 4 // 1024
+        logger.warning("%s: %d features, %d KiB for each sample: set data.compression=lz4", where, size, memory)

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.data.cells import cell_text, in_points, normal_form, number_pattern
-from pipelines.data.dates import FORMATS, formats_of, parts_of, read_date
+from dmtg_core.tables.cells import cell_text, in_points, normal_form, number_pattern
+from dmtg_core.tables.dates import FORMATS, formats_of, parts_of, read_date
 from pipelines.data.preprocessing import prepare
 
 NUMBERS = st.one_of(

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.data.preprocessing import cell_number, cell_text, load_preparation, prepare
+from dmtg_core.tables.cells import cell_number, cell_text
+from pipelines.data.preprocessing import load_preparation, prepare
 from pipelines.data.sources.tokens import train_tokenizer
 
 AGE = {"column": "age", "type": "number", "mean": 30.0, "gaps": True}

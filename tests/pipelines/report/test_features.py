@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from dmtg_core import InputSpec, Task
+from dmtg_core.tables.dates import ISO
 from pipelines.config.loading import Config
-from pipelines.data.dates import ISO
 from pipelines.data.manifest import read_manifest
 from pipelines.data.preprocessing import prepare
 from pipelines.data.reader import Reader

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from dmtg_core.tables.cells import MISSING, in_points, number_pattern
+from dmtg_core.tables.dates import formats_of
 from pipelines.config.validation import Section
-from pipelines.data.cells import MISSING, in_points, number_pattern
-from pipelines.data.dates import formats_of
 from pipelines.data.sources.tables.encodings import encoding_of, unpacked
 from pipelines.errors import UserError
 from pipelines.storage import Location

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.data.cells import cell_text
+from dmtg_core.tables.cells import cell_text
 from pipelines.data.sources.tables.encodings import absent
 from pipelines.data.sources.tables.row import Row, check_header
 from pipelines.errors import UserError

@@ -13,9 +13,11 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from dmtg_core.tables import figures
+from dmtg_core.tables.figures import ExactSum
 from pipelines.data.sources import build_source, columns
 from pipelines.data.sources.base import Source
-from pipelines.data.sources.columns import ExactSum, Replayed, training_figures
+from pipelines.data.sources.columns import Replayed, training_figures
 from pipelines.data.sources.rows import Row, read_rows
 from pipelines.data.sources.tables import delimited, parquet
 from pipelines.errors import UserError
@@ -69,7 +71,7 @@ def test_a_long_table_is_read_as_a_short_one(
     monkeypatch.setattr(parquet, "BATCH_ROWS", 30)
     monkeypatch.setattr(delimited, "BLOCK_BYTES", 100)
     monkeypatch.setattr(columns, "HELD_ROWS", 10)
-    monkeypatch.setattr(columns, "_FOLDED", 7)
+    monkeypatch.setattr(figures, "_FOLDED", 7)
     long = reader(written)
     caplog.clear()
     with caplog.at_level("INFO"):
@@ -101,7 +103,7 @@ def test_only_the_beginning_of_a_table_is_read_for_its_first_row(
 
 
 def test_sums_are_those_of_fsum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "_FOLDED", 10)
+    monkeypatch.setattr(figures, "_FOLDED", 10)
     rng = np.random.default_rng(0)
     for _ in range(200):
         count = int(rng.integers(100))

@@ -13,9 +13,10 @@ import torch
 from sklearn.preprocessing import QuantileTransformer
 
 from dmtg_core.network.inputs import Normalise
+from dmtg_core.tables.figures import sampled_rows
 from dmtg_core.tasks import InputSpec
 from pipelines.data.sources.base import INPUT
-from pipelines.data.sources.columns import RowsOf, training_sample
+from pipelines.data.sources.columns import RowsOf
 from pipelines.data.sources.table import TableSource
 from pipelines.storage import locate
 
@@ -82,8 +83,9 @@ def test_the_manifest_keeps_the_quantiles(tmp_path: Path) -> None:
 def test_a_long_table_is_sampled_and_the_sample_is_always_the_same(tmp_path: Path) -> None:
     table(tmp_path)
     reader = source(tmp_path)
-    every = training_sample(RowsOf(reader._entries))
-    some = [training_sample(RowsOf(reader._entries), 50) for _ in range(2)]
+    every = [row for row, split in RowsOf(reader._entries) if split == "train"]
+    assert sampled_rows(every) == every
+    some = [sampled_rows(every, 50) for _ in range(2)]
     assert len(every) == 400
     assert some[0] == some[1]
     lines = [row.line for row in some[0]]

@@ -1,0 +1,214 @@
+"""The features of a table, from the cells of its training rows: numbers, dates and categories.
+
+The readers of files and `dmtg_core.sklearn` describe a table with this code, and both convert its rows by the
+`TablePreparation` of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dmtg_core.tables.cells import MISSING, has_leading_zero, normal_form
+from dmtg_core.tables.figures import MOST_VALUES, Figures, Rows, column_figures, date_figures, sampled_rows
+from dmtg_core.tables.preparation import TablePreparation
+from dmtg_core.tasks import InputSpec
+
+FINEST = 1e-5  # ratio of deviation and mean below which float32, with 24 bits, loses the differences
+MOST_CATEGORIES = 100  # values of a category
+MOST_QUANTILES = 256  # of a feature
+SCALINGS = ("standard", "quantile")
+Scales = list[tuple[float, float]]  # mean and standard deviation of each stored value of a feature
+
+
+class ColumnError(ValueError):
+    """A column that cannot be a feature as it is.
+
+    Args:
+        what: The problem, with the name of the column.
+        remedy: How to correct it, in a table.
+        option: How an option of the caller corrects it: one of "features", "categorical" and "max_values".
+    """
+
+    def __init__(self, what: str, remedy: str = "", option: str = "") -> None:
+        super().__init__(f"{what}: {remedy}" if remedy else what)
+        self.what, self.remedy, self.option = what, remedy, option
+
+
+@dataclass(frozen=True)
+class TableInput:
+    """The input of a network for a table.
+
+    Args:
+        spec: Shape and normalisation of the stored rows.
+        preparation: Values of the `TablePreparation`.
+        constants: Columns that are left out, because they are constant in training.
+        outliers: Sentences about numbers that are far larger than others.
+        ambiguous: Column → the formats in which its dates can be read, if they are several. It is no date.
+    """
+
+    spec: InputSpec
+    preparation: dict[str, Any]
+    constants: list[str]
+    outliers: list[str]
+    ambiguous: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class TableRules:
+    """What decides about the features of a table.
+
+    Args:
+        categorical: The columns that are categories; other columns are dates or numbers. Without it, a column that
+            is no date is a category if less than half of its filled cells are numbers, or if they are digits with
+            leading zeros.
+        categories: Columns that are categories whatever their cells are.
+        missing: Markers of an empty cell.
+        marks: Decimal mark and separators of thousands, if they are not the usual ones; see `cells.marks_of`.
+        max_values: Largest number of values of a category.
+        scaling: One of `SCALINGS`.
+    """
+
+    categorical: Collection[str] | None = None
+    categories: Collection[str] = ()
+    missing: tuple[str, ...] = MISSING
+    marks: Mapping[str, str] = field(default_factory=dict)
+    max_values: int = MOST_CATEGORIES
+    scaling: str = "quantile"
+
+
+def table_input(rows: Rows, columns: Sequence[str], rules: TableRules) -> TableInput:
+    """Describe the features of a table.
+
+    Args:
+        rows: The training rows, with numbers as Python writes them and "" for missing cells.
+        columns: The columns of the features in their order.
+        rules: What decides about them.
+
+    Raises:
+        ColumnError: For a column that cannot be a feature, and if all columns are constant.
+    """
+    return _Description(rows, rules).describe(columns)
+
+
+class _Description:
+    def __init__(self, rows: Rows, rules: TableRules) -> None:
+        self._rows, self._rules = rows, rules
+        self._ambiguous: dict[str, tuple[str, ...]] = {}
+
+    def describe(self, columns: Sequence[str]) -> TableInput:
+        features, scales = [], list[Scales]()
+        constants, outliers = [], []
+        most = max(MOST_VALUES, self._rules.max_values)
+        for column, figures in column_figures(self._rows, columns, most).items():
+            if figures.outliers:
+                outliers.append(f"column {column} has outliers: {figures.outliers}")
+            if len(figures.values) > 1:
+                feature, values = self._feature(column, figures)
+                features.append(feature)
+                scales.append(values)
+            else:
+                constants.append(column)
+        if not features:
+            raise ColumnError("no feature is left", "choose other features")
+        mean, std = zip(*(pair for values in scales for pair in values), strict=True)
+        preparation = {
+            "kind": TablePreparation.kind,
+            "features": features,
+            "missing": list(self._rules.missing),
+            **self._rules.marks,
+        }
+        quantiles = self._quantiles(features, scales) if self._rules.scaling == "quantile" else ()
+        spec = InputSpec("features", (len(mean),), "float32", mean, std, quantiles=quantiles)
+        return TableInput(spec, preparation, constants, outliers, self._ambiguous)
+
+    def _quantiles(
+        self, features: Sequence[Mapping[str, Any]], scales: Sequence[Scales]
+    ) -> tuple[tuple[float, ...], ...]:
+        """Quantiles of each stored value that is a number."""
+        # without marks: the cells of the rows are written as in Python
+        how = TablePreparation({"features": features, "missing": self._rules.missing})
+        stored = []
+        for row in sampled_rows(self._rows):
+            with suppress(ValueError):  # a sample that cannot be used
+                stored.append(how.row(row))
+        parts = np.split(np.array(stored), np.cumsum([len(values) for values in scales])[:-1], axis=1)
+        pairs = zip(features, parts, strict=True)
+        return tuple(edges for feature, values in pairs for edges in _feature_quantiles(feature, values))
+
+    def _feature(self, column: str, figures: Figures) -> tuple[dict[str, Any], Scales]:
+        """One feature of the preparation, with mean and standard deviation of each of its stored values."""
+        listed = self._rules.categorical
+        if column in self._rules.categories or (listed is not None and column in listed):
+            return self._category(column, figures)
+        if len(figures.date_formats) == 1:
+            return self._dates(column, figures)
+        if figures.date_formats:
+            self._ambiguous[column] = figures.date_formats
+        if listed is None and (2 * figures.numbers < figures.filled or figures.zeros):
+            return self._category(column, figures)
+        return _number(column, figures)
+
+    def _category(self, column: str, figures: Figures) -> tuple[dict[str, Any], Scales]:
+        form = "digits" if any(map(has_leading_zero, figures.values)) else "value"
+        values = sorted(figures.values if form == "digits" else set(map(normal_form, figures.values)))
+        most = self._rules.max_values
+        if len(values) > most:
+            digits = " (digits with leading zeros are no numbers)" if form == "digits" else ""
+            raise ColumnError(
+                f"column {column} has {len(values)}{' or more' * figures.incomplete} different values, more than "
+                f"max_values={most}, such as {', '.join(map(repr, values[:3]))}{digits}",
+                "remove it",
+                "max_values",
+            )
+        feature = {"column": column, "type": "category", "values": values, "form": form}
+        return feature, [(0.0, 1.0)] * (len(values) + 1)
+
+    def _dates(self, column: str, figures: Figures) -> tuple[dict[str, Any], Scales]:
+        (form,), gaps = figures.date_formats, figures.filled < figures.cells
+        first, parts = date_figures(self._rows, column, form)
+        means = [one.mean for one in parts.values()]
+        feature = {"column": column, "type": "date", "format": form, "first": first, "parts": list(parts)}
+        scales = [(one.mean, one.deviation or 1.0) for one in parts.values()]
+        return {**feature, "means": means, "gaps": gaps}, scales + [(0.0, 1.0)] * gaps
+
+
+def _number(column: str, figures: Figures) -> tuple[dict[str, Any], Scales]:
+    if not figures.numbers:
+        raise ColumnError(f"no number in the train rows of column {column}", "remove it", "categorical")
+    mean, deviation = figures.mean, figures.deviation
+    if 0 < deviation < FINEST * abs(mean):
+        raise ColumnError(
+            f"column {column} differs by {deviation:g} around {mean:g}: the values are equal in float32",
+            "subtract an offset",
+            "features",
+        )
+    gaps = figures.filled < figures.cells
+    feature = {"column": column, "type": "number", "mean": mean, "gaps": gaps}
+    return feature, [(mean, deviation or 1.0)] + [(0.0, 1.0)] * gaps
+
+
+def _feature_quantiles(feature: Mapping[str, Any], values: np.ndarray) -> list[tuple[float, ...]]:
+    """Quantiles of the stored values of a feature, over the rows that have it; none for flags.
+
+    Their number is that of TabM (Gorishniy et al. 2025): one for 30 rows, at least 10, here at most
+    `MOST_QUANTILES`.
+
+    Args:
+        feature: The feature of the preparation.
+        values: `(n, S)`.
+    """
+    if feature["type"] == "category":
+        return [()] * values.shape[1]
+    gaps = int(feature["gaps"])
+    filled = values[values[:, -1] == 0] if gaps else values
+    levels = np.linspace(0, 1, min(max(len(values) // 30, 10), MOST_QUANTILES))
+    found: list[tuple[float, ...]] = []
+    for numbers in filled.T[: values.shape[1] - gaps]:
+        flag = len(np.unique(numbers)) <= 2
+        found.append(() if flag else tuple(np.quantile(numbers, levels).astype(np.float32).tolist()))
+    return found + [()] * gaps

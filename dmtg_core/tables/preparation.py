@@ -1,0 +1,168 @@
+"""Rows of a table to features, by values of the training rows that a JSON object holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from dmtg_core.tables.cells import by_number, cell_number, cell_text, in_points, marks_of, normal_form
+from dmtg_core.tables.dates import ISO, PARTS, parts_of, read_date
+
+_UNSEEN = "\0"  # no cell
+MOST_EXAMPLES = 5  # most unseen values of a column in a message
+
+
+class TablePreparation:
+    """Columns of a table as float32 features, in the order of `features`.
+
+    A number is one feature in its own unit. A missing number is the mean of the training split; if the training
+    split has missing numbers, a second feature is 1 for them. A date is one feature for each of its `parts`. A
+    category has one feature for each value of the training split and one for all other values; one of them is
+    1. An empty cell is a value of a category. Numbers are standardised on the device, by `InputSpec.mean` and
+    `InputSpec.std`.
+
+    The `form` of a category says when two cells are the same value: "value" if they have the same
+    `normal_form`, as 1, "1.0" and 1.0 have; "digits" for texts with leading zeros, where a number is the only
+    text that equals it. Without it, as in models of earlier versions, cells are compared as texts. `decimal`
+    and `thousands` are the marks in numbers that are given as texts.
+    """
+
+    kind = "table"
+    libraries: tuple[str, ...] = ()
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._features: Sequence[Mapping[str, Any]] = values["features"]
+        self._missing = frozenset(values["missing"])
+        self._marks = marks_of(values)
+        self._of_column = {feature["column"]: _Feature(feature) for feature in self._features}
+        self._starts = [0, *accumulate(one.size for one in self._of_column.values())]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the features."""
+        return tuple(feature["column"] for feature in self._features)
+
+    def row(self, cells: Mapping[str, Any]) -> np.ndarray:
+        """float32 (F,).
+
+        Raises:
+            ValueError: For text in a column of numbers or of dates.
+        """
+        found = np.zeros(self._starts[-1], np.float32)  # filled in place, because a category can have many values
+        for (column, feature), start in zip(self._of_column.items(), self._starts, strict=False):
+            feature.fill(found[start : start + feature.size], self._text(cells[column]), cells[column])
+        return found
+
+    def _text(self, value: Any) -> str:
+        text = cell_text(value)
+        if text in self._missing:
+            return ""
+        return in_points(text, *self._marks) if self._marks and isinstance(value, str) else text
+
+    def remarks(self, rows: Sequence[Mapping[str, Any]], stored: np.ndarray) -> list[str]:
+        """What is remarkable about samples: values of categories that the training split does not have.
+
+        Args:
+            rows: Raw samples.
+            stored: float32 (B, F), the result of `row` for each of them.
+        """
+        found: dict[str, Counter[str]] = {}
+        for column, place in self._others.items():
+            if (places := np.flatnonzero(stored[:, place])).size:
+                found[column] = Counter(self._text(rows[i][column]) for i in places.tolist())
+        return unseen_remarks(found, len(rows))
+
+    def unseen(self, cells: Mapping[str, Any], stored: np.ndarray) -> dict[str, str]:
+        """The columns of a sample whose category the training split does not have, with its value.
+
+        Args:
+            cells: The raw sample.
+            stored: float32 (F,), the result of `row`.
+        """
+        return {column: self._text(cells[column]) for column, end in self._others.items() if stored[end]}
+
+    @cached_property
+    def _others(self) -> dict[str, int]:
+        """Category → place of its stored value for other values."""
+        ends = zip(self._of_column.items(), self._starts[1:], strict=True)
+        return {column: end - 1 for (column, feature), end in ends if feature.kind == "category"}
+
+    def example(self) -> dict[str, Any]:
+        """The mean of each number, the first value of each category and the first day of each date."""
+        return {column: feature.example for column, feature in self._of_column.items()}
+
+
+def unseen_remarks(unseen: Mapping[str, Counter[str]], rows: int) -> list[str]:
+    """Sentences about values that the training split does not have.
+
+    Args:
+        unseen: Column → value → number of its cells.
+        rows: Number of samples.
+    """
+    found = []
+    for column, cells in unseen.items():
+        shown = ", ".join(map(repr, list(cells)[:MOST_EXAMPLES])) + (", …" if len(cells) > MOST_EXAMPLES else "")
+        count = f"{cells.total()} of {rows} cells"
+        found.append(f"column {column}: {count} have a value that training did not have: {shown}")
+    return found
+
+
+class _Feature:
+    """One column: its number of stored values, and how a cell becomes these."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._column, self.kind = values["column"], values["type"]
+        self._values = values
+        self.fill = {"number": self._fill_number, "date": self._fill_date, "category": self._fill_category}[
+            self.kind
+        ]
+        if self.kind == "category":
+            self.size, self.example = len(values["values"]) + 1, values["values"][0]
+            self._places = {value: place for place, value in enumerate(values["values"])}
+            self._form = values.get("form", "text")
+            self._texts = by_number(values["values"]) if self._form == "digits" else {}
+            return
+        self._gaps: bool = values["gaps"]
+        self._means: list[float] = values["means"] if self.kind == "date" else [values["mean"]]
+        self.size = len(self._means) + self._gaps
+        if self.kind == "date":
+            self.example = values["first"]
+            self._first = read_date(self.example, ISO)
+        else:
+            self.example = values["mean"]
+
+    def _fill_category(self, found: np.ndarray, cell: str, value: Any) -> None:
+        if self._form == "value":
+            cell = normal_form(cell)
+        elif self._form == "digits" and cell and not (isinstance(value, str) and cell in self._places):
+            cell = self._texts.get(normal_form(cell), _UNSEEN)
+        found[self._places.get(cell, -1)] = 1
+
+    def _fill_number(self, found: np.ndarray, cell: str, value: Any) -> None:
+        number = float(value) if isinstance(value, bool | np.bool_) else self._number(cell)
+        found[0] = number
+        if self._gaps:
+            found[1] = not cell
+
+    def _number(self, cell: str) -> float:
+        number = cell_number(cell) if cell else float(self._means[0])
+        if number is None:
+            raise ValueError(f"{cell!r} in column {self._column} is not a finite number")
+        return number
+
+    def _fill_date(self, found: np.ndarray, cell: str, _value: Any) -> None:
+        count = len(self._means)
+        moment = read_date(cell, self._values["format"]) if cell else None
+        if cell and moment is None:
+            raise ValueError(
+                f"{cell!r} in column {self._column} is not a date in the form {self._values['format']}"
+            )
+        assert self._first is not None
+        found[:count] = parts_of(moment, self._first, clock=count > len(PARTS)) if moment else self._means
+        if self._gaps:
+            found[count] = not cell
