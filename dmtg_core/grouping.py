@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from dmtg_core.names import quoted
+
 
 @dataclass(frozen=True)
 class Grouping:
@@ -91,7 +93,7 @@ class Grouping:
         return f"g{len(self.groups)}-{digest[:8]}"
 
     def __str__(self) -> str:
-        return " | ".join(", ".join(group) for group in self.groups)
+        return " | ".join(", ".join(map(quoted, group)) for group in self.groups)
 
     def adjusted_rand_index(self, other: Grouping) -> float:
         """Return the agreement of two partitions of the same tasks: 1 if equal, 0 on average by chance.

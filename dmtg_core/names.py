@@ -26,6 +26,29 @@ def by_number(name: str) -> tuple[list[Any], str]:
     return [(len(part), part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
+def quoted(name: str) -> str:
+    """Return a name as it is written between commas: in quotes, as in CSV, if it has a comma.
+
+    Example:
+        >>> quoted("height"), quoted("height, in cm")
+        ('height', '"height, in cm"')
+    """
+    return '"' + name.replace('"', '""') + '"' if "," in name or name.startswith('"') else name
+
+
+def unquoted(text: str) -> list[str]:
+    """Return the names that `", ".join(map(quoted, names))` has written.
+
+    Example:
+        >>> unquoted('weight, "height, in cm"')
+        ['weight', 'height, in cm']
+    """
+    return [
+        whole[1:-1].replace('""', '"') if whole else plain
+        for whole, plain in re.findall(r'("(?:[^"]|"")*")(?:, |$)|(.+?)(?:, |$)', text, re.DOTALL)
+    ]
+
+
 def listed(names: Iterable[str], most: int = 5) -> str:
     """Return names for a message: the first `most` names, and the number of further names.
 
@@ -33,7 +56,7 @@ def listed(names: Iterable[str], most: int = 5) -> str:
         >>> listed("abcdefg", 3)
         'a, b, c and 4 more'
     """
-    every = list(names)
+    every = [quoted(name) for name in names]
     more = f" and {len(every) - most} more" if len(every) > most else ""
     return ", ".join(every[:most]) + more
 

@@ -38,12 +38,12 @@ def models_list(uri: TrackUri = "", ray_config: RayFile = "", as_json: Json = Fa
     """List the newest version of every registered model, and all versions with an alias."""
 
     def body() -> dict[str, Any]:
-        from dmtg_core.names import listed
+        from dmtg_core.names import listed, unquoted
         from pipelines.registry.versions import list_models
 
         found = _query(uri, ray_config, list_models)
         columns = ("name", "version", "aliases", "tasks", "grouping", "created")
-        shown = {"aliases": ", ".join, "tasks": lambda text: listed(text.split(", "))}
+        shown = {"aliases": ", ".join, "tasks": lambda text: listed(unquoted(text))}
         rows = [{key: shown[key](m[key]) if key in shown else m[key] for key in columns} for m in found]
         print_table("Registered models", rows, right=("version",))
         whole = [model["uri"] for model in found if "." not in model["name"]]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dmtg_core.names import by_number
+from dmtg_core.names import by_number, quoted
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.training.checkpoint import OutdatedNetworkError, load_model
 from pipelines.config.loading import Config
@@ -114,7 +114,7 @@ def _facts(
     """Facts of a model that are not those of its run."""
     groups = {group: [task.name for task in model.tasks] for group, model in models.items()}
     tasks = [task for group in groups.values() for task in group]
-    listed = ", ".join(tasks)
+    listed = ", ".join(map(quoted, tasks))
     return {
         "kind": "composite" if members else "group",
         "tasks": listed if len(listed) <= LONGEST_TAG else f"{len(tasks)} tasks",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dmtg_core.names import quoted
 from pipelines.errors import UserError
 from pipelines.execution.executor import Executor
 from pipelines.registry.tracking import Tracker
@@ -138,7 +139,7 @@ def epoch_line(record: dict[str, Any], probabilities: list[list[float]]) -> str:
     for task, row in zip(tasks, probabilities, strict=True):
         groups.setdefault(int(np.argmax(row)), []).append(task)
     least = min(max(row) for row in probabilities)
-    shown = " | ".join(", ".join(members) for members in groups.values())
+    shown = " | ".join(", ".join(map(quoted, members)) for members in groups.values())
     return f"{line}  {record['heads']} heads  least sure {least:.0%}  {_clip(shown, 100)}"
 
 

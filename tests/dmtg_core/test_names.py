@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmtg_core.names import LONGEST_KEY, by_number, key_of, listed, look_of
+from dmtg_core.names import LONGEST_KEY, by_number, key_of, listed, look_of, quoted, unquoted
 
 
 @given(st.lists(st.integers(0, 10**30), unique=True))
@@ -34,6 +34,16 @@ def test_many_names_are_shortened():
     assert listed(["a", "b"]) == "a, b"
     assert listed([]) == ""
     assert listed(str(i) for i in range(70_000)) == "0, 1, 2, 3, 4 and 69995 more"
+
+
+def test_a_name_with_a_comma_is_one_name_in_a_list():
+    assert listed(["height, in cm", "weight"]) == '"height, in cm", weight'
+    assert unquoted("an older list, of names") == ["an older list", "of names"]
+
+
+@given(st.lists(st.text(st.sampled_from('ab", \n'), min_size=1).map(str.strip).filter(bool)))
+def test_names_in_a_list_are_read_again(names):
+    assert unquoted(", ".join(map(quoted, names))) == names
 
 
 @given(st.text("abcXYZ0129_.-", min_size=1, max_size=LONGEST_KEY).filter(lambda name: name not in (".", "..")))

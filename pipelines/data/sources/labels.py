@@ -313,8 +313,8 @@ def _targets_of(
     note = ""
     if odd:
         note = (
-            f"column {spec.column} has {listed(odd)} beside 0 and 1, which is taken for a missing label; if it is "
-            "no, write positive: ['1']"
+            f"column {spec.column} has {listed(odd)} beside 0 and 1, which is taken for a missing label; if it "
+            "means no, write positive: ['1']"
         )
         logger.warning("%s: %s", where, note)
     return [Target(spec.column, task, FLAGS, note=note, missing=gaps.union(odd))]
@@ -352,7 +352,8 @@ def _words(spec: LabelTask, cells: set[str]) -> tuple[str, ...]:
     """The names of the negative and the positive value of a binary task; none for numbers and mixed words."""
     if spec.positive is not None:
         negative = in_order(cells.difference(spec.positive))
-        return negative[0] if len(negative) == 1 else "rest", listed(spec.positive)
+        positive = spec.positive[0] if len(spec.positive) == 1 else listed(spec.positive)
+        return negative[0] if len(negative) == 1 else "rest", positive
     found = ([cell for cell in in_order(cells) if FLAGS.get(cell) == value] for value in (0, 1))
     pair = [some[0] for some in found if len({cell.casefold() for cell in some}) == 1]
     return tuple(pair) if len(pair) == 2 and all(cell_number(word) is None for word in pair) else ()

@@ -255,9 +255,9 @@ def _log_features(where: str, found: TableInput) -> None:
     features = found.preparation["features"]
     for kind, plural in (("number", "numbers"), ("date", "dates"), ("category", "categories")):
         names = [feature["column"] for feature in features if feature["type"] == kind]
-        if not names and kind == "date":
-            continue
-        logger.info("%s: %d features are %s: %s", where, len(names), plural, listed(names, MOST_NAMES))
+        if names:
+            what = f"1 feature is a {kind}" if len(names) == 1 else f"{len(names)} features are {plural}"
+            logger.info("%s: %s: %s", where, what, listed(names, MOST_NAMES))
     if (size := found.spec.shape[0]) > WIDE:
         memory = size * 4 // 1024
         logger.warning("%s: %d features, %d KiB for each sample: set data.compression=lz4", where, size, memory)
