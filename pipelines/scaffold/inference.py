@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
-from dmtg_core.names import listed, look_of
+from dmtg_core.names import listed, look_of, quoted
 from dmtg_core.tables.cells import MISSING, cell_number, has_leading_zero
 from dmtg_core.tables.dates import formats_of
 from dmtg_core.tables.features import FINEST
@@ -29,7 +29,10 @@ MOST_VALUES = 100  # most values of a category, and most classes of a target
 MOST_NUMBERS = 20  # most values of a target of whole numbers that counts as classes
 ROWS_A_CLASS = 10  # smallest mean number of rows of such a class
 GAPS = ("na", "n/a", "#n/a", "nan", "null", "none", "?", "-", "--", ".", "unknown", "missing")
-_ID = re.compile(r"(?i:^(id|.*[_\s-]id|uid|uuid|guid|key|index|row|unnamed: 0|)$)|[a-z](Id|ID)$")
+_ID = re.compile(
+    r"(?i:^(id|.*[_\s-](id|nr|no)\.?|.*nummer|uid|uuid|guid|key|index|row|ид|номер|编号|unnamed: 0|)$)"
+    r"|[a-z](Id|ID)$"
+)
 _CODE = re.compile(
     r"(?i)(^|[^a-z])(zip|zip_?code|post_?(al)?_?code|plz|postleitzahl|code_postal|phone|telefon|iban|isbn)"
 )
@@ -186,8 +189,8 @@ def target(column: ColumnSummary, where: str, more: bool) -> Use:
     """
     if {*column.counts} == {"-1", "0", "1"}:  # -1 is a usual code of a missing value
         known = ColumnSummary(column.name, ["" if cell == "-1" else cell for cell in column.cells])
-        why = f"{known.missing}, written as -1; if -1 is no, write positive: ['1'] in place of missing"
-        return _task(known, "binary", "values 0 and 1", why, metric="auroc", missing=["-1"])
+        why = f"{known.missing}, written as -1; if -1 means no, write positive: ['1'] in place of missing"
+        return _task(known, "binary", "values 0 and 1", why, missing=["-1"])
     counts, missing = column.counts, column.missing
     if len(counts) < 2:
         rows = f"in the first {len(column.cells)} rows" if more else "in all rows"
@@ -281,7 +284,7 @@ def _code_use(column: ColumnSummary) -> Use:
 
 def _some(column: ColumnSummary) -> str:
     names = [value for value, _ in column.counts.most_common(3)]
-    return f"{len(column.counts)} values: {', '.join(names)}{', …' if len(column.counts) > 3 else ''}"
+    return f"{len(column.counts)} values: {', '.join(map(quoted, names))}{', …' if len(column.counts) > 3 else ''}"
 
 
 def split_use(columns: Mapping[str, ColumnSummary]) -> Use | None:
@@ -304,7 +307,9 @@ def split_use(columns: Mapping[str, ColumnSummary]) -> Use | None:
 def id_use(columns: Mapping[str, ColumnSummary]) -> Use | None:
     """The column that identifies the rows; None if there is none."""
     named = [
-        column for column in columns.values() if column.unique and (_ID.search(column.name) or not column.numeric)
+        column
+        for column in columns.values()
+        if column.unique and (_ID.search(column.name) or column.digits or not column.numeric)
     ]
     named.sort(key=lambda column: not _ID.search(column.name))
     return Use(named[0].name, "id", "different value in every row") if named else None

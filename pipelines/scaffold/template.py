@@ -184,7 +184,7 @@ def _molecules(
     options["smiles"] = column.name
     others = _others(rest, rows_by)
     why["smiles"] = f"molecules as SMILES, such as {next(iter(column.counts))[:40]}" + (
-        f"; they are the only input, as a sample has one: {others} are not read; to predict from them instead, "
+        f"; they are the only input, because a sample has one; not read: {others}; to predict from these instead, "
         f"remove smiles and molecule_features and add features: [{others}]"
         if others
         else ""
@@ -220,8 +220,8 @@ def _text(data: str, place: Location, given: Sequence[str]) -> Draft:
     options = {"file": file, "text_column": text.name, **options}
     others = _others(rest, rows_by)
     why["text_column"] = "the column with the longest texts" + (
-        f"; it is the only input, as a sample has one: {others} are not read; dmtg config new --source table "
-        "predicts from them instead"
+        f"; it is the only input, because a sample has one; not read: {others}; to predict from these instead, "
+        "dmtg config new --source table"
         if others
         else ""
     )

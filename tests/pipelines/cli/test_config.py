@@ -355,6 +355,14 @@ class TestGuesses:
         assert found is not None
         assert found.column == "userId"
 
+    @pytest.mark.parametrize("name", ["Kunden-Nr", "Nummer", "编号", "x"])
+    def test_digits_with_leading_zeros_and_numbers_are_ids(self, name: str) -> None:
+        cells = [f"{i:03d}" if name == "x" else str(1000 + i) for i in range(30)]
+        found = id_use({"weight": ColumnSummary("weight", cells[::-1]), name: ColumnSummary(name, cells)}
+                       if name != "x" else {name: ColumnSummary(name, cells)})  # fmt: skip
+        assert found is not None
+        assert found.column == name
+
 
 class TestHead:
     def test_first_rows_of_any_table(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,7 @@ def test_an_unknown_target_lists_names_like_it(tmp_path: Path) -> None:
     assert "no column PRICE, amont; did you mean Price, amount?" in done.stderr
     assert "with quotes as in CSV" in done.stderr
     shown = " ".join(RUNNER.invoke(app, ["config", "new", "--help"], env={"COLUMNS": "200"}).stdout.split())
-    assert "repeated for each" in shown
+    assert "Repeat the option for each column" in shown
     assert "as in CSV" in shown
 
 
@@ -196,7 +196,7 @@ def test_molecules_are_the_input_and_the_other_columns_are_named(tmp_path: Path)
     assert config.source is not None
     assert config.source.options["smiles"] == "structure"
     assert config.source.options["id_column"] == "id"
-    assert "mass are not read" in " ".join((tmp_path / "c.yaml").read_text().replace("#", "").split())
+    assert "not read: mass;" in " ".join((tmp_path / "c.yaml").read_text().replace("#", "").split())
     assert len(list(build_source("table", str(file), config.source.options).entries())) == 60
 
 
@@ -216,7 +216,7 @@ def test_a_table_with_texts_has_the_text_encoder(tmp_path: Path) -> None:
     options = config.source.options
     assert (options["text_column"], options["id_column"]) == ("body", "ticket")
     said = " ".join((tmp_path / "c.yaml").read_text().replace("#", "").split())
-    assert "title, channel are not read; dmtg config new --source table predicts from them instead" in said
+    assert "not read: title, channel; to predict from these instead, dmtg config new --source table" in said
     assert len(list(build_source("text", config.source.root, options).entries())) == rows
 
     config = new(tmp_path, file, "--targets", "urgent,risk", "--source", "table", "--force")
