@@ -63,7 +63,7 @@ def inspect(config: Config, out: str = "") -> dict[str, Any]:
         "digest": manifest.digest(),
         "problems": problems,
         "notes": notes,
-        "table": _table(manifest, [task.name for task in tasks]),
+        "table": _table(manifest, tasks),
         "statistics": {
             split: {task.name: statistics.summary(manifest.sums[split][task.name]) for task in tasks}
             for split in SPLITS
@@ -98,24 +98,22 @@ def _drifts(manifest: Manifest, tasks: Sequence[Task]) -> list[str]:
     return notes
 
 
-def _table(manifest: Manifest, names: list[str]) -> list[dict[str, Any]]:
+def _table(manifest: Manifest, tasks: Sequence[Task]) -> list[dict[str, Any]]:
     rows = []
-    kinds = {task.name: task.kind for task in manifest.description.tasks}
-    units = {task.name: task.unit for task in manifest.description.tasks}
-    for name in names:
+    for task in tasks:
         for split in SPLITS:
             if not manifest.rows(split):
                 continue
-            found = statistics.summary(manifest.sums[split][name])
+            found = statistics.summary(manifest.sums[split][task.name])
             rows.append(
                 {
-                    "task": name,
-                    "kind": kinds[name],
+                    "task": task.name,
+                    "kind": task.kind,
                     "split": split,
                     "rows": found["rows"],
                     "missing": f"{found['missing_rate']:.1%}",
-                    **{key: _figure(found.get(key), units[name]) for key in ("mean", "std", "min", "max")},
-                    "classes": _shares(found.get("classes")),
+                    **{key: _figure(found.get(key), task.unit) for key in ("mean", "std", "min", "max")},
+                    "classes": _shares(task, found.get("classes")),
                 }
             )
     return rows
@@ -126,11 +124,11 @@ def _figure(value: float | None, unit: str) -> str:
     return "" if value is None else quantity(value, unit)
 
 
-def _shares(classes: list[int] | None) -> str:
+def _shares(task: Task, classes: list[int] | None) -> str:
     if not classes:
         return ""
     total = sum(classes) or 1
     present = [i for i, count in enumerate(classes) if count]
     shown = present if len(present) <= MOST_CLASSES else sorted(present, key=lambda i: -classes[i])[:MOST_CLASSES]
     rest = f" and {len(present) - len(shown)} more" if len(shown) < len(present) else ""
-    return " ".join(f"{i}:{classes[i] / total:.1%}" for i in shown) + rest
+    return "  ".join(f"{statistics.class_name(task, i)}: {classes[i] / total:.1%}" for i in shown) + rest
