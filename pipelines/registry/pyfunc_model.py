@@ -15,7 +15,7 @@ import csv
 import functools
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +72,35 @@ class GroupPredictor(mlflow.pyfunc.PythonModel):
         return found
 
 
-def rows_of(text: Iterable[str]) -> list[dict[str, str]]:
+def rows_of(text: Iterable[str], columns: Collection[str] = ()) -> list[dict[str, str]]:
     """The rows of a CSV table as dictionaries, with every cell as it is written.
+
+    Args:
+        text: The lines. Cells are separated by commas, or by semicolons, tabs or bars if only then the table has
+            the columns.
+        columns: Names of columns that the table has to have.
 
     Raises:
         ValueError: For a row with more or fewer cells than there are names.
         csv.Error: When a quote is not closed.
     """
-    names, *rows = [cells for cells in csv.reader(text, strict=True) if cells] or [[]]
+    lines = list(text)
+    mark = next((mark for mark in ",;\t|" if set(columns) <= set(_names(lines, mark))), ",")
+    names, *rows = [cells for cells in csv.reader(lines, delimiter=mark, strict=True) if cells] or [[]]
     wrong = [number for number, cells in enumerate(rows, start=1) if len(cells) != len(names)]
     if wrong:
         raise ValueError(f"row {wrong[0]} has {len(rows[wrong[0] - 1])} cells, expected {len(names)}")
-    names = [name.removeprefix("\ufeff").strip() for name in names]
+    names = _names(lines, mark)
     return [dict(zip(names, cells, strict=True)) for cells in rows]
+
+
+def _names(lines: Iterable[str], mark: str) -> list[str]:
+    """The names of the columns if cells are separated by a mark; none if the first row cannot be read so."""
+    try:
+        first = next((cells for cells in csv.reader(lines, delimiter=mark, strict=True) if cells), [])
+    except csv.Error:
+        return []
+    return [name.removeprefix("\ufeff").strip() for name in first]
 
 
 def accept_csv(server: Any) -> None:
@@ -92,7 +108,8 @@ def accept_csv(server: Any) -> None:
 
     MLflow reads CSV with the types of the signature. The columns of a table have none, because MLflow would refuse
     whole numbers in a column of doubles, and numbers and booleans in a column of strings, in JSON and DataFrames.
-    Without types it refuses CSV, and inferred types turn 001 into 1.
+    Without types it refuses CSV, and inferred types turn 001 into 1. A table with semicolons and decimal commas is
+    read as well: decimal commas are known from training.
 
     Args:
         server: The module `mlflow.pyfunc.scoring_server`; None in a process that serves nothing.
@@ -106,7 +123,7 @@ def accept_csv(server: Any) -> None:
         if schema is None or not any(isinstance(kind, AnyType) for kind in schema.input_types()):
             return parse(csv_input, schema)
         try:
-            return rows_of(csv_input)
+            return rows_of(csv_input, schema.input_names())
         except (csv.Error, ValueError) as error:
             raise MlflowException.invalid_parameter_value(f"not a CSV table: {error}") from error
 
