@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from inspect import getdoc
 from os import _exit as end_process
 from typing import Annotated, Any
 
@@ -116,6 +117,12 @@ for panel, commands in PANELS.items():
             app.add_typer(command, rich_help_panel=panel, epilog=_examples(lines))
         else:
             app.command(rich_help_panel=panel, epilog=_examples(lines))(command)
+
+# typer keeps the line breaks of all paragraphs but the first
+for group in (app, config_app, models_app):
+    for one in group.registered_commands:
+        text = getdoc(one.callback) or ""
+        one.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def main() -> None:

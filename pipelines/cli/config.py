@@ -12,8 +12,8 @@ from pipelines.cli.console import Next, print_table, run, show
 from pipelines.cli.options import ConfigFile, Debug, Json, Overrides, RayFile, command_line, load
 
 TARGETS = (
-    "Columns to predict: the option is repeated for each, or they are separated by commas. A name with a comma "
-    """has quotes as in CSV: '"height, in cm",weight'."""
+    "Columns to predict. Repeat the option for each column, or separate them by commas. Quote a name with a comma "
+    """as in CSV: '"height, in cm",weight'."""
 )
 config_app = typer.Typer(
     name="config", no_args_is_help=True, help="Create a configuration for your data, show one, print the schema."

@@ -106,19 +106,24 @@ def predict(
     ] = "",
     out: Annotated[
         str,
-        typer.Option("--out", "-o", help="File for predictions of new rows, - for stdout; folder for shards."),
+        typer.Option(
+            "--out", "-o", help="File of the predictions, - for stdout; a folder if shards are predicted."
+        ),
     ] = "-",
     form: Annotated[
-        Format | None, typer.Option("--format", help="Format of the file; by its name by default.")
+        Format | None,
+        typer.Option(
+            "--format", help="Format of the predictions; by default it follows from the name of the file."
+        ),
     ] = None,
     bad_rows: Annotated[
-        BadRows, typer.Option(help="Rows that cannot be used: refuse the file, or skip them.")
+        BadRows, typer.Option(help="If rows cannot be used: refuse the file, or skip these rows.")
     ] = BadRows.REFUSE,
     id_column: Annotated[
-        str, typer.Option("--id", help="Column that is passed on; by default that of the ids in training.")
+        str, typer.Option("--id", help="Column to copy to the predictions; by default the id column of training.")
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
-    split: Annotated[str, typer.Option(help="Of shards: train, val, test or all.")] = "test",
+    split: Annotated[str, typer.Option(help="Split of the shards: train, val, test or all.")] = "test",
     uri: TrackUri = "",
     ray_config: RayFile = "",
     trust_code: TrustCode = False,
@@ -128,8 +133,8 @@ def predict(
 ) -> None:
     """Predict new rows of a file, or shards, with a model.
 
-    For new rows the model prepares its input as in training. The columns it reads are required; others are not
-    read. The file of predictions has the rows in their order, and it appears when it is complete.
+    New rows are prepared as in training. The columns that the model reads are required; others are not read. The
+    predictions have the order of the rows. Their file appears when it is complete.
 
     With -c and no file, shards are predicted into a folder of Parquet files. If it was killed, the same command
     resumes.

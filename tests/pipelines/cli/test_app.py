@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from pipelines.cli.app import app
@@ -36,6 +37,15 @@ def call(*arguments: str) -> tuple[int, dict[str, Any], str]:
 @pytest.fixture
 def config(images: Path, tmp_path: Path) -> str:
     return write_config(tmp_path / "c.yaml", images, tmp_path)
+
+
+def test_paragraphs_of_help_have_no_line_breaks_of_the_code() -> None:
+    """A terminal of 80 columns would show these in the middle of a sentence."""
+    every: Any = get_command(app)
+    assert "required; others are not read. The predictions have" in every.commands["predict"].help
+    groups = [every.commands[name].commands.values() for name in ("config", "models")]
+    for command in (*every.commands.values(), *groups[0], *groups[1]):
+        assert all("\n" not in paragraph for paragraph in (command.help or "").split("\n\n"))
 
 
 def test_help_lists_the_commands_in_the_order_of_use_and_imports_nothing_heavy() -> None:
