@@ -34,7 +34,8 @@ from tests.pipelines.conftest import TASKS, write_images
 from tests.pipelines.untrained import Finished, finish
 
 LABELS = [{"column": "sick", "kind": "binary"}, {"column": "cost", "kind": "regression"},
-          {"column": "grade", "kind": "multiclass", "classes": ["nah", "fern, weit"]}]  # fmt: skip
+          {"column": "grade", "kind": "multiclass", "classes": ["nah", "fern, weit"]},
+          {"column": "krank", "kind": "binary"}]  # fmt: skip
 OPTIONS: dict[str, tuple[str, dict[str, Any], EncoderSpec]] = {
     "rows": ("table", {"file": "t.csv", "id_column": "key", "features": ["age", "plant", "smoker"],
                        "categorical": ["plant", "smoker"], "tasks": LABELS}, EncoderSpec("mlp")),
@@ -47,9 +48,9 @@ FRAME = pd.DataFrame({
     "key": ["p", "q", "r", "s"], "age": ["20", "40.5", "", "30"], "plant": ["001", "1", "", "01"],
     "smoker": ["TRUE", "FALSE", "TRUE", ""], "note": ["a day at sea", 'so "no", she said', "NA", "zzz"],
     "sick": ["1", "0", "1", "0"], "cost": ["3", "5.5", "4", "1"], "grade": ["nah", "nah", "fern, weit", "nah"],
-    "split": ["train", "train", "train", "val"],
+    "krank": ["ja", "nein", "Ja", "nein"], "split": ["train", "train", "train", "val"],
 })  # fmt: skip
-NEW = FRAME.drop(columns=["sick", "cost", "grade", "split"]).assign(extra="x").iloc[::-1]
+NEW = FRAME.drop(columns=["sick", "cost", "grade", "krank", "split"]).assign(extra="x").iloc[::-1]
 
 
 @dataclass
@@ -114,6 +115,9 @@ def same(frame: pd.DataFrame, values: Mapping[str, Any]) -> None:
     for task in ("sick", "cost"):
         np.testing.assert_allclose(frame[task], values[task], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(frame[["grade.nah", "grade.fern, weit"]], shares, rtol=1e-5, atol=1e-7)
+    if "krank" in frame:
+        np.testing.assert_allclose(frame["krank.ja"], values["krank"], rtol=1e-5, atol=1e-7)
+        assert list(frame["krank"]) == ["ja" if share > 0.5 else "nein" for share in np.asarray(values["krank"])]
     assert list(frame["grade"]) == [("nah", "fern, weit")[best] for best in shares.argmax(1)]
 
 
@@ -123,10 +127,11 @@ def test_files_mlflow_a_server_and_the_library_predict_the_same(models, track, d
     done = dmtg(model.uri, "new.csv", "-o", "out.csv")
     assert done.exit_code == 0, done.stderr
     assert "not read: note, extra" in done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("sick", "grade", "cost"))]
-    assert [line.split("  ")[-1] for line in lines] == ["probability of 1", "class", "value"]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("sick", "grade", "cost", "krank"))]
+    told = [line.split("  ")[-1] for line in lines]
+    assert told == ["probability of 1", "class", "value", "nein or ja"]
     found = pd.read_csv("out.csv")
-    assert list(found) == ["key", "sick", "grade", "grade.nah", "grade.fern, weit", "cost"]
+    assert list(found) == ["key", "sick", "grade", "grade.nah", "grade.fern, weit", "cost", "krank", "krank.ja"]
     assert list(found["key"]) == ["s", "r", "q", "p"]
 
     how = load_preparation(model.source.describe().preparation)
@@ -136,6 +141,12 @@ def test_files_mlflow_a_server_and_the_library_predict_the_same(models, track, d
     same(found, composite.predict(NEW))
     pieces = [mlflow.pyfunc.load_model(uri).predict(NEW) for uri in model.groups]
     same(found, pieces[0] | pieces[1])
+
+    named = {name: composite.predict(NEW)[name] for name in ("grade.nah", "grade.fern, weit", "krank.ja")}
+    assert set(composite.predict(NEW)) == {"sick", "grade", "cost", "krank", *named}
+    for name, shares in named.items():
+        np.testing.assert_allclose(found[name], shares, rtol=1e-5, atol=1e-7)
+    assert set(composite.metadata.get_output_schema().input_names()) == set(composite.predict(NEW))
 
     server = TestClient(scoring_server.init(composite))
     text = NEW.to_csv(index=False)
@@ -147,14 +158,16 @@ def test_files_mlflow_a_server_and_the_library_predict_the_same(models, track, d
     for kind, body in bodies.items():
         answer = server.post("/invocations", content=body, headers={"Content-Type": kind})
         assert answer.status_code == 200, answer.text
-        same(found, answer.json()["predictions"])
+        answers = answer.json()["predictions"]
+        same(found, answers)
+        np.testing.assert_allclose(answers["krank.ja"], found["krank.ja"], rtol=1e-5, atol=1e-7)
     wrong = server.post("/invocations", content='age\n"', headers={"Content-Type": "text/csv"})
     assert wrong.status_code == 400
     assert "not a CSV table" in wrong.text
 
     alone = dmtg(model.groups[1], "new.csv", "-o", "cost.csv")
     assert alone.exit_code == 0, alone.stderr
-    assert pd.read_csv("cost.csv").equals(found[["key", "cost"]])
+    assert pd.read_csv("cost.csv").equals(found[["key", "cost", "krank", "krank.ja"]])
 
 
 def test_every_format_and_every_place_of_a_model(models, dmtg, tmp_path) -> None:
