@@ -22,7 +22,7 @@ from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import ArrayData, Batch, Data
 from dmtg_core.training.diagnostics import gate_figures, gradient_cosines, warnings
 from dmtg_core.training.metrics import Metrics, MetricSums
-from dmtg_core.training.settings import LR_SCHEDULES, TrainSettings, resolve
+from dmtg_core.training.settings import LR_SCHEDULES, TrainSettings, can_be_chosen, has_stopped, resolve
 from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import (
     StepFigures,
@@ -124,7 +124,8 @@ def advance(
 
     Before each epoch the heads with a probability below the threshold are pruned. At the end of the search all
     heads but the likeliest of each task are pruned. After each epoch the hard network is validated. What `resolve`
-    chose is in the record of the epoch.
+    chose is in the record of the epoch. With `TrainSettings.patience` training can end before `until`, and it does
+    not go on then.
 
     Raises:
         NonFiniteLossError: If a step was refused.
@@ -140,7 +141,7 @@ def _advance(
     state: TrainState, data: Data, settings: TrainSettings, context: TrainContext, until: int, hooks: Hooks
 ) -> TrainState:
     module: nn.Module | None = None
-    while state.epoch < until and not hooks.should_stop(state):
+    while state.epoch < until and not has_stopped(state.history, settings) and not hooks.should_stop(state):
         if _prune(state, settings) or module is None:
             prepare_network(state.network, settings, context)
             loss = WeighedLoss(state.network, settings.entropy_weight, settings.precision, settings.aggregator)
@@ -150,15 +151,10 @@ def _advance(
         _average_statistics(state.network, context)
         metrics = evaluate(state.network, data, "val", batch_size=settings.batch_size, context=context)
         state.epoch += 1
-        score = score_of(metrics)
-        # a network with several heads for a task is not a candidate, unless it is never made hard
-        hard = len(state.network.pairs) == len(state.network.tasks)
-        if hard or settings.search_epochs == settings.epochs:
-            state.consider(score)
         record |= {
             "epoch": state.epoch,
             "phase": "search" if state.epoch <= settings.search_epochs else "finetune",
-            "val_score": score,
+            "val_score": score_of(metrics),
             "val": metrics,
             "probabilities": state.network.gate.probabilities().tolist(),
             "heads": len(state.network.pairs),
@@ -166,6 +162,8 @@ def _advance(
             "cuda_graphs": settings.cuda_graphs,
             "batch_branches": state.network.batched is not None,
         }
+        if can_be_chosen(record, settings):
+            state.consider(record["val_score"])
         state.history.append(record)
         record["warnings"] = warnings(state.history, [task.name for task in state.network.tasks], settings)
         hooks.on_epoch(state)
@@ -330,7 +328,7 @@ def _average_statistics(network: nn.Module, context: TrainContext) -> None:
 def fit(
     network: GroupingNetwork, data: Data, settings: TrainSettings, context: TrainContext | None = None
 ) -> TrainState:
-    """Train a network for all epochs: search, prune, fine-tune. The weights of the best epoch are kept.
+    """Train a network for its epochs: search, prune, fine-tune. The weights of the best epoch are kept.
 
     Training resumes from the context's latest checkpoint if there is one. The network is trained in place unless a
     checkpoint replaces it: use the network of the returned state.

@@ -349,6 +349,7 @@ def _training(encoder: str, stem: int, options: Written, tasks: int, rows: int, 
             "optimizer": "adamw",
             "learning_rate": rate,
             "weight_decay": 0.1,
+            "patience": epochs // 3,
         },
     }
 

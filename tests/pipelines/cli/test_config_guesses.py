@@ -239,6 +239,7 @@ def test_every_generated_file_has_regularisation(tmp_path: Path, images: Path) -
         config = new(tmp_path, place, "--targets", targets, "--force")
         assert config.train.optimizer == "adamw"
         assert config.train.weight_decay > 0
+        assert config.train.patience == config.train.epochs // 3
 
 
 @pytest.mark.parametrize("targets", ["NR-AR,NR-ER"])
