@@ -17,7 +17,7 @@ from torch import nn
 
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.threads import threads_of_step
-from dmtg_core.training.augment import augment, augment_generator
+from dmtg_core.training.augment import augment, augment_generator, seeded_dropout
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import ArrayData, Batch, Data
 from dmtg_core.training.diagnostics import gate_figures, gradient_cosines, warnings
@@ -146,7 +146,8 @@ def _advance(
             prepare_network(state.network, settings, context)
             loss = WeighedLoss(state.network, settings.entropy_weight, settings.precision, settings.aggregator)
             module = context.prepare(loss)
-        record = _train_epoch(state, module, data, settings, context, hooks)
+        with seeded_dropout(state.network, settings.seed, context.rank, context.device) as seed_step:
+            record = _train_epoch(state, module, data, settings, context, hooks, seed_step)
         state.partial = {}
         _average_statistics(state.network, context)
         metrics = evaluate(state.network, data, "val", batch_size=settings.batch_size, context=context)
@@ -188,6 +189,7 @@ def _train_epoch(
     settings: TrainSettings,
     context: TrainContext,
     hooks: Hooks,
+    seed_step: Callable[[int], None],
 ) -> dict[str, Any]:
     factor = LR_SCHEDULES[settings.lr_schedule](state.epoch, settings, [_total(r) for r in state.history])
     for group in state.optimizer.param_groups:
@@ -205,6 +207,7 @@ def _train_epoch(
         temperature = settings.temperature(state.step / searched)
         noise = step_noise(state.network, settings, state.step, context.rank, len(batch.inputs))
         noise = noise.to(context.device, non_blocking=True)
+        seed_step(state.step)
         figures = train_step(
             module, state.optimizer, batch, noise, temperature, settings, context, step=state.step
         )

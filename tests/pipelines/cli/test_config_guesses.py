@@ -239,6 +239,7 @@ def test_every_generated_file_has_regularisation(tmp_path: Path, images: Path) -
         config = new(tmp_path, place, "--targets", targets, "--force")
         assert config.train.optimizer == "adamw"
         assert config.train.weight_decay > 0
+        assert config.network.options["dropout"] == 0.1
         assert config.train.patience == config.train.epochs // 3
 
 
