@@ -325,7 +325,7 @@ def _tasks(
 
 def _rows_by(columns: Mapping[str, ColumnSummary]) -> list[Use]:
     """The split and the id, of those that there are; a text is no id."""
-    short = {name: column for name, column in columns.items() if longest_text({name: column}) is None}
+    short = {name: column for name, column in columns.items() if not column.is_text}
     return [use for use in (split_use(columns), id_use(short)) if use is not None]
 
 
