@@ -189,7 +189,7 @@ def _train_epoch(
     settings: TrainSettings,
     context: TrainContext,
     hooks: Hooks,
-    seed_step: Callable[[int], None],
+    seed_step: Callable[[int], object],
 ) -> dict[str, Any]:
     factor = LR_SCHEDULES[settings.lr_schedule](state.epoch, settings, [_total(r) for r in state.history])
     for group in state.optimizer.param_groups:

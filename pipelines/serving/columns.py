@@ -94,7 +94,7 @@ def arrays_of(task: Task, decoded: np.ndarray) -> list[pa.Array]:
         shares = decoded.max(1, keepdims=True) if task.channels > MOST_SHARES else decoded
         return [names, *(pa.array(column, pa.float32()) for column in shares.T)]
     if task.shares:
-        words = pa.array([task.labels[share > 0.5] for share in decoded], pa.string())
+        words = pa.array([task.labels[int(share > 0.5)] for share in decoded], pa.string())
         return [words, *(pa.array(share, pa.float32()) for share in task.named_shares(decoded).values())]
     columns = decoded.T if decoded.ndim > 1 else [decoded]
     return [pa.array(column, pa.float32()) for column in columns]
