@@ -48,7 +48,7 @@ FRAME = pd.DataFrame({
     "key": ["p", "q", "r", "s"], "age": ["20", "40.5", "", "30"], "plant": ["001", "1", "", "01"],
     "smoker": ["TRUE", "FALSE", "TRUE", ""], "note": ["a day at sea", 'so "no", she said', "NA", "zzz"],
     "sick": ["1", "0", "1", "0"], "cost": ["3", "5.5", "4", "1"], "grade": ["nah", "nah", "fern, weit", "nah"],
-    "krank": ["ja", "nein", "Ja", "nein"], "split": ["train", "train", "train", "val"],
+    "krank": ["ja", "nein", "ja", "nein"], "split": ["train", "train", "train", "val"],
 })  # fmt: skip
 NEW = FRAME.drop(columns=["sick", "cost", "grade", "krank", "split"]).assign(extra="x").iloc[::-1]
 
@@ -128,7 +128,7 @@ def test_files_mlflow_a_server_and_the_library_predict_the_same(models, track, d
     assert done.exit_code == 0, done.stderr
     assert "not read: note, extra" in done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith(("sick", "grade", "cost", "krank"))]
-    told = [line.split("  ")[-1] for line in lines]
+    told = [line.split("  ")[-1].strip() for line in lines]
     assert told == ["probability of 1", "class", "value", "nein or ja"]
     found = pd.read_csv("out.csv")
     assert list(found) == ["key", "sick", "grade", "grade.nah", "grade.fern, weit", "cost", "krank", "krank.ja"]
@@ -243,6 +243,24 @@ def test_bad_rows_are_named_and_refused_or_skipped(models, dmtg) -> None:
     assert "no row is left" in dmtg(models["rows"].uri, "none.csv", "--bad-rows", "skip").stderr
 
 
+def test_lines_with_another_number_of_cells_are_bad_rows(models, dmtg) -> None:
+    header, *lines = NEW[["key", "age", "plant", "smoker"]].to_csv(index=False).splitlines()
+    lines[0], lines[2] = "s,30,01", "q,40.5,1,FALSE,x,y"
+    Path("new.csv").write_text("\n".join([header, *lines]) + "\n")
+    refused = dmtg(models["rows"].uri, "new.csv", "-o", "out.csv")
+    assert refused.exit_code == 1
+    assert "2 rows cannot be used: new.csv, line 2: has 3 cells, expected 4" in " ".join(refused.stderr.split())
+    assert not Path("out.csv").exists()
+    skipped = dmtg(models["rows"].uri, "new.csv", "-o", "out.csv", "--bad-rows", "skip", "--json")
+    assert skipped.exit_code == 0, skipped.stderr
+    assert "line 4: has 6 cells, expected 4: 'x' is after the last column, smoker" in " ".join(
+        skipped.stderr.split()
+    )
+    told = json.loads(skipped.stdout.splitlines()[-1])
+    assert (told["rows"], told["skipped"]) == (2, 2)
+    assert list(pd.read_csv("out.csv")["key"]) == ["r", "p"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "problem"),
     [
@@ -300,8 +318,8 @@ def test_images_of_folders_and_files(models, root, dmtg) -> None:
     stored = np.stack([model.source.read(entry)[INPUT] for entry in entries])
     values = expected(model.run.models, stored)
     assert len(found) == 6
-    for task in ("bright", "level"):
-        np.testing.assert_allclose(found[task], values[task], rtol=1e-4, atol=1e-6)
+    for column, task in (("bright.True", "bright"), ("level", "level")):
+        np.testing.assert_allclose(found[column], values[task], rtol=1e-4, atol=1e-6)
 
     Image.new("RGB", (30, 20)).save("good.png")
     Path("bad.png").write_bytes(b"no image")
