@@ -27,6 +27,8 @@ DENSE_KINDS = ("dense_classification", "dense_regression")
 
 INPUT_DTYPES = ("uint8", "uint16", "int16", "int32", "float16", "float32", "float64")
 
+MOST_SHARES = 1000  # classes of a task whose probabilities are listed by name
+
 # Metrics of a direction with three components, for example a surface normal.
 ANGLES = ("within_11", "within_22", "within_30", "mean_angle")
 
@@ -233,6 +235,27 @@ class Task:
         if self.kind == "dense_regression":
             output = output.squeeze(1) if self.channels == 1 else output.permute(0, 2, 3, 1)
         return output * output.new_tensor(self.scale) + output.new_tensor(self.offset)
+
+    @property
+    def shares(self) -> tuple[tuple[int, str], ...]:
+        """The classes whose probabilities are listed by name: id of the class, and its name.
+
+        They are all classes of a multiclass task with at most `MOST_SHARES` classes, and the positive class of a
+        binary task. A task without names of classes has none.
+        """
+        if self.kind == "binary" and len(self.labels) == 2:
+            return ((1, self.labels[1]),)
+        named = self.kind == "multiclass" and self.channels <= MOST_SHARES
+        return tuple(enumerate(self.labels)) if named else ()
+
+    def named_shares(self, decoded: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the probability of each class of `shares`, `(B,)`, under the name `<task>.<class>`.
+
+        Args:
+            decoded: Result of `decode` for a batch, `(B,)` or `(B, C)`.
+        """
+        columns = decoded if decoded.ndim > 1 else np.stack((1 - decoded, decoded), 1)
+        return {f"{self.name}.{name}": columns[:, number] for number, name in self.shares}
 
     def in_units_of(self, other: Task, output: Tensor) -> Tensor:
         """Convert a network output to the network units of another task. The decoded value does not change.

@@ -36,7 +36,7 @@ def affinity_plan(spec: NetworkSpec, settings: TrainSettings, most: int) -> tupl
         settings: Training settings of the grouping network.
         most: Largest number of epochs of the phase.
     """
-    short = replace(settings, epochs=most, search_share=1.0, lr_schedule="constant")
+    short = replace(settings, epochs=most, search_share=1.0, lr_schedule="constant", patience=0)
     if spec.encoder.name in WIDTHS:
         return wide_spec(spec, AFFINITY_COST), short
     return replace(spec, groups=1, sampling="fixed"), short

@@ -68,7 +68,7 @@ def train_hard(
     on_epoch: Callable[[TrainState], None] | None = None,
     unit: int = 0,
 ) -> Trained:
-    """Train a network with fixed groups for all epochs.
+    """Train a network with fixed groups for its epochs.
 
     Args:
         network: A network of `hard_network`.
@@ -83,10 +83,11 @@ def train_hard(
     context = context or LocalContext()
     whole = replace(settings, search_share=1.0)  # all epochs are candidates for the best
     state = TrainState.fresh(network.to(context.device), whole)
-    cost = training_flops(network) / (unit or naive_flops(network.spec))
+    cost = training_flops(network) / (unit or naive_flops(network.spec))  # of all epochs
     advance(state, data, whole, context, until=whole.epochs, hooks=Hooks(on_epoch) if on_epoch else NO_HOOKS)
     state.take_best()
     metrics = {split: evaluate(state.network, data, split, context=context) for split in splits}
+    cost *= state.epoch / whole.epochs
     return Trained(state.network.eval(), state.best_score, metrics, cost, generalisation_gap(state.history[-1]))
 
 
@@ -119,7 +120,7 @@ def train_distilled(
     state = distillation_state(best.network, best.score, longer)
     distil(state, teachers, data, longer, context, gap=best.gap)
     step = training_flops(state.network) + sum(inference_cost(teacher).flops for teacher in teachers)
-    cost = step * longer.epochs / (settings.epochs * (unit or naive_flops(specs[0])))
+    cost = step * state.epoch / (settings.epochs * (unit or naive_flops(specs[0])))
     metrics = {split: evaluate(state.network, data, split, context=context) for split in splits}
     cost += sum(one.cost for one in trained)
     return Trained(state.network.eval(), state.best_score, metrics, cost, best.gap)

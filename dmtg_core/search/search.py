@@ -147,6 +147,8 @@ class _Search:
             "stages": self.stages + self.candidates,
         }  # fmt: skip
         plan = json.loads(json.dumps(described))
+        if not settings.patience:  # checkpoints of earlier versions do not have it
+            del plan["settings"]["patience"]
         if warm_start is not None:
             warm_start.check(spec)
             plan["warm_start"] = warm_start.digest()
@@ -301,7 +303,7 @@ class _Search:
         distil(state, teachers, self.data, settings, self.context, gap=gap, hooks=hooks)
         self.state.trained[DISTILLED] = state.network
         self._end(DISTILLED, state, final=state.best_score, teachers=self._teachers())
-        teaching = settings.epochs * sum(inference_cost(teacher).flops for teacher in teachers)
+        teaching = state.epoch * sum(inference_cost(teacher).flops for teacher in teachers)
         self._result(DISTILLED)["cost"] += teaching
 
     def _conclude(self) -> SearchResult:

@@ -1,14 +1,16 @@
 """Augmentations: random changes of inputs and labels of a training batch, computed on the training device.
 
-Evaluation does not use them.
+Evaluation does not use them. The seeds of all random changes of a step are here and in `step_noise`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from dmtg_core.tasks import Task
 from dmtg_core.training.data import Batch
@@ -65,6 +67,22 @@ def augment_generator(seed: int, step: int, rank: int) -> torch.Generator:
     Each step has 4099 seeds. `step_noise` uses the first half, for the gate, and this function the second half.
     """
     return torch.Generator().manual_seed(((seed * 1_000_003 + step) * 4099 + 2050 + rank) % 2**63)
+
+
+@contextmanager
+def seeded_dropout(
+    network: nn.Module, seed: int, rank: int, device: torch.device
+) -> Iterator[Callable[[int], object]]:
+    """Yield a function that seeds the dropout of a worker's step, given the number of the step.
+
+    Layers of torch draw from the global random state, which a resumed run does not have. The seeds are none of
+    those of `augment_generator`. The random state of the caller does not change. Without dropout nothing is done.
+    """
+    if not any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in network.modules()):
+        yield lambda _step: None
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield lambda step: torch.manual_seed(((seed * 1_000_003 + step) * 4099 + 4098 - rank) % 2**63)
 
 
 def augment(batch: Batch, tasks: Sequence[Task], names: Sequence[str], generator: torch.Generator) -> Batch:

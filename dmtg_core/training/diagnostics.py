@@ -15,7 +15,7 @@ from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Batch
 from dmtg_core.training.losses import sample_loss
-from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.settings import TrainSettings, has_stopped
 
 NO_GRADIENT = 1e-6  # norm of θ's gradient, in units of the loss, below which the gate is not trained
 COLLAPSED, EARLY = 0.05, 0.2  # share of the largest entropy; share of the search that counts as early
@@ -112,7 +112,8 @@ def warnings(history: Sequence[Mapping[str, Any]], tasks: Sequence[str], setting
     fixed = all(sum(p > 0 for p in row) == 1 for row in history[0]["probabilities"])
     if record["phase"] == "search" and not fixed:
         found += _of_the_search(record, tasks, settings)
-    if record["epoch"] == settings.epochs and (ends := [r for r in history if r["phase"] == "finetune"]):
+    last = record["epoch"] == settings.epochs or has_stopped(history, settings)
+    if last and (ends := [r for r in history if r["phase"] == "finetune"]):
         found += _of_the_groups([r["cosines"] for r in ends], tasks)
     return found
 

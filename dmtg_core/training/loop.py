@@ -17,12 +17,12 @@ from torch import nn
 
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.threads import threads_of_step
-from dmtg_core.training.augment import augment, augment_generator
+from dmtg_core.training.augment import augment, augment_generator, seeded_dropout
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import ArrayData, Batch, Data
 from dmtg_core.training.diagnostics import gate_figures, gradient_cosines, warnings
 from dmtg_core.training.metrics import Metrics, MetricSums
-from dmtg_core.training.settings import LR_SCHEDULES, TrainSettings, resolve
+from dmtg_core.training.settings import LR_SCHEDULES, TrainSettings, can_be_chosen, has_stopped, resolve
 from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import (
     StepFigures,
@@ -124,7 +124,8 @@ def advance(
 
     Before each epoch the heads with a probability below the threshold are pruned. At the end of the search all
     heads but the likeliest of each task are pruned. After each epoch the hard network is validated. What `resolve`
-    chose is in the record of the epoch.
+    chose is in the record of the epoch. With `TrainSettings.patience` training can end before `until`, and it does
+    not go on then.
 
     Raises:
         NonFiniteLossError: If a step was refused.
@@ -140,25 +141,21 @@ def _advance(
     state: TrainState, data: Data, settings: TrainSettings, context: TrainContext, until: int, hooks: Hooks
 ) -> TrainState:
     module: nn.Module | None = None
-    while state.epoch < until and not hooks.should_stop(state):
+    while state.epoch < until and not has_stopped(state.history, settings) and not hooks.should_stop(state):
         if _prune(state, settings) or module is None:
             prepare_network(state.network, settings, context)
             loss = WeighedLoss(state.network, settings.entropy_weight, settings.precision, settings.aggregator)
             module = context.prepare(loss)
-        record = _train_epoch(state, module, data, settings, context, hooks)
+        with seeded_dropout(state.network, settings.seed, context.rank, context.device) as seed_step:
+            record = _train_epoch(state, module, data, settings, context, hooks, seed_step)
         state.partial = {}
         _average_statistics(state.network, context)
         metrics = evaluate(state.network, data, "val", batch_size=settings.batch_size, context=context)
         state.epoch += 1
-        score = score_of(metrics)
-        # a network with several heads for a task is not a candidate, unless it is never made hard
-        hard = len(state.network.pairs) == len(state.network.tasks)
-        if hard or settings.search_epochs == settings.epochs:
-            state.consider(score)
         record |= {
             "epoch": state.epoch,
             "phase": "search" if state.epoch <= settings.search_epochs else "finetune",
-            "val_score": score,
+            "val_score": score_of(metrics),
             "val": metrics,
             "probabilities": state.network.gate.probabilities().tolist(),
             "heads": len(state.network.pairs),
@@ -166,6 +163,8 @@ def _advance(
             "cuda_graphs": settings.cuda_graphs,
             "batch_branches": state.network.batched is not None,
         }
+        if can_be_chosen(record, settings):
+            state.consider(record["val_score"])
         state.history.append(record)
         record["warnings"] = warnings(state.history, [task.name for task in state.network.tasks], settings)
         hooks.on_epoch(state)
@@ -190,6 +189,7 @@ def _train_epoch(
     settings: TrainSettings,
     context: TrainContext,
     hooks: Hooks,
+    seed_step: Callable[[int], object],
 ) -> dict[str, Any]:
     factor = LR_SCHEDULES[settings.lr_schedule](state.epoch, settings, [_total(r) for r in state.history])
     for group in state.optimizer.param_groups:
@@ -207,6 +207,7 @@ def _train_epoch(
         temperature = settings.temperature(state.step / searched)
         noise = step_noise(state.network, settings, state.step, context.rank, len(batch.inputs))
         noise = noise.to(context.device, non_blocking=True)
+        seed_step(state.step)
         figures = train_step(
             module, state.optimizer, batch, noise, temperature, settings, context, step=state.step
         )
@@ -330,7 +331,7 @@ def _average_statistics(network: nn.Module, context: TrainContext) -> None:
 def fit(
     network: GroupingNetwork, data: Data, settings: TrainSettings, context: TrainContext | None = None
 ) -> TrainState:
-    """Train a network for all epochs: search, prune, fine-tune. The weights of the best epoch are kept.
+    """Train a network for its epochs: search, prune, fine-tune. The weights of the best epoch are kept.
 
     Training resumes from the context's latest checkpoint if there is one. The network is trained in place unless a
     checkpoint replaces it: use the network of the returned state.

@@ -153,6 +153,8 @@ class TrainSettings:
         batch_branches: "on" computes all branches in one pass, "off" one after the other. "auto" chooses by
             `dmtg_core.training.step.batch_branches`.
         augment: Keys of `AUGMENTATIONS`, applied to training batches and never in an evaluation.
+        patience: Epochs without a better validation score after which a training ends. Epochs are counted from the
+            first whose network can be chosen, see `can_be_chosen`. 0 trains all epochs.
         checkpoint_every: Steps between two checkpoints within an epoch; 0 for checkpoints only at the end.
         seed: Seed of data order, gate noise and all other random numbers.
 
@@ -184,6 +186,7 @@ class TrainSettings:
     precision: str = "auto"
     batch_branches: str = "auto"
     augment: tuple[str, ...] = ()
+    patience: int = 0
     checkpoint_every: int = 0
     seed: int = 22
 
@@ -214,7 +217,8 @@ class TrainSettings:
             "positive": (lambda x: x > 0, ("learning_rate",)),
             "not negative": (
                 lambda x: x >= 0,
-                ("lr_patience", "checkpoint_every", "seed", "weight_decay", "clip_norm", "lr_min", *gate),
+                ("lr_patience", "patience", "checkpoint_every", "seed", "weight_decay", "clip_norm", "lr_min",
+                 *gate),
             ),
             "finite": (math.isfinite, ("entropy_weight",)),
         }  # fmt: skip
@@ -240,6 +244,27 @@ class TrainSettings:
     def search_epochs(self) -> int:
         """Number of epochs in which the gate is trained, at least one."""
         return max(round(self.epochs * self.search_share), 1)
+
+
+def can_be_chosen(record: Mapping[str, Any], settings: TrainSettings) -> bool:
+    """Whether the network of an epoch can be the result: it has one head for each task, or is never made hard.
+
+    Args:
+        record: Record of the epoch, of `TrainState.history`.
+        settings: Settings of the training.
+    """
+    return settings.search_epochs == settings.epochs or record["heads"] == len(record["val"])
+
+
+def has_stopped(history: Sequence[Mapping[str, Any]], settings: TrainSettings) -> bool:
+    """Whether a training ends early: `patience` epochs have passed since the best that can be chosen.
+
+    It depends on the history alone, which all workers have, so that a resumed run ends where others do.
+    """
+    if not settings.patience:
+        return False
+    scores = [record["val_score"] for record in history if can_be_chosen(record, settings)]
+    return bool(scores) and len(scores) - 1 - scores.index(min(scores)) >= settings.patience
 
 
 def resolve(

@@ -139,10 +139,12 @@ def predict(
     With -c and no file, shards are predicted into a folder of Parquet files. If it was killed, the same command
     resumes.
 
-    Columns: the id, or the number of the row. A binary task has its probability. A multiclass task has its most
-    probable class, and <task>.<class> with the probability of each class; with more than 1000 classes it has only
-    <task>.probability, that of the most probable class. A regression task has its value. A dense task has the raw
-    bytes of its pixels; their dtype and shape are in _predictions.json, or in the metadata of the Parquet file.
+    Columns: the id, or the number of the row. A multiclass task has its most probable class, and <task>.<class>
+    with the probability of each class; with more than 1000 classes it has only <task>.probability, that of the
+    most probable class. A binary task has its more probable word, and <task>.<positive> with the probability of
+    the positive one; a task of 0 and 1 has only the probability. A regression task has its value. A dense task
+    has the raw bytes of its pixels; their dtype and shape are in _predictions.json, or in the metadata of the
+    Parquet file.
     """
     files, overrides = _files_and_overrides(given or [], config)
 
@@ -219,7 +221,7 @@ def _content(entry: Mapping[str, Any]) -> str:
     """What the first column of a task holds."""
     labels = entry.get("labels", ())
     if entry["kind"] == "binary":
-        return f"probability of {labels[1] if len(labels) > 1 else 1}"
+        return f"{labels[0]} or {labels[1]}" if len(labels) == 2 else "probability of 1"
     return {"multiclass": "class", "regression": "value"}.get(entry["kind"], "pixels")
 
 

@@ -203,6 +203,13 @@ class TrainSection(Section):
     augment: tuple[Literal["flip"], ...] = Field(
         (), description="Augmentations of training images; flip mirrors an image left to right."
     )
+    patience: int = Field(
+        0,
+        ge=0,
+        le=10**6,
+        description="Early stopping: epochs without a better validation score after which the "
+        "training of a network ends, counted from when its groups are fixed; 0 trains all epochs.",
+    )
     checkpoint_every: int = Field(
         500, ge=0, description="Steps between two checkpoints within an epoch; 0 for a checkpoint at its end only."
     )

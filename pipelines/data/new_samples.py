@@ -179,30 +179,31 @@ class TableSamples:
     def _columns(self, file: Location) -> list[str]:
         needed = [*self.how.columns, *([self.asked] if self.asked else [])]
         rows = self._rows(file, list(dict.fromkeys(needed)))
-        return list(next(rows)[1])
+        return list(next((cells for _, cells, problem in rows if not problem), needed))
 
-    def _rows(self, file: Location, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Place and cells of each row."""
+    def _rows(self, file: Location, columns: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any], str]]:
+        """Place, cells and problem of each row."""
         name = file.name.lower()
         if name.endswith(JSON_LINES):
-            yield from json_rows(file, columns)
+            yield from ((place, values, "") for place, values in json_rows(file, columns))
             return
         # the reader of texts reads tabs without quotes, too
         plain = self.form.get("kind") == "text" and name.endswith(".tsv")
         given = DialectOptions(delimiter="\t", quotes="") if plain else None
         dialect = table_dialect(file, given, columns=columns, usual=self.marks)
         words = [self.id_column, *(() if isinstance(self.how, TablePreparation) else self.how.columns)]
-        for row in read_rows(file, columns, dialect=dialect, words=words):
-            yield row.place, row.cells
+        for row in read_rows(file, columns, dialect=dialect, words=words, ragged=True):
+            yield row.place, row.cells, row.problem
 
     def __iter__(self) -> Iterator[Sample]:
         """See `Samples`."""
         numbers = count(1)
         for file in self.files:
             how = self.how if file.name.lower().endswith(JSON_LINES) else self.of_table
-            for place, cells in self._rows(file, self.how.columns):
+            for line, cells, problem in self._rows(file, self.how.columns):
                 name = cell_text(cells.get(self.id_column)) if self.id_column else str(next(numbers))
-                yield self._sample(how, name, f"{file.name}, {place}", cells)
+                place = f"{file.name}, {line}"
+                yield Sample(name, place, None, problem) if problem else self._sample(how, name, place, cells)
 
     def _sample(self, how: Preparation, name: str, place: str, cells: Mapping[str, Any]) -> Sample:
         missing = [column for column in how.columns if column not in cells]

@@ -195,11 +195,14 @@ def _signature(models: Mapping[str, GroupModel], example: np.ndarray, how: Prepa
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    outputs = []
+    found: dict[str, np.ndarray] = {}
     for model in models.values():
-        for task, value in model.predict(torch.from_numpy(np.array(example))).items():
-            found = value.numpy()
-            outputs.append(TensorSpec(found.dtype, (-1, *found.shape[1:]), task))
+        decoded = model.predict(torch.from_numpy(np.array(example)))
+        found |= {name: value.numpy() for name, value in decoded.items()}
+    tasks = [task for model in models.values() for task in model.tasks]
+    shares = [task.named_shares(found[task.name]) for task in tasks]
+    answers = found | {name: share for one in shares for name, share in one.items() if name not in found}
+    outputs = [TensorSpec(value.dtype, (-1, *value.shape[1:]), name) for name, value in answers.items()]
     inputs = [TensorSpec(example.dtype, (-1, *example.shape[1:]))] if how is None else _raw_columns(how)
     return ModelSignature(Schema(inputs), Schema(outputs))
 

@@ -5,7 +5,7 @@ Therefore it imports only these names of DMTG, which are stable: a version that 
 name importable.
 
 - `dmtg_core.names.by_number`
-- `dmtg_core.training.checkpoint.load_model`
+- `dmtg_core.training.checkpoint.load_model`, and `named_shares` of the tasks of a model
 - `pipelines.data.preprocessing.load_preparation` and `prepare`
 """
 
@@ -36,7 +36,7 @@ class GroupPredictor(mlflow.pyfunc.PythonModel):
 
     The artifact "groups" is a folder with a sub-folder for each group: one for a group's own model, all of them
     for the composite. The artifact "preparation" describes the conversion of raw to stored input; without
-    it, the input is stored input. The result has the tasks of the signature and nothing else. The group of each
+    it, the input is stored input. The result has the names of the signature and nothing else. The group of each
     task is in the metadata of the model, `mlflow.models.get_model_info(uri).metadata["groups_served"]`.
     """
 
@@ -60,16 +60,21 @@ class GroupPredictor(mlflow.pyfunc.PythonModel):
             params: Not read.
 
         Returns:
-            Task name → result of `Task.decode`.
+            Task name → result of `Task.decode`; and for tasks whose classes have names `<task>.<class>` →
+            probability of the class, of a binary task only of the positive one.
 
         Raises:
             ValueError: For a missing column, or an invalid sample, with its number.
         """
         stored = np.array(model_input) if self.preparation is None else prepare(self.preparation, model_input)
         found: dict[str, np.ndarray] = {}
+        shares: dict[str, np.ndarray] = {}
         for model in self.models:
             found |= {name: value.numpy() for name, value in model.predict(torch.from_numpy(stored)).items()}
-        return found
+            for task in model.tasks:
+                shares |= task.named_shares(found[task.name])
+        # a task whose name is that of a share keeps it
+        return found | {name: share for name, share in shares.items() if name not in found}
 
 
 def rows_of(text: Iterable[str], columns: Collection[str] = ()) -> list[dict[str, str]]:

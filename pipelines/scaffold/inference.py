@@ -36,7 +36,9 @@ _ID = re.compile(
 _CODE = re.compile(
     r"(?i)(^|[^a-z])(zip|zip_?code|post_?(al)?_?code|plz|postleitzahl|code_postal|phone|telefon|iban|isbn)"
 )
-FEWEST_WORDS = 4  # fewest words of half of the values of a column of texts
+FEWEST_WORDS = 5  # of the values of a column of texts, on average
+LOOKED_AT = 500  # different values of a column that are examined
+_CHARACTERS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 _SPLIT = ("split", "set", "subset", "partition", "fold")
 
 
@@ -98,10 +100,13 @@ class ColumnSummary:
 
     @property
     def is_text(self) -> bool:
-        """Whether the values are texts: most of them have several words, and few occur twice."""
-        words = sorted(len(value.split()) for value in self.counts) or [0]
-        several = words[len(words) // 2] >= FEWEST_WORDS
-        return several and not self.dates and 2 * len(self.counts) > self.counts.total()
+        """Whether the values are texts: they have several words, and few occur twice."""
+        if self.numeric or self.dates or 2 * len(self.counts) <= self.counts.total():
+            return False
+        values = list(self.counts)[:LOOKED_AT]
+        # Chinese and Japanese are written without spaces: two characters are about a word
+        words = sum(len(value.split()) + len(_CHARACTERS.findall(value)) // 2 for value in values)
+        return words >= FEWEST_WORDS * len(values)
 
     @property
     def unique(self) -> bool:

@@ -6,10 +6,8 @@ import importlib.util
 import re
 from collections.abc import Mapping
 
-from pipelines.scaffold.inference import ColumnSummary
+from pipelines.scaffold.inference import LOOKED_AT, ColumnSummary
 
-LOOKED_AT = 500  # different values of a column that are examined
-FEWEST_WORDS = 5  # of the values of a text, on average
 LEAST_SHARE = 0.95  # of the values that are molecules; 0.8 if the name of the column says so
 LEAST_SHARE_NAMED = 0.8
 _NAMED = re.compile(r"(?i)smiles|molecule|molekül|molécule|structure|compound|ligand|drug|分子")
@@ -48,16 +46,5 @@ def _share_of_rdkit(values: list[str]) -> float:
 
 def longest_text(columns: Mapping[str, ColumnSummary]) -> ColumnSummary | None:
     """The column with the longest texts of several words; None if there is none."""
-    found = [column for column in columns.values() if _holds_texts(column)]
+    found = [column for column in columns.values() if column.is_text]
     return max(found, key=lambda column: sum(map(len, column.cells)), default=None)
-
-
-def _holds_texts(column: ColumnSummary) -> bool:
-    """Whether the values have several words, and few occur in several rows: not those of a category."""
-    values = list(column.counts)[:LOOKED_AT]
-    # Chinese and Japanese are written without spaces: two characters are about a word
-    words = sum(
-        len(value.split()) + len(re.findall(r"[\u3040-\u30ff\u3400-\u9fff]", value)) // 2 for value in values
-    )
-    several = bool(values) and words >= FEWEST_WORDS * len(values)
-    return several and not column.numeric and 2 * len(column.counts) > column.counts.total()

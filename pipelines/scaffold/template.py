@@ -37,6 +37,7 @@ RECIPE_OF = {
     "celeba": "paper/celeba9_k2", "nuclei": "nuclei", "planted": "planted", "rooms": "rooms",
     "taskonomy": "paper/taskonomy5_k3", "text": "goemotions",
 }  # fmt: skip
+DROPOUT = 0.1
 TABLES = (".csv", ".tsv", ".parquet", ".pq")
 
 
@@ -163,7 +164,7 @@ def _table(data: str, place: Location, given: Sequence[str]) -> Draft:
     about = f"{len(tasks)} tasks that are predicted from {len(used)} columns, in {data}"
     values = {
         "source": {"kind": "table", "root": data, "options": options},
-        **_training("mlp", 0, {"widths": [64, 32]}, len(tasks), len(rows), 3e-3),
+        **_training("mlp", 0, {"widths": [64, 32], "dropout": DROPOUT}, len(tasks), len(rows), 3e-3),
     }
     return Draft("table", _seen(about, len(rows), more), values, _named(why), [*tasks, *rows_by, *inputs])
 
@@ -193,7 +194,7 @@ def _molecules(
     why["molecule_features"] = "morgan: fingerprints of rdkit; ngrams: neighbouring characters, without rdkit"
     values = {
         "source": {"kind": "table", "root": data, "options": options},
-        **_training("mlp", 0, {"widths": [256, 128]}, len(tasks), seen[0], 1e-3),
+        **_training("mlp", 0, {"widths": [256, 128], "dropout": DROPOUT}, len(tasks), seen[0], 1e-3),
     }
     uses = [*tasks, *rows_by, Use(column.name, "molecules", "SMILES")]
     about = f"{len(tasks)} tasks on the molecules of {data}"
@@ -228,7 +229,14 @@ def _text(data: str, place: Location, given: Sequence[str]) -> Draft:
     options["tasks"] = [dict(use.options) for use in tasks]
     values = {
         "source": {"kind": "text", "root": root or ("/" if data.startswith("/") else "."), "options": options},
-        **_training("embedding_bag", 0, {"embedding": 64, "widths": [128, 64]}, len(tasks), len(rows), 5e-3),
+        **_training(
+            "embedding_bag",
+            0,
+            {"embedding": 64, "widths": [128, 64], "dropout": DROPOUT},
+            len(tasks),
+            len(rows),
+            5e-3,
+        ),
     }
     about = f"{len(tasks)} tasks on the texts of {data}"
     uses = [*tasks, *rows_by, Use(text.name, "text", why["text_column"])]
@@ -251,7 +259,7 @@ def _folder(data: str, place: Location, given: Sequence[str]) -> Draft:
     options["tasks"] = [dict(use.options) for use in tasks]
     values = {
         "source": {"kind": "folder", "root": data, "options": options},
-        **_training("convnet", 1, {"widths": [16, 32, 64, 96]}, len(tasks), len(rows), 2e-3),
+        **_training("convnet", 1, {"widths": [16, 32, 64, 96], "dropout": DROPOUT}, len(tasks), len(rows), 2e-3),
     }
     about = f"{len(tasks)} tasks on the images of {data}"
     uses = [*tasks, *([split] if split else []), Use(image_column, "id", f"names the images in {images}/")]
@@ -317,7 +325,7 @@ def _tasks(
 
 def _rows_by(columns: Mapping[str, ColumnSummary]) -> list[Use]:
     """The split and the id, of those that there are; a text is no id."""
-    short = {name: column for name, column in columns.items() if longest_text({name: column}) is None}
+    short = {name: column for name, column in columns.items() if not column.is_text}
     return [use for use in (split_use(columns), id_use(short)) if use is not None]
 
 
@@ -349,6 +357,7 @@ def _training(encoder: str, stem: int, options: Written, tasks: int, rows: int, 
             "optimizer": "adamw",
             "learning_rate": rate,
             "weight_decay": 0.1,
+            "patience": epochs // 3,
         },
     }
 

@@ -3,9 +3,10 @@
 | task | columns |
 |---|---|
 | all | `id`, as in the shards |
-| binary | `<task>`: probability of class 1, the second of `labels` |
+| binary | `<task>`: name of the more likely value; `<task>.<positive>`: probability of class 1, the second of |
+|  | `labels`. Without names, for 0 and 1, only `<task>`: probability of class 1 |
 | multiclass | `<task>`: name of the most likely class, or its id if classes have no names; |
-|  | `<task>.<class>`: probability of each; with more than `MOST_CLASSES` only `<task>.probability`, the highest |
+|  | `<task>.<class>`: probability of each; with more than `MOST_SHARES` only `<task>.probability`, the highest |
 | regression | `<task>`: value in the task's unit; `<task>.<channel>` if there are several |
 | dense | `<task>`: the pixels' raw bytes, class ids or values; `_predictions.json` has their dtype and shape |
 """
@@ -19,11 +20,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dmtg_core.tasks import Task
+from dmtg_core.tasks import MOST_SHARES, Task
 from pipelines.errors import UserError
 
 ID = "id"
-MOST_CLASSES = 1000  # with a column each; with more, Parquet is slow and files are large
 
 
 def schema(tasks: Sequence[Task], name: str = ID, *, numbered: bool = False) -> pa.Schema:
@@ -67,10 +67,12 @@ def columns_of(task: Task) -> dict[str, pa.DataType]:
         return {task.name: pa.binary()}
     if task.kind == "multiclass":
         names: Sequence[Any] = task.labels or range(task.channels)
-        if task.channels > MOST_CLASSES:
+        if task.channels > MOST_SHARES:  # Parquet with more columns is slow and large
             names = ("probability",)
         kind = pa.string() if task.labels else pa.int32()
         return {task.name: kind} | {f"{task.name}.{name}": pa.float32() for name in names}
+    if task.shares:
+        return {task.name: pa.string()} | {f"{task.name}.{name}": pa.float32() for _, name in task.shares}
     if task.channels > 1:
         return {f"{task.name}.{channel}": pa.float32() for channel in range(task.channels)}
     return {task.name: pa.float32()}
@@ -89,8 +91,11 @@ def arrays_of(task: Task, decoded: np.ndarray) -> list[pa.Array]:
     if task.kind == "multiclass":
         ids = decoded.argmax(1)
         names = pa.array([task.labels[i] for i in ids]) if task.labels else pa.array(ids, pa.int32())
-        shares = decoded.max(1, keepdims=True) if task.channels > MOST_CLASSES else decoded
+        shares = decoded.max(1, keepdims=True) if task.channels > MOST_SHARES else decoded
         return [names, *(pa.array(column, pa.float32()) for column in shares.T)]
+    if task.shares:
+        words = pa.array([task.labels[int(share > 0.5)] for share in decoded], pa.string())
+        return [words, *(pa.array(share, pa.float32()) for share in task.named_shares(decoded).values())]
     columns = decoded.T if decoded.ndim > 1 else [decoded]
     return [pa.array(column, pa.float32()) for column in columns]
 

@@ -75,7 +75,8 @@ class Plan:
         if last != DISTILLED or any(record["stage"] == RETRAINED for record in records):
             most += self.retrained
         passed = self.candidates if last in (RETRAINED, DISTILLED) else self.candidates[: self._place(finished)]
-        return most - self.rest * sum(name not in finished for name in passed)
+        stopped = sum(self._missing(name, records) for name in (*finished, RETRAINED) if name != last)
+        return most - stopped - self.rest * sum(name not in finished for name in passed)
 
     def epochs_of(self, record: Record) -> int:
         """Epochs of the stage of a record."""
@@ -89,6 +90,11 @@ class Plan:
         """Epochs of a stage before the candidates, which may end early."""
         own = sum(record["stage"] == name for record in records)
         return own if own and records[-1]["stage"] != name else most
+
+    def _missing(self, name: str, records: Sequence[Record]) -> int:
+        """Epochs by which a stage ended early."""
+        own = [record for record in records if record["stage"] == name]
+        return self.epochs_of(own[-1]) - len(own) if own else 0
 
     def _is_finalist(self, name: str, records: Sequence[Record]) -> bool:
         return any(record["stage"] == name and record["epoch"] > self.search for record in records)

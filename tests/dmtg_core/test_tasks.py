@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmtg_core import InputSpec, Task
-from dmtg_core.tasks import LOSSES, METRICS, check_names
+from dmtg_core.tasks import LOSSES, METRICS, MOST_SHARES, check_names
 from tests.dmtg_core.samples import MIXED, raw_labels
 
 
@@ -228,3 +228,17 @@ def test_labels_in_host_memory_are_encoded_as_on_a_device(task, dtype, shape, ma
     expected = task.encode(torch.from_numpy(raw), None if present is None else torch.from_numpy(present))
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_shares_name_the_classes_of_a_task() -> None:
+    decoded = np.array([0.25, 0.75], np.float32)
+    named = Task("t", "binary", labels=("nein", "ja")).named_shares(decoded)
+    assert {name: share.tolist() for name, share in named.items()} == {"t.ja": [0.25, 0.75]}
+    assert Task("t", "binary").named_shares(decoded) == {}
+    both = np.stack((decoded, 1 - decoded), 1)
+    named = Task("t", "multiclass", 2, labels=("a", "b c")).named_shares(both)
+    assert {name: share.tolist() for name, share in named.items()} == {"t.a": [0.25, 0.75], "t.b c": [0.75, 0.25]}
+    labels = tuple(map(str, range(MOST_SHARES + 1)))
+    assert Task("t", "multiclass", len(labels), labels=labels).shares == ()
+    assert Task("t", "multiclass", 2).shares == ()
+    assert Task("t", "dense_classification", 2, labels=("a", "b")).shares == ()

@@ -6,8 +6,9 @@ import csv
 import json
 import logging
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import unescape
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,14 @@ from dmtg_core.names import key_of
 from dmtg_core.tasks import Task
 from pipelines.cli.app import app
 from pipelines.config.loading import load_config
+from pipelines.data.cells import cell_number
 from pipelines.data.sources.labels import LabelTask, label_targets
 from pipelines.data.sources.rows import Row
+from pipelines.data.sources.tables.flags import NO, YES
 from pipelines.errors import UserError
 from pipelines.registry.tracking import NAME_TAG
 from pipelines.runs.files import REPORT, RESULT
+from pipelines.serving.columns import columns_of
 from pipelines.serving.fitting import same_tasks
 from pipelines.storage import locate
 
@@ -125,12 +129,16 @@ def test_predictions_and_served_answers_have_the_names(trained: tuple[Path, dict
     folder, _ = trained
     predicted = command("predict", folder, "models:/names/1", "--out", str(folder / "out"))
     (file,) = (folder / "out").rglob("*.parquet")
-    assert set(pd.read_parquet(file).columns) == {"id", *ALL}
+    shares = {"等级.低.低", "等级.中.中", "等级.高.高", "Größe.groß"}
+    frame = pd.read_parquet(file)
+    assert set(frame.columns) == {"id", *ALL} | shares
+    assert set(frame["Größe"]) <= {"groß", "klein"}
     assert predicted["status"] == "done"
     mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
     model = mlflow.pyfunc.load_model("models:/names/1")
     answer = model.predict(pd.DataFrame({"x": [0.1, 0.9], "y": [0.2, 0.3]}))
-    assert set(answer) == set(ALL)
+    assert set(answer) == set(ALL) | shares
+    assert all((answer["Größe.groß"] == answer["Größe"]).tolist())
 
 
 # ---------------------------------------------------------------- names of columns and of classes
@@ -182,6 +190,19 @@ def test_the_values_of_a_binary_task_keep_their_words() -> None:
     assert words(["1", "2"], positive=["2"]) == ("1", "2")
     assert words(["a", "b", "c"], positive=["b"]) == ("rest", "b")
     assert words(["a", "b", "c"], positive=["b", "c"]) == ("a", "b, c")
+
+
+@pytest.mark.parametrize("form", [str, str.capitalize, str.upper])
+def test_yes_and_no_keep_their_words_in_every_language(form: Callable[[str], str]) -> None:
+    for yes, no in product(YES, NO):
+        if cell_number(yes) is None and cell_number(no) is None:
+            rows = [{"a": form(yes)}, {"a": form(no)}, {"a": ""}, {"a": form(yes)}]
+            samples = [(Row(number, cells), "train") for number, cells in enumerate(rows, start=1)]
+            (target,) = label_targets([LabelTask(column="a", kind="binary")], samples, "t.csv")
+            assert target.task.labels == (form(no), form(yes))
+            assert list(columns_of(target.task)) == ["a", f"a.{form(yes)}"]
+            values = [target.value(row) for row, _ in samples]
+            assert [None if value is None else value.item() for value in values] == [1, 0, None, 1]
 
 
 @pytest.mark.parametrize("cells", [["0", "1"], ["1.0", "0.0"], ["yes", "true", "no"], ["yes"]])

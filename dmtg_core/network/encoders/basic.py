@@ -10,27 +10,45 @@ from torch import Tensor, nn
 from dmtg_core.tasks import InputSpec
 
 
-def mlp(spec: InputSpec, *, widths: Sequence[int] = (64, 32)) -> list[nn.Module]:
-    """Linear layers with ReLU, one stage for each width."""
-    sizes = [*spec.shape, *widths]
-    return [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(sizes)]
+def mlp(spec: InputSpec, *, widths: Sequence[int] = (64, 32), dropout: float = 0.0) -> list[nn.Module]:
+    """Linear layers with ReLU, one stage for each width.
+
+    Args:
+        spec: An input of features.
+        widths: Widths of the layers.
+        dropout: Share of the values of each layer that are dropped during training.
+    """
+    return layers([*spec.shape, *widths], dropout)
 
 
-def convnet(spec: InputSpec, *, widths: Sequence[int] = (32, 64, 128), dense_stride: int = 0) -> list[nn.Module]:
+def layers(sizes: Sequence[int], dropout: float) -> list[nn.Module]:
+    """Return a stage of a linear layer, ReLU and dropout for each pair of neighbouring sizes."""
+    drop = [nn.Dropout(dropout)] if dropout else []
+    return [nn.Sequential(nn.Linear(a, b), nn.ReLU(), *drop) for a, b in pairwise(sizes)]
+
+
+def convnet(
+    spec: InputSpec, *, widths: Sequence[int] = (32, 64, 128), dense_stride: int = 0, dropout: float = 0.0
+) -> list[nn.Module]:
     """A small residual network with one stage for each width. Each stage halves the resolution.
 
     Args:
         spec: An image input.
         widths: Channels of the stages.
         dense_stride: Stride from which the resolution is no longer halved, for dense targets; 0 for no limit.
+        dropout: Share of the channels of the last stage that are dropped during training. Channels are dropped as
+            a whole (Tompson et al., CVPR 2015), because the mean over the pixels would undo the dropping of
+            pixels. Earlier stages have none, because it changes the variances of batch normalisation.
     """
-    stages: list[nn.Module] = []
+    stages: list[nn.Sequential] = []
     channels, stride = spec.shape[-1], 1
     for width in widths:
         step = 2 if dense_stride == 0 or stride < dense_stride else 1
         stages.append(nn.Sequential(_ConvBlock(channels, width, step), _ConvBlock(width, width, 1)))
         channels, stride = width, stride * step
-    return stages
+    if dropout:
+        stages[-1].append(nn.Dropout2d(dropout))
+    return list(stages)
 
 
 class _ConvBlock(nn.Module):

@@ -6,27 +6,29 @@ A stage passes a pair to the next: tokens `(B, L, F)`, and a mask, bool `(B, L)`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from dmtg_core.network.encoders.basic import layers as dense_layers
 from dmtg_core.tasks import InputSpec
 
 Tokens = tuple[Tensor, Tensor]  # (B, L, F) and (B, L)
 
 
-def embedding_bag(spec: InputSpec, *, embedding: int = 64, widths: Sequence[int] = (64, 32)) -> list[nn.Module]:
+def embedding_bag(
+    spec: InputSpec, *, embedding: int = 64, widths: Sequence[int] = (64, 32), dropout: float = 0.0
+) -> list[nn.Module]:
     """The mean of the tokens' embeddings, and linear layers with ReLU. The mean is a stage, and so is each layer.
 
     Args:
         spec: A token input. The mean of a text that is only padding is zero.
         embedding: Width of an embedding.
         widths: Widths of the layers.
+        dropout: Share of the values of each layer that are dropped during training.
     """
     bag = nn.EmbeddingBag(spec.vocabulary, embedding, mode="mean", padding_idx=0)
-    layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise([embedding, *widths])]
-    return [bag, *layers]
+    return [bag, *dense_layers([embedding, *widths], dropout)]
 
 
 def text_transformer(
@@ -42,8 +44,7 @@ def text_transformer(
         width: Channels of a token, a multiple of `heads`.
         layers: Number of transformer layers. Each has a hidden layer of four times `width`.
         heads: Attention heads of a layer.
-        dropout: Share of values dropped during training. They are drawn from torch's global random state, so that
-            only runs without dropout are reproducible bit for bit.
+        dropout: Share of values dropped during training.
 
     Raises:
         ValueError: If `heads` does not divide the width, or if there is no layer.

@@ -265,7 +265,7 @@ def _warn_of_clashes(tasks: Sequence[Task]) -> None:
             logger.warning("task names that differ only in case, which some databases take for one: %s; %s",
                            listed(same), NAME_THEM)  # fmt: skip
     names = {"id", *(task.name for task in tasks)}
-    columns = [f"{task.name}.{label}" for task in tasks if task.kind == "multiclass" for label in task.labels]
+    columns = [f"{task.name}.{label}" for task in tasks for _, label in task.shares]
     both = [*(task.name for task in tasks if task.name == "id"), *(name for name in columns if name in names)]
     if both:
         logger.warning("a file of predictions would have two columns %s; %s", listed(both), NAME_THEM)

@@ -55,6 +55,7 @@ def read_rows(
     dialect: Dialect | None = None,
     header: Sequence[str] | None = None,
     words: Collection[str] = (),
+    ragged: bool = False,
 ) -> Iterator[Row]:
     """The rows of a table of text, a Parquet file, or all Parquet files of a folder, a block at a time.
 
@@ -66,6 +67,7 @@ def read_rows(
         dialect: How a table of text is written; by default it is found in its first bytes.
         header: Names of the columns of a table of text without a header line.
         words: Columns whose cells stay as they are written, such as texts and ids.
+        ragged: As `delimited_rows`.
 
     Raises:
         UserError: When the file does not exist, cannot be read, is empty or lacks a column.
@@ -77,7 +79,7 @@ def read_rows(
         yield from parquet_rows(location, columns)
         return
     found = dialect or dialect_of(location, columns=columns, named=header is None)
-    rows = delimited_rows(location, found, columns, header)
+    rows = delimited_rows(location, found, columns, header, ragged=ragged)
     yield from _in_points(rows, found, frozenset(words)) if found.converts else rows
 
 

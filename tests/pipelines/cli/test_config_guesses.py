@@ -17,7 +17,7 @@ from pipelines.config.loading import Config, load_config
 from pipelines.config.validation import checked
 from pipelines.data.sources import build_source
 from pipelines.data.sources.labels import LabelTask
-from pipelines.scaffold.inference import ColumnSummary, chosen_targets, target
+from pipelines.scaffold.inference import ColumnSummary, chosen_targets, feature, target
 from pipelines.scaffold.inputs import longest_text, molecules
 from tests.paths import SHARED
 
@@ -227,6 +227,7 @@ def test_a_table_with_texts_has_the_text_encoder(tmp_path: Path) -> None:
 def test_texts_of_scripts_without_spaces_are_texts() -> None:
     texts = [f"打印机第{i}号已经不能打印了，请帮助我们解决问题" for i in range(30)]
     assert longest_text({"x": ColumnSummary("x", texts)}) is not None
+    assert feature(ColumnSummary("x", texts)).why.startswith("30 different texts of several words")
     assert longest_text({"x": ColumnSummary("x", ["北京", "上海", "广州"] * 10)}) is None
     assert (
         longest_text({"x": ColumnSummary("x", ["a text of five words", "another text of five words"] * 9)}) is None
@@ -239,6 +240,8 @@ def test_every_generated_file_has_regularisation(tmp_path: Path, images: Path) -
         config = new(tmp_path, place, "--targets", targets, "--force")
         assert config.train.optimizer == "adamw"
         assert config.train.weight_decay > 0
+        assert config.network.options["dropout"] == 0.1
+        assert config.train.patience == config.train.epochs // 3
 
 
 @pytest.mark.parametrize("targets", ["NR-AR,NR-ER"])

@@ -307,6 +307,13 @@ def test_on_and_off_are_words_and_do_not_change_the_digest(file: str, value: str
     assert Config(**yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
 
 
+def test_early_stopping_changes_the_digest_only_if_it_is_on(file: str) -> None:
+    assert load_config(file, ["train.patience=0"]).digest() == load_config(file).digest()
+    stopping = load_config(file, ["train.patience=3"])
+    assert stopping.digest() != load_config(file).digest()
+    assert stopping.settings().patience == 3
+
+
 PLACES = {
     "source": {"kind": "table", "root": "raw"},
     "data": {"shards": "work/shards"},

@@ -13,7 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.tasks import MOST_SHARES, InputSpec, Task
 from dmtg_core.training.data import ArrayData, Arrays, Chunks, DeviceArrays
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
@@ -32,7 +32,7 @@ from pipelines.errors import UserError
 from pipelines.nightly.leakage import same_tasks
 from pipelines.report.figures import MOST_PIXELS, dots
 from pipelines.report.inspect import inspect
-from pipelines.serving.columns import MOST_CLASSES, arrays_of, columns_of, schema
+from pipelines.serving.columns import arrays_of, columns_of, schema
 from pipelines.storage import locate
 from tests.pipelines.shard_files import write_arrays
 
@@ -184,7 +184,7 @@ def test_category_with_too_many_values_is_refused_before_anything_is_stored(tabl
 
 
 @pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize("classes", [300, MOST_CLASSES, MOST_CLASSES + 1, MANY])
+@pytest.mark.parametrize("classes", [300, MOST_SHARES, MOST_SHARES + 1, MANY])
 def test_predictions_of_many_classes(classes: int, named: bool) -> None:
     labels = tuple(f"c{i}" for i in range(classes)) if named else ()
     task = Task("t", "multiclass", classes, labels=labels)
@@ -194,7 +194,7 @@ def test_predictions_of_many_classes(classes: int, named: bool) -> None:
     found = pa.table(arrays_of(task, decoded), schema=pa.schema(list(schema([task]))[1:]))
     assert found.column_names == list(columns_of(task))
     assert found["t"].to_pylist() == ([labels[i] for i in likeliest] if named else likeliest)
-    if classes <= MOST_CLASSES:
+    if classes <= MOST_SHARES:
         assert found.num_columns == 1 + classes
         last = labels[-1] if named else classes - 1
         assert found[f"t.{last}"].to_pylist() == decoded[:, -1].tolist()

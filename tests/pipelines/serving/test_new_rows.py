@@ -34,7 +34,8 @@ from tests.pipelines.conftest import TASKS, write_images
 from tests.pipelines.untrained import Finished, finish
 
 LABELS = [{"column": "sick", "kind": "binary"}, {"column": "cost", "kind": "regression"},
-          {"column": "grade", "kind": "multiclass", "classes": ["nah", "fern, weit"]}]  # fmt: skip
+          {"column": "grade", "kind": "multiclass", "classes": ["nah", "fern, weit"]},
+          {"column": "krank", "kind": "binary"}]  # fmt: skip
 OPTIONS: dict[str, tuple[str, dict[str, Any], EncoderSpec]] = {
     "rows": ("table", {"file": "t.csv", "id_column": "key", "features": ["age", "plant", "smoker"],
                        "categorical": ["plant", "smoker"], "tasks": LABELS}, EncoderSpec("mlp")),
@@ -47,9 +48,9 @@ FRAME = pd.DataFrame({
     "key": ["p", "q", "r", "s"], "age": ["20", "40.5", "", "30"], "plant": ["001", "1", "", "01"],
     "smoker": ["TRUE", "FALSE", "TRUE", ""], "note": ["a day at sea", 'so "no", she said', "NA", "zzz"],
     "sick": ["1", "0", "1", "0"], "cost": ["3", "5.5", "4", "1"], "grade": ["nah", "nah", "fern, weit", "nah"],
-    "split": ["train", "train", "train", "val"],
+    "krank": ["ja", "nein", "ja", "nein"], "split": ["train", "train", "train", "val"],
 })  # fmt: skip
-NEW = FRAME.drop(columns=["sick", "cost", "grade", "split"]).assign(extra="x").iloc[::-1]
+NEW = FRAME.drop(columns=["sick", "cost", "grade", "krank", "split"]).assign(extra="x").iloc[::-1]
 
 
 @dataclass
@@ -114,6 +115,9 @@ def same(frame: pd.DataFrame, values: Mapping[str, Any]) -> None:
     for task in ("sick", "cost"):
         np.testing.assert_allclose(frame[task], values[task], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(frame[["grade.nah", "grade.fern, weit"]], shares, rtol=1e-5, atol=1e-7)
+    if "krank" in frame:
+        np.testing.assert_allclose(frame["krank.ja"], values["krank"], rtol=1e-5, atol=1e-7)
+        assert list(frame["krank"]) == ["ja" if share > 0.5 else "nein" for share in np.asarray(values["krank"])]
     assert list(frame["grade"]) == [("nah", "fern, weit")[best] for best in shares.argmax(1)]
 
 
@@ -123,10 +127,11 @@ def test_files_mlflow_a_server_and_the_library_predict_the_same(models, track, d
     done = dmtg(model.uri, "new.csv", "-o", "out.csv")
     assert done.exit_code == 0, done.stderr
     assert "not read: note, extra" in done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("sick", "grade", "cost"))]
-    assert [line.split("  ")[-1] for line in lines] == ["probability of 1", "class", "value"]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("sick", "grade", "cost", "krank"))]
+    told = [line.split("  ")[-1].strip() for line in lines]
+    assert told == ["probability of 1", "class", "value", "nein or ja"]
     found = pd.read_csv("out.csv")
-    assert list(found) == ["key", "sick", "grade", "grade.nah", "grade.fern, weit", "cost"]
+    assert list(found) == ["key", "sick", "grade", "grade.nah", "grade.fern, weit", "cost", "krank", "krank.ja"]
     assert list(found["key"]) == ["s", "r", "q", "p"]
 
     how = load_preparation(model.source.describe().preparation)
@@ -136,6 +141,12 @@ def test_files_mlflow_a_server_and_the_library_predict_the_same(models, track, d
     same(found, composite.predict(NEW))
     pieces = [mlflow.pyfunc.load_model(uri).predict(NEW) for uri in model.groups]
     same(found, pieces[0] | pieces[1])
+
+    named = {name: composite.predict(NEW)[name] for name in ("grade.nah", "grade.fern, weit", "krank.ja")}
+    assert set(composite.predict(NEW)) == {"sick", "grade", "cost", "krank", *named}
+    for name, shares in named.items():
+        np.testing.assert_allclose(found[name], shares, rtol=1e-5, atol=1e-7)
+    assert set(composite.metadata.get_output_schema().input_names()) == set(composite.predict(NEW))
 
     server = TestClient(scoring_server.init(composite))
     text = NEW.to_csv(index=False)
@@ -147,14 +158,16 @@ def test_files_mlflow_a_server_and_the_library_predict_the_same(models, track, d
     for kind, body in bodies.items():
         answer = server.post("/invocations", content=body, headers={"Content-Type": kind})
         assert answer.status_code == 200, answer.text
-        same(found, answer.json()["predictions"])
+        answers = answer.json()["predictions"]
+        same(found, answers)
+        np.testing.assert_allclose(answers["krank.ja"], found["krank.ja"], rtol=1e-5, atol=1e-7)
     wrong = server.post("/invocations", content='age\n"', headers={"Content-Type": "text/csv"})
     assert wrong.status_code == 400
     assert "not a CSV table" in wrong.text
 
     alone = dmtg(model.groups[1], "new.csv", "-o", "cost.csv")
     assert alone.exit_code == 0, alone.stderr
-    assert pd.read_csv("cost.csv").equals(found[["key", "cost"]])
+    assert pd.read_csv("cost.csv").equals(found[["key", "cost", "krank", "krank.ja"]])
 
 
 def test_every_format_and_every_place_of_a_model(models, dmtg, tmp_path) -> None:
@@ -230,6 +243,24 @@ def test_bad_rows_are_named_and_refused_or_skipped(models, dmtg) -> None:
     assert "no row is left" in dmtg(models["rows"].uri, "none.csv", "--bad-rows", "skip").stderr
 
 
+def test_lines_with_another_number_of_cells_are_bad_rows(models, dmtg) -> None:
+    header, *lines = NEW[["key", "age", "plant", "smoker"]].to_csv(index=False).splitlines()
+    lines[0], lines[2] = "s,30,01", "q,40.5,1,FALSE,x,y"
+    Path("new.csv").write_text("\n".join([header, *lines]) + "\n")
+    refused = dmtg(models["rows"].uri, "new.csv", "-o", "out.csv")
+    assert refused.exit_code == 1
+    assert "2 rows cannot be used: new.csv, line 2: has 3 cells, expected 4" in " ".join(refused.stderr.split())
+    assert not Path("out.csv").exists()
+    skipped = dmtg(models["rows"].uri, "new.csv", "-o", "out.csv", "--bad-rows", "skip", "--json")
+    assert skipped.exit_code == 0, skipped.stderr
+    assert "line 4: has 6 cells, expected 4: 'x' is after the last column, smoker" in " ".join(
+        skipped.stderr.split()
+    )
+    told = json.loads(skipped.stdout.splitlines()[-1])
+    assert (told["rows"], told["skipped"]) == (2, 2)
+    assert list(pd.read_csv("out.csv")["key"]) == ["r", "p"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "problem"),
     [
@@ -287,8 +318,8 @@ def test_images_of_folders_and_files(models, root, dmtg) -> None:
     stored = np.stack([model.source.read(entry)[INPUT] for entry in entries])
     values = expected(model.run.models, stored)
     assert len(found) == 6
-    for task in ("bright", "level"):
-        np.testing.assert_allclose(found[task], values[task], rtol=1e-4, atol=1e-6)
+    for column, task in (("bright.True", "bright"), ("level", "level")):
+        np.testing.assert_allclose(found[column], values[task], rtol=1e-4, atol=1e-6)
 
     Image.new("RGB", (30, 20)).save("good.png")
     Path("bad.png").write_bytes(b"no image")

@@ -126,7 +126,7 @@ def test_served_predictions_equal_those_in_files(many, tmp_path: Path) -> None:
     assert list(frame["number"]) == [str(i) for i in shares.argmax(1)]
     raw = pd.read_csv(Path(config.source.root) / "t.csv").set_index("id").loc[frame["id"].astype(int)]
     answers = mlflow.pyfunc.load_model(done.models[0].uri).predict(raw[["size", "place"]])
-    assert list(answers) == ["number", *FLAGS]
+    assert list(answers) == ["number", *FLAGS, *(f"number.{i}" for i in range(300))]
     assert np.allclose(answers["number"], shares, atol=1e-6)
     for name in FLAGS:
         assert np.allclose(answers[name], frame[name], atol=1e-6)

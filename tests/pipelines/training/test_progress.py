@@ -58,6 +58,10 @@ def test_epochs_of_stages_that_end_early_and_candidates_that_stop_are_not_counte
     for last in ([("distilled", 10)], [("retrained", 10), ("distilled", 10)]):
         ended = records(*SEARCHED, ("guided", 5), ("wide", 5), *last)
         assert plan.total(ended) == len(ended)
+    stopped = (*SEARCHED, ("guided", 2), ("wide", 3), ("retrained", 4))  # early stopping
+    assert plan.total(records(*stopped)) == 10 + 3 + 15 + 2 + 3 + 10 + 10
+    ended = records(*stopped, ("distilled", 10))
+    assert plan.total(ended) == len(ended)
     retrained = records(*SEARCHED, ("guided", 5), ("wide", 5), ("retrained", 4))
     assert plan.total(retrained) == len(retrained) + 6 + 10
     assert plan.epochs_of(retrained[-1]) == 10

@@ -19,7 +19,12 @@ Line = tuple[int, list[str]]  # number and cells of a line
 
 
 def delimited_rows(
-    location: Location, dialect: Dialect, columns: Sequence[str], header: Sequence[str] | None = None
+    location: Location,
+    dialect: Dialect,
+    columns: Sequence[str],
+    header: Sequence[str] | None = None,
+    *,
+    ragged: bool = False,
 ) -> Iterator[Row]:
     r"""The rows of a table of text. One block is in memory at a time. Lines end with `\n`, `\r\n` or `\r`.
 
@@ -28,13 +33,21 @@ def delimited_rows(
         dialect: How it is written.
         columns: Required columns.
         header: Names of the columns; by default those of the first line.
+        ragged: Whether a line with too many or too few cells is a row with a problem and no error.
 
     Raises:
         UserError: When the file is missing, empty, not in the dialect, or lacks a column.
     """
     try:
         with _text(location, dialect) as text:
-            yield from _rows(_lines(text, location, dialect), header, columns, location, dialect)
+            for row in _rows(_lines(text, location, dialect), header, columns, location, dialect):
+                if row.problem and not ragged:
+                    raise UserError(
+                        f"line {row.line} {row.problem}",
+                        where=str(location),
+                        remedy=f"correct the line; a cell with a {_mark(dialect)} needs quotes",
+                    )
+                yield row
     except UnicodeError as error:
         raise bad_byte(location, dialect.encoding) from error
 
@@ -84,24 +97,23 @@ def _rows(
     check_header(header, columns, str(location), note="" if dialect.header else ": its first line is a row")
     names, width, strip = tuple(header), len(header), str.strip
     for line, cells in chain([first], rest):
-        if len(cells) != width:
-            raise _ragged(line, cells, names, location, dialect)
-        yield Row(line, dict(zip(names, map(strip, cells), strict=True)))
+        if len(cells) == width:
+            yield Row(line, dict(zip(names, map(strip, cells), strict=True)))
+        else:
+            yield Row(line, {}, problem=_ragged(cells, names))
 
 
-def _ragged(line: int, cells: list[str], names: Sequence[str], location: Location, dialect: Dialect) -> UserError:
+def _ragged(cells: list[str], names: Sequence[str]) -> str:
     if len(cells) < len(names):
         place = f"it ends before column {names[len(cells)]}"
     else:
         place = f"{_shown(cells[len(names)])} is after the last column, {names[-1]}"
-    mark = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}.get(
-        dialect.delimiter, repr(dialect.delimiter)
-    )
-    return UserError(
-        f"line {line} has {len(cells)} cells, expected {len(names)}: {place}",
-        where=str(location),
-        remedy=f"correct the line; a cell with a {mark} needs quotes",
-    )
+    return f"has {len(cells)} cells, expected {len(names)}: {place}"
+
+
+def _mark(dialect: Dialect) -> str:
+    names = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+    return names.get(dialect.delimiter, repr(dialect.delimiter))
 
 
 def _shown(cell: str) -> str:

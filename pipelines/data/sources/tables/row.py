@@ -16,12 +16,14 @@ MOST_NAMES = 20  # most names of columns in a message
 class Row:
     """One row of a table: its last line, and its cells by column, without surrounding space.
 
-    `unit` is the unit of `line`: a Parquet file has rows in place of lines.
+    `unit` is the unit of `line`: a Parquet file has rows in place of lines. `problem` says why a line is not a row
+    of the table; it then has no cells.
     """
 
     line: int
     cells: dict[str, str]
     unit: str = "line"
+    problem: str = ""
 
     @property
     def place(self) -> str:
