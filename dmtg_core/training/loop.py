@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.random import fork_rng
 
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.threads import threads_of_step
@@ -132,7 +133,8 @@ def advance(
     """
     state.network.to(context.device)
     settings = resolve(settings, state.network, context.device, context.world_size)
-    with threads_of_step(state.network, settings.batch_size // context.world_size):
+    devices = [context.device] if context.device.type == "cuda" else []
+    with threads_of_step(state.network, settings.batch_size // context.world_size), fork_rng(devices=devices):
         return _advance(state, data, settings, context, until, hooks)
 
 
@@ -207,6 +209,7 @@ def _train_epoch(
         temperature = settings.temperature(state.step / searched)
         noise = step_noise(state.network, settings, state.step, context.rank, len(batch.inputs))
         noise = noise.to(context.device, non_blocking=True)
+        _seed_dropout(settings.seed, state.step, context)
         figures = train_step(
             module, state.optimizer, batch, noise, temperature, settings, context, step=state.step
         )
@@ -236,6 +239,15 @@ def _train_epoch(
         "samples_per_second": sums.samples * context.world_size / seconds,
         "data_share": sums.waited / seconds,
     }
+
+
+def _seed_dropout(seed: int, step: int, context: TrainContext) -> None:
+    """Seed torch's generator of the device for a step, as dropout draws from it."""
+    number = ((seed * 1_000_003 + step) * 4099 + 1025 + context.rank) % 2**63
+    if context.device.type == "cuda":
+        with torch.cuda.device(context.device):
+            torch.cuda.manual_seed(number)
+    torch.default_generator.manual_seed(number)
 
 
 def _total(record: Mapping[str, Any]) -> float:
