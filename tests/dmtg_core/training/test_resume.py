@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
-from dmtg_core import GroupingNetwork, fit
+from dmtg_core import EncoderSpec, GroupingNetwork, fit
 from dmtg_core.training.checkpoint import SEAL, check_seal, load_network, read_json, seal
 from tests.dmtg_core import samples
 from tests.dmtg_core.interrupted import Interrupted, interrupt_at, without_times
@@ -14,6 +15,7 @@ from tests.dmtg_core.training.test_loop import SEARCHING
 from tests.dmtg_core.training.test_step import local
 
 SETTINGS = replace(SEARCHING, epochs=3, search_share=0.6, augment=())
+DROPOUT = EncoderSpec("tabm", options={"width": 8, "blocks": 2, "members": 2, "dropout": 0.5})
 
 
 def stopping_after(context, writes: int):
@@ -83,7 +85,11 @@ def test_a_checkpoint_holds_the_network_of_its_epoch(tmp_path):
     assert len(network.pairs) == record["heads"]
 
 
-@pytest.mark.parametrize("spec", [mlp_spec(stem=1), image_spec(MIXED[:6])], ids=["mlp", "convnet"])
+@pytest.mark.parametrize(
+    "spec",
+    [mlp_spec(stem=1), image_spec(MIXED[:6]), replace(mlp_spec(), encoder=DROPOUT)],
+    ids=["mlp", "convnet", "dropout"],
+)
 def test_a_run_interrupted_at_any_step_has_the_same_result(tmp_path, spec):
     data = samples.data(spec.input, spec.tasks, 32, missing=0.2)
     every_step = replace(SETTINGS, checkpoint_every=1)
@@ -170,3 +176,18 @@ def test_a_seal_names_the_damaged_file(tmp_path, damage):
         (tmp_path / SEAL).unlink()
     with pytest.raises(ValueError, match=SEAL if damage == "unseal" else "inner/a"):
         check_seal(tmp_path)
+
+
+def test_dropout_depends_on_the_seed_alone_and_leaves_the_random_state_of_the_caller() -> None:
+    spec = replace(mlp_spec(), encoder=DROPOUT)
+    data = samples.data(spec.input, spec.tasks, 32)
+    found = []
+    for state, seed in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(state)
+        found.append(fit(GroupingNetwork(spec), data, replace(SETTINGS, seed=seed), local()))
+        after = torch.rand(3)
+        torch.manual_seed(state)
+        assert torch.equal(after, torch.rand(3))
+    assert_ends_alike(found[0], found[1])
+    losses = [one.history[0]["train_loss"] for one in found]
+    assert losses[2] != losses[1]
