@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -147,13 +148,37 @@ def gate_picture(tasks: Sequence[str], probabilities: Probabilities, label: str)
 
 
 def grouping_png(groups: Mapping[str, Sequence[str]]) -> bytes:
-    """Plot a grouping as PNG, for documents that do not support SVG."""
+    """Plot a grouping as PNG, for documents that do not support SVG.
+
+    Letters that the font of Matplotlib lacks are drawn in other installed fonts. A letter that no font has is
+    drawn as its number in Unicode. The pages are SVG, which the fonts of the browser draw.
+    """
     buffer = io.BytesIO()
     tasks = [task for held in groups.values() for task in held]
-    with mpl.rc_context(STYLE), _any_script():
+    families, lacking = fonts_for(tasks)
+    numbers = str.maketrans({letter: f"\\u{ord(letter):04x}" for letter in lacking})
+    tasks = [task.translate(numbers) for task in tasks]
+    with mpl.rc_context({**STYLE, "font.family": families}), _any_script():
         figure = _gate_picture(tasks, certain(groups))
         figure.savefig(buffer, format="png", dpi=dots(figure, 130), bbox_inches="tight", facecolor="white")
     return buffer.getvalue()
+
+
+def fonts_for(texts: Iterable[str]) -> tuple[list[str], set[str]]:
+    """Installed font families that have the letters of some texts, the usual one first; letters that none has."""
+    families = ["sans-serif"]
+    lacking = {letter for text in texts for letter in text if not letter.isspace()} - _letters("sans-serif")
+    for name in sorted({entry.name for entry in font_manager.fontManager.ttflist}):
+        if lacking and not name.startswith("Last Resort"):  # it has a box for every letter
+            more = lacking & _letters(name)
+            families += [name] if more else []
+            lacking -= more
+    return families, lacking
+
+
+def _letters(family: str) -> set[str]:
+    file = font_manager.findfont(font_manager.FontProperties(family=[family]))
+    return set(map(chr, font_manager.get_font(file).get_charmap()))
 
 
 def _gate_picture(tasks: Sequence[str], probabilities: Probabilities) -> Figure:
