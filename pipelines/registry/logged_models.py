@@ -122,7 +122,7 @@ def _save(
 
     how = load_preparation(origin.preparation) if origin.preparation else None
     metadata = {"grouping": origin.result["grouping"], "groups_served": facts["groups"]}
-    metadata |= {"source": dict(origin.source), "classes": _classes(models)}
+    metadata |= {"source": dict(origin.source)}
     described = Model(
         artifact_path=logged.artifact_location,
         model_uuid=logged.model_id,
@@ -140,11 +140,6 @@ def _save(
         pip_requirements=REQUIREMENTS + [_pinned(name) for name in (how.libraries if how else ())],
         metadata=metadata,
     )
-
-
-def _classes(models: Mapping[str, GroupModel]) -> dict[str, list[str]]:
-    """Task → names of its classes, in the order of the probabilities; of a binary task the second is predicted."""
-    return {task.name: list(task.labels) for model in models.values() for task in model.tasks if task.labels}
 
 
 def _separate_registry() -> bool:

@@ -30,7 +30,15 @@ NAMES = ["Kunden-Nr", "Größe, in cm", "PLZ", "Geburtstag", "raucht", "Einkomme
          "Sterne", "Besuche", "Körperbau", "Split"]  # fmt: skip
 READ = ["Größe, in cm", "PLZ", "Geburtstag", "raucht", "Einkommen"]
 BINARY, AMOUNTS, CLASSES = ["Befund", "Statur, groß?"], ["Sterne", "Besuche"], ["groß", "klein", "mittel"]
-COLUMNS = ["Kunden-Nr", *BINARY, "Sterne", "Besuche", "Körperbau", *(f"Körperbau.{one}" for one in CLASSES)]
+COLUMNS = [
+    "Kunden-Nr",
+    *BINARY,
+    "Statur, groß?.ja",
+    "Sterne",
+    "Besuche",
+    "Körperbau",
+    *(f"Körperbau.{one}" for one in CLASSES),
+]
 FAST = ["train.epochs=1", "search.method=dmtg", "search.baseline=false", "search.wide=false", "network.groups=2"]
 
 
@@ -125,7 +133,7 @@ def test_names_and_words_are_those_of_the_file(walk) -> None:
     (row,) = (line for line in said["list"][0].splitlines() if line.startswith("kunden  "))
     assert '"Statur, groß?"' in row
     assert "more" not in row  # there are five tasks
-    assert "probability of ja" in said["predict"][0]
+    assert "Statur, groß?.ja" in said["predict"][0]
     (report,) = (place / "work").rglob("report.html")
     for page in (report, place / "work/kunden/shards/_inspect.html"):
         shown = unescape(page.read_text(encoding="utf-8"))
@@ -137,8 +145,13 @@ def test_names_and_words_are_those_of_the_file(walk) -> None:
 
 def same(found: pd.DataFrame, values: Mapping[str, Any]) -> None:
     """The file has these predictions."""
-    for task in (*BINARY, *AMOUNTS):
+    for task in ("Befund", *AMOUNTS):
         np.testing.assert_allclose(found[task], values[task], rtol=1e-5, atol=1e-7)
+    for share in (values["Statur, groß?"], values["Statur, groß?.ja"]):
+        np.testing.assert_allclose(found["Statur, groß?.ja"], share, rtol=1e-5, atol=1e-7)
+        assert list(found["Statur, groß?"]) == ["ja" if one > 0.5 else "nein" for one in share]
+    for one in CLASSES:
+        np.testing.assert_allclose(found[f"Körperbau.{one}"], values[f"Körperbau.{one}"], rtol=1e-5, atol=1e-7)
     shares = np.asarray(values["Körperbau"])
     np.testing.assert_allclose(found[COLUMNS[-3:]], shares, rtol=1e-5, atol=1e-7)
     assert [CLASSES[best] for best in shares.argmax(1)] == list(found["Körperbau"])
@@ -158,8 +171,6 @@ def test_predictions_are_those_of_mlflow_a_server_and_the_library(walk, monkeypa
     assert (new["PLZ"].dtype, new["raucht"].dtype) == (np.int64, np.bool_)  # pandas has other types
     cells = pd.read_csv(place / "neu.csv", dtype=str, keep_default_na=False, **german)
     composite = mlflow.pyfunc.load_model("models:/kunden/1")
-    assert composite.metadata.metadata["classes"] == {"Statur, groß?": ["nein", "ja"],
-                                                     "Körperbau": CLASSES}  # fmt: skip
     same(out, composite.predict(new))
     same(out, composite.predict(cells))
 
@@ -168,6 +179,8 @@ def test_predictions_are_those_of_mlflow_a_server_and_the_library(walk, monkeypa
     found: dict[str, np.ndarray] = {}
     for group in loaded.groups.values():
         found |= {task: value.numpy() for task, value in group.predict(stored).items()}
+    found["Statur, groß?.ja"] = found["Statur, groß?"]  # the library has numbers, and the task has the words
+    found |= {f"Körperbau.{one}": found["Körperbau"][:, place] for place, one in enumerate(CLASSES)}
     same(out, found)
 
     server = TestClient(scoring_server.init(composite))
