@@ -45,6 +45,19 @@ def test_the_made_up_table_has_flags_a_number_and_two_kinds_of_target() -> None:
     assert kinds == ["binary"] * 5 + ["regression"]
 
 
+def test_targets_of_a_frame_are_grouped(capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(EXAMPLES / "estimator.py"))["main"]
+    main(300, encoder_options={"width": 16, "members": 2}, epochs=4)
+    lines = capsys.readouterr().out.splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("score: "))
+    assert sorted(name for line in lines[:place] for name in line.split(", ")) == [
+        "flowering (binary)", "height (regression)", "mould (binary)", "ripe (binary)", "roots (multiclass)",
+        "yield (regression)",
+    ]  # fmt: skip
+    assert 0 < float(lines[place].split()[1]) < 1
+    assert lines[place + 1].split() == ["height", "flowering", "ripe", "yield", "mould", "roots"]
+
+
 def test_an_encoder_of_ones_own_trains_beside_one_that_ships(capsys: pytest.CaptureFixture[str]) -> None:
     try:
         runpy.run_path(str(EXAMPLES / "own_encoder.py"))["main"](rows=1200, epochs=8)
