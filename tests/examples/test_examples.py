@@ -47,7 +47,7 @@ def test_the_made_up_table_has_flags_a_number_and_two_kinds_of_target() -> None:
 
 def test_targets_of_a_frame_are_grouped(capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(EXAMPLES / "estimator.py"))["main"]
-    main(300, encoder_options={"width": 16, "members": 2}, epochs=4)
+    main(300, encoder_options={"widths": [8]}, epochs=4)
     lines = capsys.readouterr().out.splitlines()
     place = next(number for number, line in enumerate(lines) if line.startswith("score: "))
     assert sorted(name for line in lines[:place] for name in line.split(", ")) == [
