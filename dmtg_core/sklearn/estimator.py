@@ -49,7 +49,7 @@ class GroupedEstimator(BaseEstimator):
             "none" for one group with all targets.
         encoder: An encoder of features, a key of `dmtg_core.ENCODERS`.
         encoder_options: Options of the encoder.
-        epochs: Number of epochs of each training; "auto" for a number that follows from the rows.
+        epochs: Number of epochs of each training; "auto" for a number by the rows, with an early stop.
         batch_size: Rows of a step; "auto" as for the epochs.
         learning_rate: Learning rate of AdamW, with a cosine schedule.
         weight_decay: Weight decay of AdamW.
@@ -236,6 +236,7 @@ class GroupedEstimator(BaseEstimator):
             learning_rate=self.learning_rate,
             gate_learning_rate=GATE_RATE,
             weight_decay=self.weight_decay,
+            patience=epochs // 3 if self.epochs == "auto" else 0,
             seed=seed,
         )
 
