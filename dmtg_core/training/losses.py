@@ -220,9 +220,10 @@ class PairLosses(nn.Module):
 
     def _families(self, outputs: PairOutputs, targets: Mapping[str, Tensor]) -> list[Tensor]:
         """Loss sums `(P, B)` of each family. The loss of an encoder with members is the mean of their losses."""
-        rows, members, numbers = outputs.rows.float(), outputs.members, range(len(self.families))
+        members, numbers = outputs.members, range(len(self.families))
         if not members:
-            return [self._family(number, rows, targets) for number in numbers]
+            return [self._family(number, outputs.rows.float(), targets) for number in numbers]
+        rows = outputs.rows.float()
         repeated = {name: target.repeat_interleave(members, 0) for name, target in targets.items()}
         return [self._family(number, rows, repeated).unflatten(1, (-1, members)).mean(2) for number in numbers]
 
