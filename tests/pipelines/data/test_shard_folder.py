@@ -24,7 +24,7 @@ from pipelines.config.loading import Config, load_config
 from pipelines.config.ray_section import RaySection
 from pipelines.config.sections import DataSection, SourceSection
 from pipelines.config.validation import checked
-from pipelines.data import shards
+from pipelines.data import planning, shards
 from pipelines.data.ingest import load_splits
 from pipelines.data.manifest import FILE, Manifest, Shard, check_shards, read_manifest
 from pipelines.data.planning import make_plans
@@ -380,7 +380,8 @@ def test_command_resumes_after_a_kill(images: Path, tmp_path: Path) -> None:
     assert manifest.digest() == manifest_of(tmp_path / "whole", images, compression="lz4")[2].digest()
 
 
-def test_shard_number_one_hundred_thousand_is_valid() -> None:
+def test_shard_number_one_hundred_thousand_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "MOST_SHARDS", 10**6)  # so that small shards suffice
     described = Description(InputSpec("features", (4,)), (), {"input": Column("float32", (4,))})
     entries = [Entry(f"{i}", "train" if i else "val") for i in range(100_003)]
     data = DataSection(shards="x", rows_per_shard=1)
