@@ -34,7 +34,9 @@ def configured(command: Command, mounted: Path) -> Config | None:
     if "config" not in given:
         return None
     ray_config = mapped(given.get("ray_config") or "", mounted)
-    config = load_config(mapped(given["config"], mounted), given["overrides"] or [], ray_config)
+    # those of predict can also be files
+    overrides = [word for word in given.get("overrides") or given.get("given") or [] if "=" in word]
+    config = load_config(mapped(given["config"], mounted), overrides, ray_config)
     config.settings()
     return config
 
