@@ -86,7 +86,7 @@ def test_heads_in_training_are_the_heads_in_evaluation(network, seed):
             mode()
             outputs[name] = network.forward_pairs(batch.inputs)
         features = network.eval().features(batch.inputs)
-        alone = {(k, n): network._head(k, n, features, batch.inputs) for k, n in network.pairs}
+        alone = {(k, n): network.head(k, n, features[k], batch.inputs.shape[1:3]) for k, n in network.pairs}
     torch.testing.assert_close(outputs["training"].rows, outputs["evaluation"].rows)
     rows = torch.cat([
         alone[k, n].reshape(len(batch.inputs), -1).T for k, n in network.pairs if not network.tasks[n].dense

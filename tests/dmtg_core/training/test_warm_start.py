@@ -132,7 +132,7 @@ def test_of_several_models_each_initialises_its_branch_and_heads_and_the_rest_is
         others = [n for n, task in enumerate(spec.tasks) if task.name not in expected]
         assert others
         for n in others:
-            drawn = fresh._head(k, n, {k: features}, inputs)
+            drawn = fresh.head(k, n, features, inputs.shape[1:3])
             assert torch.equal(found[spec.tasks[n].name], drawn)
     for task, value in through(fresh, 2, inputs).items():
         assert torch.equal(through(network, 2, inputs)[task], value)
