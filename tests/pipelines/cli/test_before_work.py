@@ -15,7 +15,7 @@ from tests.pipelines.conftest import config_values
 @pytest.mark.parametrize(
     ("override", "what"),
     [
-        ("network.encoder=convent", "unknown encoder 'convent', expected one of mlp, convnet"),
+        ("network.encoder=convent", "unknown encoder 'convent', expected one of mlp, tabm, convnet"),
         ("network.options={widths: [-3]}", "option widths of encoder convnet must be a list of positive"),
         ("network.options={widths: [0]}", "option widths of encoder convnet must be a list of positive"),
         ("network.options={width: 3}", "encoder convnet has no option 'width'"),
