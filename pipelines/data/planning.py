@@ -102,7 +102,7 @@ def make_plans(
     described = [description.input.to_dict(), [task.to_dict() for task in description.tasks]]
     described.append(dict(description.preparation))
     options = json.dumps([described, source.kind, source.options, data.compression], sort_keys=True, default=str)
-    usual = min(max(SHARD_BYTES // description.row_bytes, 64), 8192)
+    usual = min(max(SHARD_BYTES // max(description.row_bytes, 1), 64), 8192)
     size = data.rows_per_shard or usual
     splits = {split: _Split(split, size, options, files) for split in SPLITS}
     repeated, before = _Repeated(), b""
