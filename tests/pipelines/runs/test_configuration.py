@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.config import yaml_text
 from pipelines.errors import UserError
 from pipelines.nightly.leakage import training_data
 from pipelines.report.run import write_report
 from pipelines.runs.models import branches_of
 from pipelines.storage import Location, locate
 from pipelines.training.publish import register_run
-from tests.pipelines.config.test_yaml_text import REFUSED
+from tests.pipelines.config.test_yaml_text import FEW_VALUES, REFUSED
 
 RESULT = {"metrics": {}, "grouping": {"group_0": ["a"]}, "chosen": "wide"}
 TEXTS = {**REFUSED, "a list": "[1, 2]\n"}
@@ -34,7 +35,11 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", TEXTS)
 @pytest.mark.parametrize("reader", READERS)
-def test_a_damaged_configuration_is_one_message(run: Path, kind: str, reader: str) -> None:
+def test_a_damaged_configuration_is_one_message(
+    run: Path, kind: str, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "many values":
+        monkeypatch.setattr(yaml_text, "MOST_VALUES", FEW_VALUES)
     (run / "config.yaml").write_text(TEXTS[kind])
     with pytest.raises(UserError, match="the configuration in this run folder cannot be read") as found:
         READERS[reader](locate(str(run)))
