@@ -22,10 +22,10 @@ from mlflow.utils.validation import _validate_metric_name, _validate_param_name,
 from typer.testing import CliRunner
 
 from dmtg_core.names import key_of
+from dmtg_core.tables.cells import cell_number
 from dmtg_core.tasks import Task
 from pipelines.cli.app import app
 from pipelines.config.loading import load_config
-from pipelines.data.cells import cell_number
 from pipelines.data.sources.labels import LabelTask, label_targets
 from pipelines.data.sources.rows import Row
 from pipelines.data.sources.tables.flags import NO, YES
