@@ -26,11 +26,12 @@ from dmtg_core.tables.cells import cell_number
 from dmtg_core.tasks import Task
 from pipelines.cli.app import app
 from pipelines.config.loading import load_config
+from pipelines.config.sections import TrackSection
 from pipelines.data.sources.labels import LabelTask, label_targets
 from pipelines.data.sources.rows import Row
 from pipelines.data.sources.tables.flags import NO, YES
 from pipelines.errors import UserError
-from pipelines.registry.tracking import NAME_TAG
+from pipelines.registry.tracking import NAME_TAG, connect
 from pipelines.runs.files import REPORT, RESULT
 from pipelines.serving.columns import columns_of
 from pipelines.serving.fitting import same_tasks
@@ -134,7 +135,7 @@ def test_predictions_and_served_answers_have_the_names(trained: tuple[Path, dict
     assert set(frame.columns) == {"id", *ALL} | shares
     assert set(frame["Größe"]) <= {"groß", "klein"}
     assert predicted["status"] == "done"
-    mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+    connect(TrackSection(uri=f"sqlite:///{folder / 'mlflow.db'}"))
     model = mlflow.pyfunc.load_model("models:/names/1")
     answer = model.predict(pd.DataFrame({"x": [0.1, 0.9], "y": [0.2, 0.3]}))
     assert set(answer) == set(ALL) | shares
