@@ -8,11 +8,13 @@ import json
 import os
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import mlflow
 import numpy as np
@@ -247,9 +249,13 @@ def ask(url: str, body: dict[str, Any] | str) -> dict[str, np.ndarray]:
     """The predictions for a body of JSON, or for a text of CSV."""
     heads = {"Content-Type": "text/csv" if isinstance(body, str) else "application/json"}
     text = body if isinstance(body, str) else json.dumps(body)
-    request = urllib.request.Request(url, text.encode(), heads)  # noqa: S310 - a server of our own
-    with urllib.request.urlopen(request) as answer:  # noqa: S310
-        found = json.load(answer)["predictions"]
+    server = urlsplit(url)
+    with contextlib.closing(HTTPConnection(server.netloc)) as connection:
+        connection.request("POST", server.path, text.encode(), heads)
+        answer = connection.getresponse()
+        body_of_answer = answer.read()
+    assert answer.status == HTTPStatus.OK, body_of_answer
+    found = json.loads(body_of_answer)["predictions"]
     return {task: np.array(values) for task, values in found.items()}
 
 
