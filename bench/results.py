@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dmtg_core.names import by_number
+from pipelines.compare.page import ahead
 
 FOLDER = Path(__file__).parents[1] / "docs" / "results"
 PAGE = FOLDER.with_suffix(".md")
@@ -25,8 +26,8 @@ figures below.
   one encoder for all tasks. Positive is better. "Errors" are those of the recipe's headline metrics: 1 - AUROC,
   1 - accuracy, RMSE. "Losses" are the losses of the tasks.
 - **±**: half of a 95 % confidence interval over seeds.
-- **Behind guided**: the paired difference of the guided search to the method, in points of gain of the errors.
-  Positive means that the guided search is better. A difference is significant if its 95 % interval excludes 0.
+- **Against guided**: the paired difference of the method to the guided search, in points of gain of the errors.
+  Positive means that the method is better. A difference is significant if its 95 % interval excludes 0.
 - **Training**: the training cost in runs of naive MTL. It includes all that a method needs to find its groups.
 - **Agreement**: the mean adjusted Rand index between the groupings of a method with different seeds. It is 0 by
   chance.
@@ -96,11 +97,11 @@ def section(file: Path) -> str:
         lines.append(f"- Agreement with the true groups: {listed}.")
     if found.get("signal"):
         lines.append(f"- Grouping signal (`dmtg signal`): {found['signal']}")
-    lines += ["", "| method | gain, errors % | gain, losses % | behind guided | training | agreement |",
+    lines += ["", "| method | gain, errors % | gain, losses % | against guided | training | agreement |",
               "|---|---|---|---|---|---|"]  # fmt: skip
     for row in sorted(found["rows"], key=lambda row: -row["gain"]["value"]):
         agreement = "–" if row["stability"] is None else f"{row['stability']:.2f}"
-        figures = " | ".join(interval(row[key]) for key in ("gain", "gain_loss", "behind"))
+        figures = " | ".join(map(interval, (row["gain"], row["gain_loss"], ahead(row["behind"]))))
         lines.append(f"| {row['method']} | {figures} | {row['cost']:.1f} | {agreement} |")
     return "\n".join([*lines, ""])
 
