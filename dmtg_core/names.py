@@ -80,6 +80,6 @@ def key_of(name: str) -> str:
     return f"{words.strip('. ') or '_'} {hashlib.sha256(encoded).hexdigest()[:10]}"
 
 
-def look_of(name: str) -> str:
-    """Return the composed form of a name without spaces around it: names of one look cannot be told apart."""
+def display_form(name: str) -> str:
+    """Return a name in composed Unicode (NFC) with single spaces: names with one display form look the same."""
     return " ".join(unicodedata.normalize("NFC", name).split())

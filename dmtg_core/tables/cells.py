@@ -70,7 +70,7 @@ def has_leading_zero(cell: str) -> bool:
     return cell[:1] == "0" and len(cell) > 1 and cell.isdigit()
 
 
-def by_number(values: Iterable[str]) -> dict[str, str]:
+def unique_forms(values: Iterable[str]) -> dict[str, str]:
     """Normal form → value, for values that no other value equals as a number."""
     found: dict[str, list[str]] = {}
     for value in values:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dmtg_core.tables.cells import by_number, cell_number, cell_text, in_points, marks_of, normal_form
+from dmtg_core.tables.cells import cell_number, cell_text, in_points, marks_of, normal_form, unique_forms
 from dmtg_core.tables.dates import ISO, PARTS, parts_of, read_date
 
 _UNSEEN = "\0"  # no cell
@@ -125,7 +125,7 @@ class _Feature:
             self.size, self.example = len(values["values"]) + 1, values["values"][0]
             self._places = {value: place for place, value in enumerate(values["values"])}
             self._form = values.get("form", "text")
-            self._texts = by_number(values["values"]) if self._form == "digits" else {}
+            self._texts = unique_forms(values["values"]) if self._form == "digits" else {}
             return
         self._gaps: bool = values["gaps"]
         self._means: list[float] = values["means"] if self.kind == "date" else [values["mean"]]

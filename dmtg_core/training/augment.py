@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from dmtg_core.tasks import Task
 from dmtg_core.training.data import Batch
@@ -59,6 +58,7 @@ def _choose(chosen: Tensor, changed: Tensor, kept: Tensor) -> Tensor:
 
 
 AUGMENTATIONS: Mapping[str, Augmentation] = {"flip": flip}
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def augment_generator(seed: int, step: int, rank: int) -> torch.Generator:
@@ -78,7 +78,7 @@ def seeded_dropout(
     Layers of torch draw from the global random state, which a resumed run does not have. The seeds are none of
     those of `augment_generator`. The random state of the caller does not change. Without dropout nothing is done.
     """
-    if not any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in network.modules()):
+    if not any(isinstance(layer, DROPOUTS) and layer.p > 0 for layer in network.modules()):
         yield lambda _step: None
         return
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field
 
-from pipelines.config.places import anchored, as_written, placed
+from pipelines.config.paths import anchored, as_written, placed
 from pipelines.config.ray_section import RaySection
 from pipelines.config.regroup_section import RegroupSection
 from pipelines.config.sections import (

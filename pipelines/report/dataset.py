@@ -22,7 +22,7 @@ from pipelines.runs.files import each_jsonl
 from pipelines.storage import Location
 
 SAMPLES = 12
-REASONS, LONGEST = 1000, 200  # of quarantine that are told apart, and their characters
+REASONS, LONGEST = 1000, 200  # different reasons of quarantine that are counted, and their characters
 ENDS = 20  # classes at each end of a long table: the most and the least frequent ones
 
 

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
-from dmtg_core.names import listed, look_of, quoted
+from dmtg_core.names import display_form, listed, quoted
 from dmtg_core.tables.cells import MISSING, cell_number, has_leading_zero
 from dmtg_core.tables.dates import formats_of
 from dmtg_core.tables.features import FINEST
@@ -153,9 +153,9 @@ def chosen_targets(given: Sequence[str], columns: Sequence[str], where: str) -> 
     Raises:
         UserError: For fewer than two columns, a column that is named twice, and an unknown column.
     """
-    by_look = {look_of(name): name for name in columns}
-    named = [name for value in given for name in ([value] if look_of(value) in by_look else _in_csv(value))]
-    names = [name if name in columns else by_look.get(look_of(name), name) for name in named]
+    by_form = {display_form(name): name for name in columns}
+    named = [name for value in given for name in ([value] if display_form(value) in by_form else _in_csv(value))]
+    names = [name if name in columns else by_form.get(display_form(name), name) for name in named]
     unknown = [name for name in names if name not in columns]
     problem = ""
     if not names:

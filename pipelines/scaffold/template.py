@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 from dmtg_core.tables.cells import MISSING
 from pipelines.config.loading import recipe_config
-from pipelines.config.places import relative
+from pipelines.config.paths import relative
 from pipelines.config.yaml_text import in_line
 from pipelines.data.sources import SOURCES, options_model
 from pipelines.data.sources.folder import EXTENSIONS

@@ -178,15 +178,15 @@ def _predict(
     served: Served, samples: Samples, columns: pa.Schema, writer: Writer, skip: bool, log: Callable[[str], None]
 ) -> tuple[int, BadRows]:
     """Write the predictions of all samples; after a bad one that is not skipped, only count further bad ones."""
-    bad, rows, told = BadRows(), 0, EVERY
+    bad, rows, due = BadRows(), 0, EVERY
     spec = next(iter(served.groups.values())).spec.input
     for block in _blocks(samples, bad, spec):
         if bad.count and not skip:
             continue
         writer.write(predicted(served, block, columns))
         rows += len(block)
-        if rows >= told:
-            told += EVERY
+        if rows >= due:
+            due += EVERY
             log(f"{rows} rows")
     return rows, bad
 

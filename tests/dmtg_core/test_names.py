@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmtg_core.names import LONGEST_KEY, by_number, key_of, listed, look_of, quoted, unquoted
+from dmtg_core.names import LONGEST_KEY, by_number, display_form, key_of, listed, quoted, unquoted
 
 
 @given(st.lists(st.integers(0, 10**30), unique=True))
@@ -83,4 +83,6 @@ def test_keys_of_ten_thousand_names_of_one_beginning_are_distinct():
 
 @given(st.text(max_size=30))
 def test_names_of_one_look_are_one_name_in_other_forms(name):
-    assert look_of(f"  {unicodedata.normalize('NFD', name)}\t") == look_of(unicodedata.normalize("NFC", name))
+    assert display_form(f"  {unicodedata.normalize('NFD', name)}\t") == display_form(
+        unicodedata.normalize("NFC", name)
+    )

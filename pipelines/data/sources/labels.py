@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from dmtg_core.names import by_number, listed, look_of
+from dmtg_core.names import by_number, display_form, listed
 from dmtg_core.tables.cells import MISSING, cell_number, has_leading_zero, normal_form
 from dmtg_core.tables.figures import Figures
 from dmtg_core.tasks import Task, check_names
@@ -59,7 +59,7 @@ class LabelTask(Section):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str | None) -> str | None:
-        if name is not None and not look_of(name):
+        if name is not None and not display_form(name):
             raise ValueError("a name needs at least one character that is not a space")
         return name
 
@@ -186,9 +186,8 @@ def label_markers(specs: Sequence[LabelTask], missing: Sequence[str] | None = No
 
     Args:
         specs: The label columns.
-        missing: Markers that are given for all columns; None for the usual ones, of which a dash is left out,
-            as it
-            can be a class beside "+", and words that a task names.
+        missing: Markers that are given for all columns; None for the usual ones. Of these a dash is left out,
+            because it can be a class beside "+", and so are words that a task names.
     """
     found: dict[str, frozenset[str]] = {}
     for spec in specs:
@@ -230,7 +229,7 @@ def label_targets(specs: Sequence[LabelTask], samples: Samples, where: str) -> t
     cells = different_cells(samples, [spec.column for spec in specs if spec.reads_classes or spec.reads_words])
     try:
         targets = [target for spec in specs for target in _targets_of(spec, cells, numbers, where)]
-        _check_looks(targets)
+        _check_display_forms(targets)
         check_names([target.task for target in targets])
     except ValueError as error:
         raise UserError(
@@ -239,16 +238,16 @@ def label_targets(specs: Sequence[LabelTask], samples: Samples, where: str) -> t
     return tuple(targets)
 
 
-def _check_looks(targets: Sequence[Target]) -> None:
+def _check_display_forms(targets: Sequence[Target]) -> None:
     """Raise UserError for a task without a name, and for tasks whose names look the same."""
-    alike: dict[str, list[Target]] = defaultdict(list)
+    by_form: dict[str, list[Target]] = defaultdict(list)
     for target in targets:
-        alike[look_of(target.task.name)].append(target)
-    for look, same in alike.items():
+        by_form[display_form(target.task.name)].append(target)
+    for form, same in by_form.items():
         forms = "" if len({target.task.name for target in same}) == 1 else ", in different forms"
-        if len(same) > 1 or not look:
-            unique = f"task names must be unique, got {look} more than once{forms}"
-            what = unique if look else "a task has no name"
+        if len(same) > 1 or not form:
+            unique = f"task names must be unique, got {form} more than once{forms}"
+            what = unique if form else "a task has no name"
             raise UserError(
                 f"{what}: {_columns(same)}", where="source.options.tasks", wrong_use=True,
                 remedy=NAME_THEM,
@@ -259,7 +258,7 @@ def _check_looks(targets: Sequence[Target]) -> None:
 def _warn_of_clashes(tasks: Sequence[Task]) -> None:
     by_case = defaultdict(list)
     for task in tasks:
-        by_case[look_of(task.name).casefold()].append(task.name)
+        by_case[display_form(task.name).casefold()].append(task.name)
     for same in by_case.values():
         if len(same) > 1:
             logger.warning("task names that differ only in case, which some databases take for one: %s; %s",
@@ -313,7 +312,7 @@ def _targets_of(
     note = ""
     if odd:
         note = (
-            f"column {spec.column} has {listed(odd)} beside 0 and 1, which is taken for a missing label; if it "
+            f"column {spec.column} has {listed(odd)} beside 0 and 1, which is read as a missing label; if it "
             "means no, write positive: ['1']"
         )
         logger.warning("%s: %s", where, note)
