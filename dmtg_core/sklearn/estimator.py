@@ -24,11 +24,10 @@ from dmtg_core.sklearn.training import (
     arrays_of,
     network_spec,
     outputs,
-    schedule,
     split_rows,
     train,
 )
-from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.settings import TrainSettings, default_schedule
 
 
 def _classifies(estimator: GroupedEstimator) -> bool:
@@ -228,15 +227,16 @@ class GroupedEstimator(BaseEstimator):
                 check_counts({name: getattr(self, name)})
 
     def _settings(self, rows: int, seed: int) -> TrainSettings:
-        epochs, batch_size = schedule(rows)
+        schedule = default_schedule(rows)
+        own = self.epochs != "auto"
         return TrainSettings(
-            epochs=epochs if self.epochs == "auto" else int(self.epochs),
-            batch_size=batch_size if self.batch_size == "auto" else int(self.batch_size),
+            epochs=int(self.epochs) if own else schedule["epochs"],
+            batch_size=schedule["batch_size"] if self.batch_size == "auto" else int(self.batch_size),
+            patience=0 if own else schedule["patience"],
             optimizer="adamw",
             learning_rate=self.learning_rate,
             gate_learning_rate=GATE_RATE,
             weight_decay=self.weight_decay,
-            patience=epochs // 3 if self.epochs == "auto" else 0,
             seed=seed,
         )
 

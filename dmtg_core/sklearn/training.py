@@ -26,12 +26,6 @@ DRAWS = 100  # of a split in which every target has labels in both parts
 BATCH = 1024  # rows of a prediction that are computed at a time
 
 
-def schedule(rows: int) -> tuple[int, int]:
-    """Epochs and batch size for a number of training rows, as `dmtg config new` writes them."""
-    batch = 32 if rows < 1_000 else 64 if rows < 10_000 else 128
-    return 30 if rows < 5_000 else 20 if rows < 20_000 else 10, batch
-
-
 def split_rows(known: Sequence[np.ndarray], fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Training and validation rows, drawn at random so that every target has a label in both.
 

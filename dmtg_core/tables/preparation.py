@@ -64,19 +64,6 @@ class TablePreparation:
             return ""
         return in_points(text, *self._marks) if self._marks and isinstance(value, str) else text
 
-    def remarks(self, rows: Sequence[Mapping[str, Any]], stored: np.ndarray) -> list[str]:
-        """What is remarkable about samples: values of categories that the training split does not have.
-
-        Args:
-            rows: Raw samples.
-            stored: float32 (B, F), the result of `row` for each of them.
-        """
-        found: dict[str, Counter[str]] = {}
-        for column, place in self._others.items():
-            if (places := np.flatnonzero(stored[:, place])).size:
-                found[column] = Counter(self._text(rows[i][column]) for i in places.tolist())
-        return unseen_remarks(found, len(rows))
-
     def unseen(self, cells: Mapping[str, Any], stored: np.ndarray) -> dict[str, str]:
         """The columns of a sample whose category the training split does not have, with its value.
 
@@ -97,19 +84,27 @@ class TablePreparation:
         return {column: feature.example for column, feature in self._of_column.items()}
 
 
-def unseen_remarks(unseen: Mapping[str, Counter[str]], rows: int) -> list[str]:
-    """Sentences about values that the training split does not have.
+class UnseenValues:
+    """Counts values of categories that the training split does not have."""
 
-    Args:
-        unseen: Column → value → number of its cells.
-        rows: Number of samples.
-    """
-    found = []
-    for column, cells in unseen.items():
-        shown = ", ".join(map(repr, list(cells)[:MOST_EXAMPLES])) + (", …" if len(cells) > MOST_EXAMPLES else "")
-        count = f"{cells.total()} of {rows} cells"
-        found.append(f"column {column}: {count} have a value that training did not have: {shown}")
-    return found
+    def __init__(self) -> None:
+        self._rows = 0
+        self._counts: dict[str, Counter[str]] = {}
+
+    def add(self, how: TablePreparation, cells: Mapping[str, Any], stored: np.ndarray) -> None:
+        """Add a sample; see `TablePreparation.unseen`."""
+        self._rows += 1
+        for column, value in how.unseen(cells, stored).items():
+            self._counts.setdefault(column, Counter())[value] += 1
+
+    def remarks(self) -> list[str]:
+        """A sentence for each column with such values."""
+        return [
+            f"column {column}: {counts.total()} of {self._rows} cells have a value that training did not have: "
+            + ", ".join(map(repr, list(counts)[:MOST_EXAMPLES]))
+            + (", …" if len(counts) > MOST_EXAMPLES else "")
+            for column, counts in self._counts.items()
+        ]
 
 
 class _Feature:

@@ -246,6 +246,16 @@ class TrainSettings:
         return max(round(self.epochs * self.search_share), 1)
 
 
+def default_schedule(rows: int) -> dict[str, int]:
+    """Return `epochs`, `batch_size` and `patience` for a number of training rows.
+
+    They give the gate enough steps to converge, in a few minutes.
+    """
+    epochs = 30 if rows < 5_000 else 20 if rows < 20_000 else 10
+    batch_size = 32 if rows < 1_000 else 64 if rows < 10_000 else 128
+    return {"epochs": epochs, "batch_size": batch_size, "patience": epochs // 3}
+
+
 def can_be_chosen(record: Mapping[str, Any], settings: TrainSettings) -> bool:
     """Whether the network of an epoch can be the result: it has one head for each task, or is never made hard.
 

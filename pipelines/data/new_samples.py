@@ -7,7 +7,6 @@ one after another, in the order of the files; a file is not held in memory.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -18,7 +17,7 @@ from pydantic import ValidationError
 
 from dmtg_core.names import listed
 from dmtg_core.tables.cells import cell_text, marks_of
-from dmtg_core.tables.preparation import TablePreparation, unseen_remarks
+from dmtg_core.tables.preparation import TablePreparation, UnseenValues
 from dmtg_core.tasks import InputSpec
 from pipelines.data.preprocessing import (
     Preparation,
@@ -149,7 +148,7 @@ class TableSamples:
         self.how = load_preparation(preparation)
         self.of_table = load_preparation(for_plain_cells(preparation))  # its cells have numbers as in Python
         self.marks = marks_of(preparation)
-        self.rows, self.unseen = 0, dict[str, Counter[str]]()
+        self.unseen = UnseenValues()
         self.asked, self.id_column = id_column, id_column or str(form.get("id_column", ""))
 
     @property
@@ -213,15 +212,13 @@ class TableSamples:
             stored = how.row(cells)
         except ValueError as error:
             return Sample(name, place, None, str(error))
-        self.rows += 1
         if isinstance(how, TablePreparation):
-            for column, value in how.unseen(cells, stored).items():
-                self.unseen.setdefault(column, Counter())[value] += 1
+            self.unseen.add(how, cells, stored)
         return Sample(name, place, stored)
 
     def remarks(self) -> Sequence[str]:
         """See `Samples.remarks`."""
-        return unseen_remarks(self.unseen, self.rows)
+        return self.unseen.remarks()
 
 
 class ImageSamples:

@@ -2,7 +2,7 @@
 
 The manifest of the shards describes a preprocessing as a small JSON object with its `kind` and with values from
 the training split. The readers and a served model run the same code, so a model receives the input it was trained
-on. The module needs numpy. Some kinds need one more library, which is imported where it is used.
+on. The module needs numpy and dmtg_core. Some kinds need one more library, which is imported where it is used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dmtg_core.names import listed
-from dmtg_core.tables.preparation import TablePreparation
+from dmtg_core.tables.preparation import TablePreparation, UnseenValues
 
 logger = logging.getLogger(__name__)
 
@@ -86,10 +86,17 @@ def prepare(preparation: Mapping[str, Any] | Preparation, raw: Any) -> np.ndarra
     how = load_preparation(preparation) if isinstance(preparation, Mapping) else preparation
     rows = _rows(how, raw)
     stored = np.stack([_numbered(how, number, cells) for number, cells in enumerate(rows)])
-    remarks = how.remarks(rows, stored) if isinstance(how, TablePreparation) else []
-    if remarks:
-        logger.warning("%s", "; ".join(remarks))
+    if isinstance(how, TablePreparation):
+        _warn_of_unseen(how, rows, stored)
     return stored
+
+
+def _warn_of_unseen(how: TablePreparation, rows: Sequence[Mapping[str, Any]], stored: np.ndarray) -> None:
+    unseen = UnseenValues()
+    for cells, row in zip(rows, stored, strict=True):
+        unseen.add(how, cells, row)
+    if remarks := unseen.remarks():
+        logger.warning("%s", "; ".join(remarks))
 
 
 def for_plain_cells(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from dmtg_core.tables.cells import MISSING
+from dmtg_core.training.settings import default_schedule
 from pipelines.config.loading import recipe_config
 from pipelines.config.paths import relative
 from pipelines.config.yaml_text import in_line
@@ -344,20 +345,16 @@ def _of_rows(uses: Sequence[Use], table: Location) -> tuple[Written, dict[str, s
 
 
 def _training(encoder: str, stem: int, options: Written, tasks: int, rows: int, rate: float) -> dict[str, Written]:
-    """Settings for the size of the data: enough steps for the gate to converge, in a few minutes."""
-    batch = 32 if rows < 1_000 else 64 if rows < 10_000 else 128
-    epochs = 30 if rows < 5_000 else 20 if rows < HEAD_ROWS else 10
+    """Settings for the size of the data; see `default_schedule`."""
     groups = min(max((tasks + 1) // 2, 2), 4)
     return {
         "network": {"encoder": encoder, "stem": stem, "groups": groups, "options": options},
         "gate": {"learning_rate": 0.02},
         "train": {
-            "epochs": epochs,
-            "batch_size": batch,
+            **default_schedule(rows),
             "optimizer": "adamw",
             "learning_rate": rate,
             "weight_decay": 0.1,
-            "patience": epochs // 3,
         },
     }
 
