@@ -24,8 +24,8 @@ class TreeComparison:
 
     @property
     def better(self) -> bool:
-        """Whether the trees have the smaller error."""
-        return self.trees < self.grouping
+        """Whether the trees have the smaller error; errors that differ by rounding are equal."""
+        return self.trees < self.grouping and not math.isclose(self.trees, self.grouping)
 
 
 def compare_trees(result: Mapping[str, Any]) -> TreeComparison | None:

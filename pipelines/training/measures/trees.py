@@ -37,8 +37,8 @@ def tree_figures(job: Job, executor: Executor, log: Callable[[str], None]) -> di
     Returns:
         `method`, `count` (trees of a task), `rows` (training samples) and `of` (those of the split), `split`,
         `metrics` (task → metric → value), `errors` (task → error, see `runs.tree_figures.compare_trees`),
-        `scales` (task → divisor of the error), `error` (their mean) and `seconds`; or the reason why
-        there are no figures: `skipped` if none are wanted, else `failed`.
+        `scales` (task → divisor of the error) and `error` (mean of the errors); or the reason why there are no
+        figures: `skipped` if none are wanted, else `failed`.
     """
     stored, reason = job.run / TREES, _not_wanted(job)
     if reason:
@@ -82,7 +82,7 @@ def _train(job: Job, _item: None) -> dict[str, Any]:
     except ImportError:
         return {FAILED: MISSING}
     size = {"count": QUICK_COUNT, "rows": rows, "of": manifest.rows("train"), "split": split}
-    return {"method": EXTRA_TREES, **size, **_errors(tasks, done.metrics[split]), "seconds": done.seconds}
+    return {"method": EXTRA_TREES, **size, **_errors(tasks, done.metrics[split])}
 
 
 def _errors(tasks: tuple[Task, ...], metrics: Metrics) -> dict[str, Any]:
