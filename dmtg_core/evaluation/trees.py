@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from dmtg_core.training.metrics import Metrics, MetricSums
 EXTRA_TREES, GRADIENT_BOOSTING = "extra_trees", "gradient_boosting"
 TREES = (EXTRA_TREES, GRADIENT_BOOSTING)
 COUNT = 300  # trees of `extra_trees`
+QUICK_COUNT = 100  # trees of a quick figure
+QUICK_ROWS, QUICK_VALUES = 10_000, 1_000_000  # most training samples of a quick figure, and samples × features
 BATCH = 4096  # samples that are read at a time
 LEAST = 1e-6  # smallest probability of a class: a forest predicts 0, whose log loss is infinite
 
@@ -30,7 +33,7 @@ class TreeResult:
 
     Args:
         metrics: Split → task → metric → value.
-        score: Validation score; see `score_of`.
+        score: Validation score; see `score_of`. NaN if "val" was not evaluated.
         seconds: Duration of training and evaluation.
     """
 
@@ -44,53 +47,88 @@ def trees_apply(kind: str, tasks: Sequence[Task]) -> bool:
     return kind == "features" and not any(task.dense for task in tasks)
 
 
+def quick_rows(rows: int, features: int) -> int:
+    """Training samples of a quick figure: at most `QUICK_ROWS`, and at most `QUICK_VALUES` values.
+
+    Args:
+        rows: Samples of the training split.
+        features: Features of a sample.
+    """
+    return min(rows, QUICK_ROWS, max(QUICK_VALUES // features, 1))
+
+
 def train_trees(
-    method: str, tasks: Sequence[Task], data: Data, *, splits: Sequence[str], seed: int, threads: int = 1
+    method: str,
+    tasks: Sequence[Task],
+    data: Data,
+    *,
+    splits: Sequence[str],
+    seed: int,
+    threads: int = 1,
+    count: int = COUNT,
+    rows: int | None = None,
 ) -> TreeResult:
     """Train one tree ensemble for each task on the training split, and evaluate it.
 
     Args:
-        method: One of `TREES`, with scikit-learn's defaults: `extra_trees` are `COUNT` trees
+        method: One of `TREES`, with scikit-learn's defaults: `extra_trees` are `count` trees
             (Geurts et al. 2006), `gradient_boosting` is histogram-based boosting, which stops early on a tenth
             of the training split.
         tasks: Sample-wise tasks. Samples without a label are left out.
         data: Data of one process.
-        splits: Splits of the evaluation, with "val".
+        splits: Splits of the evaluation. All their samples are evaluated.
         seed: Seed of the trees.
         threads: Threads of `extra_trees`.
+        count: Number of trees of `extra_trees`.
+        rows: Number of training samples, the first ones; None for all. The samples of shards are in random order.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
     """
     started = time.perf_counter()
-    inputs, targets = _samples(data, "train")
+    inputs, targets = _samples(data, "train", rows)
     models = {}
     for task in tasks:
         known = valid(task, targets[task.name])
         known = known if known.dim() == 1 else known.all(1)
         labels = targets[task.name][known].numpy()
-        models[task.name] = _estimator(method, task, seed, threads).fit(inputs[known.numpy()], labels)
-    metrics = {}
-    for split in splits:
-        sums = MetricSums(list(tasks))
-        inputs, targets = _samples(data, split)
-        sums.update({task.name: _output(models[task.name], task, inputs) for task in tasks}, targets)
-        metrics[split] = sums.compute()
-    return TreeResult(metrics, score_of(metrics["val"]), time.perf_counter() - started)
+        models[task.name] = _estimator(method, task, seed, threads, count).fit(inputs[known.numpy()], labels)
+    metrics = {split: _evaluate(models, tasks, data, split) for split in splits}
+    score = score_of(metrics["val"]) if "val" in metrics else math.nan
+    return TreeResult(metrics, score, time.perf_counter() - started)
 
 
-def _samples(data: Data, split: str) -> tuple[np.ndarray, Mapping[str, Tensor]]:
-    """All samples of a split: inputs `(n, F)` and targets."""
-    batches = list(data.evaluate(split, BATCH))
-    inputs = torch.cat([batch.inputs for batch in batches]).cpu().float().numpy()
-    return inputs, {name: torch.cat([b.targets[name] for b in batches]).cpu() for name in batches[0].targets}
+def _samples(data: Data, split: str, rows: int | None) -> tuple[np.ndarray, Mapping[str, Tensor]]:
+    """The first samples of a split, or all: inputs `(n, F)` and targets."""
+    batches, held = [], 0
+    for batch in data.evaluate(split, BATCH):
+        batches.append(batch)
+        held += len(batch.inputs)
+        if rows is not None and held >= rows:
+            break
+    inputs = torch.cat([batch.inputs for batch in batches])[:rows].cpu().float().numpy()
+    names = batches[0].targets
+    return inputs, {name: torch.cat([b.targets[name] for b in batches])[:rows].cpu() for name in names}
 
 
-def _estimator(method: str, task: Task, seed: int, threads: int) -> Any:
+def _evaluate(models: Mapping[str, Any], tasks: Sequence[Task], data: Data, split: str) -> Metrics:
+    """The metrics of a split, of which one batch at a time is in memory."""
+    sums = MetricSums(list(tasks))
+    for batch in data.evaluate(split, BATCH):
+        inputs = batch.inputs.cpu().float().numpy()
+        outputs = {task.name: _output(models[task.name], task, inputs) for task in tasks}
+        sums.update(outputs, {name: target.cpu() for name, target in batch.targets.items()})
+    return sums.compute()
+
+
+def _estimator(method: str, task: Task, seed: int, threads: int, count: int) -> Any:
     from sklearn import ensemble
     from sklearn.multioutput import MultiOutputRegressor
 
     regression = task.kind == "regression"
     if method == EXTRA_TREES:
         make = ensemble.ExtraTreesRegressor if regression else ensemble.ExtraTreesClassifier
-        return make(COUNT, random_state=seed, n_jobs=threads)
+        return make(count, random_state=seed, n_jobs=threads)
     if not regression:
         return ensemble.HistGradientBoostingClassifier(random_state=seed)
     one = ensemble.HistGradientBoostingRegressor(random_state=seed)

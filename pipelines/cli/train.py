@@ -119,6 +119,7 @@ def _train(config: Config, *, reuse: bool = False) -> dict[str, Any]:
         "run_dir": str(done.run),
         "run_id": done.run_id,
         **{key: result[key] for key in shown},
+        "trees": result.get("trees", {}),
         "models": [model.uri for model in done.models],
         "report": str(done.report),
     }
@@ -126,10 +127,16 @@ def _train(config: Config, *, reuse: bool = False) -> dict[str, Any]:
 
 def _print_summary(config: Config, done: Trained) -> None:
     from pipelines.registry.tracking import tracking_uri
+    from pipelines.report.trees import better_trees, trees_text
 
+    better = better_trees(done.result)
+    if better:
+        show(better)
     _print_tasks(done.result)
     if done.result["normalized_gain"] is not None:
         show(f"gain over naive MTL: {percent(done.result['normalized_gain'])} (one run; other seeds vary)")
+    if trees := trees_text(done.result):
+        show(trees)
     if len(done.result["candidates"]) > 1:
         show(_selection(done.result))
     for note in done.result["notes"]:

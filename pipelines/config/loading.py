@@ -81,6 +81,7 @@ class Config(Section):
         )
         if not self.train.patience:  # runs of earlier versions keep their names
             del values["train"]["patience"]
+        del values["train"]["trees"]  # a figure beside the result
         del values["network"]["batch_branches"]  # another order of the same computation
         values = as_written(values, self.run.folder)  # the same from every working directory
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]

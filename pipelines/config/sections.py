@@ -210,6 +210,9 @@ class TrainSection(Section):
         description="Early stopping: epochs without a better validation score after which the "
         "training of a network ends, counted from when its groups are fixed; 0 trains all epochs.",
     )
+    trees: bool = Field(
+        True, description="Tables: also train extra trees of scikit-learn, as a yardstick beside the result."
+    )
     checkpoint_every: int = Field(
         500, ge=0, description="Steps between two checkpoints within an epoch; 0 for a checkpoint at its end only."
     )

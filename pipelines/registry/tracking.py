@@ -29,6 +29,7 @@ from pipelines.registry.records import LONGEST_TAG
 from pipelines.registry.sqlite_store import PREFIX as SQLITE
 from pipelines.registry.sqlite_store import ensure_store
 from pipelines.runs.files import METRICS, REGISTERED, TRACKING, read_jsonl
+from pipelines.runs.tree_figures import tree_values
 from pipelines.runs.writer import BackgroundWriter, PendingWrite
 from pipelines.storage import Location
 
@@ -283,6 +284,7 @@ def _final(result: Mapping[str, Any], held: Mapping[str, float]) -> list[Any]:
         for name, value in found.items()
     }
     values["normalized_gain"] = result.get("normalized_gain")
+    values |= tree_values(result)
     stamp = int(time.time() * 1000)
     return [Metric(k, v, stamp, 0) for k, v in values.items() if v is not None and k not in held]
 

@@ -20,6 +20,7 @@ from pipelines.report import figures, pictures
 from pipelines.report.formatting import cost, percent
 from pipelines.report.gate_animation import moving_gate
 from pipelines.report.render import render
+from pipelines.report.trees import better_trees, trees_text
 from pipelines.runs.configuration import stored_values
 from pipelines.runs.files import DETAILS, GATE, METRICS, RESULT, read_jsonl
 from pipelines.runs.identity import data_of, earlier_verdict
@@ -141,7 +142,7 @@ def final_probabilities(
 
 
 def task_rows(result: Mapping[str, Any], intervals: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """A row for each task: group, headline metric, its value, the value of naive MTL, and the gain.
+    """A row for each task: group, headline metric, its value, those of naive MTL and of extra trees, and the gain.
 
     Args:
         result: Content of `result.json`.
@@ -152,6 +153,7 @@ def task_rows(result: Mapping[str, Any], intervals: Mapping[str, Any] | None = N
     """
     group_of = {task: name for name, tasks in result["grouping"].items() for task in tasks}
     by_task = (intervals or {}).get("by_task", {})
+    trees = (result.get("trees") or {}).get("metrics", {})
     rows = []
     for task, found in result["metrics"].items():
         metric = result["headline"][task]
@@ -166,6 +168,7 @@ def task_rows(result: Mapping[str, Any], intervals: Mapping[str, Any] | None = N
                 "metric": metric,
                 "value": value,
                 "baseline": base,
+                "trees": (trees.get(task) or {}).get(metric),
                 "gain": gain,
                 "interval": interval_of(by_task.get(task)),
             }
@@ -199,6 +202,7 @@ def facts(
         "groups": groups_text(result),
         "gate": gate_text(result, final),
         "gain": gain_text(result, details.get("intervals")) if gained else "",
+        "trees": trees_text(result),
         "capacity": capacity_text(result),
         "cost": cost_text(result, details.get("cost")),
     }
@@ -279,7 +283,12 @@ def cost_text(result: Mapping[str, Any], measured: Mapping[str, Any] | None) -> 
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """The result in one sentence."""
+    """The result in one sentence, after one on extra trees if they are better."""
+    better = better_trees(result)
+    return f"{better}. {_verdict(result)}" if better else _verdict(result)
+
+
+def _verdict(result: Mapping[str, Any]) -> str:
     count = len(result["grouping"])
     groups = f"{len(result['metrics'])} tasks in {count} {'group' if count == 1 else 'groups'}"
     if result["chosen"] == WIDE:

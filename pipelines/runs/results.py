@@ -28,8 +28,22 @@ def gains(tasks: Sequence[Task], metrics: Metrics, baseline: Metrics) -> dict[st
     }
 
 
-def write_result(run: Location, result: SearchResult, notes: Sequence[str] = (), file: str = RESULT) -> None:
-    """Write group models, grouping and metrics; `file` is written last and marks the result as complete."""
+def write_result(
+    run: Location,
+    result: SearchResult,
+    notes: Sequence[str] = (),
+    file: str = RESULT,
+    trees: Mapping[str, Any] | None = None,
+) -> None:
+    """Write group models, grouping and metrics; `file` is written last and marks the result as complete.
+
+    Args:
+        run: The run folder.
+        result: The search.
+        notes: Warnings to store with the result.
+        file: `RESULT` or `SEARCHED`.
+        trees: The figures of extra trees on the same table, or why there are none.
+    """
     for name, model in result.network.specialise().items():
         write_model(run / MODELS / name, model)
     (run / GROUPING).write_text(result.grouping.to_json())
@@ -53,6 +67,7 @@ def write_result(run: Location, result: SearchResult, notes: Sequence[str] = (),
             "training_cost": result.cost,
             "inference": asdict(inference_cost(result.network)),
             "headline": {task.name: task.metric for task in tasks},
+            "trees": dict(trees or {}),
             "notes": list(notes),
         }
     )

@@ -25,7 +25,7 @@ from pipelines.data.reader import Reader
 from pipelines.data.stream import Unit, all_units
 from pipelines.report.contact_sheet import Sample, Sheet, ids_of, in_words
 from pipelines.report.formatting import quantity
-from pipelines.training.latency import costs
+from pipelines.training.measures.latency import costs
 
 EXAMINED = 2**30  # most bytes of samples that are examined; of a larger split a random part
 RESAMPLES, CONFIDENCE = 1000, 0.95

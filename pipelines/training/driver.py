@@ -26,6 +26,7 @@ from pipelines.runs.warm_start import baseline_notes, keep_models, open_models
 from pipelines.storage import Location, locate
 from pipelines.training.checks import Prepared, check_network, prepare, write_config
 from pipelines.training.finetune import train_groups
+from pipelines.training.measures.trees import tree_figures
 from pipelines.training.monitor import monitoring
 from pipelines.training.progress import Plan, display
 from pipelines.training.publish import publish, reopen_tracker
@@ -158,13 +159,14 @@ def train_monitored(
     """
     config, earlier = job.config, read_jsonl(job.run / EVENTS)
     held, event_log = data.samples(executor), new_event_log(executor)
+    trees = tree_figures(replace(job, held=held), executor, log)
     plan = Plan.of(config, config.network_spec(data.manifest.description.input, data.tasks))
     with (
         display(plan) as live,
         monitoring(job.run, executor, event_log, tracker, log, earlier, live),
     ):
         notes = (*job.notes, *for_result(earlier))
-        train_job(replace(job, held=held, notes=notes, event_log=event_log), executor, log)
+        train_job(replace(job, held=held, notes=notes, event_log=event_log, trees=trees), executor, log)
 
 
 def train_job(

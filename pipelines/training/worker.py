@@ -39,6 +39,7 @@ class Job:
         event_log: Receives the events of the worker.
         profile: Only measure some steps.
         details: Also write the details of the run's page.
+        trees: The figures of extra trees, to store with the result.
     """
 
     config: Config
@@ -50,6 +51,7 @@ class Job:
     event_log: EventLog = field(default_factory=LocalEventLog)
     profile: bool = False
     details: bool = False
+    trees: Mapping[str, Any] = field(default_factory=dict)
 
 
 def work(job: Job, context: RunContext) -> None:
@@ -121,7 +123,8 @@ def _write(job: Job, context: RunContext, result: SearchResult) -> None:
         if job.details:
             write_details(job, run, result)
         notes = (*job.notes, *warnings_of(context.records), *for_result(job.event_log.after(0)))
-        write_result(run, result, notes, SEARCHED if job.config.search.group_epochs else RESULT)
+        file = SEARCHED if job.config.search.group_epochs else RESULT
+        write_result(run, result, notes, file, job.trees)
     except UserError as error:
         raise PermanentError(
             f"training is done, its result {error.what.removeprefix('cannot write: ')}",

@@ -8,7 +8,17 @@ from sklearn import ensemble
 from sklearn import metrics as sk
 
 from dmtg_core import ArrayData, Arrays, Task
-from dmtg_core.evaluation.trees import COUNT, EXTRA_TREES, GRADIENT_BOOSTING, TREES, train_trees, trees_apply
+from dmtg_core.evaluation.trees import (
+    COUNT,
+    EXTRA_TREES,
+    GRADIENT_BOOSTING,
+    QUICK_ROWS,
+    QUICK_VALUES,
+    TREES,
+    quick_rows,
+    train_trees,
+    trees_apply,
+)
 
 TASKS = (
     Task("flag", "binary", metric="auroc"),
@@ -85,3 +95,19 @@ def test_they_read_tables_of_sample_wise_tasks_only():
     assert trees_apply("features", TASKS)
     assert not trees_apply("image", TASKS)
     assert not trees_apply("features", [*TASKS, Task("depth", "dense_regression")])
+
+
+def test_a_quick_figure_has_fewer_trees_on_the_first_rows(monkeypatch):
+    monkeypatch.setattr("dmtg_core.evaluation.trees.BATCH", 64)  # so that the rows are of several batches
+    parts, tasks = splits(), TASKS[:1]
+    found = train_trees(EXTRA_TREES, tasks, ArrayData(parts, tasks), splits=["test"], seed=3, count=20, rows=150)
+    x, y = (values[:150] for values in known(parts["train"], "flag"))
+    forest = ensemble.ExtraTreesClassifier(20, random_state=3).fit(x, y)
+    x, y = known(parts["test"], "flag")
+    expected = sk.roc_auc_score(y, forest.predict_proba(x)[:, 1])
+    assert found.metrics["test"]["flag"]["auroc"] == pytest.approx(expected, abs=1e-6)
+    assert math.isnan(found.score)  # validation was not evaluated
+    assert 1 < quick_rows(10**9, 50) == QUICK_ROWS
+    assert quick_rows(10**9, 1000) == QUICK_VALUES // 1000
+    assert quick_rows(70, 10**9) == 1
+    assert quick_rows(70, 4) == 70

@@ -27,8 +27,8 @@ from pipelines.report.contact_sheet import ids_of
 from pipelines.runs.results import ALL, NAIVE, SINGLE
 from pipelines.storage import locate
 from pipelines.training import diagnostics as details
-from pipelines.training import latency
 from pipelines.training.diagnostics import SplitAnalysis, details_of, prediction_text
+from pipelines.training.measures import latency
 from tests.pipelines.report.test_inspect import IMAGES, TASKS, image_samples, write
 
 VAL = 12

@@ -31,6 +31,7 @@ def test_result_is_better_than_chance_and_has_naive_mtl_beside_it(run) -> None:
     _, done, _ = run
     assert set(done.result["metrics"]) == set(done.result["baseline"]) == {"colour", "bright", "level"}
     assert done.result["split"] == "test"
+    assert done.result["trees"] == {"skipped": "extra trees read tables, got image input"}
     assert done.result["metrics"]["colour"]["accuracy"] > 0.45  # a third by chance
     assert done.result["normalized_gain"] is not None
     assert {t for group in done.result["grouping"].values() for t in group} == {"colour", "bright", "level"}

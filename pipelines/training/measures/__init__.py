@@ -1,0 +1,1 @@
+"""Figures of a run that are measured beside its result."""
