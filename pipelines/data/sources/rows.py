@@ -108,7 +108,7 @@ def table_dialect(
     if location.is_dir() or is_parquet(location.name):
         return Dialect()
     found = dialect_of(location, given, columns=columns, named=named, usual=usual)
-    if log and (found.packing or found.options):
+    if log and (found.packing or found.options or found.unsure):
         logger.info("%s: %s", location, found)
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -55,6 +56,8 @@ class Dialect:
         header: Whether the first line names the columns.
         packing: Name of the compression; empty for none.
         skipped: Lines before the table, such as `sep=;`.
+        unsure: A number whose decimal mark can be a separator of thousands, such as 1.234, if all numbers of its
+            column are such; else empty.
     """
 
     delimiter: str = ","
@@ -65,6 +68,7 @@ class Dialect:
     header: bool = True
     packing: str = ""
     skipped: int = 0
+    unsure: str = ""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -95,6 +99,11 @@ class Dialect:
         parts += [f"thousands separated by {self.thousands[0]!r}"] if self.thousands else []
         parts += [self.encoding.upper()] + ([] if self.quotes == '"' else [f"quotes {self.quotes or 'none'}"])
         parts += [] if self.header else ["no line of column names"]
+        if self.unsure:
+            parts += [
+                f"{self.unsure} is read as {in_points(self.unsure, self.decimal, '')} (if it is "
+                f"{self.unsure.replace(self.decimal, '')}: source.options.dialect.thousands='{self.decimal}')"
+            ]
         return ", ".join(parts + ([self.packing] if self.packing else []))
 
 
@@ -149,6 +158,8 @@ def _detected(
     dialect = Dialect(delimiter, encoding=encoding, quotes=quotes, skipped=skipped)
     decimal, thousands = _marks(lines[1:] or lines, given, delimiter, usual)
     dialect = replace(dialect, decimal=decimal, thousands=thousands)
+    if given.thousands is None and given.decimal is None and not thousands:
+        dialect = replace(dialect, unsure=_unsure(lines[1:] or lines, decimal))
     header = named and bool(lines) and _has_header(lines, dialect, columns)
     return replace(dialect, header=header if given.header is None else given.header)
 
@@ -225,6 +236,13 @@ def _marks(
     counts = {marks: sum(_all_numbers(column, *marks) for column in columns) for marks in choices}
     best = max(choices, key=lambda marks: counts[marks])
     return best if counts[best] or given.decimal or known else (".", "")
+
+
+def _unsure(lines: Sequence[Sequence[str]], decimal: str) -> str:
+    """A number of the first column in which three digits follow each decimal mark, as after one of thousands."""
+    group = re.compile(rf"[+-]?[1-9]\d{{0,2}}{re.escape(decimal)}\d{{3}}")
+    columns = [column for column in _columns(lines) if len(column) > 1]
+    return next((column[0] for column in columns if all(map(group.fullmatch, column))), "")
 
 
 def _all_numbers(column: Sequence[str], decimal: str, thousands: str) -> bool:

@@ -19,7 +19,7 @@ from pipelines.config.validation import checked
 from pipelines.data.preprocessing import prepare
 from pipelines.data.sources import build_source
 from pipelines.data.sources.base import Source
-from pipelines.data.sources.rows import read_rows
+from pipelines.data.sources.rows import read_rows, table_dialect
 from pipelines.data.sources.tables import dialect as dialects
 from pipelines.data.sources.tables.dialect import Dialect, DialectOptions, dialect_of
 from pipelines.data.sources.tables.encodings import unpacked
@@ -261,3 +261,27 @@ def test_the_beginning_suffices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for size in range(400, 440):
         monkeypatch.setattr(dialects, "HEAD_BYTES", size)
         assert dialect_of(locate(str(file))) == whole
+
+
+@pytest.mark.parametrize(
+    ("cells", "unsure"),
+    [
+        (["1.234", "12.500", "-3.000"], "1.234"),  # both readings fit
+        (["1.234", "12.5"], ""),
+        (["0.234", "1.500"], ""),
+        (["1.234"], ""),
+        (["1234", "1500"], ""),
+        (["1,234", "12,500"], "1,234"),
+    ],
+)
+def test_numbers_that_can_have_thousands_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, cells: list[str], unsure: str
+) -> None:
+    file = tmp_path / "prices.csv"
+    file.write_text("id;price\n" + "".join(f"a{n};{cell}\n" for n, cell in enumerate(cells)))
+    with caplog.at_level(logging.INFO):
+        assert table_dialect(locate(str(file)), log=True).unsure == unsure
+    if unsure:
+        mark = unsure[1]
+        assert f"1{mark}234 is read as 1.234 (if it is 1234: source.options.dialect.thousands='{mark}')" in caplog.text
+    assert not dialect_of(locate(str(file)), DialectOptions(decimal=".")).unsure
