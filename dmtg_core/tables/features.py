@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from dmtg_core.tables.cells import MISSING, has_leading_zero, normal_form
+from dmtg_core.tables.categories import category_feature
+from dmtg_core.tables.cells import MISSING
 from dmtg_core.tables.figures import MOST_VALUES, Figures, Rows, column_figures, date_figures, sampled_rows
 from dmtg_core.tables.preparation import TablePreparation
 from dmtg_core.tasks import InputSpec
@@ -154,19 +155,17 @@ class _Description:
         return _number(column, figures)
 
     def _category(self, column: str, figures: Figures) -> tuple[dict[str, Any], Scales]:
-        form = "digits" if any(map(has_leading_zero, figures.values)) else "value"
-        values = sorted(figures.values if form == "digits" else set(map(normal_form, figures.values)))
-        most = self._rules.max_values
+        feature = category_feature(column, figures)
+        values, most = feature["values"] + feature.get("rare", []), self._rules.max_values
         if len(values) > most:
-            digits = " (digits with leading zeros are no numbers)" if form == "digits" else ""
+            digits = " (digits with leading zeros are no numbers)" if feature["form"] == "digits" else ""
             raise ColumnError(
                 f"column {column} has {len(values)}{' or more' * figures.incomplete} different values, more than "
-                f"max_values={most}, such as {', '.join(map(repr, values[:3]))}{digits}",
+                f"max_values={most}, such as {', '.join(map(repr, sorted(values)[:3]))}{digits}",
                 "remove it",
                 "max_values",
             )
-        feature = {"column": column, "type": "category", "values": values, "form": form}
-        return feature, [(0.0, 1.0)] * (len(values) + 1)
+        return feature, [(0.0, 1.0)] * (len(feature["values"]) + 1)
 
     def _dates(self, column: str, figures: Figures) -> tuple[dict[str, Any], Scales]:
         (form,), gaps = figures.date_formats, figures.filled < figures.cells
