@@ -19,12 +19,15 @@ MOST_EXAMPLES = 5  # most unseen values of a column in a message
 class TablePreparation:
     """Columns of a table as float32 features, in the order of `features`.
 
-    A number is one feature in its own unit. A missing number is the mean of the training split; if the training
-    split has missing numbers, a second feature is 1 for them. A date is one feature for each of its `parts`. A
-    category has one feature for each of its `values` and one for all other values; one of them is 1. An empty
-    cell is a value of a category. Numbers are standardised on the device, by `InputSpec.mean` and
-    `InputSpec.std`. `rare` values of a category are in the training split and share the feature of other values.
-    Categories without `rare`, as in models of earlier versions, have all values of the training split.
+    A number is one feature in its own unit. A missing number is the `mean` of the training split, with scaling
+    "robust" its median; if the training split has missing numbers, a second feature is 1 for them. A date is one
+    feature for each of its `parts`. A category has one feature for each of its `values` and one for all other
+    values; one of them is 1. An empty cell is a value of a category. Numbers are scaled on the device, by
+    `InputSpec.mean` and `InputSpec.std`, or by `InputSpec.quantiles`.
+
+    `rare` values of a category are in the training split and share the feature of other values. Categories without
+    `rare`, as in models of earlier versions, have all values of the training split. A category of many values is
+    hashed, see `stored.HashedColumn`; its values are not listed.
 
     The `form` of a category says when two cells are the same value: "value" if they have the same
     `normal_form`, as 1, "1.0" and 1.0 have; "digits" for texts with leading zeros, where a number is the only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -106,10 +107,36 @@ class CategoryColumn:
         return cell
 
 
+class HashedColumn:
+    """A category of many values: 1 in one of its features, and 1 for a missing cell if training has missing ones.
+
+    The place of a value is the CRC-32 of its normal form in UTF-8, modulo the number of features. Values can share
+    a place. No value is -1, as by scikit-learn's `FeatureHasher(alternate_sign=False)`, which has another hash.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._places, self._gaps = int(values["size"]), bool(values["gaps"])
+        self.example: str = values["example"]
+        self.size = self._places + self._gaps
+
+    def fill(self, found: np.ndarray, cell: str, _value: Any) -> None:
+        """See `StoredColumn.fill`. A missing cell without a feature for it is 0 everywhere."""
+        if cell:
+            found[hash_place(cell, self._places)] = 1
+        elif self._gaps:
+            found[-1] = 1
+
+
+def hash_place(cell: str, places: int) -> int:
+    """The place of the text of a cell; see `HashedColumn`."""
+    return zlib.crc32(normal_form(cell).encode("utf-8", "surrogatepass")) % places
+
+
 _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], StoredColumn]] = {
     "number": NumberColumn,
     "date": DateColumn,
     "category": CategoryColumn,
+    "hashed": HashedColumn,
 }
 
 
