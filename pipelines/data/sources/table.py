@@ -71,6 +71,11 @@ class TableOptions(Section):
     training cells are numbers, or if they are digits with leading zeros, such as postcodes; with it, the
     features that it does not name are numbers. `missing` are markers of an empty cell.
 
+    A category of more than 100 values is hashed to 256 features, unless most of its rows have a value of their
+    own. With `max_values`, no category is hashed, and one of more values is refused. `scaling` is that of numbers:
+    "standard" (zero mean, unit deviation), "robust" (zero median, unit interquartile range) or "quantile" (to a
+    normal distribution, by quantiles of the training rows).
+
     `smiles` names a column of molecules, which is then the only input. `molecule_features`: "ngrams" (counts of
     1 to `longest` neighbouring characters, hashed to `bits` features) or "morgan" (rdkit's fingerprint of `radius`
     and `bits`).
@@ -84,17 +89,8 @@ class TableOptions(Section):
     features: Literal["all"] | tuple[str, ...] = "all"
     categorical: tuple[str, ...] | None = None
     missing: tuple[str, ...] = MISSING
-    max_values: int | None = Field(
-        None,
-        ge=2,
-        description="largest number of values of a category; without it, a category of more than 100 values is "
-        "hashed to 256 features, if most of its rows have values that occur more than once",
-    )
-    scaling: Literal["standard", "quantile", "robust"] = Field(
-        "standard",
-        description="how numbers are scaled: by mean and deviation, to a normal distribution by quantiles, or by "
-        "median and interquartile range",
-    )
+    max_values: int | None = Field(None, ge=2)
+    scaling: Literal["standard", "quantile", "robust"] = "standard"
     smiles: str | None = None
     molecule_features: Literal["ngrams", "morgan"] = "ngrams"
     bits: int = Field(2048, ge=16)
