@@ -38,12 +38,12 @@ def category_feature(column: str, figures: Figures, most: int | None = None) -> 
         most: Largest number of its values. Without it, a column of more than `MOST_CATEGORIES` values is hashed.
 
     Raises:
-        ColumnError: For more values than `most`, and for a column to hash most of whose values occur once.
+        ColumnError: For more values than `most`, and for a column to hash that `barely_repeats`.
     """
     form = "digits" if any(map(has_leading_zero, figures.values)) else "value"
     counts = figures.values if form == "digits" else counts_by_form(figures.values)
     if len(counts) > (MOST_CATEGORIES if most is None else most):
-        if most is not None or occur_once(counts):
+        if most is not None or barely_repeats(counts):
             raise _too_many(column, figures, counts, form, most)
         return _hashed(column, figures, counts)
     rare = rare_values(counts, figures.cells)
@@ -61,7 +61,7 @@ def _hashed(column: str, figures: Figures, counts: Mapping[str, int]) -> dict[st
 def _too_many(
     column: str, figures: Figures, counts: Mapping[str, int], form: str, most: int | None
 ) -> ColumnError:
-    limit = f"max_values={most}" if most is not None else f"{MOST_CATEGORIES}, and most of them occur once"
+    limit = f"max_values={most}" if most is not None else f"{MOST_CATEGORIES}, and most occur once or twice"
     digits = " (digits with leading zeros are no numbers)" if form == "digits" else ""
     return ColumnError(
         f"column {column} has {len(counts)}{' or more' * figures.incomplete} different values, more than {limit}, "
@@ -71,14 +71,14 @@ def _too_many(
     )
 
 
-def occur_once(counts: Mapping[str, int]) -> bool:
-    """Whether the values of more than half of the rows occur in one row, as those of ids and free texts do.
+def barely_repeats(counts: Mapping[str, int]) -> bool:
+    """Whether the values of more than half of the rows have fewer than 3 rows, as those of ids and free texts.
 
-    The share of rows whose value occurs once estimates the share of new rows whose value training does not have
-    (Good, The Population Frequencies of Species, Biometrika 1953).
+    Args:
+        counts: Value → number of its rows. Missing cells are not counted.
     """
-    filled = {value: count for value, count in counts.items() if value}
-    return 2 * sum(count == 1 for count in filled.values()) > sum(filled.values())
+    filled = [count for value, count in counts.items() if value]
+    return 2 * sum(count for count in filled if count < FEWEST_ROWS) > sum(filled)
 
 
 def counts_by_form(counts: Mapping[str, int]) -> dict[str, int]:
@@ -101,6 +101,7 @@ def rare_values(counts: Mapping[str, int], rows: int) -> set[str]:
         counts: Value → number of its training rows.
         rows: Number of training rows.
     """
-    least = min(FEWEST_ROWS, rows // RARE_SHARE)
-    rare = {value for value, count in counts.items() if value and count < least}
+    rare = {
+        value for value, count in counts.items() if value and count < FEWEST_ROWS and RARE_SHARE * count < rows
+    }
     return rare if len(rare) < len(counts) else set()

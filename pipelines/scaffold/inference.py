@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from dmtg_core.names import display_form, listed, quoted
-from dmtg_core.tables.categories import HASHED, occur_once
+from dmtg_core.tables.categories import HASHED, barely_repeats
 from dmtg_core.tables.cells import MISSING, cell_number, has_leading_zero
 from dmtg_core.tables.dates import formats_of
 from dmtg_core.tables.scaling import FINEST
@@ -273,16 +273,16 @@ def _word_use(column: ColumnSummary) -> Use:
         why = f"numbers, but also {odd!r}; if that marks an empty cell, add it to missing"
     elif column.is_text:
         why = f"{len(counts)} different texts of several words: read them with --source text"
-    elif len(counts) <= MOST_VALUES or not occur_once(counts):
+    elif len(counts) <= MOST_VALUES or not barely_repeats(counts):
         return Use(column.name, "category", ", ".join(filter(None, (_values(column), missing))) + ways)
     else:
-        why = f"{len(counts)} different texts, and most of them occur once{ways}"
+        why = f"{len(counts)} different texts, and most occur once or twice{ways}"
     return Use(column.name, "left out", why)
 
 
 def _code_use(column: ColumnSummary) -> Use:
     """The use of whole numbers that name something."""
-    if len(column.counts) <= MOST_VALUES or not occur_once(column.counts):
+    if len(column.counts) <= MOST_VALUES or not barely_repeats(column.counts):
         return Use(column.name, "category", f"{_values(column)}; they name something, so they are no amounts")
     why = f"{len(column.counts)} whole numbers that name something, such as a postcode or an id"
     return Use(column.name, "left out", f"{why}; as amounts, add the column to features")

@@ -71,10 +71,10 @@ class TableOptions(Section):
     training cells are numbers, or if they are digits with leading zeros, such as postcodes; with it, the
     features that it does not name are numbers. `missing` are markers of an empty cell.
 
-    A category of more than 100 values is hashed to 256 features, unless most of its rows have a value of their
-    own. With `max_values`, no category is hashed, and one of more values is refused. `scaling` is that of numbers:
-    "standard" (zero mean, unit deviation), "robust" (zero median, unit interquartile range) or "quantile" (to a
-    normal distribution, by quantiles of the training rows).
+    A category of more than 100 values is hashed to 256 features, unless most of its rows have values of one or two
+    rows. With `max_values`, no category is hashed, and one of more values is refused. `scaling` is that of
+    numbers: "standard" (zero mean, unit deviation), "robust" (zero median, unit interquartile range) or "quantile"
+    (to a normal distribution, by quantiles of the training rows).
 
     `smiles` names a column of molecules, which is then the only input. `molecule_features`: "ngrams" (counts of
     1 to `longest` neighbouring characters, hashed to `bits` features) or "morgan" (rdkit's fingerprint of `radius`
