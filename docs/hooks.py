@@ -16,7 +16,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a hook is loaded as a file, not as a module of a package
 
-from docs import tables  # noqa: E402
+from docs import notebooks, tables  # noqa: E402
 
 # file of the repository → its page
 ELSEWHERE: Mapping[str, str] = {
@@ -24,7 +24,11 @@ ELSEWHERE: Mapping[str, str] = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "cluster/README.md": "cluster.md",
-    **{f"examples/{path.name}": f"examples/{path.stem}.md" for path in sorted(ROOT.glob("examples/*.py"))},
+    **{
+        f"examples/{path.name}": f"examples/{path.stem}.md"
+        for path in sorted(ROOT.glob("examples/*"))
+        if path.suffix in (".py", ".ipynb")
+    },
 }
 MARKERS = {"commands": tables.commands, "configuration": tables.configuration}
 
@@ -50,6 +54,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 def text_of(source: str) -> str:
     """A file of the repository as Markdown, with links that lead on from its page."""
+    if source.endswith(".ipynb"):  # the output of cells can look like a link
+        return notebooks.as_markdown(ROOT / source, lambda text: relinked(text, source, ELSEWHERE[source]))
     text = (ROOT / source).read_text(encoding="utf-8")
     if source.endswith(".py"):
         summary, _, rest = (ast.get_docstring(ast.parse(text)) or "").partition("\n")

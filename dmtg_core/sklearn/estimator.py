@@ -27,6 +27,7 @@ from dmtg_core.sklearn.training import (
     split_rows,
     train,
 )
+from dmtg_core.tables.scaling import SCALINGS
 from dmtg_core.training.settings import TrainSettings, default_schedule
 
 
@@ -52,6 +53,10 @@ class GroupedEstimator(BaseEstimator):
         batch_size: Rows of a step; "auto" as for the epochs.
         learning_rate: Learning rate of AdamW, with a cosine schedule.
         weight_decay: Weight decay of AdamW.
+        scaling: How numbers are scaled, one of `dmtg_core.tables.scaling.SCALINGS`. The encoder "tabm" embeds
+            numbers only with "quantile".
+        max_values: Largest number of values of a category. By default, a category of more than 100 values is
+            hashed to 256 features.
         validation_fraction: Share of the rows that are held out. The groups and the best epoch are chosen on them.
         kinds: Kind of all targets, or name → kind for some targets: "binary", "multiclass" or "regression". By
             default, floats with a fraction and many different whole numbers are regressions, and all other values
@@ -85,6 +90,8 @@ class GroupedEstimator(BaseEstimator):
     batch_size: int | str = "auto"
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
+    scaling: str = "quantile"
+    max_values: int | None = None
     validation_fraction: float = 0.15
     kinds: str | Mapping[Any, str] | None = None
     random_state: Any = None
@@ -112,7 +119,7 @@ class GroupedEstimator(BaseEstimator):
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         rows, held = split_rows(labels.known, self.validation_fraction, seed)
         names = column_names(table)
-        self.input_ = describe(table, names, rows)
+        self.input_ = describe(table, names, rows, self.scaling, self.max_values)
         self.columns_ = names
         self._train(stored_rows(self.input_.preparation, table, names), labels, targets, rows, held, seed)
         self._describe(labels, targets)
@@ -219,7 +226,10 @@ class GroupedEstimator(BaseEstimator):
 
     def _check_parameters(self) -> None:
         check_choice("search", self.search, SEARCHES)
+        check_choice("scaling", self.scaling, SCALINGS)
         check_counts({"groups": self.groups})
+        if self.max_values is not None:
+            check_counts({"max_values": self.max_values})
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be in (0, 1), got {self.validation_fraction}")
         for name in ("epochs", "batch_size"):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from dmtg_core.tables.categories import ColumnError
 from dmtg_core.tables.cells import MISSING, cell_text
-from dmtg_core.tables.features import ColumnError, TableInput, TableRules, table_input
+from dmtg_core.tables.features import TableInput, TableRules, table_input
 from dmtg_core.tables.preparation import TablePreparation
+
+log = logging.getLogger(__name__)
 
 _EMPTY = frozenset(MISSING)
 _CONTAINERS = (Mapping, list, tuple, set, np.ndarray)
@@ -55,23 +59,30 @@ def category_columns(values: Any) -> list[str]:
     ]
 
 
-def describe(values: Any, names: Sequence[str], rows: np.ndarray) -> TableInput:
+def describe(
+    values: Any, names: Sequence[str], rows: np.ndarray, scaling: str = "quantile", max_values: int | None = None
+) -> TableInput:
     """The features of a table, with figures of its training rows.
 
     Args:
         values: `(n, F)`, a DataFrame or an array.
         names: Names of the columns.
         rows: The training rows.
+        scaling, max_values: See `dmtg_core.tables.features.TableRules`.
 
     Raises:
         ValueError: For a column that cannot be a feature, with its remedy.
     """
     texts = [[_filled(cell_text(cell)) for cell in column] for column in columns_of(values)]
     cells = [{name: column[row] for name, column in zip(names, texts, strict=True)} for row in rows]
+    rules = TableRules(categories=category_columns(values), scaling=scaling, max_values=max_values)
     try:
-        return table_input(cells, names, TableRules(categories=category_columns(values)))
+        found = table_input(cells, names, rules)
     except ColumnError as error:
         raise ValueError(f"X: {error}") from error
+    for sentence in found.hashed:
+        log.info("X: %s; for a feature for each value, set max_values", sentence)
+    return found
 
 
 def stored_rows(preparation: Mapping[str, Any], values: Any, names: Sequence[str]) -> np.ndarray:

@@ -13,30 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from dmtg_core.tables.cells import MISSING, has_leading_zero, normal_form
+from dmtg_core.tables.categories import HASHED, ColumnError, category_feature
+from dmtg_core.tables.cells import MISSING
 from dmtg_core.tables.figures import MOST_VALUES, Figures, Rows, column_figures, date_figures, sampled_rows
 from dmtg_core.tables.preparation import TablePreparation
+from dmtg_core.tables.scaling import FINEST, Scales, feature_quantiles, filled_with, robust_scales
+from dmtg_core.tables.stored import stored_column
 from dmtg_core.tasks import InputSpec
-
-FINEST = 1e-5  # ratio of deviation and mean below which float32, with 24 bits, loses the differences
-MOST_CATEGORIES = 100  # values of a category
-MOST_QUANTILES = 256  # of a feature
-SCALINGS = ("standard", "quantile")
-Scales = list[tuple[float, float]]  # mean and standard deviation of each stored value of a feature
-
-
-class ColumnError(ValueError):
-    """A column that cannot be a feature as it is.
-
-    Args:
-        what: The problem, with the name of the column.
-        remedy: How to correct it, in a table.
-        option: How an option of the caller corrects it: one of "features", "categorical" and "max_values".
-    """
-
-    def __init__(self, what: str, remedy: str = "", option: str = "") -> None:
-        super().__init__(f"{what}: {remedy}" if remedy else what)
-        self.what, self.remedy, self.option = what, remedy, option
 
 
 @dataclass(frozen=True)
@@ -49,6 +32,7 @@ class TableInput:
         constants: Columns that are left out, because they are constant in training.
         outliers: Sentences about numbers that are far larger than others.
         ambiguous: Column → the formats in which its dates can be read, if they are several. It is no date.
+        hashed: Sentences about columns whose values are hashed.
     """
 
     spec: InputSpec
@@ -56,6 +40,7 @@ class TableInput:
     constants: list[str]
     outliers: list[str]
     ambiguous: dict[str, tuple[str, ...]]
+    hashed: list[str]
 
 
 @dataclass(frozen=True)
@@ -69,15 +54,16 @@ class TableRules:
         categories: Columns that are categories whatever their cells are.
         missing: Markers of an empty cell.
         marks: Decimal mark and separators of thousands, if they are not the usual ones; see `cells.marks_of`.
-        max_values: Largest number of values of a category.
-        scaling: One of `SCALINGS`.
+        max_values: Largest number of values of a category. Without it, a category of more than
+            `categories.MOST_CATEGORIES` values is hashed.
+        scaling: One of `scaling.SCALINGS`.
     """
 
     categorical: Collection[str] | None = None
     categories: Collection[str] = ()
     missing: tuple[str, ...] = MISSING
     marks: Mapping[str, str] = field(default_factory=dict)
-    max_values: int = MOST_CATEGORIES
+    max_values: int | None = None
     scaling: str = "quantile"
 
 
@@ -99,11 +85,12 @@ class _Description:
     def __init__(self, rows: Rows, rules: TableRules) -> None:
         self._rows, self._rules = rows, rules
         self._ambiguous: dict[str, tuple[str, ...]] = {}
+        self._hashed: list[str] = []
 
     def describe(self, columns: Sequence[str]) -> TableInput:
         features, scales = [], list[Scales]()
         constants, outliers = [], []
-        most = max(MOST_VALUES, self._rules.max_values)
+        most = max(MOST_VALUES, self._rules.max_values or 0)
         for column, figures in column_figures(self._rows, columns, most).items():
             if figures.outliers:
                 outliers.append(f"column {column} has outliers: {figures.outliers}")
@@ -115,6 +102,14 @@ class _Description:
                 constants.append(column)
         if not features:
             raise ColumnError("no feature is left", "choose other features")
+        quantiles: tuple[tuple[float, ...], ...] = ()
+        if self._rules.scaling == "quantile":
+            pairs = zip(features, self._stored(features), strict=True)
+            quantiles = tuple(edges for one, values in pairs for edges in feature_quantiles(one, values))
+        elif self._rules.scaling == "robust":
+            every = zip(features, self._stored(features), scales, strict=True)
+            scales = [robust_scales(*one) for one in every]
+            features = [filled_with(*one) for one in zip(features, scales, strict=True)]
         mean, std = zip(*(pair for values in scales for pair in values), strict=True)
         preparation = {
             "kind": TablePreparation.kind,
@@ -122,23 +117,19 @@ class _Description:
             "missing": list(self._rules.missing),
             **self._rules.marks,
         }
-        quantiles = self._quantiles(features, scales) if self._rules.scaling == "quantile" else ()
         spec = InputSpec("features", (len(mean),), "float32", mean, std, quantiles=quantiles)
-        return TableInput(spec, preparation, constants, outliers, self._ambiguous)
+        return TableInput(spec, preparation, constants, outliers, self._ambiguous, self._hashed)
 
-    def _quantiles(
-        self, features: Sequence[Mapping[str, Any]], scales: Sequence[Scales]
-    ) -> tuple[tuple[float, ...], ...]:
-        """Quantiles of each stored value that is a number."""
+    def _stored(self, features: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+        """The stored values of a sample of the training rows, `(n, S)` for each feature."""
         # without marks: the cells of the rows are written as in Python
         how = TablePreparation({"features": features, "missing": self._rules.missing})
         stored = []
         for row in sampled_rows(self._rows):
             with suppress(ValueError):  # a sample that cannot be used
                 stored.append(how.row(row))
-        parts = np.split(np.array(stored), np.cumsum([len(values) for values in scales])[:-1], axis=1)
-        pairs = zip(features, parts, strict=True)
-        return tuple(edges for feature, values in pairs for edges in _feature_quantiles(feature, values))
+        sizes = [stored_column(feature).size for feature in features]
+        return np.split(np.array(stored), np.cumsum(sizes)[:-1], axis=1)
 
     def _feature(self, column: str, figures: Figures) -> tuple[dict[str, Any], Scales]:
         """One feature of the preparation, with mean and standard deviation of each of its stored values."""
@@ -154,19 +145,11 @@ class _Description:
         return _number(column, figures)
 
     def _category(self, column: str, figures: Figures) -> tuple[dict[str, Any], Scales]:
-        form = "digits" if any(map(has_leading_zero, figures.values)) else "value"
-        values = sorted(figures.values if form == "digits" else set(map(normal_form, figures.values)))
-        most = self._rules.max_values
-        if len(values) > most:
-            digits = " (digits with leading zeros are no numbers)" if form == "digits" else ""
-            raise ColumnError(
-                f"column {column} has {len(values)}{' or more' * figures.incomplete} different values, more than "
-                f"max_values={most}, such as {', '.join(map(repr, values[:3]))}{digits}",
-                "remove it",
-                "max_values",
-            )
-        feature = {"column": column, "type": "category", "values": values, "form": form}
-        return feature, [(0.0, 1.0)] * (len(values) + 1)
+        feature = category_feature(column, figures, self._rules.max_values)
+        if feature["type"] == "hashed":
+            count = f"{len(figures.values)}{' or more' * figures.incomplete}"
+            self._hashed.append(f"column {column} has {count} values and is hashed to {HASHED} features")
+        return feature, [(0.0, 1.0)] * stored_column(feature).size
 
     def _dates(self, column: str, figures: Figures) -> tuple[dict[str, Any], Scales]:
         (form,), gaps = figures.date_formats, figures.filled < figures.cells
@@ -190,25 +173,3 @@ def _number(column: str, figures: Figures) -> tuple[dict[str, Any], Scales]:
     gaps = figures.filled < figures.cells
     feature = {"column": column, "type": "number", "mean": mean, "gaps": gaps}
     return feature, [(mean, deviation or 1.0)] + [(0.0, 1.0)] * gaps
-
-
-def _feature_quantiles(feature: Mapping[str, Any], values: np.ndarray) -> list[tuple[float, ...]]:
-    """Quantiles of the stored values of a feature, over the rows that have it; none for flags.
-
-    Their number is that of TabM (Gorishniy et al. 2025): one for 30 rows, at least 10, here at most
-    `MOST_QUANTILES`.
-
-    Args:
-        feature: The feature of the preparation.
-        values: `(n, S)`.
-    """
-    if feature["type"] == "category":
-        return [()] * values.shape[1]
-    gaps = int(feature["gaps"])
-    filled = values[values[:, -1] == 0] if gaps else values
-    levels = np.linspace(0, 1, min(max(len(values) // 30, 10), MOST_QUANTILES))
-    found: list[tuple[float, ...]] = []
-    for numbers in filled.T[: values.shape[1] - gaps]:
-        flag = len(np.unique(numbers)) <= 2
-        found.append(() if flag else tuple(np.quantile(numbers, levels).astype(np.float32).tolist()))
-    return found + [()] * gaps

@@ -54,7 +54,7 @@ class Figures:
         cells: Number of cells.
         filled: Number of cells that are not empty.
         numbers: Number of cells that are numbers.
-        values: Different cells, at most one more than `most`.
+        values: Different cell → number of these cells, for at most one more cell than `most`.
         most: Different cells above which no others are held.
         mean: Mean of the numbers.
         deviation: Standard deviation of the numbers.
@@ -66,7 +66,7 @@ class Figures:
     cells: int = 0
     filled: int = 0
     numbers: int = 0
-    values: set[str] = field(default_factory=set)
+    values: dict[str, int] = field(default_factory=dict)
     most: int = MOST_VALUES
     mean: float = math.nan
     deviation: float = math.nan
@@ -109,8 +109,9 @@ class Figures:
             self.dates.update(formats_of(cell))
         else:
             self.zeros += has_leading_zero(cell)
-        if len(self.values) <= self.most:
-            self.values.add(cell)
+        count = self.values.get(cell, 0)
+        if count or len(self.values) <= self.most:
+            self.values[cell] = count + 1
         return number
 
 

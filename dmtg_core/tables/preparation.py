@@ -10,21 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from dmtg_core.tables.cells import cell_number, cell_text, in_points, marks_of, normal_form, unique_forms
-from dmtg_core.tables.dates import ISO, PARTS, parts_of, read_date
+from dmtg_core.tables.cells import cell_text, in_points, marks_of
+from dmtg_core.tables.stored import CategoryColumn, stored_column
 
-_UNSEEN = "\0"  # no cell
 MOST_EXAMPLES = 5  # most unseen values of a column in a message
 
 
 class TablePreparation:
     """Columns of a table as float32 features, in the order of `features`.
 
-    A number is one feature in its own unit. A missing number is the mean of the training split; if the training
-    split has missing numbers, a second feature is 1 for them. A date is one feature for each of its `parts`. A
-    category has one feature for each value of the training split and one for all other values; one of them is
-    1. An empty cell is a value of a category. Numbers are standardised on the device, by `InputSpec.mean` and
-    `InputSpec.std`.
+    A number is one feature in its own unit. A missing number is the `mean` of the training split, with scaling
+    "robust" its median; if the training split has missing numbers, a second feature is 1 for them. A date is one
+    feature for each of its `parts`. A category has one feature for each of its `values` and one for all other
+    values; one of them is 1. An empty cell is a value of a category. Numbers are scaled on the device, by
+    `InputSpec.mean` and `InputSpec.std`, or by `InputSpec.quantiles`.
+
+    `rare` values of a category are in the training split and share the feature of other values. Categories without
+    `rare`, as in models of earlier versions, have all values of the training split. A category of many values is
+    hashed, see `stored.HashedColumn`; its values are not listed.
 
     The `form` of a category says when two cells are the same value: "value" if they have the same
     `normal_form`, as 1, "1.0" and 1.0 have; "digits" for texts with leading zeros, where a number is the only
@@ -39,7 +42,7 @@ class TablePreparation:
         self._features: Sequence[Mapping[str, Any]] = values["features"]
         self._missing = frozenset(values["missing"])
         self._marks = marks_of(values)
-        self._of_column = {feature["column"]: _Feature(feature) for feature in self._features}
+        self._of_column = {feature["column"]: stored_column(feature) for feature in self._features}
         self._starts = [0, *accumulate(one.size for one in self._of_column.values())]
 
     @property
@@ -71,13 +74,17 @@ class TablePreparation:
             cells: The raw sample.
             stored: float32 (F,), the result of `row`.
         """
-        return {column: self._text(cells[column]) for column, end in self._others.items() if stored[end]}
+        found = {}
+        for column, (feature, end) in self._categories.items():
+            if stored[end] and not feature.known(text := self._text(cells[column]), cells[column]):
+                found[column] = text
+        return found
 
     @cached_property
-    def _others(self) -> dict[str, int]:
-        """Category → place of its stored value for other values."""
+    def _categories(self) -> dict[str, tuple[CategoryColumn, int]]:
+        """Category → how it is stored, and the place of its stored value for other values."""
         ends = zip(self._of_column.items(), self._starts[1:], strict=True)
-        return {column: end - 1 for (column, feature), end in ends if feature.kind == "category"}
+        return {column: (one, end - 1) for (column, one), end in ends if isinstance(one, CategoryColumn)}
 
     def example(self) -> dict[str, Any]:
         """The mean of each number, the first value of each category and the first day of each date."""
@@ -105,59 +112,3 @@ class UnseenValues:
             + (", …" if len(counts) > MOST_EXAMPLES else "")
             for column, counts in self._counts.items()
         ]
-
-
-class _Feature:
-    """One column: its number of stored values, and how a cell becomes these."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self._column, self.kind = values["column"], values["type"]
-        self._values = values
-        self.fill = {"number": self._fill_number, "date": self._fill_date, "category": self._fill_category}[
-            self.kind
-        ]
-        if self.kind == "category":
-            self.size, self.example = len(values["values"]) + 1, values["values"][0]
-            self._places = {value: place for place, value in enumerate(values["values"])}
-            self._form = values.get("form", "text")
-            self._texts = unique_forms(values["values"]) if self._form == "digits" else {}
-            return
-        self._gaps: bool = values["gaps"]
-        self._means: list[float] = values["means"] if self.kind == "date" else [values["mean"]]
-        self.size = len(self._means) + self._gaps
-        if self.kind == "date":
-            self.example = values["first"]
-            self._first = read_date(self.example, ISO)
-        else:
-            self.example = values["mean"]
-
-    def _fill_category(self, found: np.ndarray, cell: str, value: Any) -> None:
-        if self._form == "value":
-            cell = normal_form(cell)
-        elif self._form == "digits" and cell and not (isinstance(value, str) and cell in self._places):
-            cell = self._texts.get(normal_form(cell), _UNSEEN)
-        found[self._places.get(cell, -1)] = 1
-
-    def _fill_number(self, found: np.ndarray, cell: str, value: Any) -> None:
-        number = float(value) if isinstance(value, bool | np.bool_) else self._number(cell)
-        found[0] = number
-        if self._gaps:
-            found[1] = not cell
-
-    def _number(self, cell: str) -> float:
-        number = cell_number(cell) if cell else float(self._means[0])
-        if number is None:
-            raise ValueError(f"{cell!r} in column {self._column} is not a finite number")
-        return number
-
-    def _fill_date(self, found: np.ndarray, cell: str, _value: Any) -> None:
-        count = len(self._means)
-        moment = read_date(cell, self._values["format"]) if cell else None
-        if cell and moment is None:
-            raise ValueError(
-                f"{cell!r} in column {self._column} is not a date in the form {self._values['format']}"
-            )
-        assert self._first is not None
-        found[:count] = parts_of(moment, self._first, clock=count > len(PARTS)) if moment else self._means
-        if self._gaps:
-            found[count] = not cell

@@ -171,10 +171,15 @@ def _size(described: Mapping[str, Any]) -> int:
     """Number of stored values of a feature."""
     if described["type"] == "category":
         return len(described["values"]) + 1
-    return len(described.get("means", [0])) + int(described["gaps"])
+    places = described["size"] if described["type"] == "hashed" else len(described.get("means", [0]))
+    return int(places) + int(described["gaps"])
 
 
 def _feature(described: Mapping[str, Any], stored: np.ndarray) -> Values:
+    if described["type"] == "hashed":  # values that share a place cannot be told apart
+        places = stored[:, : described["size"]]
+        found = np.where(places.any(1), places.argmax(1), -1)
+        return Values(described["column"], found, tuple(f"hash {place}" for place in range(described["size"])))
     if described["type"] != "category":
         numbers, unit = stored[:, 0].astype(np.float64), ""
         if described["type"] == "date":  # the first part is a count of days

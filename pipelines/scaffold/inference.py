@@ -14,9 +14,10 @@ from functools import cached_property
 from typing import Any
 
 from dmtg_core.names import display_form, listed, quoted
+from dmtg_core.tables.categories import HASHED, barely_repeats
 from dmtg_core.tables.cells import MISSING, cell_number, has_leading_zero
 from dmtg_core.tables.dates import formats_of
-from dmtg_core.tables.features import FINEST
+from dmtg_core.tables.scaling import FINEST
 from pipelines.config.yaml_text import in_line
 from pipelines.data.sources.labels import DASHES
 from pipelines.data.sources.rows import MOST_NAMES, Row, split_name
@@ -25,7 +26,7 @@ from pipelines.errors import UserError
 from pipelines.scaffold.quantities import whole_numbers
 
 HEAD_ROWS = 20_000
-MOST_VALUES = 100  # most values of a category, and most classes of a target
+MOST_VALUES = 100  # most values of a category that is not hashed, and most classes of a target
 MOST_NUMBERS = 20  # most values of a target of whole numbers that counts as classes
 ROWS_A_CLASS = 10  # smallest mean number of rows of such a class
 GAPS = ("na", "n/a", "#n/a", "nan", "null", "none", "?", "-", "--", ".", "unknown", "missing")
@@ -272,17 +273,17 @@ def _word_use(column: ColumnSummary) -> Use:
         why = f"numbers, but also {odd!r}; if that marks an empty cell, add it to missing"
     elif column.is_text:
         why = f"{len(counts)} different texts of several words: read them with --source text"
-    elif len(counts) <= MOST_VALUES:
-        return Use(column.name, "category", ", ".join(filter(None, (_some(column), missing))) + ways)
+    elif len(counts) <= MOST_VALUES or not barely_repeats(counts):
+        return Use(column.name, "category", ", ".join(filter(None, (_values(column), missing))) + ways)
     else:
-        why = f"{len(counts)} different texts: neither number nor category{ways}"
+        why = f"{len(counts)} different texts, and most occur once or twice{ways}"
     return Use(column.name, "left out", why)
 
 
 def _code_use(column: ColumnSummary) -> Use:
     """The use of whole numbers that name something."""
-    if len(column.counts) <= MOST_VALUES:
-        return Use(column.name, "category", f"{_some(column)}; they name something, so they are no amounts")
+    if len(column.counts) <= MOST_VALUES or not barely_repeats(column.counts):
+        return Use(column.name, "category", f"{_values(column)}; they name something, so they are no amounts")
     why = f"{len(column.counts)} whole numbers that name something, such as a postcode or an id"
     return Use(column.name, "left out", f"{why}; as amounts, add the column to features")
 
@@ -290,6 +291,11 @@ def _code_use(column: ColumnSummary) -> Use:
 def _some(column: ColumnSummary) -> str:
     names = [value for value, _ in column.counts.most_common(3)]
     return f"{len(column.counts)} values: {', '.join(map(quoted, names))}{', …' if len(column.counts) > 3 else ''}"
+
+
+def _values(column: ColumnSummary) -> str:
+    """The values of a category."""
+    return _some(column) + f"; hashed to {HASHED} features" * (len(column.counts) > MOST_VALUES)
 
 
 def split_use(columns: Mapping[str, ColumnSummary]) -> Use | None:

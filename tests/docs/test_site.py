@@ -110,6 +110,20 @@ def test_formulas_need_no_script(site: Path) -> None:
     assert "\\frac" not in re.sub(r"<annotation.*?</annotation>", "", text)
 
 
+def test_the_notebook_was_run(site: Path) -> None:
+    text = (site / "examples" / "digits.html").read_text(encoding="utf-8")
+    shown = text.split("<article", 1)[1].split("</article", 1)[0]
+    for output in (
+        "GroupedEstimator",
+        "dmtg-groups",
+        "group 1: ",
+        "score on the test rows: 0.",
+        "mean_test_score",
+    ):
+        assert output in re.sub(r"<code>.*?</code>", "", shown, flags=re.DOTALL), output
+    assert shown.count('class="dataframe"') == 4
+
+
 def test_every_public_name_of_the_library_is_in_its_reference(site: Path) -> None:
     packed = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
     names = {line.split(" ", 1)[0] for line in zlib.decompress(packed).decode().splitlines()}

@@ -19,8 +19,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from dmtg_core.names import listed
+from dmtg_core.tables.categories import ColumnError
 from dmtg_core.tables.cells import MISSING
-from dmtg_core.tables.features import ColumnError, TableInput, TableRules, table_input
+from dmtg_core.tables.features import TableInput, TableRules, table_input
 from dmtg_core.tasks import InputSpec
 from pipelines.config.validation import Section, checked
 from pipelines.data.preprocessing import load_preparation
@@ -55,7 +56,7 @@ WIDE = 10_000  # features of a sample above which a warning is logged
 REMEDIES = {  # option of a `ColumnError` → what the options of the reader can do
     "features": " in the table, or remove it from features",
     "categorical": " from features, or add it to categorical",
-    "max_values": " from features, or raise source.options.max_values",
+    "max_values": " from features, or set a larger source.options.max_values",
 }
 
 
@@ -68,9 +69,12 @@ class TableOptions(Section):
     list. A column of dates becomes numbers: days since the first one, year, month, day, weekday, day of the
     year and, with times, hour. Without `categorical`, another feature is a category if less than half of its
     training cells are numbers, or if they are digits with leading zeros, such as postcodes; with it, the
-    features that it does not name are numbers. `missing` are markers of an empty cell. A category with more
-    than `max_values` values is refused. `scaling` is the normalisation of numbers on the device: "standard" (zero
-    mean, unit deviation) or "quantile" (to a normal distribution, by quantiles of the training rows).
+    features that it does not name are numbers. `missing` are markers of an empty cell.
+
+    A category of more than 100 values is hashed to 256 features, unless most of its rows have values of one or two
+    rows. With `max_values`, no category is hashed, and one of more values is refused. `scaling` is that of
+    numbers: "standard" (zero mean, unit deviation), "robust" (zero median, unit interquartile range) or "quantile"
+    (to a normal distribution, by quantiles of the training rows).
 
     `smiles` names a column of molecules, which is then the only input. `molecule_features`: "ngrams" (counts of
     1 to `longest` neighbouring characters, hashed to `bits` features) or "morgan" (rdkit's fingerprint of `radius`
@@ -85,8 +89,8 @@ class TableOptions(Section):
     features: Literal["all"] | tuple[str, ...] = "all"
     categorical: tuple[str, ...] | None = None
     missing: tuple[str, ...] = MISSING
-    max_values: int = Field(100, ge=2)
-    scaling: Literal["standard", "quantile"] = "standard"
+    max_values: int | None = Field(None, ge=2)
+    scaling: Literal["standard", "quantile", "robust"] = "standard"
     smiles: str | None = None
     molecule_features: Literal["ngrams", "morgan"] = "ngrams"
     bits: int = Field(2048, ge=16)
@@ -250,11 +254,17 @@ def _log_features(where: str, found: TableInput) -> None:
             "%s: the dates of column %s can be read in several ways (%s): write them as yyyy-mm-dd",
             where, column, ", ".join(formats),
         )  # fmt: skip
+    for sentence in found.hashed:
+        logger.info("%s: %s; for a feature for each value, set source.options.max_values", where, sentence)
     if found.constants:
         logger.warning("%s: left out, constant in training: %s", where, listed(found.constants, MOST_NAMES))
     features = found.preparation["features"]
-    for kind, plural in (("number", "numbers"), ("date", "dates"), ("category", "categories")):
-        names = [feature["column"] for feature in features if feature["type"] == kind]
+    for kind, plural, types in (
+        ("number", "numbers", ("number",)),
+        ("date", "dates", ("date",)),
+        ("category", "categories", ("category", "hashed")),
+    ):
+        names = [feature["column"] for feature in features if feature["type"] in types]
         if names:
             what = f"1 feature is a {kind}" if len(names) == 1 else f"{len(names)} features are {plural}"
             logger.info("%s: %s: %s", where, what, listed(names, MOST_NAMES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -170,6 +171,8 @@ def test_kinds_can_be_given() -> None:
     ("options", "message"),
     [
         ({"search": "random"}, "unknown search 'random', expected one of guided, dmtg, none"),
+        ({"scaling": "log"}, "unknown scaling 'log', expected one of standard, quantile, robust"),
+        ({"max_values": 0}, "max_values must be a whole number of at least 1"),
         ({"groups": 0}, "groups must be a whole number of at least 1"),
         ({"epochs": "many"}, "epochs must be a whole number"),
         ({"validation_fraction": 1}, r"validation_fraction must be in \(0, 1\)"),
@@ -185,7 +188,9 @@ def test_columns_and_labels_that_cannot_be_used_are_refused() -> None:
     x, y = np.arange(40.0).reshape(20, 2), np.arange(20) % 2
     with pytest.raises(ValueError, match="X: no feature is left"):
         small().fit(np.ones((20, 2)), y)
-    with pytest.raises(ValueError, match="more than max_values=100, .*: remove it"):
+    with pytest.raises(
+        ValueError, match="different values, more than 100, and most occur once or twice, .*: remove it"
+    ):
         small().fit(pd.DataFrame({"a": [f"text {i}" for i in range(300)]}), np.arange(300) % 2)
     with pytest.raises(ValueError, match="target 'target_1' has 1 labels: at least 2 are needed"):
         small().fit(x, np.stack([y, np.where(np.arange(20) == 5, 1, np.nan)], 1))
@@ -193,6 +198,19 @@ def test_columns_and_labels_that_cannot_be_used_are_refused() -> None:
         small().fit(x, np.where(y == 1, np.inf, 0.5))
     with pytest.raises(ValueError, match="n_samples=1"):
         small().fit(x[:1], y[:1])
+
+
+def test_scaling_and_the_limit_of_categories_are_those_that_are_given(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    x = pd.DataFrame({"town": [f"t{i % 120}" for i in range(960)], "size": np.arange(960.0) ** 2})
+    y = np.arange(960) % 2
+    model = small(scaling="robust").fit(x, y)
+    assert "column town has 120 values and is hashed to 256 features; for a feature for each" in caplog.text
+    assert (model.input_.spec.shape, model.input_.spec.quantiles) == ((257,), ())
+    assert model.predict(x.assign(town="new")).shape == (960,)
+    assert small(max_values=120).fit(x, y).input_.spec.shape == (122,)
+    with pytest.raises(ValueError, match="town has 120 different values, more than max_values=119"):
+        small(max_values=119).fit(x, y)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 7])

@@ -327,6 +327,7 @@ class TestGuesses:
             ([1, 1, 1], "left out"),
             (["", "", ""], "left out"),
             ([f"t{i}" for i in range(101)], "left out"),
+            ([f"t{i}" for i in range(101)] * 3, "category"),
             ([1, 2, 3, "about 4"], "left out"),
             ([1.7e9 + i for i in range(9)], "left out"),
         ],

@@ -175,9 +175,9 @@ def test_category_with_too_many_values_is_refused_before_anything_is_stored(tabl
     options = table.source.options | {
         "tasks": [{"column": "size", "kind": "regression"}], "features": ["number"], "categorical": ["number"],
     }  # fmt: skip
-    with pytest.raises(UserError, match="10001 or more different values, more than max_values=100") as caught:
+    with pytest.raises(UserError, match="10001 or more different values, more than 100, and most") as caught:
         build_source("table", table.source.root, options).describe()
-    assert "raise source.options.max_values" in caught.value.remedy
+    assert "set a larger source.options.max_values" in caught.value.remedy
 
 
 # ---------------------------------------------------------------- predictions, names, pictures

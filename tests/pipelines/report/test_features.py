@@ -10,6 +10,7 @@ from scipy import stats
 
 from dmtg_core import InputSpec, Task
 from dmtg_core.tables.dates import ISO
+from dmtg_core.tables.stored import hash_place
 from pipelines.config.loading import Config
 from pipelines.data.manifest import read_manifest
 from pipelines.data.preprocessing import prepare
@@ -151,3 +152,14 @@ def test_columns_after_a_date_are_read_at_their_place() -> None:
     born, place, old = table_values(prepare(preparation, rows), preparation)
     assert (born.array[0], born.unit, born.missing) == (3.0, "days since 2020-01-01", 0.5)
     assert (place.array.tolist(), old.array.tolist()) == ([1, -1], [7.0, 8.0])
+
+
+def test_hashed_values_are_told_apart_by_their_places() -> None:
+    shop = {"column": "shop", "type": "hashed", "size": 8, "gaps": True, "example": "a"}
+    age = {"column": "age", "type": "number", "mean": 1.0, "gaps": False}
+    preparation = {"kind": "table", "missing": [], "features": [shop, age]}
+    rows = [{"shop": name, "age": place} for place, name in enumerate(["a", "b", "", "a"])]
+    hashed, old = table_values(prepare(preparation, rows), preparation)
+    assert hashed.array.tolist() == [*(hash_place(name, 8) for name in "ab"), -1, hash_place("a", 8)]
+    assert (hashed.names[0], len(hashed.names), hashed.missing) == ("hash 0", 8, 0.25)
+    assert old.array.tolist() == [0, 1, 2, 3]

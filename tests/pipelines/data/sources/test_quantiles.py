@@ -1,4 +1,4 @@
-"""`scaling: quantile` of the reader of tables: normal scores of numbers, against scikit-learn."""
+"""`scaling` of the reader of tables: normal scores, medians and interquartile ranges, against scikit-learn."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.preprocessing import QuantileTransformer
+from sklearn.preprocessing import QuantileTransformer, RobustScaler
 
 from dmtg_core.network.inputs import Normalise
+from dmtg_core.sklearn.frames import column_names, describe
 from dmtg_core.tables.figures import sampled_rows
 from dmtg_core.tasks import InputSpec
+from pipelines.data.preprocessing import prepare
 from pipelines.data.sources.base import INPUT
 from pipelines.data.sources.columns import RowsOf
 from pipelines.data.sources.table import TableSource
@@ -98,3 +100,34 @@ def test_molecules_have_no_scaling(tmp_path: Path) -> None:
     table(tmp_path, rows=9)
     with pytest.raises(Exception, match="scaling has no meaning with these molecules"):
         source(tmp_path, smiles="plant")
+
+
+def test_robust_scaling_is_that_of_scikit_learn(tmp_path: Path) -> None:
+    frame = table(tmp_path)
+    frame["age"] = frame["age"].mask(frame["age"] >= 88, 9e5)  # a few wrong ones
+    frame["debt"] = np.where(np.arange(len(frame)) % 5 < 4, 0.0, frame["income"])
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    reader = source(tmp_path, scaling="robust")
+    described = reader.describe()
+    stored = np.stack([reader.read(entry)[INPUT] for entry in reader.entries()])
+    scaled = Normalise(described.input)(torch.from_numpy(stored)).numpy()
+    train = (frame["split"] == "train").to_numpy()
+    numbers = frame[["income", "age", "insured"]]
+    expected = RobustScaler().fit(numbers[train])
+    filled = numbers.fillna(numbers[train].median())
+    np.testing.assert_allclose(scaled[:, [0, 1, 3]], expected.transform(filled), atol=1e-5, rtol=1e-4)
+    assert described.preparation["features"][1]["mean"] == numbers["age"][train].median()
+    # flags of gaps and categories are as they are
+    assert np.array_equal(scaled[:, [2, 4, 5, 6]], stored[:, [2, 4, 5, 6]])
+    # four of five debts are 0: RobustScaler divides by 1, and the others would stay in their unit
+    assert described.input.mean[-1] == 0
+    assert described.input.std[-1] == pytest.approx(frame["debt"][train].std(ddof=0))
+    years = pd.to_datetime(frame["seen"]).dt.day_of_year[train]
+    assert described.input.mean[-2] == years.median()
+    assert described.input.std[-2] == years.quantile(0.75) - years.quantile(0.25)
+    # the same in the manifest, in a DataFrame and at prediction
+    assert InputSpec(**json.loads(json.dumps(described.input.to_dict()))) == described.input
+    found = describe(frame.drop(columns=["sick", "split"]), [*column_names(frame)[:5], "debt"],
+                     np.flatnonzero(train), "robust")  # fmt: skip
+    assert (found.spec, found.preparation) == (described.input, described.preparation)
+    assert np.array_equal(prepare(described.preparation, frame), stored)
