@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,14 +85,32 @@ def train_trees(
     Raises:
         ImportError: If scikit-learn is not installed.
     """
+    return train_each(
+        lambda task: _estimator(method, task, seed, threads, count), tasks, data, splits=splits, rows=rows
+    )
+
+
+def train_each(
+    make: Callable[[Task], Any],
+    tasks: Sequence[Task],
+    data: Data,
+    *,
+    splits: Sequence[str],
+    rows: int | None = None,
+) -> TreeResult:
+    """Train an estimator of scikit-learn for each task, and evaluate it; see `train_trees`.
+
+    Args:
+        make: Task → an estimator that is not fitted: a regressor, or a classifier with `predict_proba`.
+        tasks, data, splits, rows: As in `train_trees`.
+    """
     started = time.perf_counter()
     inputs, targets = _samples(data, "train", rows)
     models = {}
     for task in tasks:
         known = valid(task, targets[task.name])
         known = known if known.dim() == 1 else known.all(1)
-        labels = targets[task.name][known].numpy()
-        models[task.name] = _estimator(method, task, seed, threads, count).fit(inputs[known.numpy()], labels)
+        models[task.name] = make(task).fit(inputs[known.numpy()], targets[task.name][known].numpy())
     metrics = {split: _evaluate(models, tasks, data, split) for split in splits}
     score = score_of(metrics["val"]) if "val" in metrics else math.nan
     return TreeResult(metrics, score, time.perf_counter() - started)

@@ -15,6 +15,7 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, v
 
 from dmtg_core.data_checks import check_choice, check_counts
 from dmtg_core.network.encoders import EncoderSpec
+from dmtg_core.network.encoders.tabular import tabm_options
 from dmtg_core.sklearn.diagram import groups_html
 from dmtg_core.sklearn.frames import column_names, describe, is_frame, stored_rows
 from dmtg_core.sklearn.targets import Labels, Target, read_labels, targets_of
@@ -48,7 +49,7 @@ class GroupedEstimator(BaseEstimator):
         search: "guided" for the default search of `dmtg_core.search`, "dmtg" for the single run of the paper,
             "none" for one group with all targets.
         encoder: An encoder of features, a key of `dmtg_core.ENCODERS`.
-        encoder_options: Options of the encoder.
+        encoder_options: Options of the encoder. By default, "tabm" has those of `tabm_options` for the table.
         epochs: Number of epochs of each training; "auto" for a number by the rows, with an early stop.
         batch_size: Rows of a step; "auto" as for the epochs.
         learning_rate: Learning rate of AdamW, with a cosine schedule.
@@ -88,7 +89,7 @@ class GroupedEstimator(BaseEstimator):
     encoder_options: Mapping[str, Any] | None = None
     epochs: int | str = "auto"
     batch_size: int | str = "auto"
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.1
     scaling: str = "quantile"
     max_values: int | None = None
@@ -139,12 +140,17 @@ class GroupedEstimator(BaseEstimator):
             coded[target.task.name], known[target.task.name] = target.encode(values, there), there
         splits = {"train": arrays_of(stored, coded, known, rows), "val": arrays_of(stored, coded, known, held)}
         tasks = [target.task for target in targets]
-        encoder = EncoderSpec(self.encoder, options=dict(self.encoder_options or {}))
+        encoder = EncoderSpec(self.encoder, options=self._encoder_options(len(rows)))
         spec = network_spec(self.search, self.input_.spec, tasks, encoder, self.groups, seed)
         on_record = _print_epoch if self.verbose else None
         grouping, self.models_ = train(self.search, spec, splits, self._settings(len(rows), seed), on_record)
         label_of = {target.task.name: target.label for target in targets}
         self.groups_ = [[label_of[name] for name in group] for group in grouping.groups]
+
+    def _encoder_options(self, rows: int) -> dict[str, Any]:
+        if self.encoder_options is None and self.encoder == "tabm":
+            return tabm_options(rows, sum(bool(edges) for edges in self.input_.spec.quantiles))
+        return dict(self.encoder_options or {})
 
     def _describe(self, labels: Labels, targets: list[Target]) -> None:
         self.targets_, self.vector_ = targets, labels.vector

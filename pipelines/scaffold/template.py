@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from dmtg_core.network.encoders.tabular import tabm_options
 from dmtg_core.tables.cells import MISSING
 from dmtg_core.training.settings import default_schedule
 from pipelines.config.loading import recipe_config
@@ -163,9 +164,13 @@ def _table(data: str, place: Location, given: Sequence[str]) -> Draft:
         options["missing"] = [*MISSING, *dict.fromkeys(extra)]
         why["missing"] = f"markers of an empty cell; {', '.join(dict.fromkeys(extra))} in columns of numbers"
     about = f"{len(tasks)} tasks that are predicted from {len(used)} columns, in {data}"
+    options["scaling"] = "quantile"
+    why["scaling"] = "numbers are mapped to a normal distribution by their quantiles, for the encoder tabm"
+    numbers = sum(use.use in ("number", "date") for use in inputs)
+    sizes = {**tabm_options(len(rows), numbers), "dropout": DROPOUT}
     values = {
         "source": {"kind": "table", "root": data, "options": options},
-        **_training("mlp", 0, {"widths": [64, 32], "dropout": DROPOUT}, len(tasks), len(rows), 3e-3),
+        **_training("tabm", 0, sizes, len(tasks), len(rows), 3e-3),
     }
     return Draft("table", _seen(about, len(rows), more), values, _named(why), [*tasks, *rows_by, *inputs])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from itertools import pairwise
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +13,35 @@ from torch import Tensor, nn
 from dmtg_core.tasks import InputSpec
 
 EXTRA = "pip install 'dmtg[tables]'"
+MANY_ROWS = 2_000  # training rows from which numbers have a finer embedding
+MOST_EMBEDDED = 512  # values of the embeddings of all numbers, for at least 2 each
+
+
+def tabm_options(rows: int, numbers: int) -> dict[str, Any]:
+    """Options of `tabm` for the size of a table. Width, blocks and members do not depend on it.
+
+    A finer embedding of a number can follow steeper functions, which small data do not determine: its frequencies
+    are higher and its values more from `MANY_ROWS` rows. A table of many numbers has fewer values for each. The
+    limits were chosen on the development tables of `bench.tables`.
+
+    Args:
+        rows: Training rows.
+        numbers: Features that are numbers.
+    """
+    embedding, frequencies, scale = (8, 16, 0.02) if rows < MANY_ROWS else (16, 32, 0.1)
+    embedding = max(min(embedding, MOST_EMBEDDED // max(numbers, 1)), 2)
+    return {"embedding": embedding, "frequencies": frequencies, "frequency_scale": scale}
 
 
 def tabm(
     spec: InputSpec,
     *,
-    width: int = 192,
+    width: int = 128,
     blocks: int = 3,
     members: int = 16,
     embedding: int = 8,
     frequencies: int = 16,
-    frequency_scale: float = 0.1,
+    frequency_scale: float = 0.02,
     dropout: float = 0.1,
 ) -> list[nn.Module]:
     """An ensemble of `members` MLPs with common weights (TabM, Gorishniy et al., ICLR 2025, section 3).
@@ -97,11 +116,13 @@ class _Block(nn.Module):
     def __init__(self, linear: nn.Module, dropout: float) -> None:
         super().__init__()
         self.linear = linear
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout1d(dropout)
         self.residual = linear.in_features == linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.dropout(self.linear(x).relu())  # (B, members, F)
+        out: Tensor = self.linear(x).relu()  # (B, members, F)
+        # one mask for all members: a mask each takes a third of a step
+        out = self.dropout(out.transpose(1, 2)).transpose(1, 2)
         return x + out if self.residual else out
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dmtg_core import EncoderSpec, Grouping, GroupingNetwork, InputSpec, NetworkSpec, Task, TrainSettings, fit
 from dmtg_core.network.cost import grouping_cost, inference_cost, wide_spec
-from dmtg_core.network.encoders import build_encoder
+from dmtg_core.network.encoders import build_encoder, tabular
 from dmtg_core.network.inputs import Normalise
 from dmtg_core.network.members import average
 from dmtg_core.search.feature_overlap import feature_overlap
@@ -203,3 +203,25 @@ def test_a_missing_package_is_named(monkeypatch, name):
     monkeypatch.setitem(__import__("sys").modules, name, None)
     with pytest.raises(ValueError, match=rf"needs the package {name}: pip install 'dmtg\[tables\]'"):
         GroupingNetwork(spec())
+
+
+@pytest.mark.parametrize(
+    ("rows", "numbers", "embedding", "scale"),
+    [(300, 10, 8, 0.02), (1_999, 10, 8, 0.02), (2_000, 10, 16, 0.1), (2_000, 64, 8, 0.1), (300, 0, 8, 0.02),
+     (300_000, 1_000, 2, 0.1)],
+)  # fmt: skip
+def test_options_follow_from_rows_and_numbers(rows, numbers, embedding, scale):
+    options = tabular.tabm_options(rows, numbers)
+    assert (options["embedding"], options["frequency_scale"]) == (embedding, scale)
+    assert len(tabular.tabm(INPUT, **options)) == 4
+
+
+def test_members_share_the_mask_of_dropout():
+    torch.manual_seed(0)
+    *_, block = tabular.tabm(INPUT, **{**OPTIONS, "dropout": 0.5})
+    x = torch.randn(64, MEMBERS, 8)
+    change = block(x) - x  # ReLU has zeros of its own
+    kept = (change != 0).any(1, keepdim=True)
+    held = block.eval()(x) - x
+    torch.testing.assert_close(change, torch.where(kept, 2 * held, 0.0))
+    assert 0.3 < kept.float().mean() < 0.7

