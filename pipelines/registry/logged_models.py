@@ -18,7 +18,7 @@ from dmtg_core.network.grouping_network import GroupModel
 from pipelines.data.preprocessing import Preparation, load_preparation
 from pipelines.errors import UserError
 from pipelines.registry import integrity
-from pipelines.registry.records import DETAILS, registered
+from pipelines.registry.records import DETAILS, description_of, registered
 from pipelines.scratch import temporary_folder
 
 CODE = Path(__file__).parent / "pyfunc_model.py"
@@ -89,7 +89,7 @@ def log_version(
         raise
     origin.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
     origin.client.log_outputs(origin.run_id, [LoggedModelOutput(logged.model_id, step=0)])
-    return _create_version(origin, name, logged.model_id, {**tags, **recorded})
+    return _create_version(origin, name, logged.model_id, {**tags, **recorded}, description_of(facts))
 
 
 def discard_unfinished(origin: Origin, logged: Any) -> None:
@@ -150,7 +150,7 @@ def _separate_registry() -> bool:
     return registry.startswith("http") and registry != mlflow.get_tracking_uri()
 
 
-def _create_version(origin: Origin, name: str, model_id: str, tags: Mapping[str, str]) -> str:
+def _create_version(origin: Origin, name: str, model_id: str, tags: Mapping[str, str], description: str) -> str:
     """Create a version of a logged model; on a separate registry server, with the address of the model's files.
 
     Raises:
@@ -168,7 +168,9 @@ def _create_version(origin: Origin, name: str, model_id: str, tags: Mapping[str,
         )
     if registered(origin.client, name) is None:
         origin.client.create_registered_model(name)
-    made = origin.client.create_model_version(name, place, run_id=origin.run_id, tags=dict(tags), **held)
+    made = origin.client.create_model_version(
+        name, place, run_id=origin.run_id, tags=dict(tags), description=description, **held
+    )
     return str(made.version)
 
 

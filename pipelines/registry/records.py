@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dmtg_core.names import by_number
+from dmtg_core.names import by_number, quoted
 from pipelines.scratch import temporary_folder
 
 PREFIX = "dmtg."
@@ -25,6 +25,18 @@ def tags_of(facts: Mapping[str, Any]) -> dict[str, str]:
     """
     texts = {key: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for key, v in facts.items()}
     return {PREFIX + key: text for key, text in texts.items() if len(text) <= LONGEST_TAG}
+
+
+def description_of(facts: Mapping[str, Any]) -> str:
+    """The text that MLflow shows for a version: the tasks of each group by their names, or their number."""
+    groups = facts["groups"]
+    lines = [f"- {group}: {', '.join(map(quoted, groups[group]))}" for group in sorted(groups, key=by_number)]
+    head = f"Grouping {facts['grouping']}, {facts['split']} metrics in the tag `{PREFIX}metrics`."
+    text = "\n".join([head, "", *lines])
+    if len(text) <= LONGEST_TAG:
+        return text
+    count = f"{sum(map(len, groups.values()))} tasks in {len(groups)} group{'s' * (len(groups) > 1)}"
+    return f"{head} {count}; the artifact `{DETAILS}` names them."
 
 
 def facts_of(version: Any, *keys: str) -> dict[str, Any]:

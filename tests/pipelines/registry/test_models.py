@@ -24,7 +24,7 @@ from pipelines.errors import UserError
 from pipelines.registry.aliases import champions, promote, set_challenger
 from pipelines.registry.models import load_groups
 from pipelines.registry.pyfunc_model import GroupPredictor
-from pipelines.registry.records import registered_models
+from pipelines.registry.records import LONGEST_TAG, description_of, registered_models
 from pipelines.registry.tracking import connect
 from pipelines.registry.versions import list_models, show_model
 from tests.paths import ROOT
@@ -250,6 +250,22 @@ def test_a_version_has_its_grouping_and_the_group_of_each_task(registered) -> No
         == registered.result["grouping"]
     )
     assert not list(folder.rglob("*.pkl"))
+    described = mlflow.MlflowClient().get_model_version("patients", "1").description
+    assert described.splitlines()[2:] == [
+        f"- {group}: {', '.join(tasks)}" for group, tasks in registered.result["grouping"].items()
+    ]
+
+
+def test_a_description_has_the_names_of_the_file_unless_they_are_too_long() -> None:
+    facts = {
+        "grouping": "g2-1",
+        "split": "test",
+        "groups": {"group_10": ["Größe, cm"], "group_9": ["売上", "a b"]},
+    }
+    assert description_of(facts).splitlines()[2:] == ["- group_9: 売上, a b", '- group_10: "Größe, cm"']
+    many = {**facts, "groups": {"group_0": [f"task {n} " + "x" * 60 for n in range(100)]}}
+    assert "100 tasks in 1 group;" in description_of(many)
+    assert len(description_of(many)) < LONGEST_TAG
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
