@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,19 @@ def write_images(root: Path, rows: int = 96) -> Path:
             split = "train" if i < rows * 0.6 else "val" if i < rows * 0.8 else "test"
             table.writerow([f"img{i:03d}", name, value > 0.65, f"{value:.4f}", split])
     return root
+
+
+@pytest.fixture(autouse=True)
+def registry_of_before() -> Iterator[None]:
+    """MLflow writes the last registry to the environment, from which other tests and processes would read it."""
+    names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 ON_RAY = {"executor": "ray", "workers": 2}  # overrides of the ray section

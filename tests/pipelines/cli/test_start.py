@@ -37,7 +37,10 @@ sys.meta_path.insert(0, Blocked())
 
 
 def run(script, folder, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "_TYPER_STANDARD_TRACEBACK": "1"}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.endswith(("TRACKING_URI", "REGISTRY_URI"))
+    }
+    environment = {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "_TYPER_STANDARD_TRACEBACK": "1"}
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,

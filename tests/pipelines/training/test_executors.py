@@ -84,10 +84,9 @@ def resumed(driver: Driver, ray: Mapping[str, Any]) -> dict:
     return Driver(driver.root, driver.values | {"ray": ray}).finish()
 
 
+@SOAK
 @pytest.mark.ray
-@pytest.mark.parametrize(
-    ("first", "second"), [(EMBEDDED, TWO_ON_RAY), pytest.param(TWO_ON_RAY, EMBEDDED, marks=SOAK)]
-)
+@pytest.mark.parametrize(("first", "second"), [(EMBEDDED, TWO_ON_RAY), (TWO_ON_RAY, EMBEDDED)])
 def test_a_run_killed_on_one_executor_goes_on_on_the_other(
     vit_run: Undisturbed, tmp_path: Path, first: dict[str, Any], second: dict[str, Any]
 ) -> None:

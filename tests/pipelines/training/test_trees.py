@@ -149,6 +149,7 @@ def test_a_run_without_scikit_learn_and_one_whose_trees_fail_are_finished(
     }
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_they_are_the_same_beside_several_workers_on_ray(finished: Finished, tmp_path: Path) -> None:
