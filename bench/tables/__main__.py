@@ -21,6 +21,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from bench.results import rounded
 from bench.tables.learners import LEARNERS, errors
 from bench.tables.sets import DEVELOPMENT, TableSet, write
 from dmtg_core.tasks import Task
@@ -99,7 +100,7 @@ def main() -> None:
         for seed in map(int, arguments.seeds.split(",")):
             found.setdefault(name, {})[str(seed)] = measure(name, table, seed, methods)
             RESULT.parent.mkdir(parents=True, exist_ok=True)
-            RESULT.write_text(json.dumps(found, indent=1) + "\n")
+            RESULT.write_text(json.dumps(rounded(found), indent=1) + "\n")
             print(name, seed, json.dumps(found[name][str(seed)]["errors"]), flush=True)
 
 

@@ -27,7 +27,6 @@ def test_each_file_names_its_command_and_is_small(file) -> None:
 
 def test_the_best_method_on_a_table_has_the_smallest_error() -> None:
     for name, seeds in json.loads(TABLES.read_text(encoding="utf-8")).items():
-        assert len(seeds) >= 2
         methods = set.intersection(*(set(seed["errors"]) for seed in seeds.values()))
         means = {m: sum(seed["errors"][m] for seed in seeds.values()) / len(seeds) for m in methods}
         (line,) = (line for line in page().splitlines() if line.startswith(f"| {name} |"))
