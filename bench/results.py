@@ -55,7 +55,7 @@ split. Naive MTL is the encoder that `dmtg config new` proposes, with no option 
 those of scikit-learn and LightGBM at their defaults, one for each task, on the same features. The options of the
 encoder were chosen on splits 1 and 2 of these tables. The smallest error is bold.
 
-The rows of `health` are several years of the same persons, and a split has rows of a person in all its parts. Trees
+The rows of `health` are several years of the same persons, and all parts of a split have rows of a person. Trees
 find the persons again by their exact values. A network on embedded numbers does so less.
 """
 
