@@ -47,7 +47,8 @@ cost less. The [glossary](reference/glossary.md) explains the methods.
 TABLES_HEAD = """## Tables
 
 ```
-python -m bench.tables
+python -m bench.tables players benefits digits trial --methods ''
+python -m bench.tables health --seeds 1,2 --methods ''
 ```
 
 Mean error over the tasks on test: 1 - AUROC, 1 - accuracy, or RMSE in standard deviations. Each seed is another

@@ -16,7 +16,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a hook is loaded as a file, not as a module of a package
 
-from docs import notebooks, tables  # noqa: E402
+from docs import notebooks, tables  # noqa: E402 - found by the line above
 
 # file of the repository → its page
 ELSEWHERE: Mapping[str, str] = {

@@ -1,6 +1,6 @@
 """`python -m bench.tables [SETS] [--seeds 1,2,3,4,5] [--methods guided] [--csv PATH TARGETS]`.
 
-Each table is written as CSV, `dmtg config new` makes its configuration, and `dmtg compare` trains naive MTL, the
+Each table is written as CSV with the configuration of `dmtg config new`, and `dmtg compare` trains naive MTL, the
 methods and decision trees on it. Nothing in the configuration is changed. Other learners are trained on the same
 rows. A seed is a split of the table and the seed of all training. The results are in
 `docs/results/tables/tables.json`, and `python -m bench.results` writes them to the page.
@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,17 +22,19 @@ import torch
 from bench.results import rounded
 from bench.tables.learners import LEARNERS, errors
 from bench.tables.sets import DEVELOPMENT, TableSet, write
+from dmtg_core.evaluation.trees import TREES
 from dmtg_core.tasks import Task
+from dmtg_core.training.metrics import error_scale
 from pipelines.compare.driver import compare
 from pipelines.config.loading import load_config
 from pipelines.data.manifest import read_manifest
 from pipelines.data.reader import Reader
 from pipelines.data.stream import StreamData
+from pipelines.scaffold.template import new_config
 from pipelines.storage import locate
 
 WORK = Path("work/tables")
 RESULT = Path(__file__).parents[2] / "docs" / "results" / "tables" / "tables.json"
-TREES = ("extra_trees", "gradient_boosting")
 
 
 def measure(name: str, table: TableSet, seed: int, methods: Sequence[str]) -> dict[str, Any]:
@@ -46,10 +46,7 @@ def measure(name: str, table: TableSet, seed: int, methods: Sequence[str]) -> di
     csv = WORK / name / f"split{seed}.csv"
     write(table, csv, seed)
     file = csv.with_suffix(".yaml")
-    file.unlink(missing_ok=True)
-    targets = [part for target in table.targets for part in ("--targets", target)]
-    command = [sys.executable, "-m", "pipelines.cli", "config", "new", str(csv), *targets, "-o", str(file)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603
+    file.write_text(new_config("", str(csv), table.targets, "", str(csv.parent)).text)
     config = load_config(
         str(file),
         [f"compare.seeds=[{seed}]", f"compare.methods=[{','.join((*methods, *TREES))}]",
@@ -77,7 +74,7 @@ def measure(name: str, table: TableSet, seed: int, methods: Sequence[str]) -> di
 
 def mean_error(tasks: Sequence[Task], errors: dict[str, float]) -> float:
     """The mean over the tasks of 1 - AUROC, 1 - accuracy, or the RMSE in standard deviations of the labels."""
-    return sum(errors[t.name] / (t.scale[0] if t.kind == "regression" else 1) for t in tasks) / len(tasks)
+    return sum(errors[task.name] / error_scale(task) for task in tasks) / len(tasks)
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def _wheel(requirement: str) -> Path:
     folder = CACHE / requirement.replace("==", "-")
     if not list(folder.glob("*.whl")):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-        subprocess.run([*command, "--only-binary=:all:", requirement], check=True)  # noqa: S603
+        subprocess.run([*command, "--only-binary=:all:", requirement], check=True)  # noqa: S603 - pip, with names of this file
     return next(folder.glob("*.whl"))
 
 

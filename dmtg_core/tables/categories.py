@@ -94,7 +94,7 @@ def rare_values(counts: Mapping[str, int], rows: int) -> set[str]:
 
     A rare value has fewer than 3 training rows and fewer than one of 100. Without rare values the weights of the
     shared feature are not trained, because it is 0 in every training row. The limit is low, because rare values
-    cannot be told apart any more. An empty cell is not rare, so that missing cells can be counted. If all values
+    have one feature in common. An empty cell is not rare, so that missing cells can be counted. If all values
     are rare, none is.
 
     Args:

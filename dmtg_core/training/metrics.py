@@ -25,6 +25,7 @@ Metrics = dict[str, dict[str, float]]  # task → metric → value
 
 # Metrics that are errors. All others are scores in [0, 1] with the error 1 - score.
 ERRORS = ("loss", "rmse", "mae", "mean_angle")
+IN_UNITS = ("rmse", "mae")  # metrics in the unit of their task
 
 # Metric → largest angle in degrees. The metric is the share of pixels with at most this angle.
 WITHIN: Mapping[str, float] = {"within_11": 11.25, "within_22": 22.5, "within_30": 30.0}
@@ -244,6 +245,16 @@ def _ranking_metrics(task: Task, scores: Scores) -> dict[str, float]:
 def error_of(metric: str, value: float) -> float:
     """Convert a metric to an error: the metric itself, or 1 - score."""
     return value if metric in ERRORS else 1 - value
+
+
+def error_scale(task: Task) -> float:
+    """The divisor with which errors of tasks in different units have a mean.
+
+    It is the scale of the task for metrics in its unit, for a table the standard deviation of the training labels;
+    with several channels their root mean square. It is 1 for other metrics.
+    """
+    squares = [scale**2 for scale in task.scale]
+    return math.sqrt(math.fsum(squares) / len(squares)) if task.metric in IN_UNITS else 1.0
 
 
 def normalized_gain(

@@ -159,7 +159,7 @@ def _rounded(found: Mapping[str, float]) -> dict[str, float]:
     return {key: round(value, 4) for key, value in found.items()}
 
 
-def _kept(word: re.Match[str]) -> str:
+def _without_figures(word: re.Match[str]) -> str:
     """A word without a digit and a slash; `…` for another."""
     return "…" if re.search(r"[\d/]", word[0]) else word[0]
 
@@ -169,7 +169,7 @@ def frequent_reasons(folder: Location, most: int = 8) -> list[dict[str, Any]]:
     similar: dict[str, dict[str, Any]] = {}
     for one in each_jsonl(folder / QUARANTINE):
         # file names and numbers differ between samples with the same reason
-        reason = re.sub(r"\S+", _kept, one["reason"].replace(one["id"], "…"))[:LONGEST]
+        reason = re.sub(r"\S+", _without_figures, one["reason"].replace(one["id"], "…"))[:LONGEST]
         if reason in similar or len(similar) < REASONS:
             similar.setdefault(reason, {"count": 0, **one})["count"] += 1
     return sorted(similar.values(), key=lambda group: -group["count"])[:most]

@@ -176,7 +176,7 @@ def _size(described: Mapping[str, Any]) -> int:
 
 
 def _feature(described: Mapping[str, Any], stored: np.ndarray) -> Values:
-    if described["type"] == "hashed":  # values that share a place cannot be told apart
+    if described["type"] == "hashed":  # a place can hold several values
         places = stored[:, : described["size"]]
         found = np.where(places.any(1), places.argmax(1), -1)
         return Values(described["column"], found, tuple(f"hash {place}" for place in range(described["size"])))

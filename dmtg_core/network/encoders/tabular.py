@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dmtg_core.tasks import InputSpec
 
 EXTRA = "pip install 'dmtg[tables]'"
-MANY_ROWS = 2_000  # training rows from which numbers have a finer embedding
+MANY_ROWS = 2_000  # rows from which numbers have a finer embedding
 MOST_EMBEDDED = 512  # values of the embeddings of all numbers, for at least 2 each
 
 
@@ -25,7 +25,7 @@ def tabm_options(rows: int, numbers: int) -> dict[str, Any]:
     limits were chosen on the development tables of `bench.tables`.
 
     Args:
-        rows: Training rows.
+        rows: Rows of the table; the training rows if they are known.
         numbers: Features that are numbers.
     """
     embedding, frequencies, scale = (8, 16, 0.02) if rows < MANY_ROWS else (16, 32, 0.1)

@@ -11,14 +11,13 @@ import torch
 
 from dmtg_core.evaluation.trees import EXTRA_TREES, QUICK_COUNT, quick_rows, train_trees, trees_apply
 from dmtg_core.tasks import Task
-from dmtg_core.training.metrics import Metrics, error_of
+from dmtg_core.training.metrics import Metrics, error_of, error_scale
 from pipelines.data.ingest import open_data
 from pipelines.execution.executor import Executor
 from pipelines.runs.files import SEARCHED, TREES
 from pipelines.training.failures import describe
 from pipelines.training.worker import Job
 
-IN_UNITS = ("rmse", "mae")  # metrics in the unit of their task
 MISSING = "scikit-learn is not installed: pip install 'dmtg[tables]'"
 SKIPPED, FAILED = "skipped", "failed"  # keys of the reason why there are no figures
 
@@ -86,16 +85,10 @@ def _train(job: Job, _item: None) -> dict[str, Any]:
 
 
 def _errors(tasks: tuple[Task, ...], metrics: Metrics) -> dict[str, Any]:
-    scales = {task.name: _deviation(task) for task in tasks}
+    scales = {task.name: error_scale(task) for task in tasks}
     errors = {
         task.name: error_of(task.metric, metrics[task.name][task.metric]) / scales[task.name] for task in tasks
     }
     known = [error for error in errors.values() if math.isfinite(error)]
     mean = math.fsum(known) / len(known) if known else None
     return {"metrics": metrics, "errors": errors, "scales": scales, "error": mean}
-
-
-def _deviation(task: Task) -> float:
-    """The divisor of an error. Metrics in units have the scale of the task, the root mean square over channels."""
-    squares = [scale**2 for scale in task.scale]
-    return math.sqrt(math.fsum(squares) / len(squares)) if task.metric in IN_UNITS else 1.0
