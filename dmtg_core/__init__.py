@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from dmtg_core.network.cost import Cost, grouping_cost, inference_cost, training_flops, widened_to
     from dmtg_core.network.encoders import ENCODERS, EncoderSpec
     from dmtg_core.network.gate import GroupGate
-    from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec
+    from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel
+    from dmtg_core.network.spec import NetworkSpec
     from dmtg_core.search.distillation import Teachers
     from dmtg_core.search.feature_overlap import cluster, feature_overlap
     from dmtg_core.search.gradient_affinity import GradientAffinities, projected_affinity
@@ -93,7 +94,8 @@ _MODULES = {
     "network.cost": ("Cost", "grouping_cost", "inference_cost", "training_flops", "widened_to"),
     "network.encoders": ("ENCODERS", "EncoderSpec"),
     "network.gate": ("GroupGate",),
-    "network.grouping_network": ("GroupingNetwork", "GroupModel", "NetworkSpec"),
+    "network.grouping_network": ("GroupingNetwork", "GroupModel"),
+    "network.spec": ("NetworkSpec",),
     "search.distillation": ("Teachers",),
     "search.feature_overlap": ("cluster", "feature_overlap"),
     "search.gradient_affinity": ("GradientAffinities", "projected_affinity"),

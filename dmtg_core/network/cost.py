@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dmtg_core.grouping import Grouping
-from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec, clone
+from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, clone
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.tasks import InputSpec
 
 FORMULAS = {str(packet): formula for packet, formula in flop_registry.items()}  # "aten.mm" → operations
@@ -51,7 +52,9 @@ def inference_cost(network: GroupingNetwork | GroupModel | Mapping[str, GroupMod
         return inference_cost(network.network)
     hard = clone(network)
     hard.keep(hard.gate.survivors(2.0))
-    parts = (hard.stem, hard.branches, hard.bank, hard.decoders)
+    parts = [
+        part for part in (hard.stem, hard.shared, hard.branches, hard.bank, hard.decoders) if part is not None
+    ]
     parameters = sum(parameter.numel() for part in parts for parameter in part.parameters())
     return Cost(_flops(hard.eval(), hard.spec.input, hard.gate.logits.device), parameters)
 
@@ -73,11 +76,24 @@ def training_flops(network: GroupingNetwork) -> int:
     """Operations of a training step for one sample: three times a forward pass through all live heads.
 
     For each product of the forward pass, the backward pass computes two: one for the weights, one for the inputs.
+    A frozen layer has no product for its weights, and a frozen stem has no backward pass.
     """
-    was_training = network.training
-    flops = _flops(network.eval(), network.spec.input, network.gate.logits.device, network.forward_pairs)
+    was_training, device, spec = network.training, network.gate.logits.device, network.spec.input
+    network.eval()
+    flops = 3 * _flops(network, spec, device, network.forward_pairs)
+    if network.frozen:
+        stem = _flops(network, spec, device, lambda raw: network.stem(network.normalise(raw)))
+        flops -= 2 * stem
+        if network.shared is not None:
+            bare = _flops(network, spec, device, lambda raw: _without_updates(network, raw)) - stem
+            flops -= len(network.branches) * bare * (1 if network.shared.adapted else 2)
     network.train(was_training)
-    return 3 * flops
+    return flops
+
+
+def _without_updates(network: GroupingNetwork, raw: Tensor) -> None:
+    assert network.shared is not None
+    network.shared.layers(network.stem(network.normalise(raw)))
 
 
 def history_flops(spec: NetworkSpec, history: Sequence[Mapping[str, Any]]) -> int:
@@ -104,6 +120,8 @@ def naive_flops(spec: NetworkSpec) -> int:
 def wide_spec(spec: NetworkSpec, times: float = 1.0) -> NetworkSpec:
     """Return a spec of one wide branch for all tasks with the inference cost of all K branches.
 
+    For branches that are low-rank updates it has the trained parameters of all K branches: K times the rank.
+
     Args:
         spec: The network with K branches.
         times: Factor of the inference cost.
@@ -113,6 +131,8 @@ def wide_spec(spec: NetworkSpec, times: float = 1.0) -> NetworkSpec:
     """
     names = [task.name for task in spec.tasks]
     groups = min(spec.groups, len(names))
+    if spec.encoder.branch == "lora":
+        return replace(spec, groups=1, sampling="fixed", encoder=spec.encoder.widened(groups * times))
     spread = Grouping.from_assignment(names, [n % groups for n in range(len(names))])
     return widened_to(spec, int(times * grouping_cost(spec, spread).flops))
 
@@ -145,7 +165,7 @@ def _flops(
 ) -> int:
     sample = torch.zeros(1, *spec.shape, dtype=getattr(torch, spec.dtype), device=device)
     counter = _Counter()
-    with _plain_attention(), counter:
+    with plain_attention(), counter:
         (call or network)(sample)
     return counter.flops
 
@@ -171,7 +191,7 @@ class _Counter(_CountedDispatch, TorchDispatchMode):
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
+def plain_attention() -> Iterator[None]:
     """Disable the fused layers of `nn.MultiheadAttention`, whose operations the counter does not see."""
     held = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

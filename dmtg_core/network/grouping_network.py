@@ -4,100 +4,30 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dmtg_core.data_checks import check_choice, check_counts, check_finite
 from dmtg_core.grouping import Grouping
+from dmtg_core.network.adapters import AdapterBranch, SharedStages
 from dmtg_core.network.batched.branches import BatchedBranches
 from dmtg_core.network.decoders import DECODERS
-from dmtg_core.network.encoders import EncoderSpec, build_encoder, seeded
+from dmtg_core.network.encoders import build_encoder, frozen_once, seeded
+from dmtg_core.network.frozen import Frozen, digest
 from dmtg_core.network.gate import GroupGate
 from dmtg_core.network.heads import HeadBank
 from dmtg_core.network.inputs import Normalise, scaled
 from dmtg_core.network.members import average
 from dmtg_core.network.numbered import Numbered
-from dmtg_core.tasks import InputSpec, Task, check_names
+from dmtg_core.network.spec import NetworkSpec
 
 Pair = tuple[int, int]  # (branch, task)
-TASK_WEIGHTINGS = ("fixed", "uncertainty")
-
-
-@dataclass(frozen=True)
-class NetworkSpec:
-    """Everything that defines a network except its weights. `to_dict` returns it ready for JSON.
-
-    Args:
-        input: The input.
-        tasks: The N tasks.
-        encoder: The encoder and the size of the stem.
-        groups: K, the number of branches. It may be larger than N.
-        decoder: Decoder of the dense tasks, a key of `DECODERS`.
-        decoder_width: `width` of the decoder. For "subpixel" it is the channels of the first convolution, for
-            "xception" the channels after the first doubling (published: 128).
-        sampling, initial, initial_scale: Options of `GroupGate`.
-        rescale_gradients: Scale gradients by 1/√N from heads to branches and by 1/√K from branches to stem.
-        task_weighting: "fixed" for `Task.weight` alone, "uncertainty" for additional learned weights.
-        seed: Seed of the initial weights.
-
-    Raises:
-        ValueError: If there is no task, if two have one name, or for an unknown option or a number out of range.
-    """
-
-    input: InputSpec
-    tasks: tuple[Task, ...]
-    encoder: EncoderSpec
-    groups: int
-    decoder: str = "subpixel"
-    decoder_width: int = 64
-    sampling: str = "gumbel"
-    initial: str = "uniform"
-    initial_scale: float = 0.01
-    rescale_gradients: bool = False
-    task_weighting: str = "fixed"
-    seed: int = 22
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", tuple(self.tasks))
-        check_names(self.tasks)
-        check_counts({"groups": self.groups, "decoder_width": self.decoder_width})
-        check_finite({"initial_scale": self.initial_scale})
-        check_choice("decoder", self.decoder, DECODERS)
-        check_choice("task_weighting", self.task_weighting, TASK_WEIGHTINGS)
-
-    def without_weights(self) -> NetworkSpec:
-        """Return a copy without pretrained weights, for a network whose weights are loaded afterwards."""
-        return replace(self, encoder=self.encoder.without_weights())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields ready for JSON. `from_dict` reads them."""
-        plain = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ("input", "tasks", "encoder")}
-        encoder = {
-            "name": self.encoder.name,
-            "stem": self.encoder.stem,
-            "options": dict(self.encoder.options or {}),
-        }
-        return {
-            "input": self.input.to_dict(),
-            "tasks": [t.to_dict() for t in self.tasks],
-            "encoder": encoder,
-        } | plain
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> NetworkSpec:
-        """The inverse of `to_dict`."""
-        parts = {
-            "input": InputSpec(**values["input"]),
-            "tasks": tuple(Task.from_dict(task) for task in values["tasks"]),
-            "encoder": EncoderSpec(**values["encoder"]),
-        }
-        return cls(**{**values, **parts})
 
 
 @dataclass(frozen=True)
@@ -124,7 +54,8 @@ class GroupingNetwork(nn.Module):
     If `recompute` is set, the activations inside stem, branches and decoders are not stored but computed again in
     the backward pass (Chen et al. 2016). A step of K branches then needs about the memory of one branch. Set
     `cuda_graphs` if parts are compiled with CUDA graphs (`mode="reduce-overhead"`). If `batched` is set,
-    training computes all branches in one pass. It is None again after a branch is removed.
+    training computes all branches in one pass. It is None again after a branch is removed. Branches that are
+    low-rank updates (`EncoderSpec.branch` "lora") are computed in one pass if `one_pass` is set.
 
     Args:
         spec: See `NetworkSpec`.
@@ -140,6 +71,7 @@ class GroupingNetwork(nn.Module):
         self.recompute = False
         self.cuda_graphs = False
         self.batched: BatchedBranches | None = None
+        self.one_pass = True
         weighs = spec.task_weighting == "uncertainty"
         self.log_variance = nn.Parameter(torch.zeros(len(spec.tasks))) if weighs else None
         generator = torch.Generator().manual_seed(spec.seed)
@@ -148,8 +80,12 @@ class GroupingNetwork(nn.Module):
             scale=spec.initial_scale, generator=generator,
         )  # fmt: skip
         self.normalise = Normalise(spec.input)
-        self.stem, branches, features = build_encoder(spec.encoder, spec.input, spec.groups, spec.seed)
+        self.stem, branches, features, self.shared = build_encoder(
+            spec.encoder, spec.input, spec.groups, spec.seed
+        )
         self.branches = Numbered(dict(enumerate(branches)))
+        if spec.encoder.frozen and spec.encoder.pretrained:
+            self.frozen_once()
         self.members = features.members
         dense = [task for task in spec.tasks if task.dense]
         if dense and not features.stride:
@@ -179,6 +115,22 @@ class GroupingNetwork(nn.Module):
         bank = [(k, number[task]) for k, kept in self.bank.kept.items() for task in kept]
         return bank + list(self.decoders)
 
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """The parts whose weights training does not change."""
+        return [part for part in (self.stem, self.shared) if isinstance(part, Frozen | SharedStages)]
+
+    @cached_property
+    def frozen_digest(self) -> str:
+        """`digest` of the frozen parts; empty without any."""
+        return digest(self.frozen) if self.frozen else ""
+
+    @property
+    def running(self) -> list[nn.Module]:
+        """The parts whose running statistics training changes."""
+        parts: list[nn.Module] = [] if isinstance(self.stem, Frozen) else [self.stem]
+        return [*parts, self.branches, self.decoders]
+
     def features(self, raw: Tensor, branches: Iterable[int] | None = None) -> dict[int, Tensor]:
         """Compute the features of the live branches, or of `branches`: `(B, F)` or `(B, F, h, w)`."""
         if self.cuda_graphs:  # they may overwrite outputs of the previous pass, but not outputs of this pass
@@ -186,10 +138,13 @@ class GroupingNetwork(nn.Module):
         shared = self._run(self.stem, self.normalise(raw))
         if self.spec.rescale_gradients:
             shared = scaled(shared, 1 / math.sqrt(self.spec.groups))
+        wanted = list(self.branches) if branches is None else sorted(set(branches))
         if self.batched is not None and self.training and branches is None:
             out = self.batched(shared)
+        elif self.shared is not None and self.one_pass:
+            held = [self.branches[k] for k in wanted]
+            out = dict(zip(wanted, self._run(self.shared, shared, held), strict=True))
         else:
-            wanted = self.branches if branches is None else sorted(set(branches))
             out = {k: self._run(self.branches[k], shared) for k in wanted}
         if self.spec.rescale_gradients:
             out = {k: scaled(f, 1 / math.sqrt(len(self.tasks))) for k, f in out.items()}
@@ -197,7 +152,7 @@ class GroupingNetwork(nn.Module):
 
     def _run(self, part: nn.Module, *inputs: Any) -> Any:
         """Compute the output of a part. In training with `recompute`, do not store its activations."""
-        if not (self.recompute and self.training and torch.is_grad_enabled()):
+        if not (self.recompute and self.training and torch.is_grad_enabled()) or isinstance(part, Frozen):
             return part(*inputs)
         return checkpoint(
             part, *inputs, use_reentrant=False, preserve_rng_state=True,
@@ -250,6 +205,22 @@ class GroupingNetwork(nn.Module):
             return
         for to, of in ((self.bank.weights, source.bank.weights), (self.bank.biases, source.bank.biases)):
             to[k].data[self.bank.rows(k, mine)].copy_(of[j].detach()[source.bank.rows(j, theirs)])
+
+    def use_frozen(self, source: GroupingNetwork) -> None:
+        """Use the frozen parts of another network in place of own ones."""
+        self.spec = replace(self.spec, encoder=source.spec.encoder)  # with the source of the weights
+        self._use(source.stem, source.shared)
+
+    def frozen_once(self) -> None:
+        """Use the frozen parts that this process already has, if it has equal ones."""
+        self._use(*frozen_once(self.spec.encoder, self.spec.input, self.stem, self.shared))
+
+    def _use(self, stem: nn.Sequential, shared: SharedStages | None) -> None:
+        self.stem, self.shared = stem, shared
+        self.__dict__.pop("frozen_digest", None)
+        for branch in self.branches.values():
+            if isinstance(branch, AdapterBranch) and shared is not None:
+                branch.attach(shared)
 
     def grouping(self) -> Grouping:
         """Return the current grouping of the gate: each task with its likeliest branch."""
@@ -342,10 +313,14 @@ class GroupModel(nn.Module):
         tasks = tuple(task for task in source.tasks if task.name in members)
         model = cls(replace(source.spec.without_weights(), tasks=tasks))
         net = model.network
-        net.stem.load_state_dict(source.stem.state_dict())
+        if source.frozen:
+            net.use_frozen(source)
+        else:
+            net.stem.load_state_dict(source.stem.state_dict())
         net.branches[0].load_state_dict(source.branches[k].state_dict())
         for n, task in enumerate(tasks):
             net.copy_head((0, n), source, (k, source.tasks.index(task)))
+        model.spec = replace(model.spec, encoder=net.spec.encoder)
         return model.to(source.gate.logits.device).train(source.training)
 
     def forward(self, raw: Tensor) -> dict[str, Tensor]:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.cost import wide_spec
-from dmtg_core.network.encoders import WIDTHS
-from dmtg_core.network.grouping_network import NetworkSpec
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.feature_overlap import cluster, feature_overlap
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Data
@@ -37,7 +36,7 @@ def affinity_plan(spec: NetworkSpec, settings: TrainSettings, most: int) -> tupl
         most: Largest number of epochs of the phase.
     """
     short = replace(settings, epochs=most, search_share=1.0, lr_schedule="constant", patience=0)
-    if spec.encoder.name in WIDTHS:
+    if spec.encoder.can_widen:
         return wide_spec(spec, AFFINITY_COST), short
     return replace(spec, groups=1, sampling="fixed"), short
 

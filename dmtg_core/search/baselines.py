@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.cost import inference_cost, naive_flops, training_flops
-from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
+from dmtg_core.network.grouping_network import GroupingNetwork
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.distillation import distil, distillation_state
 from dmtg_core.search.gradient_affinity import DIRECTIONS, GradientAffinities, projected_affinity
 from dmtg_core.training.context import LocalContext, TrainContext

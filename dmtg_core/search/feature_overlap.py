@@ -51,14 +51,16 @@ def feature_overlap(
     was_training = network.training
     network.eval()
     (branch,) = network.branches.values()
-    depth = 0 if len(network.stem) or network.spec.input.kind == "features" else 1
+    first, rest = nn.Sequential(), branch
+    if not len(network.stem) and network.spec.input.kind != "features":
+        first, rest = branch[:1], branch[1:]  # type: ignore[index]
     moments: list[Tensor] = []
     seen, generator = 0, torch.Generator().manual_seed(0)
     for batch in data.evaluate(split, min(samples, 256)):
         part = batch.inputs[: samples - seen]
         with torch.no_grad():
-            shared = branch[:depth](network.stem(network.normalise(part)))  # type: ignore[index]
-        found = _moments(network, branch[depth:], shared, part, generator)  # type: ignore[index]
+            shared = first(network.stem(network.normalise(part)))
+        found = _moments(network, rest, shared, part, generator)
         moments = [a + b for a, b in zip(moments, found, strict=True)] if moments else found
         seen += len(part)
         if seen >= samples:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from dmtg_core.network.encoders import WIDTHS
-from dmtg_core.network.grouping_network import NetworkSpec
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.training.settings import TrainSettings
 
 BASELINE, AFFINITY, GUIDED, WIDE = "naive_mtl", "affinity", "guided", "wide"
@@ -75,7 +74,7 @@ class SearchOptions:
         starts = [f"start_{i}" for i in range(self.starts)]
         if self.method == "dmtg" or spec.groups == 1:
             return starts or ["start_0"]
-        return [GUIDED, *starts, *([WIDE] if self.wide and spec.encoder.name in WIDTHS else [])]
+        return [GUIDED, *starts, *([WIDE] if self.wide and spec.encoder.can_widen else [])]
 
     def distilled(self, settings: TrainSettings) -> TrainSettings:
         """Return the settings of the distillation. It starts with the initial learning rate, without a gate."""

@@ -24,7 +24,8 @@ from typing import Any
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.cost import history_flops, inference_cost, naive_flops, wide_spec
-from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
+from dmtg_core.network.grouping_network import GroupingNetwork
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.affinity_phase import affinity_plan, compare_tasks
 from dmtg_core.search.baselines import hard_network
 from dmtg_core.search.distillation import distil, distillation_state

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.encoders import EncoderSpec
-from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec
+from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.network.threads import threads_of_step
 from dmtg_core.search.search import search
 from dmtg_core.tasks import InputSpec, Task

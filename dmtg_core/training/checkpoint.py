@@ -14,13 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dmtg_core.names import listed
-from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec
+from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.tasks import Task
 
 FORMAT = 2
 FORMATS = (1, 2)  # readable formats
 CORRECT_UP_TO = 10  # branches up to which a network of format 1 is correct; see `check_branches`
 SEAL = "sha256.json"
+FROZEN = ("stem.", "shared.")  # beginnings of the names of frozen weights
+BASE = "base"  # folder beside those of the models with the frozen weights of all of them
 
 
 class OutdatedNetworkError(ValueError):
@@ -28,35 +31,80 @@ class OutdatedNetworkError(ValueError):
 
 
 def save_network(folder: Path, network: GroupingNetwork) -> None:
-    """Write `network.json` (spec and live pairs) and `network.safetensors` (weights) into `folder`."""
+    """Write `network.json` (spec and live pairs) and `network.safetensors` (weights) into `folder`.
+
+    Frozen weights that came from files are not written, but their digest is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / "network.safetensors", network.state_dict())
     alive = [[bool(x) for x in row] for row in network.gate.alive.tolist()]
-    write_json(folder / "network.json", {"format": FORMAT, "spec": network.spec.to_dict(), "alive": alive})
+    described = {"format": FORMAT, "spec": network.spec.to_dict(), "alive": alive}
+    tensors = network.state_dict()
+    if network.frozen and network.spec.encoder.pretrained:
+        described["frozen"] = network.frozen_digest
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(FROZEN)}
+    save_tensors(folder / "network.safetensors", tensors)
+    write_json(folder / "network.json", described)
 
 
 def load_network(folder: Path, device: torch.device | str = "cpu") -> GroupingNetwork:
     """Load the network of `save_network` with its pruned shape.
 
+    Frozen weights come from the folder `BASE` beside this one (see `save_base`), or else from where they first
+    came from.
+
     Raises:
-        ValueError: If the folder has no such checkpoint or an unknown format, and as `check_branches`.
+        ValueError: If the folder has no such checkpoint or an unknown format, if frozen weights are missing or
+            have changed, and as `check_branches`.
     """
     described = read_json(folder / "network.json", "format")
     if described["format"] not in FORMATS:
         known = " and ".join(map(str, FORMATS))
         raise ValueError(f"{folder}: network format {described['format']!r}, this version reads {known}")
     try:
-        spec = NetworkSpec.from_dict(described["spec"]).without_weights()
+        spec = NetworkSpec.from_dict(described["spec"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}: network.json does not describe a network ({error})") from error
     check_branches(described["format"], spec.groups, spec.tasks, str(folder))
+    frozen = "frozen" in described
     try:
-        network = GroupingNetwork(spec)
+        if frozen:
+            network = _with_frozen(folder, spec, described["frozen"])
+        else:
+            network = GroupingNetwork(spec.without_weights())
         network.keep(torch.tensor(described["alive"]))
-        network.load_state_dict(load_tensors(folder / "network.safetensors"))
+        kept = {name: t for name, t in network.state_dict().items() if frozen and name.startswith(FROZEN)}
+        network.load_state_dict(load_tensors(folder / "network.safetensors") | kept)
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder}: network.json and network.safetensors do not fit ({error})") from error
     return network.to(device)
+
+
+def save_base(folder: Path, network: GroupingNetwork) -> None:
+    """Write the frozen weights of a network into `folder`, for all networks that have them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t for name, t in network.state_dict().items() if name.startswith(FROZEN)}
+    save_tensors(folder / "base.safetensors", tensors)
+    write_json(folder / "base.json", {"format": FORMAT, "digest": network.frozen_digest})
+
+
+def _with_frozen(folder: Path, spec: NetworkSpec, digest: str) -> GroupingNetwork:
+    """Build a network with the frozen weights of this digest."""
+    base, path = folder.parent / BASE, dict(spec.encoder.options or {}).get("path")
+    if base.is_dir() or not path or not Path(path).exists():
+        network = GroupingNetwork(spec.without_weights())
+        if not base.is_dir():
+            raise ValueError(f"{folder}: the frozen weights are missing: neither {base} nor {path} exists")
+        network.load_state_dict(network.state_dict() | load_tensors(base / "base.safetensors"))
+        network.spec, source = spec, base
+        network.frozen_once()
+    else:
+        network, source = GroupingNetwork(spec), Path(path)
+    if network.frozen_digest != digest:
+        raise ValueError(
+            f"{folder}: the frozen weights in {source} have changed since training, SHA-256 {digest[:12]} "
+            f"expected, {network.frozen_digest[:12]} found; restore them, or train again"
+        )
+    return network
 
 
 def check_branches(written: int, branches: int, tasks: Sequence[Task], where: str) -> None:
@@ -107,7 +155,10 @@ def load_model(folder: Path, device: torch.device | str = "cpu", *, branches: in
     check_branches(read_json(folder / "network.json", "format")["format"], branches, network.tasks, str(folder))
     if network.spec.groups != 1:
         raise ValueError(f"{folder}: holds a network of {network.spec.groups} branches, not one group's model")
-    model = GroupModel(network.spec)
+    model = GroupModel(network.spec.without_weights())
+    if network.frozen:
+        model.network.use_frozen(network)
+        model.spec = network.spec
     model.network.load_state_dict(network.state_dict())
     return model.to(device).eval()
 

@@ -316,11 +316,11 @@ def _non_finite(state: TrainState, losses: list[float], refused: int) -> NonFini
     )
 
 
-def _average_statistics(network: nn.Module, context: TrainContext) -> None:
+def _average_statistics(network: GroupingNetwork, context: TrainContext) -> None:
     """Average the running statistics over all workers, in one message."""
     if context.world_size == 1:
         return
-    buffers = [b for b in network.buffers() if b.is_floating_point()]
+    buffers = [b for part in network.running for b in part.buffers() if b.is_floating_point()]
     if not buffers:
         return
     flat = context.sum(torch.cat([b.flatten() for b in buffers])) / context.world_size

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
+from dmtg_core.network.grouping_network import GroupingNetwork
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.training.checkpoint import write_json
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Batch, Data

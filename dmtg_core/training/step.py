@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -144,7 +145,8 @@ def build_optimizer(network: GroupingNetwork, settings: TrainSettings) -> torch.
     step on the device without synchronisation with the host.
     """
     special = {"gate.logits", "log_variance"}
-    weights = [p for name, p in network.named_parameters() if name not in special]
+    frozen = {id(p) for part in network.frozen for p in part.parameters()}
+    weights = [p for name, p in network.named_parameters() if name not in special and id(p) not in frozen]
     gate_lr = settings.learning_rate if settings.gate_learning_rate is None else settings.gate_learning_rate
     groups = [
         {"params": weights, "lr": settings.learning_rate, "base_lr": settings.learning_rate},
@@ -157,7 +159,7 @@ def build_optimizer(network: GroupingNetwork, settings: TrainSettings) -> torch.
         options["momentum"] = 0.9
     optimizer = OPTIMIZERS[settings.optimizer](groups, **options)
     if settings.optimizer == "sgd":
-        for parameter in network.parameters():
+        for parameter in chain.from_iterable(group["params"] for group in optimizer.param_groups):
             # after a refused first step the buffer would be uninitialised memory
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     cast("Any", optimizer).grad_scale = None
@@ -204,7 +206,7 @@ def train_step(
     loss_module, device = cast("WeighedLoss", getattr(module, "module", module)), batch.inputs.device
     network = loss_module.network
     # the forward pass changes running statistics
-    statistics = _by_kind(b for m in (network.stem, network.branches, network.decoders) for b in m.buffers())
+    statistics = _by_kind(b for m in network.running for b in m.buffers())
     before = [_flat(buffers) for buffers in statistics]
     with part(COMMUNICATION, device):
         counts = context.sum(label_counts(loss_module.network.tasks, batch.targets)).clamp_min(1)
@@ -337,7 +339,8 @@ def batch_branches(network: GroupingNetwork, settings: TrainSettings, context: T
     Raises:
         ValueError: If `batch_branches` is "on" and the branches cannot be computed in one pass.
     """
-    if settings.batch_branches == "off" or len(network.branches) < 2:
+    network.one_pass = settings.batch_branches != "off"
+    if not network.one_pass or len(network.branches) < 2 or network.shared is not None:
         network.batched = None
     elif network.batched is None:
         network.batched, reason = _chosen(network, settings, context)
@@ -376,7 +379,8 @@ def _compile(network: GroupingNetwork, mode: str) -> None:
 
     network.cuda_graphs = mode == "reduce-overhead"
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, COMPILE_LIMIT)
-    single = (network.stem, *network.branches.values(), *network.decoders.values())
+    branches = network.branches.values() if network.shared is None else [network.shared.layers]
+    single = (network.stem, *branches, *network.decoders.values())
     parts = [part for part in single if any(True for _ in part.parameters())]
     if network.batched is not None:
         parts.append(network.batched.module)

@@ -18,7 +18,8 @@ from torch import nn
 
 from dmtg_core.names import listed
 from dmtg_core.network.encoders import ENCODERS, EncoderSpec
-from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec
+from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.tasks import Task
 
 
@@ -67,7 +68,9 @@ class WarmStart:
             model = self._of(k)
             if model is None:
                 continue
-            for mine, trained in zip(_stages(network, k), _stages(model.network), strict=True):
+            if model.network.frozen_digest != network.frozen_digest:
+                raise ValueError(f"{self.names[self.models.index(model)]} was trained on other frozen weights")
+            for mine, trained in zip(_trained(network, k), _trained(model.network), strict=True):
                 mine.load_state_dict(trained.state_dict())
         for k, n in network.pairs:
             model = self._of(k)
@@ -111,6 +114,8 @@ class WarmStart:
         self._check_stems(encoder.stem)
 
     def _check_stems(self, stem: int) -> None:
+        if self.models[0].network.frozen:
+            return  # `apply` compares the frozen weights
         first = _stages(self.models[0].network)[:stem]
         for name, model in zip(self.names, self.models, strict=True):
             for i, (a, b) in enumerate(zip(first, _stages(model.network)[:stem], strict=True)):
@@ -155,6 +160,11 @@ def _stages(network: GroupingNetwork, branch: int = 0) -> list[nn.Module]:
     return [*network.stem, *cast("nn.Sequential", network.branches[branch])]
 
 
+def _trained(network: GroupingNetwork, branch: int = 0) -> list[nn.Module]:
+    """Return the parts of a branch's encoder that are trained: all stages, or those that are not frozen."""
+    return [network.branches[branch]] if network.frozen else _stages(network, branch)
+
+
 def _equal(a: nn.Module, b: nn.Module) -> bool:
     mine, theirs = a.state_dict(), b.state_dict()
     return all(torch.equal(mine[key], theirs[key]) for key in mine)
@@ -174,7 +184,9 @@ def _described(encoder: EncoderSpec) -> str:
     defaults = {key: option.default for key, option in known if option.kind == option.KEYWORD_ONLY}
     options = EncoderSpec(encoder.name, 0, defaults | dict(encoder.options or {})).without_weights().options
     # through JSON, as in the folder of a model: tuples become lists
-    shown = ", ".join(f"{key}={json.dumps(value)}" for key, value in sorted((options or {}).items()))
+    values = encoder.to_dict()
+    values = {**(options or {}), **{key: values[key] for key in ("branch", "adapter") if key in values}}
+    shown = ", ".join(f"{key}={json.dumps(value)}" for key, value in sorted(values.items()))
     return f"{encoder.name}({shown})"
 
 

@@ -17,7 +17,9 @@ import torch
 from dmtg_core.evaluation.trees import train_trees
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.cost import inference_cost, naive_flops, training_flops, wide_spec
-from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
+from dmtg_core.network.encoders import EncoderSpec, heads_alone
+from dmtg_core.network.grouping_network import GroupingNetwork
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.affinity_phase import affinity_plan, compare_tasks
 from dmtg_core.search.baselines import (
     Trained,
@@ -48,6 +50,7 @@ FORMAT = 2  # format 1 had AUROC from bins, and the wrong order of more than ten
 NAIVE, AFFINITIES, WIDE, DISTILLED_WIDE, GROUPING, PAIR, PROPOSAL, SEARCH, TREE_ENSEMBLES = (
     "naive_mtl", "affinities", "wide", "wide_distilled", "grouping", "pair", "proposal", "search", "trees"
 )  # fmt: skip
+HEADS_ALONE, FULL_FINETUNING = "heads_alone", "full_finetuning"
 Result = dict[str, Any]
 
 
@@ -59,7 +62,8 @@ class Cell:
         kind: NAIVE, AFFINITIES (naive MTL again, with the affinities of the published selectors; with many tasks
             the affinities take far longer than the run), WIDE, DISTILLED_WIDE (the best of three wide encoders,
             distilled from all three), GROUPING, PAIR, PROPOSAL (the groups at which the guided search starts,
-            trained as they are), SEARCH, or TREE_ENSEMBLES (`label` is the method).
+            trained as they are), SEARCH, HEADS_ALONE (heads on a frozen encoder), FULL_FINETUNING (one encoder,
+            of which nothing is frozen), or TREE_ENSEMBLES (`label` is the method).
         seed: Seed of initial weights, data order and gate noise.
         epochs: Number of epochs; 0 for `train.epochs`.
         groups: Groups of a GROUPING, tasks of a PAIR.
@@ -204,6 +208,25 @@ def _wide(
     return _training_result(done)
 
 
+def _heads_alone(
+    _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
+) -> Result:
+    return _with_encoder(heads_alone(spec.encoder), spec, data, settings, splits)
+
+
+def _full_finetuning(
+    _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
+) -> Result:
+    return _with_encoder(replace(spec.encoder, branch="copy", adapter=None), spec, data, settings, splits)
+
+
+def _with_encoder(
+    encoder: EncoderSpec, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str]
+) -> Result:
+    network = hard_network(replace(spec, encoder=encoder), together(spec))
+    return _training_result(train_hard(network, data, settings, splits=splits, unit=naive_flops(spec)))
+
+
 def _distilled_wide(
     _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], config: Config
 ) -> Result:
@@ -284,5 +307,7 @@ TRAIN: Mapping[str, Callable[..., Result]] = {
     PAIR: _pair,
     PROPOSAL: _proposal,
     SEARCH: _search,
+    HEADS_ALONE: _heads_alone,
+    FULL_FINETUNING: _full_finetuning,
     TREE_ENSEMBLES: _trees,
 }

@@ -10,10 +10,9 @@ from typing import Any
 
 from dmtg_core.evaluation.trees import TREES, trees_apply
 from dmtg_core.grouping import Grouping
-from dmtg_core.network.encoders import WIDTHS
 from dmtg_core.search.options import SearchOptions
 from dmtg_core.tasks import Task
-from pipelines.compare.cells import NAIVE, Cell, CellJob, Result, train_cells
+from pipelines.compare.cells import FULL_FINETUNING, HEADS_ALONE, NAIVE, Cell, CellJob, Result, train_cells
 from pipelines.compare.methods import (
     EXHAUSTIVE_TASKS,
     FIRST,
@@ -122,7 +121,9 @@ def methods_of(config: Config, tasks: Sequence[Task], input_kind: str) -> list[s
         UserError: For a method that cannot run with these tasks or this encoder, and for a name that is taken.
     """
     trees = TREES if trees_apply(input_kind, tasks) else ()
-    defaults = () if "methods" in config.compare.model_fields_set else trees
+    encoder = config.encoder_spec()
+    frozen = (HEADS_ALONE, FULL_FINETUNING) if encoder.frozen and encoder.pretrained else ()
+    defaults = () if "methods" in config.compare.model_fields_set else (*frozen, *trees)
     chosen = list(dict.fromkeys((NAIVE, *config.compare.methods, *defaults)))
     if "exhaustive" in chosen and len(tasks) > EXHAUSTIVE_TASKS:
         raise UserError(
@@ -131,11 +132,18 @@ def methods_of(config: Config, tasks: Sequence[Task], input_kind: str) -> list[s
             remedy=f"leave exhaustive out, or name at most {EXHAUSTIVE_TASKS} tasks in data.tasks",
             wrong_use=True,
         )
-    if {"wide", "wide_distilled"} & {*chosen} and config.network.encoder not in WIDTHS:
+    if {"wide", "wide_distilled"} & {*chosen} and not encoder.can_widen:
         raise UserError(
-            f"encoder {config.network.encoder} has fixed widths and cannot be made wide",
+            f"encoder {encoder.name} with branch {encoder.branch} has fixed widths and cannot be made wide",
             where="compare.methods: wide",
             remedy="leave wide and wide_distilled out of compare.methods",
+            wrong_use=True,
+        )
+    if {HEADS_ALONE, FULL_FINETUNING} & {*chosen} and not encoder.pretrained:
+        raise UserError(
+            f"encoder {encoder.name} has random initial weights",
+            where=f"compare.methods: {HEADS_ALONE}, {FULL_FINETUNING}",
+            remedy="name pretrained weights in network.options, or leave these methods out",
             wrong_use=True,
         )
     if {*TREES} & {*chosen} and not trees:

@@ -20,6 +20,8 @@ from dmtg_core.search.selection import best_partition
 from pipelines.compare.cells import (
     AFFINITIES,
     DISTILLED_WIDE,
+    FULL_FINETUNING,
+    HEADS_ALONE,
     NAIVE,
     PAIR,
     SEARCH,
@@ -121,6 +123,8 @@ FIRST: Mapping[str, First] = {
     GUIDED: GUIDED_SEARCH,
     UNDISTILLED: GUIDED_SEARCH,
     "retrained": GUIDED_SEARCH,
+    HEADS_ALONE: lambda _comparison, seed: [Cell(HEADS_ALONE, seed)],
+    FULL_FINETUNING: lambda _comparison, seed: [Cell(FULL_FINETUNING, seed)],
     **{method: _trees(method) for method in TREES},
 }
 

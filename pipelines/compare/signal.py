@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from dmtg_core.grouping import Grouping
-from dmtg_core.network.encoders import WIDTHS
 from dmtg_core.tasks import Task
 from pipelines.compare.cells import NAIVE, PROPOSAL, WIDE, Cell, Result, train_cells
 from pipelines.compare.methods import random_groupings
@@ -70,7 +69,7 @@ def signal(config: Config, log: Callable[[str], None] = logger.info) -> SignalRe
     ):
         names = [task.name for task in data.tasks]
         partitions = distinct_partitions(names, min(config.network.groups, len(names)), section.partitions)
-        kinds = (NAIVE, PROPOSAL, WIDE) if config.network.encoder in WIDTHS else (NAIVE, PROPOSAL)
+        kinds = (NAIVE, PROPOSAL, WIDE) if config.encoder_spec().can_widen else (NAIVE, PROPOSAL)
         cells = [Cell.of(one, seed, epochs) for one in partitions for seed in section.seeds]
         cells += [Cell(kind, seed, epochs) for kind in kinds for seed in section.seeds]
         results = train_cells(cell_job(data, executor, folder), executor, cells, log)

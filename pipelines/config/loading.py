@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field
 
+from pipelines.config.network_section import NetworkSection
 from pipelines.config.paths import anchored, as_written, placed
 from pipelines.config.ray_section import RaySection
 from pipelines.config.regroup_section import RegroupSection
@@ -20,7 +21,6 @@ from pipelines.config.sections import (
     CompareSection,
     DataSection,
     GateSection,
-    NetworkSection,
     RunSection,
     SearchSection,
     SignalSection,
@@ -36,7 +36,7 @@ from pipelines.recipes import RECIPES, recipes
 
 if TYPE_CHECKING:  # a configuration is read without torch
     from dmtg_core.network.encoders import EncoderSpec
-    from dmtg_core.network.grouping_network import NetworkSpec
+    from dmtg_core.network.spec import NetworkSpec
     from dmtg_core.search.options import SearchOptions
     from dmtg_core.tasks import InputSpec, Task
     from dmtg_core.training.settings import TrainSettings
@@ -83,6 +83,10 @@ class Config(Section):
             del values["train"]["patience"]
         del values["train"]["trees"]  # a figure beside the result
         del values["network"]["batch_branches"]  # another order of the same computation
+        if self.network.branch != "lora":
+            del values["network"]["adapter"]
+        if self.network.branch == "copy":
+            del values["network"]["branch"]
         values = as_written(values, self.run.folder)  # the same from every working directory
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -147,11 +151,13 @@ class Config(Section):
         """The specification of the core's encoder."""
         from dmtg_core.network.encoders import EncoderSpec
 
-        return EncoderSpec(self.network.encoder, self.network.stem, dict(self.network.options))
+        network = self.network
+        adapter = network.adapter.model_dump() if network.branch == "lora" else None
+        return EncoderSpec(network.encoder, network.stem, dict(network.options), network.branch, adapter)
 
     def network_spec(self, spec: InputSpec, tasks: Sequence[Task]) -> NetworkSpec:
         """The specification of the core's network."""
-        from dmtg_core.network.grouping_network import NetworkSpec
+        from dmtg_core.network.spec import NetworkSpec
 
         return NetworkSpec(
             input=spec,

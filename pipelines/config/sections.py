@@ -78,44 +78,6 @@ class DataSection(Section):
         return value
 
 
-class NetworkSection(Section):
-    """The encoder, its division into stem and branches, and the number of groups."""
-
-    encoder: str = Field(
-        "convnet",
-        description="Encoder: one of mlp, tabm, convnet, resnet18, resnet34, resnet50, celeba_resnet, "
-        "xception_taskonomy, vit, vit_b_16, embedding_bag, text_transformer, transformers.",
-    )
-    stem: int = Field(0, ge=0, le=1000, description="Stages of the encoder that all groups share.")
-    groups: int = Field(3, ge=1, le=1000, description="Largest number of groups, K.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Options of the encoder.")
-    decoder: Literal["subpixel", "xception"] = Field("subpixel", description="Decoder of the dense tasks.")
-    decoder_width: int = Field(64, ge=1, le=2**16, description="Channels of the first layer of the decoder.")
-    rescale_gradients: bool = Field(
-        False, description="Scale gradients by 1/√N into the branches and by 1/√K into the stem."
-    )
-    batch_branches: Literal["auto", "on", "off"] = Field(
-        "auto",
-        description="Train all branches in one pass, with grouped convolutions and batched products, or one after "
-        "the other; auto chooses by the device and the size of a step.",
-    )
-    start_from: tuple[str, ...] = Field(
-        (),
-        description="Folders of finished runs, or of single models, whose weights initialise the network: one "
-        "model for all branches, or one model for each branch.",
-    )
-
-    @field_validator("batch_branches", mode="before")
-    @classmethod
-    def _as_word(cls, value: object) -> object:
-        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # YAML reads `on` as true
-
-    @field_validator("start_from", mode="before")
-    @classmethod
-    def _as_list(cls, value: object) -> object:
-        return [value] if isinstance(value, str) and value else value or []
-
-
 class TemperatureSection(Section):
     """Temperature of the gate during the search."""
 
@@ -327,8 +289,8 @@ class CompareSection(Section):
     methods: tuple[
         Literal[
             "naive_mtl", "single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag",
-            "feature_overlap", "hoa", "exhaustive", "dmtg", "guided", "undistilled", "retrained", "extra_trees",
-            "gradient_boosting",
+            "feature_overlap", "hoa", "exhaustive", "dmtg", "guided", "undistilled", "retrained", "heads_alone",
+            "full_finetuning", "extra_trees", "gradient_boosting",
         ],
         ...,
     ] = Field(
@@ -337,7 +299,8 @@ class CompareSection(Section):
             "undistilled", "retrained",
         ),
         description="Methods of the comparison. naive_mtl is always trained, because every gain is relative to "
-        "it. The default has extra_trees and gradient_boosting as well if the input is a table.",
+        "it. The default has extra_trees and gradient_boosting as well if the input is a table, and heads_alone "
+        "and full_finetuning if the encoder is pretrained and frozen.",
     )  # fmt: skip
     seeds: tuple[Seed, ...] = Field((1, 2, 3), min_length=1, description="Values of train.seed.")
     random_draws: int = Field(3, ge=1, le=1000, description="Random groupings for each seed.")

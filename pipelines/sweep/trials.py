@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from dmtg_core.network.encoders import WIDTHS
 from pipelines.config.loading import Config
 from pipelines.config.sections import SweepSection
 from pipelines.config.validation import checked
@@ -60,7 +59,7 @@ class Trial:
         gated = options.starts * settings.search_epochs
         if options.method == "dmtg" or self.config.network.groups == 1:
             return gated + settings.epochs - settings.search_epochs
-        others = 1 + (options.wide and self.config.network.encoder in WIDTHS)
+        others = 1 + (options.wide and self.config.encoder_spec().can_widen)
         distillation = options.distilled(settings).epochs if options.distil_share else 0
         return self.prelude + (options.starts + others) * settings.epochs + distillation
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dmtg_core.evaluation.bootstrap import BlockSums, compare
-from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec, clone
+from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, clone
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.search import SearchResult
 from dmtg_core.tasks import Task
 from dmtg_core.training.data import Arrays, Batch

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from dmtg_core.network.grouping_network import NetworkSpec
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.options import AFFINITY, BASELINE, DISTILLED, GUIDED, RETRAINED, WIDE
 from pipelines.config.loading import Config
 

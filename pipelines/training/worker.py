@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from dmtg_core.network.grouping_network import NetworkSpec
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.search import SearchResult, search
 from dmtg_core.training import checkpoint
 from dmtg_core.training.data import Data

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from dmtg_core.network.encoders import EncoderSpec
-from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec
+from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.training.checkpoint import save_model
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked

@@ -6,14 +6,17 @@ To add an encoder, write a function `(input, **options) -> list of modules`, and
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from dmtg_core.data_checks import check_choice
+from dmtg_core.network.adapters import AdapterBranch, AdapterOptions, SharedStages
 from dmtg_core.network.encoders.basic import convnet, mlp
 from dmtg_core.network.encoders.pretrained_text import transformers, with_config
 from dmtg_core.network.encoders.resnet import celeba_resnet, resnet
@@ -21,6 +24,7 @@ from dmtg_core.network.encoders.tabular import tabm
 from dmtg_core.network.encoders.text import embedding_bag, text_transformer
 from dmtg_core.network.encoders.vit import vit, vit_b_16
 from dmtg_core.network.encoders.xception import xception_taskonomy
+from dmtg_core.network.frozen import Frozen, copies, in_memory_once
 from dmtg_core.tasks import InputSpec
 
 # name → (function that builds the stages of one encoder, kind of its input)
@@ -62,6 +66,9 @@ LARGEST_SIZE = 2**20
 # options that select pretrained weights
 PRETRAINED = ("weights", "path")
 
+# what a branch is: stages of its own, or stages of its own after a frozen stem, or updates of frozen stages
+BRANCHES = ("copy", "last", "lora")
+
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
@@ -87,16 +94,24 @@ class EncoderSpec:
         name: A key of `ENCODERS`.
         stem: Number of stages that all groups share; 0 for an empty stem.
         options: Keyword arguments of the encoder function.
+        branch: "copy" for branches that are trained with their stem. "last" for copies of the stages after a
+            frozen stem. "lora" for low-rank updates of the stages after the stem, which are all frozen.
+        adapter: Options of `AdapterOptions`, for "lora".
 
     Raises:
-        ValueError: If the options name a folder without a model.
+        ValueError: If the options name a folder without a model, or for an unknown `branch`.
     """
 
     name: str
     stem: int = 0
     options: Mapping[str, Any] | None = None
+    branch: str = "copy"
+    adapter: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        check_choice("branch", self.branch, BRANCHES)
+        if self.adapter is not None and self.branch != "lora":
+            raise ValueError(f"options of an adapter need branch 'lora', got branch {self.branch!r}")
         if self.name == "transformers":
             object.__setattr__(self, "options", with_config(self.options or {}))
 
@@ -108,6 +123,9 @@ class EncoderSpec:
         """
         if self.name not in ENCODERS:
             raise ValueError(f"unknown encoder {self.name!r}, expected one of {', '.join(ENCODERS)}")
+        AdapterOptions.of(self.adapter)
+        if self.frozen and not self.stem:
+            raise ValueError(f"branch {self.branch!r} needs a stem, the frozen stages before the branches; got 0")
         known = list(inspect.signature(ENCODERS[self.name][0]).parameters)[1:]
         for name, value in (self.options or {}).items():
             if name not in known:
@@ -115,6 +133,28 @@ class EncoderSpec:
                 raise ValueError(f"encoder {self.name} has no option {name!r}, its options are: {valid}")
             if name in SIZES:
                 _check_size(f"option {name} of encoder {self.name}", value, several=name in LISTS)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the stem is frozen."""
+        return self.branch != "copy"
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the initial weights are read from files."""
+        return any((self.options or {}).get(key) for key in PRETRAINED)
+
+    @property
+    def can_widen(self) -> bool:
+        """Whether `widened` can change the encoder."""
+        return self.branch == "lora" or (self.branch == "copy" and self.name in WIDTHS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields ready for JSON, without those of branches for branch "copy"."""
+        values: dict[str, Any] = {"name": self.name, "stem": self.stem, "options": dict(self.options or {})}
+        if self.branch == "lora":
+            return values | {"branch": self.branch, "adapter": AdapterOptions.of(self.adapter).to_dict()}
+        return values | ({"branch": self.branch} if self.frozen else {})
 
     def without_weights(self) -> EncoderSpec:
         """Return the same architecture with random initial weights, which needs no files of weights."""
@@ -125,12 +165,17 @@ class EncoderSpec:
         """Return a copy with all widths multiplied by `factor`.
 
         The widths of the stem do not change if the encoder has a width for each stage. Widths are rounded to
-        integers, or to multiples of the number of attention heads.
+        integers, or to multiples of the number of attention heads. With branch "lora" the rank is multiplied.
 
         Raises:
             ValueError: If the widths of the encoder are fixed.
         """
-        if self.name not in WIDTHS:
+        if self.branch == "lora":
+            adapter = AdapterOptions.of(self.adapter)
+            rank = max(round(adapter.rank * factor), 1)  # alpha / rank is the scale of an update
+            wider = replace(adapter, rank=rank, alpha=adapter.alpha * rank / max(adapter.rank, 1))
+            return replace(self, adapter=wider.to_dict())
+        if not self.can_widen:
             raise ValueError(f"encoder {self.name} has fixed widths; those of {', '.join(WIDTHS)} can be changed")
         build, _ = ENCODERS[self.name]
         held = {name: option.default for name, option in inspect.signature(build).parameters.items()}
@@ -169,6 +214,11 @@ class EncoderSpec:
         return stages
 
 
+def heads_alone(encoder: EncoderSpec) -> EncoderSpec:
+    """Return a spec of the same encoder of which nothing is trained: low-rank updates of rank 0."""
+    return replace(encoder, stem=max(encoder.stem, 1), branch="lora", adapter={"rank": 0})
+
+
 @dataclass(frozen=True)
 class Features:
     """Shape of the output of a branch.
@@ -185,20 +235,55 @@ class Features:
     members: int = 0
 
 
-def build_encoder(
-    encoder: EncoderSpec, spec: InputSpec, groups: int, seed: int
-) -> tuple[nn.Sequential, list[nn.Sequential], Features]:
-    """Return the shared stem, `groups` independently initialised branches, and the shape of their features.
+class Encoder(NamedTuple):
+    """The modules of an encoder.
+
+    Args:
+        stem: The stages that all branches share, before the branches.
+        branches: The branches.
+        features: Shape of the output of a branch.
+        shared: The frozen stages of branches that are low-rank updates, else None.
+    """
+
+    stem: nn.Sequential
+    branches: list[nn.Module]
+    features: Features
+    shared: SharedStages | None
+
+
+def build_encoder(encoder: EncoderSpec, spec: InputSpec, groups: int, seed: int) -> Encoder:
+    """Build the stem and `groups` branches. They have independent initial weights with branch "copy".
 
     Raises:
-        ValueError: As `EncoderSpec.stages`.
+        ValueError: As `EncoderSpec.stages`, and if no layer is a target of the adapters.
     """
+    options = AdapterOptions.of(encoder.adapter)
+    shared, branches = None, list[nn.Module]()
     with seeded(seed):
-        first = encoder.stages(spec)
-        stem = nn.Sequential(*first[: encoder.stem])
-        branches = [nn.Sequential(*first[encoder.stem :])]
-        branches += [nn.Sequential(*encoder.stages(spec)[encoder.stem :]) for _ in range(groups - 1)]
-    return stem, branches, _features(spec, stem, branches[0])
+        stages = encoder.stages(spec)
+        first, rest = stages[: encoder.stem], stages[encoder.stem :]
+        if encoder.branch == "lora":
+            shared = SharedStages(rest, options)
+            branches += [AdapterBranch(shared, options) for _ in range(groups)]
+        elif encoder.branch == "last":
+            branches += copies(rest, groups)
+        else:
+            branches += [nn.Sequential(*rest)]
+            branches += [nn.Sequential(*encoder.stages(spec)[encoder.stem :]) for _ in range(groups - 1)]
+    stem = Frozen(*first) if encoder.frozen else nn.Sequential(*first)
+    return Encoder(stem, branches, _features(spec, stem, branches[0]), shared)
+
+
+def frozen_once(
+    encoder: EncoderSpec, spec: InputSpec, stem: nn.Sequential, shared: SharedStages | None
+) -> tuple[nn.Sequential, SharedStages | None]:
+    """Return the frozen parts that this process already has, or these. See `in_memory_once`."""
+    plain = replace(encoder, branch="copy", adapter=None).without_weights()
+    structure = json.dumps([plain.to_dict(), spec.to_dict()], sort_keys=True)
+    stem = in_memory_once(stem, structure)
+    if shared is not None:
+        shared = in_memory_once(shared, f"{structure} {shared.options.structure()}")
+    return stem, shared
 
 
 @torch.no_grad()

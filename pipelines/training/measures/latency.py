@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from dmtg_core.network.cost import inference_cost
-from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
+from dmtg_core.network.grouping_network import GroupingNetwork
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.tasks import InputSpec, Task
 from pipelines.runs.results import ALL, NAIVE, SINGLE
 

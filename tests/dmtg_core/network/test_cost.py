@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from dmtg_core import EncoderSpec, Grouping, GroupingNetwork, InputSpec, NetworkSpec, Task
 from dmtg_core.network.cost import (
     Cost,
-    _plain_attention,
     grouping_cost,
     history_flops,
     inference_cost,
     naive_flops,
+    plain_attention,
     training_flops,
     wide_spec,
 )
@@ -179,7 +179,7 @@ def test_operations_are_those_that_torch_counts(encoder: EncoderSpec, data: Inpu
     )
     network = GroupingNetwork(NetworkSpec(data, tasks, encoder, groups=3)).eval()
     sample = torch.zeros(1, *data.shape, dtype=getattr(torch, data.dtype))
-    with _plain_attention(), FlopCounterMode(display=False) as counter:
+    with plain_attention(), FlopCounterMode(display=False) as counter:
         network.forward_pairs(sample)
     assert training_flops(network) == 3 * counter.get_total_flops() > 0
 

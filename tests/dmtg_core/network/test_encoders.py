@@ -52,7 +52,7 @@ def encoder(name: str, stem: int = 0, **options) -> EncoderSpec:
 
 def build(name: str, stem: int = 0, groups: int = 1, seed: int = 0, **options):
     """Stem, branches and features."""
-    return build_encoder(encoder(name, stem, **options), SHAPES[ENCODERS[name][1]], groups, seed)
+    return build_encoder(encoder(name, stem, **options), SHAPES[ENCODERS[name][1]], groups, seed)[:3]
 
 
 def test_every_encoder_is_tested():
@@ -165,7 +165,7 @@ def test_dense_stride_limits_the_loss_of_resolution(dense_stride, stride):
 @pytest.mark.parametrize("name", ["convnet", "resnet18", "celeba_resnet", "xception_taskonomy", "vit"])
 def test_images_may_have_any_number_of_channels(name, channels):
     spec = InputSpec("image", (32, 32, channels))
-    stem, (branch,), _ = build_encoder(encoder(name), spec, 1, 0)
+    stem, (branch,), *_ = build_encoder(encoder(name), spec, 1, 0)
     assert branch.eval()(stem(torch.zeros(1, channels, 32, 32))).shape[0] == 1
 
 
@@ -181,7 +181,7 @@ def test_images_may_have_any_number_of_channels(name, channels):
     ],
 )
 def test_images_may_have_any_size_that_the_encoder_can_read(name, size, features):
-    _, (branch,), found = build_encoder(encoder(name), InputSpec("image", (*size, 3)), 1, 0)
+    _, (branch,), found, _ = build_encoder(encoder(name), InputSpec("image", (*size, 3)), 1, 0)
     assert found == features
     assert branch(torch.zeros(2, 3, *size)).shape[:2] == (2, features.channels)
 

@@ -32,7 +32,7 @@ def meta(name: str, stem: int, size: int = PIXELS, **options):
     """Stem, branch and features of an encoder on the meta device, and an image for it."""
     spec = InputSpec("image", (size, size, 3))
     with torch.device("meta"):
-        stem, (branch,), features = build_encoder(EncoderSpec(name, stem, options), spec, 1, 0)
+        stem, (branch,), features, _ = build_encoder(EncoderSpec(name, stem, options), spec, 1, 0)
         return stem, branch, features, torch.zeros(1, 3, size, size)
 
 

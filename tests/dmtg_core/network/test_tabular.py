@@ -95,7 +95,9 @@ def test_specs_are_saved_with_quantiles_and_without():
 
 
 def test_a_layer_is_that_of_the_authors():
-    (stem, (branch,), features) = build_encoder(EncoderSpec("tabm", 0, {**OPTIONS, "blocks": 1}), INPUT, 1, seed=3)
+    (stem, (branch,), features, _) = build_encoder(
+        EncoderSpec("tabm", 0, {**OPTIONS, "blocks": 1}), INPUT, 1, seed=3
+    )
     theirs = tabm.MLPBackboneBatchEnsemble(
         d_in=4 * 3 + 2, n_blocks=1, d_block=8, dropout=0.0, activation="ReLU", k=MEMBERS, tabm_init=True,
         scaling_init="normal", start_scaling_init_chunks=[3, 3, 3, 3, 1, 1],
@@ -112,11 +114,11 @@ def test_a_layer_is_that_of_the_authors():
 
 
 def test_members_have_common_weights_and_start_different():
-    _, (branch,), _ = build_encoder(EncoderSpec("tabm", 0, OPTIONS), INPUT, 1, seed=3)
+    _, (branch,), *_ = build_encoder(EncoderSpec("tabm", 0, OPTIONS), INPUT, 1, seed=3)
     out = branch(torch.randn(5, 6))
     assert out.shape == (5, MEMBERS, 8)
     assert not any(torch.equal(out[:, 0], out[:, m]) for m in range(1, MEMBERS))
-    _, (plain,), _ = build_encoder(EncoderSpec("tabm", 0, {**OPTIONS, "members": 1}), INPUT, 1, seed=3)
+    _, (plain,), *_ = build_encoder(EncoderSpec("tabm", 0, {**OPTIONS, "members": 1}), INPUT, 1, seed=3)
     more = sum(p.numel() for p in branch.parameters()) - sum(p.numel() for p in plain.parameters())
     assert more == (MEMBERS - 1) * (14 + 3 * 8 + 2 * 8)  # scales of inputs and outputs, and biases, of both layers
 

@@ -28,7 +28,7 @@ SETTINGS = TrainSettings(epochs=3, batch_size=8, learning_rate=1e-2)
 
 def branch(name: str, **options: float) -> nn.Module:
     """A branch in training mode; its weights do not depend on the options."""
-    _, (found,), _ = build_encoder(EncoderSpec(name, 0, {**OPTIONS[name], **options}), INPUTS[name], 1, 0)
+    _, (found,), *_ = build_encoder(EncoderSpec(name, 0, {**OPTIONS[name], **options}), INPUTS[name], 1, 0)
     return found.train()
 
 

@@ -6,7 +6,8 @@ import yaml
 
 from dmtg_core import AGGREGATORS, ENCODERS, GroupingNetwork, InputSpec, Task, TrainSettings
 from pipelines.config.loading import Config, load_config
-from pipelines.config.sections import NetworkSection, TrainSection
+from pipelines.config.network_section import NetworkSection
+from pipelines.config.sections import TrainSection
 from pipelines.config.validation import checked
 from pipelines.data.sources import build_source
 from pipelines.errors import UserError

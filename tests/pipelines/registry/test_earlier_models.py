@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from dmtg_core.network.encoders import EncoderSpec
-from dmtg_core.network.grouping_network import GroupingNetwork, NetworkSpec
+from dmtg_core.network.grouping_network import GroupingNetwork
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.training.checkpoint import save_model
 from pipelines.data.preprocessing import load_preparation, prepare
 from pipelines.data.sources.base import INPUT

@@ -19,7 +19,8 @@ import yaml
 from typer.testing import CliRunner
 
 from dmtg_core.network.encoders import EncoderSpec
-from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, NetworkSpec
+from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.tasks import InputSpec, Task
 from dmtg_core.training.checkpoint import save_model
 from dmtg_core.training.data import Arrays

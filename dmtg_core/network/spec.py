@@ -1,0 +1,80 @@
+"""`NetworkSpec`: everything that defines a network except its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dmtg_core.data_checks import check_choice, check_counts, check_finite
+from dmtg_core.network.decoders import DECODERS
+from dmtg_core.network.encoders import EncoderSpec
+from dmtg_core.tasks import InputSpec, Task, check_names
+
+TASK_WEIGHTINGS = ("fixed", "uncertainty")
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Everything that defines a network except its weights. `to_dict` returns it ready for JSON.
+
+    Args:
+        input: The input.
+        tasks: The N tasks.
+        encoder: The encoder and the size of the stem.
+        groups: K, the number of branches. It may be larger than N.
+        decoder: Decoder of the dense tasks, a key of `DECODERS`.
+        decoder_width: `width` of the decoder. For "subpixel" it is the channels of the first convolution, for
+            "xception" the channels after the first doubling (published: 128).
+        sampling, initial, initial_scale: Options of `GroupGate`.
+        rescale_gradients: Scale gradients by 1/√N from heads to branches and by 1/√K from branches to stem.
+        task_weighting: "fixed" for `Task.weight` alone, "uncertainty" for additional learned weights.
+        seed: Seed of the initial weights.
+
+    Raises:
+        ValueError: If there is no task, if two have one name, or for an unknown option or a number out of range.
+    """
+
+    input: InputSpec
+    tasks: tuple[Task, ...]
+    encoder: EncoderSpec
+    groups: int
+    decoder: str = "subpixel"
+    decoder_width: int = 64
+    sampling: str = "gumbel"
+    initial: str = "uniform"
+    initial_scale: float = 0.01
+    rescale_gradients: bool = False
+    task_weighting: str = "fixed"
+    seed: int = 22
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        check_names(self.tasks)
+        check_counts({"groups": self.groups, "decoder_width": self.decoder_width})
+        check_finite({"initial_scale": self.initial_scale})
+        check_choice("decoder", self.decoder, DECODERS)
+        check_choice("task_weighting", self.task_weighting, TASK_WEIGHTINGS)
+
+    def without_weights(self) -> NetworkSpec:
+        """Return a copy without pretrained weights, for a network whose weights are loaded afterwards."""
+        return replace(self, encoder=self.encoder.without_weights())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields ready for JSON. `from_dict` reads them."""
+        plain = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in ("input", "tasks", "encoder")}
+        return {
+            "input": self.input.to_dict(),
+            "tasks": [t.to_dict() for t in self.tasks],
+            "encoder": self.encoder.to_dict(),
+        } | plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NetworkSpec:
+        """The inverse of `to_dict`."""
+        parts = {
+            "input": InputSpec(**values["input"]),
+            "tasks": tuple(Task.from_dict(task) for task in values["tasks"]),
+            "encoder": EncoderSpec(**values["encoder"]),
+        }
+        return cls(**{**values, **parts})

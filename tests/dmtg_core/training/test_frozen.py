@@ -1,0 +1,167 @@
+"""Training with a frozen stem: what changes, what a checkpoint has, and where frozen weights come from."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dmtg_core import EncoderSpec, GroupingNetwork, NetworkSpec, SearchOptions, TrainSettings, fit, search
+from dmtg_core.network.frozen import IN_USE, digest
+from dmtg_core.training import checkpoint
+from dmtg_core.training.checkpoint import BASE, load_model, load_network, save_base, save_model, save_network
+from dmtg_core.training.warm_start import WarmStart
+from tests.dmtg_core import parallel, samples
+from tests.dmtg_core.samples import FEATURES, SAMPLEWISE
+from tests.dmtg_core.training.test_batching import assert_close, local
+
+TASKS = SAMPLEWISE[:4]
+WIDTHS = {"widths": [12, 12, 8]}
+SPECS = {
+    "lora": NetworkSpec(FEATURES, TASKS, EncoderSpec("mlp", 1, WIDTHS, "lora", {"rank": 2}), groups=3),
+    "last": NetworkSpec(FEATURES, TASKS, EncoderSpec("mlp", 1, WIDTHS, "last"), groups=3),
+}
+SETTINGS = TrainSettings(epochs=4, batch_size=16, learning_rate=0.02, search_share=0.5)
+
+
+@pytest.mark.parametrize("branch", ["lora", "last"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_frozen_weights_do_not_change_and_have_no_state(branch, optimizer, tmp_path):
+    spec = SPECS[branch]
+    network = GroupingNetwork(spec)
+    before, updates = digest(network.frozen), samples.snapshot(network.branches)
+    settings = replace(SETTINGS, optimizer=optimizer, weight_decay=0.1)
+    state = fit(network, samples.data(FEATURES, TASKS, 48), settings, local(tmp_path))
+    assert digest(state.network.frozen) == before == state.network.frozen_digest
+    after = samples.snapshot(state.network.branches)
+    assert any(not torch.equal(after[name], updates[name]) for name in after)
+    file, *_ = tmp_path.rglob("optimizer.safetensors")
+    names = checkpoint.load_tensors(file)
+    assert names
+    assert not [name for name in names if name.startswith(checkpoint.FROZEN)]
+
+
+def test_a_search_resumes_with_adapters(tmp_path):
+    spec, data = SPECS["lora"], samples.data(FEATURES, TASKS, 48)
+    options = SearchOptions(affinity_limit=0.5)
+    whole = search(spec, data, SETTINGS, options, context=local())
+    assert {one["stage"] for one in whole.candidates} >= {"guided", "start_0", "wide"}
+
+    class StoppedError(Exception):
+        pass
+
+    class Interrupted(type(local())):
+        reports = 0
+
+        def report(self, record, save):
+            super().report(record, save)
+            self.reports += 1
+            if self.reports == 9:
+                raise StoppedError
+
+    with pytest.raises(StoppedError):
+        search(spec, data, SETTINGS, options, context=Interrupted(tmp_path, device="cpu"))
+    resumed = search(spec, data, SETTINGS, options, context=local(tmp_path))
+    assert resumed.metrics == whole.metrics
+    assert resumed.grouping == whole.grouping
+
+
+def train_in_group(rank: int, workers: int, folder) -> None:
+    for branch, spec in SPECS.items():
+        data = samples.data(FEATURES, TASKS, 48, rank=rank, world_size=workers)
+        state = fit(GroupingNetwork(spec), data, SETTINGS, parallel.ProcessContext())
+        save_network(folder / f"{branch}_{rank}", state.network)
+
+
+@pytest.fixture(scope="module")
+def folder_with_weights(tmp_path_factory):
+    """A small BERT on disk."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=12,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("bert")
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+def text_spec(folder, branch: str, **options) -> NetworkSpec:
+    adapter = {"rank": 2} if branch == "lora" else None
+    encoder = EncoderSpec("transformers", 2, {"path": str(folder), **options}, branch, adapter)
+    tokens = replace(FEATURES, kind="tokens", shape=(10,), dtype="int32", vocabulary=40, mean=(0.0,), std=(1.0,))
+    return NetworkSpec(tokens, TASKS, encoder, groups=2)
+
+
+@pytest.mark.parametrize("branch", ["lora", "last"])
+def test_weights_from_files_are_in_memory_once_and_not_in_checkpoints(branch, folder_with_weights, tmp_path):
+    spec = text_spec(folder_with_weights, branch)
+    network, other = GroupingNetwork(spec).eval(), GroupingNetwork(replace(spec, seed=5, groups=3))
+    assert other.stem is network.stem
+    assert other.shared is network.shared
+    save_network(tmp_path / "network", network)
+    names = checkpoint.load_tensors(tmp_path / "network" / "network.safetensors")
+    assert not [name for name in names if name.startswith(checkpoint.FROZEN)]
+    loaded = load_network(tmp_path / "network").eval()
+    assert loaded.stem is network.stem
+    ids = torch.arange(1, 31).reshape(3, 10).int()
+    assert_close(loaded(ids), network(ids), 0)
+    del network, other, loaded
+    assert not [part for part in IN_USE.values() if part.state_dict()]
+
+
+@pytest.mark.parametrize("branch", ["lora", "last"])
+def test_a_base_beside_the_models_replaces_the_files(branch, folder_with_weights, tmp_path):
+    network = GroupingNetwork(text_spec(folder_with_weights, branch)).eval()
+    ids = torch.arange(1, 31).reshape(3, 10).int()
+    expected = network(ids)
+    save_base(tmp_path / "models" / BASE, network)
+    for name, model in network.specialise().items():
+        save_model(tmp_path / "models" / name, model)
+        described = json.loads((tmp_path / "models" / name / "network.json").read_text())
+        described["spec"]["encoder"]["options"]["path"] = "/nowhere"
+        (tmp_path / "models" / name / "network.json").write_text(json.dumps(described))
+        (tmp_path / "models" / name / checkpoint.SEAL).unlink()
+    models = [load_model(folder) for folder in sorted((tmp_path / "models").glob("group_*"))]
+    assert len({id(model.network.stem) for model in models}) == 1
+    found = {name: out for model in models for name, out in model(ids).items()}
+    assert_close(found, expected, 1e-5)
+
+
+def test_changed_and_missing_files_are_named(folder_with_weights, tmp_path):
+    save_network(tmp_path / "network", GroupingNetwork(text_spec(folder_with_weights, "lora")))
+    file = tmp_path / "network" / "network.json"
+    described = json.loads(file.read_text())
+    file.write_text(json.dumps(described | {"frozen": "0" * 64}))
+    with pytest.raises(ValueError, match=rf"frozen weights in {folder_with_weights} have changed"):
+        load_network(tmp_path / "network")
+    described["spec"]["encoder"]["options"]["path"] = str(tmp_path / "gone")
+    file.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"frozen weights are missing: neither .*base nor .*gone exists"):
+        load_network(tmp_path / "network")
+
+
+def test_adapters_start_from_trained_ones(folder_with_weights):
+    spec = text_spec(folder_with_weights, "lora")
+    trained = GroupingNetwork(spec)
+    with torch.no_grad():
+        for parameter in trained.branches.parameters():
+            parameter.add_(1.0)
+    models = list(trained.specialise().values())
+    fresh = GroupingNetwork(replace(spec, seed=9))
+    WarmStart(models[:1]).apply(fresh)
+    for branch in fresh.branches.values():
+        assert_close(dict(branch.state_dict()), dict(models[0].network.branches[0].state_dict()), 0)
+    random = replace(spec, encoder=spec.encoder.without_weights())
+    with pytest.raises(ValueError, match="trained on other frozen weights"):
+        WarmStart(models[:1]).apply(GroupingNetwork(random))
+
+
+def test_two_workers_equal_one(tmp_path):
+    parallel.in_group(2, train_in_group, tmp_path)
+    for branch, spec in SPECS.items():
+        alone = fit(GroupingNetwork(spec), samples.data(FEATURES, TASKS, 48), SETTINGS, local())
+        for rank in (0, 1):
+            found = load_network(tmp_path / f"{branch}_{rank}")
+            assert_close(samples.snapshot(found), samples.snapshot(alone.network), 1e-4)
