@@ -26,6 +26,7 @@ from dmtg_core.network.inputs import Normalise, scaled
 from dmtg_core.network.members import average
 from dmtg_core.network.numbered import Numbered
 from dmtg_core.network.spec import NetworkSpec
+from dmtg_core.network.trunk import is_stored_output, restored_output
 
 Pair = tuple[int, int]  # (branch, task)
 
@@ -131,11 +132,22 @@ class GroupingNetwork(nn.Module):
         parts: list[nn.Module] = [] if isinstance(self.stem, Frozen) else [self.stem]
         return [*parts, self.branches, self.decoders]
 
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Height and width of the outputs of dense tasks."""
+        return self.spec.input.shape[:2]
+
+    def output_of_stem(self, raw: Tensor) -> Any:
+        """Compute the output of the stem, or return it if the batch has stored outputs (see `trunk`)."""
+        if is_stored_output(raw):
+            return restored_output(self.stem, raw, text=self.spec.input.kind == "tokens")
+        return self._run(self.stem, self.normalise(raw))
+
     def features(self, raw: Tensor, branches: Iterable[int] | None = None) -> dict[int, Tensor]:
         """Compute the features of the live branches, or of `branches`: `(B, F)` or `(B, F, h, w)`."""
         if self.cuda_graphs:  # they may overwrite outputs of the previous pass, but not outputs of this pass
             torch.compiler.cudagraph_mark_step_begin()  # imports the compiler, which takes seconds
-        shared = self._run(self.stem, self.normalise(raw))
+        shared = self.output_of_stem(raw)
         if self.spec.rescale_gradients:
             shared = scaled(shared, 1 / math.sqrt(self.spec.groups))
         wanted = list(self.branches) if branches is None else sorted(set(branches))
@@ -163,9 +175,7 @@ class GroupingNetwork(nn.Module):
         """Compute all live heads on stored input `(B, …)`."""
         features = self.features(raw)
         rows = self.bank({k: pooled(f) for k, f in features.items()}) if self.bank.kept else raw.new_zeros(0)
-        dense = {
-            (k, n): self._run(decoder, features[k], raw.shape[1:3]) for (k, n), decoder in self.decoders.items()
-        }
+        dense = {(k, n): self._run(decoder, features[k], self.size) for (k, n), decoder in self.decoders.items()}
         return PairOutputs(rows, dense, self.members)
 
     def forward(self, raw: Tensor) -> dict[str, Tensor]:
@@ -178,7 +188,7 @@ class GroupingNetwork(nn.Module):
         assignment = self.gate.assignment()
         features = self.features(raw, assignment)
         return {
-            task.name: self.head(assignment[n], n, features[assignment[n]], raw.shape[1:3])
+            task.name: self.head(assignment[n], n, features[assignment[n]], self.size)
             for n, task in enumerate(self.tasks)
         }
 

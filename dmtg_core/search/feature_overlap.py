@@ -59,8 +59,8 @@ def feature_overlap(
     for batch in data.evaluate(split, min(samples, 256)):
         part = batch.inputs[: samples - seen]
         with torch.no_grad():
-            shared = first(network.stem(network.normalise(part)))
-        found = _moments(network, rest, shared, part, generator)
+            shared = first(network.output_of_stem(part))
+        found = _moments(network, rest, shared, generator)
         moments = [a + b for a, b in zip(moments, found, strict=True)] if moments else found
         seen += len(part)
         if seen >= samples:
@@ -73,16 +73,14 @@ def feature_overlap(
     return (flat @ flat.T).cpu()
 
 
-def _moments(
-    network: GroupingNetwork, rest: nn.Module, shared: Any, raw: Tensor, generator: torch.Generator
-) -> list[Tensor]:
+def _moments(network: GroupingNetwork, rest: nn.Module, shared: Any, generator: torch.Generator) -> list[Tensor]:
     """`Σ g gᵀ` of each task over a batch, `(C, C)` for C channels of the shared features."""
     several = isinstance(shared, tuple)  # the stages of a text encoder return (tokens, mask)
     leaf = (shared[0] if several else shared).detach().float().requires_grad_()
     features = rest((leaf, *shared[1:]) if several else leaf)
     found = []
     for n in range(len(network.tasks)):
-        output = network.head(0, n, features, raw.shape[1:3])
+        output = network.head(0, n, features, network.size)
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
         (gradient,) = torch.autograd.grad((output * signs).sum(), leaf, retain_graph=True)
         # (B, C), (B, C, h, w) and (B, L, C) to (samples and positions, C)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -67,6 +67,8 @@ class Arrays:
         labels: Task name → `(n, …)` raw labels.
         present: Task name → bool `(n,)` or `(n, H, W)`, False for a missing label. A task without an entry has
             all labels.
+        outputs: Whether the inputs are outputs of a frozen stem: bfloat16 values in an array of int16, see
+            `dmtg_core.network.trunk`.
 
     Raises:
         ValueError: For an array that is no NumPy array of numbers, or has another number of samples.
@@ -75,6 +77,7 @@ class Arrays:
     inputs: np.ndarray
     labels: Mapping[str, np.ndarray]
     present: Mapping[str, np.ndarray]
+    outputs: bool = False
 
     def __post_init__(self) -> None:
         check_lengths(self.inputs, self.labels, self.present)
@@ -115,9 +118,28 @@ class Chunks:
 
 def gather(parts: Sequence[tuple[Arrays, np.ndarray]], tasks: Sequence[Task], device: torch.device) -> Batch:
     """Gather rows of several parts into one batch, encoded on `device`."""
-    inputs = _gathered([(arrays.inputs, rows) for arrays, rows in parts], device)
+    inputs = _as_stored(_gathered([(arrays.inputs, rows) for arrays, rows in parts], device), parts[0][0])
     encoded = _encoded_on_host if device.type == "cpu" else _encoded
     return Batch(inputs, {task.name: encoded(parts, task, device) for task in tasks})
+
+
+def with_outputs(arrays: Arrays, compute: Callable[[Tensor], Tensor], batch_size: int = 256) -> Arrays:
+    """Return samples with outputs of a frozen stem in place of their inputs.
+
+    Args:
+        arrays: The samples.
+        compute: From stored inputs `(B, …)` to outputs, `dmtg_core.network.trunk.stored_output` of a network.
+        batch_size: Samples that are computed at a time.
+    """
+    starts = range(0, len(arrays), batch_size)
+    parts = [compute(torch.from_numpy(arrays.inputs[start : start + batch_size])) for start in starts]
+    stored = torch.cat(parts).cpu().view(torch.int16).numpy()
+    return Arrays(stored, arrays.labels, arrays.present, outputs=True)
+
+
+def _as_stored(inputs: Tensor, part: Arrays) -> Tensor:
+    """Inputs in the type that the network reads."""
+    return inputs.view(torch.bfloat16) if part.outputs else inputs
 
 
 def _encoded_on_host(parts: Sequence[tuple[Arrays, np.ndarray]], task: Task, device: torch.device) -> Tensor:
@@ -187,7 +209,7 @@ class DeviceArrays:
             held = next(p.present[name] for p in parts if name in p.present)
             return part.present.get(name, np.ones((len(part), *held.shape[1:]), bool))
 
-        self.inputs = _stored([part.inputs for part in parts], device)
+        self.inputs = _as_stored(_stored([part.inputs for part in parts], device), parts[0])
         self.labels = {name: _stored([p.labels[name] for p in parts], device) for name in parts[0].labels}
         self.present = {name: _stored([present(p, name) for p in parts], device) for name in masked}
 
@@ -348,7 +370,8 @@ class ArrayData:
             raise ValueError(f"the network has the tasks {names[0]}, the data has {names[1]}")
         for name, samples in self.splits.items():
             for part in parts_of(samples):
-                check_input(f"split {name!r}", part.inputs, spec)
+                if not part.outputs:
+                    check_input(f"split {name!r}", part.inputs, spec)
 
     def steps(self, batch_size: int) -> int:
         """See `epoch_steps`."""

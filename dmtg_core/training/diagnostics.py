@@ -90,7 +90,7 @@ def gradient_cosines(network: GroupingNetwork, batch: Batch, context: TrainConte
 def _feature_gradient(network: GroupingNetwork, batch: Batch, features: Tensor, k: int, n: int) -> Tensor:
     """Flat gradient of task n's loss with respect to the features of branch k."""
     task, leaf = network.tasks[n], features.detach().float().requires_grad_()
-    output = network.head(k, n, leaf, batch.inputs.shape[1:3])
+    output = network.head(k, n, leaf, network.size)
     loss = sample_loss(task, output, batch.targets[task.name]).sum()
     (gradient,) = torch.autograd.grad(loss, leaf)
     return gradient.flatten()

@@ -2,17 +2,33 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
-from dmtg_core import EncoderSpec, GroupingNetwork, NetworkSpec, SearchOptions, TrainSettings, fit, search
+from dmtg_core import (
+    ArrayData,
+    Arrays,
+    EncoderSpec,
+    GroupingNetwork,
+    InputSpec,
+    NetworkSpec,
+    SearchOptions,
+    TrainSettings,
+    fit,
+    search,
+)
 from dmtg_core.network.frozen import IN_USE, digest
+from dmtg_core.network.grouping_network import clone
+from dmtg_core.network.trunk import stored_output
 from dmtg_core.training import checkpoint
 from dmtg_core.training.checkpoint import BASE, load_model, load_network, save_base, save_model, save_network
+from dmtg_core.training.data import with_outputs
 from dmtg_core.training.warm_start import WarmStart
 from tests.dmtg_core import parallel, samples
-from tests.dmtg_core.samples import FEATURES, SAMPLEWISE
+from tests.dmtg_core.samples import DENSE, FEATURES, SAMPLEWISE
 from tests.dmtg_core.training.test_batching import assert_close, local
 
 TASKS = SAMPLEWISE[:4]
@@ -90,7 +106,7 @@ def folder_with_weights(tmp_path_factory):
 def text_spec(folder, branch: str, **options) -> NetworkSpec:
     adapter = {"rank": 2} if branch == "lora" else None
     encoder = EncoderSpec("transformers", 2, {"path": str(folder), **options}, branch, adapter)
-    tokens = replace(FEATURES, kind="tokens", shape=(10,), dtype="int32", vocabulary=40, mean=(0.0,), std=(1.0,))
+    tokens = InputSpec("tokens", (10,), "int32", vocabulary=40)
     return NetworkSpec(tokens, TASKS, encoder, groups=2)
 
 
@@ -165,3 +181,58 @@ def test_two_workers_equal_one(tmp_path):
         for rank in (0, 1):
             found = load_network(tmp_path / f"{branch}_{rank}")
             assert_close(samples.snapshot(found), samples.snapshot(alone.network), 1e-4)
+
+
+def images(branch: str) -> NetworkSpec:
+    options = {"widths": [8, 8, 8]}
+    adapter = {"rank": 2} if branch == "lora" else None
+    return NetworkSpec(
+        samples.IMAGE, (*TASKS, DENSE[0]), EncoderSpec("convnet", 1, options, branch, adapter), groups=2
+    )
+
+
+def texts_of_transformer() -> NetworkSpec:
+    tokens = replace(
+        FEATURES, kind="tokens", shape=(10,), dtype="int32", vocabulary=70_000, mean=(0.0,), std=(1.0,)
+    )
+    encoder = EncoderSpec("text_transformer", 2, {"width": 16, "heads": 2, "layers": 3}, "lora", {"rank": 2})
+    return NetworkSpec(tokens, TASKS, encoder, groups=2)
+
+
+@pytest.mark.parametrize(
+    "spec", [SPECS["lora"], images("last"), texts_of_transformer()], ids=["table", "image", "text"]
+)
+def test_training_on_stored_outputs_of_the_stem_is_that_on_inputs(spec):
+    """Outputs are rounded to bfloat16, here before they are used, so that both trainings have the same values."""
+    network = GroupingNetwork(spec)
+    if spec.input.kind == "tokens":
+        rng = np.random.default_rng(0)
+        ids = rng.integers(1, 70_000, (48, 10)).astype(np.int32) * (np.arange(10) < rng.integers(0, 11, (48, 1)))
+        raw = samples.arrays(FEATURES, TASKS, 48)
+        splits = {name: Arrays(ids.astype(np.int32), raw.labels, raw.present) for name in ("train", "val", "test")}
+        data = ArrayData(splits, TASKS)
+    else:
+        data = samples.data(spec.input, spec.tasks, 48)
+    stored = {
+        name: with_outputs(arrays, partial(stored_output, network), 7) for name, arrays in data.splits.items()
+    }
+
+    class Rounded(torch.nn.Module):
+        def forward(self, out):
+            first, *rest = out if isinstance(out, tuple) else (out,)
+            return (first.bfloat16().float(), *rest) if rest else first.bfloat16().float()
+
+    network.stem.append(Rounded())
+    settings = replace(SETTINGS, epochs=2)
+    begun = clone(network)
+    alone = fit(network, data, settings, local())
+    again = fit(begun, ArrayData(stored, spec.tasks), settings, local())
+    assert_close(samples.snapshot(again.network), samples.snapshot(alone.network), 1e-5)
+    for task, metrics in alone.history[-1]["val"].items():
+        assert again.history[-1]["val"][task] == pytest.approx(metrics, rel=1e-4)
+
+
+def test_only_outputs_of_a_frozen_stem_are_stored():
+    network = GroupingNetwork(replace(SPECS["lora"], encoder=EncoderSpec("mlp", 1, WIDTHS)))
+    with pytest.raises(ValueError, match="only the output of a frozen stem"):
+        stored_output(network, torch.zeros(2, 6))
