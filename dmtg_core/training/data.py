@@ -85,6 +85,12 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def part(self, rows: slice) -> Arrays:
+        """Return some of the samples, without a copy."""
+        labels = {name: values[rows] for name, values in self.labels.items()}
+        present = {name: values[rows] for name, values in self.present.items()}
+        return Arrays(self.inputs[rows], labels, present, self.outputs)
+
     def batch(self, tasks: Sequence[Task], rows: np.ndarray, device: torch.device) -> Batch:
         """See `Samples.batch`."""
         return gather([(self, rows)], tasks, device)
@@ -124,13 +130,7 @@ def gather(parts: Sequence[tuple[Arrays, np.ndarray]], tasks: Sequence[Task], de
 
 
 def with_outputs(arrays: Arrays, compute: Callable[[Tensor], Tensor], batch_size: int = 256) -> Arrays:
-    """Return samples with outputs of a frozen stem in place of their inputs.
-
-    Args:
-        arrays: The samples.
-        compute: From stored inputs `(B, …)` to outputs, `dmtg_core.network.trunk.stored_output` of a network.
-        batch_size: Samples that are computed at a time.
-    """
+    """Return samples with outputs of a frozen stem in place of inputs: `compute` is `stored_output` of a network."""
     starts = range(0, len(arrays), batch_size)
     parts = [compute(torch.from_numpy(arrays.inputs[start : start + batch_size])) for start in starts]
     stored = torch.cat(parts).cpu().view(torch.int16).numpy()

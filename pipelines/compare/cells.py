@@ -100,15 +100,17 @@ class CellJob:
 
     Args:
         config: Configuration of the comparison.
-        reader: Reader of the shards.
+        reader: Reader of what training reads: the shards, or the outputs of a frozen stem.
         held: Samples that the executor holds; None if they are streamed.
         run: Folder of the comparison.
+        inputs: Reader of the shards.
     """
 
     config: Config
     reader: Reader
     held: Mapping[str, Sequence[Held]] | None
     run: Location
+    inputs: Reader
 
 
 def train_cells(
@@ -153,9 +155,11 @@ def train_cell(job: CellJob, cell: Cell) -> Result:
     """
     context = LocalContext()
     config = job.config
-    data = open_data(
-        job.reader, job.held, config.data, seed=cell.seed, rank=0, world_size=1, device=context.device
+    # all of an encoder is trained on inputs
+    reader, held = (
+        (job.inputs, None) if cell.kind == FULL_FINETUNING and job.reader.outputs else (job.reader, job.held)
     )
+    data = open_data(reader, held, config.data, seed=cell.seed, rank=0, world_size=1, device=context.device)
     settings = replace(config.settings(), seed=cell.seed, epochs=cell.epochs or config.train.epochs)
     spec = replace(config.network_spec(job.reader.manifest.description.input, job.reader.tasks), seed=cell.seed)
     splits = [split for split in ("val", "test") if job.reader.manifest.rows(split)]

@@ -85,4 +85,4 @@ def cell_job(data: Prepared, executor: Executor, folder: Location) -> CellJob:
     """Write the configuration into the folder, and load the input of the cells."""
     write_config(data.config, folder)
     record_identity(folder, data.config, data.manifest.digest())
-    return CellJob(data.config, data.reader, data.samples(executor), folder)
+    return CellJob(data.config, data.training, data.samples(executor), folder, data.reader)

@@ -83,6 +83,8 @@ class Config(Section):
             del values["train"]["patience"]
         del values["train"]["trees"]  # a figure beside the result
         del values["network"]["batch_branches"]  # another order of the same computation
+        if self.data.stem_outputs == "auto":
+            del values["data"]["stem_outputs"]
         if self.network.branch != "lora":
             del values["network"]["adapter"]
         if self.network.branch == "copy":

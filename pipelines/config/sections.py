@@ -70,6 +70,17 @@ class DataSection(Section):
         description="Decoded size in GiB up to which data.cache=auto keeps the samples in memory.",
     )
 
+    stem_outputs: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Compute the outputs of a frozen stem once and keep them beside the shards, in bfloat16; auto "
+        "does so if nothing random happens before and the disk has room.",
+    )
+
+    @field_validator("stem_outputs", mode="before")
+    @classmethod
+    def _as_word(cls, value: object) -> object:
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # YAML reads `on` as true
+
     @field_validator("shards")
     @classmethod
     def _named(cls, value: str) -> str:

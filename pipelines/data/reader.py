@@ -21,11 +21,19 @@ from pipelines.storage import Location
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the columns of the chosen tasks from shards as arrays. It is safe to send to a worker."""
+    """Reads the columns of the chosen tasks from shards as arrays. It is safe to send to a worker.
+
+    Args:
+        folder: Folder of the shards.
+        manifest: Manifest of the shards.
+        tasks: The chosen tasks.
+        outputs: Whether the inputs are outputs of a frozen stem; see `pipelines.data.stem_outputs`.
+    """
 
     folder: Location
     manifest: Manifest
     tasks: tuple[Task, ...]
+    outputs: bool = False
 
     def columns(self) -> dict[str, Column]:
         """The input column and the columns of the chosen tasks."""
@@ -95,7 +103,7 @@ class Reader:
                 present[task.name] = mask & there.reshape(-1, *[1] * (mask.ndim - 1))
             elif not there.all():
                 present[task.name] = there
-        return Arrays(values[INPUT][0], labels, present)
+        return Arrays(values[INPUT][0], labels, present, self.outputs)
 
 
 def _column(chunked: pa.ChunkedArray, column: Column) -> tuple[np.ndarray, np.ndarray]:

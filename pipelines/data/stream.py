@@ -240,13 +240,7 @@ class StreamData:
         ]
 
     def _unit(self, unit: Unit) -> Arrays:
-        arrays = self.reader.read(unit.file, unit.group)
-        part = slice(unit.start, unit.stop)
-        return Arrays(
-            arrays.inputs[part],
-            {name: values[part] for name, values in arrays.labels.items()},
-            {name: values[part] for name, values in arrays.present.items()},
-        )
+        return self.reader.read(unit.file, unit.group).part(slice(unit.start, unit.stop))
 
     def _plan(self, layout: Layout, epoch: int, stream: int, rows: slice, window: int) -> Iterator[Window]:
         """The windows of a stream: an endless series over the epochs."""

@@ -194,7 +194,9 @@ def _train(
         if trial.name in names:
             write_config(trial.config, trial.run)
             own = start if trial.config.network.start_from else ()
-            jobs[trial.name] = Job(trial.config, data.reader, held, trial.run, data.notes, own)
+            jobs[trial.name] = Job(
+                trial.config, data.reader, held, trial.run, data.notes, own, outputs=data.outputs
+            )
     events = TrialEvents({trial.name: trial for trial in planned}, trackers, log)
     events.count = len(planned) - len(left)
     if isinstance(executor, EmbeddedExecutor):

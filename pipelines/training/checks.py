@@ -23,6 +23,7 @@ from pipelines.data.ingest import keeps_in_memory, load_splits
 from pipelines.data.manifest import Manifest, check_shards, check_targets, support_notes
 from pipelines.data.reader import Reader
 from pipelines.data.renewal import ensure_shards, ready_shards, renew_shards
+from pipelines.data.stem_outputs import with_outputs
 from pipelines.errors import UserError
 from pipelines.execution.choice import kept_session
 from pipelines.execution.executor import Executor, Held
@@ -43,11 +44,13 @@ class Prepared:
         config: Configuration of the command.
         reader: Reader of the chosen tasks.
         notes: Notes about tasks with little support.
+        outputs: Reader of the outputs of a frozen stem; None if training reads the inputs.
     """
 
     config: Config
     reader: Reader
     notes: tuple[str, ...]
+    outputs: Reader | None = None
 
     @property
     def manifest(self) -> Manifest:
@@ -59,10 +62,15 @@ class Prepared:
         """The chosen tasks."""
         return self.reader.tasks
 
+    @property
+    def training(self) -> Reader:
+        """The reader of what training reads."""
+        return self.outputs or self.reader
+
     def samples(self, executor: Executor) -> Mapping[str, Sequence[Held]] | None:
         """Load the samples into the memory of an executor; None if they do not fit and are streamed."""
-        kept = keeps_in_memory(self.reader, self.config.data, executor)
-        return load_splits(self.reader, executor) if kept else None
+        kept = keeps_in_memory(self.training, self.config.data, executor)
+        return load_splits(self.training, executor) if kept else None
 
 
 def prepare(
@@ -92,7 +100,9 @@ def prepare(
     else:
         check(manifest, tasks)
     notes = (*support_notes(manifest, tasks, config.data.min_support), *batch_notes(config, manifest))
-    return Prepared(config, Reader(folder, manifest, tasks), notes)
+    reader = Reader(folder, manifest, tasks)
+    training = with_outputs(config, reader, executor, log)
+    return Prepared(config, reader, notes, training if training.outputs else None)
 
 
 def batch_notes(config: Config, manifest: Manifest) -> list[str]:

@@ -142,7 +142,7 @@ def _job(config: Config, data: Prepared, run: Location, models: WarmStart | None
     """The job of the workers, without its tables and its event log."""
     start = keep_models(models, run)
     notes = (*data.notes, *baseline_notes(config, start))
-    return Job(config, data.reader, None, run, notes, start, details=True)
+    return Job(config, data.reader, None, run, notes, start, details=True, outputs=data.outputs)
 
 
 def train_monitored(

@@ -75,7 +75,7 @@ def train_group(job: Job, name: str, members: Sequence[str], before: float) -> t
     Returns:
         Validation score before and after.
     """
-    reader = replace(job.reader, tasks=tuple(task for task in job.reader.tasks if task.name in members))
+    reader = replace(job.training, tasks=tuple(task for task in job.reader.tasks if task.name in members))
     settings = group_settings(job.config)
     with temporary_folder() as scratch:
         context = GroupContext(job.run / GROUPS / name, scratch, emitter(job.event_log))

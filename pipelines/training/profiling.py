@@ -46,5 +46,6 @@ def profile(config: Config, log: Callable[[str], None]) -> Profiled:
     with open_executor(config.ray) as executor:
         data = prepare(config, executor, log)
         held, event_log = data.samples(executor), new_event_log(executor)
-        run_workers(Job(config, data.reader, held, run, event_log=event_log, profile=True), executor, log)
+        job = Job(config, data.reader, held, run, event_log=event_log, profile=True, outputs=data.outputs)
+        run_workers(job, executor, log)
     return Profiled((run / PROFILE / SHARES).read_json(), run / PROFILE)

@@ -40,6 +40,7 @@ class Job:
         profile: Only measure some steps.
         details: Also write the details of the run's page.
         trees: The figures of extra trees, to store with the result.
+        outputs: Reader of the outputs of a frozen stem, whose tables are `held`; None if training reads inputs.
     """
 
     config: Config
@@ -52,6 +53,12 @@ class Job:
     profile: bool = False
     details: bool = False
     trees: Mapping[str, Any] = field(default_factory=dict)
+    outputs: Reader | None = None
+
+    @property
+    def training(self) -> Reader:
+        """The reader of what training reads."""
+        return self.outputs or self.reader
 
 
 def work(job: Job, context: RunContext) -> None:
@@ -88,7 +95,7 @@ def _permanent_errors(job: Job, context: RunContext) -> Iterator[None]:
 def _open(job: Job, context: RunContext) -> tuple[NetworkSpec, Data]:
     config, reader = job.config, job.reader
     data = open_data(
-        reader, job.held, config.data, seed=config.train.seed,
+        job.training, job.held, config.data, seed=config.train.seed,
         rank=context.rank, world_size=context.world_size, device=context.device,
     )  # fmt: skip
     return config.network_spec(reader.manifest.description.input, reader.tasks), MonitoredData(

@@ -69,8 +69,9 @@ def _train(job: Job, _item: None) -> dict[str, Any]:
     """The figures, or the reason why scikit-learn is not there."""
     manifest, tasks, config = job.reader.manifest, job.reader.tasks, job.config
     split = "test" if manifest.rows("test") else "val"
+    held = None if job.outputs else job.held  # trees read the inputs
     data = open_data(
-        job.reader, job.held, config.data, seed=config.train.seed, rank=0, world_size=1, device=torch.device("cpu")
+        job.reader, held, config.data, seed=config.train.seed, rank=0, world_size=1, device=torch.device("cpu")
     )
     rows = quick_rows(manifest.rows("train"), math.prod(manifest.description.input.shape))
     try:

@@ -114,7 +114,7 @@ def test_results_of_a_comparison_by_the_previous_version_are_not_mixed_with_new_
 
     cell, logged = Cell("naive_mtl", 1), []
     file = locate(str(tmp_path)) / "cells" / f"{cell.name}.json"
-    job, executor = CellJob(None, None, None, locate(str(tmp_path))), EmbeddedExecutor(RaySection())
+    job, executor = CellJob(None, None, None, locate(str(tmp_path)), None), EmbeddedExecutor(RaySection())
     file.write_json({"format": FORMAT, "score": 1.0})
     assert train_cells(job, executor, [cell], logged.append)[cell]["score"] == 1.0
     file.write_json({"score": 1.0})
