@@ -26,7 +26,7 @@ from dmtg_core.network.inputs import Normalise, scaled
 from dmtg_core.network.members import average
 from dmtg_core.network.numbered import Numbered
 from dmtg_core.network.spec import NetworkSpec
-from dmtg_core.network.trunk import is_stored_output, restored_output
+from dmtg_core.network.trunk import is_stored_output, restored_output, to_store
 
 Pair = tuple[int, int]  # (branch, task)
 
@@ -142,6 +142,18 @@ class GroupingNetwork(nn.Module):
         if is_stored_output(raw):
             return restored_output(self.stem, raw, text=self.spec.input.kind == "tokens")
         return self._run(self.stem, self.normalise(raw))
+
+    @torch.no_grad()
+    def stored_output(self, raw: Tensor) -> Tensor:
+        """Compute the output of a frozen stem, ready to be stored and read in place of the input.
+
+        Raises:
+            ValueError: If the stem is not frozen.
+        """
+        if not self.frozen:
+            raise ValueError("only the output of a frozen stem can be stored: set branch to last or lora")
+        normalised = self.normalise(raw)
+        return to_store(self.stem(normalised), normalised)
 
     def features(self, raw: Tensor, branches: Iterable[int] | None = None) -> dict[int, Tensor]:
         """Compute the features of the live branches, or of `branches`: `(B, F)` or `(B, F, h, w)`."""

@@ -7,31 +7,25 @@ their ids in two further columns, `(B, L, F + 2)`. The mask and all else follows
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from dmtg_core.network.grouping_network import GroupingNetwork
-
 ID_COLUMNS = 2  # an id has 32 bits
 
 
-@torch.no_grad()
-def stored_output(network: GroupingNetwork, raw: Tensor) -> Tensor:
-    """Compute the output of the stem for stored inputs `(B, …)`, ready to be stored.
+def to_store(output: Tensor | tuple[Tensor, ...], ids: Tensor) -> Tensor:
+    """Return the output of a stem, ready to be stored.
 
-    Raises:
-        ValueError: If the stem is not frozen.
+    Args:
+        output: Output of the stem for B samples.
+        ids: Input of the stem; token ids `(B, L)` if the output is a tuple.
     """
-    if not network.frozen:
-        raise ValueError("only the output of a frozen stem can be stored: set branch to last or lora")
-    out: Tensor | tuple[Tensor, ...] = network.stem(network.normalise(raw))
-    if isinstance(out, Tensor):
-        return out.to(torch.bfloat16).contiguous()
-    ids = network.normalise(raw).int().contiguous().view(torch.bfloat16)  # (B, 2·L)
-    return torch.cat([out[0].to(torch.bfloat16), ids.view(*raw.shape, ID_COLUMNS)], -1)
+    if isinstance(output, Tensor):
+        return output.to(torch.bfloat16).contiguous()
+    columns = ids.int().contiguous().view(torch.bfloat16).view(*ids.shape, ID_COLUMNS)
+    return torch.cat([output[0].to(torch.bfloat16), columns], -1)
 
 
 def is_stored_output(stored: Tensor) -> bool:
@@ -40,7 +34,7 @@ def is_stored_output(stored: Tensor) -> bool:
 
 
 def restored_output(stem: nn.Sequential, stored: Tensor, *, text: bool) -> Any:
-    """Return the output of the stem from `stored_output`.
+    """Return the output of the stem from what `to_store` returned.
 
     Args:
         stem: The stem.

@@ -130,7 +130,7 @@ def gather(parts: Sequence[tuple[Arrays, np.ndarray]], tasks: Sequence[Task], de
 
 
 def with_outputs(arrays: Arrays, compute: Callable[[Tensor], Tensor], batch_size: int = 256) -> Arrays:
-    """Return samples with outputs of a frozen stem in place of inputs: `compute` is `stored_output` of a network."""
+    """Return samples with outputs of a frozen stem as inputs. `compute` is `GroupingNetwork.stored_output`."""
     starts = range(0, len(arrays), batch_size)
     parts = [compute(torch.from_numpy(arrays.inputs[start : start + batch_size])) for start in starts]
     stored = torch.cat(parts).cpu().view(torch.int16).numpy()

@@ -27,7 +27,6 @@ import torch
 from dmtg_core.network.frozen import digest
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.spec import NetworkSpec
-from dmtg_core.network.trunk import stored_output
 from pipelines.config.loading import Config
 from pipelines.data.manifest import Shard, broken_shards
 from pipelines.data.reader import Reader
@@ -120,7 +119,7 @@ def _plan(config: Config, reader: Reader) -> _Plan:
     network = _network(spec)
     described = json.dumps([spec.input.to_dict(), reader.manifest.digest()], sort_keys=True)
     key = hashlib.sha256(f"{digest([network.stem])} {described}".encode()).hexdigest()[:16]
-    shape = stored_output(network, _zeros(spec)).shape[1:]
+    shape = network.stored_output(_zeros(spec)).shape[1:]
     return _Plan(spec, reader, reader.folder / FOLDER / key, tuple(shape))
 
 
@@ -194,7 +193,7 @@ def _groups(plan: _Plan, shard: pq.ParquetFile) -> Iterator[pa.Table]:
         little = np.dtype(spec.dtype).newbyteorder("<")
         values = np.stack([np.frombuffer(value.as_py(), little) for value in table[INPUT]])
         raw = torch.from_numpy(values.astype(spec.dtype).reshape(-1, *spec.shape))
-        outputs = stored_output(network, raw).view(torch.int16).numpy().astype("<i2")
+        outputs = network.stored_output(raw).view(torch.int16).numpy().astype("<i2")
         column = pa.array([row.tobytes() for row in outputs], pa.binary())
         held.append(table.set_column(table.schema.get_field_index(INPUT), table.schema.field(INPUT), column))
         if sum(map(len, held)) >= _rows_of_groups(plan):

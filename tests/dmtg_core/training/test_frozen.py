@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ from dmtg_core import (
 )
 from dmtg_core.network.frozen import IN_USE, digest
 from dmtg_core.network.grouping_network import clone
-from dmtg_core.network.trunk import stored_output
 from dmtg_core.training import checkpoint
 from dmtg_core.training.checkpoint import BASE, load_model, load_network, save_base, save_model, save_network
 from dmtg_core.training.data import with_outputs
@@ -235,4 +233,4 @@ def test_training_on_stored_outputs_of_the_stem_is_that_on_inputs(spec):
 def test_only_outputs_of_a_frozen_stem_are_stored():
     network = GroupingNetwork(replace(SPECS["lora"], encoder=EncoderSpec("mlp", 1, WIDTHS)))
     with pytest.raises(ValueError, match="only the output of a frozen stem"):
-        stored_output(network, torch.zeros(2, 6))
+        network.stored_output(torch.zeros(2, 6))

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from dmtg_core.network.grouping_network import GroupingNetwork
-from dmtg_core.network.trunk import stored_output
 from pipelines.config.loading import load_config
 from pipelines.data import stem_outputs
 from pipelines.data.ingest import open_data
@@ -47,7 +46,7 @@ def test_outputs_are_those_of_the_stem(planted, monkeypatch):
     network = GroupingNetwork(config.network_spec(reader.manifest.description.input, reader.tasks)).eval()
     for file in reader.manifest.files():
         raw, outputs = reader.arrays(reader.table(file)), found.arrays(found.table(file))
-        expected = stored_output(network, torch.from_numpy(np.array(raw.inputs)))
+        expected = network.stored_output(torch.from_numpy(np.array(raw.inputs)))
         assert torch.equal(torch.from_numpy(np.array(outputs.inputs)).view(torch.bfloat16), expected)
         assert outputs.outputs
         for name, labels in raw.labels.items():
