@@ -211,9 +211,7 @@ def test_training_on_stored_outputs_of_the_stem_is_that_on_inputs(spec):
         data = ArrayData(splits, TASKS)
     else:
         data = samples.data(spec.input, spec.tasks, 48)
-    stored = {
-        name: with_outputs(arrays, partial(stored_output, network), 7) for name, arrays in data.splits.items()
-    }
+    stored = {name: with_outputs(arrays, network.stored_output, 7) for name, arrays in data.splits.items()}
 
     class Rounded(torch.nn.Module):
         def forward(self, out):
