@@ -89,7 +89,7 @@ class EncoderSpec:
         options: Keyword arguments of the encoder function.
 
     Raises:
-        ValueError: If the options name a folder without a model.
+        ValueError: If the options name files that are missing or not those of a model.
     """
 
     name: str
@@ -204,7 +204,7 @@ def build_encoder(
 @torch.no_grad()
 def _features(spec: InputSpec, stem: nn.Module, branch: nn.Module) -> Features:
     shape = (1, spec.shape[2], *spec.shape[:2]) if spec.kind == "image" else (1, *spec.shape)
-    probe = torch.zeros(shape, dtype=torch.int64 if spec.kind == "tokens" else torch.float32)
+    probe = torch.full(shape, spec.padding, dtype=torch.int64 if spec.kind == "tokens" else torch.float32)
     modes = [(m, m.training) for part in (stem, branch) for m in part.modules()]
     stem.eval(), branch.eval()  # the probe must not change running statistics
     out = branch(stem(probe))
