@@ -86,10 +86,8 @@ def features_of(reader: Reader, without: Collection[str] = ()) -> Features | Non
     if drawn is None:
         return None
     targets = [target_values(task, drawn) for task in tasks]
-    if spec.kind == "tokens":
-        inputs = text_length(drawn.inputs, spec.padding)
-    else:
-        inputs = table_values(drawn.inputs, preparation)
+    texts = spec.kind == "tokens"
+    inputs = text_length(drawn.inputs, spec.padding) if texts else table_values(drawn.inputs, preparation)
     rows = [feature_row(one, targets) for one in inputs]
     shown = most_associated(rows)
     return Features(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dmtg_core.network.encoders.basic import convnet, mlp
+from dmtg_core.network.encoders.pretrained_images import timm
 from dmtg_core.network.encoders.pretrained_text import transformers, with_config
 from dmtg_core.network.encoders.resnet import celeba_resnet, resnet
 from dmtg_core.network.encoders.tabular import tabm
@@ -35,6 +36,7 @@ ENCODERS: Mapping[str, tuple[Callable[..., list[nn.Module]], str]] = {
     "xception_taskonomy": (xception_taskonomy, "image"),
     "vit": (vit, "image"),
     "vit_b_16": (vit_b_16, "image"),
+    "timm": (timm, "image"),
     "embedding_bag": (embedding_bag, "tokens"),
     "text_transformer": (text_transformer, "tokens"),
     "transformers": (transformers, "tokens"),
@@ -58,6 +60,9 @@ SIZES = (
 )  # fmt: skip
 LISTS = ("widths",)
 LARGEST_SIZE = 2**20
+
+# encoder → packages that it needs in addition to those of this one
+LIBRARIES: Mapping[str, tuple[str, ...]] = {"timm": ("timm",), "transformers": ("transformers",)}
 
 # options that select pretrained weights
 PRETRAINED = ("weights", "path")

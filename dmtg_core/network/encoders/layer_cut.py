@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmtg_core.network.encoders.calls import Call, Skipped, calls_of, leading_to, replace_module
 from dmtg_core.network.encoders.masks import register
 from dmtg_core.network.encoders.text import Tokens, read
 
@@ -81,14 +82,6 @@ class Recorder(nn.Module):
         tensors: list[Tensor] = []
         seen, self.seen = self.seen, ()
         return _mapped(seen, lambda value: _plain(value, tensors)), tensors
-
-
-class Skipped(nn.Module):
-    """In the place of a module after the layers: returns its first argument."""
-
-    def forward(self, tokens: Tensor, *_args: Any, **_options: Any) -> Tensor:
-        """Return the tokens."""
-        return tokens
 
 
 class Embedding(_OfLibrary):
@@ -186,21 +179,6 @@ def output_of(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a module: its arguments, its output, and when it began and ended."""
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    output: Any
-    begun: int
-    ended: int
-
-    @property
-    def tokens(self) -> Any:
-        return self.output[0] if isinstance(self.output, tuple) else self.output
-
-
 def cut(model: nn.Module, ids: Tensor, padding: int) -> list[nn.Module]:
     """Cut a model into its stages: the embedding, and each layer; the last ends in the final norm, if any.
 
@@ -217,12 +195,12 @@ def cut(model: nn.Module, ids: Tensor, padding: int) -> list[nn.Module]:
     """
     model.eval()
     with torch.no_grad():
-        calls, expected = _calls(model, ids, read(ids, padding))
+        calls, expected = calls_of(model, lambda: output_of(model, ids, read(ids, padding)))
         path = _list_of_layers(model, calls)
         called = {call.module: call for call in calls}
         layers = [called[layer] for layer in model.get_submodule(path).children()]
         _check_between(model, calls, layers)
-        after = _after(calls, layers[-1], expected)
+        after = leading_to(calls, layers[-1], expected)
         first = _without(model, path, layers, calls, padding)
         stages = _stages(first, [call.module for call in layers], ids)
         if after:
@@ -234,30 +212,7 @@ def cut(model: nn.Module, ids: Tensor, padding: int) -> list[nn.Module]:
     return stages
 
 
-def _calls(model: nn.Module, ids: Tensor, mask: Tensor) -> tuple[list[_Call], Tensor]:
-    """All calls of modules of the library's own forward, in the order of their ends, and its output."""
-    calls: list[_Call] = []
-    begun: list[int] = []
-    clock = iter(range(10**9))
-
-    def begin(_module: nn.Module, _args: Any) -> None:
-        begun.append(next(clock))
-
-    def end(module: nn.Module, args: Any, output: Any) -> None:
-        calls.append(_Call(module, args, output, begun.pop(), next(clock)))
-
-    hooks = [module.register_forward_pre_hook(begin) for module in model.modules()]
-    hooks += [module.register_forward_hook(end) for module in model.modules()]
-    try:
-        return calls, output_of(model, ids, mask)
-    except Exception as error:  # each model has errors of its own
-        raise ValueError(f"its forward does not take ids and a mask alone ({error})") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _list_of_layers(model: nn.Module, calls: list[_Call]) -> str:
+def _list_of_layers(model: nn.Module, calls: list[Call]) -> str:
     """Name of the list of layers: the largest, each of whose modules of one class is called once."""
     times = Counter(call.module for call in calls)
     lists = {name: list(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
@@ -275,7 +230,7 @@ def _list_of_layers(model: nn.Module, calls: list[_Call]) -> str:
     )
 
 
-def _check_between(model: nn.Module, calls: list[_Call], layers: list[_Call]) -> None:
+def _check_between(model: nn.Module, calls: list[Call], layers: list[Call]) -> None:
     """Refuse modules that run between layers, and layers that run in another order."""
     if any(b.begun < a.ended for a, b in pairwise(layers)):
         raise ValueError("its layers do not run one after the other")
@@ -289,19 +244,7 @@ def _check_between(model: nn.Module, calls: list[_Call], layers: list[_Call]) ->
         raise ValueError("its layers do not take the tokens as their first argument")
 
 
-def _after(calls: list[_Call], last: _Call, output: Tensor) -> list[nn.Module]:
-    """The modules whose outputs lead from the last layer to the output."""
-    modules: list[nn.Module] = []
-    while output is not last.tokens:
-        makers = [call for call in calls if call.begun > last.ended and call.output is output]
-        if not makers or len(makers[0].args) != 1:
-            raise ValueError("its output is not that of a module after the last layer")
-        modules.insert(0, makers[0].module)
-        (output,) = makers[0].args
-    return modules
-
-
-def _without(model: nn.Module, path: str, layers: list[_Call], calls: list[_Call], padding: int) -> Embedding:
+def _without(model: nn.Module, path: str, layers: list[Call], calls: list[Call], padding: int) -> Embedding:
     """The model without its layers and without all that is called after them."""
     names = {module: name for name, module in model.named_modules()}
     recorders = []
@@ -310,14 +253,9 @@ def _without(model: nn.Module, path: str, layers: list[_Call], calls: list[_Call
         recorders.append(Recorder(call.module, outputs))
     for call in calls:
         if call.begun > layers[-1].ended:
-            _replace(model, names[call.module], Skipped())
-    _replace(model, path, nn.ModuleList(recorders))
+            replace_module(model, names[call.module], Skipped())
+    replace_module(model, path, nn.ModuleList(recorders))
     return Embedding(model, path, padding)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)
 
 
 def _stages(first: Embedding, layers: list[nn.Module], ids: Tensor) -> list[nn.Module]:

@@ -18,6 +18,7 @@ from dmtg_core.network.encoders.pooling import pooling_of
 from dmtg_core.training.checkpoint import load_model, load_network, save_model, save_network
 from tests.dmtg_core.network.test_encoders import LENGTH, SHAPES, TINY_BERT, VOCABULARY, encoder, inputs_for
 from tests.dmtg_core.samples import SAMPLEWISE, assert_same_tensors, assigned
+from tests.pretrained import pretrained
 
 library = pytest.importorskip("transformers")
 
@@ -218,7 +219,7 @@ def test_gradients_of_positions_are_scaled_like_those_of_tokens():
         (TINY_BERT | {"model_type": "albert", "embedding_size": 6}, "'albert' .* share their weights: encoder.al"),
         (FAMILIES["deberta-v2"] | {"conv_kernel_size": 3}, "encoder.conv runs between its layers"),
         ({"model_type": "t5", "vocab_size": 20, "d_model": 8, "num_layers": 1, "d_kv": 4, "num_heads": 2},
-         "'t5' into stages: its forward does not take ids and a mask alone"),
+         "'t5' into stages: its forward does not take the input alone"),
         ({"model_type": "vit", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}, "reads tok"),
         ({"model_type": "t7"}, "no encoder of the model type 't7'"),
     ],
@@ -364,3 +365,27 @@ def test_a_folder_without_safetensors_is_refused(folder):
         weights.unlink()
     with pytest.raises(ValueError, match="cannot load the weights in"):
         spec.stages(TOKENS)
+
+
+# --- real weights
+
+
+@pytest.mark.soak
+@torch.no_grad()
+def test_a_published_sentence_encoder_equals_the_library_and_tells_meanings():
+    folder = pretrained("minilm")
+    tokenizer = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    texts = ["A man is eating food.", "A man eats something.", "The stock market fell sharply today."]
+    given = tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt")
+    spec = InputSpec("tokens", (16,), "uint16", vocabulary=30522)
+    encoder = EncoderSpec("transformers", 5, {"path": str(folder)})
+    stages = encoder.stages(spec)
+    assert (len(stages), encoder.options["pooling"]) == (7, "mean")
+    model = library.AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    mask = given["attention_mask"]
+    expected = pooled_by_hand(model(given["input_ids"], attention_mask=mask).last_hidden_state, mask.bool())
+    found = nn.Sequential(*stages).eval()(given["input_ids"])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    a, b, c = nn.functional.normalize(found)
+    assert a @ b > 0.7
+    assert a @ c < 0.3
