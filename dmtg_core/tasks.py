@@ -305,8 +305,7 @@ class InputSpec:
     """The input of a network: stored shape and dtype, and the constants of its normalisation.
 
     Args:
-        kind: "image" (stored `(H, W, C)`), "features" (stored `(F,)`) or "tokens" (stored `(L,)`, ids with 0 for
-            padding).
+        kind: "image" (stored `(H, W, C)`), "features" (stored `(F,)`) or "tokens" (stored `(L,)`, ids).
         shape: Stored shape of one sample.
         dtype: Name of the stored numpy dtype.
         mean, std: One value, or one for each channel (feature). Not used for tokens.
@@ -314,6 +313,7 @@ class InputSpec:
         quantiles: For each feature, quantiles of its values at equal distances of probability, from the smallest
             to the largest value. Such a feature is mapped to a normal distribution, not standardised by mean and
             std. Empty for a feature that is standardised. All that are not empty have one length.
+        padding: Token id of padding.
     """
 
     kind: str
@@ -323,6 +323,7 @@ class InputSpec:
     std: tuple[float, ...] = (1.0,)
     vocabulary: int = 0
     quantiles: tuple[tuple[float, ...], ...] = ()
+    padding: int = 0
 
     def __post_init__(self) -> None:
         for name in ("shape", "mean", "std"):
@@ -339,6 +340,8 @@ class InputSpec:
             raise ValueError(f"{self.kind} input cannot have a vocabulary of {self.vocabulary}")
         if self.kind == "tokens" and self.dtype not in ("uint16", "int32"):
             raise ValueError(f"tokens are stored as uint16 or int32, got {self.dtype}")
+        if not 0 <= self.padding < max(self.vocabulary, 1):
+            raise ValueError(f"a vocabulary of {self.vocabulary} has no id {self.padding} for padding")
         self._check_constants()
 
     def _check_constants(self) -> None:
@@ -370,8 +373,9 @@ class InputSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields ready for JSON. `InputSpec(**...)` reads them."""
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
-        if not self.quantiles:
-            del values["quantiles"]
+        for name in ("quantiles", "padding"):
+            if not values[name]:  # as in files of earlier versions
+                del values[name]
         return values
 
 

@@ -88,7 +88,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scaled(x: Any, factor: float) -> Any:
-    """Return `x` with its gradient scaled. For the pair (tokens, mask) of a text encoder, scale the tokens'."""
+    """Return `x` with its gradient scaled. In the state of a text encoder, scale each part but masks and ids."""
     if isinstance(x, tuple):
-        return (_ScaleGradient.apply(x[0], factor), *x[1:])
+        return tuple(scaled(part, factor) if part.is_floating_point() else part for part in x)
     return _ScaleGradient.apply(x, factor)

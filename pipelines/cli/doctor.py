@@ -14,7 +14,8 @@ from pipelines.cli.options import Debug, Json, Overrides, RayFile, command_line,
 if TYPE_CHECKING:
     from pipelines.cli.checks import Subject
 
-EXTRAS = {"text": "text", "transformers": "transformers"}  # kind of source or encoder → extra of the package
+# kind of source or encoder → extra of the package
+EXTRAS = {"text": "text", "transformers": "transformers", "timm": "vision"}
 
 
 def doctor(

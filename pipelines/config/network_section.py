@@ -31,7 +31,7 @@ class NetworkSection(Section):
     encoder: str = Field(
         "convnet",
         description="Encoder: one of mlp, tabm, convnet, resnet18, resnet34, resnet50, celeba_resnet, "
-        "xception_taskonomy, vit, vit_b_16, embedding_bag, text_transformer, transformers.",
+        "xception_taskonomy, vit, vit_b_16, timm, embedding_bag, text_transformer, transformers.",
     )
     stem: int = Field(0, ge=0, le=1000, description="Stages of the encoder that all groups share.")
     groups: int = Field(3, ge=1, le=1000, description="Largest number of groups, K.")

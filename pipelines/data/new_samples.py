@@ -7,8 +7,9 @@ one after another, in the order of the files; a file is not held in memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ from pipelines.errors import UserError
 from pipelines.storage import Location
 
 JSON_LINES = (".jsonl", ".ndjson")
+IMAGE_FORM = ("resize", "interpolation", "crop_share")  # options of the reader of a folder of images
 ROW = "row"  # name of the id where the samples have none: the number of the row, from 1
 
 
@@ -92,8 +94,8 @@ def raw_form(source: Mapping[str, Any]) -> dict[str, Any]:
         source: Kind and options of the raw data, as a manifest or a configuration has them; empty if unknown.
 
     Returns:
-        `kind`, and of the options those that are set of `id_column`, `resize` and `targets` (the columns of the
-        tasks). Empty for an unknown source.
+        `kind`, and of the options those that are set of `id_column`, `IMAGE_FORM` and `targets` (the columns of
+        the tasks). Empty for an unknown source.
     """
     kind = str(source.get("kind"))
     if kind not in SOURCES:
@@ -104,7 +106,7 @@ def raw_form(source: Mapping[str, Any]) -> dict[str, Any]:
         return {"kind": kind}
     tasks = getattr(options, "tasks", ())
     form: dict[str, Any] = {"kind": kind, "targets": [task.column for task in tasks if hasattr(task, "column")]}
-    form |= {name: getattr(options, name, None) for name in ("id_column", "resize")}
+    form |= {name: getattr(options, name, None) for name in ("id_column", *IMAGE_FORM)}
     return {key: value for key, value in form.items() if value}
 
 
@@ -130,7 +132,7 @@ def new_samples(
     if preparation:
         return TableSamples(files, preparation, form, id_column)
     if form.get("kind") == "folder" and "resize" in form:
-        return ImageSamples(files, spec.shape[0], form["resize"])
+        return ImageSamples(files, _storing(form, spec.shape[0]))
     raise UserError(
         "the model does not record how its input is prepared from files",
         where=f"input of kind {spec.kind}, shape {spec.shape}",
@@ -221,13 +223,19 @@ class TableSamples:
         return self.unseen.remarks()
 
 
+def _storing(form: Mapping[str, Any], size: int) -> Callable[[Location], np.ndarray]:
+    """How an image file is read, from the form of a model; those of earlier versions have `resize` alone."""
+    how = {"interpolation": form.get("interpolation", "bilinear"), "share": form.get("crop_share", 1.0)}
+    return partial(stored_image, size=size, how=form["resize"], **how)
+
+
 class ImageSamples:
     """Image files, and the image files of folders; see `new_samples`. The id is the path in the folder."""
 
     id_name, numbered = "image", False
 
-    def __init__(self, files: Sequence[Location], size: int, resize: str) -> None:
-        self.files, self.size, self.resize = files, size, resize
+    def __init__(self, files: Sequence[Location], stored: Callable[[Location], np.ndarray]) -> None:
+        self.files, self.stored = files, stored
 
     def check(self) -> Sequence[str]:
         """See `Samples.check`."""
@@ -254,7 +262,7 @@ class ImageSamples:
         """See `Samples`."""
         for name, place in self._images():
             try:
-                yield Sample(name, name, stored_image(place, self.size, self.resize))
+                yield Sample(name, name, self.stored(place))
             except BadSampleError as error:
                 yield Sample(name, name, None, str(error))
 

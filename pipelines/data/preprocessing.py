@@ -169,7 +169,7 @@ class TextPreparation:
         return tokenizer
 
     def row(self, cells: Mapping[str, Any]) -> np.ndarray:
-        """uint16 or int32 (L,), padded with 0.
+        """uint16 or int32 (L,), with the tokenizer's padding.
 
         Raises:
             ValueError: For a value that is not a text, and for an empty text.
@@ -177,8 +177,9 @@ class TextPreparation:
         text = cells[self._column]
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"expected a text in column {self._column}, got {text!r}")
-        ids = np.array(self._tokenizer.encode(text).ids, self._dtype)
-        if not ids.any():
+        found = self._tokenizer.encode(text)
+        ids = np.array(found.ids, self._dtype)
+        if not any(found.attention_mask):
             raise ValueError(f"no token in the text {text!r} of column {self._column}")
         return ids
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dmtg_core.grouping import Grouping
+from dmtg_core.network.encoders import LIBRARIES
 from dmtg_core.network.grouping_network import GroupModel
 from pipelines.data.preprocessing import Preparation, load_preparation
 from pipelines.errors import UserError
@@ -137,9 +138,15 @@ def _save(
         artifacts={"groups": str(groups)} | _artifacts(origin, facts, folder),
         signature=_signature(models, origin.example, how),
         input_example=origin.example if how is None else [how.example()] * 2,
-        pip_requirements=REQUIREMENTS + [_pinned(name) for name in (how.libraries if how else ())],
+        pip_requirements=REQUIREMENTS + [_pinned(name) for name in _libraries(models, how)],
         metadata=metadata,
     )
+
+
+def _libraries(models: Mapping[str, GroupModel], how: Preparation | None) -> list[str]:
+    """Packages that the encoders and the preparation need in addition."""
+    needed = [name for model in models.values() for name in LIBRARIES.get(model.spec.encoder.name, ())]
+    return list(dict.fromkeys([*needed, *(how.libraries if how else ())]))
 
 
 def _separate_registry() -> bool:

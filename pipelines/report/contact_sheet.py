@@ -148,7 +148,7 @@ class Sheet:
         """An image as a picture, features as a strip, tokens as text, or as ids if there is no tokenizer."""
         spec = self._description.input
         if spec.kind == "tokens":
-            return Shown("input", text_of(sample.inputs, self._description.preparation))
+            return Shown("input", text_of(sample.inputs, spec.padding, self._description.preparation))
         if spec.kind == "features":
             return show_features(sample.inputs, spec, self._span, sample.id)
         shape = " × ".join(str(length) for length in spec.shape)
@@ -183,9 +183,9 @@ def standardised(spec: InputSpec, values: np.ndarray) -> np.ndarray:
     return (values.astype(np.float64) - np.array(spec.mean)) / np.array(spec.std)
 
 
-def text_of(ids: np.ndarray, preparation: Mapping[str, Any]) -> str:
+def text_of(ids: np.ndarray, padding: int, preparation: Mapping[str, Any]) -> str:
     """The text of token ids, decoded by their tokenizer; the ids if there is no tokenizer."""
-    found = [int(i) for i in ids if i]
+    found = [int(i) for i in ids if i != padding]
     try:
         from tokenizers import Tokenizer, decoders
     except ImportError:

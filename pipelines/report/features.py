@@ -86,7 +86,8 @@ def features_of(reader: Reader, without: Collection[str] = ()) -> Features | Non
     if drawn is None:
         return None
     targets = [target_values(task, drawn) for task in tasks]
-    inputs = text_length(drawn.inputs) if spec.kind == "tokens" else table_values(drawn.inputs, preparation)
+    texts = spec.kind == "tokens"
+    inputs = text_length(drawn.inputs, spec.padding) if texts else table_values(drawn.inputs, preparation)
     rows = [feature_row(one, targets) for one in inputs]
     shown = most_associated(rows)
     return Features(
@@ -146,9 +147,9 @@ def target_values(task: Task, drawn: Arrays) -> Values:
     )
 
 
-def text_length(ids: np.ndarray) -> list[Values]:
-    """Lengths of texts `(n, L)` in tokens; 0 is padding."""
-    return [Values("length of the text", (ids != 0).sum(1).astype(np.float64), unit="tokens")]
+def text_length(ids: np.ndarray, padding: int) -> list[Values]:
+    """Lengths of texts `(n, L)` in tokens without padding."""
+    return [Values("length of the text", (ids != padding).sum(1).astype(np.float64), unit="tokens")]
 
 
 def table_values(inputs: np.ndarray, preparation: Mapping[str, Any]) -> list[Values]:

@@ -141,3 +141,15 @@ def write_goemotions(root: Path, rows: int = 12) -> Path:
             lines.append(f"{' '.join(words)} {i}\t{ids[0]},{ids[1]}\t{split}{i}\n")
         (root / f"{split}.tsv").write_text("".join(lines))
     return root
+
+
+def write_goemotions_minilm(root: Path) -> Path:
+    """GoEmotions with the tokenizer of an encoder, whose token 0 is padding."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "[UNK]", *EMOTIONS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    write_goemotions(root)
+    tokenizer.save(str(root / "tokenizer.json"))
+    return root

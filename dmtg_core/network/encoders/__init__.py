@@ -18,6 +18,7 @@ from torch import nn
 from dmtg_core.data_checks import check_choice
 from dmtg_core.network.adapters import AdapterBranch, AdapterOptions, SharedStages
 from dmtg_core.network.encoders.basic import convnet, mlp
+from dmtg_core.network.encoders.pretrained_images import timm
 from dmtg_core.network.encoders.pretrained_text import transformers, with_config
 from dmtg_core.network.encoders.resnet import celeba_resnet, resnet
 from dmtg_core.network.encoders.tabular import tabm
@@ -39,6 +40,7 @@ ENCODERS: Mapping[str, tuple[Callable[..., list[nn.Module]], str]] = {
     "xception_taskonomy": (xception_taskonomy, "image"),
     "vit": (vit, "image"),
     "vit_b_16": (vit_b_16, "image"),
+    "timm": (timm, "image"),
     "embedding_bag": (embedding_bag, "tokens"),
     "text_transformer": (text_transformer, "tokens"),
     "transformers": (transformers, "tokens"),
@@ -62,6 +64,9 @@ SIZES = (
 )  # fmt: skip
 LISTS = ("widths",)
 LARGEST_SIZE = 2**20
+
+# encoder → packages that it needs in addition to those of this one
+LIBRARIES: Mapping[str, tuple[str, ...]] = {"timm": ("timm",), "transformers": ("transformers",)}
 
 # options that select pretrained weights
 PRETRAINED = ("weights", "path")
@@ -99,7 +104,8 @@ class EncoderSpec:
         adapter: Options of `AdapterOptions`, for "lora".
 
     Raises:
-        ValueError: If the options name a folder without a model, or for an unknown `branch`.
+        ValueError: If the options name files that are missing or not those of a model, or for an unknown
+            `branch`.
     """
 
     name: str
@@ -289,7 +295,7 @@ def frozen_once(
 @torch.no_grad()
 def _features(spec: InputSpec, stem: nn.Module, branch: nn.Module) -> Features:
     shape = (1, spec.shape[2], *spec.shape[:2]) if spec.kind == "image" else (1, *spec.shape)
-    probe = torch.zeros(shape, dtype=torch.int64 if spec.kind == "tokens" else torch.float32)
+    probe = torch.full(shape, spec.padding, dtype=torch.int64 if spec.kind == "tokens" else torch.float32)
     modes = [(m, m.training) for part in (stem, branch) for m in part.modules()]
     stem.eval(), branch.eval()  # the probe must not change running statistics
     out = branch(stem(probe))

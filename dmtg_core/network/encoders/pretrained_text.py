@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping
-from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,118 +11,150 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmtg_core.network.encoders.text import Mean, Tokens, read
+from dmtg_core.network.encoders.layer_cut import cut
+from dmtg_core.network.encoders.library import library, name_layers
+from dmtg_core.network.encoders.masks import EAGER, SDPA, register
+from dmtg_core.network.encoders.pooling import POOLINGS, pooling_of
 from dmtg_core.tasks import InputSpec
 
-# model type of the library → path of its layers. A layer maps tokens and a mask to tokens `(B, L, F)`.
-LAYERS: Mapping[str, str] = {"bert": "encoder.layer", "distilbert": "transformer.layer"}
+TRIAL = 8  # tokens of a text of the trial that compares the stages with the library's model
 
 
 def transformers(
-    spec: InputSpec, *, path: str = "", config: Mapping[str, Any] | None = None, dropout: float = 0.0
+    spec: InputSpec,
+    *,
+    path: str = "",
+    config: Mapping[str, Any] | None = None,
+    pooling: str = "auto",
+    dropout: float = 0.0,
 ) -> list[nn.Module]:
-    """A BERT or DistilBERT of the `transformers` library, with a stage for the embedding and one for each layer.
+    """An encoder of the `transformers` library, with a stage for the embedding and one for each layer.
 
-    The last stage ends in the mean over the tokens that are not padding. A text that is only padding is read as
-    one padding token. Nothing is downloaded.
+    The model is cut by its own structure; see `layer_cut`. The last stage ends in the pooling of the tokens. A
+    text that is only padding is read as one padding token. Nothing is downloaded.
 
     Args:
         spec: A token input with ids of the model's own tokenizer.
         path: Folder written by `save_pretrained`, with `config.json` and safetensors. Empty for random weights.
         config: The library's configuration of the architecture. By default `EncoderSpec` reads it from `path`, so
             that a saved network can be built without the folder.
+        pooling: "mean" over the tokens that are not padding, "max" over them, or "cls" for the first token. With
+            "auto", `EncoderSpec` reads it from the files of sentence-transformers in `path`; without them it is
+            "mean".
         dropout: Share of values dropped during training. It replaces that of `config`. See `text_transformer`.
 
     Raises:
-        ValueError: If the library or the folder is missing, if the architecture is not supported, or if the
-            input's vocabulary, length or padding does not fit the model.
+        ValueError: If the library or the folder is missing, if the model cannot be cut, if its weights are
+            incomplete, or if the input's vocabulary, length or padding does not fit the model.
     """
-    described = with_config({"path": path, "config": config})["config"]
-    if not described:
+    options = with_config({"path": path, "config": config, "pooling": pooling})
+    if not options["config"]:
         raise ValueError("encoder transformers needs the option path (a local folder) or config, got neither")
-    library = _library()
-    kind = described.get("model_type")
-    if kind not in LAYERS:
-        raise ValueError(f"encoder transformers cuts {' and '.join(LAYERS)} into stages, got model type {kind!r}")
-    architecture = library.AutoConfig.for_model(kind).from_dict(dict(described))
-    _check(spec, architecture)
-    model = _model(library, architecture, path)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
-    layers: list[nn.Module] = [_Layer(layer) for layer in attrgetter(LAYERS[kind])(model)]
-    return [_Embedding(model.embeddings), *layers[:-1], nn.Sequential(layers[-1], Mean())]
+    if options["pooling"] not in POOLINGS:
+        raise ValueError(
+            f"encoder transformers: unknown pooling {pooling!r}, expected {', '.join(POOLINGS)} or auto"
+        )
+    model, missing = _model(
+        library("transformers", "transformers", "transformers"), options["config"], path, dropout
+    )
+    _check(spec, model)
+    name_layers(model)
+    named = {parameter: name for name, parameter in model.named_parameters()}
+    try:
+        stages = cut(model, _trial(spec), spec.padding)
+    except ValueError as error:
+        kind = options["config"].get("model_type")
+        raise ValueError(
+            f"encoder transformers cannot cut the model type {kind!r} into stages: {error}"
+        ) from error
+    lacking = [named[p] for stage in stages for p in stage.parameters() if named[p] in missing]
+    if lacking:
+        raise ValueError(f"encoder transformers: the weights in {path!r} lack {lacking[0]}")
+    stages[-1] = nn.Sequential(stages[-1], POOLINGS[options["pooling"]]())
+    return [stage.train() for stage in stages]
 
 
 def with_config(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of `transformers` with the configuration of their folder, unless they contain one.
+    """Return the options of `transformers` with the configuration and the pooling of their folder.
+
+    Options that have a configuration keep it. Their pooling is "mean" unless they name another.
 
     Raises:
-        ValueError: If the folder has no configuration.
+        ValueError: If the folder has no configuration, or names a pooling that is not known.
     """
-    path = options.get("path")
+    path, pooling = options.get("path"), options.get("pooling", "auto")
     if not path or options.get("config"):
-        return dict(options)
+        return {**options, "pooling": "mean" if pooling == "auto" else pooling}
     try:
-        return {**options, "config": json.loads(Path(path, "config.json").read_text(encoding="utf-8"))}
+        config = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"encoder transformers: no model in the folder {path!r} ({error})") from error
-
-
-def _library() -> ModuleType:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
         raise ValueError(
-            f"encoder transformers needs the library of that name: pip install 'transformers>=5' ({error})"
+            f"encoder transformers: no model in the folder {path!r}, as save_pretrained writes it ({error})"
         ) from error
+    return {**options, "config": config, "pooling": pooling_of(path) if pooling == "auto" else pooling}
 
 
-def _check(spec: InputSpec, architecture: Any) -> None:
-    found = {
-        "vocabulary": (spec.vocabulary, architecture.vocab_size),
-        "length": (spec.shape[0], architecture.max_position_embeddings),
-    }
-    for what, (mine, most) in found.items():
-        if mine > most:
-            raise ValueError(f"encoder transformers: the input's {what} is {mine}, the model's at most {most}")
-    if architecture.pad_token_id != 0:
-        raise ValueError(
-            f"encoder transformers: the model pads with id {architecture.pad_token_id}, the input with 0"
-        )
-
-
-def _model(library: ModuleType, architecture: Any, path: str) -> Any:
-    options = {"attn_implementation": "sdpa", "dtype": torch.float32}
-    if not path:
-        return library.AutoModel.from_config(architecture, **options)
+def _model(found: ModuleType, config: Mapping[str, Any], path: str, dropout: float) -> tuple[Any, set[str]]:
+    """The library's model, and the names of the weights that the folder lacks."""
+    kind = config.get("model_type")
     try:
-        return library.AutoModel.from_pretrained(
-            path, config=architecture, local_files_only=True, use_safetensors=True, **options
-        )
+        architecture = found.AutoConfig.for_model(str(kind)).from_dict(dict(config))
+        for name, value in vars(architecture).items():
+            if "dropout" in name and isinstance(value, float | int):
+                setattr(architecture, name, dropout)
+        register()
+        try:
+            return _loaded(found, architecture, path, SDPA)
+        except ValueError:  # a model that computes attention in its own code
+            return _loaded(found, architecture, path, EAGER)
+    except ValueError as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"encoder transformers: no encoder of the model type {kind!r} ({reason})") from error
+
+
+def _loaded(found: ModuleType, architecture: Any, path: str, attention: str) -> tuple[Any, set[str]]:
+    options = {"attn_implementation": attention, "dtype": torch.float32}
+    if not path:
+        return found.AutoModel.from_config(architecture, **options), set()
+    try:
+        model, loaded = found.AutoModel.from_pretrained(
+            path, config=architecture, local_files_only=True, use_safetensors=True, output_loading_info=True,
+            **options,
+        )  # fmt: skip
     except OSError as error:
-        raise ValueError(f"encoder transformers: cannot load the weights in {path!r} ({error})") from error
+        raise ValueError(
+            f"cannot load the weights in {path!r}, which has to have model.safetensors ({error})"
+        ) from error
+    return model, set(loaded["missing_keys"])
 
 
-class _Embedding(nn.Module):
-    """The embedding of ids `(B, L)` with positions."""
+def _check(spec: InputSpec, model: Any) -> None:
+    config = model.config
+    if not hasattr(config, "vocab_size"):
+        raise ValueError(f"encoder transformers reads token ids, the model type {config.model_type!r} does not")
+    found = {"vocabulary": (spec.vocabulary, config.vocab_size), "length": (spec.shape[0], _longest(model))}
+    for what, (mine, most) in found.items():
+        if most is not None and mine > most:
+            raise ValueError(f"encoder transformers: the input's {what} is {mine}, the model's at most {most}")
+    if config.pad_token_id != spec.padding:
+        raise ValueError(
+            f"encoder transformers: the model pads with id {config.pad_token_id}, the input with {spec.padding}"
+        )
 
-    def __init__(self, embeddings: nn.Module) -> None:
-        super().__init__()
-        self.embeddings = embeddings
 
-    def forward(self, ids: Tensor) -> Tokens:
-        return self.embeddings(ids), read(ids)
+def _longest(model: Any) -> int | None:
+    """The longest text in tokens. A model that pads with another id than 0 may count positions from there."""
+    longest = getattr(model.config, "max_position_embeddings", -1)
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    counted = [m.padding_idx + 1 for m in tables if isinstance(m, nn.Embedding) and m.padding_idx is not None]
+    return longest - max(counted, default=0) if longest > 0 else None  # relative positions have no limit
 
 
-class _Layer(nn.Module):
-    """One layer of the library's model."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, state: Tokens) -> Tokens:
-        tokens, mask = state
-        seen = mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)  # (B, 1, L, L)
-        return self.layer(tokens, seen), mask
+def _trial(spec: InputSpec) -> Tensor:
+    """Three short texts of different length."""
+    length = min(spec.shape[0], TRIAL)
+    ids = torch.randint(spec.vocabulary, (3, length), generator=torch.Generator().manual_seed(0))
+    ids[ids == spec.padding] = (spec.padding + 1) % spec.vocabulary
+    for row in (1, 2):
+        ids[row, max(length // row - 1, 1) :] = spec.padding
+    return ids

@@ -1,6 +1,7 @@
-"""Text encoders that are trained from scratch on token ids. The id 0 is padding.
+"""Text encoders that are trained from scratch on token ids.
 
-A stage passes a pair to the next: tokens `(B, L, F)`, and a mask, bool `(B, L)`, of the tokens that are read.
+A stage passes a tuple to the next: tokens `(B, L, F)`, and a mask, bool `(B, L)`, of the tokens that are read.
+Pretrained models add further tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from dmtg_core.network.encoders.basic import layers as dense_layers
 from dmtg_core.tasks import InputSpec
 
-Tokens = tuple[Tensor, Tensor]  # (B, L, F) and (B, L)
+Tokens = tuple[Tensor, ...]  # (B, L, F), (B, L), and further tensors whose first axis is that of the samples
 
 
 def embedding_bag(
@@ -27,7 +28,7 @@ def embedding_bag(
         widths: Widths of the layers.
         dropout: Share of the values of each layer that are dropped during training.
     """
-    bag = nn.EmbeddingBag(spec.vocabulary, embedding, mode="mean", padding_idx=0)
+    bag = nn.EmbeddingBag(spec.vocabulary, embedding, mode="mean", padding_idx=spec.padding)
     return [bag, *dense_layers([embedding, *widths], dropout)]
 
 
@@ -59,12 +60,12 @@ def text_transformer(
     return [_Embedding(spec, width, dropout), *blocks[:-1], end]
 
 
-def read(ids: Tensor) -> Tensor:
+def read(ids: Tensor, padding: int = 0) -> Tensor:
     """Return the mask of the tokens of `(B, L)` that are read: all that are not padding.
 
     Attention over no token is not a number. A text that is only padding therefore keeps its first token.
     """
-    present = ids != 0
+    present = ids != padding
     empty = ~present.any(1, keepdim=True)  # (B, 1)
     return torch.cat([present[:, :1] | empty, present[:, 1:]], 1)
 
@@ -74,7 +75,7 @@ class Mean(nn.Module):
 
     def forward(self, state: Tokens) -> Tensor:
         """`(B, L, F)` and `(B, L)` to `(B, F)`."""
-        tokens, mask = state
+        tokens, mask = state[:2]
         return (tokens * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True)
 
 
@@ -83,16 +84,17 @@ class _Embedding(nn.Module):
 
     def __init__(self, spec: InputSpec, width: int, dropout: float) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(spec.vocabulary, width, padding_idx=0)
+        self.padding = spec.padding
+        self.tokens = nn.Embedding(spec.vocabulary, width, padding_idx=spec.padding)
         self.positions = nn.Parameter(torch.empty(spec.shape[0], width))
         self.dropout = nn.Dropout(dropout)
         for weight in (self.tokens.weight, self.positions):
             nn.init.normal_(weight, std=0.02)
         with torch.no_grad():
-            self.tokens.weight[0].zero_()
+            self.tokens.weight[spec.padding].zero_()
 
     def forward(self, ids: Tensor) -> Tokens:
-        return self.dropout(self.tokens(ids) + self.positions[: ids.shape[1]]), read(ids)
+        return self.dropout(self.tokens(ids) + self.positions[: ids.shape[1]]), read(ids, self.padding)
 
 
 class _Layer(nn.Module):

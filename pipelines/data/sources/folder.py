@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from PIL import Image, ImageOps
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from dmtg_core.network.encoders.pretrained_images import preprocessing_of
+from dmtg_core.tasks import InputSpec
 from pipelines.config.validation import Section, checked
 from pipelines.data.sources.base import INPUT, Column, Description, Entry
 from pipelines.data.sources.columns import Replayed, RowsOf
@@ -56,6 +58,10 @@ class FolderOptions(Section):
     whole image with its aspect ratio, on mid-grey, which is near zero after normalisation), "crop" (the central
     square) or "stretch" (the whole image, without its aspect ratio). Without a split column, the split follows
     from the hash of the id. `labels` is a table of text or Parquet; `dialect` says how it is written.
+
+    `preprocessing` names a model of `timm`: mean and std of the input are those of the model, and so are, unless
+    they are set, `size`, `interpolation` and `crop_share`, with `resize: crop`. `crop_share` is the side of the
+    part that "crop" keeps ÷ the shorter side of the image.
     """
 
     labels: str = "labels.csv"
@@ -64,9 +70,39 @@ class FolderOptions(Section):
     suffix: str = ".jpg"
     size: int = Field(64, ge=1)
     resize: Literal["stretch", "crop", "pad"] = "pad"
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    crop_share: float = Field(1.0, gt=0, le=1)
+    preprocessing: str = ""
     split_column: str | None = SPLIT_COLUMN
     dialect: DialectOptions = DialectOptions()
     tasks: tuple[LabelTask, ...] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_model(cls, values: Any) -> Any:
+        """Add the values of the model that `preprocessing` names."""
+        if not isinstance(values, dict) or not isinstance(name := values.get("preprocessing"), str) or not name:
+            return values
+        found = preprocessing_of(name)
+        kept = {key: found[key] for key in ("size", "interpolation", "crop_share")}
+        if values.get("resize", "crop") != "crop":
+            del kept["crop_share"]
+        return {"resize": "crop", **kept, **values}
+
+    @model_validator(mode="after")
+    def _check_crop(self) -> Self:
+        """Refuse a share that would be ignored."""
+        if self.crop_share < 1 and self.resize != "crop":
+            raise ValueError(f"crop_share has no meaning beside resize: {self.resize}")
+        return self
+
+    @property
+    def input(self) -> InputSpec:
+        """The stored input with the constants of its normalisation."""
+        if not self.preprocessing:
+            return image_input(self.size)
+        found = preprocessing_of(self.preprocessing)
+        return image_input(self.size, found["mean"], found["std"])
 
 
 class FolderSource:
@@ -89,11 +125,16 @@ class FolderSource:
 
     def describe(self) -> Description:
         """The image and one number for each task. Reads classes and statistics from the CSV file."""
-        size = self._options.size
+        options, size = self._options, self._options.size
         columns = {INPUT: Column("uint8", (size, size, 3))}
         columns |= {f"task.{target.task.name}": target.stored for target in self._targets}
-        notes = tuple(target.note for target in self._targets if target.note)
-        return Description(image_input(size), tuple(t.task for t in self._targets), columns, notes=notes)
+        notes = [target.note for target in self._targets if target.note]
+        if options.preprocessing:
+            notes.append(
+                f"images are prepared as for {options.preprocessing}: {options.resize} to {size}×{size}, "
+                f"{options.interpolation}, crop_share {options.crop_share}"
+            )
+        return Description(options.input, tuple(t.task for t in self._targets), columns, notes=tuple(notes))
 
     def entries(self) -> Iterator[Entry]:
         """One sample for each row that is not dropped, in the order of the file.
@@ -111,7 +152,11 @@ class FolderSource:
         """
         values = {f"task.{t.task.name}": t.value(entry.fields["row"]) for t in self._targets}
         location = self._root / self._options.images / entry.fields["file"]
-        return {INPUT: stored_image(location, self._options.size, self._options.resize), **values}
+        options = self._options
+        image = stored_image(
+            location, options.size, options.resize, interpolation=options.interpolation, share=options.crop_share
+        )
+        return {INPUT: image, **values}
 
     def __getstate__(self) -> dict[str, Any]:
         # a worker receives its rows with their entries
@@ -156,23 +201,27 @@ class FolderSource:
         return label_targets(self._options.tasks, RowsOf(self._samples), str(self._table))
 
 
-def stored_image(location: Location, size: int, how: str) -> np.ndarray:
+def stored_image(
+    location: Location, size: int, how: str, *, interpolation: str = "bilinear", share: float = 1.0
+) -> np.ndarray:
     """An image file as uint8 (size, size, 3), in RGB.
 
     Args:
         location: The file.
         size: Height and width.
         how: "pad", "crop" or "stretch"; see `FolderOptions`.
+        interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
+        share: Side of the part that "crop" keeps ÷ the shorter side of the image.
 
     Raises:
         BadSampleError: For an image that is missing or damaged.
     """
     image = rgb(read_image(location), str(location))
-    box, smooth = (size, size), Image.Resampling.BILINEAR
+    box, smooth = (size, size), Image.Resampling[interpolation.upper()]
     if how == "pad":
         image = ImageOps.pad(image, box, smooth, color=_GREY)
     elif how == "crop":
-        image = ImageOps.fit(image, box, smooth)
+        image = ImageOps.fit(image, box, smooth, bleed=(1 - share) / 2)
     else:
         image = image.resize(box, smooth)
     return np.asarray(image)

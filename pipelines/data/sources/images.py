@@ -30,9 +30,11 @@ _DAMAGE = (
 )
 
 
-def image_input(size: int) -> InputSpec:
-    """The input of a network that reads RGB images of `size` × `size`."""
-    return InputSpec("image", (size, size, 3), "uint8", _IMAGE_MEAN, _IMAGE_STD)
+def image_input(
+    size: int, mean: tuple[float, ...] = _IMAGE_MEAN, std: tuple[float, ...] = _IMAGE_STD
+) -> InputSpec:
+    """The input of a network that reads RGB images of `size` × `size`, with mean and std of values 0 to 255."""
+    return InputSpec("image", (size, size, 3), "uint8", mean, std)
 
 
 def read_image(location: Location) -> Image.Image:

@@ -266,7 +266,8 @@ class TextSource(PreparedSource):
             "dtype": dtype,
             "tokenizer": json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":")),
         }
-        return InputSpec("tokens", (options.length,), dtype, vocabulary=vocabulary), preparation
+        padding = tokenizer.padding["pad_id"]
+        return InputSpec("tokens", (options.length,), dtype, vocabulary=vocabulary, padding=padding), preparation
 
     def _log_tokens(self, tokenizer: Any, vocabulary: int) -> None:
         """Log how many training texts are truncated."""

@@ -1,4 +1,4 @@
-"""Tokenizers: trained on the texts of the training split, or read from a file. Id 0 is padding."""
+"""Tokenizers: trained on the texts of the training split, where id 0 is padding, or read from a file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pipelines.errors import UserError
 from pipelines.storage import Location
 
 _PADDING = "[PAD]"
+_NAMES = ("[pad]", "<pad>", "<|pad|>", "pad")  # of padding in tokenizers of published models, in lower case
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, length: int, *, lowercase: bool) -> Any:
@@ -44,8 +45,8 @@ def load_tokenizer(file: Location, length: int) -> Any:
     """Load a `tokenizer.json`, with truncation and padding to `length`.
 
     Raises:
-        UserError: When the library is not installed, the file is missing or not a tokenizer, or its token 0 is
-            not padding.
+        UserError: When the library is not installed, the file is missing or not a tokenizer, or no token of it is
+            padding.
     """
     tokenizers = _library()
     try:
@@ -58,20 +59,26 @@ def load_tokenizer(file: Location, length: int) -> Any:
         raise UserError(
             f"not a tokenizer: {error}", where=str(file), remedy="use a tokenizer.json of the tokenizers library"
         ) from error
-    padding = tokenizer.id_to_token(0)
-    declared = tokenizer.padding
-    if not (declared["pad_id"] == 0 if declared else "pad" in str(padding).lower()):
-        raise UserError(
-            f"token 0 of the tokenizer is {padding!r}, and must be padding",
-            where=str(file),
-            remedy="use the tokenizer of an encoder that pads with 0, such as BERT",
-        )
-    return _fixed_length(tokenizer, length, padding)
+    return _fixed_length(tokenizer, length, _padding_of(tokenizer, str(file)))
+
+
+def _padding_of(tokenizer: Any, where: str) -> str:
+    """The token of padding: the one that the file declares, or the one that is named so."""
+    if declared := tokenizer.padding:
+        return str(tokenizer.id_to_token(declared["pad_id"]))
+    named = [token for token in tokenizer.get_vocab(with_added_tokens=True) if token.lower() in _NAMES]
+    if len(named) == 1:
+        return str(named[0])
+    raise UserError(
+        f"the tokenizer has {' and '.join(map(repr, sorted(named))) or 'no token'} for padding",
+        where=where,
+        remedy="use a tokenizer with one padding token, such as [PAD], or with the field padding",
+    )
 
 
 def _fixed_length(tokenizer: Any, length: int, padding: str) -> Any:
     tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(pad_id=0, pad_token=padding, length=length)
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(padding), pad_token=padding, length=length)
     return tokenizer
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dmtg_core import ENCODERS, EncoderSpec, InputSpec
-from dmtg_core.network.encoders import Features, build_encoder, seeded
+from dmtg_core.network.encoders import LIBRARIES, Features, build_encoder, seeded
 
 LENGTH, VOCABULARY = 7, 20
 TINY_BERT = {
@@ -21,12 +21,16 @@ SHAPES = {
 }
 STAGES = {
     "mlp": 2, "tabm": 4, "convnet": 3, "resnet18": 5, "resnet34": 5, "resnet50": 5, "celeba_resnet": 2,
-    "xception_taskonomy": 7, "vit": 4, "embedding_bag": 3, "text_transformer": 4, "transformers": 3,
+    "xception_taskonomy": 7, "vit": 4, "timm": 4, "embedding_bag": 3, "text_transformer": 4, "transformers": 3,
 }  # fmt: skip
 # small versions of encoders whose defaults are large
 OPTIONS = {
     "xception_taskonomy": {"widths": [4, 6, 8, 10, 10, 12], "features": 5},
     "vit": {"patch": 8, "width": 12, "layers": 3, "heads": 2},
+    "timm": {
+        "model": "vit_tiny_patch16_224",
+        "arguments": {"embed_dim": 8, "depth": 3, "num_heads": 2, "patch_size": 8},
+    },
     "text_transformer": {"width": 8, "layers": 3, "heads": 2},
     "transformers": {"config": TINY_BERT},
 }
@@ -45,8 +49,8 @@ def inputs_for(name: str, rows: int = 3) -> torch.Tensor:
 
 def encoder(name: str, stem: int = 0, **options) -> EncoderSpec:
     """A small encoder of this name."""
-    if name == "transformers":
-        pytest.importorskip("transformers")
+    if name in LIBRARIES:
+        pytest.importorskip(name)
     return EncoderSpec(name, stem, {**OPTIONS.get(name, {}), **options})
 
 
@@ -225,6 +229,8 @@ def test_an_image_that_is_too_small_for_pooling_is_refused():
 
 
 def test_importing_the_core_imports_no_library_of_models():
-    script = "import sys, dmtg_core; print([n for n in ('torchvision', 'transformers') if n in sys.modules])"
+    script = (
+        "import sys, dmtg_core; print([n for n in ('torchvision', 'transformers', 'timm') if n in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

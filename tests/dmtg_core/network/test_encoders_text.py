@@ -1,8 +1,4 @@
-"""Text encoders: padding has no effect, an empty text is legal, pretrained encoders are read from a folder."""
-
-import json
-import shutil
-import sys
+"""Text encoders: padding has no effect, an empty text is legal."""
 
 import numpy as np
 import pytest
@@ -23,25 +19,11 @@ from dmtg_core import (
     fit,
 )
 from dmtg_core.network.encoders.text import read
-from dmtg_core.training.checkpoint import load_model, load_network, save_model, save_network
-from tests.dmtg_core.network.test_encoders import (
-    LENGTH,
-    SHAPES,
-    STAGES,
-    TINY_BERT,
-    VOCABULARY,
-    encoder,
-    inputs_for,
-)
-from tests.dmtg_core.samples import SAMPLEWISE, assert_same_tensors, assigned
+from tests.dmtg_core.network.test_encoders import LENGTH, SHAPES, STAGES, VOCABULARY, encoder, inputs_for
+from tests.dmtg_core.samples import SAMPLEWISE, assigned
 
 TOKENS = SHAPES["tokens"]
 TEXT = ("embedding_bag", "text_transformer", "transformers")
-TINY_DISTILBERT = {
-    "model_type": "distilbert", "vocab_size": VOCABULARY, "dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 16,
-    "max_position_embeddings": LENGTH, "pad_token_id": 0,
-}  # fmt: skip
-
 every_text = pytest.mark.parametrize("name", TEXT)
 
 
@@ -189,95 +171,3 @@ def test_a_network_learns_which_words_a_text_contains(name, options, precision):
     state = fit(network, data, settings, LocalContext(device="cpu"))
     found = evaluate(state.network, data, "test", context=LocalContext(device="cpu"))
     assert min(found[task.name]["balanced_accuracy"] for task in tasks) > 0.95
-
-
-# --- the library of pretrained models
-
-
-def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match="needs the library of that name: pip install 'transformers>=5'"):
-        EncoderSpec("transformers", 0, {"config": TINY_BERT}).stages(TOKENS)
-
-
-def test_a_folder_without_a_model_is_refused_by_its_name(tmp_path):
-    with pytest.raises(ValueError, match="no model in the folder '.*nowhere'"):
-        EncoderSpec("transformers", 0, {"path": str(tmp_path / "nowhere")})
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="no model in the folder"):
-        EncoderSpec("transformers", 0, {"path": str(tmp_path)})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"vocab_size": 19}, "input's vocabulary is 20, the model's at most 19"),
-        ({"max_position_embeddings": 6}, "input's length is 7, the model's at most 6"),
-        ({"pad_token_id": 1}, "pads with id 1, the input with 0"),
-        ({"model_type": "t5"}, "bert and distilbert into stages, got model type 't5'"),
-    ],
-)
-def test_a_model_that_does_not_fit_the_input_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        encoder("transformers", config=TINY_BERT | change).stages(TOKENS)
-
-
-def test_neither_a_folder_nor_a_configuration_is_refused():
-    with pytest.raises(ValueError, match="path .a local folder. or config, got neither"):
-        EncoderSpec("transformers").stages(TOKENS)
-
-
-@pytest.fixture(params=[TINY_BERT, TINY_DISTILBERT], ids=["bert", "distilbert"])
-def pretrained(request, tmp_path):
-    """A folder with a tiny model, and that model."""
-    library = pytest.importorskip("transformers")
-    torch.manual_seed(5)
-    model = library.AutoModel.from_config(library.AutoConfig.for_model(**request.param)).eval()
-    with torch.no_grad():  # large weights, so that words differ
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.3)
-    model.save_pretrained(tmp_path / "pretrained")
-    return tmp_path / "pretrained", model
-
-
-@torch.no_grad()
-def test_a_pretrained_model_returns_the_mean_of_its_last_tokens(pretrained):
-    folder, model = pretrained
-    ids = inputs_for("transformers")
-    stages = EncoderSpec("transformers", 0, {"path": str(folder)}).stages(TOKENS)
-    assert len(stages) == 3
-    mask = (ids != 0).long()
-    tokens = model(ids, attention_mask=mask).last_hidden_state
-    expected = (tokens * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True)
-    torch.testing.assert_close(nn.Sequential(*stages).eval()(ids), expected)
-    assert expected.std(0).min() > 0.01
-
-
-def test_a_saved_network_does_not_need_the_folder_of_its_pretrained_weights(pretrained, tmp_path):
-    folder, _ = pretrained
-    spec = NetworkSpec(TOKENS, SAMPLEWISE[:4], EncoderSpec("transformers", 1, {"path": str(folder)}), 2)
-    network = assigned(GroupingNetwork(spec), [0, 1, 1, 0]).eval()
-    stored = spec.encoder.options["config"]
-    assert stored == json.loads((folder / "config.json").read_text())
-    save_network(tmp_path / "network", network)
-    for name, model in network.specialise().items():
-        save_model(tmp_path / name, model)
-    shutil.rmtree(folder)
-    loaded = load_network(tmp_path / "network")
-    assert_same_tensors(loaded.state_dict(), network.state_dict())
-    assert loaded.spec == spec.without_weights()
-    ids = inputs_for("transformers").int()
-    with torch.no_grad():
-        hard = network(ids)
-        assert all(torch.equal(value, hard[task]) for task, value in loaded.eval()(ids).items())
-        for name in network.grouping().to_dict():
-            assert all(torch.equal(v, hard[t]) for t, v in load_model(tmp_path / name)(ids).items())
-
-
-def test_a_folder_without_safetensors_is_refused(pretrained):
-    folder, _ = pretrained
-    spec = EncoderSpec("transformers", 0, {"path": str(folder)})
-    for weights in folder.glob("*.safetensors"):
-        weights.unlink()
-    with pytest.raises(ValueError, match="cannot load the weights in"):
-        spec.stages(TOKENS)

@@ -31,7 +31,9 @@ def hall(root: Path) -> Path:
 WRITERS: Mapping[str, Callable[[Path], Path]] = {
     "celeba": raw_data.write_celeba,
     "clothing": raw_data.write_clothing,
+    "clothing_efficientnet": raw_data.write_clothing,
     "goemotions": raw_data.write_goemotions,
+    "goemotions_minilm": raw_data.write_goemotions_minilm,
     "hall": hall,
     "nuclei": raw_data.write_nuclei,
     "planted": lambda root: root,  # made from its options
@@ -41,6 +43,11 @@ WRITERS: Mapping[str, Callable[[Path], Path]] = {
     "tox21": raw_data.write_tox21,
 }
 SMALLER: Mapping[str, Sequence[str]] = {
+    "goemotions_minilm": [  # six layers, as the published model has
+        "network.options.config={model_type: bert, vocab_size: 64, hidden_size: 8, num_hidden_layers: 6}",
+        "network.options.config.num_attention_heads=2",
+        "network.options.config.intermediate_size=16",
+    ],
     "planted": ["network.options={widths: [32, 16]}"],  # two rows can leave all of four features dark
     "rooms": ["source.options.buildings=3", "source.options.points=1"],
     "taskonomy": ["source.options.size=64"],

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.data.new_samples import raw_form
 from pipelines.data.sources import build_source
 from pipelines.data.sources.base import INPUT, BadSampleError, Entry
 from pipelines.data.sources.folder import FolderSource
@@ -196,6 +197,36 @@ def test_crop_takes_the_middle(root):
     (root / "labels.csv").write_text("image,flag\na.png,1\n")
     reader = source(root, FLAG, resize="crop", size=10)
     assert reader.read(next(reader.entries()))[INPUT].min() == 255
+
+
+def test_the_preprocessing_of_a_model_is_that_of_its_library(root):
+    data = pytest.importorskip("timm.data")
+    reader = source(root, FLAG, preprocessing="tf_efficientnet_lite0", size=64)
+    description = reader.describe()
+    assert (description.input.mean, description.input.std) == ((127.5,) * 3, (127.5,) * 3)
+    assert description.notes == (
+        "images are prepared as for tf_efficientnet_lite0: crop to 64×64, bicubic, crop_share 0.875",
+    )
+    photo = np.asarray(Image.open(root / "images" / "a.jpg").resize((256, 256), Image.Resampling.BICUBIC))
+    Image.fromarray(photo).save(root / "images" / "a.png")
+    (root / "labels.csv").write_text("image,flag\na.png,1\n")
+    reader = source(root, FLAG, preprocessing="tf_efficientnet_lite0", size=64)
+    found = reader.read(next(reader.entries()))[INPUT]
+    theirs = data.create_transform(64, interpolation="bicubic", crop_pct=0.875, mean=(0,) * 3, std=(1,) * 3)
+    expected = 255 * theirs(Image.open(root / "images" / "a.png")).permute(1, 2, 0).numpy()
+    assert abs(found - expected).max() < 8  # they round between resizing and cutting
+    form = raw_form({"kind": "folder", "options": {"preprocessing": "tf_efficientnet_lite0", "tasks": [FLAG]}})
+    assert (form["interpolation"], form["crop_share"]) == ("bicubic", 0.875)
+    kept = source(root, FLAG, preprocessing="tf_efficientnet_lite0", resize="pad", interpolation="nearest")
+    assert kept.describe().input.shape == (224, 224, 3)
+    assert "pad to 224×224, nearest, crop_share 1.0" in kept.describe().notes[0]
+
+
+def test_preprocessings_that_cannot_be_used(root):
+    with pytest.raises(UserError, match="the library has no model 'resnet_of_nobody'"):
+        source(root, FLAG, preprocessing="resnet_of_nobody")
+    with pytest.raises(UserError, match="crop_share has no meaning beside resize: pad"):
+        source(root, FLAG, crop_share=0.5)
 
 
 def test_rotated_photo_and_transparent_picture(root):

@@ -8,11 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from dmtg_core import InputSpec
+from pipelines.data.preprocessing import load_preparation
 from pipelines.data.sources import build_source
 from pipelines.data.sources.base import INPUT, BadSampleError
 from pipelines.data.sources.text import TextSource
 from pipelines.data.sources.tokens import train_tokenizer
 from pipelines.errors import UserError
+from pipelines.report.contact_sheet import text_of
+from pipelines.report.features import text_length
 from pipelines.storage import locate
 from tests.paths import SHARED
 from tests.pipelines.data.memory_plans import plans
@@ -191,12 +195,42 @@ def test_a_large_vocabulary_is_stored_in_32_bits(root):
     assert reader.read(list(reader.entries())[2])[INPUT].tolist() == [1, 65537]
 
 
+@pytest.mark.parametrize(
+    ("words", "declared", "padding"),
+    [
+        (("<s>", "<pad>", "[UNK]", "no", "way", "back"), {}, 1),
+        (("[PAD]", "[UNK]", "no", "way", "back", "<pad>"), {"pad_id": 5, "pad_token": "<pad>"}, 5),
+        (("[UNK]", "no", "way", "back", "[PAD]"), {}, 4),
+    ],
+)
+def test_the_padding_of_a_tokenizer_is_that_of_its_file(root, words, declared, padding):
+    wordlevel(root / "tokenizer.json", *words, **declared)
+    reader = source(root, tokenizer="tokenizer.json", length=5)
+    spec = reader.describe().input
+    assert spec.padding == padding
+    assert InputSpec(**spec.to_dict()) == spec
+    ids = reader.read(list(reader.entries())[2])[INPUT].tolist()
+    assert ids == [*map(words.index, ("no", "way", "back")), padding, padding]
+    assert text_of(np.array(ids), padding, reader.describe().preparation) == "no way back"
+    (length,) = text_length(np.array([ids]), padding)
+    assert length.array.tolist() == [3]
+
+
+def test_a_text_that_is_only_padding_is_refused_for_any_padding(root):
+    wordlevel(root / "tokenizer.json", "<s>", "<pad>", "[UNK]", "no")
+    preparation = dict(source(root, tokenizer="tokenizer.json").describe().preparation)
+    tokenizer = json.loads(preparation["tokenizer"])
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": "x"}, "content": " "}
+    with pytest.raises(ValueError, match="no token in the text 'xx'"):
+        load_preparation(preparation | {"tokenizer": json.dumps(tokenizer)}).row({"text": "xx"})
+
+
 def test_tokenizers_that_cannot_be_used(root):
-    wordlevel(root / "tokenizer.json", "<s>", "[PAD]", "[UNK]")
-    with pytest.raises(UserError, match="token 0 of the tokenizer is '<s>'"):
+    wordlevel(root / "tokenizer.json", "<s>", "[UNK]")
+    with pytest.raises(UserError, match="the tokenizer has no token for padding"):
         source(root, tokenizer="tokenizer.json").describe()
-    wordlevel(root / "tokenizer.json", "[PAD]", "<pad>", "[UNK]", pad_id=1)
-    with pytest.raises(UserError, match="must be padding"):
+    wordlevel(root / "tokenizer.json", "[PAD]", "<pad>", "[UNK]")
+    with pytest.raises(UserError, match="has '<pad>' and '.PAD.' for padding"):
         source(root, tokenizer="tokenizer.json").describe()
     (root / "tokenizer.json").write_text(json.dumps({"model": 1}))
     with pytest.raises(UserError, match="not a tokenizer"):
