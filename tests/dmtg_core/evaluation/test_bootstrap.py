@@ -25,7 +25,8 @@ def filled(tasks: list[Task], outputs: dict, targets: dict, batch: int = 7, bloc
 def errors(tasks: list[Task], off: Tensor, also: Tensor, **options: float):
     """A champion whose absolute errors are `off` beside a challenger whose are `also`."""
     truth = {VALUE.name: torch.zeros(len(off))}
-    return compare(filled(tasks, {VALUE.name: off}, truth), filled(tasks, {VALUE.name: also}, truth), **options)
+    champion, challenger = (filled(tasks, {VALUE.name: errors}, truth, batch=len(off)) for errors in (off, also))
+    return compare(champion, challenger, **options)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 50, 1000])

@@ -23,6 +23,7 @@ from tests.dmtg_core import samples
 from tests.dmtg_core.network.test_grouping_network import pair_outputs
 from tests.dmtg_core.samples import MIXED, SAMPLEWISE, assert_same_tensors, assigned, image_spec, mlp_spec
 from tests.dmtg_core.training.test_checkpoint import moments
+from tests.soak import others_in_soak
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 
@@ -196,7 +197,11 @@ def test_activations_computed_again_change_nothing_but_the_memory(decoder):
     assert kept[1] < 0.5 * kept[0]
 
 
-def test_a_compiled_network_has_the_same_steps_and_pruning_causes_no_compilation():
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler hides it, unless it is an error
+@pytest.mark.parametrize("backend", others_in_soak(["aot_eager", "inductor"], "aot_eager"))
+def test_a_compiled_network_has_the_same_steps_and_pruning_causes_no_compilation(monkeypatch, backend):
+    compiled_with = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled_with(module, backend=backend))
     spec = mlp_spec(SAMPLEWISE[:3], groups=2)
     batch = samples.batch(spec.input, spec.tasks)
     found = []
