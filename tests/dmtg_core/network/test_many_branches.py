@@ -188,7 +188,7 @@ def linear_problem(tasks: int, rows: int = 600) -> tuple[InputSpec, list[Task], 
 
 def test_twelve_single_task_networks_are_no_worse_than_one_for_all():
     spec_input, tasks, data = linear_problem(12)
-    settings_ = TrainSettings(epochs=20, search_share=1.0, batch_size=50, learning_rate=0.02, lr_schedule="cosine")
+    settings_ = TrainSettings(epochs=10, search_share=1.0, batch_size=50, learning_rate=0.04, lr_schedule="cosine")
     names = [task.name for task in tasks]
     base = NetworkSpec(spec_input, tasks, EncoderSpec("mlp", options={"widths": [24]}), 12)
     found = {}
@@ -202,7 +202,7 @@ def test_twelve_single_task_networks_are_no_worse_than_one_for_all():
 def test_a_gate_over_twelve_branches_is_trained_on_the_evaluated_heads():
     spec_input, tasks, data = linear_problem(12)
     spec = NetworkSpec(spec_input, tasks, EncoderSpec("mlp", options={"widths": [24]}), 12, initial="diagonal")
-    state = fit(GroupingNetwork(spec), data, TrainSettings(epochs=30, batch_size=50, learning_rate=0.01), local())
+    state = fit(GroupingNetwork(spec), data, TrainSettings(epochs=15, batch_size=50, learning_rate=0.02), local())
     metrics = evaluate(state.network, data, "test", context=local())
     assert max(found["rmse"] for found in metrics.values()) < 0.5  # the values have a deviation of about 2.8
     train, val = state.history[-1]["train_loss"], state.history[-1]["val"]

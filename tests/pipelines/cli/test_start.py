@@ -21,7 +21,9 @@ class Watch:
             print("IMPORT", name, file=sys.stderr, flush=True)
             os._exit(77)
 
+import pipelines.config.loading  # as every command does
 from pipelines.cli.app import main
+assert not {set(SLOW)!r} & set(sys.modules)
 sys.meta_path.insert(0, Watch())
 for number, command in enumerate(json.load(sys.stdin)):
     child = os.fork()
