@@ -5,14 +5,19 @@ from __future__ import annotations
 import atexit
 import gc
 import re
+import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
+
+if TYPE_CHECKING:
+    from tests.dmtg_core.parallel import Group
 
 gc.disable()  # until all tests are collected: what is imported lives as long as the process
 torch.set_num_threads(1)  # the tensors are small, and the machine is shared
@@ -21,10 +26,12 @@ settings.load_profile("reproducible")
 
 
 # what takes many seconds to start, and is started once in a process → fixtures or marks of the files that use it
-SHARED = {"ray": r"ray_session|vit_run|mark\.ray", "servers": "s3|s3_port|mlflow_server"}
+SHARED = {
+    "ray": r"ray_session|vit_run|mark\.ray", "servers": "s3|s3_port|mlflow_server", "processes": "two_processes",
+}  # fmt: skip
 # what takes long goes first, so that no process waits for the other one at the end; the longest first
 LONG = (
-    "ray", "servers", "dmtg_core/evaluation/test_planted.py", "pipelines/compare/test_driver.py",
+    "ray", "servers", "processes", "dmtg_core/evaluation/test_planted.py", "pipelines/compare/test_driver.py",
     "cluster/test_kubeflow.py", "pipelines/serving/test_registered_model.py", "pipelines/nightly/test_driver.py",
     "pipelines/nightly/test_kills.py", "pipelines/registry/test_tracking.py",
     "pipelines/execution/test_cluster.py",
@@ -46,9 +53,14 @@ def _shared(file: str) -> str:
     return file
 
 
+def _name(item: pytest.Item) -> str:
+    """What the file of a test shares with other files, else the file."""
+    return _shared(item.nodeid.partition("::")[0])
+
+
 def _place(item: pytest.Item) -> int:
     """The place of a test among those that take long; all others come after them."""
-    name = _shared(item.nodeid.partition("::")[0]).removeprefix("tests/")
+    name = _name(item).removeprefix("tests/")
     return LONG.index(name) if name in LONG else len(LONG)
 
 
@@ -60,6 +72,26 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
     atexit.register(gc.unfreeze)  # else triton reports its types as leaked
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """End Ray after the last test that uses it: commands of later tests would find its session and run on it."""
+    ray = sys.modules.get("ray")
+    if ray is not None and nextitem is not None and _name(nextitem) != "ray" and ray.is_initialized():
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+    """Two processes for data-parallel training; starting them takes longer than most of their work."""
+    from pipelines.execution.pool import preload
+    from tests.dmtg_core.parallel import Group
+
+    preload(["dmtg_core"])
+    group = Group(2, tmp_path_factory.mktemp("group"))
+    yield group
+    group.end()
 
 
 class OneProcessForShared(LoadFileScheduling):

@@ -63,7 +63,7 @@ def ray_schema(kind: str) -> dict[str, Any]:
     file = CRDS / f"ray.io_{kind.lower()}s.yaml"
     if not file.exists():
         pytest.skip(f"KubeRay's schemas are not available: no {file.name} in {CRDS.name}")
-    versions = yaml.safe_load(file.read_text(encoding="utf-8"))["spec"]["versions"]
+    versions = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)["spec"]["versions"]
     (schema,) = [version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == "v1"]
     made: dict[str, Any] = closed(schema)
     return made

@@ -19,6 +19,7 @@ from tests.pipelines.conftest import config_values, write_images
 
 # kfp needs an older protobuf than the lock file has, so `make` installs it in an environment of its own
 PYTHON = str(ROOT / ".kfp" / "bin" / "python")
+BIN = Path(sys.executable).parent
 
 RUN = """
 import json, sys
@@ -32,17 +33,30 @@ print("OUTPUTS", json.dumps({k: v for k, v in done.outputs.items()}))
 """
 
 
-def in_kfp(*words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """A run of the Python that has kfp; dmtg is that of these tests."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def in_kfp(*words: str, folder: Path | None = None, programs: Path = BIN) -> subprocess.CompletedProcess[str]:
+    """A run of the Python that has kfp, with the `dmtg` of a folder of programs."""
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     held = {**os.environ, "PATH": path}
     return subprocess.run([PYTHON, *words], capture_output=True, text=True, check=False, env=held, cwd=folder)
 
 
-def run_locally(what: str, given: Mapping[str, Any], folder: Path) -> subprocess.CompletedProcess[str]:
+# in place of dmtg: lists its arguments, and prints the object of each command
+STUB = """#!/bin/sh
+echo "$@" >> calls
+case $1 in
+    shard) echo '{"command": "shard", "shards": "sets/2026-05-01", "night": "2026-05-01"}' ;;
+    sweep) echo '{"command": "sweep", "best_config": "sweeps/best.yaml"}' ;;
+    regroup) echo '{"command": "regroup", "verdict": "kept", "night": "2026-05-01"}' ;;
+esac
+"""
+
+
+def run_locally(
+    what: str, given: Mapping[str, Any], folder: Path, programs: Path = BIN
+) -> subprocess.CompletedProcess[str]:
     """A component, or the pipeline, by the local runner."""
     words = (str(PIPELINE.parent), str(folder / "outputs"), what, json.dumps(given))
-    return in_kfp("-W", "ignore", "-c", RUN, *words, folder=folder)
+    return in_kfp("-W", "ignore", "-c", RUN, *words, folder=folder, programs=programs)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,35 +65,39 @@ def kfp() -> None:
         pytest.skip("no .kfp: `make .kfp` installs Kubeflow's SDK")
 
 
-def test_what_is_committed_is_what_the_pipeline_compiles_to(tmp_path: Path) -> None:
-    code = """
-import sys, pathlib
-sys.path.insert(0, sys.argv[1])
-import pipeline
-pipeline.compile_to(pathlib.Path(sys.argv[2]))
-"""
-    done = in_kfp("-W", "error", "-c", code, str(PIPELINE.parent), str(tmp_path / "new.yaml"))
-    assert done.returncode == 0, done.stderr
-    new, held = ((yaml.safe_load(p.read_text(encoding="utf-8"))) for p in (tmp_path / "new.yaml", PIPELINE))
-    # another release of kfp names itself, and no more than that
-    assert new | {"sdkVersion": ""} == held | {"sdkVersion": ""}
-
-
-def test_nightly_runs_come_one_at_a_time_at_the_hour_of_the_other_schedulers() -> None:
-    code = """
-import inspect, sys
+COMPILED = """
+import inspect, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 from kfp import Client
 import pipeline
+pipeline.compile_to(pathlib.Path(sys.argv[2]))
 text = inspect.getsource(pipeline.every_night)
 assert "max_concurrency=1" in text
 inspect.signature(Client.create_recurring_run).bind(None, experiment_id="", job_name="", cron_expression="",
     max_concurrency=1, no_catchup=True, pipeline_package_path="")
 print(pipeline.EVERY_NIGHT)
 """
-    done = in_kfp("-W", "ignore", "-c", code, str(PIPELINE.parent))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[str]]:
+    """The compiled pipeline, and the fields of the time at which it is scheduled."""
+    new = tmp_path_factory.mktemp("compiled") / "new.yaml"
+    done = in_kfp("-W", "error", "-c", COMPILED, str(PIPELINE.parent), str(new))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["0", "15", "2", "*", "*", "*"]
+    return yaml.safe_load(new.read_text(encoding="utf-8")), done.stdout.split()
+
+
+def test_what_is_committed_is_what_the_pipeline_compiles_to(compiled: tuple[Any, list[str]]) -> None:
+    held = yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))
+    # another release of kfp names itself, and no more than that
+    assert compiled[0] | {"sdkVersion": ""} == held | {"sdkVersion": ""}
+
+
+def test_nightly_runs_come_one_at_a_time_at_the_hour_of_the_other_schedulers(
+    compiled: tuple[Any, list[str]],
+) -> None:
+    assert compiled[1] == ["0", "15", "2", "*", "*", "*"]
     cron = (ROOT / "cluster" / "systemd" / "crontab").read_text(encoding="utf-8")
     assert "\n15 2 * * * " in cron
 
@@ -94,6 +112,23 @@ def test_a_step_that_fails_says_why_and_fails(tmp_path: Path) -> None:
     assert "ended with exit code 2" in text
 
 
+def test_a_step_gets_the_date_and_the_address_that_the_one_before_gives(tmp_path: Path) -> None:
+    (tmp_path / "dmtg").write_text(STUB)
+    (tmp_path / "dmtg").chmod(0o755)
+    given = {
+        "config": "nightly.yaml", "cluster": "", "date": "2026-05-01", "shard_words": ["data.rows_per_shard=8"],
+        "sweep_words": ["sweep.groups=[2,3]"], "regroup_words": ["--kept-ok"],
+    }  # fmt: skip
+    done = run_locally("night", given, tmp_path, tmp_path)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        "shard -c nightly.yaml data.rows_per_shard=8 --night 2026-05-01 --json",
+        "sweep -c nightly.yaml sweep.groups=[2,3] data.shards=sets/2026-05-01 --json",
+        "regroup -c sweeps/best.yaml --kept-ok --night 2026-05-01 --json",
+    ]
+
+
+@pytest.mark.soak
 def test_a_nightly_run_goes_from_raw_files_to_a_verdict_on_the_best_setting_of_its_sweep(tmp_path: Path) -> None:
     values = config_values(write_images(tmp_path / "raw"), tmp_path, train={"epochs": 2}, gate={"prune": False})
     values["regroup"] = {"shards": str(tmp_path / "dated")}

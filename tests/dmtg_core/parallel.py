@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -100,26 +100,60 @@ def in_threads(workers: int, work: Callable[[Any], Any]) -> list[Any]:
         return list(pool.map(run, range(workers)))
 
 
-def in_group(workers: int, work: Callable[..., None], folder: Path, *options: Any) -> None:
-    """Run `work(rank, workers, folder, *options)` in each of `workers` processes of a gloo group, and wait."""
-    context = multiprocessing.get_context("spawn")
-    given = [(rank, workers, folder, work, options) for rank in range(workers)]
-    processes = [context.Process(target=_enter, args=one) for one in given]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(180)
-    assert [process.exitcode for process in processes] == [0] * workers
+class Group:
+    """Processes of one gloo group that run one function after another: their start takes longer than most.
+
+    Args:
+        workers: Number of processes.
+        folder: A folder for the file by which they find each other.
+    """
+
+    def __init__(self, workers: int, folder: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        pipes = [context.Pipe() for _ in range(workers)]
+        self.ends = [mine for mine, _ in pipes]
+        self.processes = [
+            context.Process(target=_serve, args=(rank, workers, folder, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process, (_, theirs) in zip(self.processes, pipes, strict=True):
+            process.start()
+            theirs.close()
+
+    def __call__(self, work: Callable[..., None], folder: Path, *options: Any) -> None:
+        """Run `work(rank, workers, folder, *options)` in each process, and wait for all of them."""
+        for end in self.ends:
+            end.send((work, folder, options))
+        for end in self.ends:
+            problem = end.recv() if end.poll(180) else "no answer"
+            if problem:
+                self.end()  # the others may wait for it for ever
+            assert not problem, problem
+
+    def end(self) -> None:
+        """Kill the processes."""
+        for process in self.processes:
+            process.kill()
+            process.join()
 
 
-def _enter(rank: int, workers: int, folder: Path, work: Callable[..., None], options: tuple[Any, ...]) -> None:
+def _serve(rank: int, workers: int, folder: Path, end: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
-    work(rank, workers, folder, *options)
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    while True:
+        try:
+            work, place, options = end.recv()
+        except EOFError:  # the process of the tests has ended
+            break
+        problem = ""
+        try:
+            work(rank, workers, place, *options)
+            dist.barrier()
+        except BaseException:
+            problem = traceback.format_exc()
+            raise
+        finally:
+            end.send(problem)
     # DistributedDataParallel never releases the group. A thread of the group that frees a tensor while the
     # interpreter ends aborts the process, so the process ends without ending the interpreter.
     os._exit(0)

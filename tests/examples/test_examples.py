@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import runpy
 import subprocess
@@ -69,6 +70,20 @@ def test_an_encoder_of_ones_own_trains_beside_one_that_ships(capsys: pytest.Capt
         ENCODERS.pop("wavy_mlp", None)
 
 
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda file: file.stem)
+def test_an_example_imports_neither_ray_nor_the_drivers(file: Path) -> None:
+    """What it imports does not either: tests/dmtg_core/test_imports.py."""
+    imported = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module or "")
+    assert imported
+    assert not {"ray", "pipelines"} & {name.partition(".")[0] for name in imported}
+
+
+@pytest.mark.soak
 def test_examples_import_neither_ray_nor_the_drivers() -> None:
     code = (
         "import runpy, sys; [runpy.run_path(file, run_name='example') for file in sys.argv[1:]];"

@@ -1,4 +1,8 @@
-"""`ray job submit` on a separate cluster with token authentication: jobs that succeed or fail, and their logs."""
+"""`ray job submit` on a separate cluster with token authentication: jobs that succeed or fail, and their logs.
+
+The head of a cluster and a job take minutes on two cores. tests/pipelines/execution/test_cluster.py has the token
+and the places of a job, tests/pipelines/cli the last line and the exit code of a command that fails.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from tests.pipelines.conftest import config_values
 from tests.pipelines.s3_server import free_port
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.soak]
 BIN = Path(sys.executable).parent
 WORKER_PORTS = 40
 
@@ -141,7 +145,6 @@ def test_a_training_job_succeeds_and_its_log_is_clean(head: Head, job: tuple[Pat
     assert is_clean(log), log
 
 
-@pytest.mark.soak
 def test_the_last_line_of_a_failing_job_is_its_error(head: Head, job: tuple[Path, Path]) -> None:
     done = head.submit(job[0], "fails", "train", "-c", "config.yaml", "data.tasks=[colour, shape]")
     assert done.returncode == 1
@@ -151,7 +154,6 @@ def test_the_last_line_of_a_failing_job_is_its_error(head: Head, job: tuple[Path
     assert "the shards have no task shape" in (details.message or "")
 
 
-@pytest.mark.soak
 def test_a_sweep_job_and_a_nightly_job_succeed(head: Head, job: tuple[Path, Path]) -> None:
     swept = head.submit(job[0], "sweep", "sweep", "-c", "config.yaml", "sweep.groups=[2, 3]", "--json")
     assert swept.returncode == 0, swept.stdout + swept.stderr

@@ -37,7 +37,15 @@ def built(name: str, stem: int) -> GroupingNetwork:
     return assigned(network, BRANCHES[: len(spec.tasks)])
 
 
-@pytest.fixture(scope="module", params=CUTS, ids=lambda cut: f"{cut[0]}-{cut[1]}")
+# the deep ones have the modules of resnet18 or of resnet50
+SOAK = [cut for cut in CUTS if cut[0] in ("resnet34", "resnet50") and cut != ("resnet50", 3)]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(cut, marks=pytest.mark.soak) if cut in SOAK else cut for cut in CUTS],
+    ids=lambda cut: f"{cut[0]}-{cut[1]}",
+)
 def network(request):
     """One network for each encoder and stem. Tests must not change it."""
     return built(*request.param)

@@ -42,7 +42,10 @@ from tests.dmtg_core.samples import (
 READERS = (Task("a", "regression"), Task("b", "regression"), Task("c", "regression", 2))
 
 
-@pytest.mark.parametrize(("tasks", "groups", "seed"), [(9, 3, 0), (9, 3, 1), (30, 5, 0), (100, 5, 1)])
+@pytest.mark.parametrize(
+    ("tasks", "groups", "seed"),
+    [(9, 3, 0), (9, 3, 1), (30, 5, 0), pytest.param(100, 5, 1, marks=pytest.mark.soak)],
+)
 def test_a_short_run_of_one_wide_branch_shows_the_planted_groups(tasks: int, groups: int, seed: int) -> None:
     given_input, names, samples, truth = planted_data(seed, tasks=tasks, groups=groups)
     encoder = EncoderSpec("mlp", options={"widths": [64, 32]})

@@ -25,6 +25,7 @@ from dmtg_core.training.loop import score_of
 from tests.dmtg_core import samples
 from tests.dmtg_core.interrupted import Interrupted, without_times
 from tests.dmtg_core.searches import SETTINGS, SPEC, assert_same_result, local
+from tests.soak import others_in_soak
 
 # all candidates are trained to the end, whatever their scores
 GUIDED = SearchOptions(within=10.0, affinity_share=0.25, affinity_limit=0.25, distil_share=0.5)
@@ -73,8 +74,15 @@ def test_the_affinity_phase_ends_when_the_groups_have_converged(data):
     settings = replace(SETTINGS, epochs=20)
     options = SearchOptions(affinity_share=0.1, affinity_limit=1.0)
     records = []
-    search(SPEC, data, settings, options, baseline=False, context=local(on_record=records.append))
-    proposed = [r["proposed"] for r in records if r["stage"] == "affinity"]
+
+    def listen(record):
+        if record["stage"] != "affinity":
+            raise Interrupted
+        records.append(record)
+
+    with pytest.raises(Interrupted):
+        search(SPEC, data, settings, options, baseline=False, context=local(on_record=listen))
+    proposed = [r["proposed"] for r in records]
     assert 2 <= len(proposed) < 20
     names = [task.name for task in SPEC.tasks]
     groupings = [Grouping.from_assignment(names, groups) for groups in proposed]
@@ -88,7 +96,7 @@ def test_the_affinity_phase_ends_at_its_limit_if_groups_do_not_converge(data, mo
     turns = cycle([[n % 3 for n in range(tasks)], [3 * n // tasks for n in range(tasks)]])
     monkeypatch.setattr(affinity_phase, "cluster", lambda *_: next(turns))
     records = []
-    options = SearchOptions(affinity_share=0.1, affinity_limit=0.75)
+    options = SearchOptions(affinity_share=0.1, affinity_limit=0.75, distil_share=0.0, retrain=False)
     search(SPEC, data, SETTINGS, options, baseline=False, context=local(on_record=records.append))
     assert [r["epoch"] for r in records if r["stage"] == "affinity"] == [1, 2, 3]
 
@@ -138,7 +146,10 @@ def test_the_cost_of_distillation_includes_the_teachers(data, guided):
     assert 0 < extra <= 4 * grouping_cost(SPEC, spread).flops  # of four teachers
 
 
-@pytest.mark.parametrize(("stage", "epoch"), GUIDED_STAGES)
+@pytest.mark.parametrize(
+    ("stage", "epoch"),
+    others_in_soak(GUIDED_STAGES, ("affinity", 1), ("wide", 2), ("guided", 3), ("retrained", 2), ("distilled", 1)),
+)
 def test_a_guided_search_interrupted_in_any_stage_has_the_same_result(tmp_path, data, guided, stage, epoch):
     expected, records = guided
 

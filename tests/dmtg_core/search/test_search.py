@@ -23,6 +23,7 @@ from tests.dmtg_core import samples
 from tests.dmtg_core.interrupted import Interrupted, without_times
 from tests.dmtg_core.samples import SAMPLEWISE, assert_same_tensors, mlp_spec
 from tests.dmtg_core.searches import SETTINGS, SPEC, assert_same_result, local
+from tests.soak import others_in_soak
 
 DMTG = SearchOptions("dmtg", starts=2)
 STAGES = [("naive_mtl", n) for n in (1, 2, 3, 4)]
@@ -95,7 +96,8 @@ def test_the_baseline_is_one_branch_trained_for_all_epochs(undisturbed, data):
     assert [r["heads"] for r in records if r["stage"] == "naive_mtl"] == [len(SPEC.tasks)] * 4
 
 
-@pytest.mark.parametrize(("stage", "epoch"), STAGES)
+# each epoch is also interrupted in the next test, in one search
+@pytest.mark.parametrize(("stage", "epoch"), others_in_soak(STAGES, ("start_0", 3)))
 def test_a_search_interrupted_in_any_stage_has_the_same_result(tmp_path, data, undisturbed, stage, epoch):
     expected, records = undisturbed
 
@@ -180,19 +182,21 @@ def test_a_checkpoint_that_lost_a_file_is_refused_by_its_name(tmp_path, data):
         search(SPEC, data, SETTINGS, options=DMTG, context=local(tmp_path))
 
 
-def test_a_search_of_images_with_dense_tasks_resumes_too(tmp_path):
-    spec = samples.image_spec(samples.ONE_OF_EACH, groups=2)
+@pytest.mark.parametrize("method", others_in_soak(["dmtg", "guided"], "dmtg"))
+def test_a_search_of_images_with_dense_tasks_resumes_too(tmp_path, method):
+    spec, options = samples.image_spec(samples.ONE_OF_EACH, groups=2), SearchOptions(method)
     data = samples.data(spec.input, spec.tasks, 12)
     settings = replace(SETTINGS, batch_size=6)
-    expected = search(spec, data, settings, baseline=False, context=local())
+    expected = search(spec, data, settings, options, baseline=False, context=local())
 
     def kill(record):
         if record["epoch"] == 3:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        search(spec, data, settings, baseline=False, context=local(tmp_path, on_record=kill))
-    assert_same_result(search(spec, data, settings, baseline=False, context=local(tmp_path)), expected)
+        search(spec, data, settings, options, baseline=False, context=local(tmp_path, on_record=kill))
+    found = search(spec, data, settings, options, baseline=False, context=local(tmp_path))
+    assert_same_result(found, expected)
     torch.manual_seed(0)
     inputs = samples.batch(spec.input, spec.tasks).inputs
     with torch.no_grad():

@@ -412,8 +412,8 @@ class Losses(nn.Module):
         return pair_losses(self.network, batch, counts)[0]
 
 
-def test_two_workers_have_the_gradients_of_one(tmp_path):
-    parallel.in_group(2, work, tmp_path)
+def test_two_workers_have_the_gradients_of_one(two_processes, tmp_path):
+    two_processes(work, tmp_path)
     spec = SPECS["two groups"]
     for name in RANKED:
         first, second = (load_file(tmp_path / f"{name}_{rank}.safetensors") for rank in range(2))

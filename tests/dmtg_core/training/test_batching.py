@@ -15,6 +15,7 @@ from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import WeighedLoss, batch_branches, prepare_network, step_noise, train_step
 from tests.dmtg_core import parallel, samples
 from tests.dmtg_core.samples import DENSE, FEATURES, IMAGE, MIXED, SAMPLEWISE, image_spec, mlp_spec
+from tests.soak import others_in_soak
 
 TASKS = SAMPLEWISE[:4]
 VIT = NetworkSpec(IMAGE, TASKS, EncoderSpec("vit", 1, {"patch": 4, "width": 12, "layers": 2}), 3)
@@ -95,7 +96,7 @@ def test_a_refused_step_leaves_the_statistics_of_the_branches():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler hides it, unless it is an error
-@pytest.mark.parametrize("name", ["mlp", "convnet"])
+@pytest.mark.parametrize("name", others_in_soak(["mlp", "convnet"], "mlp"))
 def test_a_compiled_pass_has_equal_steps(monkeypatch, name):
     compiled = torch.nn.Module.compile
     used = []
@@ -170,8 +171,8 @@ def train_in_group(rank: int, workers: int, folder) -> None:
         checkpoint.save_network(folder / f"{batched}_{rank}", state.network)
 
 
-def test_two_workers_have_equal_results(tmp_path):
-    parallel.in_group(2, train_in_group, tmp_path)
+def test_two_workers_have_equal_results(two_processes, tmp_path):
+    two_processes(train_in_group, tmp_path)
     names = [f"{batched}_{rank}" for batched in ("on", "off") for rank in (0, 1)]
     first, *others = [samples.snapshot(checkpoint.load_network(tmp_path / name)) for name in names]
     for network in others:

@@ -322,12 +322,12 @@ def test_a_run_is_reproducible_and_independent_of_global_random_state():
 
 
 @pytest.mark.parametrize("sampling", ["gumbel"])
-def test_two_processes_have_the_weights_of_one_on_the_same_global_batches(tmp_path, sampling):
+def test_two_processes_have_the_weights_of_one_on_the_same_global_batches(two_processes, tmp_path, sampling):
     spec = parallel.spec_for(sampling)
     data = samples.data(spec.input, spec.tasks, parallel.ROWS, missing=parallel.MISSING)
     single = fit(GroupingNetwork(spec), data, parallel.SETTINGS, local())
     assert len({record["heads"] for record in single.history}) >= 2
-    parallel.in_group(2, parallel.train, tmp_path, sampling)
+    two_processes(parallel.train, tmp_path, sampling)
     histories = [json.loads((tmp_path / f"rank_{rank}" / "history.json").read_text()) for rank in range(2)]
     networks = [load_network(tmp_path / f"rank_{rank}") for rank in range(2)]
     assert_same_tensors(samples.snapshot(networks[0]), samples.snapshot(networks[1]))

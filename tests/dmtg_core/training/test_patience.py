@@ -79,7 +79,7 @@ def test_a_resumed_run_ends_in_the_same_epoch(tmp_path: Path) -> None:
     spec = mlp_spec(stem=1)
     data = samples.data(spec.input, spec.tasks, 32, missing=0.2)
     expected = fit(GroupingNetwork(spec), data, SETTINGS, local())
-    for epoch in range(1, expected.epoch + 1):
+    for epoch in (1, expected.epoch - 1, expected.epoch):
         folder = tmp_path / str(epoch)
         with pytest.raises(Interrupted):
             fit(GroupingNetwork(spec), data, SETTINGS, local(folder, on_record=interrupt_at(epoch)))
@@ -104,12 +104,12 @@ def train(rank: int, workers: int, folder: Path) -> None:
     (folder / f"rank_{rank}" / "history.json").write_text(json.dumps(state.history))
 
 
-def test_two_workers_end_in_the_epoch_of_one(tmp_path: Path) -> None:
+def test_two_workers_end_in_the_epoch_of_one(two_processes: parallel.Group, tmp_path: Path) -> None:
     spec = parallel.spec_for("gumbel")
     data = samples.data(spec.input, spec.tasks, parallel.ROWS, missing=parallel.MISSING)
     single = fit(GroupingNetwork(spec), data, PARALLEL, local())
     assert single.epoch < 12
-    parallel.in_group(2, train, tmp_path)
+    two_processes(train, tmp_path)
     histories = [json.loads((tmp_path / f"rank_{rank}" / "history.json").read_text()) for rank in range(2)]
     assert [r["val_score"] for r in histories[0]] == [r["val_score"] for r in histories[1]]
     assert [len(history) for history in histories] == [single.epoch] * 2

@@ -37,14 +37,30 @@ def assert_ends_alike(found, expected):
     assert without_times(found.history) == without_times(expected.history)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("spec", [mlp_spec(stem=1), image_spec(MIXED[:6])], ids=["mlp", "convnet"])
-def test_a_run_interrupted_at_any_epoch_has_the_same_result(tmp_path, spec, optimizer):
+# the second one begins with the checkpoint of the last epoch of the search
+SOME, ALL = (1, 4), tuple(range(1, 6))
+MLP, CONVNET = mlp_spec(stem=1), image_spec(MIXED[:6])
+
+
+@pytest.mark.parametrize(
+    ("spec", "optimizer", "epochs"),
+    [
+        pytest.param(MLP, "adam", SOME, id="mlp-adam"),
+        pytest.param(MLP, "sgd", SOME, id="mlp-sgd"),
+        pytest.param(CONVNET, "adam", SOME[1:], id="convnet-adam"),
+        *(
+            pytest.param(spec, optimizer, ALL, id=f"{spec.encoder.name}-{optimizer}-all", marks=pytest.mark.soak)
+            for spec in (MLP, CONVNET)
+            for optimizer in ("adam", "sgd")
+        ),
+    ],
+)
+def test_a_run_interrupted_at_any_epoch_has_the_same_result(tmp_path, spec, optimizer, epochs):
     settings = replace(SEARCHING, epochs=5, search_share=0.6, optimizer=optimizer, lr_schedule="cosine")
     data = samples.data(spec.input, spec.tasks, 32, missing=0.2)
     expected = fit(GroupingNetwork(spec), data, settings, local())
     assert len({record["heads"] for record in expected.history}) >= 2
-    for epoch in range(1, settings.epochs + 1):
+    for epoch in epochs:
         folder = tmp_path / str(epoch)
         with pytest.raises(Interrupted):
             fit(GroupingNetwork(spec), data, settings, local(folder, on_record=interrupt_at(epoch)))
@@ -86,17 +102,22 @@ def test_a_checkpoint_holds_the_network_of_its_epoch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "spec",
-    [mlp_spec(stem=1), image_spec(MIXED[:6]), replace(mlp_spec(), encoder=DROPOUT)],
-    ids=["mlp", "convnet", "dropout"],
+    ("spec", "every"),
+    [
+        pytest.param(MLP, 1, id="mlp"),
+        pytest.param(CONVNET, 4, id="convnet"),
+        pytest.param(CONVNET, 1, id="convnet-all", marks=pytest.mark.soak),
+        pytest.param(replace(mlp_spec(), encoder=DROPOUT), 5, id="dropout"),
+        pytest.param(replace(mlp_spec(), encoder=DROPOUT), 1, id="dropout-all", marks=pytest.mark.soak),
+    ],
 )
-def test_a_run_interrupted_at_any_step_has_the_same_result(tmp_path, spec):
+def test_a_run_interrupted_at_any_step_has_the_same_result(tmp_path, spec, every):
     data = samples.data(spec.input, spec.tasks, 32, missing=0.2)
     every_step = replace(SETTINGS, checkpoint_every=1)
     expected = fit(GroupingNetwork(spec), data, SETTINGS, local())
     steps = data.steps(SETTINGS.batch_size)
     assert steps > 1
-    for writes in range(1, SETTINGS.epochs * steps):
+    for writes in range(every, SETTINGS.epochs * steps, every):
         folder = tmp_path / str(writes)
         with pytest.raises(Interrupted):
             fit(GroupingNetwork(spec), data, every_step, stopping_after(local(folder), writes))

@@ -1,4 +1,4 @@
-"""`dmtg doctor` on this machine, and with faults. Only one test starts Ray."""
+"""`dmtg doctor` on this machine, and with faults. Only one test uses Ray."""
 
 from __future__ import annotations
 
@@ -150,34 +150,40 @@ def test_ray_is_checked_only_where_it_is_used(tmp_path: Path) -> None:
     assert "shared memory" not in found
 
 
-@pytest.mark.ray
-def test_the_command_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All checks, with a local Ray; a server that refuses connections gives exit code 1."""
+@pytest.mark.usefixtures("ray_session")
+def test_ray_runs_a_task() -> None:
+    (found,) = doctor.ray_runs(RaySection(workers=2))
+    assert found.verdict == OK
+    assert "a local cluster ran a task" in found.found
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(["ray.executor=embedded"], id="embedded"),
+        pytest.param(["ray.executor=ray", "ray.object_store_mib=128"], id="Ray", marks=pytest.mark.soak),
+    ],
+)
+def test_the_command_on_this_machine(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All checks; a server that refuses connections gives exit code 1."""
     monkeypatch.chdir(tmp_path)
-    arguments = [
-        "doctor",
-        "-c",
-        "planted",
-        "track.uri=none",
-        "ray.executor=ray",
-        "ray.object_store_mib=128",
-        "--timeout",
-        "240",
-        "--json",
-    ]
+    arguments = ["doctor", "-c", "planted", "track.uri=none", *words, "--timeout", "240", "--json"]
     result = CliRunner().invoke(app, arguments)
     answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     by_name = {one["what"]: one for one in answer["findings"]}
     assert result.exit_code == 0, result.stderr
-    assert "a local cluster ran a task" in by_name["Ray"]["found"]
-    assert by_name.keys() >= {
-        "Python", "packages", "bytecode", "CPU", "GPU", "MLflow", "run.root", "data.shards", "shared memory"
-    }  # fmt: skip
-    assert answer["next"].startswith("dmtg shard -c planted track.uri=none ray.executor=ray")
+    expected = "commands run in their own process" if len(words) == 1 else "a local cluster ran a task"
+    assert expected in by_name["Ray"]["found"]
+    assert ("shared memory" in by_name) == (len(words) > 1)
+    assert by_name.keys() >= {"Python", "packages", "bytecode", "CPU", "GPU", "MLflow", "run.root", "data.shards"}
+    assert answer["next"].startswith(f"dmtg shard -c planted track.uri=none {words[0]}")
 
+
+def test_servers_that_refuse_connections_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     refuses = [f"track.uri=http://127.0.0.1:{free_port()}", f"ray.address=127.0.0.1:{free_port()}"]
     result = CliRunner().invoke(app, ["doctor", "-c", "planted", *refuses, "--timeout", "8", "--json"])
-    answer = json.loads(result.stdout.splitlines()[-1])
+    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     verdicts = {one["what"]: one["verdict"] for one in answer["findings"]}
     assert (result.exit_code, verdicts["MLflow"], verdicts["Ray"], verdicts["run.root"]) == (1, FAIL, FAIL, OK)
     assert all(one["remedy"] for one in answer["findings"] if one["verdict"] != OK)

@@ -1,5 +1,6 @@
 """The start and the end of a command: its first line, the names of slow imports, and what it does not import."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,9 +10,10 @@ import pytest
 from pipelines.cli.stages import SLOW, naming_imports
 from tests.paths import ROOT
 
-# the command ends when it first imports a slow package, or with its own error
+# forks for each command, as the start of Python takes longer than most of them; a command ends when it first
+# imports a slow package, or with its own error
 FIRST_IMPORT = f"""
-import os, sys
+import json, os, sys, traceback
 
 class Watch:
     def find_spec(self, name, *_):
@@ -19,9 +21,31 @@ class Watch:
             print("IMPORT", name, file=sys.stderr, flush=True)
             os._exit(77)
 
+import pipelines.config.loading  # as every command does
 from pipelines.cli.app import main
+assert not {set(SLOW)!r} & set(sys.modules)
 sys.meta_path.insert(0, Watch())
-main()
+for number, command in enumerate(json.load(sys.stdin)):
+    child = os.fork()
+    if child == 0:
+        os.mkdir(str(number))
+        os.chdir(str(number))
+        for name in ("t.yaml", "t.csv"):
+            os.link(f"../{{name}}", name)
+        os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.argv = ["-c", *command]
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 # importing a blocked package is an error
 BLOCKED = """
@@ -36,48 +60,60 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
-def run(script, folder, *arguments):
+def run(script, folder, *arguments, given=None):
     kept = {
         name: value for name, value in os.environ.items() if not name.endswith(("TRACKING_URI", "REGISTRY_URI"))
     }
     environment = {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "_TYPER_STANDARD_TRACEBACK": "1"}
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False, input=given,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("command", "first"),
-    [
-        (("demo",), "dmtg demo: reading the recipe hall"),
-        (("doctor", "-c", "t.yaml"), "dmtg doctor: reading t.yaml"),
-        (("doctor",), "dmtg doctor"),
-        (("config", "new", "t.csv", "--targets", "y"), "dmtg config new: reading t.csv"),
-        (("config", "show", "-c", "t.yaml"), "dmtg config show: reading t.yaml"),
-        (("config", "schema"), "dmtg config schema"),
-        (("shard", "-c", "t.yaml"), "dmtg shard: reading t.yaml"),
-        (("inspect", "-c", "t.yaml"), "dmtg inspect: reading t.yaml"),
-        (("signal", "-c", "t.yaml"), "dmtg signal: reading t.yaml"),
-        (("train", "-c", "t.yaml"), "dmtg train: reading t.yaml"),
-        (("compare", "-c", "t.yaml"), "dmtg compare: reading t.yaml"),
-        (("sweep", "-c", "t.yaml"), "dmtg sweep: reading t.yaml"),
-        (("evaluate", "models:/t/1", "-c", "t.yaml"), "dmtg evaluate: reading t.yaml"),
-        (("predict", "models:/t/1", "-c", "t.yaml", "--out", "p"), "dmtg predict: reading t.yaml"),
-        (("regroup", "-c", "t.yaml"), "dmtg regroup: reading t.yaml"),
-        (("report", "runs/t"), "dmtg report: reading runs/t"),
-        (("models", "list"), "dmtg models list"),
-        (("models", "register", "runs/t"), "dmtg models register: reading runs/t"),
-    ],
-)
-def test_the_first_line_is_printed_before_a_slow_import(command, first, tmp_path):
-    (tmp_path / "t.yaml").write_text("name: t\ndata: {shards: shards}\n")
-    (tmp_path / "t.csv").write_text("x,y\n1,0\n2,1\n")
-    done = run(FIRST_IMPORT, tmp_path, *command)
-    lines = done.stderr.splitlines()
+COMMANDS = [
+    (("demo",), "dmtg demo: reading the recipe hall"),
+    (("doctor", "-c", "t.yaml"), "dmtg doctor: reading t.yaml"),
+    (("doctor",), "dmtg doctor"),
+    (("config", "new", "t.csv", "--targets", "y"), "dmtg config new: reading t.csv"),
+    (("config", "show", "-c", "t.yaml"), "dmtg config show: reading t.yaml"),
+    (("config", "schema"), "dmtg config schema"),
+    (("shard", "-c", "t.yaml"), "dmtg shard: reading t.yaml"),
+    (("inspect", "-c", "t.yaml"), "dmtg inspect: reading t.yaml"),
+    (("signal", "-c", "t.yaml"), "dmtg signal: reading t.yaml"),
+    (("train", "-c", "t.yaml"), "dmtg train: reading t.yaml"),
+    (("compare", "-c", "t.yaml"), "dmtg compare: reading t.yaml"),
+    (("sweep", "-c", "t.yaml"), "dmtg sweep: reading t.yaml"),
+    (("evaluate", "models:/t/1", "-c", "t.yaml"), "dmtg evaluate: reading t.yaml"),
+    (("predict", "models:/t/1", "-c", "t.yaml", "--out", "p"), "dmtg predict: reading t.yaml"),
+    (("regroup", "-c", "t.yaml"), "dmtg regroup: reading t.yaml"),
+    (("report", "runs/t"), "dmtg report: reading runs/t"),
+    (("models", "list"), "dmtg models list"),
+    (("models", "register", "runs/t"), "dmtg models register: reading runs/t"),
+]
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """Command → its exit code and what it wrote to stderr."""
+    folder = tmp_path_factory.mktemp("started")
+    (folder / "t.yaml").write_text("name: t\ndata: {shards: shards}\n")
+    (folder / "t.csv").write_text("x,y\n1,0\n2,1\n")
+    done = run(FIRST_IMPORT, folder, given=json.dumps([command for command, _ in COMMANDS]))
+    codes = map(int, done.stdout.split())
+    return {
+        command: (code, (folder / str(number) / "stderr").read_text())
+        for number, ((command, _), code) in enumerate(zip(COMMANDS, codes, strict=True))
+    }
+
+
+@pytest.mark.parametrize(("command", "first"), COMMANDS, ids=[first for _, first in COMMANDS])
+def test_the_first_line_is_printed_before_a_slow_import(command, first, started):
+    code, stderr = started[command]
+    lines = stderr.splitlines()
     assert lines[0] == first
-    assert done.returncode in (0, 1, 77), done.stderr  # the checks of doctor run in processes of their own
-    if done.returncode == 77:
+    assert code in (0, 1, 77), stderr  # the checks of doctor run in processes of their own
+    if code == 77:
         assert lines[-1] == f"IMPORT {lines[-1].split()[1]}"
         assert lines[-2] == f"importing {SLOW[lines[-1].split()[1]]}"
 

@@ -50,11 +50,11 @@ SMALLER: Mapping[str, Sequence[str]] = {
     ],
     "planted": ["network.options={widths: [32, 16]}"],  # two rows can leave all of four features dark
     "rooms": ["source.options.buildings=3", "source.options.points=1"],
-    "taskonomy": ["source.options.size=64"],
+    "taskonomy": ["source.options.size=32"],
 }
 ROWS = 2
 # recipes that differ from another one by a number only
-VARIANT = re.compile(r"k3_shared|k4_shared|stem[069]|_k[45]$|celeba9_k3|_single$")
+VARIANT = re.compile(r"k3_shared|k4_shared|stem\d|_k[45]$|celeba9_k3|vit_k3|_single$")
 PAPER = [name for name in recipes() if name.startswith("paper/")]
 
 

@@ -82,7 +82,7 @@ def config_of(root: Path, tasks: Sequence[dict[str, Any]], features: Sequence[st
     options = {"file": "t.csv", "id_column": "id", "tasks": list(tasks), "features": list(features)}
     values = {
         "name": "many", "source": {"kind": "table", "root": str(root), "options": options},
-        "data": {"shards": str(root / "shards")}, "track": {"uri": "none"},
+        "data": {"shards": str(root / "shards"), "rows_per_shard": 8192}, "track": {"uri": "none"},
     }  # fmt: skip
     return checked(Config, values)
 

@@ -19,9 +19,10 @@ from pipelines.errors import UserError
 from pipelines.report.inspect import inspect
 from pipelines.storage import Location, locate
 from pipelines.training.driver import Trained, train
-from tests.pipelines.conftest import TASKS, make_config
+from tests.pipelines.conftest import TASKS, make_config, write_images
 from tests.pipelines.data.test_shard_folder import killed_at, old_names
 from tests.pipelines.s3_server import BUCKET, CHECKS_CREDENTIALS, SECRET, faulty, settings
+from tests.soak import others_in_soak
 
 WRONG = "wrong-secret-77"
 pytestmark = pytest.mark.usefixtures("s3")
@@ -33,9 +34,9 @@ def upload(folder: Path, place: Location) -> None:
             (place / file.relative_to(folder).as_posix()).write_bytes(file.read_bytes())
 
 
-def on_s3(config: Config, name: str, **data: object) -> Config:
+def on_s3(config: Config, name: str, raw: str = "raw", **data: object) -> Config:
     """The configuration with raw data, shards and run folder in the bucket."""
-    source = config.source.model_copy(update={"root": f"s3://{BUCKET}/raw"})
+    source = config.source.model_copy(update={"root": f"s3://{BUCKET}/{raw}"})
     shards = config.data.model_copy(update={"shards": f"s3://{BUCKET}/{name}/shards"} | data)
     run = config.run.model_copy(update={"root": f"s3://{BUCKET}/{name}/runs"})
     return config.model_copy(update={"source": source, "data": shards, "run": run})
@@ -46,6 +47,20 @@ def raw(images: Path, s3: int) -> Location:
     place = locate(f"s3://{BUCKET}/raw")
     upload(images, place)
     return place
+
+
+@pytest.fixture(scope="module")
+def few(s3: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quarter of the images, in the bucket as `few`, for tests that do not train."""
+    folder = write_images(tmp_path_factory.mktemp("few"), rows=24)
+    upload(folder, locate(f"s3://{BUCKET}/few"))
+    return folder
+
+
+@pytest.fixture
+def of_few(few: Path, tmp_path: Path) -> Config:
+    """A configuration of the few images on files."""
+    return make_config(few, tmp_path, data={"rows_per_shard": 3})
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +144,10 @@ def test_error_of_wrong_credentials_does_not_show_them(
         assert WRONG not in str(found.value) + caplog.text
 
 
-def test_dropped_requests_are_sent_again(images: Path, raw: Location, s3: int, elsewhere, tmp_path: Path) -> None:
-    with faulty(s3, drop=20) as (road, port):
+def test_dropped_requests_are_sent_again(of_few: Config, s3: int, elsewhere) -> None:
+    with faulty(s3, drop=8) as (road, port):
         elsewhere(**settings(port))
-        config = on_s3(make_config(images, tmp_path), "flaky")
+        config = on_s3(of_few, "flaky", "few")
         manifest = shard(config).manifest
         reader = Reader(locate(config.data.shards), manifest, manifest.description.tasks)
         data = StreamData(
@@ -141,7 +156,7 @@ def test_dropped_requests_are_sent_again(images: Path, raw: Location, s3: int, e
         read = sum(len(batch.inputs) for split in ("train", "val", "test") for batch in data.evaluate(split, 16))
     assert road.dropped >= 5
     assert manifest.quarantined == 0
-    assert read == sum(manifest.rows(split) for split in manifest.shards) == 96
+    assert read == sum(manifest.rows(split) for split in manifest.shards) == 24
 
 
 def test_unreachable_server_is_an_error_and_not_a_bad_sample(
@@ -161,20 +176,15 @@ def test_unreachable_server_is_an_error_and_not_a_bad_sample(
         list(data.train(0, 16))
 
 
-def test_sample_without_its_file_is_quarantined_and_in_no_shard(
-    images: Path, raw: Location, tmp_path: Path
-) -> None:
-    config = on_s3(make_config(images, tmp_path), "gone", max_bad_fraction=0.1)
-    config = config.model_copy(
-        update={"source": config.source.model_copy(update={"root": f"s3://{BUCKET}/gone-raw"})}
-    )
-    upload(images, locate(f"s3://{BUCKET}/gone-raw"))
+def test_sample_without_its_file_is_quarantined_and_in_no_shard(few: Path, of_few: Config) -> None:
+    config = on_s3(of_few, "gone", "gone-raw", max_bad_fraction=0.1)
+    upload(few, locate(f"s3://{BUCKET}/gone-raw"))
     locate(f"s3://{BUCKET}/gone-raw/images/img005.png").delete()
     manifest = shard(config).manifest
     bad = (locate(config.data.shards) / QUARANTINE).read_text()
     assert "img005" in bad
     assert "no such file" in bad
-    assert sum(manifest.rows(split) for split in manifest.shards) + manifest.quarantined == 96
+    assert sum(manifest.rows(split) for split in manifest.shards) + manifest.quarantined == 24
 
 
 def contents(folder: Location) -> dict[str, bytes]:
@@ -198,30 +208,30 @@ def test_bucket_or_folder_with_other_files_is_refused(images: Path, raw: Locatio
         assert contents(place) == {"below/mine.parquet": b"mine"}
 
 
+@pytest.mark.parametrize("step", others_in_soak([9, 27], 27))
 def test_data_set_in_a_bucket_stays_until_the_next_is_complete(
-    images: Path, raw: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few: Path, of_few: Config, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    config = on_s3(make_config(images, tmp_path), "again")
+    config = on_s3(of_few, f"again{step}", "few")
     first, folder = shard(config).manifest, locate(config.data.shards)
     names = old_names(folder, first.files(), published=True)
     kept = shard(config)
     assert (kept.made, kept.manifest.files()) == (0, names)
     (folder / "notes.parquet").write_bytes(b"mine")
     before = contents(folder)
-    upload(images, locate(f"s3://{BUCKET}/bad-raw"))
+    upload(few, locate(f"s3://{BUCKET}/bad-raw"))
     locate(f"s3://{BUCKET}/bad-raw/images/img005.png").delete()
-    source = config.source.model_copy(update={"root": f"s3://{BUCKET}/bad-raw"})
     with pytest.raises(UserError, match="cannot be used") as found:
-        shard(on_s3(config, "again", rows_per_shard=25).model_copy(update={"source": source}))
+        shard(on_s3(config, f"again{step}", "bad-raw", rows_per_shard=6))
     after = contents(folder)
     assert {name: after[name] for name in before} == before
     assert b"img005" in after[found.value.where.removeprefix(f"{folder}/")]
-    other, ends, moment = on_s3(config, "again", rows_per_shard=30), False, 0
+    other, ends, moment = on_s3(config, f"again{step}", "few", rows_per_shard=8), False, 0
     while not ends:  # ended before every change of the storage that is left
         with monkeypatch.context() as patch:
             ends = not killed_at(patch, moment, False, lambda: shard(other))
         check_shards(folder, read_manifest(folder), checksums=True)
-        moment += 9  # every one in tests/pipelines/data/test_shard_folder.py, with files
+        moment += step  # every one in tests/pipelines/data/test_shard_folder.py, with files
     manifest = read_manifest(folder)
     assert manifest.rows("train") == first.rows("train")
     assert not set(manifest.files()) & set(names)
@@ -232,10 +242,8 @@ def test_data_set_in_a_bucket_stays_until_the_next_is_complete(
     }  # fmt: skip
 
 
-def test_deleted_truncated_or_swapped_shard_in_a_bucket_is_found(
-    images: Path, raw: Location, tmp_path: Path
-) -> None:
-    config = on_s3(make_config(images, tmp_path), "damaged")
+def test_deleted_truncated_or_swapped_shard_in_a_bucket_is_found(of_few: Config) -> None:
+    config = on_s3(of_few, "damaged", "few")
     held = shard(config).manifest.shards
     folder = locate(config.data.shards)
     first, second, third = (folder / one.file for one in held["train"][:3])

@@ -29,8 +29,8 @@ def config_of(raw: str, work: str, side: int) -> Config:
             "source": {"kind": "taskonomy", "root": raw, "options": options},
             "data": {"shards": f"{work}/shards", "rows_per_shard": 4, "min_support": 1},
             "network": {**network, "groups": 2, "decoder_width": 8},
-            "train": {"epochs": 2, "batch_size": 4},
-            "search": {"method": "dmtg"},
+            "train": {"epochs": 1, "batch_size": 4},
+            "search": {"method": "dmtg", "baseline": False},
             "track": {"uri": "none"},
             "run": {"root": f"{work}/runs", "samples": 0},
             "ray": {"executor": "embedded"},
@@ -40,14 +40,14 @@ def config_of(raw: str, work: str, side: int) -> Config:
 
 @pytest.mark.usefixtures("s3")
 def test_raw_files_shards_and_run_in_a_bucket_give_the_result_of_local_ones(tmp_path: Path) -> None:
-    raw = write_taskonomy(tmp_path / "raw", buildings=BUILDINGS, points=2)
+    raw = write_taskonomy(tmp_path / "raw", buildings=BUILDINGS, points=1)
     upload(raw, locate(f"s3://{BUCKET}/taskonomy/raw"))
     side = 32
     remote = config_of(f"s3://{BUCKET}/taskonomy/raw", f"s3://{BUCKET}/taskonomy", side)
     local = config_of(str(raw), str(tmp_path), side)
     made, expected = shard(remote).manifest, shard(local).manifest
     assert made.sums == expected.sums
-    assert sum(made.rows(split) for split in made.shards) == 20
+    assert sum(made.rows(split) for split in made.shards) == 10
     found, held = train(remote).result, train(local).result
     assert found["grouping"] == held["grouping"]
     assert set(found["metrics"]) == set(TASKS)

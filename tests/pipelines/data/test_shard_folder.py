@@ -18,8 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from dmtg_core import InputSpec
+from pipelines.cli.app import app
 from pipelines.config.loading import Config, load_config
 from pipelines.config.ray_section import RaySection
 from pipelines.config.sections import DataSection, SourceSection
@@ -40,6 +42,7 @@ from tests.pipelines.conftest import config_values
 from tests.pipelines.data.test_shards import manifest_of
 from tests.pipelines.driver import kill
 from tests.pipelines.shard_files import NUMBER, streamed, write_numbers
+from tests.soak import others_in_soak
 
 JOB = "_parts/_job.json"
 
@@ -163,15 +166,14 @@ def test_empty_address_is_a_wrong_configuration(tmp_path: Path, value: str) -> N
         load_config(str(tmp_path / "c.yaml"), (), str(tmp_path / "ray.yaml"))
 
 
-def test_command_refuses_it(tmp_path: Path) -> None:
+def test_command_refuses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = write_table(tmp_path / "raw" / "machines.parquet").parent
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values_of(raw, tmp_path / "shards")))
     before = tree(raw)
     words = ["shard", "-c", str(tmp_path / "c.yaml"), "data.shards=.", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *words], cwd=raw, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2, done.stderr
+    monkeypatch.chdir(raw)
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2, done.stderr
     assert json.loads(done.stdout)["error"]["what"] == "data.shards and source.root are the same folder"
     assert "Traceback" not in done.stderr
     assert tree(raw) == before
@@ -269,8 +271,9 @@ class TestJob:
     @pytest.mark.parametrize("before", [False, True])
     @pytest.mark.parametrize("torn", [False, True])
     @pytest.mark.parametrize("then", [11, 13])
+    @pytest.mark.parametrize("every", others_in_soak([1, 7], 7))
     def test_job_killed_at_any_moment_is_completed_or_replaced(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool, torn: bool, then: int
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool, torn: bool, then: int, every: int
     ) -> None:
         def made(place: Path, rows: int) -> Manifest:
             return shard(config_of(raw, place, rows_per_shard=rows)).manifest
@@ -278,7 +281,7 @@ class TestJob:
         monkeypatch.setattr(lease, "SETTLE_S", 0.0)  # there is one job at a time
         raw = write_table(tmp_path / "raw.parquet", rows=40)
         first, begun, expected = (made(tmp_path / f"whole{rows}", rows) for rows in (8, 11, then))
-        moment, killed = 0, True
+        moment, killed = every // 2, True
         while killed:
             place = tmp_path / f"{moment}"
             if before:
@@ -293,7 +296,7 @@ class TestJob:
             assert made(place, then).digest() == expected.digest()
             left = {name for name in tree(place) if not name.endswith(".part") and not name.startswith(".probe-")}
             assert left == tree(tmp_path / f"whole{then}").keys()
-            moment += 1
+            moment += every
         assert moment > (20 if before else 10)
 
     def test_shard_lost_before_the_end_is_an_error_and_the_earlier_data_set_stays(self, tmp_path: Path) -> None:

@@ -244,11 +244,13 @@ def test_a_batch_too_small_for_the_workers_is_refused(numbered: Numbered):
         crew(numbered((33, 20, 17), 6), 20, 3)[0].train(0, 2)
 
 
-SETTINGS = replace(parallel.SETTINGS, epochs=3, checkpoint_every=2)
+SETTINGS = replace(parallel.SETTINGS, epochs=2, checkpoint_every=2)
 SHUFFLE_ROWS = 20  # five streams, which neither of two workers can have for itself
 
 
-def test_one_and_two_workers_have_the_same_weights_also_after_a_resume(tmp_path: Path):
+def test_one_and_two_workers_have_the_same_weights_also_after_a_resume(
+    two_processes: parallel.Group, tmp_path: Path
+):
     spec = parallel.spec_for("gumbel")
     train, val = (samples.arrays(spec.input, spec.tasks, 61, seed=i, missing=0.3) for i in range(2))
     reader = write_arrays(tmp_path, spec.input, spec.tasks, {"train": [train], "val": [val]}, group_rows=4)
@@ -260,7 +262,7 @@ def test_one_and_two_workers_have_the_same_weights_also_after_a_resume(tmp_path:
     )
     assert len({record["heads"] for record in expected.history}) >= 2
     middle = within_an_epoch(tmp_path / "one")
-    parallel.in_group(2, train_streamed, tmp_path, reader, SETTINGS, SHUFFLE_ROWS, middle)
+    two_processes(train_streamed, tmp_path, reader, SETTINGS, SHUFFLE_ROWS, middle)
     begun_by_two = LocalContext(tmp_path / "two", device="cpu")
     begun_by_two.latest = lambda: within_an_epoch(tmp_path / "whole_checkpoints")
     alone_again = fit(GroupingNetwork(spec), streamed(reader, SHUFFLE_ROWS), SETTINGS, begun_by_two)

@@ -34,7 +34,7 @@ from pipelines.storage import locate
 from tests.pipelines.driver import Driver, kill
 
 TASKS = [f"task_{n}" for n in range(4)]
-FEATURES, ROWS = 6, 2000
+FEATURES, ROWS = 6, 1500
 DATES = ("2026-03-01", "2026-03-02", "2026-03-03")
 
 
@@ -70,7 +70,7 @@ def config_of(root: Path, **sections: Any) -> dict[str, Any]:
         "data": {"shards": str(root / "shards"), "min_support": 1},
         "network": {"encoder": "mlp", "groups": 2, "options": {"widths": [32, 16]}},
         "gate": {"learning_rate": 0.05},
-        "train": {"epochs": 12, "batch_size": 64, "learning_rate": 0.01},
+        "train": {"epochs": 8, "batch_size": 64, "learning_rate": 0.02},
         "search": {"baseline": False, "share": 0.3, "starts": 0, "wide": False},  # one candidate is enough
         "track": {"uri": f"sqlite:///{root / 'mlflow.db'}"},
         "run": {"root": str(root / "runs")},
@@ -255,6 +255,7 @@ def test_a_dry_run_does_not_change_the_registry_and_its_training_is_reused(
 ) -> None:
     values = config.model_dump(mode="json")
     values["run"]["root"] = str(tmp_path / "runs")
+    values["train"]["epochs"] = 2  # no better than the champion
     fresh = checked(Config, values)
     before = [(m["name"], m["version"], m["aliases"]) for m in list_models(fresh.track)]
     found = regroup(fresh, "2026-03-06", dry_run=True)

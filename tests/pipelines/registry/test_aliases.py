@@ -70,48 +70,56 @@ promote_2, promote_1 = (
 )
 
 
+# the first write is lost, one in the middle, the last one
+SOME = pytest.param(lambda writes: (0, writes // 2, writes - 1), id="some")
+ALL = pytest.param(range, id="all", marks=pytest.mark.soak)
+
+
+@pytest.mark.parametrize("points", [SOME, ALL])
 @pytest.mark.parametrize(
     ("command", "again", "promoted", "serving", "history"),
     [
-        (promote_2, rollback, (1,), 2, [1, 2]),
-        (rollback, promote_2, (1, 2), 1, [1]),
-        pytest.param(promote_1, rollback, (1, 2), 1, [1, 2, 1], marks=pytest.mark.soak),
-        pytest.param(rollback, promote_1, (2, 1, 3, 1), 3, [2, 1, 3], marks=pytest.mark.soak),
+        pytest.param(promote_2, rollback, (1,), 2, [1, 2], id="promote"),
+        pytest.param(rollback, promote_2, (1, 2), 1, [1], id="rollback"),
+        pytest.param(promote_1, rollback, (1, 2), 1, [1, 2, 1], id="promote_back", marks=pytest.mark.soak),
+        pytest.param(
+            rollback, promote_1, (2, 1, 3, 1), 3, [2, 1, 3], id="rollback_of_many", marks=pytest.mark.soak
+        ),
     ],
-    ids=["promote", "rollback", "promote_back", "rollback_of_many"],
 )
 def test_a_command_that_is_killed_at_any_write_is_finished_by_the_same_command(
-    section, request, command, again, promoted, serving, history
+    section, request, command, again, promoted, serving, history, points
 ) -> None:
     name = request.node.callspec.id
     before_the_kill(section, name, *promoted)
-    with kill_points() as points:
-        assert not points.ended(lambda: command(section, name), None)
-        writes = points.calls
+    with kill_points() as kills:
+        assert not kills.ended(lambda: command(section, name), None)
+        writes = kills.calls
         assert writes[0] == "set_registered_model_tag"
         assert writes[-1] == "delete_registered_model_tag"
         assert len(writes) >= 6
-        for at in range(len(writes)):
+        for at in points(len(writes)):
             again(section, name)
-            assert points.ended(lambda: command(section, name), at)
-            assert points.calls == writes[:at]
+            assert kills.ended(lambda: command(section, name), at)
+            assert kills.calls == writes[:at]
             assert command(section, name)["version"] == serving
             assert aliases(section, name)["champion"] == served(serving)
             assert champions(section, name) == history
             assert JOURNAL not in registered(connect(section), name).tags
 
 
+@pytest.mark.parametrize("points", [SOME, ALL])
 @pytest.mark.parametrize("between", ["nothing", "a reader"])
-def test_a_rollback_that_is_killed_before_its_answer_is_not_done_twice(section, between) -> None:
-    name = f"answer_{between[-1]}"
+def test_a_rollback_that_is_killed_before_its_answer_is_not_done_twice(section, request, between, points) -> None:
+    name = f"answer_{request.node.callspec.id}"
     before_the_kill(section, name, 1, 2, 3)
-    with kill_points() as points:
-        assert not points.ended(lambda: rollback(section, name, acknowledged=False), None)
-        steps = len(points.calls)
+    with kill_points() as kills:
+        assert not kills.ended(lambda: rollback(section, name, acknowledged=False), None)
+        steps = len(kills.calls)
     promote(section, name, 3)
-    for at in range(steps + 1):  # the last one is not reached: the process ends after its last write
-        with kill_points() as points:
-            assert points.ended(lambda: rollback(section, name, acknowledged=False), at) == (at < steps)
+    for at in points(steps + 1):  # the last one is not reached: the process ends after its last write
+        with kill_points() as kills:
+            assert kills.ended(lambda: rollback(section, name, acknowledged=False), at) == (at < steps)
         if between == "a reader" and at:
             assert champion(section, name)["version"] == 2
         outcome = rollback(section, name, acknowledged=False)
@@ -138,10 +146,17 @@ READERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def read(section) -> str:
+    """A model with two champions."""
+    before_the_kill(section, "read", 1)
+    return "read"
+
+
 @pytest.mark.parametrize("reader", READERS)
-def test_a_rollback_that_is_killed_is_finished_by_the_next_reader(section, reader) -> None:
-    name = f"read_{reader}"
-    before_the_kill(section, name, 1, 2)
+def test_a_rollback_that_is_killed_is_finished_by_the_next_reader(section, reader, read) -> None:
+    name = read
+    promote(section, name, 2)
     with kill_points() as points:
         assert points.ended(lambda: rollback(section, name), 4)
     READERS[reader](section, name)

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dmtg_core.network.encoders import EncoderSpec
 from dmtg_core.tasks import InputSpec, Task
 from pipelines.config.loading import Config
@@ -23,6 +25,7 @@ from pipelines.storage import locate
 from tests.paths import ROOT
 from tests.pipelines.kill_points import kill_points
 from tests.pipelines.untrained import finish
+from tests.soak import others_in_soak
 
 DRIVER = """
 import sys, time
@@ -89,26 +92,25 @@ def test_the_next_command_ends_the_run_of_a_killed_driver_and_no_other(section, 
     assert client.get_run(lost).info.status == "RUNNING"
 
 
+@pytest.mark.parametrize("every", others_in_soak([1, 5], 5))
 def test_a_registration_that_is_killed_at_any_write_leaves_nothing_unfinished(
-    source: Source, embedded: dict[str, str], root: Path
+    source: Source, embedded: dict[str, str], root: Path, every: int
 ) -> None:
     def registered(name: str) -> Any:
         return finish(source, EncoderSpec("mlp"), root, embedded, name=name, groups=1)
 
     with kill_points() as points:
-        made = registered("pointx")
+        made = registered(f"every{every}")
         assert not points.ended(made.register, None)
         writes = points.calls
         assert {"log_model_artifacts", "create_model_version", "set_registered_model_alias"} <= set(writes)
-        for at in range(len(writes)):
-            made = registered(f"point{at}")
+        for at in range(every - 1, len(writes), every):
+            name = f"every{every}_{at}"
+            made = registered(name)
             assert points.ended(made.register, at)
-            assert [model.uri for model in made.register()] == [
-                f"models:/point{at}/1",
-                f"models:/point{at}.group_0/1",
-            ]
+            assert [model.uri for model in made.register()] == [f"models:/{name}/1", f"models:/{name}.group_0/1"]
             client = connect(made.config.track)
             experiment = client.get_run(made.run_id).info.experiment_id
             logged = client.search_logged_models([experiment], f"source_run_id = '{made.run_id}'")
             assert {str(model.status) for model in logged} == {"READY"}, (at, writes[at])
-            assert client.get_registered_model(f"point{at}").aliases == {"challenger": 1}
+            assert client.get_registered_model(name).aliases == {"challenger": 1}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.encoders import EncoderSpec
+from pipelines.cli.app import app
 from pipelines.config.sections import TrackSection
 from pipelines.data.sources import build_source
 from pipelines.data.sources.base import Source
@@ -27,11 +25,11 @@ from pipelines.registry.pyfunc_model import GroupPredictor
 from pipelines.registry.records import LONGEST_TAG, description_of, registered_models
 from pipelines.registry.tracking import connect
 from pipelines.registry.versions import list_models, show_model
-from tests.paths import ROOT
 from tests.pipelines.cli.test_app import call
 from tests.pipelines.registry.versions import THREE, TWO, add_version, aliases
 from tests.pipelines.s3_server import BUCKET
 from tests.pipelines.untrained import Finished, finish
+from tests.soak import others_in_soak
 
 TASKS = ["sick", "cost", "days"]
 
@@ -46,26 +44,23 @@ TASKS = ["sick", "cost", "days"]
         }),
     ],
 )  # fmt: skip
-def test_the_shell_completes_what_is_registered(section, tmp_path: Path, begun: str, offered: set[str]) -> None:
+def test_the_shell_completes_what_is_registered(
+    section, tmp_path: Path, monkeypatch, capsys, begun: str, offered: set[str]
+) -> None:
     if not any(model.name == "tabbed" for model in registered_models(connect(section), "tabbed")):
         add_version(section, "tabbed", TWO)
         set_challenger(section, "tabbed", 1)
     (tmp_path / "ray_config.yaml").write_text(f"tracking_uri: {section.uri}\n")
     words = begun.split()
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['dmtg'];"
-        "from pipelines.cli.app import main; main()"
-    )
-    asked = {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(words) - 1), "_DMTG_COMPLETE": "complete_bash"}
-    out = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | asked,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert set(out.stdout.split()) == offered, out.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["dmtg"])
+    for name, value in (("COMP_WORDS", "\n".join(words)), ("COMP_CWORD", str(len(words) - 1)),
+                        ("_DMTG_COMPLETE", "complete_bash")):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        app(prog_name="dmtg")
+    assert set(capsys.readouterr().out.split()) == offered
 
 
 def test_groups_and_versions_are_listed_in_the_order_of_their_numbers(section) -> None:
@@ -114,7 +109,8 @@ def test_twelve_groups_are_loaded_and_predict_in_the_order_of_their_numbers(root
     assert list(predictor.predict(None, made.example)) == names
 
 
-@pytest.fixture(params=["embedded", "server", "apart"])
+# a registry on a server is in `apart`, runs and files on a server are in test_tracking.py
+@pytest.fixture(params=others_in_soak(["embedded", "server", "apart"], "embedded", "apart"))
 def store(request: pytest.FixtureRequest, embedded: dict[str, str]) -> dict[str, str]:
     """The store of the commands: an SQLite file; a server with its files on S3; or runs in the SQLite file, their
     files on S3, and the registry on the server."""

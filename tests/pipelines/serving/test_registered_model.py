@@ -21,7 +21,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import scoring_server
 
 from dmtg_core.network.encoders import EncoderSpec
 from pipelines.data.sources import build_source
@@ -259,16 +261,22 @@ def ask(url: str, body: dict[str, Any] | str) -> dict[str, np.ndarray]:
     return {task: np.array(values) for task, values in found.items()}
 
 
-def test_mlflow_serves_images_and_rows_over_http(served, store, tmp_path) -> None:
-    pictures, rows = served["pictures"], served["rows"]
-    with http("models:/pictures@champion", store, tmp_path) as url:
-        found = ask(url, {"inputs": stored(pictures.source).tolist()})
+def test_the_server_of_mlflow_predicts_for_images(served) -> None:
+    pictures = served["pictures"]
+    server = TestClient(scoring_server.init(pictures.composite))
+    answer = server.post("/invocations", json={"inputs": stored(pictures.source).tolist()})
+    assert answer.status_code == HTTPStatus.OK, answer.text
+    found = {task: np.array(values) for task, values in answer.json()["predictions"].items()}
     expected = predictions(pictures.source, pictures.composite)
     assert {name for name in found if "." not in name} == set(expected)
     np.testing.assert_array_equal(found["bright.True"], found["bright"])
     for task, values in expected.items():
         np.testing.assert_allclose(found[task], values, rtol=1e-6, atol=1e-7)
-    with http("models:/rows/1", store, tmp_path) as url:
+
+
+def test_mlflow_serves_rows_over_http(served, store, tmp_path) -> None:
+    rows = served["rows"]
+    with http("models:/rows@champion", store, tmp_path) as url:
         cells = FRAME[["age", "work"]].astype(object).where(FRAME[["age", "work"]].notna(), None)
         found = ask(url, {"dataframe_split": cells.to_dict("split")})
         again = ask(url, {"dataframe_records": cells.to_dict("records")})

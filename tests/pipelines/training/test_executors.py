@@ -1,4 +1,7 @@
-"""The same run on every executor, and a run that is killed on one of them and resumed on the other."""
+"""The same run on every executor, and a run that is killed on one of them and resumed on the other.
+
+In `make test`, ray/test_lost_workers.py compares a run of two workers on Ray with the embedded one.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def finished(root: Path, own: Mapping[str, Any], raw: Path = Path("unused")) -> 
     return config, train(config), []
 
 
-@pytest.fixture(params=["images", pytest.param("table", marks=SOAK), pytest.param("dense", marks=SOAK)])
+@pytest.fixture(params=["images", "table", "dense"])
 def embedded(request: pytest.FixtureRequest, vit_run: Undisturbed, tmp_path: Path) -> Undisturbed:
     if request.param == "images":
         return vit_run
@@ -65,11 +68,10 @@ def embedded(request: pytest.FixtureRequest, vit_run: Undisturbed, tmp_path: Pat
     return finished(tmp_path / "first", own | {"train": {"epochs": 2, "batch_size": 16}})
 
 
+@SOAK
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize(
-    "place", [pytest.param(ONE_ON_RAY, marks=SOAK, id="one worker"), pytest.param(TWO_ON_RAY, id="two")]
-)
+@pytest.mark.parametrize("place", [pytest.param(ONE_ON_RAY, id="one worker"), pytest.param(TWO_ON_RAY, id="two")])
 def test_every_executor_has_the_same_result(embedded, place: dict[str, Any], tmp_path: Path) -> None:
     values = embedded[0].model_dump(mode="json") | {"ray": place, "track": {"uri": "none"}}
     values["run"] = {"root": str(tmp_path / "again")}

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from pipelines.cli.app import app
 from tests.pipelines.cli.spoiled import config, table
 from tests.pipelines.full_disk import FullDisk
+from tests.soak import others_in_soak
 
 STEPS = 6  # of the writes, in the short test
 
@@ -52,7 +53,7 @@ def check(room: int, undisturbed: tuple[int, dict], folder: Path) -> None:
     assert not list(folder.rglob("*.part"))
 
 
-@pytest.mark.parametrize("step", range(STEPS))
+@pytest.mark.parametrize("step", others_in_soak(range(STEPS), 0, 2, 4))
 def test_a_disk_that_fills_at_some_writes(step: int, undisturbed: tuple[int, dict], tmp_path: Path) -> None:
     check(step * (undisturbed[0] - 1) // (STEPS - 1), undisturbed, tmp_path / "run")
 

@@ -78,7 +78,8 @@ def test_a_worker_killed_in_the_middle_of_an_epoch_is_replaced(
         done.set()
         killer.join()
     assert victims
-    same(found.result, run[1].result)
+    assert any("training on Ray with 2 workers" in line for line in logged)
+    same(found.result, run[1].result)  # that of the embedded executor
     assert len(driver.epochs()) == len(set(driver.epochs())) == 8
     assert driver.newest() <= CHECKPOINTS + 1
     lost = driver.events(LOST)

@@ -28,6 +28,7 @@ from pipelines.scaffold.template import new_config
 from pipelines.storage import locate
 from pipelines.training.driver import train
 from tests.pipelines.data.sources.tables.dialect_files import DIALECTS, Written, tidy_rows, write_table
+from tests.soak import others_in_soak
 
 OPTIONS: dict[str, Any] = {
     "id_column": "id",
@@ -110,7 +111,9 @@ def trained(folder: Path, rows: list[dict[str, str]], how: Written) -> tuple[dic
     return done.result["metrics"], (folder / "out.csv").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["german spreadsheet", "utf-16 of a spreadsheet"])
+@pytest.mark.parametrize(
+    "name", others_in_soak(["german spreadsheet", "utf-16 of a spreadsheet"], "german spreadsheet")
+)
 def test_a_dialect_ends_in_the_same_model(tmp_path: Path, name: str) -> None:
     """Metrics and predictions are equal bit for bit. For the other dialects this follows from the equal arrays in
     `test_all_dialects_have_the_same_content`, because training reads nothing else."""
