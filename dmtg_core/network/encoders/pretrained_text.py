@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -117,15 +118,28 @@ def _loaded(found: ModuleType, architecture: Any, path: str, attention: str) -> 
     if not path:
         return found.AutoModel.from_config(architecture, **options), set()
     try:
-        model, loaded = found.AutoModel.from_pretrained(
-            path, config=architecture, local_files_only=True, use_safetensors=True, output_loading_info=True,
-            **options,
-        )  # fmt: skip
+        with _quiet(found.utils.logging):
+            model, loaded = found.AutoModel.from_pretrained(
+                path, config=architecture, local_files_only=True, use_safetensors=True, output_loading_info=True,
+                **options,
+            )  # fmt: skip
     except OSError as error:
         raise ValueError(
             f"cannot load the weights in {path!r}, which has to have model.safetensors ({error})"
         ) from error
     return model, set(loaded["missing_keys"])
+
+
+@contextmanager
+def _quiet(progress: Any) -> Iterator[None]:
+    """Show no progress bar for each branch whose weights are read."""
+    shown = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            progress.enable_progress_bar()
 
 
 def _check(spec: InputSpec, model: Any) -> None:

@@ -236,6 +236,14 @@ def test_positions_that_are_counted_from_the_padding_shorten_the_longest_text():
         encoder("transformers", config=config).stages(tokens_of("roberta"))
 
 
+def test_reading_weights_shows_no_progress(folder, capfd):
+    path, _ = folder("bert")
+    capfd.readouterr()
+    EncoderSpec("transformers", 0, {"path": str(path)}).stages(TOKENS)
+    assert "Loading" not in capfd.readouterr().err
+    assert library.utils.logging.is_progress_bar_enabled()
+
+
 def test_a_folder_whose_weights_lack_a_layer_is_refused(folder):
     path, _ = folder("bert")
     config = json.loads((path / "config.json").read_text())
