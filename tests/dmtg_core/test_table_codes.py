@@ -58,9 +58,9 @@ def test_values_of_a_grid_are_regular():
 
 def test_the_estimator_learns_the_values_of_entities():
     rng = np.random.default_rng(0)
-    place = rng.integers(60, size=3_000)
-    x = pd.DataFrame({"family": rng.normal(size=60)[place], "noise": rng.normal(size=3_000)})
+    place = rng.integers(60, size=4_000)
+    x = pd.DataFrame({"family": rng.normal(size=60)[place], "noise": rng.normal(size=4_000)})
     y = rng.normal(size=60)[place]
-    model = GroupedEstimator(search="none", epochs=6, random_state=0).fit(x[:2_500], y[:2_500])
+    model = GroupedEstimator(search="none", epochs=6, random_state=0).fit(x[:3_700], y[:3_700])
     assert len(model.input_.spec.codes[0]) == 60
-    assert model.score(x[2_500:], y[2_500:]) > 0.8
+    assert model.score(x[3_700:], y[3_700:]) > 0.8

@@ -16,6 +16,7 @@ from dmtg_core.tasks import InputSpec
 
 EXTRA = "pip install 'dmtg[tables]'"
 MANY_ROWS = 2_000  # rows from which numbers have a finer embedding
+SHARED_ROWS = 3_000  # rows from which members share the first layer
 MOST_EMBEDDED = 512  # values of the embeddings of all numbers, for at least 2 each
 
 
@@ -24,8 +25,8 @@ def tabm_options(rows: int, numbers: int) -> dict[str, Any]:
 
     A finer embedding of a number can follow steeper functions, which small data do not determine: its frequencies
     are higher and its values more from `MANY_ROWS` rows. A table of many numbers has fewer values for each. From
-    `MANY_ROWS` rows the first layer is shared and the members are half as many, which takes a third of the time
-    and has no larger error; smaller tables need the differences of 16 members. The limits were chosen on the
+    `SHARED_ROWS` rows the first layer is shared and the members are half as many, which takes half of the time and
+    has no larger error; smaller tables need the differences of 16 members. The limits were chosen on the
     development tables of `bench.tables`.
 
     Args:
@@ -36,7 +37,7 @@ def tabm_options(rows: int, numbers: int) -> dict[str, Any]:
     if rows < MANY_ROWS:
         return {"embedding": min(8, most), "frequencies": 16, "frequency_scale": 0.02}
     finer = {"embedding": min(16, most), "frequencies": 32, "frequency_scale": 0.1}
-    return {**finer, "members": 8, "shared_input": True}
+    return {**finer, "members": 8, "shared_input": True} if rows >= SHARED_ROWS else finer
 
 
 @dataclass(frozen=True)

@@ -223,19 +223,19 @@ def test_a_missing_package_is_named(monkeypatch, name):
 
 @pytest.mark.parametrize(
     ("rows", "numbers", "embedding", "scale"),
-    [(300, 10, 8, 0.02), (1_999, 10, 8, 0.02), (2_000, 10, 16, 0.1), (2_000, 64, 8, 0.1), (300, 0, 8, 0.02),
+    [(300, 10, 8, 0.02), (1_999, 10, 8, 0.02), (2_000, 10, 16, 0.1), (3_000, 64, 8, 0.1), (300, 0, 8, 0.02),
      (300_000, 1_000, 2, 0.1)],
 )  # fmt: skip
 def test_options_follow_from_rows_and_numbers(rows, numbers, embedding, scale):
     options = tabular.tabm_options(rows, numbers)
     assert (options["embedding"], options["frequency_scale"]) == (embedding, scale)
-    assert options.get("shared_input", False) == (rows >= 2_000)
+    assert options.get("shared_input", False) == (rows >= 3_000)
     assert len(tabular.tabm(INPUT, **options)) == 4
 
 
 @pytest.mark.parametrize(
     ("rows", "epochs", "batch_size", "rate"),
-    [(300, 60, 32, 3e-3), (1_999, 40, 64, 3e-3), (2_000, 40, 256, 6e-3), (10_000, 20, 256, 6e-3),
+    [(300, 60, 32, 3e-3), (2_999, 40, 64, 3e-3), (3_000, 40, 256, 6e-3), (10_000, 20, 256, 6e-3),
      (20_000, 40, 256, 6e-3)],
 )  # fmt: skip
 def test_the_schedule_of_a_table_follows_from_its_rows(rows, epochs, batch_size, rate):
