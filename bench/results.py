@@ -57,7 +57,13 @@ those of scikit-learn and LightGBM at their defaults, one for each task, on the 
 encoder were chosen on splits 1 and 2 of these tables. The smallest error is bold.
 
 The rows of `health` are several years of the same persons, and all parts of a split have rows of a person. Trees
-find the persons again by their exact values. A network on embedded numbers does so less.
+find the persons again by their exact values. The encoder has a vector for each of these values; without them the
+error of naive MTL was 0.706 on split 1 and 0.714 on split 2. Only naive MTL was trained again on `health` with
+them. The smaller tables were measured by an earlier version with the same options.
+
+`python -m bench table_encoder` trains on 10,000 rows with 50 features and 10 targets. The two trainings, run
+once on a machine with other work, took 59.9 s (naive MTL) and 25.9 s (extra trees with 300 trees) of CPU
+time: a ratio of 2.3.
 """
 
 

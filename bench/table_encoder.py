@@ -23,7 +23,7 @@ from dmtg_core import (
     fit,
 )
 from dmtg_core.network.encoders.tabular import tabm_options
-from dmtg_core.training.settings import default_schedule
+from dmtg_core.training.settings import table_schedule
 from pipelines.execution.resources import cores
 
 ROWS_OF_TABLE, VAL, FEATURES, TARGETS, TREES = 10_000, 2_000, 50, 10, 300
@@ -50,9 +50,7 @@ def _encoder() -> float:
     given = InputSpec("features", (FEATURES,), quantiles=tuple(map(tuple, edges.tolist())))
     options = {**tabm_options(ROWS_OF_TABLE, FEATURES), "dropout": 0.1}
     spec = NetworkSpec(given, tasks, EncoderSpec("tabm", options=options), groups=1, sampling="fixed")
-    settings = TrainSettings(
-        **default_schedule(ROWS_OF_TABLE), optimizer="adamw", learning_rate=3e-3, weight_decay=0.1
-    )
+    settings = TrainSettings(**table_schedule(ROWS_OF_TABLE), optimizer="adamw", weight_decay=0.1)
     data = ArrayData(splits, tasks)
     started = time.perf_counter()
     fit(GroupingNetwork(spec), data, settings)

@@ -314,6 +314,8 @@ class InputSpec:
             to the largest value. Such a feature is mapped to a normal distribution, not standardised by mean and
             std. Empty for a feature that is standardised. All that are not empty have one length.
         padding: Token id of padding.
+        codes: For each feature, its repeated values in ascending order. An encoder can treat each of them as a
+            category. Empty for a feature without; only features with quantiles have codes.
     """
 
     kind: str
@@ -324,11 +326,13 @@ class InputSpec:
     vocabulary: int = 0
     quantiles: tuple[tuple[float, ...], ...] = ()
     padding: int = 0
+    codes: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("shape", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "quantiles", tuple(tuple(map(float, edges)) for edges in self.quantiles))
+        for name in ("quantiles", "codes"):
+            object.__setattr__(self, name, tuple(tuple(map(float, values)) for values in getattr(self, name)))
         rank = {"image": 3, "features": 1, "tokens": 1}.get(self.kind)
         if rank is None:
             raise ValueError(f"unknown input kind {self.kind!r}, expected image, features or tokens")
@@ -357,23 +361,24 @@ class InputSpec:
         self._check_quantiles()
 
     def _check_quantiles(self) -> None:
-        if not self.quantiles:
-            return
-        if self.kind != "features" or len(self.quantiles) != self.shape[0]:
+        if self.quantiles and (self.kind != "features" or len(self.quantiles) != self.shape[0]):
             wanted = f"{self.shape[0]} lists" if self.kind == "features" else "none"
             raise ValueError(f"quantiles of {self.kind} input: expected {wanted}, got {len(self.quantiles)}")
-        given = [edges for edges in self.quantiles if edges]
-        if len({len(edges) for edges in given}) > 1 or any(len(edges) < 2 for edges in given):
-            lengths = sorted({len(edges) for edges in given})
+        lengths = sorted({len(edges) for edges in self.quantiles if edges})
+        if len(lengths) > 1 or 1 in lengths:
             raise ValueError(f"quantiles need one length of at least 2, got {listed(map(str, lengths))}")
-        for edges in given:
-            if not all(map(math.isfinite, edges)) or any(b < a for a, b in pairwise(edges)):
-                raise ValueError(f"quantiles must be finite and in ascending order, got {edges[:5]} …")
+        for place, codes in enumerate(self.codes):
+            if len(self.codes) != len(self.quantiles) or (codes and not self.quantiles[place]):
+                raise ValueError(f"feature {place} has codes without quantiles")
+        for name in ("quantiles", "codes"):
+            for values in getattr(self, name):
+                if not all(map(math.isfinite, values)) or any(b < a for a, b in pairwise(values)):
+                    raise ValueError(f"{name} must be finite and in ascending order, got {values[:5]} …")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields ready for JSON. `InputSpec(**...)` reads them."""
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
-        for name in ("quantiles", "padding"):
+        for name in ("quantiles", "padding", "codes"):
             if not values[name]:  # as in files of earlier versions
                 del values[name]
         return values

@@ -29,7 +29,7 @@ from dmtg_core.sklearn.training import (
     train,
 )
 from dmtg_core.tables.scaling import SCALINGS
-from dmtg_core.training.settings import TrainSettings, default_schedule
+from dmtg_core.training.settings import TrainSettings, table_schedule
 
 
 def _classifies(estimator: GroupedEstimator) -> bool:
@@ -52,7 +52,7 @@ class GroupedEstimator(BaseEstimator):
         encoder_options: Options of the encoder. By default, "tabm" has those of `tabm_options` for the table.
         epochs: Number of epochs of each training; "auto" for a number by the rows, with an early stop.
         batch_size: Rows of a step; "auto" as for the epochs.
-        learning_rate: Learning rate of AdamW, with a cosine schedule.
+        learning_rate: Learning rate of AdamW, with a cosine schedule; "auto" for a rate by the rows.
         weight_decay: Weight decay of AdamW.
         scaling: How numbers are scaled, one of `dmtg_core.tables.scaling.SCALINGS`. The encoder "tabm" embeds
             numbers only with "quantile".
@@ -89,7 +89,7 @@ class GroupedEstimator(BaseEstimator):
     encoder_options: Mapping[str, Any] | None = None
     epochs: int | str = "auto"
     batch_size: int | str = "auto"
-    learning_rate: float = 3e-3
+    learning_rate: float | str = "auto"
     weight_decay: float = 0.1
     scaling: str = "quantile"
     max_values: int | None = None
@@ -243,14 +243,14 @@ class GroupedEstimator(BaseEstimator):
                 check_counts({name: getattr(self, name)})
 
     def _settings(self, rows: int, seed: int) -> TrainSettings:
-        schedule = default_schedule(rows)
+        schedule = table_schedule(rows)
         own = self.epochs != "auto"
         return TrainSettings(
             epochs=int(self.epochs) if own else schedule["epochs"],
             batch_size=schedule["batch_size"] if self.batch_size == "auto" else int(self.batch_size),
             patience=0 if own else schedule["patience"],
             optimizer="adamw",
-            learning_rate=self.learning_rate,
+            learning_rate=schedule["learning_rate"] if self.learning_rate == "auto" else float(self.learning_rate),
             gate_learning_rate=GATE_RATE,
             weight_decay=self.weight_decay,
             seed=seed,

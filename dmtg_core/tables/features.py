@@ -17,7 +17,7 @@ from dmtg_core.tables.categories import HASHED, ColumnError, category_feature
 from dmtg_core.tables.cells import MISSING
 from dmtg_core.tables.figures import MOST_VALUES, Figures, Rows, column_figures, date_figures, sampled_rows
 from dmtg_core.tables.preparation import TablePreparation
-from dmtg_core.tables.scaling import FINEST, Scales, feature_quantiles, filled_with, robust_scales
+from dmtg_core.tables.scaling import FINEST, Scales, feature_quantiles, filled_with, robust_scales, table_codes
 from dmtg_core.tables.stored import stored_column
 from dmtg_core.tasks import InputSpec
 
@@ -88,7 +88,7 @@ class _Description:
         self._hashed: list[str] = []
 
     def describe(self, columns: Sequence[str]) -> TableInput:
-        features, scales = [], list[Scales]()
+        features, scales, counts = [], list[Scales](), list[Figures]()
         constants, outliers = [], []
         most = max(MOST_VALUES, self._rules.max_values or 0)
         for column, figures in column_figures(self._rows, columns, most).items():
@@ -98,6 +98,7 @@ class _Description:
                 feature, values = self._feature(column, figures)
                 features.append(feature)
                 scales.append(values)
+                counts.append(figures)
             else:
                 constants.append(column)
         if not features:
@@ -117,7 +118,8 @@ class _Description:
             "missing": list(self._rules.missing),
             **self._rules.marks,
         }
-        spec = InputSpec("features", (len(mean),), "float32", mean, std, quantiles=quantiles)
+        codes = _codes(features, counts, quantiles)
+        spec = InputSpec("features", (len(mean),), "float32", mean, std, quantiles=quantiles, codes=codes)
         return TableInput(spec, preparation, constants, outliers, self._ambiguous, self._hashed)
 
     def _stored(self, features: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
@@ -158,6 +160,17 @@ class _Description:
         feature = {"column": column, "type": "date", "format": form, "first": first, "parts": list(parts)}
         scales = [(one.mean, one.deviation or 1.0) for one in parts.values()]
         return {**feature, "means": means, "gaps": gaps}, scales + [(0.0, 1.0)] * gaps
+
+
+def _codes(
+    features: Sequence[Mapping[str, Any]], figures: Sequence[Figures], quantiles: Sequence[tuple[float, ...]]
+) -> tuple[tuple[float, ...], ...]:
+    """The codes of each stored value with quantiles; empty if none has codes."""
+    if not quantiles:
+        return ()
+    found = table_codes(features, [one.values for one in figures], figures[0].cells)
+    codes = tuple(values if edges else () for values, edges in zip(found, quantiles, strict=True))
+    return codes if any(codes) else ()
 
 
 def _number(column: str, figures: Figures) -> tuple[dict[str, Any], Scales]:

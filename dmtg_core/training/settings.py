@@ -257,6 +257,18 @@ def default_schedule(rows: int) -> dict[str, int]:
     return {"epochs": epochs, "batch_size": batch_size, "patience": epochs // 3}
 
 
+def table_schedule(rows: int) -> dict[str, Any]:
+    """Return `default_schedule` and `learning_rate` for the encoder `tabm` on a number of training rows.
+
+    From 3,000 rows, batches of 256 with a higher learning rate take less time and reach a smaller error. From
+    20,000 rows, networks still improve after 20 epochs.
+    """
+    if rows < 3_000:
+        return {**default_schedule(rows), "learning_rate": 3e-3}
+    epochs = 20 if 5_000 <= rows < 20_000 else 40
+    return {"epochs": epochs, "batch_size": 256, "patience": epochs // 2, "learning_rate": 6e-3}
+
+
 def can_be_chosen(record: Mapping[str, Any], settings: TrainSettings) -> bool:
     """Whether the network of an epoch can be the result: it has one head for each task, or is never made hard.
 

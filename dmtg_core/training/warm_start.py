@@ -135,7 +135,7 @@ class WarmStart:
             line = f"{where} starts from {name} with its heads of {listed(taken) or 'no task'}"
             lines.append(line + (f"; new heads for {listed(fresh)}" if fresh else ""))
             found, wanted = model.spec.input, spec.input
-            if found.quantiles != wanted.quantiles:
+            if (found.quantiles, found.codes) != (wanted.quantiles, wanted.codes):
                 lines.append(f"{name} was trained on input normalised by other quantiles")
             elif (found.mean, found.std) != (wanted.mean, wanted.std):
                 lines.append(

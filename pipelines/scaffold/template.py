@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 from dmtg_core.network.encoders.tabular import tabm_options
 from dmtg_core.tables.cells import MISSING
-from dmtg_core.training.settings import default_schedule
+from dmtg_core.training.settings import default_schedule, table_schedule
 from pipelines.config.loading import recipe_config
 from pipelines.config.paths import relative
 from pipelines.config.yaml_text import in_line
@@ -170,7 +170,7 @@ def _table(data: str, place: Location, given: Sequence[str]) -> Draft:
     sizes = {**tabm_options(len(rows), numbers), "dropout": DROPOUT}
     values = {
         "source": {"kind": "table", "root": data, "options": options},
-        **_training("tabm", 0, sizes, len(tasks), len(rows), 3e-3),
+        **_training("tabm", 0, sizes, len(tasks), len(rows), None),
     }
     return Draft("table", _seen(about, len(rows), more), values, _named(why), [*tasks, *rows_by, *inputs])
 
@@ -349,14 +349,18 @@ def _of_rows(uses: Sequence[Use], table: Location) -> tuple[Written, dict[str, s
     return options, why
 
 
-def _training(encoder: str, stem: int, options: Written, tasks: int, rows: int, rate: float) -> dict[str, Written]:
-    """Settings for the size of the data; see `default_schedule`."""
+def _training(
+    encoder: str, stem: int, options: Written, tasks: int, rows: int, rate: float | None
+) -> dict[str, Written]:
+    """Settings for the size of the data: `table_schedule`, or `default_schedule` with a learning rate."""
+    schedule = table_schedule(rows) if rate is None else {**default_schedule(rows), "learning_rate": rate}
+    rate = schedule.pop("learning_rate")
     groups = min(max((tasks + 1) // 2, 2), 4)
     return {
         "network": {"encoder": encoder, "stem": stem, "groups": groups, "options": options},
         "gate": {"learning_rate": 0.02},
         "train": {
-            **default_schedule(rows),
+            **schedule,
             "optimizer": "adamw",
             "learning_rate": rate,
             "weight_decay": 0.1,

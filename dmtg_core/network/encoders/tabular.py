@@ -3,54 +3,93 @@
 from __future__ import annotations
 
 import importlib
-from itertools import pairwise
+from dataclasses import KW_ONLY, dataclass
+from functools import partial, wraps
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dmtg_core.network.inputs import Normalise
 from dmtg_core.tasks import InputSpec
 
 EXTRA = "pip install 'dmtg[tables]'"
 MANY_ROWS = 2_000  # rows from which numbers have a finer embedding
+SHARED_ROWS = 3_000  # rows from which members share the first layer
 MOST_EMBEDDED = 512  # values of the embeddings of all numbers, for at least 2 each
 
 
 def tabm_options(rows: int, numbers: int) -> dict[str, Any]:
-    """Options of `tabm` for the size of a table. Width, blocks and members do not depend on it.
+    """Options of `tabm` for the size of a table. Width and blocks do not depend on it.
 
     A finer embedding of a number can follow steeper functions, which small data do not determine: its frequencies
-    are higher and its values more from `MANY_ROWS` rows. A table of many numbers has fewer values for each. The
-    limits were chosen on the development tables of `bench.tables`.
+    are higher and its values more from `MANY_ROWS` rows. A table of many numbers has fewer values for each. From
+    `SHARED_ROWS` rows the first layer is shared and the members are half as many, which takes half of the time and
+    has no larger error; smaller tables need the differences of 16 members. The limits were chosen on the
+    development tables of `bench.tables`.
 
     Args:
         rows: Rows of the table; the training rows if they are known.
         numbers: Features that are numbers.
     """
-    embedding, frequencies, scale = (8, 16, 0.02) if rows < MANY_ROWS else (16, 32, 0.1)
-    embedding = max(min(embedding, MOST_EMBEDDED // max(numbers, 1)), 2)
-    return {"embedding": embedding, "frequencies": frequencies, "frequency_scale": scale}
+    most = max(MOST_EMBEDDED // max(numbers, 1), 2)
+    if rows < MANY_ROWS:
+        return {"embedding": min(8, most), "frequencies": 16, "frequency_scale": 0.02}
+    finer = {"embedding": min(16, most), "frequencies": 32, "frequency_scale": 0.1}
+    return {**finer, "members": 8, "shared_input": True} if rows >= SHARED_ROWS else finer
 
 
-def tabm(
-    spec: InputSpec,
-    *,
-    width: int = 128,
-    blocks: int = 3,
-    members: int = 16,
-    embedding: int = 8,
-    frequencies: int = 16,
-    frequency_scale: float = 0.02,
-    dropout: float = 0.1,
-) -> list[nn.Module]:
+@dataclass(frozen=True)
+class _Tabm:
+    spec: InputSpec
+    _: KW_ONLY
+    width: int = 128
+    blocks: int = 3
+    members: int = 16
+    embedding: int = 8
+    frequencies: int = 16
+    frequency_scale: float = 0.02
+    shared_input: bool = False
+    dropout: float = 0.1
+
+    def stages(self) -> list[nn.Module]:
+        library, width, spec = _library("tabm"), self.width, self.spec
+        numbers = [place for place, edges in enumerate(spec.quantiles) if edges]
+        flags = [place for place in range(spec.shape[0]) if place not in set(numbers)]
+        chunks = [self.embedding] * len(numbers) + [1] * len(flags)
+        layer = partial(library.LinearBatchEnsemble, k=self.members)
+        hidden = [_Block(layer(width, width, scaling_init="ones"), self.dropout) for _ in range(self.blocks - 1)]
+        codes = _Codes(spec, width) if self.shared_input and any(spec.codes) else None
+        if self.shared_input:
+            shared = _SharedLinear(library, sum(chunks), width, self.members, codes is not None)
+            first: nn.Module = _Block(shared, self.dropout)
+        else:
+            start = ("normal" if numbers else "random-signs", "ones")
+            plain = layer(sum(chunks), width, scaling_init=start, first_scaling_init_chunks=chunks)
+            first = nn.Sequential(library.EnsembleView(k=self.members), _Block(plain, self.dropout))
+        return [_Columns(self._embed(len(numbers)), numbers, flags, codes), first, *hidden]
+
+    def _embed(self, numbers: int) -> nn.Module | None:
+        if not numbers:
+            return None
+        make = _library("rtdl_num_embeddings").PeriodicEmbeddings
+        return make(
+            numbers, self.embedding, n_frequencies=self.frequencies,
+            frequency_init_scale=self.frequency_scale, lite=False,
+        )  # fmt: skip
+
+
+@wraps(_Tabm)  # gives the function its signature: the options
+def tabm(spec: InputSpec, **options: Any) -> list[nn.Module]:
     """An ensemble of `members` MLPs with common weights (TabM, Gorishniy et al., ICLR 2025, section 3).
 
     The first stage embeds the numbers (Gorishniy et al., NeurIPS 2022, section 3.3: a linear layer on sine and
     cosine of learned frequencies, then ReLU). Each further stage is a linear layer with ReLU, dropout, and a
     residual connection where both widths are equal. Its members differ by scales of inputs and outputs and by
     biases (BatchEnsemble, Wen et al. 2020, equation 5). Features with `InputSpec.quantiles` are numbers; other
-    features, such as the flags of categories, are used as they are.
+    features, such as the flags of categories, are used as they are. A number with `InputSpec.codes` is a category
+    as well: each code has a vector, which is added in the first layer and starts at zero.
 
     The stages after the first map `(B, members, F)` to `(B, members, F)`. The loss of a task is the mean of the
     losses of its members. A prediction is the mean of the members' predictions, see
@@ -64,50 +103,104 @@ def tabm(
         embedding: Values of the embedding of a number.
         frequencies: Frequencies of the embedding of a number.
         frequency_scale: Standard deviation of the initial frequencies, in 1 / normalised unit.
+        shared_input: Whether the members have no scales of the first layer's inputs. Its product is then computed
+            once for all members, and the scales of its outputs start as random signs.
         dropout: Share of values dropped during training.
 
     Raises:
         ValueError: If the packages `tabm` and `rtdl_num_embeddings` are not installed.
     """
-    library, embeddings = _library("tabm"), _library("rtdl_num_embeddings")
-    numbers = [place for place, edges in enumerate(spec.quantiles) if edges]
-    flags = [place for place in range(spec.shape[0]) if place not in set(numbers)]
-    embed = None
-    if numbers:
-        embed = embeddings.PeriodicEmbeddings(
-            len(numbers), embedding, n_frequencies=frequencies, frequency_init_scale=frequency_scale, lite=False
-        )
-    chunks = [embedding] * len(numbers) + [1] * len(flags)
-    sizes = [sum(chunks), *[width] * blocks]
-    layers = [
-        library.LinearBatchEnsemble(
-            inputs, outputs, k=members, scaling_init=(("normal" if numbers else "random-signs"), "ones")
-            if number == 0 else "ones", first_scaling_init_chunks=chunks if number == 0 else None,
-        )
-        for number, (inputs, outputs) in enumerate(pairwise(sizes))
-    ]  # fmt: skip
-    stages: list[nn.Module] = [_Block(layer, dropout) for layer in layers]
-    stages[0] = nn.Sequential(library.EnsembleView(k=members), stages[0])
-    return [_Columns(embed, numbers, flags), *stages]
+    return _Tabm(spec, **options).stages()
 
 
 class _Columns(nn.Module):
-    """Embedded numbers, then the other features: `(B, F)` to `(B, F')`."""
+    """Embedded numbers, the other features, and the vectors of codes: `(B, F)` to `(B, F')`."""
 
     numbers: Tensor
     flags: Tensor
 
-    def __init__(self, embed: nn.Module | None, numbers: list[int], flags: list[int]) -> None:
+    def __init__(
+        self, embed: nn.Module | None, numbers: list[int], flags: list[int], codes: nn.Module | None
+    ) -> None:
         super().__init__()
-        self.embed = embed
+        self.embed, self.codes = embed, codes
         self.register_buffer("numbers", torch.tensor(numbers, dtype=torch.int64), persistent=False)
         self.register_buffer("flags", torch.tensor(flags, dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.embed is None:
             return x
-        embedded = self.embed(x.index_select(1, self.numbers)).flatten(1)  # (B, F_n · D)
-        return torch.cat([embedded, x.index_select(1, self.flags)], 1) if len(self.flags) else embedded
+        parts = [self.embed(x.index_select(1, self.numbers)).flatten(1)]  # (B, F_n · D)
+        if len(self.flags):
+            parts.append(x.index_select(1, self.flags))
+        if self.codes is not None:
+            parts.append(self.codes(x))
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+class _Codes(nn.Module):
+    """The sum of the vectors of the codes of a row: `(B, F)` to `(B, width)`.
+
+    A normalised number is a code if it equals the code's normalised value up to rounding errors.
+    """
+
+    TOLERANCE = 1e-5
+    values: Tensor
+    places: Tensor
+    last: Tensor
+    starts: Tensor
+
+    def __init__(self, spec: InputSpec, width: int) -> None:
+        super().__init__()
+        places = [place for place, codes in enumerate(spec.codes) if codes]
+        scores = [_scores(spec, place) for place in places]
+        counts = torch.tensor(list(map(len, scores))).unsqueeze(1)
+        values = torch.full((len(places), int(counts.max())), torch.inf)
+        for row, known in zip(values, scores, strict=True):
+            row[: len(known)] = known
+        self.register_buffer("places", torch.tensor(places), persistent=False)
+        self.register_buffer("values", values, persistent=False)
+        self.register_buffer("last", counts - 1, persistent=False)
+        self.register_buffer("starts", counts.cumsum(0) - counts, persistent=False)
+        self.vectors = nn.Parameter(torch.zeros(int(counts.sum()), width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = x.index_select(1, self.places).T.contiguous()  # (C, B)
+        nearest = torch.searchsorted(self.values, score - self.TOLERANCE).minimum(self.last)
+        known = (self.values.gather(1, nearest) - score).abs() <= self.TOLERANCE
+        found = nn.functional.embedding(nearest + self.starts, self.vectors)  # (C, B, width)
+        return (found * known.unsqueeze(2)).sum(0)
+
+
+def _scores(spec: InputSpec, place: int) -> Tensor:
+    """The different normalised values of the codes of a feature, in ascending order."""
+    codes = torch.tensor(spec.codes[place])
+    rows = torch.zeros(len(codes), spec.shape[0])
+    rows[:, place] = codes
+    return Normalise(spec)(rows)[:, place].unique()
+
+
+class _SharedLinear(nn.Module):
+    """A first layer with one product for all members: `(B, F)` to `(B, members, width)`.
+
+    The last `width` inputs are added to the product, if there are vectors of codes.
+    """
+
+    def __init__(self, library: ModuleType, inputs: int, width: int, members: int, coded: bool) -> None:
+        super().__init__()
+        self.inputs, self.coded = inputs, coded
+        self.in_features, self.out_features = 0, width  # no residual connection: the input has no members
+        self.linear = nn.Linear(inputs, width, bias=False)
+        self.scales = nn.Parameter(torch.empty(members, width))
+        library.init_scaling_(self.scales, "random-signs", None)
+        start = torch.empty(width).uniform_(-(inputs**-0.5), inputs**-0.5)  # one start for all, as in `tabm`
+        self.bias = nn.Parameter(start.repeat(members, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.linear(x[:, : self.inputs])
+        if self.coded:
+            hidden = hidden + x[:, self.inputs :]
+        return torch.addcmul(self.bias, hidden.unsqueeze(1), self.scales)
 
 
 class _Block(nn.Module):
@@ -116,13 +209,13 @@ class _Block(nn.Module):
     def __init__(self, linear: nn.Module, dropout: float) -> None:
         super().__init__()
         self.linear = linear
-        self.dropout = nn.Dropout1d(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.residual = linear.in_features == linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.linear(x).relu()  # (B, members, F)
-        # one mask for all members: a mask each takes a third of a step
-        out = self.dropout(out.transpose(1, 2)).transpose(1, 2)
+        # one mask for all members, because a mask for each takes a third of a step
+        out = out * self.dropout(out.new_ones(len(out), 1, out.shape[2]))
         return x + out if self.residual else out
 
 

@@ -1,5 +1,7 @@
 """TabM and the normal scores of its input, against `tabm`, scikit-learn and torch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,18 @@ from hypothesis import strategies as st
 from sklearn.preprocessing import QuantileTransformer
 from torch.nn import functional as F
 
-from dmtg_core import EncoderSpec, Grouping, GroupingNetwork, InputSpec, NetworkSpec, Task, TrainSettings, fit
+from dmtg_core import (
+    ArrayData,
+    Arrays,
+    EncoderSpec,
+    Grouping,
+    GroupingNetwork,
+    InputSpec,
+    NetworkSpec,
+    Task,
+    TrainSettings,
+    fit,
+)
 from dmtg_core.network.cost import grouping_cost, inference_cost, wide_spec
 from dmtg_core.network.encoders import build_encoder, tabular
 from dmtg_core.network.inputs import Normalise
@@ -17,6 +30,7 @@ from dmtg_core.search.feature_overlap import feature_overlap
 from dmtg_core.training.context import LocalContext
 from dmtg_core.training.diagnostics import gradient_cosines
 from dmtg_core.training.losses import PairLosses, sample_loss
+from dmtg_core.training.settings import table_schedule
 from tests.dmtg_core import samples
 from tests.dmtg_core.samples import SAMPLEWISE, assert_same_tensors, assigned
 
@@ -209,13 +223,25 @@ def test_a_missing_package_is_named(monkeypatch, name):
 
 @pytest.mark.parametrize(
     ("rows", "numbers", "embedding", "scale"),
-    [(300, 10, 8, 0.02), (1_999, 10, 8, 0.02), (2_000, 10, 16, 0.1), (2_000, 64, 8, 0.1), (300, 0, 8, 0.02),
+    [(300, 10, 8, 0.02), (1_999, 10, 8, 0.02), (2_000, 10, 16, 0.1), (3_000, 64, 8, 0.1), (300, 0, 8, 0.02),
      (300_000, 1_000, 2, 0.1)],
 )  # fmt: skip
 def test_options_follow_from_rows_and_numbers(rows, numbers, embedding, scale):
     options = tabular.tabm_options(rows, numbers)
     assert (options["embedding"], options["frequency_scale"]) == (embedding, scale)
+    assert options.get("shared_input", False) == (rows >= 3_000)
     assert len(tabular.tabm(INPUT, **options)) == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "batch_size", "rate"),
+    [(300, 60, 32, 3e-3), (2_999, 40, 64, 3e-3), (3_000, 40, 256, 6e-3), (10_000, 20, 256, 6e-3),
+     (20_000, 40, 256, 6e-3)],
+)  # fmt: skip
+def test_the_schedule_of_a_table_follows_from_its_rows(rows, epochs, batch_size, rate):
+    found = TrainSettings(**table_schedule(rows))
+    assert (found.epochs, found.batch_size, found.learning_rate) == (epochs, batch_size, rate)
+    assert 0 < found.patience < epochs
 
 
 def test_members_share_the_mask_of_dropout():
@@ -227,3 +253,70 @@ def test_members_share_the_mask_of_dropout():
     held = block.eval()(x) - x
     torch.testing.assert_close(change, torch.where(kept, 2 * held, 0.0))
     assert 0.3 < kept.float().mean() < 0.7
+
+
+CODED = InputSpec("features", (3,), quantiles=(EDGES, (), EDGES), codes=((-1.5, 0.0, 0.3), (), (1.0, 2.0)))
+SHARED = {**OPTIONS, "shared_input": True}
+
+
+def test_the_first_layer_with_one_product_is_that_of_the_authors():
+    columns, first, *_ = tabular.tabm(INPUT, **SHARED)
+    theirs = tabm.LinearBatchEnsemble(4 * 3 + 2, 8, k=MEMBERS, scaling_init="ones")
+    mine = first.linear
+    assert set(mine.scales.unique().tolist()) == {-1.0, 1.0}
+    theirs.load_state_dict({"weight": mine.linear.weight, "r": theirs.r, "s": mine.scales, "bias": mine.bias})
+    x = columns(torch.randn(5, 6))
+    torch.testing.assert_close(first(x), theirs(x.unsqueeze(1).expand(-1, MEMBERS, -1)).relu())
+
+
+def test_a_repeated_value_has_a_vector_like_a_category():
+    columns, first, *_ = tabular.tabm(CODED, **SHARED)
+    x = torch.tensor([[-1.5, 5.0, 1.0], [0.3, 5.0, 0.9], [0.1, 5.0, 2.0], [0.31, 5.0, -2.0]])
+    assert not columns.codes.vectors.any()
+    before = first(columns(Normalise(CODED)(x)))
+    plain = replace(CODED, codes=())
+    without = tabular.tabm(plain, **SHARED)
+    without[0].load_state_dict(columns.state_dict(), strict=False)
+    without[1].load_state_dict(first.state_dict())
+    torch.testing.assert_close(before, without[1](without[0](Normalise(plain)(x))))
+    torch.nn.init.normal_(columns.codes.vectors)
+    flags = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]).float()
+    torch.testing.assert_close(columns.codes(Normalise(CODED)(x)), flags @ columns.codes.vectors)
+    after = first(columns(Normalise(CODED)(x)))
+    assert [torch.equal(a, b) for a, b in zip(after, before, strict=True)] == [False, False, False, True]
+
+
+def test_a_network_learns_a_function_of_single_values():
+    values = np.linspace(-2, 2, 40).astype(np.float32)
+    answers = np.random.default_rng(0).normal(size=40).astype(np.float32)
+    place = np.random.default_rng(1).integers(40, size=600)
+    given = InputSpec("features", (1,), quantiles=(tuple(np.quantile(values, np.linspace(0, 1, 30))),))
+    task = Task("t", "regression")
+    parts = {"train": Arrays(values[place, None], {"t": answers[place]}, {})}
+    data = ArrayData({**parts, "val": parts["train"]}, [task])
+    errors = []
+    for codes in ((), (tuple(values),)):
+        net = NetworkSpec(
+            replace(given, codes=codes), (task,), EncoderSpec("tabm", options=SHARED), 1, sampling="fixed"
+        )
+        state = fit(GroupingNetwork(net), data, TrainSettings(epochs=20, batch_size=32, learning_rate=0.01))
+        errors.append(state.history[-1]["val"]["t"]["rmse"])
+    assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (((1.0, 2.0), (1.0,)), "feature 1 has codes without quantiles"),
+        (((1.0,),), "feature 0 has codes without quantiles"),
+        (((2.0, 1.0), ()), "ascending order"),
+    ],
+)
+def test_codes_that_cannot_be_used_are_refused(codes, message):
+    with pytest.raises(ValueError, match=message):
+        InputSpec("features", (2,), quantiles=((0.0, 1.0), ()), codes=codes)
+
+
+def test_specs_are_saved_with_codes_and_without():
+    assert InputSpec(**CODED.to_dict()) == CODED
+    assert "codes" not in INPUT.to_dict()
