@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
+from pipelines.execution.resources import cores
 from pipelines.training.driver import train
 from tests.pipelines.conftest import ON_RAY, VIT, config_values
 from tests.pipelines.driver import Driver, Undisturbed, disturbed, same
@@ -65,7 +67,12 @@ def embedded(request: pytest.FixtureRequest, vit_run: Undisturbed, tmp_path: Pat
     if request.param == "images":
         return vit_run
     own = {"table": table, "dense": dense}[request.param](tmp_path / "raw")
-    return finished(tmp_path / "first", own | {"train": {"epochs": 2, "batch_size": 16}})
+    before = torch.get_num_threads()
+    torch.set_num_threads(cores())  # as one worker on Ray: sums over other threads have other rounding errors
+    try:
+        return finished(tmp_path / "first", own | {"train": {"epochs": 2, "batch_size": 16}})
+    finally:
+        torch.set_num_threads(before)
 
 
 @SOAK
@@ -77,7 +84,7 @@ def test_every_executor_has_the_same_result(embedded, place: dict[str, Any], tmp
     values["run"] = {"root": str(tmp_path / "again")}
     logged: list[str] = []
     found = train(checked(Config, values), logged.append).result
-    same(found, embedded[1].result)
+    same(found, embedded[1].result, shares=1e-3)
     assert any("training on Ray with" in line for line in logged)
 
 
