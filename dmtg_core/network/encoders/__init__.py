@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dmtg_core.data_checks import check_choice
 from dmtg_core.network.adapters import AdapterBranch, AdapterOptions, SharedStages
@@ -241,6 +241,14 @@ class Features:
     members: int = 0
 
 
+class Standardise(nn.Module):
+    """Mean 0 and variance 1 over the features of a sample, a layer norm without weights."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(B, F)` to the same."""
+        return nn.functional.layer_norm(features, features.shape[-1:])
+
+
 class Encoder(NamedTuple):
     """The modules of an encoder.
 
@@ -260,13 +268,16 @@ class Encoder(NamedTuple):
 def build_encoder(encoder: EncoderSpec, spec: InputSpec, groups: int, seed: int) -> Encoder:
     """Build the stem and `groups` branches. They have independent initial weights with branch "copy".
 
+    The features of a library's model are standardised for the heads: their scale depends on the model, and heads
+    on small features hardly learn at the learning rates of an encoder.
+
     Raises:
         ValueError: As `EncoderSpec.stages`, and if no layer is a target of the adapters.
     """
     options = AdapterOptions.of(encoder.adapter)
     shared, branches = None, list[nn.Module]()
     with seeded(seed):
-        stages = encoder.stages(spec)
+        stages = _standardised(encoder, encoder.stages(spec))
         first, rest = stages[: encoder.stem], stages[encoder.stem :]
         if encoder.branch == "lora":
             shared = SharedStages(rest, options)
@@ -275,9 +286,16 @@ def build_encoder(encoder: EncoderSpec, spec: InputSpec, groups: int, seed: int)
             branches += copies(rest, groups)
         else:
             branches += [nn.Sequential(*rest)]
-            branches += [nn.Sequential(*encoder.stages(spec)[encoder.stem :]) for _ in range(groups - 1)]
+            others = (_standardised(encoder, encoder.stages(spec)) for _ in range(groups - 1))
+            branches += [nn.Sequential(*other[encoder.stem :]) for other in others]
     stem = Frozen(*first) if encoder.frozen else nn.Sequential(*first)
     return Encoder(stem, branches, _features(spec, stem, branches[0]), shared)
+
+
+def _standardised(encoder: EncoderSpec, stages: list[nn.Module]) -> list[nn.Module]:
+    if encoder.name in LIBRARIES:
+        stages[-1] = nn.Sequential(stages[-1], Standardise())
+    return stages
 
 
 def frozen_once(
