@@ -178,8 +178,7 @@ class EncoderSpec:
         """
         if self.branch == "lora":
             adapter = AdapterOptions.of(self.adapter)
-            rank = max(round(adapter.rank * factor), 1)  # alpha / rank is the scale of an update
-            wider = replace(adapter, rank=rank, alpha=adapter.alpha * rank / max(adapter.rank, 1))
+            wider = replace(adapter, rank=max(round(adapter.rank * factor), 1))  # alpha stays, as in the paper
             return replace(self, adapter=wider.to_dict())
         if not self.can_widen:
             raise ValueError(f"encoder {self.name} has fixed widths; those of {', '.join(WIDTHS)} can be changed")

@@ -132,8 +132,8 @@ def test_the_wide_alternative_has_the_trained_parameters_of_all_branches():
         return sum(p.numel() for p in one.branches.parameters())
 
     assert trained(wide) == trained(network)
-    scales = {branch.scale for one in (network, wide) for branch in one.branches.values()}
-    assert scales == {16 / 3}
+    assert {branch.scale for branch in network.branches.values()} == {16 / 3}
+    assert {branch.scale for branch in wide.branches.values()} == {16 / 12}
 
 
 def test_a_frozen_layer_costs_less_in_training():
