@@ -49,12 +49,19 @@ TABLES_HEAD = """## Tables
 ```
 python -m bench.tables players benefits digits trial --methods ''
 python -m bench.tables health --seeds 1,2 --methods ''
+python -m bench.tables sleep counties --seeds 1,2
+python -m bench.tables happiness --seeds 1 --methods ''
 ```
 
 Mean error over the tasks on test: 1 - AUROC, 1 - accuracy, or RMSE in standard deviations. Each seed is another
 split. Naive MTL is the encoder that `dmtg config new` proposes, with no option changed. The other learners are
 those of scikit-learn and LightGBM at their defaults, one for each task, on the same features. The options of the
-encoder were chosen on splits 1 and 2 of these tables. The smallest error is bold.
+encoder were chosen on splits 1 and 2 of the first five tables. The last three were measured afterwards, and
+nothing was changed for them. The smallest error is bold.
+
+Naive MTL has the smallest error on six of the eight tables. On `health` it is 2.5 % behind a random forest, and on
+`counties` (262 training rows, features with long tails) 5.8 % behind extra trees. Twice as many epochs did not
+change the error there.
 
 The rows of `health` are several years of the same persons, and all parts of a split have rows of a person. Trees
 find the persons again by their exact values. The encoder has a vector for each of these values; without them the
