@@ -231,7 +231,7 @@ class AdapterBranch(nn.Module):
 
     def __init__(self, stages: SharedStages, options: AdapterOptions) -> None:
         super().__init__()
-        self.scale = options.alpha / max(options.rank, 1)
+        self.rank, self.scale = options.rank, options.alpha / max(options.rank, 1)
         self.updates = nn.ModuleList([LowRank(*_sizes(layer.base), options.rank) for layer in stages.adapted])
         self.norms = nn.ModuleList([_trainable(norm.base) for norm in stages.norms])
         self.attach(stages)

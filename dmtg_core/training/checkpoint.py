@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dmtg_core.names import listed
+from dmtg_core.network import peft_format
 from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel
 from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.tasks import Task
@@ -24,10 +26,15 @@ CORRECT_UP_TO = 10  # branches up to which a network of format 1 is correct; see
 SEAL = "sha256.json"
 FROZEN = ("stem.", "shared.")  # beginnings of the names of frozen weights
 BASE = "base"  # folder beside those of the models with the frozen weights of all of them
+BASE_WEIGHTS, BASE_FILE = "base.safetensors", "base.json"  # `BASE_FILE` has the digest
 
 
 class OutdatedNetworkError(ValueError):
     """An earlier version trained this network incorrectly. It must be trained again."""
+
+
+class FrozenWeightsError(ValueError):
+    """The frozen weights of a network are missing, or are not those that it was trained with."""
 
 
 def save_network(folder: Path, network: GroupingNetwork) -> None:
@@ -35,22 +42,35 @@ def save_network(folder: Path, network: GroupingNetwork) -> None:
 
     Frozen weights that came from files are not written, but their digest is.
     """
+    _save_network(folder, network, ())
+
+
+def _save_network(folder: Path, network: GroupingNetwork, apart: Collection[str]) -> None:
+    """Write a network without the tensors that are written apart."""
     folder.mkdir(parents=True, exist_ok=True)
     alive = [[bool(x) for x in row] for row in network.gate.alive.tolist()]
     described = {"format": FORMAT, "spec": network.spec.to_dict(), "alive": alive}
-    tensors = network.state_dict()
-    if network.frozen and network.spec.encoder.pretrained:
+    tensors = {name: tensor for name, tensor in network.state_dict().items() if name not in apart}
+    if keeps_base(network):
         described["frozen"] = network.frozen_digest
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(FROZEN)}
     save_tensors(folder / "network.safetensors", tensors)
     write_json(folder / "network.json", described)
 
 
-def load_network(folder: Path, device: torch.device | str = "cpu") -> GroupingNetwork:
+def keeps_base(network: GroupingNetwork) -> bool:
+    """Whether the frozen weights of a network came from files, so that they are not written with it."""
+    return bool(network.frozen) and network.spec.encoder.pretrained
+
+
+def load_network(folder: Path, device: torch.device | str = "cpu", base: Path | None = None) -> GroupingNetwork:
     """Load the network of `save_network` with its pruned shape.
 
-    Frozen weights come from the folder `BASE` beside this one (see `save_base`), or else from where they first
-    came from.
+    Args:
+        folder: Folder of the network, or of a group's model.
+        device: Device of the network.
+        base: Where frozen weights come from: the folder of `save_base`, or the file or folder that the encoder
+            reads. By default the folder `BASE` beside this one, or else from where they first came from.
 
     Raises:
         ValueError: If the folder has no such checkpoint or an unknown format, if frozen weights are missing or
@@ -68,12 +88,12 @@ def load_network(folder: Path, device: torch.device | str = "cpu") -> GroupingNe
     frozen = "frozen" in described
     try:
         if frozen:
-            network = _with_frozen(folder, spec, described["frozen"])
+            network = _with_frozen(folder, spec, described["frozen"], base)
         else:
             network = GroupingNetwork(spec.without_weights())
         network.keep(torch.tensor(described["alive"]))
         kept = {name: t for name, t in network.state_dict().items() if frozen and name.startswith(FROZEN)}
-        network.load_state_dict(load_tensors(folder / "network.safetensors") | kept)
+        network.load_state_dict(load_tensors(folder / "network.safetensors") | kept | _updates(folder, network))
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder}: network.json and network.safetensors do not fit ({error})") from error
     return network.to(device)
@@ -83,28 +103,44 @@ def save_base(folder: Path, network: GroupingNetwork) -> None:
     """Write the frozen weights of a network into `folder`, for all networks that have them."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t for name, t in network.state_dict().items() if name.startswith(FROZEN)}
-    save_tensors(folder / "base.safetensors", tensors)
-    write_json(folder / "base.json", {"format": FORMAT, "digest": network.frozen_digest})
+    save_tensors(folder / BASE_WEIGHTS, tensors)
+    write_json(folder / BASE_FILE, {"format": FORMAT, "digest": network.frozen_digest})
 
 
-def _with_frozen(folder: Path, spec: NetworkSpec, digest: str) -> GroupingNetwork:
+def _updates(folder: Path, network: GroupingNetwork) -> dict[str, Tensor]:
+    """The updates of a branch that are in a file of their own, in the names of the network."""
+    file = folder / peft_format.WEIGHTS
+    return peft_format.from_peft(network, load_tensors(file)) if file.exists() else {}
+
+
+def _with_frozen(folder: Path, spec: NetworkSpec, digest: str, base: Path | None) -> GroupingNetwork:
     """Build a network with the frozen weights of this digest."""
-    base, path = folder.parent / BASE, dict(spec.encoder.options or {}).get("path")
-    if base.is_dir() or not path or not Path(path).exists():
+    source = base or _source(folder, spec)
+    if (source / BASE_WEIGHTS).is_file():
         network = GroupingNetwork(spec.without_weights())
-        if not base.is_dir():
-            raise ValueError(f"{folder}: the frozen weights are missing: neither {base} nor {path} exists")
-        network.load_state_dict(network.state_dict() | load_tensors(base / "base.safetensors"))
-        network.spec, source = spec, base
+        network.load_state_dict(network.state_dict() | load_tensors(source / BASE_WEIGHTS))
+        network.spec = spec
         network.frozen_once()
     else:
-        network, source = GroupingNetwork(spec), Path(path)
+        network = GroupingNetwork(replace(spec, encoder=spec.encoder.with_source(str(source))))
+        network.spec = spec
     if network.frozen_digest != digest:
-        raise ValueError(
+        raise FrozenWeightsError(
             f"{folder}: the frozen weights in {source} have changed since training, SHA-256 {digest[:12]} "
             f"expected, {network.frozen_digest[:12]} found; restore them, or train again"
         )
     return network
+
+
+def _source(folder: Path, spec: NetworkSpec) -> Path:
+    """Where the frozen weights of a network are."""
+    base, source = folder.parent / BASE, spec.encoder.source
+    if base.is_dir():
+        return base
+    by_name = (spec.encoder.options or {}).get("weights")  # a name that the library knows, and no path
+    if not by_name and not (source and Path(source).exists()):
+        raise FrozenWeightsError(f"{folder}: the frozen weights are missing: neither {base} nor {source} exists")
+    return Path(source)
 
 
 def check_branches(written: int, branches: int, tasks: Sequence[Task], where: str) -> None:
@@ -132,35 +168,51 @@ def check_branches(written: int, branches: int, tasks: Sequence[Task], where: st
 
 
 def save_model(folder: Path, model: GroupModel) -> None:
-    """Write one group's model into `folder`, and the checksums of its files."""
-    save_network(folder, model.network)
-    names = ("network.json", "network.safetensors")
+    """Write one group's model into `folder`, and the checksums of its files.
+
+    Low-rank updates are in two files in the format of the PEFT library, the rest of the network is beside them.
+    """
+    network, names = model.network, ["network.json", "network.safetensors"]
+    apart = peft_format.updates_of(network)
+    _save_network(folder, network, apart)
+    if apart:
+        names += [peft_format.CONFIG, peft_format.WEIGHTS]
+        write_json(folder / peft_format.CONFIG, peft_format.config_of(network))
+        save_tensors(folder / peft_format.WEIGHTS, peft_format.to_peft(network))
     write_json(folder / SEAL, {name: _checksum(folder / name) for name in names})
 
 
-def load_model(folder: Path, device: torch.device | str = "cpu", *, branches: int = 1) -> GroupModel:
+def load_model(
+    folder: Path, device: torch.device | str = "cpu", *, branches: int = 1, base: Path | None = None
+) -> GroupModel:
     """Load the model of `save_model` in evaluation mode. Models of earlier versions have no checksums.
 
     Args:
         folder: Folder of the model.
         device: Device of the model.
         branches: K of the network that it is a part of, if known.
+        base: As `load_network`.
 
     Raises:
         ValueError: As `load_network` and `check_seal`, and if the network has more than one group.
     """
-    network = load_network(folder)
+    network = load_network(folder, base=base)
     if (folder / SEAL).exists():
         check_seal(folder)
     check_branches(read_json(folder / "network.json", "format")["format"], branches, network.tasks, str(folder))
     if network.spec.groups != 1:
         raise ValueError(f"{folder}: holds a network of {network.spec.groups} branches, not one group's model")
+    return group_model(network).to(device).eval()
+
+
+def group_model(network: GroupingNetwork) -> GroupModel:
+    """Return a model with the weights of a network of one branch. Frozen parts are those of the network."""
     model = GroupModel(network.spec.without_weights())
     if network.frozen:
         model.network.use_frozen(network)
         model.spec = network.spec
     model.network.load_state_dict(network.state_dict())
-    return model.to(device).eval()
+    return model
 
 
 def save_optimizer(path: Path, optimizer: torch.optim.Optimizer, network: nn.Module) -> None:

@@ -115,7 +115,10 @@ class WarmStart:
 
     def _check_stems(self, stem: int) -> None:
         if self.models[0].network.frozen:
-            return  # `apply` compares the frozen weights
+            for name, model in zip(self.names, self.models, strict=True):
+                if model.network.frozen_digest != self.models[0].network.frozen_digest:
+                    raise ValueError(f"{name} was trained on other frozen weights than {self.names[0]}")
+            return  # `apply` compares them with those of the network
         first = _stages(self.models[0].network)[:stem]
         for name, model in zip(self.names, self.models, strict=True):
             for i, (a, b) in enumerate(zip(first, _stages(model.network)[:stem], strict=True)):

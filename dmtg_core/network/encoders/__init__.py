@@ -148,7 +148,17 @@ class EncoderSpec:
     @property
     def pretrained(self) -> bool:
         """Whether the initial weights are read from files."""
-        return any((self.options or {}).get(key) for key in PRETRAINED)
+        return bool(self.source)
+
+    @property
+    def source(self) -> str:
+        """The file, folder or name of the initial weights; empty for random ones."""
+        return next((str(value) for key in PRETRAINED if (value := (self.options or {}).get(key))), "")
+
+    def with_source(self, source: str) -> EncoderSpec:
+        """Return the same encoder with initial weights from another place."""
+        held = {key: source for key in PRETRAINED if (self.options or {}).get(key)}
+        return replace(self, options={**(self.options or {}), **held})
 
     @property
     def can_widen(self) -> bool:

@@ -23,12 +23,12 @@ def library(name: str, encoder: str, extra: str) -> ModuleType:
 
 
 def name_layers(model: nn.Module) -> None:
-    """Set `library_name` of each linear layer and 1×1 convolution: its name in the library's own model.
+    """Set `library_name` of each linear layer, 1×1 convolution and layer norm: its name in the library's own model.
 
     A stage has other names. Files for the library, such as those of adapters, need the library's.
     """
     for name, module in model.named_modules():
-        if is_linear(module):
+        if is_linear(module) or isinstance(module, nn.LayerNorm):
             vars(module)["library_name"] = name
 
 
