@@ -38,7 +38,7 @@ from pipelines.registry.versions import show_model
 from pipelines.runs.files import LABELS
 from pipelines.runs.folders import check_folder
 from pipelines.runs.lease import Lease
-from pipelines.runs.models import write_model
+from pipelines.runs.models import write_models
 from pipelines.storage import Location, locate
 from pipelines.training.driver import Trained, train
 
@@ -231,8 +231,7 @@ class _Job:
             groups, preparation = load_registered(champion["uri"], config.track, trust_code=self.trust_code)
             check_champion(groups, tasks, champion["uri"], manifest, preparation)
             (self.folder / CHAMPION).delete()  # an earlier call may have copied another champion
-            for name, model in groups.items():
-                write_model(self.folder / CHAMPION / name, model)
+            write_models(self.folder / CHAMPION, groups)
             why = self._cold_start(groups, manifest, tasks)
             if why:
                 notes.append(f"the challenger starts from scratch: {why}")

@@ -17,7 +17,7 @@ from pipelines.data.reader import Reader
 from pipelines.data.stream import StreamData
 from pipelines.errors import UserError
 from pipelines.runs.files import MODELS
-from pipelines.runs.models import read_model
+from pipelines.runs.models import group_names, read_model
 from pipelines.serving.evaluate import outputs_for
 from pipelines.storage import Location, locate
 
@@ -49,7 +49,9 @@ def evaluate(config: Config, evaluation: str, digest: str, run: Location) -> dic
     split: str = config.regroup.split
     check_shards(folder, replace(manifest, shards={split: manifest.shards[split]}), checksums=True)
     sides = {"champion": run / "champion", "challenger": run / "challenger" / MODELS}
-    models = {side: {name: read_model(place / name) for name in place.folders()} for side, place in sides.items()}
+    models = {
+        side: {name: read_model(place / name) for name in group_names(place)} for side, place in sides.items()
+    }
     served = {side: {t.name for model in held.values() for t in model.tasks} for side, held in models.items()}
     common = served["champion"] & served["challenger"]
     tasks = [task for task in manifest.description.tasks if task.name in common]

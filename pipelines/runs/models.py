@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from dmtg_core.network.grouping_network import GroupModel
+from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel
 from dmtg_core.training import checkpoint
 from dmtg_core.training.warm_start import WarmStart
 from pipelines.config.loading import Config
@@ -14,35 +15,81 @@ from pipelines.runs.files import CONFIG, MODELS
 from pipelines.scratch import temporary_folder
 from pipelines.storage import Location
 
+RESTORE = "put the frozen weights back as they were, or train again"
+
+
+def write_models(place: Location, models: Mapping[str, GroupModel]) -> None:
+    """Write group models into sub-folders, and the frozen weights that they share into the sub-folder `BASE`."""
+    with_base = [model.network for model in models.values() if checkpoint.keeps_base(model.network)]
+    for network in with_base[:1]:
+        write_base(place / checkpoint.BASE, network)
+    for name, model in models.items():
+        write_model(place / name, model)
+
+
+def write_base(place: Location, network: GroupingNetwork) -> None:
+    """Write the frozen weights of a network, unless the folder has them."""
+    described = place / checkpoint.BASE_FILE
+    if described.exists() and described.read_json().get("digest") == network.frozen_digest:
+        return
+    with temporary_folder() as folder:
+        checkpoint.save_base(folder, network)
+        _copy_files(folder, place)
+
 
 def write_model(place: Location, model: GroupModel) -> None:
-    """Write a group model into a local or remote folder."""
+    """Write a group model into a local or remote folder, without frozen weights that came from files."""
     with temporary_folder() as folder:
         checkpoint.save_model(folder, model)
-        for file in sorted(folder.iterdir()):
-            (place / file.name).write_bytes(file.read_bytes())
+        _copy_files(folder, place)
+
+
+def _copy_files(folder: Path, place: Location) -> None:
+    for file in sorted(folder.iterdir(), reverse=True):  # the description of frozen weights comes after them
+        (place / file.name).write_bytes(file.read_bytes())
+
+
+def group_names(place: Location) -> list[str]:
+    """The names of the group models of a folder."""
+    return [name for name in place.folders() if name != checkpoint.BASE]
 
 
 def read_model(place: Location) -> GroupModel:
-    """Read a model that `write_model` has written.
+    """Read a model that `write_model` has written, with the frozen weights beside it.
 
     Raises:
-        UserError: When a file is missing or damaged, it is not a group model, or it has to be trained again.
+        UserError: When a file is missing or damaged, it is not a group model, it has to be trained again, or its
+            frozen weights are missing or have changed.
     """
     branches = branches_of(place.parent.parent)
-    with temporary_folder() as folder:
+    with temporary_folder() as scratch:
+        folder = scratch / place.name
+        folder.mkdir()
         for name in place.files(recursive=False):
             (folder / name).write_bytes((place / name).read_bytes())
         try:
-            return checkpoint.load_model(folder, branches=branches)
+            return checkpoint.load_model(folder, branches=branches, base=_base_beside(place, scratch))
         except checkpoint.OutdatedNetworkError as error:
             raise outdated(error, str(place)) from error
         except ValueError as error:
+            lost = isinstance(error, checkpoint.FrozenWeightsError)
             raise UserError(
-                str(error).replace(str(folder), str(place)),
+                str(error).replace(str(scratch), str(place.parent)),
                 where=str(place),
-                remedy="give a folder models/group_<k> of a run that dmtg train has finished",
+                remedy=RESTORE if lost else "give a folder models/group_<k> of a run that dmtg train has finished",
             ) from error
+
+
+def _base_beside(place: Location, scratch: Path) -> Path | None:
+    """The frozen weights beside a model, on this machine; None without any."""
+    base = place.parent / checkpoint.BASE
+    if base.local is not None:
+        return base.local if base.exists() else None
+    for name in base.files(recursive=False):
+        target = scratch / checkpoint.BASE / name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes((base / name).read_bytes())
+    return None  # it is beside the local copy of the model
 
 
 def branches_of(run: Location) -> int:
@@ -72,7 +119,7 @@ def check_models(config: Config, run: Location) -> None:
         UserError: For the first such model.
     """
     if config.network.groups > checkpoint.CORRECT_UP_TO:
-        for name in (run / MODELS).folders():
+        for name in group_names(run / MODELS):
             read_model(run / MODELS / name)
 
 

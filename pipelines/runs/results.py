@@ -12,7 +12,7 @@ from dmtg_core.search.search import SearchResult
 from dmtg_core.tasks import Task
 from dmtg_core.training.metrics import Metrics, normalized_gain
 from pipelines.runs.files import GROUPING, MODELS, RESULT
-from pipelines.runs.models import write_model
+from pipelines.runs.models import write_models
 from pipelines.storage import Location
 
 # rows of the table of inference cost, besides one for each group
@@ -44,8 +44,7 @@ def write_result(
         file: `RESULT` or `SEARCHED`.
         trees: The figures of extra trees on the same table, or why there are none.
     """
-    for name, model in result.network.specialise().items():
-        write_model(run / MODELS / name, model)
+    write_models(run / MODELS, result.network.specialise())
     (run / GROUPING).write_text(result.grouping.to_json())
     split = "test" if "test" in result.metrics else "val"
     tasks = result.network.tasks

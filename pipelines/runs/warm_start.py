@@ -13,7 +13,7 @@ from dmtg_core.training.warm_start import WarmStart
 from pipelines.config.loading import Config
 from pipelines.errors import UserError
 from pipelines.runs.files import MODELS, RESULT
-from pipelines.runs.models import warm_start, write_model
+from pipelines.runs.models import warm_start, write_models
 from pipelines.storage import Location, locate
 
 START, LISTING = "start", "models.json"  # the listing is written last: it marks all copies as complete
@@ -72,8 +72,7 @@ def keep_models(models: WarmStart | None, run: Location) -> Held:
     """Copy the models of `open_models` into the run folder; names and places of all copies there."""
     listing = run / START / LISTING
     if models is not None:
-        for i, model in enumerate(models.models):
-            write_model(run / START / str(i), model)
+        write_models(run / START, {str(i): model for i, model in enumerate(models.models)})
         listing.write_json(list(models.names))
     names = listing.read_json() if listing.exists() else []
     return tuple((name, run / START / str(i)) for i, name in enumerate(names))

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from dmtg_core.network.cost import inference_cost
-from dmtg_core.network.grouping_network import GroupModel
+from dmtg_core.training.checkpoint import group_model
 from dmtg_core.training.context import LocalContext, Save
 from dmtg_core.training.loop import advance, evaluate, reporting, score_of
 from dmtg_core.training.state import TrainState
@@ -24,7 +24,7 @@ from pipelines.execution.executor import Executor
 from pipelines.runs.checkpoints import Checkpoints
 from pipelines.runs.events import UNWRITTEN, Emit, emitter
 from pipelines.runs.files import CHECKPOINTS, DETAILS, MODELS, RESULT, SEARCHED
-from pipelines.runs.models import read_model, write_model
+from pipelines.runs.models import group_names, read_model, write_model
 from pipelines.runs.results import gains
 from pipelines.scratch import temporary_folder
 from pipelines.storage import Location
@@ -91,9 +91,7 @@ def train_group(job: Job, name: str, members: Sequence[str], before: float) -> t
         metrics = {
             split: evaluate(state.network, data, split) for split in ("val", "test") if reader.manifest.rows(split)
         }
-    model = GroupModel(state.network.spec)
-    model.network.load_state_dict(state.network.state_dict())
-    write_model(job.run / GROUPS / name / MODEL, model)
+    write_model(job.run / GROUPS / name / MODEL, group_model(state.network))
     _done(job.run, name).write_json({"before": before, "after": state.best_score, "metrics": metrics})
     return before, state.best_score
 
@@ -179,7 +177,7 @@ def rewrite_samples(job: Job, split: str) -> None:
     from pipelines.training.diagnostics import MergedGroups, SplitAnalysis
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = {name: read_model(job.run / MODELS / name) for name in (job.run / MODELS).folders()}
+    models = {name: read_model(job.run / MODELS / name) for name in group_names(job.run / MODELS)}
     config, network = job.config, MergedGroups(models).to(device).eval()
     analysis = SplitAnalysis(network, None, job.reader, split, config.train.batch_size, config.train.seed)
     details = (job.run / DETAILS).read_json() if (job.run / DETAILS).exists() else {}
