@@ -8,7 +8,9 @@ rows of one product with W, and their updates are one batched product.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -21,6 +23,7 @@ from dmtg_core.network.frozen import Frozen
 
 ALL = "all"
 LARGEST_RANK = 4096
+PASS = threading.RLock()  # the updates of a pass are attributes of stages that threads of a server share
 
 
 @dataclass(frozen=True)
@@ -215,15 +218,16 @@ class SharedStages(nn.Module):
             The features of each branch.
         """
         places: list[AdaptedLayer | AdaptedNorm] = [*self.adapted, *self.norms]
-        pairs = zip(*(branch.pairs() for branch in branches), strict=True)
-        for place, held in zip(places, pairs, strict=True):
-            place.stacked, place.scale = _stacked(held), branches[0].scale
-        try:
-            out: Tensor = self.layers(repeated(shared, len(branches)))
-        finally:
-            for place in places:
-                place.stacked = None
-        return list(out.chunk(len(branches)))
+        pairs = list(zip(*(branch.pairs() for branch in branches), strict=True))
+        with nullcontext() if torch.compiler.is_compiling() else PASS:
+            for place, held in zip(places, pairs, strict=True):
+                place.stacked, place.scale = _stacked(held), branches[0].scale
+            try:
+                out: Tensor = self.layers(repeated(shared, len(branches)))
+            finally:
+                for place in places:
+                    place.stacked = None
+        return list(out.unflatten(0, (len(branches), -1)).unbind())
 
 
 class AdapterBranch(nn.Module):
@@ -251,6 +255,23 @@ class AdapterBranch(nn.Module):
         features: Tensor
         (features,) = self._stages[0](shared, [self])
         return features
+
+
+def merged_state(stages: SharedStages, branch: AdapterBranch) -> dict[str, Tensor]:
+    """Return the state of the stages as they were before `SharedStages`, with the updates of a branch added."""
+    state = dict(stages.layers.state_dict())
+    pairs = dict(zip([*stages.adapted, *stages.norms], branch.pairs(), strict=True))
+    for path, place in stages.layers.named_modules():
+        if not isinstance(place, AdaptedLayer | AdaptedNorm):
+            continue
+        held = {key: state.pop(f"{path}.base.{key}") for key in place.base.state_dict()}
+        first, second = pairs[place]
+        if isinstance(place, AdaptedLayer):
+            held["weight"] = held["weight"] + branch.scale * (second @ first).view_as(held["weight"])
+        else:
+            held |= dict(zip(("weight", "bias"), (first, second), strict=True))
+        state |= {f"{path}.{key}": tensor.detach() for key, tensor in held.items()}
+    return state
 
 
 def library_name(layer: nn.Module, name: str) -> str:

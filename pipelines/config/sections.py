@@ -267,6 +267,11 @@ class TrackSection(Section):
     experiment: str = Field("dmtg", description="MLflow experiment.")
     registry_uri: str = Field("", description="Model registry, if it is not the tracking server.")
     register_models: bool = Field(True, description="Register the grouping and one model for each group.")
+    base: Literal["copy", "reference"] = Field(
+        "copy",
+        description="Frozen pretrained weights: a copy in the registry, once for all versions that have them, or "
+        "a reference to the place that they were read from.",
+    )
 
 
 class SweepSection(Section):

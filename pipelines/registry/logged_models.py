@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +43,7 @@ class Origin:
         result: The contents of `result.json`.
         facts: Facts of the run.
         source: `pipelines.data.new_samples.raw_form` of the data set.
+        base: See `pipelines.registry.bases`; None if the models have all of their weights.
     """
 
     client: Any
@@ -52,6 +53,7 @@ class Origin:
     result: Mapping[str, Any]
     facts: Mapping[str, Any]
     source: Mapping[str, Any]
+    base: Mapping[str, Any] | None = None
 
 
 def log_version(
@@ -62,10 +64,31 @@ def log_version(
     facts: Mapping[str, Any],
     tags: Mapping[str, str],
 ) -> str:
-    """Log a model and create a version with its tags in one request; the number of the version.
+    """Log a model of groups and create a version of it; the number of the version.
 
     `mlflow.pyfunc.log_model` also loads the saved model, predicts with it, and asks the server for the history of
     each metric of the run. The signature is computed from a prediction already.
+    """
+    with temporary_folder() as folder:
+
+        def save(logged: Any) -> Path:
+            _save(origin, folder, groups, models, facts, logged)
+            return folder / "model"
+
+        return log_files(origin, name, save, tags, description_of(facts))
+
+
+def log_files(
+    origin: Origin, name: str, save: Callable[[Any], Path], tags: Mapping[str, str], description: str
+) -> str:
+    """Log a model and create a version with its tags in one request; the number of the version.
+
+    Args:
+        origin: The run.
+        name: Name of the registered model.
+        save: Writes the files of a logged model; their folder.
+        tags: Tags of the version.
+        description: Text of the version.
     """
     import mlflow
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
@@ -80,17 +103,30 @@ def log_version(
     )
     discard_unfinished(origin, logged)
     try:
-        with temporary_folder() as folder, contextlib.redirect_stderr(io.StringIO()):
-            _save(origin, folder, groups, models, facts, logged)  # MLflow's own messages are left out
-            recorded = {integrity.TAG: integrity.record(folder / "model")}
+        with contextlib.redirect_stderr(io.StringIO()):  # MLflow's own messages are left out
+            folder = save(logged)
+            recorded = {integrity.TAG: integrity.record(folder)}
             origin.client.set_logged_model_tags(logged.model_id, recorded)
-            origin.client.log_model_artifacts(logged.model_id, str(folder / "model"))
+            origin.client.log_model_artifacts(logged.model_id, str(folder))
     except BaseException:
         origin.client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
         raise
     origin.client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
     origin.client.log_outputs(origin.run_id, [LoggedModelOutput(logged.model_id, step=0)])
-    return _create_version(origin, name, logged.model_id, {**tags, **recorded}, description_of(facts))
+    return _create_version(origin, name, logged.model_id, {**tags, **recorded}, description)
+
+
+def described_model(origin: Origin, logged: Any, metadata: Mapping[str, Any]) -> Any:
+    """The contents of the file `MLmodel` of a logged model."""
+    from mlflow.models import Model
+
+    return Model(
+        artifact_path=logged.artifact_location,
+        model_uuid=logged.model_id,
+        run_id=origin.run_id,
+        metadata=dict(metadata),
+        model_id=logged.model_id,
+    )
 
 
 def discard_unfinished(origin: Origin, logged: Any) -> None:
@@ -119,21 +155,13 @@ def _save(
 ) -> None:
     """Save an MLflow model in the sub-folder `model`."""
     import mlflow
-    from mlflow.models import Model
 
     how = load_preparation(origin.preparation) if origin.preparation else None
     metadata = {"grouping": origin.result["grouping"], "groups_served": facts["groups"]}
     metadata |= {"source": dict(origin.source)}
-    described = Model(
-        artifact_path=logged.artifact_location,
-        model_uuid=logged.model_id,
-        run_id=origin.run_id,
-        metadata=metadata,
-        model_id=logged.model_id,
-    )
     mlflow.pyfunc.save_model(
         folder / "model",
-        mlflow_model=described,
+        mlflow_model=described_model(origin, logged, metadata),
         python_model=str(CODE),
         artifacts={"groups": str(groups)} | _artifacts(origin, facts, folder),
         signature=_signature(models, origin.example, how),
@@ -182,11 +210,13 @@ def _create_version(origin: Origin, name: str, model_id: str, tags: Mapping[str,
 
 
 def _artifacts(origin: Origin, facts: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Write the JSON artifacts: the grouping, the facts of the version, and the preparation if there is one."""
+    """Write the JSON artifacts: grouping, facts, and if there are any, preparation and frozen weights."""
     groups = Grouping.from_dict(origin.result["grouping"])
     values = {DETAILS.removesuffix(".json"): facts}
     if origin.preparation:
         values["preparation"] = origin.preparation
+    if origin.base is not None:
+        values["base"] = origin.base
     texts = {key: json.dumps(value, indent=2, ensure_ascii=False) for key, value in values.items()}
     texts["grouping"] = groups.to_json()
     for key, text in texts.items():

@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from dmtg_core.names import by_number, quoted
 from dmtg_core.network.grouping_network import GroupModel
-from dmtg_core.training.checkpoint import OutdatedNetworkError, load_model
+from dmtg_core.training.checkpoint import BASE, FrozenWeightsError, OutdatedNetworkError, load_model
 from pipelines.config.loading import Config
 from pipelines.config.sections import TrackSection
 from pipelines.data.manifest import Manifest
@@ -24,6 +24,8 @@ from pipelines.data.new_samples import raw_form
 from pipelines.errors import UserError
 from pipelines.registry import integrity
 from pipelines.registry.aliases import set_challenger
+from pipelines.registry.base_versions import register_base
+from pipelines.registry.bases import REMEDY, open_base
 from pipelines.registry.logged_models import Origin, log_version
 from pipelines.registry.records import LONGEST_TAG, PREFIX, registered, tags_of, version_of, versions
 from pipelines.registry.tracking import connect
@@ -81,22 +83,31 @@ def register(
     client = connect(config.track)
     form = raw_form(manifest.source)
     origin = Origin(client, run_id, example, manifest.description.preparation, result, facts, form)
-    with temporary_folder() as folder:
+    with temporary_folder() as scratch:
+        folder = scratch / "groups"
         _fetch_models(run, folder)
-        _loaded_from(folder.iterdir(), 1, str(run / MODELS))  # nothing is registered if one is damaged
+        models = _loaded_from(_groups_in(folder), 1, str(run / MODELS))  # nothing is registered if one is damaged
+        shutil.rmtree(folder / BASE, ignore_errors=True)
+        first = next(iter(models.values())).network
+        origin = replace(origin, base=register_base(origin, f"{config.name}.base", first, config.track.base))
         members = []
         for group in result["grouping"]:
-            with temporary_folder() as single:
-                shutil.copytree(folder / group, single / group)
-                members.append(_register(origin, f"{config.name}.{group}", single))
-        composite = _register(origin, config.name, folder, members)
+            single = scratch / group / "groups"
+            shutil.copytree(folder / group, single / group)
+            members.append(_register(origin, f"{config.name}.{group}", single, {group: models[group]}))
+        composite = _register(origin, config.name, folder, models, members)
     set_challenger(config.track, config.name, composite.version)
     return [composite, *members]
 
 
-def _register(origin: Origin, name: str, groups: Path, members: Sequence[Registered] = ()) -> Registered:
-    """Register the model of the groups in a folder; with `members`, as their composite."""
-    models = _loaded(groups.iterdir())
+def _register(
+    origin: Origin,
+    name: str,
+    groups: Path,
+    models: Mapping[str, GroupModel],
+    members: Sequence[Registered] = (),
+) -> Registered:
+    """Register the models of the groups in a folder; with `members`, as their composite."""
     facts = {**origin.facts, **_facts(origin.result, models, members)}
     tags = tags_of(facts)
     for held in versions(origin.client, name) if registered(origin.client, name) else ():
@@ -225,10 +236,16 @@ def _read(path: Path, client: Any, uri: str) -> Loaded:
     from mlflow.models import Model
 
     described = Model.load(str(path / "MLmodel"))
-    file = path / "artifacts" / "preparation.json"
-    preparation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    groups = _loaded_from((path / "artifacts").glob("*/group_*"), _branches(client, described), uri)
+    artifacts = path / "artifacts"
+    preparation = _json_in(artifacts / "preparation.json") or {}
+    with open_base(_json_in(artifacts / "base.json")) as base:
+        groups = _loaded_from(artifacts.glob("*/group_*"), _branches(client, described), uri, base)
     return Loaded(groups, preparation, (described.metadata or {}).get("source", {}))
+
+
+def _json_in(file: Path) -> Any:
+    """The contents of a JSON file; None if there is none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def _branches(client: Any, described: Any) -> int:
@@ -254,7 +271,12 @@ def _groups_of_run(uri: str) -> dict[str, GroupModel]:
         )
     with temporary_folder() as folder:
         _fetch_models(run, folder)
-        return _loaded_from(folder.iterdir(), branches_of(run), uri)
+        return _loaded_from(_groups_in(folder), branches_of(run), uri)
+
+
+def _groups_in(folder: Path) -> list[Path]:
+    """The folders of group models, without that of their frozen weights."""
+    return [place for place in folder.iterdir() if place.name != BASE]
 
 
 def _logged_tags(client: Any, uri: str) -> Mapping[str, str]:
@@ -268,33 +290,31 @@ def _logged_tags(client: Any, uri: str) -> Mapping[str, str]:
     return tags
 
 
-def _loaded_from(folders: Iterable[Path], branches: int, where: str) -> dict[str, GroupModel]:
-    """As `_loaded`, with errors for the user.
+def _loaded_from(
+    folders: Iterable[Path], branches: int, where: str, base: Path | None = None
+) -> dict[str, GroupModel]:
+    """The models of groups, in the order of their numbers; `branches` and `base` as in `load_model`.
 
     Raises:
-        UserError: When a model is damaged, or has to be trained again.
+        UserError: When a model is damaged, or has to be trained again, or its frozen weights are others.
     """
+    places = sorted(folders, key=lambda place: by_number(place.name))
     try:
-        return _loaded(folders, branches)
+        return {place.name: load_model(place, branches=branches, base=base) for place in places}
     except OutdatedNetworkError as error:
         raise outdated(error, where) from error
     except ValueError as error:
         name, _, problem = str(error).partition(": ")
+        lost = isinstance(error, FrozenWeightsError)
         raise UserError(
-            f"a group model is damaged: {Path(name).name}: {problem}",
+            f"a group model is damaged: {Path(name).name}: {problem}" if not lost else problem,
             where=where,
-            remedy="put its files back, or train it again",
+            remedy=REMEDY if lost else "put its files back, or train it again",
         ) from error
 
 
-def _loaded(folders: Iterable[Path], branches: int = 1) -> dict[str, GroupModel]:
-    """The models of groups, in the order of their numbers; `branches` as in `load_model`."""
-    places = sorted(folders, key=lambda place: by_number(place.name))
-    return {place.name: load_model(place, branches=branches) for place in places}
-
-
 def _fetch_models(run: Location, folder: Path) -> None:
-    """Copy the group models of a run to a local folder."""
+    """Copy the group models of a run and their frozen weights to a local folder."""
     for file in (run / MODELS).files():
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)

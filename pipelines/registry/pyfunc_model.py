@@ -5,7 +5,9 @@ Therefore it imports only these names of DMTG, which are stable: a version that 
 name importable.
 
 - `dmtg_core.names.by_number`
+- `dmtg_core.network.composite.Composite`
 - `dmtg_core.training.checkpoint.load_model`, and `named_shares` of the tasks of a model
+- `pipelines.registry.bases.open_base`
 - `pipelines.data.preprocessing.load_preparation` and `prepare`
 """
 
@@ -27,24 +29,30 @@ from mlflow.models import set_model
 from mlflow.types.schema import AnyType
 
 from dmtg_core.names import by_number
+from dmtg_core.network.composite import Composite
 from dmtg_core.training.checkpoint import load_model
 from pipelines.data.preprocessing import load_preparation, prepare
+from pipelines.registry.bases import open_base
 
 
 class GroupPredictor(mlflow.pyfunc.PythonModel):
     """Decoded predictions for the user's input: a dictionary with an array for each task.
 
     The artifact "groups" is a folder with a sub-folder for each group: one for a group's own model, all of them
-    for the composite. The artifact "preparation" describes the conversion of raw to stored input; without
-    it, the input is stored input. The result has the names of the signature and nothing else. The group of each
-    task is in the metadata of the model, `mlflow.models.get_model_info(uri).metadata["groups_served"]`.
+    for the composite. The artifact "base", if there is one, says where the frozen weights of all groups are (see
+    `pipelines.registry.bases`). The artifact "preparation" describes the conversion of raw to stored input;
+    without it, the input is stored input. The result has the names of the signature and nothing else. The group of
+    each task is in the metadata of the model, `mlflow.models.get_model_info(uri).metadata["groups_served"]`.
     """
 
     def load_context(self, context: Any) -> None:
         """Load the weights and the preparation."""
         folders = sorted(Path(context.artifacts["groups"]).iterdir(), key=lambda place: by_number(place.name))
         described = json.loads(Path(context.artifacts["grouping"]).read_text(encoding="utf-8"))
-        self.models = [load_model(folder, branches=len(described["groups"])) for folder in folders]
+        place = context.artifacts.get("base")
+        with open_base(json.loads(Path(place).read_text(encoding="utf-8")) if place else None) as base:
+            self.models = [load_model(folder, branches=len(described["groups"]), base=base) for folder in folders]
+        self.composite = Composite(self.models)
         file = context.artifacts.get("preparation")
         self.preparation = load_preparation(json.loads(Path(file).read_text(encoding="utf-8"))) if file else None
         accept_csv(sys.modules.get("mlflow.pyfunc.scoring_server"))
@@ -67,12 +75,11 @@ class GroupPredictor(mlflow.pyfunc.PythonModel):
             ValueError: For a missing column, or an invalid sample, with its number.
         """
         stored = np.array(model_input) if self.preparation is None else prepare(self.preparation, model_input)
-        found: dict[str, np.ndarray] = {}
+        predicted = self.composite.predict(torch.from_numpy(stored))
+        found: dict[str, np.ndarray] = {name: value.numpy() for name, value in predicted.items()}
         shares: dict[str, np.ndarray] = {}
-        for model in self.models:
-            found |= {name: value.numpy() for name, value in model.predict(torch.from_numpy(stored)).items()}
-            for task in model.tasks:
-                shares |= task.named_shares(found[task.name])
+        for task in self.composite.tasks:
+            shares |= task.named_shares(found[task.name])
         # a task whose name is that of a share keeps it
         return found | {name: share for name, share in shares.items() if name not in found}
 

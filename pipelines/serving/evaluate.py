@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from dmtg_core.network.composite import Composite
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.tasks import Task
 from dmtg_core.training.metrics import Metrics, MetricSums
@@ -68,10 +69,10 @@ def outputs_for(
     The outputs of a model have the units of the shards that it was trained on.
     """
     wanted = {task.name: task for task in tasks}
+    composite = Composite(groups)
+    outputs = composite(inputs)
     return {
         task.name: task.in_units_of(wanted[task.name], outputs[task.name])
-        for group in groups
-        for outputs in [group(inputs)]
-        for task in group.tasks
+        for task in composite.tasks
         if task.name in wanted
     }

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from dmtg_core.network.composite import Composite
 from dmtg_core.network.grouping_network import GroupModel
 from pipelines.config.loading import Config
 from pipelines.data.manifest import SPLITS, Manifest, Shard, check_shards, read_manifest
@@ -331,16 +332,13 @@ def _not_as_written(job: Job, shard: Shard, found: str) -> UserError:
 def predicted(job: Job, models: Mapping[str, GroupModel], table: pa.Table) -> pa.Table:
     """The predictions for a table of ids and stored inputs."""
     inputs = job.reader.arrays(table).inputs
-    tasks = [task for model in models.values() for task in model.tasks]
-    pieces = []
+    composite, pieces = Composite(models.values()), []
+    tasks, device = composite.tasks, next(composite.parameters()).device
     for start in range(0, len(table), job.batch_size):
         raw = torch.from_numpy(
             np.array(inputs[start : start + job.batch_size])
         )  # the view of the file is read-only
-        found: dict[str, np.ndarray] = {}
-        for model in models.values():
-            device = next(model.parameters()).device
-            found |= {name: value.cpu().numpy() for name, value in model.predict(raw.to(device)).items()}
+        found = {name: value.cpu().numpy() for name, value in composite.predict(raw.to(device)).items()}
         ids = table[ID][start : start + job.batch_size].combine_chunks()
         arrays = [ids, *(array for task in tasks for array in arrays_of(task, found[task.name]))]
         pieces.append(pa.table(arrays, schema=schema(tasks)))

@@ -105,7 +105,7 @@ class Embedding(_OfLibrary):
     def forward(self, ids: Tensor) -> Tokens:
         """Compute the state `(tokens, mask, *extras)`."""
         tokens, mask, found = self.record(ids)
-        return tokens, mask, *(e.carried(found[e.layer][1][e.place], len(ids)) for e in self.extras)
+        return tokens, mask, *(e.carried(found[e.layer][1][e.place], ids.shape[0]) for e in self.extras)
 
 
 class Layer(_OfLibrary):

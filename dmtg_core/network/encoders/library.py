@@ -23,12 +23,12 @@ def library(name: str, encoder: str, extra: str) -> ModuleType:
 
 
 def name_layers(model: nn.Module) -> None:
-    """Set `library_name` of each linear layer, 1×1 convolution and layer norm: its name in the library's own model.
+    """Set `library_name` of each module that has weights: its name in the library's own model.
 
-    A stage has other names. Files for the library, such as those of adapters, need the library's.
+    A stage has another name. Files for the library, such as those of adapters, need the library's.
     """
     for name, module in model.named_modules():
-        if is_linear(module) or isinstance(module, nn.LayerNorm):
+        if any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
             vars(module)["library_name"] = name
 
 

@@ -80,7 +80,7 @@ class _Patches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patches = self.project(x).flatten(2).transpose(1, 2)  # (B, h·w, F)
-        return torch.cat([self.class_token.expand(len(x), -1, -1), patches], 1) + self.positions
+        return torch.cat([self.class_token.expand(x.shape[0], -1, -1), patches], 1) + self.positions
 
 
 def _positions(trained: Tensor, grid: tuple[int, int], pretrained: bool) -> Tensor:
