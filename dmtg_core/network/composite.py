@@ -80,9 +80,11 @@ def plain(model: GroupModel) -> GroupModel:
     encoder = replace(trained.spec.encoder.without_weights(), branch="copy", adapter=None)
     made = GroupModel(replace(model.spec, encoder=encoder))
     branch, shared = trained.branches[0], trained.shared
-    lora = isinstance(branch, AdapterBranch) and shared is not None
     made.network.stem.load_state_dict(trained.stem.state_dict())
-    made.network.branches[0].load_state_dict(merged_state(shared, branch) if lora else branch.state_dict())
+    state = branch.state_dict()
+    if isinstance(branch, AdapterBranch) and shared is not None:
+        state = merged_state(shared, branch)
+    made.network.branches[0].load_state_dict(state)
     for n in range(len(model.tasks)):
         made.network.copy_head((0, n), trained, (0, n))
     return made.train(model.training)
@@ -97,7 +99,7 @@ def library_state(network: GroupingNetwork) -> dict[str, Tensor]:
     Returns:
         Name → tensor; empty for an encoder of our own.
     """
-    state = {}
+    state: dict[str, Tensor] = {}
     for stages in (network.stem, network.branches[0]):
         for module in stages.modules():
             name = getattr(module, "library_name", None)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from pipelines.cli.completion import complete_address, complete_name
 from pipelines.cli.console import Next, log, print_table, run, show
-from pipelines.cli.options import Debug, Json, RayFile, RunDir, TrackUri
+from pipelines.cli.options import Debug, Json, PredictModel, RayFile, RunDir, TrackUri, TrustCode
 from pipelines.errors import without_credentials
 from pipelines.report.formatting import figure
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipelines.config.sections import TrackSection
 
 T = TypeVar("T")
+Form = Literal["torch-export", "onnx", "merged"]
 
 models_app = typer.Typer(
     name="models", no_args_is_help=True, help="List, compare, promote and register models in the model registry."
@@ -285,3 +286,34 @@ def models_register(
                 "next": step}  # fmt: skip
 
     run("models register", body, reads=run_dir, as_json=as_json, debug=debug)
+
+
+@models_app.command("export", epilog="Example: dmtg models export mydata@champion --to onnx --out exported")
+def models_export(
+    model: PredictModel,
+    to: Annotated[Form, typer.Option("--to", help="torch-export, onnx, or merged for weights without adapters.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder for the files; a new or an empty one.")],
+    uri: TrackUri = "",
+    ray_config: RayFile = "",
+    trust_code: TrustCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model as a graph, or as plain weights.
+
+    The input is stored input of any number of samples; it is normalised inside. The outputs are decoded
+    predictions, one for each task. export.json describes them. The export is compared with the model, and refused
+    if it differs.
+    """
+
+    def body() -> dict[str, Any]:
+        from pipelines.serving.export import export
+
+        done = export(model, to, out, _section(uri, ray_config), trust_code=trust_code)
+        show(f"{', '.join(done.files)} in {done.out}")
+        show(f"largest difference from the model: {done.difference:.1e} (relative)")
+        step = Next("read the description", ("cat", str(done.out / "export.json")))
+        return {"model": done.address, "out": str(done.out), "files": done.files, "to": to,
+                "difference": done.difference, "next": step}  # fmt: skip
+
+    run("models export", body, reads=model, as_json=as_json, debug=debug)
