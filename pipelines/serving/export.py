@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from dmtg_core.network.composite import Composite, library_state, plain
-from dmtg_core.network.grouping_network import GroupModel
+from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel
 from dmtg_core.tasks import InputSpec, Task
 from dmtg_core.training.checkpoint import load_model, save_model, save_tensors
 from pipelines.config.sections import TrackSection
@@ -130,11 +130,10 @@ def _check_encoder(model: GroupModel, path: str) -> None:
     """
     spec = model.spec.encoder
     read = replace(spec, options={**(spec.options or {}), "path": path})
-    stages = torch.nn.Sequential(*read.stages(model.spec.input))
-    network = model.network
+    built = GroupingNetwork(replace(model.network.spec, encoder=read)).eval()
     with torch.no_grad():
-        raw = network.normalise(torch.from_numpy(inputs_for(model.spec.input, 2)))
-        expected, found = network.branches[0](network.stem(raw)), stages.eval()(raw)
+        raw = torch.from_numpy(inputs_for(model.spec.input, 2))
+        expected, found = (network.features(raw)[0] for network in (model.network, built))
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= MOST:
         raise UserError(
