@@ -191,7 +191,10 @@ class SharedStages(nn.Module):
         for module in found.values():
             if isinstance(module, nn.TransformerEncoderLayer):
                 module.activation_relu_or_gelu = 0  # its fused code would read the weights of the target layers
-        norms = {name: m for name, m in found.items() if isinstance(m, nn.LayerNorm) and self.options.norms}
+        norms = {n: m for n, m in found.items() if isinstance(m, nn.LayerNorm) and m.bias is not None}
+        norms = norms if self.options.norms else {}
+        if self.options.norms and not norms:
+            raise ValueError("norms is set, but the stages have no layer norm with a weight and a bias")
         for name, norm in norms.items():
             self.norms.append(AdaptedNorm(norm, library_name(norm, name)))
             _set(self.layers, name, self.norms[-1])

@@ -172,6 +172,12 @@ def test_bad_options_are_explained(branch, stem, adapter, message):
         )
 
 
+def test_layer_norms_that_cannot_be_trained_are_refused():
+    encoder = EncoderSpec("mlp", 1, {"widths": [8, 8]}, "lora", {"rank": 2, "norms": True})
+    with pytest.raises(ValueError, match="no layer norm with a weight and a bias"):
+        GroupingNetwork(NetworkSpec(InputSpec("features", (4,)), TASKS, encoder, groups=2))
+
+
 def test_options_go_through_json():
     encoder = EncoderSpec("text_transformer", 2, OPTIONS, "lora", {"rank": 4, "targets": ["linear1"]})
     assert GroupingNetwork(NetworkSpec(TOKENS, TASKS, encoder, groups=2)).shared is not None
