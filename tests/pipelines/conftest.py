@@ -113,9 +113,15 @@ def s3(s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 
 @pytest.fixture(scope="session")
-def mlflow_server(s3: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def mlflow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the database of `mlflow_server`."""
+    return tmp_path_factory.mktemp("mlflow")
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(s3: int, mlflow_folder: Path) -> Iterator[str]:
     """The address of a running MLflow server that stores its files on the S3 server."""
-    with mlflow_servers.serving(free_port(), tmp_path_factory.mktemp("mlflow"), s3) as uri:
+    with mlflow_servers.serving(free_port(), mlflow_folder, s3) as uri:
         yield uri
 
 

@@ -38,9 +38,7 @@ from pipelines.training.driver import Trained, train
 from pipelines.training.publish import register_run
 from tests.paths import ROOT
 from tests.pipelines.conftest import make_config
-from tests.pipelines.mlflow_server import address, serving
 from tests.pipelines.proxy import Proxy, proxy_to
-from tests.pipelines.s3_server import free_port
 
 SECRET = "swordfish"  # noqa: S105 - the server of the tests asks for none
 EPOCHS = {"naive_mtl": [1, 2, 3, 4], "start_0": [1, 2, 3, 4]}
@@ -48,10 +46,11 @@ EPOCHS = {"naive_mtl": [1, 2, 3, 4], "start_0": [1, 2, 3, 4]}
 
 @dataclass
 class Server:
-    """An MLflow server behind a proxy, and a client that connects to it directly."""
+    """An MLflow server behind a proxy, and clients of the server itself and of its database."""
 
     proxy: Proxy
     client: mlflow.MlflowClient
+    database: mlflow.MlflowClient  # the same figures without requests
 
     @property
     def uri(self) -> str:
@@ -60,14 +59,14 @@ class Server:
 
     def epochs(self, run_id: str, stage: str) -> list[int]:
         """The epochs of a stage that the server has."""
-        return [metric.step for metric in self.client.get_metric_history(run_id, f"{stage}/val_score")]
+        return [metric.step for metric in self.database.get_metric_history(run_id, f"{stage}/val_score")]
 
     def holds_all_once(self, run_id: str, run: Location) -> bool:
         """Whether the server has every metric of the run folder exactly once."""
         for record in read_jsonl(run / METRICS):
             stage = record["stage"]
             for name, value in [("val_score", record["val_score"]), *_figures(record)]:
-                history = self.client.get_metric_history(run_id, f"{stage}/{name}")
+                history = self.database.get_metric_history(run_id, f"{stage}/{name}")
                 found = [metric.value for metric in history if metric.step == record["epoch"]]
                 if found != ([] if value is None else [pytest.approx(value)]):
                     return False
@@ -79,10 +78,11 @@ def _figures(record: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    port = free_port()
-    with serving(port, tmp_path_factory.mktemp("server")), proxy_to(port) as proxy:
-        yield Server(proxy, mlflow.MlflowClient(address(port)))
+def server(mlflow_server: str, mlflow_folder: Path) -> Iterator[Server]:
+    with proxy_to(int(mlflow_server.rpartition(":")[2])) as proxy:
+        yield Server(
+            proxy, mlflow.MlflowClient(mlflow_server), mlflow.MlflowClient(f"sqlite:///{mlflow_folder / 'mlflow.db'}")
+        )
 
 
 @pytest.fixture(autouse=True)
