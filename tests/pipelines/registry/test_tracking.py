@@ -80,9 +80,8 @@ def _figures(record: dict[str, Any]) -> list[tuple[str, float]]:
 @pytest.fixture(scope="module")
 def server(mlflow_server: str, mlflow_folder: Path) -> Iterator[Server]:
     with proxy_to(int(mlflow_server.rpartition(":")[2])) as proxy:
-        yield Server(
-            proxy, mlflow.MlflowClient(mlflow_server), mlflow.MlflowClient(f"sqlite:///{mlflow_folder / 'mlflow.db'}")
-        )
+        database = mlflow.MlflowClient(f"sqlite:///{mlflow_folder / 'mlflow.db'}")
+        yield Server(proxy, mlflow.MlflowClient(mlflow_server), database)
 
 
 @pytest.fixture(autouse=True)

@@ -8,13 +8,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import mlflow
 import numpy as np
@@ -34,6 +33,7 @@ from tests.pipelines.conftest import TASKS, write_images
 from tests.pipelines.mlflow_server import address, end, start
 from tests.pipelines.s3_server import free_port
 from tests.pipelines.untrained import finish
+from tests.soak import others_in_soak
 
 TABLE = {
     "file": "t.csv",
@@ -227,9 +227,12 @@ def test_loading_needs_neither_ray_nor_pickles(served, store) -> None:
     assert modules == ["pipelines", "pipelines.data", "pipelines.data.preprocessing", "ray"]
 
 
+Post = Callable[[bytes, dict[str, str]], tuple[int, bytes]]  # body and headers → status and body of the answer
+
+
 @contextlib.contextmanager
-def http(uri: str, store: dict[str, str], folder: Path) -> Iterator[str]:
-    """`mlflow models serve` for a registered model; yields the address for requests when it answers."""
+def process(uri: str, store: dict[str, str], folder: Path) -> Iterator[Post]:
+    """`mlflow models serve` for a registered model; yields what sends it requests when it answers."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", uri, "--env-manager", "local",
                "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]  # fmt: skip
@@ -240,33 +243,43 @@ def http(uri: str, store: dict[str, str], folder: Path) -> Iterator[str]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # it looks for uvicorn there
     }
+
+    def post(body: bytes, heads: dict[str, str]) -> tuple[int, bytes]:
+        with contextlib.closing(HTTPConnection("127.0.0.1", port)) as connection:
+            connection.request("POST", "/invocations", body, heads)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
     server = start(command, environment, folder / f"{port}.log", f"{address(port)}/ping")
     try:
-        yield f"{address(port)}/invocations"
+        yield post
     finally:
         end(server)
 
 
-def ask(url: str, body: dict[str, Any] | str) -> dict[str, np.ndarray]:
+def application(model: Any) -> Post:
+    """What sends requests to MLflow's application for a loaded model, in this process."""
+    server = TestClient(scoring_server.init(model))
+
+    def post(body: bytes, heads: dict[str, str]) -> tuple[int, bytes]:
+        answer = server.post("/invocations", content=body, headers=heads)
+        return answer.status_code, answer.content
+
+    return post
+
+
+def ask(post: Post, body: dict[str, Any] | str) -> dict[str, np.ndarray]:
     """The predictions for a body of JSON, or for a text of CSV."""
     heads = {"Content-Type": "text/csv" if isinstance(body, str) else "application/json"}
     text = body if isinstance(body, str) else json.dumps(body)
-    server = urlsplit(url)
-    with contextlib.closing(HTTPConnection(server.netloc)) as connection:
-        connection.request("POST", server.path, text.encode(), heads)
-        answer = connection.getresponse()
-        body_of_answer = answer.read()
-    assert answer.status == HTTPStatus.OK, body_of_answer
-    found = json.loads(body_of_answer)["predictions"]
-    return {task: np.array(values) for task, values in found.items()}
+    status, answer = post(text.encode(), heads)
+    assert status == HTTPStatus.OK, answer
+    return {task: np.array(values) for task, values in json.loads(answer)["predictions"].items()}
 
 
 def test_the_server_of_mlflow_predicts_for_images(served) -> None:
     pictures = served["pictures"]
-    server = TestClient(scoring_server.init(pictures.composite))
-    answer = server.post("/invocations", json={"inputs": stored(pictures.source).tolist()})
-    assert answer.status_code == HTTPStatus.OK, answer.text
-    found = {task: np.array(values) for task, values in answer.json()["predictions"].items()}
+    found = ask(application(pictures.composite), {"inputs": stored(pictures.source).tolist()})
     expected = predictions(pictures.source, pictures.composite)
     assert {name for name in found if "." not in name} == set(expected)
     np.testing.assert_array_equal(found["bright.True"], found["bright"])
@@ -274,13 +287,18 @@ def test_the_server_of_mlflow_predicts_for_images(served) -> None:
         np.testing.assert_allclose(found[task], values, rtol=1e-6, atol=1e-7)
 
 
-def test_mlflow_serves_rows_over_http(served, store, tmp_path) -> None:
+@pytest.mark.parametrize("place", others_in_soak(["application", "process"], "application"))
+def test_mlflow_serves_rows_over_http(served, store, tmp_path, place) -> None:
     rows = served["rows"]
-    with http("models:/rows@champion", store, tmp_path) as url:
+    with (
+        process("models:/rows@champion", store, tmp_path)
+        if place == "process"
+        else contextlib.nullcontext(application(rows.composite))
+    ) as post:
         cells = FRAME[["age", "work"]].astype(object).where(FRAME[["age", "work"]].notna(), None)
-        found = ask(url, {"dataframe_split": cells.to_dict("split")})
-        again = ask(url, {"dataframe_records": cells.to_dict("records")})
-        table = ask(url, FRAME[["work", "age", "split"]].to_csv(index=False))
+        found = ask(post, {"dataframe_split": cells.to_dict("split")})
+        again = ask(post, {"dataframe_records": cells.to_dict("records")})
+        table = ask(post, FRAME[["work", "age", "split"]].to_csv(index=False))
     for task, values in predictions(rows.source, rows.composite).items():
         np.testing.assert_allclose(found[task], values, rtol=1e-6, atol=1e-7)
         np.testing.assert_array_equal(again[task], found[task])
