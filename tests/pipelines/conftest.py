@@ -15,6 +15,7 @@ from PIL import Image
 
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
+from pipelines.runs import lease
 from tests.pipelines import mlflow_server as mlflow_servers
 from tests.pipelines.s3_server import free_port, serving, settings
 
@@ -50,6 +51,26 @@ def registry_of_before() -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture(scope="session", autouse=True)
+def settled() -> Iterator[None]:
+    """Leases do not wait for other machines: the tests have one job at a time, except for those of leases."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "SETTLE_S", 0.01)
+        yield
+
+
+@pytest.fixture(scope="module")
+def plain_reports() -> Iterator[None]:
+    """Reports of runs without plots, which take longer than the training; report/ tests those.
+
+    A module that uses it cannot use `run`, whose report is read by others.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.report.run.page", lambda run: f"<!doctype html><title>{run}</title>")
+        patch.setattr("pipelines.report.figures.grouping_png", lambda _: b"")
+        yield
 
 
 ON_RAY = {"executor": "ray", "workers": 2}  # overrides of the ray section

@@ -23,6 +23,7 @@ from pipelines.config.regroup_section import RegroupSection
 from pipelines.config.validation import checked
 from pipelines.data.shards import shard
 from pipelines.errors import UserError
+from pipelines.nightly import webhook
 from pipelines.nightly.datasets import checked_date, newest, of_date
 from pipelines.nightly.driver import LEASE, _Job, regroup
 from pipelines.nightly.evaluation import verdict_of
@@ -33,9 +34,18 @@ from pipelines.runs.lease import Lease
 from pipelines.storage import locate
 from tests.pipelines.driver import Driver, kill
 
+pytestmark = pytest.mark.usefixtures("plain_reports")
 TASKS = [f"task_{n}" for n in range(4)]
 FEATURES, ROWS = 6, 1500
 DATES = ("2026-03-01", "2026-03-02", "2026-03-03")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """No pauses between requests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(webhook, "PAUSE_S", 0.01)
+        yield
 
 
 def relation(x: np.ndarray, pair: int, turn: float) -> np.ndarray:
@@ -70,7 +80,7 @@ def config_of(root: Path, **sections: Any) -> dict[str, Any]:
         "data": {"shards": str(root / "shards"), "min_support": 1},
         "network": {"encoder": "mlp", "groups": 2, "options": {"widths": [32, 16]}},
         "gate": {"learning_rate": 0.05},
-        "train": {"epochs": 8, "batch_size": 64, "learning_rate": 0.02},
+        "train": {"epochs": 8, "batch_size": 64, "learning_rate": 0.02, "trees": False},
         "search": {"baseline": False, "share": 0.3, "starts": 0, "wide": False},  # one candidate is enough
         "track": {"uri": f"sqlite:///{root / 'mlflow.db'}"},
         "run": {"root": str(root / "runs")},
@@ -134,7 +144,7 @@ def received() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 @pytest.fixture(scope="module")
 def done(
-    config: Config, root: Path, received: tuple[str, list[dict[str, Any]]]
+    config: Config, root: Path, received: tuple[str, list[dict[str, Any]]], plain_reports: None
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
     """Verdict and log of every nightly run."""
     hooked = config.model_copy(update={"regroup": config.regroup.model_copy(update={"webhook": received[0]})})

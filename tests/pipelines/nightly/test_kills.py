@@ -25,7 +25,6 @@ from pipelines.registry.changes import JOURNAL
 from pipelines.registry.models import load_groups
 from pipelines.registry.records import registered
 from pipelines.registry.tracking import connect
-from pipelines.runs import lease
 from pipelines.storage import locate
 from tests.paths import ROOT
 from tests.pipelines.kill_points import kill_points
@@ -33,6 +32,7 @@ from tests.pipelines.nightly import test_driver as nightly
 from tests.pipelines.nightly.test_driver import received
 from tests.pipelines.registry import versions
 
+pytestmark = pytest.mark.usefixtures("plain_reports")
 FIRST, NIGHT = "2026-03-01", "2026-03-02"
 __all__ = ["received"]  # a fixture
 
@@ -45,16 +45,15 @@ def config_of(root: Path, **sections: Any) -> Config:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """A small table, and no waiting for storage on other machines."""
+    """A small table, and no pauses between requests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nightly, "ROWS", 600)
-        patch.setattr(lease, "SETTLE_S", 0.01)
         patch.setattr(webhook, "PAUSE_S", 0.01)
         yield
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(plain_reports: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of two dates, and a champion that was hardly trained."""
     root = tmp_path_factory.mktemp("killed")
     for n, date in enumerate((FIRST, NIGHT)):
