@@ -8,6 +8,7 @@ import torch
 from bench import operators, steps
 from dmtg_core import Task
 from dmtg_core.training.losses import sample_loss
+from tests.soak import others_in_soak
 
 # operators of a step of five dense tasks, K = 3. A change may lower these counts, not raise them
 MOST = {True: 2436, False: 4249}
@@ -26,7 +27,7 @@ def theirs():
     return operators.against_published(pruned=True)[1]()
 
 
-@pytest.mark.parametrize("pruned", [True, False])
+@pytest.mark.parametrize("pruned", others_in_soak([True, False], True))
 def test_a_step_dispatches_no_more_operators(pruned):
     assert mine(pruned) <= MOST[pruned]
     assert mine(pruned) <= MOST_OF_PUBLISHED[pruned] * theirs()

@@ -52,16 +52,24 @@ class Page(HTMLParser):
                     self.loaded.append(value)
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site."""
-    folder = tmp_path_factory.mktemp("site")
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+# mkdocs; the cells of notebooks, which take as long as all else, are shown and not run
+UNRUN = "from docs.notebooks import _Cells; _Cells.outputs = lambda *_: []; import mkdocs.__main__ as m; m.cli()"
+
+
+def built(folder: Path, *mkdocs: str) -> Path:
+    """A folder with the site."""
+    words = [sys.executable, *mkdocs, "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(
         words, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site, without the outputs of notebooks."""
+    return built(tmp_path_factory.mktemp("site"), "-c", UNRUN)
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +118,9 @@ def test_formulas_need_no_script(site: Path) -> None:
     assert "\\frac" not in re.sub(r"<annotation.*?</annotation>", "", text)
 
 
-def test_the_notebook_was_run(site: Path) -> None:
-    text = (site / "examples" / "digits.html").read_text(encoding="utf-8")
+@pytest.mark.soak
+def test_the_notebook_was_run(tmp_path: Path) -> None:
+    text = (built(tmp_path, "-m", "mkdocs") / "examples" / "digits.html").read_text(encoding="utf-8")
     shown = text.split("<article", 1)[1].split("</article", 1)[0]
     for output in (
         "GroupedEstimator",

@@ -172,8 +172,8 @@ def test_adapters_start_from_trained_ones(folder_with_weights):
         WarmStart(models[:1]).apply(GroupingNetwork(random))
 
 
-def test_two_workers_equal_one(tmp_path):
-    parallel.in_group(2, train_in_group, tmp_path)
+def test_two_workers_equal_one(two_processes, tmp_path):
+    two_processes(train_in_group, tmp_path)
     for branch, spec in SPECS.items():
         alone = fit(GroupingNetwork(spec), samples.data(FEATURES, TASKS, 48), SETTINGS, local())
         for rank in (0, 1):

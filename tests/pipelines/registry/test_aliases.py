@@ -13,6 +13,7 @@ from pipelines.registry.tracking import connect
 from pipelines.registry.versions import diff_models, list_models, show_model
 from tests.pipelines.kill_points import kill_points
 from tests.pipelines.registry.versions import THREE, TWO, add_version, aliases
+from tests.soak import others_in_soak
 
 
 def test_the_aliases_of_the_groups_are_set_with_those_of_the_composite(section) -> None:
@@ -153,7 +154,7 @@ def read(section) -> str:
     return "read"
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("reader", others_in_soak(READERS, "list", "show"))  # `champion` is a reader above
 def test_a_rollback_that_is_killed_is_finished_by_the_next_reader(section, reader, read) -> None:
     name = read
     promote(section, name, 2)

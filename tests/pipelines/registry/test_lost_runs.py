@@ -19,20 +19,12 @@ from pipelines.config.validation import checked
 from pipelines.data.manifest import Manifest
 from pipelines.data.sources.base import Description, Source
 from pipelines.registry import lost_runs
-from pipelines.registry.lost_runs import PROCESS
+from pipelines.registry.lost_runs import PROCESS, owner_tag
 from pipelines.registry.tracking import Tracker, connect, open_tracker
 from pipelines.storage import locate
-from tests.paths import ROOT
 from tests.pipelines.kill_points import kill_points
 from tests.pipelines.untrained import finish
 from tests.soak import others_in_soak
-
-DRIVER = """
-import sys, time
-from tests.pipelines.registry.test_lost_runs import opened
-print(opened(*sys.argv[1:]).run_id, flush=True)
-time.sleep(3600)
-"""
 
 
 def opened(folder: str, uri: str, experiment: str) -> Tracker:
@@ -65,7 +57,9 @@ def test_a_driver_that_is_killed_while_it_creates_its_run_finds_the_run_again(se
             assert opened(folder, section.uri, "created").run_id == run_id
 
 
-def test_the_next_command_ends_the_run_of_a_killed_driver_and_no_other(section, tmp_path: Path) -> None:
+def test_the_next_command_ends_the_run_of_a_killed_driver_and_no_other(
+    section, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     connect(section).create_experiment("lost")
     mine = opened(str(tmp_path / "mine"), section.uri, "lost").run_id
     elsewhere = opened(str(tmp_path / "elsewhere"), section.uri, "lost").run_id
@@ -77,10 +71,15 @@ def test_the_next_command_ends_the_run_of_a_killed_driver_and_no_other(section, 
         elsewhere: "RUNNING",
         client.create_run(client.get_run(mine).info.experiment_id).info.run_id: "RUNNING",
     }
-    command = [sys.executable, "-c", DRIVER, str(tmp_path / "lost"), section.uri, "lost"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        lost = process.stdout.readline().strip()
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"]) as process:  # its driver
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getpid", lambda: process.pid)
+            tag = owner_tag()
+        lost = opened(str(tmp_path / "lost"), section.uri, "lost").run_id
+        client.set_tag(lost, PROCESS, tag[PROCESS])
+        lost_runs.searched.clear()  # as in a new process
+        connect(section.model_copy(update={"experiment": "lost"}))
+        assert client.get_run(lost).info.status == "RUNNING"
         process.send_signal(signal.SIGKILL)
     assert client.get_run(lost).info.status == "RUNNING"
     lost_runs.searched.clear()  # as in a new process
@@ -92,7 +91,7 @@ def test_the_next_command_ends_the_run_of_a_killed_driver_and_no_other(section, 
     assert client.get_run(lost).info.status == "RUNNING"
 
 
-@pytest.mark.parametrize("every", others_in_soak([1, 5], 5))
+@pytest.mark.parametrize("every", others_in_soak([1, 7], 7))
 def test_a_registration_that_is_killed_at_any_write_leaves_nothing_unfinished(
     source: Source, embedded: dict[str, str], root: Path, every: int
 ) -> None:

@@ -13,7 +13,7 @@ def add_version(section: TrackSection, name: str, groups: list[list[str]]) -> in
     """A version of a composite and of its group models as `register` creates them, without the files of models."""
     client = connect(section)
     served = {f"group_{i}": tasks for i, tasks in enumerate(groups)}
-    held = {model.name for model in registered_models(client)}
+    held = {model.name for model in registered_models(client, name)}
     facts = dict.fromkeys(("composite", "grouping", "data_digest", "config_digest", "code_version", "run"), "x")
     facts |= {"composite": name, "split": "test", "metrics": {}, "baseline": {}, "headline": {}, "tasks": "many"}
     members: dict[str, int] = {}
