@@ -31,15 +31,16 @@ SHARED = {
 }  # fmt: skip
 # what takes long goes first, so that no process waits for the other one at the end; the longest first
 LONG = (
-    "ray", "servers", "processes", "dmtg_core/evaluation/test_planted.py", "pipelines/compare/test_driver.py",
-    "cluster/test_kubeflow.py", "pipelines/serving/test_registered_model.py", "pipelines/nightly/test_driver.py",
-    "pipelines/nightly/test_kills.py", "pipelines/registry/test_tracking.py",
-    "pipelines/execution/test_cluster.py",
-    "pipelines/data/test_many_values.py", "pipelines/registry/test_lost_runs.py", "bench/test_operators.py",
-    "bench/test_gpu.py", "bench/test_runner.py", "dmtg_core/search/test_search.py",
-    "dmtg_core/evaluation/test_bootstrap.py", "pipelines/data/test_stream.py",
-    "pipelines/registry/test_aliases.py", "pipelines/data/test_shard_folder.py", "docs/test_site.py",
-    "pipelines/report/test_browser.py", "pipelines/config/test_recipes.py",
+    "servers", "ray", "processes", "pipelines/compare/test_driver.py", "dmtg_core/search/test_guided_search.py",
+    "pipelines/config/test_recipes.py", "pipelines/nightly/test_driver.py",
+    "pipelines/serving/test_registered_model.py", "pipelines/registry/test_aliases.py",
+    "pipelines/report/test_browser.py", "pipelines/data/test_many_values.py",
+    "dmtg_core/evaluation/test_planted.py", "cluster/test_kubeflow.py", "docs/test_site.py",
+    "pipelines/data/test_shard_folder.py", "pipelines/nightly/test_kills.py", "bench/test_operators.py",
+    "pipelines/training/test_other_data.py", "dmtg_core/sklearn/test_estimator.py",
+    "dmtg_core/training/test_step.py", "pipelines/execution/test_cluster.py",
+    "pipelines/registry/test_lost_runs.py", "pipelines/training/test_full_disk.py", "bench/test_gpu.py",
+    "bench/test_runner.py", "dmtg_core/search/test_search.py", "dmtg_core/evaluation/test_bootstrap.py",
 )  # fmt: skip
 
 
