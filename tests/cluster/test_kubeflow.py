@@ -16,6 +16,7 @@ import yaml
 from tests.cluster.commands import PIPELINE
 from tests.paths import ROOT
 from tests.pipelines.conftest import config_values, write_images
+from tests.soak import others_in_soak
 
 # kfp needs an older protobuf than the lock file has, so `make` installs it in an environment of its own
 PYTHON = str(ROOT / ".kfp" / "bin" / "python")
@@ -46,9 +47,17 @@ echo "$@" >> calls
 case $1 in
     shard) echo '{"command": "shard", "shards": "sets/2026-05-01", "night": "2026-05-01"}' ;;
     sweep) echo '{"command": "sweep", "best_config": "sweeps/best.yaml"}' ;;
+    train) echo "what: unknown key train.epoch, did you mean train.epochs?" >&2; exit 2 ;;
     regroup) echo '{"command": "regroup", "verdict": "kept", "night": "2026-05-01"}' ;;
 esac
 """
+
+
+def stub(folder: Path) -> Path:
+    """The folder, with the stub."""
+    (folder / "dmtg").write_text(STUB)
+    (folder / "dmtg").chmod(0o755)
+    return folder
 
 
 def run_locally(
@@ -102,9 +111,10 @@ def test_nightly_runs_come_one_at_a_time_at_the_hour_of_the_other_schedulers(
     assert "\n15 2 * * * " in cron
 
 
-def test_a_step_that_fails_says_why_and_fails(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", others_in_soak(["stub", "real"], "stub"))
+def test_a_step_that_fails_says_why_and_fails(tmp_path: Path, command: str) -> None:
     given = {"command": "train", "config": "rooms", "words": ["train.epoch=2"], "gives": "run_dir", "cluster": ""}
-    done = run_locally("dmtg", given, tmp_path)
+    done = run_locally("dmtg", given, tmp_path, stub(tmp_path) if command == "stub" else BIN)
     assert done.returncode != 0
     text = done.stdout + done.stderr
     assert "unknown key train.epoch" in text
@@ -113,13 +123,11 @@ def test_a_step_that_fails_says_why_and_fails(tmp_path: Path) -> None:
 
 
 def test_a_step_gets_the_date_and_the_address_that_the_one_before_gives(tmp_path: Path) -> None:
-    (tmp_path / "dmtg").write_text(STUB)
-    (tmp_path / "dmtg").chmod(0o755)
     given = {
         "config": "nightly.yaml", "cluster": "", "date": "2026-05-01", "shard_words": ["data.rows_per_shard=8"],
         "sweep_words": ["sweep.groups=[2,3]"], "regroup_words": ["--kept-ok"],
     }  # fmt: skip
-    done = run_locally("night", given, tmp_path, tmp_path)
+    done = run_locally("night", given, tmp_path, stub(tmp_path))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert (tmp_path / "calls").read_text().splitlines() == [
         "shard -c nightly.yaml data.rows_per_shard=8 --night 2026-05-01 --json",
