@@ -43,7 +43,7 @@ def table_config(table: Path, work: Path, *tasks: str, **sections: object) -> Co
         },
         "data": {"shards": str(work / "shards"), "rows_per_shard": 40, "min_support": 1},
         "network": {"encoder": "mlp", "groups": 2, "options": {"widths": [8, 4]}},
-        "train": {"epochs": 2, "batch_size": 32, "learning_rate": 0.01},
+        "train": {"epochs": 2, "batch_size": 32, "learning_rate": 0.01, "trees": False},
         "search": {"method": "dmtg", "baseline": False},
         "track": {"uri": "none"},
         "run": {"root": str(work / "runs")},

@@ -85,7 +85,7 @@ def proxy_to(target: int) -> Iterator[Proxy]:
 
     with Server(("127.0.0.1", 0), Handler) as server:
         proxy.port = server.server_address[1]
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         try:
             yield proxy

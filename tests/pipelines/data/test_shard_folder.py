@@ -36,7 +36,6 @@ from pipelines.data.sources.base import Column, Description, Entry
 from pipelines.data.sources.table import TableSource
 from pipelines.errors import UserError
 from pipelines.execution.embedded import EmbeddedExecutor
-from pipelines.runs import lease
 from pipelines.storage import Location, locate
 from tests.pipelines.conftest import config_values
 from tests.pipelines.data.test_shards import manifest_of
@@ -278,7 +277,6 @@ class TestJob:
         def made(place: Path, rows: int) -> Manifest:
             return shard(config_of(raw, place, rows_per_shard=rows)).manifest
 
-        monkeypatch.setattr(lease, "SETTLE_S", 0.0)  # there is one job at a time
         raw = write_table(tmp_path / "raw.parquet", rows=40)
         first, begun, expected = (made(tmp_path / f"whole{rows}", rows) for rows in (8, 11, then))
         moment, killed = every // 2, True

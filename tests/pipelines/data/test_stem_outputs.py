@@ -19,6 +19,8 @@ from pipelines.training.driver import train
 FROZEN = ["network.encoder=mlp", "network.options={widths: [12, 8, 6]}", "network.stem=2", "network.branch=lora",
           "network.adapter.rank=2"]  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("plain_reports")
+
 
 @pytest.fixture
 def planted(tmp_path):
@@ -27,7 +29,7 @@ def planted(tmp_path):
         "planted",
         [f"data.shards={tmp_path}/shards", f"run.root={tmp_path}/runs", "track.uri=none", "train.epochs=3",
          "source.options={tasks: 4, groups: 2, features: 8, rows: 600, seed: 0}", "data.rows_per_shard=100",
-         "ray.executor=embedded", "network.groups=2", *FROZEN],
+         "ray.executor=embedded", "network.groups=2", "train.trees=false", *FROZEN],
     )  # fmt: skip
     shard(config)
     folder = locate(config.data.shards)

@@ -135,7 +135,7 @@ def received() -> Iterator[tuple[str, list[dict[str, Any]]]]:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}/hook", bodies
         server.shutdown()

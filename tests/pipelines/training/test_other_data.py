@@ -27,6 +27,8 @@ from pipelines.training import driver
 from pipelines.training.driver import train
 from tests.pipelines.changing import table_config, write_table
 
+pytestmark = pytest.mark.usefixtures("plain_reports")
+
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
