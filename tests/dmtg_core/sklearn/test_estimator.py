@@ -34,8 +34,9 @@ def small(**options: Any) -> GroupedEstimator:
 
 def checks() -> list[Any]:
     skipped = {"check_array_api_input": "it needs the environment variable SCIPY_ARRAY_API"}
+    soak = {"dmtg": [pytest.mark.soak]}  # to scikit-learn it is like the guided search
     found = [
-        pytest.param(one, check, id=f"{search}-{check.func.__name__}")
+        pytest.param(one, check, id=f"{search}-{check.func.__name__}", marks=soak.get(search, ()))
         for search in ("none", "guided", "dmtg")
         for one, check in estimator_checks_generator(small(search=search, random_state=None))
         if check.func.__name__ not in skipped

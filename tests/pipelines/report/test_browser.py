@@ -22,6 +22,7 @@ from pipelines.sweep.page import write_page as write_sweep
 from pipelines.training.diagnostics import details_of
 from tests.pipelines.browser import DESKTOP, PHONE, chromium, opened
 from tests.pipelines.training.test_diagnostics import searched
+from tests.soak import others_in_soak
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pipelines.training.driver import Trained
 
 PAGES = ("run", "dense", "wide", "retrained", "old", "comparison", "sweep", "night")
+MOST = [name for name in PAGES if name not in ("retrained", "old")]  # those are like "run", with less or more text
 TASKS = ["a_task_with_a_long_name", "b", "c", 'd"><script>alert(1)</script>']
 DOLLARS = "$$level_US$$"  # a formula for some libraries
 GROUPS = {"group_0": TASKS[:2], "group_1": TASKS[2:]}
@@ -148,7 +150,7 @@ def browser(pages: dict[str, Path]) -> Iterator[Browser]:
         yield found
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", others_in_soak(PAGES, *MOST))
 def test_page_has_its_plots_and_no_errors_or_requests(pages: dict[str, Path], browser: Browser, name: str) -> None:
     with opened(browser, pages[name]) as found:
         drawn = found.page.locator("svg[role=img]")
@@ -177,7 +179,7 @@ def steps(levels: list[int]) -> bool:
     return levels[0] == 1 and all(after - before <= 1 for before, after in pairwise(levels))
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", others_in_soak(PAGES, *MOST))
 def test_only_scrolling_parts_are_wider_than_a_phone(pages: dict[str, Path], browser: Browser, name: str) -> None:
     with opened(browser, pages[name], width=PHONE) as found:
         assert found.page.evaluate("document.documentElement.scrollWidth") <= PHONE
