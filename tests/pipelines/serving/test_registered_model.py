@@ -233,6 +233,9 @@ def test_loading_needs_neither_ray_nor_pickles(served, store) -> None:
 Post = Callable[[bytes, dict[str, str]], tuple[int, bytes]]  # body and headers → status and body of the answer
 
 
+Post = Callable[[bytes, dict[str, str]], tuple[int, bytes]]  # body and headers → status and body of the answer
+
+
 @contextlib.contextmanager
 def process(uri: str, store: dict[str, str], folder: Path) -> Iterator[Post]:
     """`mlflow models serve` for a registered model; yields what sends it requests when it answers."""
