@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
@@ -92,14 +93,31 @@ def complete_address(incomplete: str) -> list[str]:
 
 
 def _addresses() -> list[str]:
-    os.environ |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": SERVER_S, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    logging.disable()
     try:
-        from pipelines.config.loading import load_track
-        from pipelines.registry.versions import list_models
+        with _silent_and_quick():
+            from pipelines.config.loading import load_track
+            from pipelines.registry.versions import list_models
 
-        found = list_models(load_track())
+            found = list_models(load_track())
     except Exception:  # noqa: BLE001 - a completion that fails offers nothing
         return []
     aliases = [f"models:/{model['name']}@{alias}" for model in found for alias in model["aliases"]]
     return [*(model["uri"] for model in found), *aliases]
+
+
+@contextmanager
+def _silent_and_quick() -> Iterator[None]:
+    """Log nothing, and do not wait for a server that is away. Both end with the block."""
+    limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": SERVER_S, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    before, disabled = {name: os.environ.get(name) for name in limits}, logging.root.manager.disable
+    os.environ |= limits
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
 from pipelines.cli.app import app
+from pipelines.cli.completion import complete_name
 
 FAMILIES = ["constant", "linear", "cosine", "exponential"]
 
@@ -39,3 +44,16 @@ def test_a_prefix_of_several_keys_offers_the_keys() -> None:
     assert len(keys) == len(set(keys)) > 3
     assert all(key.startswith("compare.") and key.endswith("=") for key in keys)
     assert offered("dmtg", "predict", "models:/a/1", "track.u") == ["track.uri="]
+
+
+def test_completion_leaves_logging_and_environment_as_they_were(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    assert complete_name("anything") == []
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "60"
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+    logging.getLogger("pipelines").warning("still heard")
+    assert "still heard" in caplog.text
