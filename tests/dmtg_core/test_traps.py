@@ -159,7 +159,7 @@ STRING_OPTIONS = [
         {"input": samples.FEATURES, "tasks": samples.SAMPLEWISE, "encoder": EncoderSpec("mlp"), "groups": 2},
         ("sampling", "initial", "decoder", "task_weighting"),
     ),
-    (EncoderSpec, {"name": "mlp"}, ("name",)),
+    (EncoderSpec, {"name": "mlp"}, ("name", "branch")),
 ]
 
 

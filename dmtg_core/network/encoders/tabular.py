@@ -214,8 +214,9 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.linear(x).relu()  # (B, members, F)
-        # one mask for all members, because a mask for each takes a third of a step
-        out = out * self.dropout(out.new_ones(len(out), 1, out.shape[2]))
+        if self.training:
+            # one mask for all members, because a mask for each takes a third of a step
+            out = out * self.dropout(out.new_ones(out.shape[0], 1, out.shape[2]))
         return x + out if self.residual else out
 
 
