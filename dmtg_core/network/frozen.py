@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from copy import deepcopy
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -21,15 +21,16 @@ class Frozen(nn.Sequential):
     A copy of a network has the same frozen stages, not copies of them.
     """
 
+    trained = False
+
     def __init__(self, *stages: nn.Module) -> None:
         super().__init__(*stages)
         self.requires_grad_(requires_grad=False)
         self.train()
 
-    def train(self, mode: bool = True) -> Frozen:  # noqa: ARG002 - the signature of nn.Module
+    def train(self, mode: bool = True) -> Frozen:
         """Stay in evaluation mode: dropout is off, and running statistics do not change."""
-        super().train(mode=False)
-        return self
+        return super().train(mode and self.trained)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
         """Return the stages themselves."""
@@ -43,8 +44,7 @@ def in_memory_once(part: Part, structure: str) -> Part:
         part: A frozen part. Nothing may change its weights from now on.
         structure: Description of what the code of the part depends on, besides its weights.
     """
-    found: Part = IN_USE.setdefault(f"{digest([part])} {structure}", part)  # type: ignore[assignment]
-    return found
+    return cast("Part", IN_USE.setdefault(f"{digest([part])} {structure}", part))
 
 
 def digest(parts: Iterable[nn.Module]) -> str:

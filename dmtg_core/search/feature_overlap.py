@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,8 @@ def feature_overlap(
     (branch,) = network.branches.values()
     first, rest = nn.Sequential(), branch
     if not len(network.stem) and network.spec.input.kind != "features":
-        first, rest = branch[:1], branch[1:]  # type: ignore[index]
+        stages = cast("nn.Sequential", branch)
+        first, rest = stages[:1], stages[1:]
     moments: list[Tensor] = []
     seen, generator = 0, torch.Generator().manual_seed(0)
     for batch in data.evaluate(split, min(samples, 256)):
