@@ -96,7 +96,7 @@ def test_an_image_encoder_has_the_features_of_the_library(model, arguments, tmp_
     save_tensors(tmp_path / "weights.safetensors", library.state_dict())
     encoder = EncoderSpec(
         "timm", 2, {"model": model, "arguments": arguments, "path": str(tmp_path / "weights.safetensors")}, "lora",
-        ADAPTER,
+        ADAPTER | {"norms": bool(arguments)},
     )  # fmt: skip
     spec = NetworkSpec(InputSpec("image", (32, 32, 3), "uint8", std=(255.0,)), TASKS, encoder, groups=1)
     (one,) = changed(spec).specialise().values()
