@@ -6,19 +6,18 @@ time.
 
 from __future__ import annotations
 
-import re
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.processes import own_peak_mib
 from dmtg_core import Arrays, Batch, EncoderSpec, GroupingNetwork, InputSpec, NetworkSpec, Task
 from dmtg_core.search.baselines import hard_network, together
 from dmtg_core.training.context import LocalContext
@@ -83,9 +82,7 @@ def adapters_k4_over_k1() -> tuple[Any, ...]:
 def _peak(groups: int) -> float:
     step = _step(groups)
     step(), step()
-    # `ru_maxrss` would begin with the peak of the process that started this one
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
+    return own_peak_mib()
 
 
 def _memory(groups: int) -> Callable[[], float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -23,6 +24,12 @@ class CommandFailedError(RuntimeError):
 def environment(**more: str) -> dict[str, str]:
     """Return the environment of a measured command: this one without clusters and servers."""
     return {key: value for key, value in os.environ.items() if key not in REMOTE} | more
+
+
+def own_peak_mib() -> float:
+    """Return the peak memory of this process. `ru_maxrss` would begin with that of the process that started it."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
 
 
 def seconds(command: Sequence[str], folder: Path, **more: str) -> float:

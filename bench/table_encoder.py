@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.processes import own_peak_mib
 from dmtg_core import (
     ArrayData,
     Arrays,
@@ -70,7 +70,7 @@ def _trees() -> float:
 def _measured(work: Callable[[], float]) -> tuple[float, float]:
     """Seconds, and peak memory of the process in MiB."""
     seconds = work()
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return seconds, own_peak_mib()
 
 
 def table_encoder() -> tuple[Any, ...]:

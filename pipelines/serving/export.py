@@ -28,9 +28,11 @@ from dmtg_core.tasks import InputSpec, Task
 from dmtg_core.training.checkpoint import load_model, save_model, save_tensors
 from pipelines.config.sections import TrackSection
 from pipelines.errors import UserError
+from pipelines.runs.folders import check_folder
 from pipelines.scratch import temporary_folder
 from pipelines.serving.fitting import open_model
 from pipelines.serving.graphs import INPUT, Run, inputs_for, write_onnx, write_torch
+from pipelines.storage import locate
 
 GRAPHS = {"torch-export": ("model.pt2", write_torch), "onnx": ("model.onnx", write_onnx)}
 FORMS = (*GRAPHS, "merged")
@@ -64,8 +66,7 @@ def export(model: str, form: str, out: str, track: TrackSection, *, trust_code: 
         UserError: If the folder has contents, a package is missing, or the export differs from the model.
     """
     place = Path(out).absolute()
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise UserError("the folder has contents", where=str(place), remedy="name another folder with --out")
+    check_folder(locate(str(place)), "--out", "exports", lambda: False)
     served = open_model(model, track, trust_code=trust_code)
     composite = Composite(served.groups.values()).eval()
     spec = next(iter(served.groups.values())).spec.input

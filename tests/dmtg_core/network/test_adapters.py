@@ -11,6 +11,7 @@ from dmtg_core.network.adapters import AdapterBranch, AdapterOptions, SharedStag
 from dmtg_core.network.cost import naive_flops, plain_attention, wide_spec
 from dmtg_core.network.encoders import heads_alone
 from dmtg_core.network.grouping_network import clone
+from tests.dmtg_core.pretrained import changed
 
 TOKENS = InputSpec("tokens", (12,), "int32", vocabulary=50)
 TASKS = tuple(Task(f"task_{n}", "binary") for n in range(5))
@@ -20,15 +21,6 @@ OPTIONS = {"width": 32, "layers": 4, "heads": 4}
 def spec_for(branch: str, groups: int = 3, **adapter) -> NetworkSpec:
     given = adapter if branch == "lora" else None
     return NetworkSpec(TOKENS, TASKS, EncoderSpec("text_transformer", 3, OPTIONS, branch, given), groups=groups)
-
-
-def changed(network: GroupingNetwork) -> GroupingNetwork:
-    """The network with other updates than zero."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.branches.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return network
 
 
 def texts(rows: int = 6) -> torch.Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 from dmtg_core import EncoderSpec, GroupingNetwork, InputSpec, NetworkSpec
 from dmtg_core.network.peft_format import CONFIG, WEIGHTS
 from dmtg_core.training.checkpoint import load_model, load_tensors, save_model, save_network, save_tensors
+from tests.dmtg_core.pretrained import changed, save_bert
 from tests.dmtg_core.samples import SAMPLEWISE
 
 peft = pytest.importorskip("peft")
@@ -18,16 +19,6 @@ timm = pytest.importorskip("timm")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 TASKS = SAMPLEWISE[:2]
 ADAPTER = {"rank": 3, "alpha": 5.0, "norms": True}
-
-
-def changed(spec: NetworkSpec) -> GroupingNetwork:
-    """A network with other updates and norms than zero and one."""
-    network = GroupingNetwork(spec).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.branches.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return network
 
 
 def standardised(features: torch.Tensor) -> torch.Tensor:
@@ -41,14 +32,7 @@ def loaded_by_peft(base: nn.Module, folder) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=12,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("bert")
-    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    return folder
+    return save_bert(tmp_path_factory.mktemp("bert"))
 
 
 def library_model(bert) -> nn.Module:
@@ -62,7 +46,7 @@ def texts(bert, **adapter) -> NetworkSpec:
 
 
 def test_a_text_encoder_has_the_hidden_states_of_the_library(bert, tmp_path):
-    network = changed(texts(bert))
+    network = changed(GroupingNetwork(texts(bert)).eval())
     ids = torch.arange(1, 31).reshape(3, 10) % 40
     mask = torch.arange(10) < torch.tensor([[10], [7], [4]])
     ids = ids.masked_fill(~mask, 0)
@@ -99,7 +83,7 @@ def test_an_image_encoder_has_the_features_of_the_library(model, arguments, tmp_
         ADAPTER | {"norms": bool(arguments)},
     )  # fmt: skip
     spec = NetworkSpec(InputSpec("image", (32, 32, 3), "uint8", std=(255.0,)), TASKS, encoder, groups=1)
-    (one,) = changed(spec).specialise().values()
+    (one,) = changed(GroupingNetwork(spec).eval()).specialise().values()
     save_model(tmp_path / "group_0", one.eval())
     theirs = loaded_by_peft(library, tmp_path / "group_0")
     pictures = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -111,7 +95,7 @@ def test_an_image_encoder_has_the_features_of_the_library(model, arguments, tmp_
 
 @pytest.mark.parametrize("adapter", [{}, {"norms": False, "targets": ["query", "value"]}, {"rank": 0}])
 def test_a_model_is_loaded_from_either_form(bert, tmp_path, adapter):
-    (one, _) = changed(texts(bert, **adapter)).specialise().values()
+    (one, _) = changed(GroupingNetwork(texts(bert, **adapter)).eval()).specialise().values()
     save_model(tmp_path / "group_0", one.eval())
     assert (tmp_path / "group_0" / WEIGHTS).exists() == (adapter.get("rank") != 0)
     ids = torch.arange(1, 31).reshape(3, 10).int()
@@ -125,7 +109,7 @@ def test_a_model_is_loaded_from_either_form(bert, tmp_path, adapter):
 
 
 def test_a_missing_update_is_named(bert, tmp_path):
-    (one, _) = changed(texts(bert)).specialise().values()
+    (one, _) = changed(GroupingNetwork(texts(bert)).eval()).specialise().values()
     save_model(tmp_path / "group_0", one)
     tensors = load_tensors(tmp_path / "group_0" / WEIGHTS)
     missing = tensors.popitem()[0]

@@ -26,6 +26,7 @@ from dmtg_core.training.checkpoint import BASE, load_model, load_network, save_b
 from dmtg_core.training.data import with_outputs
 from dmtg_core.training.warm_start import WarmStart
 from tests.dmtg_core import parallel, samples
+from tests.dmtg_core.pretrained import save_bert
 from tests.dmtg_core.samples import DENSE, FEATURES, SAMPLEWISE
 from tests.dmtg_core.training.test_batching import assert_close, local
 
@@ -90,15 +91,8 @@ def train_in_group(rank: int, workers: int, folder) -> None:
 @pytest.fixture(scope="module")
 def folder_with_weights(tmp_path_factory):
     """A small BERT on disk."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=12,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("bert")
-    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    return folder
+    pytest.importorskip("transformers")
+    return save_bert(tmp_path_factory.mktemp("bert"))
 
 
 def text_spec(folder, branch: str, **options) -> NetworkSpec:

@@ -182,7 +182,7 @@ def test_a_missing_package_and_a_full_folder_are_named(tmp_path, monkeypatch) ->
     assert caught.value.remedy == "pip install 'dmtg[onnx]'"
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("")
-    with pytest.raises(UserError, match="the folder has contents"):
+    with pytest.raises(UserError, match="no record of exports"):
         export(str(tmp_path / "run"), "merged", str(tmp_path / "out"), TRACK)
 
 
