@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -160,8 +159,9 @@ class GroupingNetwork(nn.Module):
         if self.cuda_graphs:  # they may overwrite outputs of the previous pass, but not outputs of this pass
             torch.compiler.cudagraph_mark_step_begin()  # imports the compiler, which takes seconds
         shared = self.output_of_stem(raw)
-        if self.spec.rescale_gradients:
-            shared = scaled(shared, 1 / math.sqrt(self.spec.groups))
+        factors = self.spec.gradient_factors
+        if factors is not None:
+            shared = scaled(shared, factors[1])
         wanted = list(self.branches) if branches is None else sorted(set(branches))
         if self.batched is not None and self.training and branches is None:
             out = self.batched(shared)
@@ -170,8 +170,8 @@ class GroupingNetwork(nn.Module):
             out = dict(zip(wanted, self._run(self.shared, shared, held), strict=True))
         else:
             out = {k: self._run(self.branches[k], shared) for k in wanted}
-        if self.spec.rescale_gradients:
-            out = {k: scaled(f, 1 / math.sqrt(len(self.tasks))) for k, f in out.items()}
+        if factors is not None:
+            out = {k: scaled(f, factors[0]) for k, f in out.items()}
         return out
 
     def _run(self, part: nn.Module, *inputs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,8 @@ from dmtg_core.network.encoders import EncoderSpec
 from dmtg_core.tasks import InputSpec, Task, check_names
 
 TASK_WEIGHTINGS = ("fixed", "uncertainty")
+RESCALINGS = ("off", "tasks", "published")
+AS_BOOLEAN = {"off": False, "tasks": True}  # in stored specs, whose digests do not change with the version
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class NetworkSpec:
         decoder_width: `width` of the decoder. For "subpixel" it is the channels of the first convolution, for
             "xception" the channels after the first doubling (published: 128).
         sampling, initial, initial_scale: Options of `GroupGate`.
-        rescale_gradients: Scale gradients by 1/√N from heads to branches and by 1/√K from branches to stem.
+        rescale_gradients: One of `RESCALINGS`. "tasks" scales gradients by 1/√N from heads to branches and by 1/√K
+            from branches to stem. "published" scales both by 1/√K, as the published code does.
         task_weighting: "fixed" for `Task.weight` alone, "uncertainty" for additional learned weights.
         seed: Seed of the initial weights.
 
@@ -44,7 +48,7 @@ class NetworkSpec:
     sampling: str = "gumbel"
     initial: str = "uniform"
     initial_scale: float = 0.01
-    rescale_gradients: bool = False
+    rescale_gradients: str = "off"
     task_weighting: str = "fixed"
     seed: int = 22
 
@@ -54,7 +58,16 @@ class NetworkSpec:
         check_counts({"groups": self.groups, "decoder_width": self.decoder_width})
         check_finite({"initial_scale": self.initial_scale})
         check_choice("decoder", self.decoder, DECODERS)
+        check_choice("rescale_gradients", self.rescale_gradients, RESCALINGS)
         check_choice("task_weighting", self.task_weighting, TASK_WEIGHTINGS)
+
+    @property
+    def gradient_factors(self) -> tuple[float, float] | None:
+        """Factors of the gradients from heads to branches and from branches to stem; None for "off"."""
+        if self.rescale_gradients == "off":
+            return None
+        heads = len(self.tasks) if self.rescale_gradients == "tasks" else self.groups
+        return 1 / math.sqrt(heads), 1 / math.sqrt(self.groups)
 
     def without_weights(self) -> NetworkSpec:
         """Return a copy without pretrained weights, for a network whose weights are loaded afterwards."""
@@ -67,14 +80,18 @@ class NetworkSpec:
             "input": self.input.to_dict(),
             "tasks": [t.to_dict() for t in self.tasks],
             "encoder": self.encoder.to_dict(),
-        } | plain
+            **plain,
+            "rescale_gradients": AS_BOOLEAN.get(self.rescale_gradients, self.rescale_gradients),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NetworkSpec:
         """The inverse of `to_dict`."""
+        rescaling = values.get("rescale_gradients", False)
         parts = {
             "input": InputSpec(**values["input"]),
             "tasks": tuple(Task.from_dict(task) for task in values["tasks"]),
             "encoder": EncoderSpec(**values["encoder"]),
+            "rescale_gradients": {stored: name for name, stored in AS_BOOLEAN.items()}.get(rescaling, rescaling),
         }
         return cls(**{**values, **parts})

@@ -83,6 +83,8 @@ class Config(Section):
             del values["train"]["patience"]
         del values["train"]["trees"]  # a figure beside the result
         del values["network"]["batch_branches"]  # another order of the same computation
+        if self.network.rescale_gradients != "published":  # runs of earlier versions keep their names
+            values["network"]["rescale_gradients"] = self.network.rescale_gradients == "tasks"
         if self.data.stem_outputs == "auto":
             del values["data"]["stem_outputs"]
         if self.network.branch != "lora":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from pipelines.config.validation import Section, Switch
 
@@ -44,8 +44,13 @@ class NetworkSection(Section):
     adapter: AdapterSection = AdapterSection()
     decoder: Literal["subpixel", "xception"] = Field("subpixel", description="Decoder of the dense tasks.")
     decoder_width: int = Field(64, ge=1, le=2**16, description="Channels of the first layer of the decoder.")
-    rescale_gradients: bool = Field(
-        False, description="Scale gradients by 1/√N into the branches and by 1/√K into the stem."
+    rescale_gradients: Annotated[
+        Literal["off", "tasks", "published"],
+        BeforeValidator(lambda value: {True: "tasks", False: "off"}[value] if isinstance(value, bool) else value),
+    ] = Field(
+        "off",
+        description="Scale gradients by 1/√K into the stem, and into the branches by 1/√N (tasks) or 1/√K "
+        "(published), or not at all (off).",
     )
     batch_branches: Switch = Field(
         "auto",

@@ -279,7 +279,7 @@ def test_a_second_network_changes_nothing_in_the_first():
     inputs = samples.batch(spec.input, spec.tasks).inputs
     first = GroupingNetwork(spec).eval()
     before = first(inputs)
-    other = replace(image_spec(), rescale_gradients=True, sampling="straight_through", groups=5)
+    other = replace(image_spec(), rescale_gradients="tasks", sampling="straight_through", groups=5)
     GroupingNetwork(other).train()
     assert all(torch.equal(value, before[name]) for name, value in first(inputs).items())
 

@@ -10,6 +10,7 @@ import torch
 
 from dmtg_core import ENCODERS, EncoderSpec, Grouping, GroupingNetwork, InputSpec, NetworkSpec, Task
 from dmtg_core.network.grouping_network import PairOutputs, clone
+from dmtg_core.network.spec import RESCALINGS
 from dmtg_core.training.losses import sample_loss
 from tests.dmtg_core import samples
 from tests.dmtg_core.network.test_encoders import CUTS
@@ -243,12 +244,13 @@ def test_a_grouping_that_does_not_fit_is_refused(grouping, message):
         GroupingNetwork(mlp_spec()).keep_grouping(grouping)
 
 
+@pytest.mark.parametrize(("rescaling", "heads"), [("tasks", 1 / math.sqrt(10)), ("published", 1 / math.sqrt(3))])
 @pytest.mark.parametrize("kept", [None, [0, 1, 0, 1, 0, 1, 0, 1, 0, 1]])
-def test_rescaling_scales_gradients_of_branches_and_stem_and_no_others(kept):
+def test_rescaling_scales_gradients_of_branches_and_stem_and_no_others(kept, rescaling, heads):
     spec = mlp_spec(stem=1)
     plain, scaled = (
         GroupingNetwork(NetworkSpec(spec.input, spec.tasks, spec.encoder, 3, rescale_gradients=rescale))
-        for rescale in (False, True)
+        for rescale in ("off", rescaling)
     )
     inputs = samples.batch(spec.input, spec.tasks).inputs
     for network in (plain, scaled):
@@ -256,13 +258,38 @@ def test_rescaling_scales_gradients_of_branches_and_stem_and_no_others(kept):
             assigned(network, kept).prune(2.0)
         network.train().forward_pairs(inputs).rows.square().sum().backward()
     assert torch.equal(plain.forward_pairs(inputs).rows, scaled.forward_pairs(inputs).rows)
-    tasks, groups = 1 / math.sqrt(10), 1 / math.sqrt(3)
+    groups = 1 / math.sqrt(3)
     for (name, one), (_, other) in zip(plain.named_parameters(), scaled.named_parameters(), strict=True):
         if one.grad is None:
             continue
-        factor = {"stem": tasks * groups, "branches": tasks}.get(name.split(".")[0], 1.0)
+        factor = {"stem": heads * groups, "branches": heads}.get(name.split(".")[0], 1.0)
         assert one.grad.abs().sum() > 0, name
         torch.testing.assert_close(other.grad, one.grad * factor, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("rescaling", "branch", "stem"),
+    [("off", 4.0, 8.0), ("tasks", 4 / 2, 8 / (2 * 2**0.5)), ("published", 4 / 2**0.5, 8 / 2)],
+)
+def test_rescaled_gradients_of_a_network_of_ones_are_those_computed_by_hand(rescaling, branch, stem):
+    tasks = [Task(f"task_{n}", "regression") for n in range(4)]
+    encoder = EncoderSpec("mlp", 1, {"widths": [1, 1]})
+    spec = NetworkSpec(InputSpec("features", (1,)), tasks, encoder, 2, rescale_gradients=rescaling)
+    network = GroupingNetwork(spec).train()
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            weight.fill_(0.0 if "bias" in name else 1.0)
+    network.forward_pairs(torch.ones(1, 1)).rows.sum().backward()  # each of 2 · 4 heads has a gradient of 1
+    assert [float(network.branches[k][0][0].weight.grad) for k in (0, 1)] == pytest.approx([branch, branch])
+    assert float(network.stem[0][0].weight.grad) == pytest.approx(stem)
+
+
+def test_a_stored_spec_of_an_earlier_version_has_a_boolean_for_rescaled_gradients():
+    stored = {rescaling: mlp_spec(rescale_gradients=rescaling).to_dict() for rescaling in RESCALINGS}
+    assert [values["rescale_gradients"] for values in stored.values()] == [False, True, "published"]
+    assert [NetworkSpec.from_dict(values).rescale_gradients for values in stored.values()] == list(RESCALINGS)
+    with pytest.raises(ValueError, match="rescale_gradients 'groups', expected one of off, tasks, published"):
+        mlp_spec(rescale_gradients="groups")
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 SPECS = {
     "mlp": mlp_spec(SAMPLEWISE[:5], 1, stem=1),
-    "rescaled": mlp_spec(SAMPLEWISE[:5], 2, stem=1, rescale_gradients=True),
+    "rescaled": mlp_spec(SAMPLEWISE[:5], 2, stem=1, rescale_gradients="tasks"),
     "convnet": image_spec((*SAMPLEWISE[:3], DENSE[0], DENSE[2]), 1, stem=1),
     "two groups": mlp_spec(SAMPLEWISE[:5], 2, stem=1),
     "two groups of a convnet": image_spec((*SAMPLEWISE[:3], DENSE[0], DENSE[2]), 2, stem=1),

@@ -29,7 +29,7 @@ def offered(*words: str) -> list[str]:
         (["gate.temperature.family", "="], FAMILIES),
         (["gate.temperature.family", "=", "e"], ["exponential"]),
         (["train.epochs=3", "network.batch_branches", "=", "o"], ["on", "off"]),
-        (["network.rescale_gradients", "="], ["true", "false"]),
+        (["network.rescale_gradients", "="], ["off", "tasks", "published"]),
         (["train.epochs", "=", ""], []),
         (["no.such"], []),
     ],

@@ -308,6 +308,22 @@ def test_on_and_off_are_words_and_do_not_change_the_digest(file: str, value: str
     assert Config(**yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
 
 
+@pytest.mark.parametrize(
+    ("value", "read", "before"),
+    [("off", "off", False), ("false", "off", False), ("true", "tasks", True), ("tasks", "tasks", True),
+     ("published", "published", "published")],
+)  # fmt: skip
+def test_rescaled_gradients_of_earlier_versions_are_booleans_with_the_same_digest(
+    file: str, value: str, read: str, before: object
+) -> None:
+    config = load_config(file, [f"network.rescale_gradients={value}"])
+    assert config.network.rescale_gradients == read
+    dumped = config.model_dump(mode="json")
+    dumped["network"]["rescale_gradients"] = before
+    assert checked(Config, dumped).digest() == config.digest()
+    assert (config.digest() == load_config(file).digest()) == (read == "off")
+
+
 def test_early_stopping_changes_the_digest_only_if_it_is_on(file: str) -> None:
     assert load_config(file, ["train.patience=0"]).digest() == load_config(file).digest()
     stopping = load_config(file, ["train.patience=3"])
