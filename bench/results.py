@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dmtg_core.names import by_number
-from pipelines.compare.page import ahead
+from pipelines.compare.page import agreement, ahead
 
 FOLDER = Path(__file__).parents[1] / "docs" / "results"
 PAGE = FOLDER.with_suffix(".md")
@@ -33,10 +33,12 @@ figures below.
   1 - accuracy, RMSE. "Losses" are the losses of the tasks.
 - **±**: half of a 95 % confidence interval over seeds.
 - **Against guided**: the paired difference of the method to the guided search, in points of gain of the errors.
-  Positive means that the method is better. A difference is significant if its 95 % interval excludes 0.
+  Positive means that the method is better. The sentences call a difference significant if the p-value of its
+  paired t test is below 0.05 after Holm's correction for the number of methods that a sentence can name. The
+  intervals are not corrected.
 - **Training**: the training cost in runs of naive MTL. It includes all that a method needs to find its groups.
 - **Agreement**: the mean adjusted Rand index between the groupings of a method with different seeds. It is 0 by
-  chance.
+  chance. One encoder for all tasks is no grouping: the share of such results stands beside it.
 - **`_long`**: the same method, trained for as many epochs as the guided search costs in total. `affinity_long`
   trains the groups of the affinity that is best on validation data.
 
@@ -146,20 +148,27 @@ def section(file: Path) -> str:
     if "truth" in found["agreement"]:
         # `retrained` trains the final groups of the search's best gate, whichever candidate was selected
         named = {"guided": "guided", "retrained": "the groups of its best gate", "dmtg": "dmtg"}
-        agreement = {
-            name: found["agreement"][row]["truth"] for row, name in named.items() if row in found["agreement"]
-        }
-        listed = ", ".join(f"{value:.3f} ({name})" for name, value in agreement.items())
+        listed = ", ".join(
+            _with_truth(found, row, name) for row, name in named.items() if row in found["per_seed"]
+        )
         lines.append(f"- Agreement with the true groups: {listed}.")
     if found.get("signal"):
         lines.append(f"- Grouping signal (`dmtg signal`): {found['signal']}")
     lines += ["", "| method | gain, errors % | gain, losses % | against guided | training | agreement |",
               "|---|---|---|---|---|---|"]  # fmt: skip
     for row in sorted(found["rows"], key=lambda row: -row["gain"]["value"]):
-        agreement = "–" if row["stability"] is None else f"{row['stability']:.2f}"
         figures = " | ".join(map(interval, (row["gain"], row["gain_loss"], ahead(row["behind"]))))
-        lines.append(f"| {row['method']} | {figures} | {row['cost']:.1f} | {agreement} |")
+        lines.append(f"| {row['method']} | {figures} | {row['cost']:.1f} | {agreement(row, short=True)} |")
     return "\n".join([*lines, ""])
+
+
+def _with_truth(found: dict[str, Any], method: str, name: str) -> str:
+    """Format the agreement of a method's groupings with the true groups, and the share of results of one group."""
+    groupings = [one for seed in found["per_seed"][method].values() for one in seed["groupings"]]
+    whole = sum(len(one) == 1 for one in groupings)
+    apart = f"; {whole} of {len(groupings)} results have one group" if whole else ""
+    value = found["agreement"][method]["truth"]
+    return f"{'–' if value is None else f'{value:.3f}'} ({name}{apart})"
 
 
 def interval(mean: dict[str, float]) -> str:

@@ -102,7 +102,7 @@ def compare(
 
 def _compare(config: Config) -> dict[str, Any]:
     from pipelines.compare.driver import compare as compare_methods
-    from pipelines.compare.page import ahead, interval, two
+    from pipelines.compare.page import agreement, ahead, interval
 
     done = compare_methods(config, log)
     found = done.found
@@ -115,7 +115,7 @@ def _compare(config: Config) -> dict[str, Any]:
             "training": f"{row['cost']:.1f}",
             "operations": cost(row["flops"]),
             "parameters": cost(row["parameters"]),
-            "agreement": two(row["stability"]),
+            "agreement": agreement(row, short=True),
         }
         for row in found["rows"]
     ]

@@ -36,7 +36,7 @@ def write_page(target: Location, found: Mapping[str, Any], config: Config) -> No
     target.write_text(
         render(
             "compare.html",
-            filters={"interval": interval, "ahead": ahead, "two": two},
+            filters={"interval": interval, "ahead": ahead, "two": two, "agreement": agreement, "p_text": p_text},
             found=found,
             config=yaml.safe_dump(shown(config), sort_keys=False),
             figures=plots,
@@ -56,6 +56,26 @@ def interval(mean: Mapping[str, Any], unit: str = "") -> str:
 def ahead(behind: Mapping[str, Any]) -> Mapping[str, Any]:
     """The gain of a method minus that of the reference: positive is better, as in every other column."""
     return {**behind, "value": 0.0 - behind["value"], "low": 0.0 - behind["high"], "high": 0.0 - behind["low"]}
+
+
+def agreement(row: Mapping[str, Any], *, short: bool = False) -> str:
+    """The agreement of a method's groupings over seeds, and the share of its results that have one group.
+
+    Args:
+        row: A row of `compare.json`.
+        short: Leave the interval out.
+    """
+    share = row.get("one_group", 0.0)  # files of earlier versions count one group as a grouping
+    if share == 1:
+        return "one group"
+    value, low, high = (two(row.get(key)) for key in ("stability", "stability_low", "stability_high"))
+    text = value if short or low == "–" else f"{value} ({low} to {high})"
+    return f"{text}, one group {share:.0%}" if share else text
+
+
+def p_text(value: float | None) -> str:
+    """A p-value; a dash if there is none."""
+    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def two(value: float | None) -> str:
@@ -118,7 +138,9 @@ def plot_interval(axes: Axes, mean: Mapping[str, Any], place: float) -> None:
 
 
 def together(tasks: Sequence[str], share: Sequence[Sequence[float]]) -> str:
-    """Plot the share of the seeds with two tasks in one group. Tasks of one group are adjacent."""
+    """Plot the share of the groupings with two tasks in one group. Tasks of one group are adjacent."""
     order = sorted(range(len(tasks)), key=lambda n: [-value for value in share[n]])
     values = [[share[a][b] for b in order] for a in order]
-    return heatmap(values, [tasks[n] for n in order], "Share of seeds with two tasks in one group", vmin=0, vmax=1)
+    return heatmap(
+        values, [tasks[n] for n in order], "Share of groupings with two tasks in one group", vmin=0, vmax=1
+    )

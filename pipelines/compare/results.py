@@ -13,12 +13,26 @@ from dmtg_core.tasks import Task
 from dmtg_core.training.metrics import error_of, total_error
 from pipelines.compare.cells import DISTILLED_WIDE, NAIVE, WIDE, Result
 from pipelines.compare.methods import AFFINITY, GUIDED, LONG, LONGER, SELECTED, Comparison
-from pipelines.compare.significance import agreement, mean_of, together_share
+from pipelines.compare.significance import (
+    Mean,
+    agreement,
+    holm,
+    mean_of,
+    mutual_agreement,
+    one_group_share,
+    p_value,
+    several,
+    together_share,
+)
 from pipelines.runs.results import finite_or_none, gain_of, numbers
 
 Results = Mapping[str, Mapping[int, Sequence[Result]]]
 RANDOM = "random"
 AFFINITIES = (*SELECTED, "hoa")
+SIGNIFICANT = 0.05
+STABLE, UNSTABLE = 0.8, 0.3  # mean adjusted Rand index over seeds
+# the methods that a sentence can compare with the search: the number of tests that p-values are adjusted for
+TESTED = (RANDOM, WIDE, *AFFINITIES, *(f"{name}{LONG}" for name in LONGER), DISTILLED_WIDE, *TREES)
 
 
 def summary(
@@ -38,10 +52,15 @@ def summary(
     gains = {m: {s: _gains(tasks, results, m, s, split) for s in seeds} for m in methods}
     reference = GUIDED if GUIDED in methods else NAIVE
     rows = [_row(m, tasks, seeds, results[m], gains, reference, split, comparison) for m in methods]
-    groupings = {
-        m: [Grouping.from_dict(r["grouping"], comparison.tasks) for s in seeds for r in results[m][s]]
+    adjusted = adjusted_p_values(rows)
+    for row in rows:
+        p = math.nan if row["method"] == reference else p_value(Mean(**row["behind"]))
+        row |= {"p_value": finite_or_none(p), "p_adjusted": adjusted.get(row["method"])}
+    by_seed = {
+        m: [[Grouping.from_dict(r["grouping"], comparison.tasks) for r in results[m][s]] for s in seeds]
         for m in methods
     }
+    groupings = {m: [one for of_seed in by_seed[m] for one in of_seed] for m in methods}
     return {
         "split": split,
         "seeds": seeds,
@@ -50,8 +69,8 @@ def summary(
         "groups": comparison.groups,
         "reference": reference,
         "rows": rows,
-        "agreement": {a: {b: _agreement(groupings[a], groupings[b]) for b in methods} for a in methods},
-        "together": together_share(groupings[reference]),
+        "agreement": agreements(by_seed),
+        "together": together_share(several(groupings[reference]) or groupings[reference]),
         "verdicts": verdicts(rows, reference, groupings),
         "confidence": confidence(comparison, results.get(GUIDED, {})),
         "notes": list(notes),
@@ -97,9 +116,7 @@ def _row(
         "behind": asdict(mean_of([gains[reference][seed]["error"] - own[seed]["error"] for seed in seeds])),
         "behind_loss": asdict(mean_of([gains[reference][seed]["loss"] - own[seed]["loss"] for seed in seeds])),
         "total_error": None,
-        "stability": finite_or_none(
-            agreement([Grouping.from_dict(results[seed][0]["grouping"], comparison.tasks) for seed in seeds])
-        ),
+        **stability([Grouping.from_dict(results[seed][0]["grouping"], comparison.tasks) for seed in seeds]),
         **{key: sum(r[key] for r in flat) / len(flat) for key in ("cost", "flops", "parameters")},
     }
     if all("accuracy" in found for r in flat for found in r["metrics"][split].values()):
@@ -121,10 +138,40 @@ def _seed_row(results: Sequence[Result], gains: Mapping[str, float]) -> dict[str
     }
 
 
-def _agreement(some: Sequence[Grouping], others: Sequence[Grouping]) -> float:
-    """Mean adjusted Rand index between the groupings of two methods."""
-    found = [a.adjusted_rand_index(b) for a in some for b in others]
-    return sum(found) / len(found)
+def agreements(by_seed: Mapping[str, Sequence[Sequence[Grouping]]]) -> dict[str, dict[str, float | None]]:
+    """Method → method → `mutual_agreement`, on the diagonal of different seeds; None where it is not defined.
+
+    Args:
+        by_seed: Method → seed → groupings.
+    """
+    return {
+        a: {b: finite_or_none(mutual_agreement(some, others)) for b, others in by_seed.items()}
+        for a, some in by_seed.items()
+    }
+
+
+def stability(groupings: Sequence[Grouping]) -> dict[str, float | None]:
+    """The agreement over seeds of a method with its interval, and the share of its results that have one group."""
+    found = agreement(groupings)
+    return {
+        "stability": finite_or_none(found.value),
+        "stability_low": finite_or_none(found.low),
+        "stability_high": finite_or_none(found.high),
+        "one_group": one_group_share(groupings),
+    }
+
+
+def adjusted_p_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Method → p-value of its paired difference to the reference, adjusted with Holm's procedure.
+
+    The methods are those of `TESTED`. The gain over naive MTL is the first question and not one of these tests.
+
+    Args:
+        rows: As in `compare.json`.
+    """
+    differences = {row["method"]: Mean(**row["behind"]) for row in rows if row["method"] in TESTED}
+    adjusted = holm([p_value(difference) for difference in differences.values()])
+    return {name: p for name, p in zip(differences, adjusted, strict=True) if math.isfinite(p)}
 
 
 def confidence(comparison: Comparison, guided: Mapping[int, Sequence[Result]]) -> dict[str, Any]:
@@ -148,7 +195,9 @@ def confidence(comparison: Comparison, guided: Mapping[int, Sequence[Result]]) -
 def verdicts(
     rows: Sequence[Mapping[str, Any]], reference: str, groupings: Mapping[str, Sequence[Grouping]]
 ) -> list[str]:
-    """Sentences about the guided search and its grouping. They claim no more than the intervals show.
+    """Sentences about the guided search and its grouping.
+
+    They call a method better or worse if its adjusted p-value is below `SIGNIFICANT`.
 
     Args:
         rows: As in `compare.json`.
@@ -158,18 +207,19 @@ def verdicts(
     if reference == NAIVE:
         return []
     by_name = {row["method"]: row for row in rows}
+    adjusted = adjusted_p_values(rows)
+    ahead = {name for name, p in adjusted.items() if p < SIGNIFICANT and by_name[name]["behind"]["value"] < 0}
     baselines = [RANDOM, WIDE, *(f"{name}{LONG}" for name in LONGER), DISTILLED_WIDE]
     affinities = [by_name[name] for name in AFFINITIES if name in by_name]
     if affinities:
         baselines.insert(2, max(affinities, key=lambda row: row["gain"]["value"])["method"])
     baselines += TREES
     # trees that are better are the first thing to know about a table
-    better = [by_name[name] for name in TREES if name in by_name and by_name[name]["behind"]["high"] < 0]
+    better = [by_name[name] for name in TREES if name in ahead]
     sentences = [f"Decision trees are better here: {NAMES[row['method']]}, by {_points(row)}." for row in better]
     sentences.append(_gain_sentence(by_name[reference]["gain"]))
-    sentences += [_difference_sentence(by_name[name]) for name in baselines if name in by_name]
-    longer = [by_name[f"{name}{LONG}"] for name in (WIDE, RANDOM, AFFINITY) if f"{name}{LONG}" in by_name]
-    if any(row["behind"]["high"] < 0 for row in longer):
+    sentences += [_difference_sentence(by_name[name], adjusted) for name in baselines if name in by_name]
+    if ahead & {f"{name}{LONG}" for name in (WIDE, RANDOM, AFFINITY)}:
         sentences.append(TOO_SHORT)
     return [*sentences, _grouping_sentence(groupings[reference])]
 
@@ -207,31 +257,46 @@ def _points(row: Mapping[str, Any]) -> str:
     return f"{-behind['value']:.1f} points of gain ({-behind['high']:.1f} to {-behind['low']:.1f})"
 
 
-def _difference_sentence(row: Mapping[str, Any]) -> str:
+def _difference_sentence(row: Mapping[str, Any], adjusted: Mapping[str, float]) -> str:
     behind, name = row["behind"], NAMES.get(row["method"], f"the best affinity baseline ({row['method']})")
-    if not math.isfinite(behind["low"]):
+    if row["method"] not in adjusted:
         return f"One seed gives no comparison with {name}."
     interval = f"{behind['value']:+.1f} points of gain, {behind['low']:+.1f} to {behind['high']:+.1f}"
-    if behind["low"] > 0:
-        return f"It is better than {name}: {interval}."
-    if behind["high"] < 0:
-        return f"It is worse than {name}: {interval}."
-    return f"It is not significantly different from {name}: {interval}."
+    p = adjusted[row["method"]]
+    if p < SIGNIFICANT:
+        return f"It is {'better' if behind['value'] > 0 else 'worse'} than {name}: {interval}."
+    excludes = behind["low"] * behind["high"] > 0  # an interval is that of one test
+    note = f" (p = {p:.2f}, adjusted for {len(adjusted)} methods)" if excludes else ""
+    return f"It is not significantly different from {name}: {interval}{note}."
 
 
 def _grouping_sentence(groupings: Sequence[Grouping]) -> str:
-    whole = sum(len(one.groups) == 1 for one in groupings)
+    """How far the groupings agree over seeds. The words say only what the interval supports."""
+    whole = len(groupings) - len(several(groupings))
     if whole == len(groupings):
-        return "No grouping was kept: one wide encoder has the best validation score with every seed."
-    stable = agreement(groupings)
-    if not math.isfinite(stable):
-        return "One seed does not show how stable the grouping is."
-    index = f"over seeds (mean adjusted Rand index {stable:.2f})"
-    mixed = (
-        f" One wide encoder has the best validation score with {whole} of {len(groupings)} seeds." if whole else ""
-    )
-    if stable > 0.8:
-        return f"The grouping is stable {index}.{mixed}"
-    if stable > 0.3:
-        return f"The grouping is partly stable {index}.{mixed}"
-    return f"The grouping is not stable {index}, so it says little about which tasks belong together.{mixed}"
+        return "No grouping was kept: one encoder for all tasks has the best validation score with every seed."
+    share = f" One encoder for all tasks has the best validation score with {whole} of {len(groupings)} seeds."
+    mixed = share if whole else ""
+    found = agreement(groupings)
+    if found.count == 1:
+        return f"One grouping does not show how stable the grouping is.{mixed}"
+    index = f"mean adjusted Rand index {found.value:.2f}"
+    if not math.isfinite(found.half):
+        return f"Two groupings do not show how stable the grouping is ({index}).{mixed}"
+    interval = f"{index}, 95 % interval {found.low:.2f} to {found.high:.2f}, {found.count} groupings"
+    words = _stability_words(found)
+    if not words:
+        return f"{found.count} groupings do not show how stable the grouping is ({interval}).{mixed}"
+    return f"The grouping is {words[0]} over seeds ({interval}){words[1]}.{mixed}"
+
+
+def _stability_words(found: Mean) -> tuple[str, str] | None:
+    """A word for an agreement and the end of its sentence; None if its interval supports no word."""
+    little = ", so it says little about which tasks belong together"
+    if found.low > STABLE:
+        return "stable", ""
+    if found.high < UNSTABLE:
+        return "not stable", little
+    if found.low > UNSTABLE:
+        return ("partly stable" if found.high < STABLE else "at least partly stable"), ""
+    return ("at most partly stable", little) if found.high < STABLE else None

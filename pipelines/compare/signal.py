@@ -130,7 +130,7 @@ def analyse(
         "correlation": asdict(overall),
         "by_task": by_task,
         **gains,
-        "agreement": agreement([Grouping.from_dict(p["grouping"], names) for p in proposed]),
+        "agreement": agreement([Grouping.from_dict(p["grouping"], names) for p in proposed]).value,
         "verdict": verdict(overall, gains),
     }
 

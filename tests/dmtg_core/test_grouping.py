@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import adjusted_rand_score
 
 from dmtg_core import Grouping
 
@@ -44,6 +45,14 @@ def test_adjusted_rand_index_is_symmetric_bounded_and_independent_of_order(assig
     assert value == theirs.adjusted_rand_index(mine) == mine.adjusted_rand_index(shuffled)
     assert -1 <= value <= 1
     assert mine.adjusted_rand_index(mine) == 1.0
+
+
+@given(assignment=assignments, data=st.data())
+def test_adjusted_rand_index_equals_that_of_scikit_learn(assignment, data):
+    other = data.draw(st.lists(st.integers(0, 3), min_size=len(assignment), max_size=len(assignment)))
+    names = [f"t{n}" for n in range(len(assignment))]
+    mine, theirs = Grouping.from_assignment(names, assignment), Grouping.from_assignment(names, other)
+    assert mine.adjusted_rand_index(theirs) == pytest.approx(adjusted_rand_score(assignment, other))
 
 
 def test_random_partitions_agree_by_chance_only():

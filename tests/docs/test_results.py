@@ -7,7 +7,7 @@ import pytest
 
 from bench.results import FOLDER, PAGE, TABLES, page, rounded
 from dmtg_core import Grouping
-from pipelines.compare.results import verdicts
+from pipelines.compare.results import adjusted_p_values, agreements, stability, verdicts
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 
@@ -57,3 +57,21 @@ def test_the_verdicts_of_each_file_follow_from_its_figures(file) -> None:
     assert [float(n) for n in NUMBER.findall(now)] == pytest.approx(
         [float(n) for n in NUMBER.findall(published)], abs=0.101
     )
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+def test_agreements_and_p_values_of_each_file_follow_from_its_groupings_and_differences(file) -> None:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    by_seed = {
+        method: [[Grouping.of(one, found["tasks"]) for one in seed["groupings"]] for seed in seeds.values()]
+        for method, seeds in found["per_seed"].items()
+    }
+    assert rounded(agreements(by_seed)) == found["agreement"]
+    adjusted = adjusted_p_values(found["rows"])
+    for row in found["rows"]:
+        held = rounded(stability([of_seed[0] for of_seed in by_seed[row["method"]]]))
+        assert {key: row[key] for key in held} == held
+        if row["method"] in adjusted:
+            assert row["p_adjusted"] == pytest.approx(adjusted[row["method"]], rel=0.01)
+        else:
+            assert row["p_adjusted"] is None

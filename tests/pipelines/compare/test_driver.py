@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,7 @@ from pipelines.compare.methods import (
     second_cells,
 )
 from pipelines.compare.preparation import open_cells_folder
-from pipelines.compare.results import TOO_SHORT, verdicts
 from pipelines.compare.signal import analyse, distinct_partitions, signal
-from pipelines.compare.significance import mean_of
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
 from pipelines.data.sources import build_source
@@ -95,6 +92,11 @@ def test_every_method_has_a_row_with_gain_costs_and_errors(compared: Finished) -
     assert 4 * rows["wide"]["cost"] < rows["wide_distilled"]["cost"] <= 5 * rows["wide"]["cost"]
     assert rows["retrained"]["cost"] > rows["guided"]["cost"] >= rows["undistilled"]["cost"]
     assert rows["undistilled"]["stability"] == rows["guided"]["stability"]
+    assert (rows["naive_mtl"]["one_group"], rows["naive_mtl"]["stability"]) == (1, None)
+    assert done.found["agreement"]["naive_mtl"] == dict.fromkeys(rows)  # one group is no grouping
+    assert done.found["agreement"]["truth"]["truth"] == 1  # the same groups with each seed
+    assert rows["guided"]["p_value"] is rows["dmtg"]["p_adjusted"] is None
+    assert 1 >= rows["wide_long"]["p_adjusted"] >= rows["wide_long"]["p_value"] >= 0
 
 
 def test_methods_with_an_equal_budget_cost_as_much_as_the_search(
@@ -308,20 +310,6 @@ def test_tables_are_compared_with_tree_ensembles(tmp_path: Path) -> None:
         methods_of(chosen, tasks, "image")
 
 
-def test_trees_that_are_better_are_the_first_sentence() -> None:
-    rows = [
-        {"method": "guided", "gain": asdict(mean_of([5.0, 6.0, 7.0]))},
-        {"method": "extra_trees", "behind": asdict(mean_of([-4.0, -5.0, -6.0]))},
-        {"method": "gradient_boosting", "behind": asdict(mean_of([4.0, -5.0, 6.0]))},
-    ]
-    found = verdicts(rows, "guided", {"guided": [Grouping.of([["a"], ["b"]])] * 3})
-    assert found[0].startswith(
-        "Decision trees are better here: extra trees, one forest for each task, by 5.0 points"
-    )
-    assert sum("trees are better" in sentence for sentence in found) == 1
-    assert any("not significantly different from gradient boosting" in sentence for sentence in found)
-
-
 def test_one_group_or_one_task_has_nothing_to_compare(tmp_path: Path) -> None:
     for changes in (
         {"network": {"groups": 1}},
@@ -383,31 +371,6 @@ def test_a_folder_of_an_earlier_version_with_other_names_of_methods_resumes(tmp_
     (folder / "config.yaml").write_text(yaml.safe_dump(stored))
     with pytest.raises(UserError, match="belongs to another configuration"):
         open_cells_folder(config, "compare")
-
-
-def row(method: str, gain: float, low: float, high: float, count: int = 5) -> dict[str, Any]:
-    mean = {"value": gain, "low": low, "high": high, "count": count}
-    return {
-        "method": method,
-        "gain": mean,
-        "behind": {**mean, "value": 9 - gain, "low": 9 - high, "high": 9 - low},
-    }
-
-
-def test_verdicts_claim_no_more_than_the_intervals_show() -> None:
-    rows = [row("guided", 9, 8, 10), row("random", 1, 0, 2), row("wide", 8.5, 7, 10), row("tag", 12, 11, 13)]
-    one, other = Grouping.of([["a", "b"], ["c", "d"]]), Grouping.of([["a", "c"], ["b", "d"]])
-    logged = verdicts(rows, "guided", {"guided": [one, one, one]})
-    assert "gains +9.0 % over naive MTL (95 % interval +8.0 to +10.0, 5 seeds)." in logged[0]
-    assert logged[1].startswith("It is better than random groups")
-    assert logged[2].startswith("It is not significantly different from one wide encoder")
-    assert logged[3].startswith("It is worse than the best affinity baseline (tag)")
-    assert logged[-1] == "The grouping is stable over seeds (mean adjusted Rand index 1.00)."
-    assert "not stable" in verdicts(rows, "guided", {"guided": [one, other]})[-1]
-    assert TOO_SHORT not in verdicts([*rows, row("wide_long", 9.5, 8, 11)], "guided", {"guided": [one]})
-    assert verdicts([*rows, row("wide_long", 12, 11, 13)], "guided", {"guided": [one]})[-2] == TOO_SHORT
-    whole = Grouping.of([["a", "b", "c", "d"]])
-    assert verdicts(rows, "guided", {"guided": [whole]})[-1].startswith("No grouping was kept")
 
 
 def test_the_planted_source_is_the_planted_problem() -> None:
