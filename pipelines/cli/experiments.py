@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipelines.cli.console import Next, log, print_table, run, show
@@ -55,31 +56,68 @@ def signal(
 
     def body() -> dict[str, Any]:
         loaded = _load(config, overrides, ray_config, "pipelines.compare.cells", local_ok=local_ok)
-        from pipelines.compare.page import two
         from pipelines.compare.signal import signal as measure_signal
 
         done = measure_signal(loaded, log)
-        found = done.found
-        overall = {"task": "all", **found["correlation"]}
-        rows = [
-            {
-                "task": row["task"],
-                "correlation": two(row["value"]),
-                "interval": f"{two(row['low'])} to {two(row['high'])}",
-                "between groupings": f"{100 * row['between']:.1f} %",
-                "between seeds": f"{100 * row['within']:.1f} %",
-            }
-            for row in (overall, *({"task": name, **row} for name, row in found["by_task"].items()))
-        ]
-        title = (
-            f"{len(found['partitions'])} random groupings × {len(found['seeds'])} seeds, {found['epochs']} epochs"
-        )
-        print_table(title, rows, right=("correlation", "between groupings", "between seeds"))
-        show(f"verdict: {found['verdict']}", f"signal:  {done.folder}")
-        step = next_step(of_signal(found["verdict"]), config, overrides, ray_config)
-        return {"run_dir": str(done.folder), **found, "next": step}
+        _show_signal(done.found)
+        show(f"verdict: {done.found['verdict']}", f"signal:  {done.folder}")
+        step = _after_signal(done.found, config, overrides, ray_config)
+        return {"run_dir": str(done.folder), **done.found, "next": step}
 
     run("signal", body, reads=config, as_json=as_json, debug=debug)
+
+
+EFFECTS = {
+    "proposed_over_random": "groups by feature overlap over random groups",
+    "between": "standard deviation between random groupings",
+    "proposed_over_wide": "groups by feature overlap over one wide encoder",
+    "wide_over_random": "one wide encoder over random groups",
+    "random": "random groups over naive MTL",
+    "wide": "one wide encoder over naive MTL",
+}
+
+
+def _show_signal(found: Mapping[str, Any]) -> None:
+    """Show the effects of a grouping signal in gain, and the correlations of the tasks."""
+    from pipelines.compare.page import two
+
+    effects = [
+        {
+            "effect": name,
+            "gain": f"{found[key]['value']:+.1f} %",
+            "95 % interval": f"{found[key]['low']:+.1f} to {found[key]['high']:+.1f}",
+        }
+        for key, name in EFFECTS.items()
+        if found[key]
+    ]
+    runs = f"{len(found['partitions'])} random groupings × {len(found['seeds'])} seeds, {found['epochs']} epochs"
+    print_table(f"Effects on the losses, worth having from {found['worth']:g} %: {runs}", effects, right=("gain",))
+    overall = {"task": "all", **found["correlation"]}
+    rows = [
+        {
+            "task": row["task"],
+            "correlation": two(row["value"]),
+            "interval": f"{two(row['low'])} to {two(row['high'])}",
+            "between groupings": f"{100 * row['between']:.1f} %",
+            "between seeds": f"{100 * row['within']:.1f} %",
+        }
+        for row in (overall, *({"task": name, **row} for name, row in found["by_task"].items()))
+    ]
+    title = "Intraclass correlation of the losses, and their standard deviations"
+    print_table(title, rows, right=("correlation", "between groupings", "between seeds"))
+
+
+def _after_signal(found: Mapping[str, Any], config: str, overrides: Sequence[str] | None, ray_config: str) -> Next:
+    """The next command: more runs if the runs cannot tell and it is known how many can, else by the conclusion."""
+    enough = found["enough"]
+    if not enough:
+        return next_step(of_signal(found["conclusion"]), config, overrides, ray_config)
+    seeds = ",".join(map(str, enough["seeds"]))
+    more = [f"signal.partitions={enough['partitions']}", f"signal.seeds=[{seeds}]"]
+    return Next(
+        "measure again with enough runs; those that there are are kept",
+        command_line(["signal"], config, [*(overrides or []), *more], ray_config),
+    )
 
 
 def compare(

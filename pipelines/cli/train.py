@@ -77,7 +77,7 @@ def train(
     """Search a grouping and train one model for each group. If it was killed, the same command resumes."""
 
     def body() -> dict[str, Any]:
-        from pipelines.runs.identity import earlier_verdict
+        from pipelines.runs.identity import earlier_conclusion
 
         loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok)
         if profile:
@@ -87,7 +87,7 @@ def train(
         model = found["models"][0] if found["models"] else found["run_dir"]
         predicting = predict_command(model, loaded, config, overrides, ray_config)
         use = Next("predict the test split with the model", predicting)
-        step = next_step(of_train(found, earlier_verdict(loaded, "")), config, overrides, ray_config, use)
+        step = next_step(of_train(found, earlier_conclusion(loaded, "")), config, overrides, ray_config, use)
         return found | {"next": step}
 
     run("train", body, reads=config, as_json=as_json, debug=debug)

@@ -3,7 +3,8 @@
 The grouping signal trains a few random groupings with a few seeds each. If networks with the same grouping differ
 as much as networks with different groupings, no random grouping is better than the others. Good groups can be rare
 among random ones, so groups of tasks with a high feature overlap (`dmtg_core.search.feature_overlap`) are trained
-too. A wide encoder of equal cost shows how much of a gain comes from capacity alone.
+too. A wide encoder of equal cost shows how much of a gain comes from capacity alone. The conclusion follows from
+the sizes of these effects in gain. If the runs are too few for one, it says how many would be enough.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from typing import Any
 import numpy as np
 
 from dmtg_core.grouping import Grouping
+from dmtg_core.names import quoted
 from dmtg_core.tasks import Task
 from pipelines.compare.cells import NAIVE, PROPOSAL, WIDE, Cell, Result, train_cells
+from pipelines.compare.effects import Layout, conclude, effect_text, enough_runs, relation_text
 from pipelines.compare.methods import random_groupings
 from pipelines.compare.preparation import cell_job, cells_session, open_cells_folder
-from pipelines.compare.significance import Correlation, agreement, intraclass_correlation, mean_of
+from pipelines.compare.significance import agreement, intraclass_correlation, mean_of
+from pipelines.compare.verdicts import UNCLEAR
 from pipelines.config.loading import Config
+from pipelines.config.sections import SignalSection
+from pipelines.data.manifest import thin_losses
+from pipelines.errors import UserError
 from pipelines.execution.resources import cells_cpus
 from pipelines.runs.identity import SIGNAL
 from pipelines.runs.results import numbers
 from pipelines.storage import Location
 from pipelines.training.checks import folder_of_data
 
-WEAK, STRONG = 0.3, 0.6  # thresholds of the intraclass correlation
 logger = logging.getLogger(__name__)
-
-
-# beginnings of the verdict, from which the next command follows
-HARDLY = "Grouping hardly matters here."
-NO_SIGNAL = "All runs have the same validation score, so there is no grouping signal."
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,15 @@ def signal(config: Config, log: Callable[[str], None] = logger.info) -> SignalRe
         cells_session(named, log, folder, manifest) as (data, executor),
     ):
         names = [task.name for task in data.tasks]
-        partitions = distinct_partitions(names, min(config.network.groups, len(names)), section.partitions)
+        groups = min(config.network.groups, len(names))
+        partitions = distinct_partitions(names, groups, section.partitions)
+        if len(partitions) < 2:
+            raise UserError(
+                f"there is only one partition of {len(names)} tasks into {groups} groups of equal size",
+                where="data.tasks, network.groups",
+                remedy="give fewer groups or more tasks",
+                wrong_use=True,
+            )
         kinds = (NAIVE, PROPOSAL, WIDE) if config.encoder_spec().can_widen else (NAIVE, PROPOSAL)
         cells = [Cell.of(one, seed, epochs) for one in partitions for seed in section.seeds]
         cells += [Cell(kind, seed, epochs) for kind in kinds for seed in section.seeds]
@@ -80,7 +89,16 @@ def signal(config: Config, log: Callable[[str], None] = logger.info) -> SignalRe
         "epochs": epochs,
         "partitions": [[list(group) for group in one.groups] for one in partitions],
         "seeds": list(section.seeds),
-        **analyse(data.tasks, grouped, of_kind[NAIVE], of_kind[PROPOSAL], of_kind.get(WIDE, [])),
+        **analyse(
+            data.tasks,
+            grouped,
+            of_kind[NAIVE],
+            of_kind[PROPOSAL],
+            of_kind.get(WIDE, []),
+            section,
+            left_out=thin_losses(data.manifest, data.tasks, config.data.min_support),
+            most=count_partitions(len(names), groups),
+        ),
     }
     (folder / SIGNAL).write_json(found)
     return SignalResult(folder, found)
@@ -97,94 +115,103 @@ def distinct_partitions(tasks: Sequence[str], groups: int, count: int) -> list[G
     return list(found.values())
 
 
+def count_partitions(tasks: int, groups: int) -> int:
+    """Number of partitions of `random_groupings`: the sizes of their groups differ by one at most."""
+    size, larger = divmod(tasks, groups)
+    smaller = groups - larger
+    labelled = math.factorial(tasks) // (math.factorial(size + 1) ** larger * math.factorial(size) ** smaller)
+    return labelled // (math.factorial(larger) * math.factorial(smaller))
+
+
 def analyse(
     tasks: Sequence[Task],
     grouped: Sequence[Sequence[Result]],
     naive: Sequence[Result],
     proposed: Sequence[Result],
     wide: Sequence[Result],
+    section: SignalSection,
+    *,
+    left_out: Mapping[str, str],
+    most: int,
 ) -> dict[str, Any]:
-    """Correlations, gains of the losses, and the verdict.
+    """Effects in gain, correlations, the conclusion, and the verdict as text.
 
     Args:
         tasks: The tasks.
         grouped: Results of each partition, with one result for each seed.
         naive, proposed, wide: Results over seeds of naive MTL, of groups with a high feature overlap, and of the
             wide encoder.
+        section: Options of the signal.
+        left_out: Task → the reason why its loss has little meaning. The verdict is that of the other tasks.
+        most: Largest number of different partitions.
     """
-    overall = intraclass_correlation([[result["score"] for result in row] for row in grouped])
-    by_task = {
-        task.name: asdict(intraclass_correlation([[_log_loss(r, task.name) for r in row] for row in grouped]))
-        for task in tasks
-    }
-    random = [mean_of([row[i]["score"] for row in grouped]).value for i in range(len(naive))]
-    single, ours, whole = ([result["score"] for result in results] for results in (naive, proposed, wide))
     names = [task.name for task in tasks]
-    gains = {
+    kept = [name for name in names if name not in left_out] or names
+    rows = [_scores(row, kept) for row in grouped]
+    random = [mean_of([row[i] for row in rows]).value for i in range(len(naive))]
+    single, ours, whole = (_scores(results, kept) for results in (naive, proposed, wide))
+    over_random = _gains(ours, random)
+    layout = Layout.of(rows)
+    spread, difference = layout.spread(), mean_of(over_random)
+    worth = section.worth
+    conclusion, enough = UNCLEAR, None
+    if len(left_out) < len(names):
+        conclusion = conclude(spread, difference, worth)
+        if conclusion == UNCLEAR:
+            enough = enough_runs(layout, over_random, worth, others=3 if wide else 2, most=most)
+    found = {
+        "conclusion": conclusion,
+        "worth": worth,
+        "between": asdict(spread),
         "random": _gain(random, single),
-        "proposed_over_random": _gain(ours, random),
+        "proposed_over_random": asdict(difference),
+        "proposed_over_wide": _gain(ours, whole) if wide else None,
         "wide": _gain(whole, single) if wide else None,
         "wide_over_random": _gain(whole, random) if wide else None,
-    }
-    return {
-        "correlation": asdict(overall),
-        "by_task": by_task,
-        **gains,
+        "correlation": asdict(intraclass_correlation(rows)),
+        "by_task": {
+            name: asdict(intraclass_correlation([_scores(row, [name]) for row in grouped])) for name in names
+        },
         "agreement": agreement([Grouping.from_dict(p["grouping"], names) for p in proposed]).value,
-        "verdict": verdict(overall, gains),
+        "left_out": dict(left_out),
+        "enough": {"partitions": enough[0], "seeds": _more(section.seeds, enough[1])} if enough else None,
     }
+    return found | {"verdict": verdict(found, names, enough)}
 
 
-def _log_loss(result: Result, task: str) -> float:
-    return math.log(max(numbers(result["metrics"]["val"])[task]["loss"], 1e-12))
+def _scores(results: Sequence[Result], tasks: Sequence[str]) -> list[float]:
+    """Mean logarithm of the validation losses of the tasks, of each result."""
+    losses = [numbers(result["metrics"]["val"]) for result in results]
+    return [math.fsum(math.log(max(one[task]["loss"], 1e-12)) for task in tasks) / len(tasks) for one in losses]
+
+
+def _gains(scores: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Gain of the mean loss over a reference in per cent, of each seed."""
+    return [100 * (1 - math.exp(a - b)) for a, b in zip(scores, reference, strict=True)]
 
 
 def _gain(scores: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
-    """Gain of the mean loss over a reference, in per cent, with its interval over seeds."""
-    return asdict(mean_of([100 * (1 - math.exp(a - b)) for a, b in zip(scores, reference, strict=True)]))
+    """Mean of `_gains` with its interval."""
+    return asdict(mean_of(_gains(scores, reference)))
 
 
-def verdict(overall: Correlation, gains: Mapping[str, Mapping[str, Any] | None]) -> str:
-    """Whether the choice of groups has an effect, as text.
+def _more(seeds: Sequence[int], count: int) -> list[int]:
+    """The seeds and the smallest further ones, as many as `count`."""
+    further = (seed for seed in range(1, count + len(seeds) + 1) if seed not in seeds)
+    return [*seeds, *islice(further, count - len(seeds))]
+
+
+def verdict(found: Mapping[str, Any], tasks: Sequence[str], enough: tuple[int, int] | None) -> str:
+    """The effects and what follows from them, as text.
 
     Args:
-        overall: Correlation of the validation scores.
-        gains: `random` and `wide` over naive MTL, `proposed_over_random` and `wide_over_random`; those of the wide
-            encoder are None if its widths are fixed.
+        found: As in `signal.json`.
+        tasks: Names of the tasks.
+        enough: Number of partitions and seeds that would be enough, if it is known.
     """
-    if not math.isfinite(overall.value):
-        return NO_SIGNAL
-    random, proposed = gains["random"], gains["proposed_over_random"]
-    assert random is not None
-    assert proposed is not None
-    ending = ""
-    if proposed["low"] > 0 or overall.low > WEAK or overall.value > STRONG:
-        effect = "Grouping matters here."
-    elif overall.value < WEAK:
-        effect = HARDLY
-    else:
-        effect = "Grouping may matter here."
-        ending = " More partitions or seeds would give a clearer answer."
-    text = (
-        f"{effect} The choice of groups explains {max(overall.value, 0):.0%} of the variation among random "
-        f"groupings (intraclass correlation {overall.value:.2f}, "
-        f"95 % interval {overall.low:.2f} to {overall.high:.2f}). "
-        f"Groups of tasks with a high feature overlap are {_relation(proposed, 'random groups')}. "
-        f"Random groups are {_relation(random, 'naive MTL')}."
-    )
-    wide, over_random = gains["wide"], gains["wide_over_random"]
-    if wide is not None and over_random is not None:
-        text += (
-            f" One wide encoder of the same cost is {_relation(wide, 'naive MTL')} and "
-            f"{_relation(over_random, 'random groups')}."
-        )
-    return f"{text} The gains are of the losses.{ending}"
-
-
-def _relation(gain: Mapping[str, Any], reference: str) -> str:
-    """A gain as better than a reference, worse than it, or not significantly different from it."""
-    if not gain["low"] * gain["high"] > 0:
-        relation = "not significantly different from"
-    else:
-        relation = "better than" if gain["value"] > 0 else "worse than"
-    return f"{relation} {reference} (gain {gain['value']:+.1f} %)"
+    left_out = found["left_out"]
+    listed = ", ".join(f"{quoted(name)} ({reason})" for name, reason in left_out.items())
+    if len(left_out) == len(tasks):
+        return f"These runs cannot tell whether grouping matters: the validation labels are too few. {listed}."
+    text = f"{effect_text(found, enough)} {relation_text(found)}"
+    return f"{text} Tasks with too few validation labels are left out: {listed}." if left_out else text

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
+MATTERS, NOT, UNCLEAR = "matters", "not", "unclear"  # conclusions of `dmtg signal`
+
 
 class Verdict(Enum):
     """Whether grouping helps."""
@@ -26,7 +28,7 @@ def of_train(result: Mapping[str, Any], signal: str) -> Verdict:
 
     Args:
         result: As in `result.json`.
-        signal: The verdict of an earlier `dmtg signal`; empty without one.
+        signal: The conclusion of an earlier `dmtg signal`; empty without one.
     """
     from dmtg_core.search.options import WIDE
 
@@ -38,12 +40,10 @@ def of_train(result: Mapping[str, Any], signal: str) -> Verdict:
     return of_signal(signal) if signal else Verdict.UNMEASURED
 
 
-def of_signal(text: str) -> Verdict:
-    """The verdict of `dmtg signal`, from its text."""
-    from pipelines.compare.signal import HARDLY, NO_SIGNAL
-
+def of_signal(conclusion: str) -> Verdict:
+    """The verdict of `dmtg signal`, from its conclusion."""
     # a grouping that matters can still be worse than a wide encoder, which dmtg compare shows
-    return Verdict.NOT if text.startswith((HARDLY, NO_SIGNAL)) else Verdict.UNCLEAR
+    return Verdict.NOT if conclusion == NOT else Verdict.UNCLEAR
 
 
 def of_compare(rows: Sequence[Mapping[str, Any]], reference: str) -> Verdict:

@@ -344,6 +344,13 @@ class SignalSection(Section):
         (1, 2, 3), min_length=2, description="Values of train.seed; every grouping is trained with each."
     )
     share: float = Field(0.5, gt=0, le=1, description="Epochs of each run, as a share of train.epochs.")
+    worth: float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="Smallest effect of grouping that is worth having, as gain of the losses in per cent. "
+        "Grouping matters if the interval of an effect is above it, and does not if all intervals are below it.",
+    )
 
 
 class RunSection(Section):

@@ -234,6 +234,13 @@ def check_targets(manifest: Manifest, tasks: Sequence[Task], where: str) -> None
         )
 
 
+def thin_losses(manifest: Manifest, tasks: Sequence[Task], least: int) -> dict[str, str]:
+    """Task → the reason why its mean loss on validation data has little meaning; only tasks with a reason."""
+    sums = manifest.sums.get("val", {})
+    found = {task.name: statistics.thin_loss(task, sums[task.name], least) for task in tasks if task.name in sums}
+    return {name: reason for name, reason in found.items() if reason}
+
+
 def support_notes(manifest: Manifest, tasks: Sequence[Task], least: int) -> list[str]:
     """A line for each task with few labels, with the number of labels."""
     notes = []

@@ -159,6 +159,21 @@ def constant(sums: Sums) -> str:
     return f"every value is {sums['min']:g}" if sums["min"] == sums["max"] else ""
 
 
+def thin_loss(task: Task, sums: Mapping[str, Any], least: int) -> str:
+    """The reason why a mean loss on this split has little meaning; empty if there are enough labels.
+
+    It needs enough labelled samples, and for classes enough labels outside of the most frequent class: the loss of
+    that class alone does not show what a network has learned. For dense tasks only the samples are counted.
+    """
+    samples = sums["rows"] - sums["missing"]
+    if samples < least:
+        return f"{samples} labelled samples"
+    if "classes" not in sums or task.dense:
+        return ""
+    others = sum(sums["classes"]) - max(sums["classes"])
+    return f"{others} labels outside of its most frequent class" if others < least else ""
+
+
 def thin_support(task: Task, sums: Mapping[str, Any], least: int) -> str:
     """The reason why a result on this split is unreliable; empty if there are enough labels.
 

@@ -29,8 +29,8 @@ def folder_name(config: Config, what: str) -> str:
     return f"{config.name}-{what}-{config.digest()}"
 
 
-def earlier_verdict(config: Config, data: str) -> str:
-    """The verdict of `dmtg signal` with the same configuration and data; empty if it has not been run.
+def earlier_signal(config: Config, data: str) -> dict[str, Any]:
+    """The content of `signal.json` with the same configuration and data; empty if it has not been run.
 
     Args:
         config: The configuration.
@@ -38,7 +38,18 @@ def earlier_verdict(config: Config, data: str) -> str:
     """
     base = locate(config.run.root) / folder_name(config, "signal")
     file = (_own(base, config, data) if data and not _belongs(base, data) else base) / SIGNAL
-    return str(file.read_json()["verdict"]) if file.exists() else ""
+    # earlier versions drew no conclusion that takes intervals into account
+    return {"conclusion": "unclear", **file.read_json()} if file.exists() else {}
+
+
+def earlier_verdict(config: Config, data: str) -> str:
+    """The text of `earlier_signal`; empty if it has not been run."""
+    return str(earlier_signal(config, data).get("verdict", ""))
+
+
+def earlier_conclusion(config: Config, data: str) -> str:
+    """The conclusion of `earlier_signal`; empty if it has not been run."""
+    return str(earlier_signal(config, data).get("conclusion", ""))
 
 
 def open_run(config: Config) -> Location:

@@ -16,11 +16,10 @@ from typer.testing import CliRunner
 from pipelines.cli.app import PANELS, app
 from pipelines.cli.console import Next
 from pipelines.cli.data import _next_step as after_inspect
+from pipelines.cli.experiments import _after_signal as after_signal
 from pipelines.cli.options import STEPS, command_line, next_step
 from pipelines.cli.serve import _next_step as after_predict
-from pipelines.compare.signal import verdict as signal_verdict
-from pipelines.compare.significance import Correlation
-from pipelines.compare.verdicts import Verdict, of_compare, of_signal, of_sweep, of_train
+from pipelines.compare.verdicts import MATTERS, NOT, UNCLEAR, Verdict, of_compare, of_sweep, of_train
 from pipelines.config.loading import load_config
 from tests.cluster.commands import parsed
 from tests.paths import ROOT
@@ -133,13 +132,6 @@ USE = Next("predict", ("dmtg", "predict", "models:/m/1", "-c", "x.yaml"))
 TWO = {"group_0": ["a", "b"], "group_1": ["c"]}
 
 
-def told(effect: float) -> str:
-    """What `dmtg signal` says if groups explain this share of the variation."""
-    gain = {"value": 0.0, "low": -1.0, "high": 1.0, "count": 3}
-    gains = {"random": gain, "proposed_over_random": gain, "wide": None, "wide_over_random": None}
-    return signal_verdict(Correlation(effect, effect - 0.1, effect + 0.1, 1.0, 1.0), gains)
-
-
 @pytest.mark.parametrize("verdict", list(Verdict))
 def test_the_step_after_each_verdict_is_a_command(verdict: Verdict) -> None:
     step = next_step(verdict, "x.yaml", ["network.groups=4"], "r.yaml", USE)
@@ -164,17 +156,34 @@ def test_the_step_after_each_verdict_is_a_command(verdict: Verdict) -> None:
         (3.0, "wide", {"group_0": ["a", "b", "c"]}, "", Verdict.SETTLED),
         (0.0, "naive_mtl", {"group_0": ["a", "b", "c"]}, "", Verdict.SETTLED),
         (-1.0, "guided", TWO, "", Verdict.UNMEASURED),
-        (-1.0, "guided", TWO, told(0.05), Verdict.NOT),
-        (-1.0, "guided", TWO, told(0.9), Verdict.UNCLEAR),
+        (-1.0, "guided", TWO, NOT, Verdict.NOT),
+        (-1.0, "guided", TWO, MATTERS, Verdict.UNCLEAR),
+        (-1.0, "guided", TWO, UNCLEAR, Verdict.UNCLEAR),
     ],
 )
 def test_after_training(gain: float, chosen: str, groups: Any, signal: str, verdict: Verdict) -> None:
     assert of_train({"normalized_gain": gain, "chosen": chosen, "grouping": groups}, signal) is verdict
 
 
-def test_after_signal() -> None:
-    assert of_signal(told(0.05)) is of_signal(told(float("nan"))) is Verdict.NOT
-    assert of_signal(told(0.9)) is of_signal(told(0.45)) is Verdict.UNCLEAR
+@pytest.mark.parametrize(
+    ("conclusion", "enough", "command", "more"),
+    [
+        (MATTERS, None, "compare", []),
+        (NOT, None, "train", ["network.groups=1"]),
+        (UNCLEAR, None, "compare", []),
+        (
+            UNCLEAR,
+            {"partitions": 9, "seeds": [1, 2, 3, 4]},
+            "signal",
+            ["signal.partitions=9", "signal.seeds=[1,2,3,4]"],
+        ),
+    ],
+)
+def test_after_signal(conclusion: str, enough: Any, command: str, more: list[str]) -> None:
+    step = after_signal({"conclusion": conclusion, "enough": enough}, "x.yaml", ["k.v=1"], "r.yaml")
+    name, params = parsed(shlex.split(str(step))[1:])
+    assert (name, params["config"], params["overrides"]) == (command, "x.yaml", ["k.v=1", *more])
+    assert params["ray_config"] == "r.yaml"
 
 
 @pytest.mark.parametrize(

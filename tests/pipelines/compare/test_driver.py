@@ -1,4 +1,4 @@
-"""`dmtg compare` and `dmtg signal` on the planted problem: cells, methods, tables and verdicts."""
+"""`dmtg compare` on the planted problem: cells, methods and tables."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ from pipelines.compare.methods import (
     second_cells,
 )
 from pipelines.compare.preparation import open_cells_folder
-from pipelines.compare.signal import analyse, distinct_partitions, signal
+from pipelines.compare.signal import signal
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
 from pipelines.data.sources import build_source
 from pipelines.errors import UserError
-from pipelines.runs.identity import data_of, earlier_verdict
 from tests.dmtg_core.planted import planted_data
 
 METHODS = ["single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag", "feature_overlap",
@@ -317,47 +316,6 @@ def test_one_group_or_one_task_has_nothing_to_compare(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match="nothing to group"):
             compare(config_of(tmp_path, **changes), lambda _: None)
-
-
-def test_a_grouping_signal_resumes_and_is_found_by_a_comparison(tmp_path: Path) -> None:
-    config, logged = config_of(tmp_path, train={"epochs": 4}), []
-    first = signal(config, logged.append)
-    assert first.found["epochs"] == 2
-    assert len(first.found["partitions"]) == 3
-    assert set(first.found["by_task"]) == {"task_0", "task_1", "task_2", "task_3"}
-    assert "rouping" in first.found["verdict"]
-    again: list[str] = []
-    second = signal(config, again.append)
-    assert not [line for line in again if "to train" in line]
-    assert second.found["verdict"] == first.found["verdict"]
-    assert earlier_verdict(config, data_of(first.folder)) == first.found["verdict"]
-    assert earlier_verdict(config_of(tmp_path, train={"epochs": 5}), "") == ""
-
-
-def result(score: float) -> dict[str, Any]:
-    return {"score": score, "grouping": {"group_0": ["a"]}, "metrics": {"val": {"a": {"loss": math.exp(score)}}}}
-
-
-@pytest.mark.parametrize(
-    ("grouped", "effect"),
-    [
-        ([[-1.0, -1.01], [-0.5, -0.51], [0.0, 0.01]], "Grouping matters here"),
-        ([[-1.0, -0.5], [-0.5, -1.0], [-0.9, -0.6]], "Grouping hardly matters here"),
-    ],
-)
-def test_the_verdict_depends_on_the_variation_between_groupings(grouped: list[list[float]], effect: str) -> None:
-    tasks = planted_data(0, tasks=1, groups=1)[1]
-    named = [type(tasks[0])("a", "binary")]
-    rows = [[result(score) for score in row] for row in grouped]
-    found = analyse(named, rows, [result(0.0), result(0.01)], rows[0], [result(-1.5), result(-1.51)])
-    assert found["verdict"].startswith(effect)
-    assert "One wide encoder of the same cost is better than naive MTL (gain +77.9 %)" in found["verdict"]
-    assert found["correlation"]["value"] == found["by_task"]["a"]["value"]
-
-
-def test_the_partitions_of_a_grouping_signal_differ() -> None:
-    assert len(distinct_partitions(["a", "b", "c"], 2, 10)) == 3  # there are no more
-    assert len({one.name for one in distinct_partitions([str(n) for n in range(9)], 3, 6)}) == 6
 
 
 def test_a_folder_of_an_earlier_version_with_other_names_of_methods_resumes(tmp_path: Path) -> None:
