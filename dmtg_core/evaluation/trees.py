@@ -112,7 +112,7 @@ def train_each(
         known = known if known.dim() == 1 else known.all(1)
         models[task.name] = make(task).fit(inputs[known.numpy()], targets[task.name][known].numpy())
     metrics = {split: _evaluate(models, tasks, data, split) for split in splits}
-    score = score_of(metrics["val"]) if "val" in metrics else math.nan
+    score = score_of(tasks, metrics["val"]) if "val" in metrics else math.nan
     return TreeResult(metrics, score, time.perf_counter() - started)
 
 

@@ -104,12 +104,14 @@ def history_flops(spec: NetworkSpec, history: Sequence[Mapping[str, Any]]) -> in
         history: One record for each epoch. Its `probabilities` `(N, K)` are above 0 where a head is live.
     """
     shapes = Counter(tuple(tuple(p > 0 for p in row) for row in record["probabilities"]) for record in history)
-    total = 0
-    for alive, epochs in shapes.items():
-        network = GroupingNetwork(spec.without_weights())
-        network.keep(torch.tensor(alive))
-        total += epochs * training_flops(network)
-    return total
+    return sum(epochs * flops_of_heads(spec, alive) for alive, epochs in shapes.items())
+
+
+def flops_of_heads(spec: NetworkSpec, alive: Sequence[Sequence[bool]]) -> int:
+    """Return `training_flops` of a network with these heads `(N, K)`."""
+    network = GroupingNetwork(spec.without_weights())
+    network.keep(torch.tensor(alive))
+    return training_flops(network)
 
 
 def naive_flops(spec: NetworkSpec) -> int:

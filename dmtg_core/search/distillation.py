@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmtg_core.network.grouping_network import GroupingNetwork, clone
+from dmtg_core.network.members import average
 from dmtg_core.tasks import Task
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Batch, Data
@@ -28,6 +29,26 @@ from dmtg_core.training.step import autocast
 
 WEIGHT = 0.8  # weight of the teachers' mean in a target with a label
 OVERFIT = 0.25  # generalisation gap of a network that would overfit: validation losses 28 % above training losses
+
+
+class Ensemble(nn.Module):
+    """The mean prediction of hard networks with the same tasks: probabilities are averaged, or values.
+
+    Args:
+        networks: The networks. They are not changed.
+    """
+
+    def __init__(self, networks: Sequence[GroupingNetwork]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.tasks = networks[0].tasks
+        self.eval()
+
+    def forward(self, raw: Tensor) -> dict[str, Tensor]:
+        """Compute outputs in the form of `GroupingNetwork.forward`."""
+        outputs = [network(raw) for network in self.networks]
+        stacked = {task.name: torch.stack([out[task.name] for out in outputs], 1) for task in self.tasks}
+        return {task.name: average(task, stacked[task.name]) for task in self.tasks}
 
 
 class Teachers:

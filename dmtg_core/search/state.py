@@ -13,15 +13,13 @@ from dmtg_core.training import checkpoint
 from dmtg_core.training.settings import TrainSettings
 from dmtg_core.training.state import TrainState
 
-RENAMED = {"restless": "noise"}  # keys of results in checkpoints of earlier versions
-
 
 @dataclass
 class SearchState:
     """State of a search: the contents of a checkpoint.
 
-    `results` has an entry for each finished stage, in order. `held` are candidates whose search has ended and that
-    may be trained to the end. `trained` are the networks that were trained to the end, including naive MTL. `plan`
+    `results` has an entry for each finished stage and each decision, in order. `held` are candidates that may be
+    trained on. `trained` are the networks that were trained to the end, including naive MTL. `plan`
     has the arguments of the search. A checkpoint with another plan is refused.
     """
 
@@ -70,5 +68,4 @@ class SearchState:
         trained = {
             name: checkpoint.load_network(folder / "trained" / name, device) for name in described["trained"]
         }
-        results = [{RENAMED.get(key, key): value for key, value in one.items()} for one in described["results"]]
-        return cls(plan, results, current, held, trained)
+        return cls(plan, described["results"], current, held, trained)

@@ -17,12 +17,13 @@ from torch import nn
 
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.threads import threads_of_step
+from dmtg_core.tasks import Task
 from dmtg_core.training.augment import augment, augment_generator, seeded_dropout
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import ArrayData, Batch, Data
 from dmtg_core.training.diagnostics import gate_figures, gradient_cosines, warnings
-from dmtg_core.training.metrics import Metrics, MetricSums
-from dmtg_core.training.settings import LR_SCHEDULES, TrainSettings, can_be_chosen, has_stopped, resolve
+from dmtg_core.training.metrics import Metrics, MetricSums, error_of, error_scale
+from dmtg_core.training.settings import LR_SCHEDULES, TrainSettings, has_stopped, resolve
 from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import (
     StepFigures,
@@ -33,6 +34,7 @@ from dmtg_core.training.step import (
 )
 
 CHECK_EVERY = 100  # steps between two checks for a refused step
+SMOOTH = 0.005  # added to an error in the validation score, so that the last errors of an easy task do not decide
 
 
 class NonFiniteLossError(RuntimeError):
@@ -59,12 +61,25 @@ def evaluate(
     return sums.compute()
 
 
-def score_of(metrics: Metrics) -> float:
-    """Compute the validation score: the mean logarithm of the tasks' losses. Lower is better.
+def score_of(tasks: Sequence[Task], metrics: Metrics) -> float:
+    """Compute the validation score: the mean over tasks of log(loss) and log(error + `SMOOTH`). Lower is better.
 
-    It is the logarithm of the geometric mean of the losses, so that the unit of a task does not change its weight.
+    The error is that of the headline metric, by which networks are compared in the end. Its best epoch often
+    differs from that of the loss. The loss makes the score smooth, because a metric such as the accuracy changes
+    in steps. A metric that is not defined, such as the AUROC of one class, is left out. Logarithms give each task
+    the same weight, whatever its unit.
+
+    Args:
+        tasks: The tasks.
+        metrics: Metrics of all tasks.
     """
-    return _mean_log([found["loss"] for found in metrics.values()])
+    terms = []
+    for task in tasks:
+        found = metrics[task.name]
+        error = error_of(task.metric, found.get(task.metric, math.nan)) / error_scale(task)
+        known = [_log(found["loss"])] + ([math.log(max(error, 0.0) + SMOOTH)] if math.isfinite(error) else [])
+        terms.append(sum(known) / len(known))
+    return sum(terms) / len(terms)
 
 
 def generalisation_gap(record: Mapping[str, Any]) -> float:
@@ -73,13 +88,12 @@ def generalisation_gap(record: Mapping[str, Any]) -> float:
     Args:
         record: Record of the epoch, of `TrainState.history`.
     """
-    return score_of(record["val"]) - _mean_log(list(record["train_loss"].values()))
+    before = {name: _log(loss) for name, loss in record["train_loss"].items()}
+    return sum(_log(record["val"][name]["loss"]) - train for name, train in before.items()) / len(before)
 
 
-def _mean_log(losses: Sequence[float]) -> float:
-    if not all(math.isfinite(loss) for loss in losses):
-        return math.inf
-    return sum(math.log(max(loss, 1e-12)) for loss in losses) / len(losses)
+def _log(loss: float) -> float:
+    return math.log(max(loss, 1e-12)) if math.isfinite(loss) else math.inf
 
 
 @dataclass(frozen=True)
@@ -155,7 +169,7 @@ def _advance(
         record |= {
             "epoch": state.epoch,
             "phase": "search" if state.epoch <= settings.search_epochs else "finetune",
-            "val_score": score_of(metrics),
+            "val_score": score_of(state.network.tasks, metrics),
             "val": metrics,
             "probabilities": state.network.gate.probabilities().tolist(),
             "heads": len(state.network.pairs),
@@ -163,8 +177,7 @@ def _advance(
             "cuda_graphs": settings.cuda_graphs,
             "batch_branches": state.network.batched is not None,
         }
-        if can_be_chosen(record, settings):
-            state.consider(record["val_score"])
+        state.consider(record["val_score"])
         state.history.append(record)
         record["warnings"] = warnings(state.history, [task.name for task in state.network.tasks], settings)
         hooks.on_epoch(state)
@@ -353,5 +366,4 @@ def fit(
 
 def _finish(state: TrainState) -> None:
     state.take_best()
-    state.network.keep(state.network.gate.survivors(2.0))
     state.network.eval()

@@ -54,12 +54,20 @@ def _plateau(losses: Sequence[float], patience: int) -> float:
     return factor
 
 
+def _cosine(epoch: int, hold: int, epochs: int) -> float:
+    """Hold the factor at 1, then decrease it. After a hold, the first epoch of the decay is below 1 too."""
+    if epoch < hold:
+        return 1.0
+    passed = (epoch - hold + 1) / (epochs - hold + 1) if hold else epoch / epochs
+    return 0.5 * (1 + math.cos(math.pi * passed))
+
+
 # (epoch, settings, training losses of the epochs before) → factor of the learning rate. All arguments are in a
 # checkpoint, so that a resumed run has the same learning rates. The paper uses "halving" on CelebA and "plateau"
 # on Taskonomy.
 LR_SCHEDULES: Mapping[str, Callable[[int, TrainSettings, Sequence[float]], float]] = {
     "constant": lambda _epoch, _settings, _losses: 1.0,
-    "cosine": lambda epoch, settings, _losses: 0.5 * (1 + math.cos(math.pi * epoch / settings.epochs)),
+    "cosine": lambda epoch, settings, _losses: _cosine(epoch, settings.lr_hold, settings.epochs),
     "halving": lambda epoch, settings, _losses: 0.5 ** (epoch // settings.lr_every),
     "plateau": lambda _epoch, settings, losses: _plateau(losses, settings.lr_patience),
 }
@@ -130,6 +138,7 @@ class TrainSettings:
         gate_learning_rate: Learning rate of θ. None means `learning_rate`.
         weight_decay: Weight decay of all parameters except θ.
         lr_schedule: A key of `LR_SCHEDULES`.
+        lr_hold: Epochs with the initial learning rate before the decay ("cosine").
         lr_every: Epochs between two halvings ("halving").
         lr_patience: Epochs without progress before a halving ("plateau").
         lr_min: Lower limit of the learning rate.
@@ -153,8 +162,7 @@ class TrainSettings:
         batch_branches: "on" computes all branches in one pass, "off" one after the other. "auto" chooses by
             `dmtg_core.training.step.batch_branches`.
         augment: Keys of `AUGMENTATIONS`, applied to training batches and never in an evaluation.
-        patience: Epochs without a better validation score after which a training ends. Epochs are counted from the
-            first whose network can be chosen, see `can_be_chosen`. 0 trains all epochs.
+        patience: Epochs without a better validation score after which a training ends. 0 trains all epochs.
         checkpoint_every: Steps between two checkpoints within an epoch; 0 for checkpoints only at the end.
         seed: Seed of data order, gate noise and all other random numbers.
 
@@ -170,6 +178,7 @@ class TrainSettings:
     gate_learning_rate: float | None = None
     weight_decay: float = 0.0
     lr_schedule: str = "cosine"
+    lr_hold: int = 0
     lr_every: int = 15
     lr_patience: int = 3
     lr_min: float = 0.0
@@ -217,8 +226,8 @@ class TrainSettings:
             "positive": (lambda x: x > 0, ("learning_rate",)),
             "not negative": (
                 lambda x: x >= 0,
-                ("lr_patience", "patience", "checkpoint_every", "seed", "weight_decay", "clip_norm", "lr_min",
-                 *gate),
+                ("lr_hold", "lr_patience", "patience", "checkpoint_every", "seed", "weight_decay", "clip_norm",
+                 "lr_min", *gate),
             ),
             "finite": (math.isfinite, ("entropy_weight",)),
         }  # fmt: skip
@@ -269,24 +278,14 @@ def table_schedule(rows: int) -> dict[str, Any]:
     return {"epochs": epochs, "batch_size": 256, "patience": epochs // 2, "learning_rate": 6e-3}
 
 
-def can_be_chosen(record: Mapping[str, Any], settings: TrainSettings) -> bool:
-    """Whether the network of an epoch can be the result: it has one head for each task, or is never made hard.
-
-    Args:
-        record: Record of the epoch, of `TrainState.history`.
-        settings: Settings of the training.
-    """
-    return settings.search_epochs == settings.epochs or record["heads"] == len(record["val"])
-
-
 def has_stopped(history: Sequence[Mapping[str, Any]], settings: TrainSettings) -> bool:
-    """Whether a training ends early: `patience` epochs have passed since the best that can be chosen.
+    """Whether a training ends early: `patience` epochs have passed since the best.
 
     It depends on the history alone, which all workers have, so that a resumed run ends where others do.
     """
     if not settings.patience:
         return False
-    scores = [record["val_score"] for record in history if can_be_chosen(record, settings)]
+    scores = [record["val_score"] for record in history]
     return bool(scores) and len(scores) - 1 - scores.index(min(scores)) >= settings.patience
 
 

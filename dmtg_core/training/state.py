@@ -21,8 +21,9 @@ class TrainState:
     """A network in training: the contents of a checkpoint.
 
     `history` has one record for each epoch. `best` is the network after the best epoch (the lowest score), with
-    the heads that it had then. `take_best` replaces the network with it. `partial` has the sums of an unfinished
-    epoch. It is empty between epochs.
+    the heads that it had then. `take_best` replaces the network with it. `decay` has the first and the last epoch
+    of the decay of the learning rate, once it has begun; see `dmtg_core.search.extendable`. `partial` has the sums
+    of an unfinished epoch. It is empty between epochs.
     """
 
     network: GroupingNetwork
@@ -32,6 +33,7 @@ class TrainState:
     history: list[dict[str, Any]] = field(default_factory=list)
     best_score: float = math.inf
     best: GroupingNetwork | None = None
+    decay: tuple[int, int] | None = None
     partial: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -46,8 +48,11 @@ class TrainState:
         if self.best is not None:
             checkpoint.save_network(folder / "best", self.best)
         score = self.best_score if math.isfinite(self.best_score) else None
-        loop = {"epoch": self.epoch, "step": self.step, "best_score": score, "history": self.history}
-        checkpoint.write_json(folder / "loop.json", loop | {"partial": self.partial})
+        loop = {
+            "epoch": self.epoch, "step": self.step, "best_score": score, "history": self.history,
+            "decay": self.decay, "partial": self.partial,
+        }  # fmt: skip
+        checkpoint.write_json(folder / "loop.json", loop)
 
     @classmethod
     def load(cls, folder: Path, settings: TrainSettings, device: torch.device) -> TrainState:
@@ -62,15 +67,23 @@ class TrainState:
         loop = checkpoint.read_json(folder / "loop.json", "epoch", "step", "history", "best_score", "partial")
         state.epoch, state.step, state.history = loop["epoch"], loop["step"], loop["history"]
         state.partial = loop["partial"]
+        state.decay = tuple(loop["decay"]) if loop.get("decay") else None
         state.best_score = math.inf if loop["best_score"] is None else loop["best_score"]
         if loop["best_score"] is not None:
             state.best = checkpoint.load_network(folder / "best", device)
         return state
 
     def take_best(self) -> None:
-        """Replace the network with that of the best epoch."""
+        """Replace the network with the hard network of the best epoch."""
         if self.best is not None:
             self.network = self.best
+        self.network.keep(self.network.gate.survivors(2.0))
+
+    def restart_from_best(self, settings: TrainSettings) -> None:
+        """Go on from the network of the best epoch, with a new optimiser. The epochs are counted on."""
+        if self.best is not None:
+            self.network = clone(self.best)
+        self.optimizer = build_optimizer(self.network, settings)
 
     def consider(self, score: float) -> None:
         """Copy the network if `score` is the lowest so far."""

@@ -1,0 +1,76 @@
+"""The budget of a search: how much training it may use, in runs of naive MTL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dmtg_core.network.cost import flops_of_heads, inference_cost, naive_flops, training_flops
+from dmtg_core.network.grouping_network import GroupingNetwork
+from dmtg_core.network.spec import NetworkSpec
+from dmtg_core.training.settings import TrainSettings
+
+
+def default_budget(groups: int) -> float:
+    """Return K + 2: the training of all branches, and two runs to compare candidates."""
+    return groups + 2.0
+
+
+class Budget:
+    """Costs of trainings in runs of naive MTL: one branch for all tasks, trained for `settings.epochs` epochs.
+
+    Operations of training steps are counted, see `training_flops`. Evaluations are not.
+
+    Args:
+        spec: The grouping network.
+        settings: Training settings of naive MTL.
+        runs: The most training of the search.
+    """
+
+    def __init__(self, spec: NetworkSpec, settings: TrainSettings, runs: float) -> None:
+        self.runs, self.naive_epochs = runs, settings.epochs
+        self.run = naive_flops(spec) * settings.epochs  # operations for each sample of the training split
+        self._epochs: dict[str, float] = {}
+
+    def epoch(self, network: GroupingNetwork) -> float:
+        """Return the cost of an epoch with the live heads of a network."""
+        return training_flops(network) / self.run
+
+    def epoch_of(self, spec: NetworkSpec) -> float:
+        """Return the cost of an epoch with all heads of a network."""
+        return self.epoch(GroupingNetwork(spec.without_weights()))
+
+    def first_rung(self, costs: Mapping[str, float], compare: float, rung: float) -> tuple[list[str], int]:
+        """Return the candidates that the budget allows, and the epochs of the first rung.
+
+        The last candidates are left out first.
+
+        Args:
+            costs: Candidate → cost of an epoch.
+            compare, rung: See `SearchOptions`.
+        """
+        names, limit = list(costs), compare * self.runs
+        while len(names) > 1 and sum(costs[name] for name in names) > limit:
+            names.pop()
+        most = int(limit / sum(costs[name] for name in names))
+        return names, max(min(round(rung * self.naive_epochs), most), 1)
+
+    def of(self, spec: NetworkSpec, history: Sequence[Mapping[str, Any]]) -> float:
+        """Return the cost of the epochs of a history, each with the heads that were live in it."""
+        described, total = json.dumps(spec.to_dict()), 0.0
+        for record in history:
+            alive = [[p > 0 for p in row] for row in record["probabilities"]]
+            key = f"{described} {alive}"
+            if key not in self._epochs:
+                self._epochs[key] = flops_of_heads(spec, alive) / self.run
+            total += self._epochs[key]
+        return total
+
+    def teaching(self, teachers: Sequence[GroupingNetwork]) -> float:
+        """Return the cost of an epoch of the predictions of teachers."""
+        return sum(inference_cost(teacher).flops for teacher in teachers) / self.run
+
+    def epochs(self, cost: float, spent: float) -> int:
+        """Return the number of epochs of `cost` each that are left when `spent` runs have been used."""
+        return max(int((self.runs - spent) / cost + 1e-9), 0)

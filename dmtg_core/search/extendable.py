@@ -1,0 +1,100 @@
+"""A training whose length does not have to be known when it begins.
+
+The learning rate is constant at first, and decreases only at the end (Zhai et al. 2022, section 3.5; Hägele et al.
+2024). The constant part can therefore be extended, and networks that are compared after a few epochs go on without
+a restart. It ends when validation does not improve any more, or when the budget leaves only the decay.
+
+This replaces the schedule "cosine". The other schedules do not depend on the number of epochs, and apply as they
+are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dmtg_core.training.context import TrainContext
+from dmtg_core.training.data import Data
+from dmtg_core.training.loop import NO_HOOKS, Hooks, advance
+from dmtg_core.training.settings import TrainSettings, has_stopped
+from dmtg_core.training.state import TrainState
+
+DECAY = 0.25  # share of the decay in all epochs
+PATIENCE = 0.2  # epochs without a better score after which the decay begins, as a share of `TrainSettings.epochs`
+LEAST_PATIENCE = 3
+
+
+def patience_of(settings: TrainSettings) -> int:
+    """Return the number of epochs without a better validation score after which the decay begins."""
+    return settings.patience or max(round(PATIENCE * settings.epochs), LEAST_PATIENCE)
+
+
+def held(settings: TrainSettings, epochs: int) -> TrainSettings:
+    """Return the settings for the constant part of at most `epochs` epochs.
+
+    A gate is trained for `settings.search_epochs` epochs, as in a training of fixed length.
+    """
+    epochs = max(epochs, settings.search_epochs)
+    return replace(
+        settings, epochs=epochs, lr_hold=epochs, search_share=settings.search_epochs / epochs, patience=0
+    )
+
+
+def extend(
+    state: TrainState,
+    data: Data,
+    settings: TrainSettings,
+    context: TrainContext,
+    *,
+    until: int,
+    hooks: Hooks = NO_HOOKS,
+) -> None:
+    """Train at the constant learning rate until epoch `until`. It can be called again with a later epoch."""
+    advance(state, data, held(settings, until), context, until=until, hooks=hooks)
+
+
+def complete(
+    state: TrainState,
+    data: Data,
+    settings: TrainSettings,
+    context: TrainContext,
+    *,
+    most: int,
+    hooks: Hooks = NO_HOOKS,
+) -> None:
+    """Train to the end, and take the hard network of the best epoch.
+
+    The decay begins after `patience_of` epochs without a better validation score, with the network of the best
+    epoch; or when only the epochs of the decay are left.
+
+    Args:
+        state: A fresh state, one of `extend`, or one that was interrupted in this function.
+        data, context, hooks: As for `advance`.
+        settings: Training settings. `epochs` is the unit of the patience and of the gate's training.
+        most: Largest number of epochs, including those before.
+
+    Raises:
+        NonFiniteLossError: If the loss is not finite.
+    """
+    if state.decay is None:
+        constant = max(most - max(round(DECAY * most), 1), state.epoch)
+        patient = replace(held(settings, constant), patience=patience_of(settings))
+        advance(state, data, patient, context, until=constant, hooks=hooks)
+        _begin_decay(state, settings, most, turned=has_stopped(state.history, patient))
+    assert state.decay is not None
+    first, last = state.decay
+    searched = first / last if 0 < first < last else 1.0  # the gate is not trained any more
+    settings = replace(settings, epochs=max(last, 1), lr_hold=first, search_share=searched, patience=0)
+    advance(state, data, settings, context, until=last, hooks=hooks)
+    state.take_best()
+
+
+def _begin_decay(state: TrainState, settings: TrainSettings, most: int, *, turned: bool) -> None:
+    """Prune the network to one head for each task, and plan the decay."""
+    length = most - state.epoch
+    if turned:
+        scores = [record["val_score"] for record in state.history]
+        best = scores.index(min(scores)) + 1
+        length = min(length, max(round(best * DECAY / (1 - DECAY)), 1))
+        state.restart_from_best(settings)
+    state.keep(state.network.gate.survivors(2.0), settings)
+    state.decay = (state.epoch, state.epoch + length)

@@ -1,0 +1,233 @@
+"""The method "guided": candidates side by side, and the rest of the budget for the best of them.
+
+One wide encoder for all tasks has the inference cost of all branches, because no grouping is better if only
+capacity matters. It is trained first. One gate starts at groups of tasks with a high feature overlap in this
+encoder. Further gates start uniform. After each rung, candidates with a worse validation score are dropped
+(successive halving, Jamieson and Talwalkar 2016), and the others go on without a restart (see `extendable`).
+
+The best one is trained for as long as validation improves and the budget lasts. What is left is spent on further
+networks, if they and a distillation fit into the budget: the runners-up, then networks of the same kind with other
+seeds. If the mean of their predictions is better than the best of them on validation data, it is distilled into
+the best (see `distillation`), at the inference cost of one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+from dmtg_core.grouping import Grouping
+from dmtg_core.network.cost import wide_spec
+from dmtg_core.network.grouping_network import GroupingNetwork
+from dmtg_core.network.spec import NetworkSpec
+from dmtg_core.search.baselines import hard_network
+from dmtg_core.search.distillation import Ensemble, distil, distillation_state
+from dmtg_core.search.extendable import complete, extend
+from dmtg_core.search.feature_overlap import cluster, feature_overlap
+from dmtg_core.search.options import BASELINE, DISTILLED, ENSEMBLE, GUIDED, ONE, OVERLAP, RUNG, SELECTED, WIDE
+from dmtg_core.search.stages import Stages
+from dmtg_core.training.loop import evaluate, generalisation_gap, score_of
+from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
+
+MEMBERS = 3  # the most further networks of an ensemble
+GROUPS = "groups"  # beginning of the names of networks that are trained with the groups of the chosen candidate
+
+
+class GuidedSearch(Stages):
+    """The search with rungs and a budget."""
+
+    def run(self) -> str:
+        """Spend the budget. Return the name of the best network, before distillation."""
+        while not self.done(SELECTED):
+            self._rung()
+        self._complete(self.result(SELECTED)["name"], self.result(SELECTED)["most"])
+        if self.options.distil:
+            self._ensemble()
+        for name in list(self.state.held):
+            self._drop(name)
+        return self._best()
+
+    def _rung(self) -> None:
+        """Train the remaining candidates until the end of the next rung, and drop the worse ones."""
+        last = self.result(RUNG) if self.done(RUNG) else None
+        names, until = (last["kept"], last["next"]) if last else self._first_rung()
+        for name in names:
+            if name not in self.state.held or self.state.held[name].epoch < until:
+                self._extend(name, until)
+            if name in (WIDE, ONE) and not self.done(OVERLAP):
+                self._measure(self.state.held[name])
+        scores = {name: _best_score(self.state.held[name]) for name in names}
+        best = min(scores, key=scores.__getitem__)
+        noise = score_noise([record["val_score"] for record in self.state.held[best].history])
+        most = scores[best] + self.options.within + noise
+        kept = sorted((name for name in names if scores[name] <= most), key=scores.__getitem__)
+        again = sum(self.budget.epoch(self.state.held[name].network) for name in kept) * until
+        fits = self.spent + again <= self.options.compare * self.budget.runs
+        self.state.results.append(
+            {"stage": RUNG, "epochs": until, "scores": scores, "noise": noise, "kept": kept, "next": 2 * until}
+        )
+        for name in names:
+            if name not in kept:
+                self._drop(name)
+        if len(kept) == 1 or not fits:
+            state = self.state.held[best]
+            left = self.budget.epochs(self.budget.epoch(state.network), self.spent)
+            self.state.results.append({"stage": SELECTED, "name": best, "most": state.epoch + left})
+
+    def _first_rung(self) -> tuple[list[str], int]:
+        """Return the candidates that the budget allows, and the epochs of the first rung."""
+        costs = {name: self.budget.epoch_of(self._spec(name)) for name in self.candidates}
+        return self.budget.first_rung(costs, self.options.compare, self.options.rung)
+
+    def _extend(self, name: str, until: int) -> None:
+        if self.state.current is None:
+            self.state.current = self.state.held.pop(name, None) or self._fresh(name)
+        state = self.state.current
+        extend(state, self.data, self._settings(name), self.context, until=until, hooks=self.reports(name))
+        self.state.held[name] = state
+        self.state.current = None
+
+    def _measure(self, state: TrainState) -> None:
+        """Measure the feature overlap of the tasks, and propose groups."""
+        overlap = feature_overlap(state.network, self.data, context=self.context)
+        proposed = cluster(overlap, min(self.spec.groups, len(self.spec.tasks)))
+        self.state.results.append({"stage": OVERLAP, "affinity": overlap.tolist(), "proposed": proposed})
+
+    def _spec(self, name: str) -> NetworkSpec:
+        kind, _, number = name.rpartition("_") if name[-1].isdigit() else (name, "", "0")
+        spec = replace(self.spec, seed=self.spec.seed + int(number))
+        if kind == WIDE:
+            return wide_spec(spec)
+        return replace(spec, groups=1, sampling="fixed") if kind == ONE else spec
+
+    def _fresh(self, name: str) -> TrainState:
+        """Return the state of a candidate at its beginning."""
+        spec = self._spec(name)
+        gated = spec.groups > 1
+        network = GroupingNetwork(spec)
+        if gated and self.warm_start is not None:
+            self.warm_start.apply(network)
+        if name == GUIDED:
+            self._propose(network)
+        elif name.startswith(GROUPS):  # the groups that were found, with other initial weights
+            network = hard_network(spec, self._grouping(self.result(SELECTED)["name"]))
+        return TrainState.fresh(network.to(self.context.device), self._settings(name))
+
+    def _propose(self, network: GroupingNetwork) -> None:
+        """Start the gate at the proposed groups."""
+        proposed, probability = self.result(OVERLAP)["proposed"], self.options.probability
+        if probability == 1:
+            network.keep_grouping(Grouping.from_assignment([task.name for task in self.spec.tasks], proposed))
+        else:
+            network.gate.start_from(proposed, max(probability, 1 / self.spec.groups))
+
+    def _settings(self, name: str) -> TrainSettings:
+        return replace(self.settings, seed=self.settings.seed + self._spec(name).seed - self.spec.seed)
+
+    def _grouping(self, name: str) -> Grouping:
+        return Grouping.from_dict(self.result(name)["grouping"], [task.name for task in self.spec.tasks])
+
+    def _drop(self, name: str) -> None:
+        """End a candidate that is not trained to the end."""
+        state = self.state.held.pop(name)
+        self.end(name, state, score=_best_score(state), final=None, probabilities=_soft(state))
+
+    def _complete(self, name: str, most: int) -> None:
+        """Train a network to the end."""
+        if self.done(name):
+            return
+        if self.state.current is None:
+            self.state.current = self.state.held.pop(name, None) or self._fresh(name)
+        state = self.state.current
+        complete(state, self.data, self._settings(name), self.context, most=most, hooks=self.reports(name))
+        self.state.trained[name] = state.network
+        self.end(
+            name, state, score=state.best_score, final=state.best_score, probabilities=_soft(state),
+            gap=generalisation_gap(state.history[-1]), length=_useful(state),
+        )  # fmt: skip
+
+    def _ensemble(self) -> None:
+        """Train further networks and distil their mean, as far as the budget allows it."""
+        chosen = self.result(SELECTED)["name"]
+        length = self.result(chosen)["length"]
+        if not self.done(ENSEMBLE):
+            self.state.results.append({"stage": ENSEMBLE, "members": self._members(chosen, length)})
+        entry = self.result(ENSEMBLE)
+        for name in entry["members"]:
+            self._complete(name, length)
+        if not entry["members"]:
+            return
+        teachers = [self.state.trained[name].to(self.context.device) for name in (chosen, *entry["members"])]
+        best = self._best()
+        if "score" not in entry:
+            found = evaluate(Ensemble(teachers), self.data, "val", context=self.context)
+            entry["score"] = score_of(self.spec.tasks, found)
+            cost = self.budget.epoch(self.state.trained[best]) + self.budget.teaching(teachers)
+            epochs = min(self.budget.epochs(cost, self.spent), max(self.settings.epochs, length))
+            entry["epochs"] = epochs if entry["score"] < self.result(best)["final"] else 0
+        if entry["epochs"] and not self.done(DISTILLED):
+            self._distil(best, teachers, entry["epochs"])
+
+    def _members(self, chosen: str, length: int) -> list[str]:
+        """Return the networks whose training and distillation, of `length` epochs each, the budget allows."""
+        names = [name for name in self.state.held if name != chosen]
+        kind = chosen if chosen in (WIDE, ONE) else GROUPS
+        names += [f"{kind}_{i}" for i in range(1, MEMBERS + 1)]
+        network = self.state.trained[chosen]
+        one, teacher = self.budget.epoch(network), self.budget.teaching([network])
+        for count in range(MEMBERS, 0, -1):
+            members = names[:count]
+            missing = sum(length - (self.state.held[n].epoch if n in self.state.held else 0) for n in members)
+            cost = missing * one + length * (one + (count + 1) * teacher)
+            if self.spent + cost <= self.budget.runs:
+                return members
+        return []
+
+    def _distil(self, best: str, teachers: Sequence[GroupingNetwork], epochs: int) -> None:
+        settings = replace(self.settings, epochs=epochs, search_share=1.0)
+        if self.state.current is None:
+            self.state.current = distillation_state(self.state.trained[best], self.result(best)["final"], settings)
+        state, gap = self.state.current, self.result(best)["gap"]
+        distil(state, teachers, self.data, settings, self.context, gap=gap, hooks=self.reports(DISTILLED))
+        self.state.trained[DISTILLED] = state.network
+        names = [self.result(SELECTED)["name"], *self.result(ENSEMBLE)["members"]]
+        self.end(DISTILLED, state, final=state.best_score, teachers=names)
+        self.result(DISTILLED)["cost"] += state.epoch * self.budget.teaching(teachers)
+
+    def _best(self) -> str:
+        """Return the network with the best validation score."""
+        finals = {
+            one["stage"]: one["final"]
+            for one in self.state.results
+            if one["stage"] not in (DISTILLED, BASELINE) and one.get("final") is not None
+        }
+        return min(finals, key=finals.__getitem__)
+
+
+def score_noise(scores: Sequence[float]) -> float:
+    """Noise of the validation score: mean absolute change between epochs in the second half of a search."""
+    late = scores[len(scores) // 2 :]
+    changes = [abs(a - b) for a, b in pairwise(late) if math.isfinite(a - b)]
+    return sum(changes) / len(changes) if changes else 0.0
+
+
+def _best_score(state: TrainState) -> float:
+    return min(record["val_score"] for record in state.history)
+
+
+def _soft(state: TrainState) -> list[list[float]]:
+    """Probabilities of the gate after the last epoch in which a task had several heads; without one, 0 or 1."""
+    soft = [record for record in state.history if record["heads"] > len(record["val"])]
+    found: list[list[float]] = (soft or state.history)[-1]["probabilities"]
+    return found
+
+
+def _useful(state: TrainState) -> int:
+    """Epochs of a training without those after its best epoch at the constant learning rate."""
+    assert state.decay is not None
+    first, last = state.decay
+    scores = [record["val_score"] for record in state.history[:first]]
+    return scores.index(min(scores)) + 1 + last - first if scores else last
