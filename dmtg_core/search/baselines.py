@@ -13,10 +13,12 @@ from itertools import islice
 from torch import Tensor
 
 from dmtg_core.grouping import Grouping
-from dmtg_core.network.cost import inference_cost, naive_flops, training_flops
+from dmtg_core.network.cost import inference_cost, naive_flops, training_flops, wide_spec
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.distillation import distil, distillation_state
+from dmtg_core.search.extendable import complete, extend, patience_of
+from dmtg_core.search.feature_overlap import cluster, feature_overlap
 from dmtg_core.search.gradient_affinity import DIRECTIONS, GradientAffinities, projected_affinity
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import Data
@@ -92,11 +94,41 @@ def train_hard(
     return Trained(state.network.eval(), state.best_score, metrics, cost, generalisation_gap(state.history[-1]))
 
 
+def train_within(
+    network: GroupingNetwork,
+    data: Data,
+    settings: TrainSettings,
+    runs: float,
+    *,
+    splits: Sequence[str] = ("val", "test"),
+    unit: int = 0,
+) -> Trained:
+    """Train a network with fixed groups while validation improves and the budget lasts, as the search does.
+
+    Args:
+        network: A network of `hard_network`.
+        settings: Training settings. `epochs` is the length of a run of naive MTL.
+        runs: Budget in runs of naive MTL. At least one epoch is trained.
+        splits, unit: As for `train_hard`.
+
+    Raises:
+        NonFiniteLossError: If the loss is not finite.
+    """
+    context = LocalContext()
+    whole = replace(settings, search_share=1.0)
+    state = TrainState.fresh(network.to(context.device), whole)
+    epoch = training_flops(network) / (unit or naive_flops(network.spec)) / settings.epochs
+    complete(state, data, whole, context, most=max(int(runs / epoch + 1e-9), 1))
+    metrics = {split: evaluate(state.network, data, split, context=context) for split in splits}
+    gap = generalisation_gap(state.history[-1])
+    return Trained(state.network.eval(), state.best_score, metrics, epoch * len(state.history), gap)
+
+
 def train_distilled(
     specs: Sequence[NetworkSpec],
     data: Data,
     settings: TrainSettings,
-    longer: TrainSettings,
+    runs: float,
     *,
     splits: Sequence[str] = ("val", "test"),
     unit: int = 0,
@@ -105,26 +137,53 @@ def train_distilled(
 
     Args:
         specs: Specs of the networks. They differ in their seeds.
-        settings: Training settings of each network.
-        longer: Training settings of the distillation, see `SearchOptions.distilled`.
+        settings: As for `train_within`.
+        runs: Budget in runs of naive MTL. All networks and the distillation have an equal share of the epochs.
         splits, unit: As for `train_hard`.
 
     Raises:
         NonFiniteLossError: If the loss is not finite.
     """
-    trained = [
-        train_hard(hard_network(spec, together(spec)), data, settings, splits=("val",), unit=unit)
-        for spec in specs
-    ]
-    teachers, best = [one.network for one in trained], min(trained, key=lambda one: one.score)
-    context = LocalContext()
+    networks = [hard_network(spec, together(spec)) for spec in specs]
+    run = settings.epochs * (unit or naive_flops(specs[0]))
+    step = training_flops(networks[0])
+    taught = step + sum(inference_cost(network).flops for network in networks)
+    share = runs * step / (len(networks) * step + taught)
+    trained = [train_within(one, data, settings, share, splits=("val",), unit=unit) for one in networks]
+    spent = sum(one.cost for one in trained)
+    best, context = min(trained, key=lambda one: one.score), LocalContext()
+    longer = replace(settings, epochs=max(int((runs - spent) * run / taught + 1e-9), 1), search_share=1.0)
+    longer = replace(longer, patience=patience_of(settings))
     state = distillation_state(best.network, best.score, longer)
-    distil(state, teachers, data, longer, context, gap=best.gap)
-    step = training_flops(state.network) + sum(inference_cost(teacher).flops for teacher in teachers)
-    cost = step * state.epoch / (settings.epochs * (unit or naive_flops(specs[0])))
+    distil(state, [one.network for one in trained], data, longer, context, gap=best.gap)
     metrics = {split: evaluate(state.network, data, split, context=context) for split in splits}
-    cost += sum(one.cost for one in trained)
+    cost = spent + taught * state.epoch / run
     return Trained(state.network.eval(), state.best_score, metrics, cost, best.gap)
+
+
+def overlap_groups(
+    spec: NetworkSpec, data: Data, settings: TrainSettings, share: float
+) -> tuple[Tensor, Grouping, float]:
+    """Propose groups by the feature overlap of the tasks in one encoder, as the guided search does.
+
+    Args:
+        spec: The grouping network. The encoder is as wide as all branches, if it can be widened.
+        settings: Training settings.
+        share: Epochs of the encoder as a share of the epochs.
+
+    Returns:
+        `feature_overlap` `(N, N)`, the groups, and the cost in runs of naive MTL.
+    """
+    one = wide_spec(spec) if spec.encoder.can_widen else replace(spec, groups=1, sampling="fixed")
+    whole, context = replace(settings, search_share=1.0), LocalContext()
+    network = hard_network(one, together(one)).to(context.device)
+    state = TrainState.fresh(network, whole)
+    extend(state, data, whole, context, until=max(round(share * settings.epochs), 1))
+    overlap = feature_overlap(state.network, data, context=context)
+    names = [task.name for task in spec.tasks]
+    groups = Grouping.from_assignment(names, cluster(overlap, min(spec.groups, len(names))))
+    cost = training_flops(network) * state.epoch / (naive_flops(spec) * settings.epochs)
+    return overlap, groups, cost
 
 
 def train_naive_with_affinities(

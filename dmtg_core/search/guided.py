@@ -24,7 +24,7 @@ from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.baselines import hard_network
 from dmtg_core.search.distillation import Ensemble, distil, distillation_state
-from dmtg_core.search.extendable import complete, extend
+from dmtg_core.search.extendable import complete, extend, patience_of
 from dmtg_core.search.feature_overlap import cluster, feature_overlap
 from dmtg_core.search.options import BASELINE, DISTILLED, ENSEMBLE, GUIDED, ONE, OVERLAP, RUNG, SELECTED, WIDE
 from dmtg_core.search.stages import Stages
@@ -187,7 +187,7 @@ class GuidedSearch(Stages):
         return []
 
     def _distil(self, best: str, teachers: Sequence[GroupingNetwork], epochs: int) -> None:
-        settings = replace(self.settings, epochs=epochs, search_share=1.0)
+        settings = replace(self.settings, epochs=epochs, search_share=1.0, patience=patience_of(self.settings))
         if self.state.current is None:
             self.state.current = distillation_state(self.state.trained[best], self.result(best)["final"], settings)
         state, gap = self.state.current, self.result(best)["gap"]

@@ -16,27 +16,25 @@ import torch
 
 from dmtg_core.evaluation.trees import train_trees
 from dmtg_core.grouping import Grouping
-from dmtg_core.network.cost import inference_cost, naive_flops, training_flops, wide_spec
+from dmtg_core.network.cost import inference_cost, naive_flops, wide_spec
 from dmtg_core.network.encoders import EncoderSpec, heads_alone
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.spec import NetworkSpec
-from dmtg_core.search.affinity_phase import affinity_plan, compare_tasks
 from dmtg_core.search.baselines import (
     Trained,
     hard_network,
+    overlap_groups,
     together,
     train_distilled,
     train_hard,
     train_naive_with_affinities,
+    train_within,
 )
-from dmtg_core.search.feature_overlap import cluster
 from dmtg_core.search.search import search
 from dmtg_core.training.context import LocalContext
 from dmtg_core.training.data import Data
-from dmtg_core.training.loop import score_of
 from dmtg_core.training.metrics import Metrics
 from dmtg_core.training.settings import TrainSettings
-from dmtg_core.training.state import TrainState
 from pipelines.config.loading import Config
 from pipelines.data.ingest import open_data
 from pipelines.data.reader import Reader
@@ -46,11 +44,12 @@ from pipelines.storage import Location
 from pipelines.training.failures import permanent_error, training_failed
 
 CELLS = "cells"
-FORMAT = 2  # format 1 had AUROC from bins, and the wrong order of more than ten branches
+FORMAT = 3  # format 2 had scores of the losses alone, format 1 AUROC from bins
 NAIVE, AFFINITIES, WIDE, DISTILLED_WIDE, GROUPING, PAIR, PROPOSAL, SEARCH, TREE_ENSEMBLES = (
     "naive_mtl", "affinities", "wide", "wide_distilled", "grouping", "pair", "proposal", "search", "trees"
 )  # fmt: skip
 HEADS_ALONE, FULL_FINETUNING = "heads_alone", "full_finetuning"
+LEAST = 0.5  # runs of naive MTL that groups are trained for, if the selection has used the budget
 Result = dict[str, Any]
 
 
@@ -61,11 +60,12 @@ class Cell:
     Args:
         kind: NAIVE, AFFINITIES (naive MTL again, with the affinities of the published selectors; with many tasks
             the affinities take far longer than the run), WIDE, DISTILLED_WIDE (the best of three wide encoders,
-            distilled from all three), GROUPING, PAIR, PROPOSAL (the groups at which the guided search starts,
-            trained as they are), SEARCH, HEADS_ALONE (heads on a frozen encoder), FULL_FINETUNING (one encoder,
+            distilled from all three), GROUPING, PAIR, PROPOSAL (groups of tasks with a high feature overlap,
+            trained from scratch), SEARCH, HEADS_ALONE (heads on a frozen encoder), FULL_FINETUNING (one encoder,
             of which nothing is frozen), or TREE_ENSEMBLES (`label` is the method).
         seed: Seed of initial weights, data order and gate noise.
         epochs: Number of epochs; 0 for `train.epochs`.
+        budget: Training in runs of naive MTL, see `train_within`; 0 for `epochs`.
         groups: Groups of a GROUPING, tasks of a PAIR.
         options: Changes of a SEARCH to the search section.
         label: Name of a SEARCH or of TREE_ENSEMBLES, for its file.
@@ -74,6 +74,7 @@ class Cell:
     kind: str
     seed: int
     epochs: int = 0
+    budget: float = 0.0
     groups: tuple[tuple[str, ...], ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
     label: str = ""
@@ -86,12 +87,13 @@ class Cell:
             stem = f"{self.kind}_{Grouping.of(self.groups).name}"
         elif self.kind == PAIR:
             stem = f"{self.kind}_{Grouping.of(self.groups).name}_of_{len(self.groups[0])}"
-        return f"{stem}{f'_{self.epochs}epochs' if self.epochs else ''}_seed{self.seed}"
+        length = f"_{self.epochs}epochs" * bool(self.epochs) + f"_{self.budget:g}runs" * bool(self.budget)
+        return f"{stem}{length}_seed{self.seed}"
 
     @classmethod
-    def of(cls, grouping: Grouping, seed: int, epochs: int = 0) -> Cell:
+    def of(cls, grouping: Grouping, seed: int, epochs: int = 0, budget: float = 0.0) -> Cell:
         """The cell that trains a grouping from scratch."""
-        return cls(GROUPING, seed, epochs, grouping.groups)
+        return cls(GROUPING, seed, epochs, budget, grouping.groups)
 
 
 @dataclass(frozen=True)
@@ -188,10 +190,27 @@ def _training_result(done: Trained) -> Result:
     return _result(done.network, done.score, done.metrics, done.cost)
 
 
-def _naive(
-    _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
+def _fixed(
+    cell: Cell,
+    network: GroupingNetwork,
+    spec: NetworkSpec,
+    data: Data,
+    settings: TrainSettings,
+    splits: Sequence[str],
 ) -> Result:
-    return _training_result(train_hard(hard_network(spec, together(spec)), data, settings, splits=splits))
+    """Train a network with fixed groups for its epochs, or within the budget of the cell."""
+    unit = naive_flops(spec)
+    if cell.budget:
+        done = train_within(network, data, settings, cell.budget, splits=splits, unit=unit)
+    else:
+        done = train_hard(network, data, settings, splits=splits, unit=unit)
+    return _training_result(done)
+
+
+def _naive(
+    cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
+) -> Result:
+    return _fixed(cell, hard_network(spec, together(spec)), spec, data, settings, splits)
 
 
 def _affinities(
@@ -205,39 +224,41 @@ def _affinities(
 
 
 def _wide(
-    _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
+    cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
 ) -> Result:
-    network = hard_network(wide_spec(spec), together(spec))
-    done = train_hard(network, data, settings, splits=splits, unit=naive_flops(spec))
-    return _training_result(done)
+    return _fixed(cell, hard_network(wide_spec(spec), together(spec)), spec, data, settings, splits)
 
 
 def _heads_alone(
-    _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
+    cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
 ) -> Result:
-    return _with_encoder(heads_alone(spec.encoder), spec, data, settings, splits)
+    return _with_encoder(cell, heads_alone(spec.encoder), spec, data, settings, splits)
 
 
 def _full_finetuning(
-    _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
+    cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
 ) -> Result:
-    return _with_encoder(replace(spec.encoder, branch="copy", adapter=None), spec, data, settings, splits)
+    encoder = replace(spec.encoder, branch="copy", adapter=None)
+    return _with_encoder(cell, encoder, spec, data, settings, splits)
 
 
 def _with_encoder(
-    encoder: EncoderSpec, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str]
+    cell: Cell,
+    encoder: EncoderSpec,
+    spec: NetworkSpec,
+    data: Data,
+    settings: TrainSettings,
+    splits: Sequence[str],
 ) -> Result:
     network = hard_network(replace(spec, encoder=encoder), together(spec))
-    return _training_result(train_hard(network, data, settings, splits=splits, unit=naive_flops(spec)))
+    return _fixed(cell, network, spec, data, settings, splits)
 
 
 def _distilled_wide(
-    _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], config: Config
+    cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
 ) -> Result:
-    # a guided search has as many candidates
     specs = [replace(wide_spec(spec), seed=spec.seed + n) for n in range(3)]
-    distillation = config.search_options().distilled(settings)
-    done = train_distilled(specs, data, settings, distillation, splits=splits, unit=naive_flops(spec))
+    done = train_distilled(specs, data, settings, cell.budget, splits=splits, unit=naive_flops(spec))
     return _training_result(done)
 
 
@@ -245,8 +266,7 @@ def _grouping(
     cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
 ) -> Result:
     network = hard_network(spec, Grouping.of(cell.groups, [task.name for task in spec.tasks]))
-    done = train_hard(network, data, settings, splits=splits, unit=naive_flops(spec))
-    return _training_result(done)
+    return _fixed(cell, network, spec, data, settings, splits)
 
 
 def _pair(
@@ -259,34 +279,29 @@ def _pair(
 
 
 def _proposal(
-    _cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], config: Config
+    cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], config: Config
 ) -> Result:
-    options, groups = config.search_options(), min(spec.groups, len(spec.tasks))
-    least, most = options.affinity_epochs(settings)
-    wide, short = affinity_plan(spec, settings, most)
-    compared = TrainState.fresh(GroupingNetwork(wide), short)
-    overlap = compare_tasks(compared, data, short, LocalContext(), groups=groups, least=least)
-    grouping = Grouping.from_assignment([task.name for task in spec.tasks], cluster(overlap, groups))
-    unit = naive_flops(spec)
-    done = train_hard(hard_network(spec, grouping), data, settings, splits=splits, unit=unit)
-    share = training_flops(compared.network) * compared.epoch / (unit * settings.epochs)
-    return _result(done.network, done.score, done.metrics, done.cost + share) | {"affinity": overlap.tolist()}
+    overlap, grouping, cost = overlap_groups(spec, data, settings, config.search.rung)
+    left = replace(cell, budget=max(cell.budget - cost, LEAST)) if cell.budget else cell
+    found = _fixed(left, hard_network(spec, grouping), spec, data, settings, splits)
+    return found | {"affinity": overlap.tolist(), "cost": found["cost"] + cost}
 
 
 def _search(
     cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], config: Config
 ) -> Result:
-    section = config.search.model_copy(update=dict(cell.options))
+    budget = {"budget": cell.budget} if cell.budget else {}
+    section = config.search.model_copy(update=budget | dict(cell.options))
     options = config.model_copy(update={"search": section}).search_options()
     own = replace(settings, search_share=section.share)
     found = search(spec, data, own, options, baseline=False, splits=splits)
     chosen = next(candidate for candidate in found.candidates if candidate["stage"] == found.chosen)
-    return _result(found.network, score_of(found.metrics["val"]), found.metrics, found.cost) | {
+    return _result(found.network, found.score, found.metrics, found.cost) | {
         "chosen": found.chosen,
         "distilled": found.distilled,
         "candidates": found.candidates,
         "affinity": found.affinity,
-        "affinity_cost": found.affinity_cost,
+        "costs": found.costs,
         "probabilities": chosen["probabilities"],
     }
 

@@ -12,17 +12,16 @@ from dmtg_core.evaluation.trees import TREES, trees_apply
 from dmtg_core.grouping import Grouping
 from dmtg_core.search.options import SearchOptions
 from dmtg_core.tasks import Task
-from pipelines.compare.cells import FULL_FINETUNING, HEADS_ALONE, NAIVE, Cell, CellJob, Result, train_cells
+from pipelines.compare.cells import FULL_FINETUNING, HEADS_ALONE, NAIVE, CellJob, Result, train_cells
 from pipelines.compare.methods import (
+    BUDGETED,
     EXHAUSTIVE_TASKS,
-    FIRST,
+    FIXED,
     GUIDED,
-    LONG,
-    LONGER,
     Comparison,
     first_cells,
-    last_cells,
     results_of,
+    rows_of,
     second_cells,
 )
 from pipelines.compare.preparation import cell_job, cells_session, open_cells_folder
@@ -115,7 +114,7 @@ def _tracked(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def methods_of(config: Config, tasks: Sequence[Task], input_kind: str) -> list[str]:
-    """The methods in order: naive MTL, the chosen methods, variants, groupings, and methods with an equal budget.
+    """The methods in order: naive MTL, the chosen methods, variants, and groupings.
 
     Raises:
         UserError: For a method that cannot run with these tasks or this encoder, and for a name that is taken.
@@ -154,7 +153,7 @@ def methods_of(config: Config, tasks: Sequence[Task], input_kind: str) -> list[s
             wrong_use=True,
         )
     own = [*config.compare.variants, *config.compare.groupings]
-    taken = [name for name in own if name in FIRST or name.endswith(LONG) or own.count(name) > 1]
+    taken = [name for name in own if name in {*FIXED, *BUDGETED} or own.count(name) > 1]
     if taken:
         raise UserError(
             f"there is more than one {taken[0]}",
@@ -172,10 +171,7 @@ def methods_of(config: Config, tasks: Sequence[Task], input_kind: str) -> list[s
                 remedy="put each task into one group",
                 wrong_use=True,
             ) from error
-    chosen += own
-    if config.compare.equal_budget and GUIDED in chosen:
-        chosen += [f"{name}{LONG}" for name, methods in LONGER.items() if {*methods} & {*chosen}]
-    return chosen
+    return chosen + own
 
 
 def check_variant(config: Config, name: str, changes: dict[str, Any]) -> None:
@@ -205,16 +201,16 @@ def train_methods(
     executor: Executor,
     log: Callable[[str], None],
 ) -> dict[str, dict[int, list[Result]]]:
-    """Train all cells: the first cells, then those that need their results, then the methods with an equal budget.
+    """Train all cells: the first cells, then those that need their results.
 
     Returns:
-        Method → seed → results.
+        Row → seed → results, see `rows_of`.
     """
-    seeds = comparison.config.compare.seeds
-    base = [method.removesuffix(LONG) for method in methods]
-    first: list[Cell] = list(chain.from_iterable(first_cells(comparison, m, s) for s in seeds for m in base))
+    seeds, rows = comparison.config.compare.seeds, rows_of(comparison, methods)
+    first = chain.from_iterable(first_cells(comparison, *row, s) for s in seeds for row in rows.values())
     found = train_cells(job, executor, first, log)
-    for cells, names in ((second_cells, base), (last_cells, methods)):
-        wanted = chain.from_iterable(cells(comparison, m, s, found) for s in seeds for m in names)
-        found |= train_cells(job, executor, wanted, log)
-    return {method: {seed: results_of(comparison, method, seed, found) for seed in seeds} for method in methods}
+    wanted = chain.from_iterable(second_cells(comparison, *row, s, found) for s in seeds for row in rows.values())
+    found |= train_cells(job, executor, wanted, log)
+    return {
+        name: {seed: results_of(comparison, *row, seed, found) for seed in seeds} for name, row in rows.items()
+    }

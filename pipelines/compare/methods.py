@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, islice
 from typing import Any
 
@@ -15,15 +15,17 @@ import torch
 
 from dmtg_core.evaluation.trees import TREES
 from dmtg_core.grouping import Grouping
-from dmtg_core.search.feature_overlap import cluster
+from dmtg_core.search.budget import default_budget
 from dmtg_core.search.selection import best_partition
 from pipelines.compare.cells import (
     AFFINITIES,
     DISTILLED_WIDE,
     FULL_FINETUNING,
     HEADS_ALONE,
+    LEAST,
     NAIVE,
     PAIR,
+    PROPOSAL,
     SEARCH,
     TREE_ENSEMBLES,
     WIDE,
@@ -60,6 +62,12 @@ class Comparison:
         """Largest number of groups."""
         return min(self.config.network.groups, len(self.tasks))
 
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """The budgets of the methods in runs of naive MTL: `compare.budgets`, or that of the search."""
+        own = self.config.search_options().budget or default_budget(self.config.network.groups)
+        return self.config.compare.budgets or (own,)
+
     def random_partitions(self, seed: int) -> list[Grouping]:
         """The random partitions of a seed; see `random_groupings`."""
         rng = np.random.default_rng([seed, len(self.tasks), self.groups])
@@ -73,113 +81,118 @@ class Comparison:
         return [Grouping.from_assignment(self.tasks, one) for one in found]
 
 
-# from a comparison and a seed to cells; the second form needs the results of the first one
-First = Callable[[Comparison, int], list[Cell]]
-Second = Callable[[Comparison, int, Found], list[Cell]]
+# from a comparison, a seed and a budget to cells; the second form needs the results of the first one
+First = Callable[[Comparison, int, float], list[Cell]]
+Second = Callable[[Comparison, int, float, Found], list[Cell]]
+
+
+def _kind(kind: str) -> First:
+    return lambda _comparison, seed, budget: [Cell(kind, seed, budget=budget)]
 
 
 def _search(label: str, options: Mapping[str, Any]) -> First:
-    return lambda _comparison, seed: [Cell(SEARCH, seed, options=tuple(sorted(options.items())), label=label)]
+    changes = tuple(sorted(options.items()))
+    return lambda _comparison, seed, budget: [Cell(SEARCH, seed, budget=budget, options=changes, label=label)]
 
 
 def _trees(method: str) -> First:
-    return lambda _comparison, seed: [Cell(TREE_ENSEMBLES, seed, label=method)]
+    return lambda _comparison, seed, _budget: [Cell(TREE_ENSEMBLES, seed, label=method)]
 
 
-def _singles(comparison: Comparison, seed: int) -> list[Cell]:
+def _singles(comparison: Comparison, seed: int, _budget: float = 0.0) -> list[Cell]:
     return [Cell(PAIR, seed, groups=((task,),)) for task in comparison.tasks]
 
 
-def _pairs(comparison: Comparison, seed: int) -> list[Cell]:
+def _pairs(comparison: Comparison, seed: int, _budget: float = 0.0) -> list[Cell]:
     return _singles(comparison, seed) + [
         Cell(PAIR, seed, groups=(two,)) for two in combinations(comparison.tasks, 2)
     ]
 
 
-def _published(comparison: Comparison, seed: int) -> list[Cell]:
+def _all_partitions(comparison: Comparison, seed: int, _budget: float = 0.0) -> list[Cell]:
+    return [Cell.of(grouping, seed) for grouping in comparison.partitions()]
+
+
+def _published(comparison: Comparison, seed: int, _budget: float) -> list[Cell]:
     # the guided search can run without a uniform gate, the published search consists of uniform gates
     starts = max(comparison.config.search.starts, 1)
-    return _search("dmtg", {"method": "dmtg", "starts": starts})(comparison, seed)
+    return _search("dmtg", {"method": "dmtg", "starts": starts})(comparison, seed, 0.0)
+
+
+def _random(comparison: Comparison, seed: int, budget: float) -> list[Cell]:
+    return [Cell.of(grouping, seed, budget=budget) for grouping in comparison.random_partitions(seed)]
+
+
+def _affinities(_comparison: Comparison, seed: int, _budget: float) -> list[Cell]:
+    return [Cell(AFFINITIES, seed)]
 
 
 SELECTED = ("cs", "tag", "etap", "gradtag")  # affinities that are collected in a run of naive MTL
-AFFINITY = "affinity"  # the one of SELECTED with the best validation score
-FEATURE_OVERLAP = "feature_overlap"
-GUIDED, UNDISTILLED = "guided", "undistilled"  # the latter is the guided search before its distillation
-GUIDED_SEARCH = _search(GUIDED, {"method": "guided"})
-FIRST: Mapping[str, First] = {
-    "naive_mtl": lambda _comparison, seed: [Cell(NAIVE, seed)],
+GUIDED, LONGER_NAIVE = "guided", "naive_longer"
+# methods with a training of their own length
+FIXED: Mapping[str, First] = {
+    NAIVE: lambda _comparison, seed, _budget: [Cell(NAIVE, seed)],
     "single_task": _singles,
-    "wide": lambda _comparison, seed: [Cell(WIDE, seed)],
-    "wide_distilled": lambda _comparison, seed: [Cell(DISTILLED_WIDE, seed)],
-    "random": lambda comparison, seed: [
-        Cell.of(grouping, seed) for grouping in comparison.random_partitions(seed)
-    ],
-    **dict.fromkeys((*SELECTED, AFFINITY), lambda _comparison, seed: [Cell(AFFINITIES, seed)]),
-    FEATURE_OVERLAP: GUIDED_SEARCH,
     "hoa": _pairs,
-    "exhaustive": lambda comparison, seed: [Cell.of(grouping, seed) for grouping in comparison.partitions()],
+    "exhaustive": _all_partitions,
     "dmtg": _published,
-    GUIDED: GUIDED_SEARCH,
-    UNDISTILLED: GUIDED_SEARCH,
-    "retrained": GUIDED_SEARCH,
-    HEADS_ALONE: lambda _comparison, seed: [Cell(HEADS_ALONE, seed)],
-    FULL_FINETUNING: lambda _comparison, seed: [Cell(FULL_FINETUNING, seed)],
     **{method: _trees(method) for method in TREES},
+}
+# methods that spend a budget
+BUDGETED: Mapping[str, First] = {
+    LONGER_NAIVE: _kind(NAIVE),
+    "wide": _kind(WIDE),
+    "wide_distilled": _kind(DISTILLED_WIDE),
+    "random": _random,
+    **dict.fromkeys(SELECTED, _affinities),
+    "feature_overlap": _kind(PROPOSAL),
+    GUIDED: _search(GUIDED, {"method": "guided"}),
+    HEADS_ALONE: _kind(HEADS_ALONE),
+    FULL_FINETUNING: _kind(FULL_FINETUNING),
 }
 
 
-def first_cells(comparison: Comparison, method: str, seed: int) -> list[Cell]:
+def rows_of(comparison: Comparison, methods: Sequence[str]) -> dict[str, tuple[str, float]]:
+    """Name of a row → its method and budget. With several budgets the name has the budget: `wide@8`."""
+    budgets, found = comparison.budgets, {}
+    for method in methods:
+        if method in FIXED:
+            found[method] = (method, 0.0)
+        else:
+            names = {f"{method}@{budget:g}" if len(budgets) > 1 else method: budget for budget in budgets}
+            found |= {name: (method, budget) for name, budget in names.items()}
+    return found
+
+
+def first_cells(comparison: Comparison, method: str, budget: float, seed: int) -> list[Cell]:
     """The cells of a method that need no other results."""
     if method in comparison.config.compare.variants:
         changes = comparison.config.compare.variants[method]
         # a variant with the same name and other changes is another cell
         digest = hashlib.sha256(json.dumps(changes, sort_keys=True).encode()).hexdigest()[:8]
-        return _search(f"{method}_{digest}", changes)(comparison, seed)
+        return _search(f"{method}_{digest}", changes)(comparison, seed, budget)
     if method in comparison.config.compare.groupings:
-        return [Cell.of(Grouping.of(comparison.config.compare.groupings[method], comparison.tasks), seed)]
-    return FIRST[method](comparison, seed)
+        groups = Grouping.of(comparison.config.compare.groupings[method], comparison.tasks)
+        return [Cell.of(groups, seed, budget=budget)]
+    return (FIXED | BUDGETED)[method](comparison, seed, budget)
 
 
-def _grouping_cells(comparison: Comparison, seed: int, groups: Sequence[int]) -> list[Cell]:
-    return [Cell.of(Grouping.from_assignment(comparison.tasks, groups), seed)]
+def _grouping_cells(comparison: Comparison, seed: int, budget: float, groups: Sequence[int]) -> list[Cell]:
+    return [Cell.of(Grouping.from_assignment(comparison.tasks, groups), seed, budget=budget)]
 
 
 def _selected(name: str) -> Second:
-    def cells(comparison: Comparison, seed: int, found: Found) -> list[Cell]:
+    def cells(comparison: Comparison, seed: int, budget: float, found: Found) -> list[Cell]:
         affinity = torch.tensor(found[Cell(AFFINITIES, seed)]["affinities"][name])
-        return _grouping_cells(comparison, seed, best_partition(affinity, comparison.groups))
+        left = max(budget - _cost_of_grouping(comparison, name, seed, found), LEAST)
+        return _grouping_cells(comparison, seed, round(left, 3), best_partition(affinity, comparison.groups))
 
     return cells
 
 
-def _any_selected(comparison: Comparison, seed: int, found: Found) -> list[Cell]:
-    names = (name for name in comparison.config.compare.methods if name in SELECTED)
-    return [cell for name in names for cell in SECOND[name](comparison, seed, found)]
-
-
-def _feature_overlap(comparison: Comparison, seed: int, found: Found) -> list[Cell]:
-    affinity = torch.tensor(found[_guided(comparison, seed)]["affinity"])
-    return _grouping_cells(comparison, seed, cluster(affinity, comparison.groups))
-
-
-def _guided(comparison: Comparison, seed: int) -> Cell:
-    (cell,) = GUIDED_SEARCH(comparison, seed)
-    return cell
-
-
-def _retrained(comparison: Comparison, seed: int, found: Found) -> list[Cell]:
-    """The cell that trains the groups of the best gate of the guided search from scratch."""
-    result = found[_guided(comparison, seed)]
-    gated = [one for one in result["candidates"] if one["probabilities"] and len(one["probabilities"][0]) > 1]
-    best = min(gated, key=lambda one: (one["final"] is None, one["final"] or 0.0, one["score"]))
-    return [Cell.of(Grouping.from_dict(best["grouping"], comparison.tasks), seed)]
-
-
-def _hoa(comparison: Comparison, seed: int, found: Found) -> list[Cell]:
-    return _grouping_cells(
-        comparison, seed, best_partition(pair_affinity(comparison, seed, found), comparison.groups)
-    )
+def _hoa(comparison: Comparison, seed: int, _budget: float, found: Found) -> list[Cell]:
+    affinity = pair_affinity(comparison, seed, found)
+    return _grouping_cells(comparison, seed, 0.0, best_partition(affinity, comparison.groups))
 
 
 def pair_affinity(comparison: Comparison, seed: int, found: Found) -> torch.Tensor:
@@ -199,64 +212,42 @@ def pair_affinity(comparison: Comparison, seed: int, found: Found) -> torch.Tens
     return affinity
 
 
-def _best(comparison: Comparison, seed: int, found: Found) -> list[Cell]:
-    return [min((Cell.of(one, seed) for one in comparison.partitions()), key=lambda cell: found[cell]["score"])]
+def _best(comparison: Comparison, seed: int, _budget: float, found: Found) -> list[Cell]:
+    return [min(_all_partitions(comparison, seed), key=lambda cell: found[cell]["score"])]
 
 
 SECOND: Mapping[str, Second] = {
     **{name: _selected(name) for name in SELECTED},
-    AFFINITY: _any_selected,
-    FEATURE_OVERLAP: _feature_overlap,
     "hoa": _hoa,
     "exhaustive": _best,
-    "retrained": _retrained,
 }
 
 
-def second_cells(comparison: Comparison, method: str, seed: int, found: Found) -> list[Cell]:
-    """The cells of a method, given the results of its first cells."""
+def second_cells(comparison: Comparison, method: str, budget: float, seed: int, found: Found) -> list[Cell]:
+    """The cells whose results are those of a method, given the results of its first cells."""
     if method in SECOND:
-        return SECOND[method](comparison, seed, found)
-    return first_cells(comparison, method, seed)
+        return SECOND[method](comparison, seed, budget, found)
+    return first_cells(comparison, method, budget, seed)
 
 
-LONG = "_long"  # suffix of a method that is trained for as many epochs as the guided search costs
-LONGER: Mapping[str, tuple[str, ...]] = {  # each applies if one of its values is among the methods
-    "wide": ("wide",),
-    "random": ("random",),
-    AFFINITY: SELECTED,
-    "retrained": ("retrained",),
-}
-
-
-def last_cells(comparison: Comparison, method: str, seed: int, found: Found) -> list[Cell]:
-    """The cells whose results are those of the method."""
-    if not method.endswith(LONG):
-        return second_cells(comparison, method, seed, found)
-    own, *others = second_cells(comparison, method.removesuffix(LONG), seed, found)
-    if method == f"{AFFINITY}{LONG}":
-        own = min((own, *others), key=lambda cell: found[cell]["score"])
-    factor = found[_guided(comparison, seed)]["cost"] / found[own]["cost"]
-    return [replace(own, epochs=max(round(comparison.config.train.epochs * factor), 1))]
-
-
-def results_of(comparison: Comparison, method: str, seed: int, found: Found) -> list[Result]:
+def results_of(comparison: Comparison, method: str, budget: float, seed: int, found: Found) -> list[Result]:
     """The results of a method with a seed, each with its whole training cost: several for `random`, else one."""
-    results = [found[cell] for cell in last_cells(comparison, method, seed, found)]
+    cells = second_cells(comparison, method, budget, seed, found)
+    results = [found[cell] for cell in cells]
     if method == "single_task":
         return [_merged(comparison, results)]
-    if method == UNDISTILLED:
-        return [_undistilled(result) for result in results]
+    if cells[0].kind == SEARCH and method != "dmtg":
+        return [_or_naive(result, found[Cell(NAIVE, seed)]) for result in results]
     before = _cost_of_grouping(comparison, method, seed, found)
     return [result | {"cost": result["cost"] + before} for result in results]
 
 
-def _undistilled(result: Result) -> Result:
-    before = result["distilled"]  # the figures before distillation, and the cost of the distillation
-    if not before:
+def _or_naive(result: Result, naive: Result) -> Result:
+    """Naive MTL with the cost of the search if it has the better score: `dmtg train` has it as its baseline."""
+    if result["score"] < naive["score"]:
         return result
-    figures = {"score": before["score"], "metrics": before["metrics"], "cost": result["cost"] - before["cost"]}
-    return result | figures
+    everything = [[1.0] for _ in result["probabilities"]]
+    return result | naive | {"cost": result["cost"], "chosen": NAIVE, "probabilities": everything}
 
 
 def _merged(comparison: Comparison, results: Sequence[Result]) -> Result:
@@ -280,10 +271,6 @@ def _cost_of_grouping(comparison: Comparison, method: str, seed: int, found: Fou
     if method == "hoa":
         return math.fsum(found[cell]["cost"] for cell in _pairs(comparison, seed))
     if method == "exhaustive":
-        others = {Cell.of(one, seed) for one in comparison.partitions()} - set(_best(comparison, seed, found))
+        others = {*_all_partitions(comparison, seed)} - set(_best(comparison, seed, 0.0, found))
         return math.fsum(found[cell]["cost"] for cell in others)
-    if method == "retrained":
-        return float(found[_guided(comparison, seed)]["cost"])
-    if method == FEATURE_OVERLAP:
-        return float(found[_guided(comparison, seed)]["affinity_cost"])
     return 0.0

@@ -294,20 +294,27 @@ class SweepSection(Section):
     )
 
 
+RENAMED_METHODS = {
+    "reading": 'it is called "feature_overlap"',
+    "undistilled": "add compare.variants={undistilled: {distil: false}}",
+    "retrained": 'the groups of the feature overlap are trained from scratch by "feature_overlap"',
+}
+
+
 class CompareSection(Section):
     """The methods of a comparison, and how often each is trained."""
 
     methods: tuple[
         Literal[
-            "naive_mtl", "single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag",
-            "feature_overlap", "hoa", "exhaustive", "dmtg", "guided", "undistilled", "retrained", "heads_alone",
-            "full_finetuning", "extra_trees", "gradient_boosting",
+            "naive_mtl", "naive_longer", "single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap",
+            "gradtag", "feature_overlap", "hoa", "exhaustive", "dmtg", "guided", "heads_alone", "full_finetuning",
+            "extra_trees", "gradient_boosting",
         ],
         ...,
     ] = Field(
         (
-            "single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag", "dmtg", "guided",
-            "undistilled", "retrained",
+            "single_task", "naive_longer", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag",
+            "feature_overlap", "dmtg", "guided",
         ),
         description="Methods of the comparison. naive_mtl is always trained, because every gain is relative to "
         "it. The default has extra_trees and gradient_boosting as well if the input is a table, and heads_alone "
@@ -315,11 +322,10 @@ class CompareSection(Section):
     )  # fmt: skip
     seeds: tuple[Seed, ...] = Field((1, 2, 3), min_length=1, description="Values of train.seed.")
     random_draws: int = Field(3, ge=1, le=1000, description="Random groupings for each seed.")
-    equal_budget: bool = Field(
-        True,
-        description="Also train baselines for as many epochs as the guided search costs: the wide encoder, a "
-        "random grouping, the groups of the best affinity and the groups of the search from scratch, each if its "
-        "method is compared.",
+    budgets: tuple[Annotated[float, Field(ge=1, allow_inf_nan=False)], ...] = Field(
+        (),
+        description="Training of each method in runs of naive MTL; by default that of the search. single_task, hoa, "
+        "exhaustive, dmtg and trees have a training of their own length.",
     )
     variants: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Further searches: name → changes to the search section."
@@ -331,8 +337,10 @@ class CompareSection(Section):
     @field_validator("methods", mode="before")
     @classmethod
     def _renamed(cls, value: object) -> object:
-        if isinstance(value, list | tuple) and "reading" in value:
-            raise ValueError('the method "reading" is now called "feature_overlap"')
+        if isinstance(value, list | tuple):
+            for name in value:
+                if name in RENAMED_METHODS:
+                    raise ValueError(f'there is no method "{name}" any more: {RENAMED_METHODS[name]}')
         return value
 
 
