@@ -32,6 +32,7 @@ from dmtg_core.training.loop import evaluate, generalisation_gap, score_of
 from dmtg_core.training.settings import TrainSettings
 from dmtg_core.training.state import TrainState
 
+LEAST_DISTILLATION = 0.5  # epochs of the shortest distillation, as a share of those of the networks
 MEMBERS = 3  # the most further networks of an ensemble
 GROUPS = "groups"  # beginning of the names of networks that are trained with the groups of the chosen candidate
 
@@ -172,7 +173,7 @@ class GuidedSearch(Stages):
             self._distil(best, teachers, entry["epochs"])
 
     def _members(self, chosen: str, length: int) -> list[str]:
-        """Return the networks whose training and distillation, of `length` epochs each, the budget allows."""
+        """Return the networks whose training for `length` epochs, and distillation, the budget allows."""
         names = [name for name in self.state.held if name != chosen]
         kind = chosen if chosen in (WIDE, ONE) else GROUPS
         names += [f"{kind}_{i}" for i in range(1, MEMBERS + 1)]
@@ -181,7 +182,7 @@ class GuidedSearch(Stages):
         for count in range(MEMBERS, 0, -1):
             members = names[:count]
             missing = sum(length - (self.state.held[n].epoch if n in self.state.held else 0) for n in members)
-            cost = missing * one + length * (one + (count + 1) * teacher)
+            cost = missing * one + LEAST_DISTILLATION * length * (one + (count + 1) * teacher)
             if self.spent + cost <= self.budget.runs:
                 return members
         return []

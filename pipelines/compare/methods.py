@@ -128,7 +128,7 @@ def _affinities(_comparison: Comparison, seed: int, _budget: float) -> list[Cell
 
 
 SELECTED = ("cs", "tag", "etap", "gradtag")  # affinities that are collected in a run of naive MTL
-GUIDED, LONGER_NAIVE = "guided", "naive_longer"
+GUIDED, LONGER_NAIVE, FEATURE_OVERLAP = "guided", "naive_longer", "feature_overlap"
 # methods with a training of their own length
 FIXED: Mapping[str, First] = {
     NAIVE: lambda _comparison, seed, _budget: [Cell(NAIVE, seed)],
@@ -145,7 +145,7 @@ BUDGETED: Mapping[str, First] = {
     "wide_distilled": _kind(DISTILLED_WIDE),
     "random": _random,
     **dict.fromkeys(SELECTED, _affinities),
-    "feature_overlap": _kind(PROPOSAL),
+    FEATURE_OVERLAP: _kind(PROPOSAL),
     GUIDED: _search(GUIDED, {"method": "guided"}),
     HEADS_ALONE: _kind(HEADS_ALONE),
     FULL_FINETUNING: _kind(FULL_FINETUNING),
@@ -174,7 +174,7 @@ def first_cells(comparison: Comparison, method: str, budget: float, seed: int) -
     if method in comparison.config.compare.groupings:
         groups = Grouping.of(comparison.config.compare.groupings[method], comparison.tasks)
         return [Cell.of(groups, seed, budget=budget)]
-    return (FIXED | BUDGETED)[method](comparison, seed, budget)
+    return {**FIXED, **BUDGETED}[method](comparison, seed, budget)
 
 
 def _grouping_cells(comparison: Comparison, seed: int, budget: float, groups: Sequence[int]) -> list[Cell]:

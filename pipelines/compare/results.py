@@ -12,7 +12,7 @@ from dmtg_core.grouping import Grouping
 from dmtg_core.tasks import Task
 from dmtg_core.training.metrics import error_of, total_error
 from pipelines.compare.cells import DISTILLED_WIDE, NAIVE, WIDE, Result
-from pipelines.compare.methods import AFFINITY, GUIDED, LONG, LONGER, SELECTED, Comparison
+from pipelines.compare.methods import FEATURE_OVERLAP, GUIDED, LONGER_NAIVE, SELECTED, Comparison, rows_of
 from pipelines.compare.significance import (
     Mean,
     agreement,
@@ -32,7 +32,7 @@ AFFINITIES = (*SELECTED, "hoa")
 SIGNIFICANT = 0.05
 STABLE, UNSTABLE = 0.8, 0.3  # mean adjusted Rand index over seeds
 # the methods that a sentence can compare with the search: the number of tests that p-values are adjusted for
-TESTED = (RANDOM, WIDE, *AFFINITIES, *(f"{name}{LONG}" for name in LONGER), DISTILLED_WIDE, *TREES)
+TESTED = (RANDOM, WIDE, *AFFINITIES, FEATURE_OVERLAP, LONGER_NAIVE, DISTILLED_WIDE, *TREES)
 
 
 def summary(
@@ -44,38 +44,73 @@ def summary(
         comparison: Configuration and tasks.
         tasks: The tasks.
         methods: The methods in order, naive MTL first.
-        results: Method → seed → results of the method.
+        results: Row → seed → results of its method, see `rows_of`.
         notes: Notes about the data.
     """
-    seeds = list(comparison.config.compare.seeds)
+    seeds, names = list(comparison.config.compare.seeds), rows_of(comparison, methods)
     split = "test" if "test" in results[NAIVE][seeds[0]][0]["metrics"] else "val"
-    gains = {m: {s: _gains(tasks, results, m, s, split) for s in seeds} for m in methods}
-    reference = GUIDED if GUIDED in methods else NAIVE
-    rows = [_row(m, tasks, seeds, results[m], gains, reference, split, comparison) for m in methods]
-    adjusted = adjusted_p_values(rows)
+    gains = {m: {s: _gains(tasks, results, m, s, split) for s in seeds} for m in names}
+    references = {name: _reference(names, budget, comparison.budgets) for name, (_, budget) in names.items()}
+    rows = [_row(m, tasks, seeds, results[m], gains, references[m], split, comparison) for m in names]
     for row in rows:
-        p = math.nan if row["method"] == reference else p_value(Mean(**row["behind"]))
-        row |= {"p_value": finite_or_none(p), "p_adjusted": adjusted.get(row["method"])}
+        row["base"], budget = names[row["method"]]
+        row["budget"] = budget or None
+    reference = references[NAIVE]
+    blocks = {ref: [row for row in rows if references[row["method"]] == ref] for ref in references.values()}
+    for ref, block in blocks.items():
+        adjusted = adjusted_p_values(block)
+        for row in block:
+            p = math.nan if row["method"] == ref else p_value(Mean(**row["behind"]))
+            row |= {"p_value": finite_or_none(p), "p_adjusted": adjusted.get(row["method"])}
     by_seed = {
         m: [[Grouping.from_dict(r["grouping"], comparison.tasks) for r in results[m][s]] for s in seeds]
-        for m in methods
+        for m in names
     }
-    groupings = {m: [one for of_seed in by_seed[m] for one in of_seed] for m in methods}
+    groupings = {m: [one for of_seed in by_seed[m] for one in of_seed] for m in names}
+    said = [budget_sentence(block, ref) for ref, block in blocks.items()] if len(blocks) > 1 else []
     return {
         "split": split,
         "seeds": seeds,
         "tasks": [task.name for task in tasks],
         "headline": {task.name: task.metric for task in tasks},
         "groups": comparison.groups,
+        "budgets": list(comparison.budgets),
         "reference": reference,
         "rows": rows,
         "agreement": agreements(by_seed),
         "together": together_share(several(groupings[reference]) or groupings[reference]),
-        "verdicts": verdicts(rows, reference, groupings),
-        "confidence": confidence(comparison, results.get(GUIDED, {})),
+        "verdicts": [*said, *verdicts(blocks[reference], reference, groupings)],
+        "confidence": confidence(comparison, results[reference] if reference != NAIVE else {}),
         "notes": list(notes),
-        "per_seed": {m: {str(s): _seed_row(results[m][s], gains[m][s]) for s in seeds} for m in methods},
+        "per_seed": {m: {str(s): _seed_row(results[m][s], gains[m][s]) for s in seeds} for m in names},
     }
+
+
+def _reference(names: Mapping[str, tuple[str, float]], budget: float, budgets: Sequence[float]) -> str:
+    """The row of the guided search with a budget, or with the largest one for 0; naive MTL without a search."""
+    wanted = (GUIDED, budget or max(budgets))
+    return next((name for name, row in names.items() if row == wanted), NAIVE)
+
+
+def budget_sentence(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
+    """Which methods the search is better and worse than with one budget.
+
+    Args:
+        rows: The rows with this budget.
+        reference: Name of the row of the search.
+    """
+    own = next(row for row in rows if row["method"] == reference)
+    words: dict[str, list[str]] = {"better than": [], "not significantly different from": [], "worse than": []}
+    for row in rows:
+        p = row["p_adjusted"]
+        if p is not None:
+            better = "better than" if row["behind"]["value"] > 0 else "worse than"
+            words[better if p < SIGNIFICANT else "not significantly different from"].append(row["base"])
+    parts = [f"{word} {', '.join(names)}" for word, names in words.items() if names]
+    gain = own["gain"]
+    half = f" ± {(gain['high'] - gain['low']) / 2:.1f}" if math.isfinite(gain["low"]) else ""
+    found = f"With {own['budget']:g} runs of training the search gains {gain['value']:+.1f}{half} %"
+    return f"{found}: {'; '.join(parts)}." if parts else f"{found}."
 
 
 def _gains(tasks: Sequence[Task], results: Results, method: str, seed: int, split: str) -> dict[str, float]:
@@ -169,7 +204,7 @@ def adjusted_p_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     Args:
         rows: As in `compare.json`.
     """
-    differences = {row["method"]: Mean(**row["behind"]) for row in rows if row["method"] in TESTED}
+    differences = {row["method"]: Mean(**row["behind"]) for row in rows if row["base"] in TESTED}
     adjusted = holm([p_value(difference) for difference in differences.values()])
     return {name: p for name, p in zip(differences, adjusted, strict=True) if math.isfinite(p)}
 
@@ -201,26 +236,28 @@ def verdicts(
 
     Args:
         rows: As in `compare.json`.
-        reference: GUIDED, or NAIVE if the guided search is not among the methods. There are no sentences then.
-        groupings: Method → its groupings over seeds.
+        reference: Row of the guided search, or NAIVE if it is not among the methods. There are no sentences then.
+        groupings: Row → its groupings over seeds.
     """
     if reference == NAIVE:
         return []
-    by_name = {row["method"]: row for row in rows}
+    by_name = {row["base"]: row for row in rows}
     adjusted = adjusted_p_values(rows)
-    ahead = {name for name, p in adjusted.items() if p < SIGNIFICANT and by_name[name]["behind"]["value"] < 0}
-    baselines = [RANDOM, WIDE, *(f"{name}{LONG}" for name in LONGER), DISTILLED_WIDE]
+    baselines = [RANDOM, WIDE, FEATURE_OVERLAP, DISTILLED_WIDE, LONGER_NAIVE]
     affinities = [by_name[name] for name in AFFINITIES if name in by_name]
     if affinities:
-        baselines.insert(2, max(affinities, key=lambda row: row["gain"]["value"])["method"])
+        baselines.insert(2, max(affinities, key=lambda row: row["gain"]["value"])["base"])
     baselines += TREES
+    ahead = {
+        name for name in TREES
+        if name in by_name and by_name[name]["behind"]["value"] < 0
+        and adjusted.get(by_name[name]["method"], 1.0) < SIGNIFICANT
+    }  # fmt: skip
     # trees that are better are the first thing to know about a table
     better = [by_name[name] for name in TREES if name in ahead]
-    sentences = [f"Decision trees are better here: {NAMES[row['method']]}, by {_points(row)}." for row in better]
-    sentences.append(_gain_sentence(by_name[reference]["gain"]))
+    sentences = [f"Decision trees are better here: {NAMES[row['base']]}, by {_points(row)}." for row in better]
+    sentences.append(_gain_sentence(by_name[GUIDED]["gain"]))
     sentences += [_difference_sentence(by_name[name], adjusted) for name in baselines if name in by_name]
-    if ahead & {f"{name}{LONG}" for name in (WIDE, RANDOM, AFFINITY)}:
-        sentences.append(TOO_SHORT)
     return [*sentences, _grouping_sentence(groupings[reference])]
 
 
@@ -235,20 +272,13 @@ def _gain_sentence(gain: Mapping[str, Any]) -> str:
 
 NAMES = {
     RANDOM: "random groups of the same size",
-    WIDE: "one wide encoder of the same cost",
-    f"{RANDOM}{LONG}": "random groups trained for as long as the search",
-    f"{AFFINITY}{LONG}": "groups by the best affinity trained for as long as the search",
-    f"{WIDE}{LONG}": "the wide encoder trained for as long as the search",
-    f"retrained{LONG}": "its own groups trained from scratch for as long as the search",
+    WIDE: "one wide encoder of the same inference cost",
+    FEATURE_OVERLAP: "groups by feature overlap, trained from scratch",
+    LONGER_NAIVE: "naive MTL, trained for as long",
     DISTILLED_WIDE: "the best of three wide encoders distilled from their ensemble, without any grouping",
     EXTRA_TREES: "extra trees, one forest for each task",
     GRADIENT_BOOSTING: "gradient boosting, one model for each task",
 }
-
-
-TOO_SHORT = (
-    "Longer training gains more than the search: raise train.epochs until it no longer helps, and compare again."
-)
 
 
 def _points(row: Mapping[str, Any]) -> str:
@@ -258,7 +288,7 @@ def _points(row: Mapping[str, Any]) -> str:
 
 
 def _difference_sentence(row: Mapping[str, Any], adjusted: Mapping[str, float]) -> str:
-    behind, name = row["behind"], NAMES.get(row["method"], f"the best affinity baseline ({row['method']})")
+    behind, name = row["behind"], NAMES.get(row["base"], f"the best affinity baseline ({row['base']})")
     if row["method"] not in adjusted:
         return f"One seed gives no comparison with {name}."
     interval = f"{behind['value']:+.1f} points of gain, {behind['low']:+.1f} to {behind['high']:+.1f}"

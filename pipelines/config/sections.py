@@ -324,8 +324,8 @@ class CompareSection(Section):
     random_draws: int = Field(3, ge=1, le=1000, description="Random groupings for each seed.")
     budgets: tuple[Annotated[float, Field(ge=1, allow_inf_nan=False)], ...] = Field(
         (),
-        description="Training of each method in runs of naive MTL; by default that of the search. single_task, hoa, "
-        "exhaustive, dmtg and trees have a training of their own length.",
+        description="Training of each method in runs of naive MTL; by default that of the search. single_task, "
+        "hoa, exhaustive, dmtg and trees have a training of their own length.",
     )
     variants: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Further searches: name → changes to the search section."
