@@ -6,9 +6,9 @@ encoder. Further gates start uniform. After each rung, candidates with a worse v
 (successive halving, Jamieson and Talwalkar 2016), and the others go on without a restart (see `extendable`).
 
 The best one is trained for as long as validation improves and the budget lasts. What is left is spent on further
-networks, if they and a distillation fit into the budget: the runners-up, then networks of the same kind with other
-seeds. If the mean of their predictions is better than the best of them on validation data, it is distilled into
-the best (see `distillation`), at the inference cost of one.
+networks, if they and a distillation fit into the budget: the narrow encoder of naive MTL, the runners-up, and
+networks of the same kind with other seeds. If the mean of some of them is better than the best one on validation
+data, it is distilled into the best one (see `distillation`), at the inference cost of one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.cost import wide_spec
@@ -153,49 +154,82 @@ class GuidedSearch(Stages):
     def _ensemble(self) -> None:
         """Train further networks and distil their mean, as far as the budget allows it."""
         chosen = self.result(SELECTED)["name"]
-        length = self.result(chosen)["length"]
+        length = min(self.result(chosen)["length"], self.settings.epochs)
         if not self.done(ENSEMBLE):
             self.state.results.append({"stage": ENSEMBLE, "members": self._members(chosen, length)})
         entry = self.result(ENSEMBLE)
         for name in entry["members"]:
-            self._complete(name, length)
+            if name != BASELINE:
+                self._complete(name, length)
         if not entry["members"]:
             return
-        teachers = [self.state.trained[name].to(self.context.device) for name in (chosen, *entry["members"])]
-        best = self._best()
-        if "score" not in entry:
-            found = evaluate(Ensemble(teachers), self.data, "val", context=self.context)
-            entry["score"] = score_of(self.spec.tasks, found)
-            cost = self.budget.epoch(self.state.trained[best]) + self.budget.teaching(teachers)
-            epochs = min(self.budget.epochs(cost, self.spent), max(self.settings.epochs, length))
+        if "teachers" not in entry:
+            entry |= self._teachers((chosen, *entry["members"]))
+            best, teachers = entry["teachers"][0], self._networks(entry["teachers"])
+            cost = self.budget.epoch(teachers[0]) + self.budget.teaching(teachers)
+            epochs = min(self.budget.epochs(cost, self.spent), self.settings.epochs)
             entry["epochs"] = epochs if entry["score"] < self.result(best)["final"] else 0
         if entry["epochs"] and not self.done(DISTILLED):
-            self._distil(best, teachers, entry["epochs"])
+            self._distil(entry["teachers"], entry["epochs"])
+
+    def _teachers(self, names: Sequence[str]) -> dict[str, Any]:
+        """Select the networks whose mean has the best validation score, the best network first.
+
+        Networks are added one by one while the score improves (Caruana et al. 2004).
+        """
+        chosen = [self._best()]
+        score = self.result(chosen[0])["final"]
+        while True:
+            tried = {name: self._score([*chosen, name]) for name in names if name not in chosen}
+            best = min(tried, key=tried.__getitem__, default="")
+            if not best or tried[best] >= score:
+                return {"teachers": chosen, "score": score}
+            chosen.append(best)
+            score = tried[best]
+
+    def _score(self, names: Sequence[str]) -> float:
+        """Return the validation score of the mean of networks."""
+        ensemble = Ensemble(self._networks(names))
+        return score_of(self.spec.tasks, evaluate(ensemble, self.data, "val", context=self.context))
+
+    def _networks(self, names: Sequence[str]) -> list[GroupingNetwork]:
+        return [self.state.trained[name].to(self.context.device) for name in names]
 
     def _members(self, chosen: str, length: int) -> list[str]:
-        """Return the networks whose training for `length` epochs, and distillation, the budget allows."""
-        names = [name for name in self.state.held if name != chosen]
-        kind = chosen if chosen in (WIDE, ONE) else GROUPS
-        names += [f"{kind}_{i}" for i in range(1, MEMBERS + 1)]
-        network = self.state.trained[chosen]
-        one, teacher = self.budget.epoch(network), self.budget.teaching([network])
-        for count in range(MEMBERS, 0, -1):
-            members = names[:count]
-            missing = sum(length - (self.state.held[n].epoch if n in self.state.held else 0) for n in members)
-            cost = missing * one + LEAST_DISTILLATION * length * (one + (count + 1) * teacher)
-            if self.spent + cost <= self.budget.runs:
-                return members
-        return []
+        """Return the networks whose training for `length` epochs, and distillation, the budget allows.
 
-    def _distil(self, best: str, teachers: Sequence[GroupingNetwork], epochs: int) -> None:
+        The narrow encoder of naive MTL is first. It costs least, and nothing if it is there as the baseline.
+        """
+        narrow = BASELINE if BASELINE in self.state.trained else ONE
+        kind = chosen if chosen in (WIDE, ONE) else GROUPS
+        names = [narrow] if chosen != ONE else []
+        names += [name for name in self.state.held if name != chosen]
+        names += [f"{kind}_{i}" for i in range(1, MEMBERS + 1)]
+        network, members, cost = self.state.trained[chosen], list[str](), self.spent
+        one, taught = self.budget.epoch(network), self.budget.teaching([network])
+        for name in names[:MEMBERS]:
+            epoch, done = one, 0
+            if name in self.state.held:
+                epoch, done = self.budget.epoch(self.state.held[name].network), self.state.held[name].epoch
+            elif name in (BASELINE, ONE):
+                epoch, done = self.budget.epoch_of(self._spec(ONE)), length if name == BASELINE else 0
+            cost += (length - done) * epoch
+            taught += epoch / 3  # a forward pass is a third of a step
+            if cost + LEAST_DISTILLATION * length * (one + taught) > self.budget.runs:
+                break
+            members.append(name)
+        return members
+
+    def _distil(self, names: Sequence[str], epochs: int) -> None:
+        """Distil the mean of networks into the first one, which is the best."""
         settings = replace(self.settings, epochs=epochs, search_share=1.0, patience=patience_of(self.settings))
+        best, teachers = self.result(names[0]), self._networks(names)
         if self.state.current is None:
-            self.state.current = distillation_state(self.state.trained[best], self.result(best)["final"], settings)
-        state, gap = self.state.current, self.result(best)["gap"]
-        distil(state, teachers, self.data, settings, self.context, gap=gap, hooks=self.reports(DISTILLED))
+            self.state.current = distillation_state(teachers[0], best["final"], settings)
+        state, hooks = self.state.current, self.reports(DISTILLED)
+        distil(state, teachers, self.data, settings, self.context, gap=best["gap"], hooks=hooks)
         self.state.trained[DISTILLED] = state.network
-        names = [self.result(SELECTED)["name"], *self.result(ENSEMBLE)["members"]]
-        self.end(DISTILLED, state, final=state.best_score, teachers=names)
+        self.end(DISTILLED, state, final=state.best_score, teachers=list(names))
         self.result(DISTILLED)["cost"] += state.epoch * self.budget.teaching(teachers)
 
     def _best(self) -> str:

@@ -14,7 +14,7 @@ from dmtg_core.search.options import BASELINE, SearchOptions
 from dmtg_core.search.state import SearchState
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Data
-from dmtg_core.training.loop import Hooks, advance, evaluate
+from dmtg_core.training.loop import Hooks, advance, evaluate, generalisation_gap
 from dmtg_core.training.metrics import Metrics
 from dmtg_core.training.settings import TrainSettings
 from dmtg_core.training.state import TrainState
@@ -86,7 +86,8 @@ class Stages:
         )
         state.take_best()
         self.state.trained[BASELINE] = state.network
-        self.end(BASELINE, state, final=state.best_score, metrics=self.evaluate(state.network))
+        gap = generalisation_gap(state.history[-1])
+        self.end(BASELINE, state, final=state.best_score, gap=gap, metrics=self.evaluate(state.network))
 
     def evaluate(self, network: GroupingNetwork) -> dict[str, Metrics]:
         """Compute the metrics of a network on all splits."""
