@@ -154,20 +154,24 @@ class GuidedSearch(Stages):
     def _ensemble(self) -> None:
         """Train further networks and distil their mean, as far as the budget allows it."""
         chosen = self.result(SELECTED)["name"]
-        length = min(self.result(chosen)["length"], self.settings.epochs)
         if not self.done(ENSEMBLE):
-            self.state.results.append({"stage": ENSEMBLE, "members": self._members(chosen, length)})
+            length = self.result(chosen)["length"]
+            members = self._members(chosen, length)
+            if not members and length > self.settings.epochs:  # shorter trainings are better than none
+                length = self.settings.epochs
+                members = self._members(chosen, length)
+            self.state.results.append({"stage": ENSEMBLE, "members": members, "length": length})
         entry = self.result(ENSEMBLE)
         for name in entry["members"]:
             if name != BASELINE:
-                self._complete(name, length)
+                self._complete(name, entry["length"])
         if not entry["members"]:
             return
         if "teachers" not in entry:
             entry |= self._teachers((chosen, *entry["members"]))
             best, teachers = entry["teachers"][0], self._networks(entry["teachers"])
             cost = self.budget.epoch(teachers[0]) + self.budget.teaching(teachers)
-            epochs = min(self.budget.epochs(cost, self.spent), self.settings.epochs)
+            epochs = min(self.budget.epochs(cost, self.spent), max(self.settings.epochs, entry["length"]))
             entry["epochs"] = epochs if entry["score"] < self.result(best)["final"] else 0
         if entry["epochs"] and not self.done(DISTILLED):
             self._distil(entry["teachers"], entry["epochs"])
