@@ -161,7 +161,7 @@ def test_settings_are_finite(name: str, value: float) -> None:
         (lambda x: TemperatureSchedule(start=x), "temperatures"),
         (lambda x: TemperatureSchedule(warmup=x), "warmup"),
         (lambda x: SearchOptions(within=x), "within"),
-        (lambda x: SearchOptions(distil_share=x), "distil_share"),
+        (lambda x: SearchOptions(budget=x), "budget"),
         (lambda x: SearchOptions(probability=x), "probability"),
         (lambda x: NetworkSpec(FEATURES, (BINARY,), EncoderSpec("mlp"), 2, initial_scale=x), "initial_scale"),
     ],

@@ -58,7 +58,7 @@ def test_frozen_weights_do_not_change_and_have_no_state(branch, optimizer, tmp_p
 
 def test_a_search_resumes_with_adapters(tmp_path):
     spec, data = SPECS["lora"], samples.data(FEATURES, TASKS, 48)
-    options = SearchOptions(affinity_limit=0.5)
+    options = SearchOptions(rung=0.5)
     whole = search(spec, data, SETTINGS, options, context=local())
     assert {one["stage"] for one in whole.candidates} >= {"guided", "start_0", "wide"}
 
@@ -213,7 +213,7 @@ def test_training_on_stored_outputs_of_the_stem_is_that_on_inputs(spec):
             return (first.bfloat16().float(), *rest) if rest else first.bfloat16().float()
 
     network.stem.append(Rounded())
-    settings = replace(SETTINGS, epochs=2)
+    settings = replace(SETTINGS, epochs=1)  # of several epochs either could be the best, their scores are close
     begun = clone(network)
     alone = fit(network, data, settings, local())
     again = fit(begun, ArrayData(stored, spec.tasks), settings, local())

@@ -184,7 +184,8 @@ def test_a_search_to_the_end_returns_its_best_epoch_despite_later_pruning(thresh
     scores = [record["val_score"] for record in state.history]
     assert scores[0] == min(scores)
     assert (state.history[-1]["heads"] < state.history[0]["heads"]) == (threshold > 0)
-    assert score_of(evaluate(state.network, data, "val", context=local())) == pytest.approx(scores[0], rel=1e-6)
+    found = evaluate(state.network, data, "val", context=local())
+    assert score_of(tasks, found) == pytest.approx(scores[0], rel=1e-6)
     assert len(state.network.pairs) == len(tasks)
 
 
@@ -274,12 +275,25 @@ def test_impossible_settings_are_refused(values, message):
 
 
 @pytest.mark.parametrize(
-    ("losses", "score"),
-    [([1.0, 1.0], 0.0), ([math.e, math.e**3], 2.0), ([1.0, math.nan], math.inf), ([0.0], -27.631)],
+    ("tasks", "metrics", "score"),
+    [
+        # log 0.5 = -0.69315, log(1 - 0.745 + 0.005) = -1.34707
+        ([Task("a", "binary", metric="auroc")], [{"loss": 0.5, "auroc": 0.745}], -1.02011),
+        # an error in the unit of the task is divided by its scale; log(2 / 4 + 0.005) = -0.68320
+        ([Task("a", "regression", scale=(4.0,), metric="rmse")], [{"loss": 1.0, "rmse": 2.0}], -0.34160),
+        # the mean over tasks; a metric that is not defined is left out
+        (
+            [Task("a", "binary", metric="accuracy"), Task("b", "binary", metric="auroc")],
+            [{"loss": 1.0, "accuracy": 1.0}, {"loss": math.e, "auroc": math.nan}],
+            (math.log(0.005) / 2 + 1.0) / 2,
+        ),
+        ([Task("a", "binary"), Task("b", "binary")], [{"loss": 1.0}, {"loss": math.nan}], math.inf),
+        ([Task("a", "binary")], [{"loss": 0.0}], -27.631),
+    ],
 )
-def test_the_score_is_the_mean_logarithm_of_the_losses(losses, score):
-    metrics = {f"t{n}": {"loss": loss} for n, loss in enumerate(losses)}
-    assert score_of(metrics) == pytest.approx(score, abs=1e-3)
+def test_the_score_is_the_mean_logarithm_of_losses_and_headline_errors(tasks, metrics, score):
+    named = {task.name: found for task, found in zip(tasks, metrics, strict=True)}
+    assert score_of(tasks, named) == pytest.approx(score, abs=1e-3)
 
 
 def test_evaluation_does_not_change_the_network():

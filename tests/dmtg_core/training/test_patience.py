@@ -42,10 +42,7 @@ def records(scores: list[float], soft: int = 0) -> list[dict[str, Any]]:
         ([3.0, 2.0, 2.5, 2.1], 0, 2, 0.5, True),
         ([3.0, 2.0, 2.5, 1.9], 0, 2, 0.5, False),
         ([3.0, 2.0, 2.0, 2.0], 0, 2, 0.5, True),  # equal is not better
-        ([1.0, 2.0, 3.0, 2.5], 2, 2, 0.5, False),  # the first two have no single head
-        ([1.0, 2.0, 2.5, 3.0, 3.0], 2, 2, 0.5, True),
-        ([1.0, 2.0, 3.0], 3, 2, 0.5, False),
-        ([1.0, 2.0, 3.0], 3, 2, 1.0, True),  # a gate that is never made hard
+        ([1.0, 2.0, 3.0, 2.5], 2, 2, 0.5, True),  # epochs with several heads count, with the likeliest ones
         ([3.0, 2.0, 2.5, 2.1], 0, 0, 0.5, False),
         ([2.0, math.inf, math.inf], 0, 2, 0.5, True),
     ],
@@ -140,14 +137,12 @@ def test_the_distillation_stops_too() -> None:
     spec = mlp_spec()
     data = samples.data(spec.input, spec.tasks, 32, missing=0.2)
     shown: list[dict[str, Any]] = []
-    options = SearchOptions(within=10.0)  # all candidates are teachers
+    options = SearchOptions(budget=40, within=10.0)
     search(spec, data, SETTINGS, options, context=local(on_record=shown.append))
     stages = {stage: [r for r in shown if r["stage"] == stage] for stage in {r["stage"] for r in shown}}
-    assert {"naive_mtl", "affinity", "guided", "wide", "distilled"} <= stages.keys()
-    for stage in stages.keys() - {"affinity"}:
-        whole = SETTINGS if stage in ("guided", "wide", "start_0") else replace(SETTINGS, search_share=1.0)
-        assert [has_stopped(stages[stage][:n], whole) for n in range(1, len(stages[stage]))] == [False] * (
-            len(stages[stage]) - 1
-        )
-        assert has_stopped(stages[stage], whole) or len(stages[stage]) == 12
-    assert len(stages["distilled"]) < 12
+    assert {"naive_mtl", "distilled"} <= stages.keys()
+    for stage in ("naive_mtl", "distilled"):
+        count = len(stages[stage])
+        assert [has_stopped(stages[stage][:n], SETTINGS) for n in range(1, count)] == [False] * (count - 1)
+        assert has_stopped(stages[stage], SETTINGS)
+        assert count < 12

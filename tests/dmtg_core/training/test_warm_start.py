@@ -291,7 +291,7 @@ def test_with_several_models_naive_mtl_starts_from_scratch(data):
     models = [model_of(spec, seed=i, tasks=(task,)) for i, task in enumerate(spec.tasks)]
     records = []
     context = LocalContext(device="cpu", on_record=records.append)
-    search(spec, data, STILL, context=context, warm_start=WarmStart(models))
+    search(spec, data, STILL, SearchOptions(budget=20), context=context, warm_start=WarmStart(models))
     first = {record["stage"]: record["val"] for record in reversed(records)}
     naive = evaluate(GroupingNetwork(replace(spec, groups=1)), data, "val", context=context)
     for model in models:
