@@ -213,7 +213,8 @@ def test_training_on_stored_outputs_of_the_stem_is_that_on_inputs(spec):
             return (first.bfloat16().float(), *rest) if rest else first.bfloat16().float()
 
     network.stem.append(Rounded())
-    settings = replace(SETTINGS, epochs=1)  # of several epochs either could be the best, their scores are close
+    # Adam would turn a rounding difference of a gradient near zero into a whole step
+    settings = replace(SETTINGS, epochs=2, optimizer="sgd")
     begun = clone(network)
     alone = fit(network, data, settings, local())
     again = fit(begun, ArrayData(stored, spec.tasks), settings, local())
