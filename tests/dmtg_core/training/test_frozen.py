@@ -214,7 +214,7 @@ def test_training_on_stored_outputs_of_the_stem_is_that_on_inputs(spec):
 
     network.stem.append(Rounded())
     # Adam would turn a rounding difference of a gradient near zero into a whole step
-    settings = replace(SETTINGS, epochs=2, optimizer="sgd", learning_rate=0.1)
+    settings = replace(SETTINGS, epochs=2, optimizer="sgd", learning_rate=0.01)
     begun, before = clone(network), samples.snapshot(network)
     alone = fit(network, data, settings, local())
     again = fit(begun, ArrayData(stored, spec.tasks), settings, local())
@@ -223,7 +223,7 @@ def test_training_on_stored_outputs_of_the_stem_is_that_on_inputs(spec):
     moved = max(float((expected[name].float() - before[name].float()).abs().max()) for name in learned)
     # a product over another number of samples can be rounded to the next bfloat16
     apart = max(float((found[name].float() - expected[name].float()).abs().max()) for name in learned)
-    assert moved > 0.01
+    assert moved > 0.001
     assert apart < 0.05 * moved
     for task, metrics in alone.history[-1]["val"].items():
         assert again.history[-1]["val"][task]["loss"] == pytest.approx(metrics["loss"], rel=0.02)
