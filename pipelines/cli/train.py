@@ -114,7 +114,10 @@ def _train(config: Config, *, reuse: bool = False) -> dict[str, Any]:
     done = train_grouping(config, log, reuse=reuse)
     _print_summary(config, done)
     result = done.result
-    shown = ("grouping", "split", "metrics", "baseline", "normalized_gain", "chosen", "candidates", "notes")
+    shown = (
+        "outcome", "grouping", "split", "metrics", "baseline", "normalized_gain", "chosen", "candidates", "budget",
+        "training_cost", "costs", "estimate", "inference", "groups_inference", "notes",
+    )  # fmt: skip
     return {
         "run_dir": str(done.run),
         "run_id": done.run_id,
@@ -126,14 +129,17 @@ def _train(config: Config, *, reuse: bool = False) -> dict[str, Any]:
 
 
 def _print_summary(config: Config, done: Trained) -> None:
+    from dmtg_core.search.options import BASELINE
     from pipelines.registry.tracking import tracking_uri
     from pipelines.report.trees import better_trees, trees_text
+    from pipelines.runs.outcome import outcome
 
     better = better_trees(done.result)
     if better:
         show(better)
+    show(outcome(done.result))
     _print_tasks(done.result)
-    if done.result["normalized_gain"] is not None:
+    if done.result["normalized_gain"] is not None and done.result["chosen"] != BASELINE:
         show(f"gain over naive MTL: {percent(done.result['normalized_gain'])} (one run; other seeds vary)")
     if trees := trees_text(done.result):
         show(trees)
@@ -169,17 +175,19 @@ def _print_tasks(result: dict[str, Any]) -> None:
 
 
 def _selection(result: dict[str, Any]) -> str:
-    """The chosen candidate, the validation scores of all candidates and the training cost, in one line."""
+    """The chosen network, the validation scores of all networks and the training cost, in one line."""
+    from dmtg_core.search.options import BASELINE
+    from pipelines.runs.outcome import spent_text
+
     scores = [
-        f"{c['stage']} {c['score']:.4f} stopped" if c["final"] is None else f"{c['stage']} {c['final']:.4f}"
+        f"{c['stage']} {c['score']:.4f} dropped" if c["final"] is None else f"{c['stage']} {c['final']:.4f}"
         for c in result["candidates"]
     ]
+    if result.get("baseline_score") is not None:
+        scores.append(f"{BASELINE} {result['baseline_score']:.4f}")
     distilled = result["distilled"]
     after = f"; distilled from {', '.join(distilled['teachers'])}: {distilled['final']:.4f}" if distilled else ""
-    return (
-        f"chosen on validation: {result['chosen']} ({', '.join(scores)}){after}; "
-        f"training cost: {result['training_cost']:.1f} runs of naive MTL"
-    )
+    return f"chosen on validation: {result['chosen']} ({', '.join(scores)}){after}; spent {spent_text(result)}"
 
 
 def report(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field
 
+from pipelines.config.budget import runs_of
 from pipelines.config.network_section import NetworkSection
 from pipelines.config.paths import anchored, as_written, placed
 from pipelines.config.ray_section import RaySection
@@ -136,7 +137,7 @@ class Config(Section):
         """
         from dmtg_core.search.options import SearchOptions
 
-        held = self.search.model_dump()
+        held = self.search.model_dump() | {"budget": runs_of(self.search.budget, self.network.groups)}
         with _excluding(where):
             return SearchOptions(**{name: held[name] for name in SearchOptions.__dataclass_fields__})
 

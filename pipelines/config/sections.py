@@ -194,9 +194,9 @@ class SearchSection(Section):
 
     method: Literal["guided", "dmtg"] = Field(
         "guided",
-        description="guided: the candidates are a gate that starts at groups of tasks with a high feature "
-        "overlap, uniform gates and a wide encoder; the one with the best validation score is kept. dmtg: "
-        "uniform gates, as published.",
+        description="guided: the candidates are a wide encoder, a gate that starts at groups of tasks with a high "
+        "feature overlap, and uniform gates. They are compared after short rungs, and the best one gets what is "
+        "left of search.budget. dmtg: uniform gates, as published.",
     )
     starts: int = Field(
         1,
@@ -208,38 +208,41 @@ class SearchSection(Section):
     wide: bool = Field(
         True, description="guided: add a wide encoder, at the inference cost of all groups, to the candidates."
     )
-    affinity_share: float = Field(
-        0.1, gt=0, le=1, description="guided: smallest share of train.epochs used to measure the feature overlap."
+    budget: Annotated[float, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="guided: the most training of the search in runs of naive MTL; by default network.groups + 2. "
+        "The search ends earlier if validation data says that more does not pay. auto: as long as it pays, with "
+        "four times the default as the most. The baseline of naive MTL is one more run on top.",
     )
-    affinity_limit: float = Field(
-        0.3,
+    rung: float = Field(
+        0.2,
         gt=0,
         le=1,
-        description="guided: largest share of train.epochs used to measure the feature overlap. The measurement "
-        "ends earlier when the proposed groups no longer change.",
+        description="guided: epochs after which the candidates are compared first, as a share of train.epochs. "
+        "Each further rung has twice as many.",
+    )
+    compare: float = Field(
+        0.5, gt=0, le=1, description="guided: largest share of search.budget in which candidates are compared."
     )
     probability: float = Field(
-        0.9, gt=0, lt=1, description="guided: initial probability of each task for its proposed group."
+        0.9,
+        gt=0,
+        le=1,
+        description="guided: initial probability of each task for its proposed group; with 1 the proposed groups "
+        "are trained without a gate.",
     )
     within: float = Field(
         0.03,
         ge=0,
-        description="guided: distance to the best validation score at the end of the search within which a "
-        "candidate can become the result; the noise of the validation score is added to it. Within twice this "
-        "distance a candidate joins the ensemble.",
+        description="guided: distance to the best validation score at the end of a rung within which a candidate "
+        "is trained further; the noise of the validation score is added to it.",
     )
-    retrain: bool = Field(
+    distil: bool = Field(
         True,
-        description="guided: train the groups of the best gate from scratch before the wide encoder is kept.",
+        description="guided: spend what is left of search.budget on further networks and a distillation from all "
+        "of them, if the mean of their predictions is better on validation data.",
     )
-    distil_share: float = Field(
-        1.0,
-        ge=0,
-        description="guided: epochs of the distillation from the ensemble of candidates, as a share of "
-        "train.epochs; 0 for none. The student is the best candidate, the target the mean prediction of all "
-        "trained candidates.",
-    )
-    share: float = Field(0.5, gt=0, le=1, description="Share of the epochs in which the gate is trained.")
+    share: float = Field(0.5, gt=0, le=1, description="Share of train.epochs in which a gate is trained.")
     group_epochs: int = Field(
         0,
         ge=0,
@@ -250,7 +253,19 @@ class SearchSection(Section):
     group_learning_rate: float | None = Field(
         None, gt=0, description="Learning rate of search.group_epochs; by default a tenth of train.learning_rate."
     )
-    baseline: bool = Field(True, description="Train naive MTL as well, as the baseline.")
+    baseline: bool = Field(
+        True, description="Train naive MTL as well, as the baseline. It is the result if nothing is better."
+    )
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _runs(cls, value: object) -> object:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if value >= 1:
+                return value
+        elif value is None or value == "auto":
+            return value
+        raise ValueError("expected auto, or a number of runs of naive MTL that is at least 1")
 
 
 class TrackSection(Section):

@@ -280,7 +280,7 @@ def learning(records: Sequence[Mapping[str, Any]], chosen: Sequence[str] = ()) -
                 linewidth=2.2 if own else 1.4, marker="o" if len(part) == 1 else "", markersize=4,
             )  # fmt: skip
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(xlabel="epoch", ylabel="mean log validation loss")
+        axes.set(xlabel="epoch", ylabel="validation score")
         axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.22), ncols=3)
         return svg(figure, "Validation score over the epochs of every stage")
 

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from dmtg_core.names import listed
-from dmtg_core.search.options import DISTILLED, WIDE
+from dmtg_core.search.guided import GROUPS
+from dmtg_core.search.options import BASELINE, DISTILLED, GUIDED, ONE, WIDE
 from dmtg_core.training.metrics import error_of
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
@@ -24,6 +25,8 @@ from pipelines.report.trees import better_trees, trees_text
 from pipelines.runs.configuration import stored_values
 from pipelines.runs.files import DETAILS, GATE, METRICS, RESULT, read_jsonl
 from pipelines.runs.identity import data_of, earlier_verdict
+from pipelines.runs.outcome import GROUPS as SEVERAL
+from pipelines.runs.outcome import WIDE_ENCODER, network_of, outcome, spent_text, was_searched
 from pipelines.runs.results import ALL, NAIVE
 from pipelines.storage import Location
 
@@ -32,7 +35,7 @@ logger = logging.getLogger(__name__)
 # values for older runs, whose results do not have these keys
 MISSING: Mapping[str, Any] = {
     "candidates": [], "inference": None, "distilled": {}, "affinity": [], "chosen": "", "notes": [],
-    "training_cost": None,
+    "training_cost": None, "budget": None, "costs": {},
 }  # fmt: skip
 CONVERGED = 0.5  # smallest probability of a most probable branch if the gate has converged
 
@@ -66,18 +69,19 @@ def page(run: Location) -> str:
     gate = gate_records(read_jsonl(run / GATE), result)
     final = final_probabilities(result, gate)
     rows = task_rows(result, details.get("intervals"))
-    gated = final is not None and result["chosen"] != WIDE
+    gated = final is not None and (network_of(result) == SEVERAL or plotted_gate(result) == result["chosen"])
     picture = figures.gate_picture(tasks, final, "Tasks and their branches") if gated and final else ""
     plots = {
         "grouping": picture or figures.grouping(result["grouping"]),
         "candidate": figures.gate_picture(tasks, final, "Tasks and branches") if final and not gated else "",
         "gate": figures.gate(gate, tasks) if gate else "",
-        "metrics": figures.metrics(rows) if result["baseline"] else "",
+        "metrics": figures.metrics(rows) if is_compared(result) else "",
         "affinity": overlap_plot(result, tasks),
         "learning": figures.learning(read_jsonl(run / METRICS), stages_of(result)),
     }
     return render(
         "page.html",
+        filters={"candidate": candidate_text},
         styles=("page", "run", "sheet"),
         run=str(run),
         command=shlex.join(retrain_command(run)),
@@ -89,7 +93,9 @@ def page(run: Location) -> str:
         gate=gate[0]["stage"] if gate else "",
         moving=moving_gate(gate, tasks) if gate else None,
         gated=gated,
-        signal=earlier_verdict(checked(Config, config), data_of(run)),
+        signal=signal_of(config, run),
+        spent=spent_text(result) if result["training_cost"] is not None else "",
+        kind=network_of(result),
         rows=rows,
         ramp=pictures.ramp(),
         stripes=pictures.stripes(),
@@ -98,9 +104,33 @@ def page(run: Location) -> str:
     )
 
 
+def signal_of(config: Mapping[str, Any], run: Location) -> str:
+    """The verdict of an earlier `dmtg signal`; empty without one, or for a configuration of an earlier version."""
+    try:
+        return earlier_verdict(checked(Config, config), data_of(run))
+    except UserError:
+        return ""
+
+
+def is_compared(result: Mapping[str, Any]) -> bool:
+    """Whether a result is compared with naive MTL, and is not naive MTL itself."""
+    return bool(result["baseline"]) and result["chosen"] != BASELINE
+
+
 def retrain_command(run: Location) -> list[str]:
     """The command that trains the same configuration again in a new run folder."""
     return ["dmtg", "train", "-c", f"{run}/config.yaml", f"run.name={run.name}-again"]
+
+
+def candidate_text(stage: str) -> str:
+    """The description of a network that a search trains."""
+    kind = stage.rstrip("0123456789").rstrip("_")
+    return {
+        WIDE: "one wide encoder with the inference cost of all groups",
+        ONE: "one encoder for all tasks",
+        GUIDED: "a gate that starts at groups of tasks with a high feature overlap",
+        GROUPS: "the groups of the best candidate, with other initial weights",
+    }.get(kind, "a gate that starts uniform")
 
 
 def stages_of(result: Mapping[str, Any]) -> list[str]:
@@ -121,14 +151,18 @@ def gate_records(records: Sequence[Mapping[str, Any]], result: Mapping[str, Any]
 
 
 def plotted_gate(result: Mapping[str, Any]) -> str:
-    """The stage of the plotted gate: the gate of the result, or the best gate if the result has none."""
-    by_name = {c["stage"]: c for c in result["candidates"] if len(c["probabilities"][0]) > 1}
-    if result["chosen"] in by_name:
-        return str(by_name[result["chosen"]].get("gate", result["chosen"]))
-    gated = [c for c in by_name.values() if "gate" not in c]
-    if not gated:
-        return ""
-    return str(min(gated, key=lambda c: c["score"])["stage"])
+    """The stage of the plotted gate: the gate of the result, or the best gate if the result has none.
+
+    Further networks of an ensemble have the groups of the first candidate that was trained to the end.
+    """
+    gates = [c for c in result["candidates"] if len(c["probabilities"][0]) > 1]
+    found = [c for c in gates if not c["stage"].startswith(GROUPS)]
+    if result["chosen"] in [c["stage"] for c in found]:
+        return str(result["chosen"])
+    ended = [c for c in found if c["final"] is not None]
+    if ended and result["chosen"].startswith(GROUPS):
+        return str(ended[0]["stage"])
+    return str(min(found, key=lambda c: c["score"])["stage"]) if found else ""
 
 
 def final_probabilities(
@@ -197,7 +231,7 @@ def facts(
     result: Mapping[str, Any], details: Mapping[str, Any], final: Sequence[Sequence[float]] | None
 ) -> dict[str, str]:
     """The texts of the sections on the groups, the gain and the cost, each with one or two sentences."""
-    gained = result["normalized_gain"] is not None
+    gained = result["normalized_gain"] is not None and is_compared(result)
     found = {
         "groups": groups_text(result),
         "gate": gate_text(result, final),
@@ -211,7 +245,7 @@ def facts(
 
 def groups_text(result: Mapping[str, Any]) -> str:
     """The groups as a sentence."""
-    if result["chosen"] == WIDE:
+    if network_of(result) == WIDE_ENCODER:
         return "All tasks share one wide encoder."
     parts = [
         f"{', '.join(members)} {'together' if len(members) > 1 else 'alone'}"
@@ -223,7 +257,7 @@ def groups_text(result: Mapping[str, Any]) -> str:
 def gate_text(result: Mapping[str, Any], final: Sequence[Sequence[float]] | None) -> str:
     """The probabilities of the gate when the groups were fixed, and the tasks on which it had not converged."""
     if final is None:
-        return "One wide encoder has no gate." if result["chosen"] == WIDE else ""
+        return "" if network_of(result) == SEVERAL or not was_searched(result) else "One encoder has no gate."
     highest = dict(zip(result["metrics"], (max(row) for row in final), strict=True))
     low, high = min(highest.values()), max(highest.values())
     text = f"When the groups were fixed, the probability of a task's branch was {low:.0%} to {high:.0%}."
@@ -249,19 +283,19 @@ def gain_text(result: Mapping[str, Any], intervals: Mapping[str, Any] | None) ->
 
 
 def capacity_text(result: Mapping[str, Any]) -> str:
-    """The validation loss of the result relative to the wide encoder's, which has the same inference cost."""
+    """The validation score of the result relative to the wide encoder's, which has the same inference cost."""
     found = {c["stage"]: c for c in result["candidates"]}
-    if WIDE not in found or result["chosen"] == WIDE or result["chosen"] not in found:
+    if WIDE not in found or network_of(result) != SEVERAL or result["chosen"] not in found:
         return ""
     ours, wide = found[result["chosen"]], found[WIDE]
     stopped = wide["final"] is None
     key = "score" if stopped or ours["final"] is None else "final"
     less = 100 * (1 - math.exp(ours[key] - wide[key]))
     before = " before distillation" if result["distilled"].get("kept") else ""
-    when = ", which was stopped at the end of the search" if stopped else ""
+    when = ", which was dropped earlier" if stopped else ""
     return (
-        f"The gain in validation loss{before} is {percent(less)} over one wide encoder with the same inference "
-        f"cost{when}."
+        f"On validation, the gain{before} is {percent(less)} over one wide encoder with the same inference "
+        f"cost{when}. It is that of the validation score, the mean logarithm of losses and errors."
     )
 
 
@@ -278,7 +312,7 @@ def cost_text(result: Mapping[str, Any], measured: Mapping[str, Any] | None) -> 
     elif result["inference"]:
         parts.append(f"Inference takes {cost(result['inference']['flops'])} operations a sample.")
     if result["training_cost"] is not None:
-        parts.append(f"Training costs {result['training_cost']:.1f} runs of naive MTL.")
+        parts.append(f"Training cost {spent_text(result)}.")
     return " ".join(parts)
 
 
@@ -289,14 +323,10 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def _verdict(result: Mapping[str, Any]) -> str:
-    count = len(result["grouping"])
-    groups = f"{len(result['metrics'])} tasks in {count} {'group' if count == 1 else 'groups'}"
-    if result["chosen"] == WIDE:
-        groups = (
-            f"No grouping of the {len(result['metrics'])} tasks was better than one wide encoder "
-            "with the same inference cost"
-        )
-    gain = result["normalized_gain"]
-    if gain is None:
-        return f"{groups}."
-    return f"{groups}: {percent(gain)} gain over one shared encoder (naive MTL) on {result['split']}, in one run."
+    count, gain = len(result["grouping"]), result["normalized_gain"]
+    over = f"gain over one shared encoder (naive MTL) on {result['split']}, in one run."
+    if network_of(result) == SEVERAL:
+        groups = f"{len(result['metrics'])} tasks in {count} groups"
+        return f"{groups}." if gain is None else f"{groups}: {percent(gain)} {over}"
+    found = outcome(result)
+    return found if gain is None or not is_compared(result) else f"{found} {percent(gain)} {over}"

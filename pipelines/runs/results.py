@@ -7,12 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from dmtg_core.network.cost import inference_cost
+from dmtg_core.grouping import Grouping
+from dmtg_core.network.cost import Cost, grouping_cost, inference_cost
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.search import SearchResult
 from dmtg_core.tasks import Task
+from dmtg_core.training.loop import score_of
 from dmtg_core.training.metrics import Metrics, normalized_gain
 from pipelines.runs.files import GROUPING, MODELS, RESULT
 from pipelines.runs.models import write_models
+from pipelines.runs.outcome import outcome
 from pipelines.storage import Location
 
 # rows of the table of inference cost, besides one for each group
@@ -31,45 +35,75 @@ def gains(tasks: Sequence[Task], metrics: Metrics, baseline: Metrics) -> dict[st
 def write_result(
     run: Location,
     result: SearchResult,
+    spec: NetworkSpec,
     notes: Sequence[str] = (),
     file: str = RESULT,
     trees: Mapping[str, Any] | None = None,
+    estimate: Mapping[str, Any] | None = None,
 ) -> None:
     """Write group models, grouping and metrics; `file` is written last and marks the result as complete.
 
     Args:
         run: The run folder.
         result: The search.
+        spec: The configured network.
         notes: Warnings to store with the result.
         file: `RESULT` or `SEARCHED`.
         trees: The figures of extra trees on the same table, or why there are none.
+        estimate: The estimate before the start.
     """
     write_models(run / MODELS, result.network.specialise())
     (run / GROUPING).write_text(result.grouping.to_json())
     split = "test" if "test" in result.metrics else "val"
     tasks = result.network.tasks
     found = gains(tasks, result.metrics[split], result.baseline[split]) if result.baseline else {}
-    (run / file).write_json(
-        {
-            "grouping": result.grouping.to_dict(),
-            "grouping_name": result.grouping.name,
-            "split": split,
-            "metrics": result.metrics[split],
-            "baseline": result.baseline.get(split, {}),
-            "normalized_gain": found.get("error"),
-            "gains": found,
-            "validation": result.metrics.get("val", {}),
-            "chosen": result.chosen,
-            "candidates": result.candidates,
-            "distilled": result.distilled,
-            "affinity": result.affinity,
-            "training_cost": result.cost,
-            "inference": asdict(inference_cost(result.network)),
-            "headline": {task.name: task.metric for task in tasks},
-            "trees": dict(trees or {}),
-            "notes": list(notes),
-        }
-    )
+    values = {
+        "grouping": result.grouping.to_dict(),
+        "grouping_name": result.grouping.name,
+        "split": split,
+        "metrics": result.metrics[split],
+        "baseline": result.baseline.get(split, {}),
+        "normalized_gain": found.get("error"),
+        "gains": found,
+        "validation": result.metrics.get("val", {}),
+        "chosen": result.chosen,
+        "score": finite_or_none(result.score),
+        "baseline_score": score_or_none(tasks, result.baseline["val"]) if "val" in result.baseline else None,
+        "candidates": result.candidates,
+        "distilled": result.distilled,
+        "affinity": result.affinity,
+        "budget": result.budget,
+        "training_cost": result.cost,
+        "costs": result.costs,
+        "estimate": dict(estimate or {}),
+        "inference": asdict(inference_cost(result.network)),
+        "groups_inference": asdict(cost_of_groups(result, spec)),
+        "headline": {task.name: task.metric for task in tasks},
+        "trees": dict(trees or {}),
+        "notes": list(notes),
+    }
+    (run / file).write_json({"outcome": outcome(values), **values})
+
+
+def cost_of_groups(result: SearchResult, spec: NetworkSpec) -> Cost:
+    """The inference cost of the best groups that a search has found, or else of as many groups as it may have.
+
+    Args:
+        result: The search.
+        spec: The configured network.
+    """
+    names = [task.name for task in spec.tasks]
+    several = [one for one in result.candidates if len(one["grouping"]) > 1]
+    if several:
+        best = min(several, key=lambda one: one["score"])
+        return grouping_cost(spec, Grouping.from_dict(best["grouping"], names))
+    groups = min(spec.groups, len(names))
+    return grouping_cost(spec, Grouping.from_assignment(names, [n % groups for n in range(len(names))]))
+
+
+def score_or_none(tasks: Sequence[Task], metrics: Mapping[str, Any]) -> float | None:
+    """The validation score of metrics as they are written; None if it is not defined."""
+    return finite_or_none(score_of(tasks, numbers({task.name: metrics[task.name] for task in tasks})))
 
 
 def gain_of(

@@ -30,7 +30,7 @@ class TrialEvents:
     def epoch(self, name: str, epoch: int, record: Mapping[str, Any]) -> None:
         """A trial has finished an epoch."""
         shown = "not defined" if record["val_score"] is None else f"{record['val_score']:.4f}"
-        self.log(f"{name}: epoch {epoch} of {self.trials[name].reports}, score {shown}")
+        self.log(f"{name}: epoch {epoch} of at most {self.trials[name].reports}, score {shown}")
         self.trackers.open(self.trials[name]).record(record)
 
     def ended(self, name: str, reason: str = "") -> None:

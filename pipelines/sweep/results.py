@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dmtg_core.tasks import Task
-from dmtg_core.training.loop import score_of
 from pipelines.runs.files import METRICS, RESULT, read_jsonl
-from pipelines.runs.results import finite_or_none, gain_of, numbers
+from pipelines.runs.results import gain_of
 from pipelines.sweep.trials import FAILED, STOPPED, Trial
 
 Row = dict[str, Any]
@@ -16,7 +15,7 @@ DONE, ENDED_EARLY, BROKEN, OPEN = "finished", "stopped", "failed", "unfinished"
 RULE = (
     "The best setting has the lowest mean difference between its validation score and that of naive MTL with the "
     "same seed, among the settings with the most finished seeds. Of equal settings the cheaper one is best. The "
-    "score is the mean logarithm of the tasks' losses. Test figures are not used."
+    "score is the mean over the tasks of the logarithms of loss and headline error. Test figures are not used."
 )
 KNEE = (
     "The knee is the setting on the Pareto front farthest above the line between its ends, with both axes scaled "
@@ -71,14 +70,10 @@ def _row(trial: Trial) -> Row:
         return row
     result = (trial.run / RESULT).read_json()
     return row | {
-        "val_score": _score(result["validation"]), "split": result["split"], "metrics": result["metrics"],
+        "val_score": result["score"], "split": result["split"], "metrics": result["metrics"],
         "validation": result["validation"], "grouping": result["grouping"],
         "grouping_name": result["grouping_name"], **result["inference"],
     }  # fmt: skip
-
-
-def _score(metrics: Mapping[str, Any]) -> float | None:
-    return finite_or_none(score_of(numbers(metrics)))
 
 
 def by_setting(rows: Sequence[Row]) -> list[Row]:

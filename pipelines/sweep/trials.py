@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from dmtg_core.search.budget import default_budget
 from pipelines.config.loading import Config
 from pipelines.config.sections import SweepSection
 from pipelines.config.validation import checked
@@ -54,21 +56,24 @@ class Trial:
 
     @property
     def reports(self) -> int:
-        """Largest number of epochs that the trial reports: those of all candidates, if none is stopped."""
+        """Largest number of epochs that the trial reports.
+
+        No epoch of a search with a budget is cheaper than one of naive MTL. Its first epoch can cost more than the
+        budget.
+        """
         settings, options = self.config.settings(), self.config.search_options()
-        gated = options.starts * settings.search_epochs
         if options.method == "dmtg" or self.config.network.groups == 1:
-            return gated + settings.epochs - settings.search_epochs
-        others = 1 + (options.wide and self.config.encoder_spec().can_widen)
-        distillation = options.distilled(settings).epochs if options.distil_share else 0
-        return self.prelude + (options.starts + others) * settings.epochs + distillation
+            return max(options.starts, 1) * settings.search_epochs + settings.epochs - settings.search_epochs
+        budget = options.budget or default_budget(self.config.network.groups)
+        return math.ceil(budget * settings.epochs) + 1
 
     @property
     def prelude(self) -> int:
-        """Largest number of epochs that the trial reports before its first candidate."""
+        """Largest number of epochs in the first rung, whose scores are those of different candidates."""
         settings, options = self.config.settings(), self.config.search_options()
-        guided = options.method == "guided" and self.config.network.groups > 1
-        return options.affinity_epochs(settings)[1] if guided else 0
+        if options.method == "dmtg" or self.config.network.groups == 1:
+            return 0
+        return max(round(options.rung * settings.epochs), 1) * (options.starts + 2)
 
 
 def sweep_name(config: Config) -> str:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from dmtg_core.network.cost import inference_cost
+from dmtg_core.tasks import Task
 from dmtg_core.training.checkpoint import group_model
 from dmtg_core.training.context import LocalContext, Save
 from dmtg_core.training.loop import advance, evaluate, reporting, score_of
@@ -25,7 +26,8 @@ from pipelines.runs.checkpoints import Checkpoints
 from pipelines.runs.events import UNWRITTEN, Emit, emitter
 from pipelines.runs.files import CHECKPOINTS, DETAILS, MODELS, RESULT, SEARCHED
 from pipelines.runs.models import group_names, read_model, write_model
-from pipelines.runs.results import gains
+from pipelines.runs.outcome import outcome
+from pipelines.runs.results import gains, numbers, score_or_none
 from pipelines.scratch import temporary_folder
 from pipelines.storage import Location
 from pipelines.training.failures import permanent_error, training_failed
@@ -45,7 +47,7 @@ def train_groups(job: Job, executor: Executor, log: Callable[[str], None]) -> No
     """
     config, searched = job.config, (job.run / SEARCHED).read_json()
     left = [
-        (name, members, score_before(searched, members))
+        (name, members, score_before(searched, [task for task in job.reader.tasks if task.name in members]))
         for name, members in searched["grouping"].items()
         if not _done(job.run, name).exists()
     ]
@@ -62,9 +64,9 @@ def _train_group(job: Job, group: tuple[str, Sequence[str], float]) -> tuple[flo
     return train_group(job, *group)
 
 
-def score_before(searched: Mapping[str, Any], members: Sequence[str]) -> float:
-    """The validation score of a group at the end of the search."""
-    return score_of({name: searched["validation"][name] for name in members})
+def score_before(searched: Mapping[str, Any], tasks: Sequence[Task]) -> float:
+    """The validation score of the tasks of a group at the end of the search."""
+    return score_of(tasks, numbers({task.name: searched["validation"][task.name] for task in tasks}))
 
 
 def train_group(job: Job, name: str, members: Sequence[str], before: float) -> tuple[float, float]:
@@ -162,9 +164,11 @@ def _finish(job: Job, searched: Mapping[str, Any], executor: Executor) -> None:
     models = {name: read_model(job.run / MODELS / name) for name in searched["grouping"]}
     result |= {
         "inference": asdict(inference_cost(models)),
-        "metrics": metrics, "validation": validation, "groups": scores, "gains": found,
+        "metrics": metrics, "validation": validation, "score": score_or_none(tasks, validation),
+        "groups": scores, "gains": found,
         "normalized_gain": found.get("error"), "notes": notes if found else searched["notes"],
     }  # fmt: skip
+    result["outcome"] = outcome(result)
     if job.details:
         for done in executor.run(partial(rewrite_samples, job), [searched["split"]]):
             if done.error is not None:

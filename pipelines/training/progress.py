@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.text import Text
 
 from dmtg_core.network.spec import NetworkSpec
-from dmtg_core.search.options import AFFINITY, BASELINE, DISTILLED, GUIDED, RETRAINED, WIDE
+from dmtg_core.search.budget import default_budget
+from dmtg_core.search.options import BASELINE
 from pipelines.config.loading import Config
 
 Record = Mapping[str, Any]
@@ -23,84 +24,61 @@ SPEED_S = 600.0  # the remaining time is estimated from the mean speed over so m
 
 @dataclass(frozen=True)
 class Plan:
-    """The epochs of all stages of a search.
+    """The length of a run, and how much of it is done.
 
     Args:
-        stages: Stages before the candidates, with the most epochs of each.
-        candidates: Candidates in the order in which they are trained.
-        search: Epochs of a candidate's search phase.
-        rest: Epochs of a candidate after its search phase.
-        finalists: The most candidates that can be trained to their end.
-        retrained: Epochs of groups that may be trained from scratch; 0 if they never are.
-        distilled: Epochs of the distillation; 0 for none.
+        epochs: Epochs of naive MTL.
+        baseline: Whether naive MTL is trained as the baseline.
+        budget: Budget of the search in runs of naive MTL; None for a search of fixed length.
+        starts: Gates of a search of fixed length, in the order in which they are trained.
+        search: Epochs of each gate before the best one is fine-tuned.
     """
 
-    stages: tuple[tuple[str, int], ...]
-    candidates: tuple[str, ...]
+    epochs: int
+    baseline: bool
+    budget: float | None
+    starts: tuple[str, ...]
     search: int
-    rest: int
-    finalists: int
-    retrained: int
-    distilled: int
 
     @classmethod
     def of(cls, config: Config, spec: NetworkSpec) -> Plan:
         """The plan of a configuration."""
         settings, options = config.settings(), config.search_options()
-        candidates = tuple(options.candidates(spec))
-        stages = [(BASELINE, settings.epochs)] if config.search.baseline else []
-        stages += [(AFFINITY, options.affinity_epochs(settings)[1])] if GUIDED in candidates else []
-        several = options.method == "guided" and len(candidates) > 1
-        return cls(
-            tuple(stages),
-            candidates,
-            settings.search_epochs,
-            settings.epochs - settings.search_epochs,
-            len(candidates) if options.method == "guided" else 1,
-            settings.epochs if several and options.retrain and WIDE in candidates else 0,
-            options.distilled(settings).epochs if several and options.distil_share else 0,
-        )
+        fixed = options.method == "dmtg" or spec.groups == 1
+        budget = None if fixed else options.budget or default_budget(spec.groups)
+        starts = tuple(options.candidates(spec)) if fixed else ()
+        return cls(settings.epochs, config.search.baseline, budget, starts, settings.search_epochs)
 
-    def total(self, records: Sequence[Record]) -> int:
-        """The most epochs of the run, given the epochs so far: stages can end early and candidates can stop."""
-        most = (
-            sum(self._stage_epochs(name, epochs, records) for name, epochs in self.stages)
-            + len(self.candidates) * self.search
-        )
-        most += self.finalists * self.rest + self.distilled
-        if self.finalists == 1:
-            return most
-        finished = [name for name in self.candidates if self._is_finalist(name, records)]
-        last = records[-1]["stage"] if records else ""
-        if last != DISTILLED or any(record["stage"] == RETRAINED for record in records):
-            most += self.retrained
-        passed = self.candidates if last in (RETRAINED, DISTILLED) else self.candidates[: self._place(finished)]
-        stopped = sum(self._missing(name, records) for name in (*finished, RETRAINED) if name != last)
-        return most - stopped - self.rest * sum(name not in finished for name in passed)
+    @property
+    def total(self) -> float:
+        """The most training: in runs of naive MTL with a budget, else in epochs."""
+        if self.budget is not None:
+            return self.budget + self.baseline
+        return (self.baseline + 1) * self.epochs + (len(self.starts) - 1) * self.search
 
-    def epochs_of(self, record: Record) -> int:
-        """Epochs of the stage of a record."""
-        if record["stage"] == DISTILLED:
-            return self.distilled
-        if record["stage"] == RETRAINED:
-            return self.retrained
-        return dict(self.stages).get(record["stage"], self.search + self.rest)
+    def done(self, record: Record) -> float:
+        """The training until the end of an epoch, in the unit of `total`. Epochs that a stage left out count."""
+        stage, epoch = record["stage"], record["epoch"]
+        if self.budget is not None:
+            done = epoch / self.epochs if stage == BASELINE else self.baseline + record["spent"]
+        elif stage == BASELINE:
+            done = epoch
+        else:
+            before = self.starts.index(stage) if epoch <= self.search else len(self.starts) - 1
+            done = self.baseline * self.epochs + before * self.search + epoch
+        return float(min(done, self.total))
 
-    def _stage_epochs(self, name: str, most: int, records: Sequence[Record]) -> int:
-        """Epochs of a stage before the candidates, which may end early."""
-        own = sum(record["stage"] == name for record in records)
-        return own if own and records[-1]["stage"] != name else most
+    def next_epoch(self, records: Sequence[Record]) -> float:
+        """Length of the current epoch, if it is as long as the last one or else as one of naive MTL."""
+        if len(records) > 1 and records[-1]["stage"] == records[-2]["stage"]:
+            return self.done(records[-1]) - self.done(records[-2])
+        return 1.0 if self.budget is None else 1 / self.epochs
 
-    def _missing(self, name: str, records: Sequence[Record]) -> int:
-        """Epochs by which a stage ended early."""
-        own = [record for record in records if record["stage"] == name]
-        return self.epochs_of(own[-1]) - len(own) if own else 0
-
-    def _is_finalist(self, name: str, records: Sequence[Record]) -> bool:
-        return any(record["stage"] == name and record["epoch"] > self.search for record in records)
-
-    def _place(self, finished: Sequence[str]) -> int:
-        return self.candidates.index(finished[-1]) if finished else 0
+    def text(self, done: float) -> str:
+        """What is done, as text."""
+        if self.budget is not None:
+            return f"{done:.1f} of {self.total:.3g} runs of naive MTL"
+        return f"epoch {min(int(done) + 1, int(self.total))} of {self.total:.0f}"
 
 
 class Display(Protocol):
@@ -133,10 +111,10 @@ class _Bar(Progress):
 
 
 class LiveDisplay:
-    """A bar over all epochs, and the metrics of the last one.
+    """A bar over the whole training, and the metrics of the last epoch.
 
     Args:
-        plan: The epochs of the run.
+        plan: The length of the run.
         console: The terminal.
     """
 
@@ -152,27 +130,32 @@ class LiveDisplay:
             *columns, console=console, transient=True, redirect_stdout=False, refresh_per_second=2,
             speed_estimate_period=SPEED_S,
         )  # fmt: skip
-        self.task = self.bar.add_task("starting", total=plan.total(()), step="")
-        self.known, self.stale = 0, (0, 0)
+        self.task = self.bar.add_task("starting", total=plan.total, step="")
+        self.known, self.stale, self.most = 0, (0, 0), 0.0
 
     def show(self, records: Sequence[Record], gate: Sequence[Record], current: tuple[int, int]) -> None:
         """See `Display`."""
         if len(records) != self.known:  # the reported step belongs to the epoch that has ended
             self.known, self.stale = len(records), current
         step, steps = (0, 0) if current == self.stale else current
-        total = self.plan.total(records)
-        done = len(records) + (step / steps if steps else 0)
-        self.bar.figures = figures(self.plan, records[-1], gate) if records else ""
+        done = self.plan.done(records[-1]) if records else 0.0
+        done += self.plan.next_epoch(records) * step / steps if steps else 0.0
+        self.most = min(max(done, self.most), self.plan.total)  # it does not go back
+        self.bar.figures = figures(records[-1], gate) if records else ""
         self.bar.update(
-            self.task, total=total, completed=done, step=f"step {step} of {steps}" if steps else "",
-            description=f"epoch {min(len(records) + 1, total)} of {total}",
+            self.task, completed=self.most, step=f"step {step} of {steps}" if steps else "",
+            description=self.plan.text(self.most),
         )  # fmt: skip
 
+    def end(self) -> None:
+        """Show a run that has ended: it can take less training than its plan allows."""
+        self.bar.update(self.task, completed=self.plan.total, step="", description="done")
 
-def figures(plan: Plan, record: Record, gate: Sequence[Record]) -> str:
+
+def figures(record: Record, gate: Sequence[Record]) -> str:
     """The last epoch in one line: stage, loss, entropy of the gate, current groups, speed."""
     loss = sum(record["train_loss"].values()) / len(record["train_loss"])
-    parts = [f"{record['stage']} {record['epoch']} of {plan.epochs_of(record)}: loss {loss:.4g}"]
+    parts = [f"{record['stage']} epoch {record['epoch']}: loss {loss:.4g}"]
     key = (record["stage"], record["epoch"])
     rows = next((g["probabilities"] for g in reversed(gate) if (g["stage"], g["epoch"]) == key), [[1.0]])
     if len(rows[0]) > 1:
@@ -190,3 +173,4 @@ def display(plan: Plan) -> Iterator[Display]:
     live = LiveDisplay(plan, Console(stderr=True))
     with live.bar:
         yield live
+        live.end()

@@ -60,6 +60,11 @@ class Job:
         """The reader of what training reads."""
         return self.outputs or self.reader
 
+    @property
+    def spec(self) -> NetworkSpec:
+        """The configured network."""
+        return self.config.network_spec(self.reader.manifest.description.input, self.reader.tasks)
+
 
 def work(job: Job, context: RunContext) -> None:
     """The training function.
@@ -131,7 +136,7 @@ def _write(job: Job, context: RunContext, result: SearchResult) -> None:
             write_details(job, run, result)
         notes = (*job.notes, *warnings_of(context.records), *for_result(job.event_log.after(0)))
         file = SEARCHED if job.config.search.group_epochs else RESULT
-        write_result(run, result, notes, file, job.trees)
+        write_result(run, result, job.spec, notes, file, job.trees)
     except UserError as error:
         raise PermanentError(
             f"training is done, its result {error.what.removeprefix('cannot write: ')}",
@@ -145,9 +150,8 @@ def write_details(job: Job, run: Location, result: SearchResult) -> None:
     from pipelines.training.diagnostics import details_of  # imports the report
 
     config = job.config
-    spec = config.network_spec(job.reader.manifest.description.input, job.reader.tasks)
     found = details_of(
-        result, job.reader, spec,
+        result, job.reader, job.spec,
         samples=config.run.samples, batch_size=config.train.batch_size, seed=config.train.seed,
     )  # fmt: skip
     (run / DETAILS).write_json(found)
