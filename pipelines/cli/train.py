@@ -66,6 +66,9 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Profile a few steps instead: a trace, and the time of each part.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check everything, and estimate training, time and memory.")
+    ] = False,
     reuse: Annotated[
         bool, typer.Option("--reuse", help="Show a finished run although the data has changed since.")
     ] = False,
@@ -80,6 +83,9 @@ def train(
         from pipelines.runs.identity import earlier_conclusion
 
         loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok)
+        if dry_run:
+            step = Next("train", command_line(["train"], config, overrides, ray_config))
+            return _dry_run(loaded) | {"next": step}
         if profile:
             step = Next("train without the profiler", command_line(["train"], config, overrides, ray_config))
             return _profile(loaded) | {"next": step}
@@ -91,6 +97,14 @@ def train(
         return found | {"next": step}
 
     run("train", body, reads=config, as_json=as_json, debug=debug)
+
+
+def _dry_run(config: Config) -> dict[str, Any]:
+    from pipelines.training.driver import dry_run
+
+    found = dry_run(config, log)
+    show(*found["text"])
+    return {"estimate": found}
 
 
 def _profile(config: Config) -> dict[str, Any]:

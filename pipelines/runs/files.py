@@ -14,6 +14,7 @@ GROUPING = "grouping.json"
 RESULT = "result.json"  # written last: a run with this file is finished
 SEARCHED = "searched.json"  # the result of the search, before the groups are trained on their own
 MODELS = "models"  # a folder for each group
+ESTIMATE = "estimate.json"  # the estimate before the start
 DETAILS = "details.json"  # further content of the report
 TREES = "trees.json"  # the figures of extra trees on the same table
 METRICS = "metrics.jsonl"  # a record for each epoch

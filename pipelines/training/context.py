@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,28 @@ from pipelines.training.watchdog import Watchdog, worker_scratch
 
 CLOSING_S = 5.0  # on Ray, the process is ended then
 PROGRESS = "progress.json"  # in a checkpoint: the records of all epochs before it, and the number of workers
+
+
+class RecordTexts:
+    """The records of all epochs as JSON. Each record is encoded once, because a long run has many."""
+
+    def __init__(self, records: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.whole: list[str] = []
+        self.lines: dict[str, list[str]] = {GATE: [], METRICS: []}
+        for record in records:
+            self.add(record)
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Add the record of an epoch."""
+        gate = {key: record[key] for key in ("stage", "epoch", "phase", "temperature", "probabilities")}
+        plain = {key: value for key, value in record.items() if key != "probabilities"}
+        self.whole.append(_encoded(record))
+        self.lines[GATE].append(_encoded(gate) + "\n")
+        self.lines[METRICS].append(_encoded(plain) + "\n")
+
+
+def _encoded(record: Mapping[str, Any]) -> str:
+    return json.dumps(finite(record), allow_nan=False)
 
 
 class RunContext:
@@ -56,6 +78,7 @@ class RunContext:
         self.run, self.emit, self.on_record = run, emit, on_record
         self.device = device or torch.device("cpu")
         self.records: list[dict[str, Any]] = []
+        self.texts = RecordTexts()
         self.scratch = worker_scratch(run, emit)
         self.watchdog = Watchdog(hung_after_s, self.scratch.path / STACKS)
         self.checkpoints = Checkpoints(run / CHECKPOINTS, self.scratch.path, emit)
@@ -76,6 +99,7 @@ class RunContext:
         if self.rank == 0:
             if record is not None:
                 self.records.append(dict(record) | {"time": time.time()})
+                self.texts.add(self.records[-1])
             self._checkpoint(save)
             if record is not None:
                 self._write_metrics()
@@ -89,8 +113,8 @@ class RunContext:
         try:
             folder.mkdir()
             save(folder)
-            progress = {"workers": self.world_size, "records": finite(self.records)}
-            (folder / PROGRESS).write_text(json.dumps(progress, allow_nan=False))
+            records = ", ".join(self.texts.whole)
+            (folder / PROGRESS).write_text(f'{{"workers": {self.world_size}, "records": [{records}]}}')
         except (OSError, SafetensorError) as error:
             remove()
             self.emit(UNWRITTEN, f"{name} is lost, training continues ({error} at {self.scratch.path.parent})")
@@ -99,11 +123,8 @@ class RunContext:
 
     def _write_metrics(self) -> None:
         """Write the records: the gate's probabilities, then the metrics, as a reader of metrics needs both."""
-        keys = ("stage", "epoch", "phase", "temperature", "probabilities")
-        gate = [{key: record[key] for key in keys} for record in self.records]
-        plain = [{k: v for k, v in record.items() if k != "probabilities"} for record in self.records]
-        for name, records in ((GATE, gate), (METRICS, plain)):
-            text = "".join(json.dumps(finite(record), allow_nan=False) + "\n" for record in records)
+        for name, lines in self.texts.lines.items():
+            text = "".join(lines)
             self.writer.put(name, PendingWrite(partial((self.run / name).retrying(0).write_text, text)))
 
     def latest(self) -> Path | None:
@@ -121,6 +142,7 @@ class RunContext:
                 str(error), where=str(self.checkpoints.folder), remedy="delete them to train again from the start"
             ) from error
         self.records = progress["records"]
+        self.texts = RecordTexts(self.records)
         self._write_metrics()  # the checkpoint may have been written before them
         self._emit_resumed(self.checkpoints.whole[-1], progress["workers"])
         return found

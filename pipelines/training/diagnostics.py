@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dmtg_core.evaluation.bootstrap import BlockSums, compare
 from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, clone
 from dmtg_core.network.spec import NetworkSpec
+from dmtg_core.search.options import BASELINE
 from dmtg_core.search.search import SearchResult
 from dmtg_core.tasks import Task
 from dmtg_core.training.data import Arrays, Batch
@@ -50,7 +51,8 @@ def details_of(
     """
     split = "test" if "test" in result.metrics else "val"
     # clones are not compiled: batches have other sizes here, and the other networks are not compiled either
-    network, naive = clone(result.network), result.naive and clone(result.naive)
+    network = clone(result.network)
+    naive = None if result.naive is None or result.chosen == BASELINE else clone(result.naive)
     analysis = SplitAnalysis(network, naive, reader, split, batch_size, seed)
     return {
         "versions": versions(),
@@ -126,7 +128,7 @@ class SplitAnalysis:
 
     Args:
         network: The result, as `GroupingNetwork` or `MergedGroups`.
-        naive: The network of naive MTL.
+        naive: The network of naive MTL; None without a baseline, or if it is the result.
         reader: Reader of the run's tasks.
         split: The split.
         batch_size: Samples in a batch.

@@ -18,7 +18,18 @@ from pipelines.execution.executor import Executor
 from pipelines.registry.models import Registered
 from pipelines.registry.tracking import Tracker, connect, enabled, open_tracker
 from pipelines.runs.events import for_result
-from pipelines.runs.files import EVENTS, REGISTERED, REPORT, RESULT, SEARCHED, TRACKING, read_jsonl
+from pipelines.runs.files import (
+    ESTIMATE,
+    EVENTS,
+    METRICS,
+    PROFILE,
+    REGISTERED,
+    REPORT,
+    RESULT,
+    SEARCHED,
+    TRACKING,
+    read_jsonl,
+)
 from pipelines.runs.identity import data_of, open_run, record_identity, results_folder
 from pipelines.runs.lease import Lease, only_one
 from pipelines.runs.models import check_models
@@ -95,6 +106,36 @@ def train(
             return _train_once(config, run, models, data, executor, lease, log)
 
 
+def dry_run(config: Config, log: Callable[[str], None] = logger.info) -> dict[str, Any]:
+    """Run every check of `train` that needs no training, and estimate its time. The run does not change.
+
+    Shards that are missing or stale are written.
+
+    Returns:
+        The estimate, see `estimated`.
+
+    Raises:
+        UserError: As `train`.
+    """
+    run = open_run(config)
+    config.check_options()
+    models, file = _open(config, run), run / PROFILE / ESTIMATE
+    file.delete()
+    with open_executor(config.ray) as executor:
+        data = prepare(config, executor, log, partial(check_network, config, models=models, log=log))
+        for note in data.notes:
+            log(f"note: {note}")
+        with open_workers(data, executor, log) as (chosen, workers):
+            held, event_log = data.samples(workers), new_event_log(workers)
+            job = Job(
+                chosen, data.reader, held, run, event_log=event_log, outputs=data.outputs, estimate=file,
+                dry_run=True,
+            )  # fmt: skip
+            run_workers(job, workers, log)
+    found: dict[str, Any] = file.read_json()
+    return found
+
+
 def _train_once(
     config: Config,
     run: Location,
@@ -142,7 +183,10 @@ def _job(config: Config, data: Prepared, run: Location, models: WarmStart | None
     """The job of the workers, without its tables and its event log."""
     start = keep_models(models, run)
     notes = (*data.notes, *baseline_notes(config, start))
-    return Job(config, data.reader, None, run, notes, start, details=True, outputs=data.outputs)
+    estimate = run / ESTIMATE
+    if not (run / METRICS).exists():
+        estimate.delete()  # of a dry run or a call that was killed
+    return Job(config, data.reader, None, run, notes, start, details=True, outputs=data.outputs, estimate=estimate)
 
 
 def train_monitored(

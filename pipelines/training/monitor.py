@@ -15,7 +15,7 @@ from pipelines.errors import UserError
 from pipelines.execution.executor import Executor
 from pipelines.registry.tracking import Tracker
 from pipelines.runs.events import LOST, RESIZED, RESUMED, WAITING, Event, EventLog, EventWriter, emitter
-from pipelines.runs.files import EVENTS, GATE, METRICS, read_jsonl
+from pipelines.runs.files import ESTIMATE, EVENTS, GATE, METRICS, read_jsonl
 from pipelines.storage import Location
 from pipelines.training.progress import Display, NoDisplay
 
@@ -55,6 +55,7 @@ class Monitor:
         self.event_log = event_log
         self.event_writer = EventWriter(run / EVENTS, self.event_log, earlier)
         self.lost_at: float | None = None
+        self.estimated = False
 
     def poll(self) -> None:
         """Print and track what is new."""
@@ -66,9 +67,17 @@ class Monitor:
                 self.lost_at = None
         self._report_missing_resources()
         try:
+            self._estimate()
             self._epochs()
         except UserError:
             return  # the storage is unreachable, which its writers report; the next poll tries again
+
+    def _estimate(self) -> None:
+        """Log the estimate of a worker, once."""
+        if not self.estimated and (self.run / ESTIMATE).exists():
+            self.estimated = True
+            for line in (self.run / ESTIMATE).read_json()["text"]:
+                self.log(line)
 
     def _epochs(self) -> None:
         gate = {(g["stage"], g["epoch"]): g for g in read_jsonl(self.run / GATE)}

@@ -41,6 +41,8 @@ class Job:
         details: Also write the details of the run's page.
         trees: The figures of extra trees, to store with the result.
         outputs: Reader of the outputs of a frozen stem, whose tables are `held`; None if training reads inputs.
+        estimate: File for the estimate before the start; None for no estimate. A file that exists is kept.
+        dry_run: End with the estimate.
     """
 
     config: Config
@@ -54,6 +56,8 @@ class Job:
     details: bool = False
     trees: Mapping[str, Any] = field(default_factory=dict)
     outputs: Reader | None = None
+    estimate: Location | None = None
+    dry_run: bool = False
 
     @property
     def training(self) -> Reader:
@@ -78,6 +82,10 @@ def work(job: Job, context: RunContext) -> None:
                 _profile(job, context)
             return
         with _permanent_errors(job, context):
+            if job.estimate is not None and not job.estimate.exists():
+                _estimate(job, job.estimate, context)
+            if job.dry_run:
+                return
             result = _search(job, context)
         if context.rank == 0:
             _write(job, context, result)
@@ -97,15 +105,15 @@ def _permanent_errors(job: Job, context: RunContext) -> Iterator[None]:
         raise permanent from error
 
 
-def _open(job: Job, context: RunContext) -> tuple[NetworkSpec, Data]:
-    config, reader = job.config, job.reader
+def _open(job: Job, context: RunContext, *, reports: bool = True) -> tuple[NetworkSpec, Data]:
+    """The network and the data, which report the steps of training to the event log."""
+    config = job.config
     data = open_data(
         job.training, job.held, config.data, seed=config.train.seed,
         rank=context.rank, world_size=context.world_size, device=context.device,
     )  # fmt: skip
-    return config.network_spec(reader.manifest.description.input, reader.tasks), MonitoredData(
-        data, context.watchdog, StepReporter(job.event_log) if context.rank == 0 else None
-    )
+    reporter = StepReporter(job.event_log) if reports and context.rank == 0 else None
+    return job.spec, MonitoredData(data, context.watchdog, reporter)
 
 
 def _search(job: Job, context: RunContext) -> SearchResult:
@@ -115,6 +123,20 @@ def _search(job: Job, context: RunContext) -> SearchResult:
         spec, data, config.settings(), config.search_options(), baseline=config.search.baseline,
         splits=splits, context=context, warm_start=warm_start(job.start),
     )  # fmt: skip
+
+
+def _estimate(job: Job, file: Location, context: RunContext) -> None:
+    """Write the estimate before the search starts."""
+    from pipelines.training.estimate import estimated
+
+    config, (spec, data) = job.config, _open(job, context, reports=False)
+    rows = -(-job.reader.manifest.rows("val") // context.world_size)
+    found = estimated(
+        spec, data, config.settings(), config.search_options(), context, baseline=config.search.baseline,
+        validation=-(-rows // config.train.batch_size),
+    )  # fmt: skip
+    if context.rank == 0:
+        file.write_json(found)
 
 
 def _profile(job: Job, context: RunContext) -> None:
@@ -136,7 +158,8 @@ def _write(job: Job, context: RunContext, result: SearchResult) -> None:
             write_details(job, run, result)
         notes = (*job.notes, *warnings_of(context.records), *for_result(job.event_log.after(0)))
         file = SEARCHED if job.config.search.group_epochs else RESULT
-        write_result(run, result, job.spec, notes, file, job.trees)
+        estimate = job.estimate.read_json() if job.estimate is not None and job.estimate.exists() else None
+        write_result(run, result, job.spec, notes, file, job.trees, estimate)
     except UserError as error:
         raise PermanentError(
             f"training is done, its result {error.what.removeprefix('cannot write: ')}",

@@ -24,6 +24,7 @@ from pipelines.report.run import (
     retrain_command,
     verdict,
 )
+from pipelines.runs.outcome import ONE_ENCODER, network_of, outcome, spent_text
 from pipelines.runs.results import ALL, NAIVE
 from pipelines.storage import locate
 from pipelines.training.driver import Trained
@@ -34,46 +35,67 @@ def candidate(stage: str, score: float, final: float | None, branches: int = 2) 
 
 
 def result(chosen: str, gain: float | None = 4.0) -> dict[str, Any]:
-    groups = {"group_0": ["a", "b", "c"]} if chosen == "wide" else {"group_0": ["a", "b"], "group_1": ["c"]}
+    together = chosen in ("wide", "wide_1", "naive_mtl")
+    groups = {"group_0": ["a", "b", "c"]} if together else {"group_0": ["a", "b"], "group_1": ["c"]}
     return {
         "chosen": chosen,
         "grouping": groups,
         "metrics": {"a": {}, "b": {}, "c": {}},
         "split": "test",
         "normalized_gain": gain,
+        "baseline": {},
         "distilled": {},
+        "inference": {"flops": 300, "parameters": 30},
+        "groups_inference": {"flops": 310, "parameters": 31},
         "candidates": [
             candidate("guided", -1.0, None), candidate("start_0", -1.2, -1.3), candidate("wide", -1.1, -1.4, 1)
         ],
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("chosen", "text"),
-    [
-        (
-            "start_0",
-            "3 tasks in 2 groups: +4.0 % gain over one shared encoder (naive MTL) on test, in one run.",
-        ),
-        (
-            "wide",
-            "No grouping of the 3 tasks was better than one wide encoder with the same inference cost: +4.0 %",
-        ),
-    ],
-)
-def test_the_verdict_names_the_result_and_its_gain(chosen: str, text: str) -> None:
-    assert verdict(result(chosen)).startswith(text)
-    assert verdict(result(chosen, gain=None)) == text.partition(": ")[0] + "."
+OVER = "gain over one shared encoder (naive MTL) on test, in one run."
+NONE = "No grouping helps here: one"
+
+
+def test_the_verdict_names_the_result_and_its_gain() -> None:
+    compared = {"baseline": {"a": {}}}
+    assert verdict(result("start_0") | compared) == f"3 tasks in 2 groups: +4.0 % {OVER}"
+    assert verdict(result("start_0", gain=None)) == "3 tasks in 2 groups."
+    wide = f"{NONE} wide encoder, at the inference cost of all groups."
+    assert verdict(result("wide") | compared) == verdict(result("wide_1") | compared) == f"{wide} +4.0 % {OVER}"
+    assert verdict(result("wide", gain=None)) == wide
+    naive = result("naive_mtl", gain=0.0) | compared | {"inference": {"flops": 100, "parameters": 10}}
+    assert verdict(naive) == f"{NONE} encoder, 3.1 times cheaper at inference."
+
+
+def test_a_gate_that_keeps_one_branch_is_one_encoder_too() -> None:
+    found = result("start_0") | {"grouping": {"group_0": ["a", "b", "c"]}}
+    cheap = found | {"inference": {"flops": 100, "parameters": 10}}
+    assert (outcome(cheap), network_of(cheap)) == (f"{NONE} encoder, 3.1 times cheaper at inference.", ONE_ENCODER)
+    unknown = found | {"groups_inference": None}  # a run of an earlier version
+    assert outcome(unknown) == f"{NONE} encoder."
+    single = found | {"candidates": [candidate("start_0", -1.0, -1.0, 1)]}
+    assert outcome(single) == "One encoder for all tasks: no grouping was searched."
+
+
+def test_the_outcome_names_the_groups_in_the_order_of_their_numbers() -> None:
+    found = result("guided") | {"grouping": {"group_10": ["c"], "group_9": ["a", "b, c"]}}
+    assert outcome(found) == '2 groups: a, "b, c" | c'
+    many = outcome(found | {"grouping": {f"group_{k}": [f"task_{k}"] for k in range(50)}})
+    assert many.startswith("50 groups: task_0 | task_1")
+    assert len(many) < 120
+    assert many.endswith("…")
 
 
 def test_the_plotted_gate_is_the_gate_of_the_result_or_the_best_one() -> None:
     assert plotted_gate(result("start_0")) == "start_0"
     assert plotted_gate(result("guided")) == "guided"
-    assert plotted_gate(result("wide")) == "start_0"
-    retrained = candidate("retrained", -1.5, -1.5) | {"gate": "guided"}
-    for chosen, plotted in (("retrained", "guided"), ("wide", "start_0")):
-        found = result(chosen)
-        assert plotted_gate(found | {"candidates": [*found["candidates"], retrained]}) == plotted
+    assert plotted_gate(result("wide")) == plotted_gate(result("naive_mtl")) == "start_0"
+    found = result("groups_1")
+    found["candidates"] += [
+        candidate("groups_1", -1.5, -1.5)
+    ]  # its groups are those of start_0, trained to the end
+    assert plotted_gate(found) == "start_0"
     alone = result("start_0") | {"candidates": [candidate("start_0", 0.0, 0.0, branches=1)]}
     assert plotted_gate(alone) == ""
 
@@ -90,21 +112,46 @@ def test_the_terminal_has_the_groups_in_the_order_of_their_numbers(capsys: pytes
     assert rows == [(name, task) for name, held in found["grouping"].items() for task in held]
 
 
-def test_the_terminal_lists_the_scores_of_the_candidates_and_the_training_cost() -> None:
-    found = result("start_0") | {"distilled": {}, "training_cost": 12.75}
-    scores = "start_0 (guided -1.0000 stopped, start_0 -1.3000, wide -1.4000)"
-    assert _selection(found) == f"chosen on validation: {scores}; training cost: 12.8 runs of naive MTL"
-    found["distilled"] = {"teachers": ["guided", "wide"], "final": -1.5}
-    assert "); distilled from guided, wide: -1.5000; training cost" in _selection(found)
+def test_the_terminal_lists_the_scores_and_where_the_budget_went() -> None:
+    found = result("start_0") | {"training_cost": 12.75}
+    scores = "start_0 (guided -1.0000 dropped, start_0 -1.3000, wide -1.4000"
+    assert _selection(found) == f"chosen on validation: {scores}); spent 12.8 runs of naive MTL"
+    found |= {"baseline_score": -0.9, "budget": 13.0, "costs": {
+        "naive_mtl": 1.0, "guided": 1.5, "start_0": 6.25, "wide": 3.0, "distilled": 2.0,
+    }}  # fmt: skip
+    found["distilled"] = {"teachers": ["start_0", "wide"], "final": -1.5}
+    parts = "start_0 6.2, dropped candidates 1.5, further networks 3.0, distillation 2.0, the baseline is 1.0 more"
+    assert _selection(found) == (
+        f"chosen on validation: {scores}, naive_mtl -0.9000); distilled from start_0, wide: -1.5000; "
+        f"spent 12.8 of 13 runs of naive MTL ({parts})"
+    )
+    fixed = found | {"budget": None, "costs": {"start_0": 2.0}, "training_cost": 2.0}
+    assert spent_text(fixed) == "2.0 runs of naive MTL"
 
 
 def test_the_terminal_shows_a_gain_as_positive(capsys: pytest.CaptureFixture[str]) -> None:
     found = measured(1.0, 2.0) | {"grouping_name": "g2", "notes": [], "candidates": []}
     _print_summary(load_config("planted"), Trained(locate("run"), "", found, [], False))
     logged = capsys.readouterr().out
+    assert logged.startswith("2 groups: a, b | c\n")
     assert "gain over naive MTL: +20.0 % (one run; other seeds vary)" in logged
     assert len(re.findall(r"\+50\.0 %", logged)) == 2
     assert "-50.0 %" in logged
+
+
+def test_naive_mtl_as_the_result_has_no_gain_over_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    found = measured(2.0, 2.0, gain=0.0) | result("naive_mtl", gain=0.0) | {"grouping_name": "g1", "notes": []}
+    scores = {task: {"rmse": 2.0} for task in "abc"}
+    found |= {"metrics": scores, "baseline": scores, "inference": {"flops": 100, "parameters": 10}}
+    _print_summary(load_config("planted"), Trained(locate("run"), "", found, [], False))
+    logged = capsys.readouterr().out
+    assert logged.startswith(f"{NONE} encoder, 3.1 times cheaper at inference.\n")
+    assert "gain over naive MTL" not in logged
+    shown = facts(found, {}, None)
+    assert shown["groups"] == "a, b, c together."
+    assert shown["gate"] == "One encoder has no gate."
+    assert "gain" not in shown
+    assert "capacity" not in shown
 
 
 SURE = [[0.9, 0.1], [0.7, 0.3], [0.6, 0.4]]
@@ -157,23 +204,22 @@ def test_the_text_of_the_cost_is_relative_to_naive_mtl_if_both_were_measured() -
     ]  # fmt: skip
     text = cost_text(measured(1.0, 2.0), {"rows": rows})
     assert text.startswith("Inference takes 1.5 times the operations and 1.5 times the time of naive MTL.")
-    assert text.endswith("Training costs 5.2 runs of naive MTL.")
+    assert text.endswith("Training cost 5.2 runs of naive MTL.")
     assert cost_text(measured(1.0, 2.0), None).startswith("Inference takes 3 million operations a sample.")
 
 
 def test_the_text_of_the_capacity_compares_the_result_with_the_wide_encoder() -> None:
-    """The scores are mean logarithms of losses: a difference of -0.1 is a loss that is lower by 9.5 %."""
+    """The scores are mean logarithms: a difference of -0.1 is a mean that is lower by 9.5 %."""
     both = [candidate("start_0", -1.0, -1.5), candidate("wide", -1.1, -1.4, 1)]
     found = result("start_0") | {"candidates": both, "distilled": {}}
     assert capacity_text(found) == (
-        "The gain in validation loss is +9.5 % over one wide encoder with the same inference cost."
+        "On validation, the gain is +9.5 % over one wide encoder with the same inference cost. It is that of the "
+        "validation score, the mean logarithm of losses and errors."
     )
     found["distilled"] = {"kept": True}
     both[1] |= {"final": None}
-    assert capacity_text(found).startswith(
-        "The gain in validation loss before distillation is -10.5 % over one wide"
-    )
-    assert "cost, which was stopped at the end of the search." in capacity_text(found)
+    assert capacity_text(found).startswith("On validation, the gain before distillation is -10.5 % over one wide")
+    assert "cost, which was dropped earlier." in capacity_text(found)
     assert capacity_text(result("wide")) == capacity_text(found | {"candidates": []}) == ""
 
 

@@ -52,7 +52,7 @@ def test_trees_that_are_better_are_the_first_line_and_begin_the_verdict(
     lines = summary(found, capsys)
     assert lines[0] == BETTER
     assert sum("xtra trees" in line for line in lines) == 1
-    assert verdict(found) == f"{BETTER}. 2 tasks in 1 group."
+    assert verdict(found) == f"{BETTER}. No grouping helps here: one encoder."
     assert "trees" not in facts(found, {}, None)
     assert [row["trees"] for row in task_rows(found)] == [0.9, 0.85]
 
@@ -60,9 +60,10 @@ def test_trees_that_are_better_are_the_first_line_and_begin_the_verdict(
 def test_trees_that_are_worse_or_equal_have_a_line_of_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
     found = result(figures(0.85, 0.8))
     lines = summary(found, capsys)
-    assert lines[0].startswith("Grouping g1")
+    assert lines[0] == "No grouping helps here: one encoder."
+    assert lines[1].startswith("Grouping g1")
     assert lines.count(WORSE) == 1
-    assert verdict(found) == "2 tasks in 1 group."
+    assert verdict(found) == "No grouping helps here: one encoder."
     assert facts(found, {}, None)["trees"] == WORSE
     equal = result(figures(0.85, 0.85))
     assert better_trees(equal) == ""

@@ -62,6 +62,17 @@ def test_naive_mtl_is_one_branch_from_the_first_epoch_to_the_last(config: Config
     assert (first.reports, last.reports) == (4, 4 + 2 * 2)
 
 
+def test_a_trial_with_a_budget_reports_no_more_epochs_than_naive_mtl_would_train_for_it(config: Config) -> None:
+    guided = config.search.model_copy(update={"method": "guided", "rung": 0.5})
+    naive, *_, last = trials(config.model_copy(update={"search": guided}))
+    assert (naive.reports, naive.prelude) == (4, 0)
+    assert last.config.network.groups == 3
+    assert (last.reports, last.prelude) == (5 * 4 + 1, 3 * 2)  # K + 2 runs; three candidates in the first rung
+    given = guided.model_copy(update={"budget": 2.6, "starts": 2})
+    last = trials(config.model_copy(update={"search": given}))[-1]
+    assert (last.reports, last.prelude) == (12, 4 * 2)
+
+
 def test_the_same_command_has_the_same_folder_and_other_commands_have_others(config: Config) -> None:
     assert sweep_name(config) == sweep_name(varied(config))
     others = [varied(config, seeds=(1,)), config.model_copy(update={"name": "other"})]
@@ -225,7 +236,7 @@ def finish(trial: Trial, loss: float, right: float, *, seconds: float = 2.0) -> 
     )
     (trial.run / "result.json").write_json(
         {"split": "test", "metrics": metrics(right - 0.1), "validation": metrics(right), "grouping": groups,
-         "grouping_name": "some",
+         "grouping_name": "some", "score": math.log(loss),
          "inference": {"flops": 10**6 * trial.config.network.groups, "parameters": 10**3}}
     )  # fmt: skip
 

@@ -35,7 +35,7 @@ VAL = 12
 
 
 def searched(folder: Path) -> tuple[SearchResult, Reader, NetworkSpec]:
-    """A search of an epoch, over tasks of every kind."""
+    """The groups of a search of two epochs, over tasks of every kind, and its baseline, whichever is better."""
     config = write(folder, IMAGES, image_samples(12, VAL))
     place = locate(config.data.shards)
     manifest = read_manifest(place)
@@ -43,8 +43,11 @@ def searched(folder: Path) -> tuple[SearchResult, Reader, NetworkSpec]:
     spec = config.network_spec(manifest.description.input, reader.tasks)
     data = StreamData(reader, config.data, seed=1, rank=0, world_size=1, device=torch.device("cpu"))
     settings = TrainSettings(epochs=2, batch_size=4, learning_rate=0.01)
-    result = search(spec, data, settings, SearchOptions(method="dmtg"), splits=("val",))
-    return result, reader, spec
+    options = SearchOptions(method="dmtg")
+    result, with_naive = (
+        search(spec, data, settings, options, splits=("val",), baseline=baseline) for baseline in (False, True)
+    )
+    return replace(result, naive=with_naive.naive, baseline=with_naive.baseline), reader, spec
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,19 @@ def test_intervals_are_of_the_gain_that_the_run_reports(
             assert by_task[task.name]["low"] <= by_task[task.name]["value"] <= by_task[task.name]["high"]
     assert by_task["level"]["low"] < by_task["level"]["high"]
     assert found["intervals"]["samples"] == VAL
+
+
+def test_naive_mtl_as_the_result_has_no_interval_of_its_gain_over_itself(
+    known: tuple[SearchResult, Reader, NetworkSpec],
+) -> None:
+    result, reader, spec = known
+    assert result.naive is not None
+    chosen = replace(result, network=result.naive, chosen="naive_mtl", grouping=result.naive.grouping())
+    found = details_of(chosen, reader, spec, samples=0, batch_size=5, seed=1)
+    assert found["intervals"] is None
+    rows = {row["name"]: row for row in found["cost"]["rows"]}
+    assert rows["group_0"]["tasks"] == [task.name for task in TASKS]
+    assert rows[latency.ALL]["flops"] == rows[latency.NAIVE]["flops"]
 
 
 def test_there_are_no_intervals_for_a_part_of_the_split_or_without_naive_mtl(

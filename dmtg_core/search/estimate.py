@@ -1,0 +1,254 @@
+"""An estimate of a search before its start: what its budget does, and its time and memory from a few timed steps.
+
+Costs are in runs of naive MTL. They are upper limits: a search ends earlier if validation data says that more does
+not pay.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from dmtg_core.grouping import Grouping
+from dmtg_core.network.cost import wide_spec
+from dmtg_core.network.grouping_network import GroupingNetwork
+from dmtg_core.network.spec import NetworkSpec
+from dmtg_core.search.baselines import hard_network
+from dmtg_core.search.budget import Budget, default_budget
+from dmtg_core.search.guided import GROUPS, LEAST_DISTILLATION, MEMBERS
+from dmtg_core.search.options import BASELINE, ONE, WIDE, SearchOptions
+from dmtg_core.training.context import TrainContext
+from dmtg_core.training.data import Batch, Data
+from dmtg_core.training.loop import Hooks, advance
+from dmtg_core.training.settings import TrainSettings
+from dmtg_core.training.state import TrainState
+
+GATE = "gate"  # a network with all heads: its cost does not depend on where the gate starts
+WARM_UP, STEPS = 2, 5  # steps of a network before its timed ones, and timed steps
+EVALUATED = 3  # timed batches of the validation split
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search does with its budget.
+
+    Args:
+        runs: The most training of the search in runs of naive MTL, without the baseline.
+        budget: The budget; None for a search of fixed length.
+        baseline: Runs of the baseline, 1 or 0.
+        candidates: Candidates of the first rung; all gates of a search of fixed length.
+        left_out: Candidates that the budget leaves out.
+        rung: Epochs of each candidate before they are compared first.
+        rung_runs: Cost of these epochs.
+        epochs: Epochs of the best network, if it has all groups and the others are dropped after the first rung.
+            With fewer groups there is room for more.
+        members: Further networks for which the budget has room, if the best one needs as many epochs as naive MTL.
+        costs: Cost of an epoch of each network: `BASELINE`, `WIDE` or `ONE`, `GATE`, and `GROUPS` with all groups.
+    """
+
+    runs: float
+    budget: float | None
+    baseline: int
+    candidates: tuple[str, ...]
+    left_out: tuple[str, ...]
+    rung: int
+    rung_runs: float
+    epochs: int
+    members: int
+    costs: Mapping[str, float] = field(repr=False)
+
+
+def networks(spec: NetworkSpec, options: SearchOptions) -> dict[str, GroupingNetwork]:
+    """Return a fresh network of each kind that a search trains, without pretrained weights.
+
+    Args:
+        spec: The grouping network.
+        options: Options of the search.
+    """
+    bare = spec.without_weights()
+    names, groups = [task.name for task in spec.tasks], min(spec.groups, len(spec.tasks))
+    one = replace(bare, groups=1, sampling="fixed")
+    found = {BASELINE: GroupingNetwork(one)}
+    if spec.groups == 1:
+        return found | {GATE: GroupingNetwork(bare), GROUPS: GroupingNetwork(one)}
+    if WIDE in options.candidates(spec):
+        found[WIDE] = GroupingNetwork(wide_spec(bare))
+    elif ONE in options.candidates(spec):
+        found[ONE] = GroupingNetwork(one)
+    spread = Grouping.from_assignment(names, [n % groups for n in range(len(names))])
+    return found | {GATE: GroupingNetwork(bare), GROUPS: hard_network(bare, spread)}
+
+
+def plan(
+    spec: NetworkSpec,
+    settings: TrainSettings,
+    options: SearchOptions,
+    *,
+    baseline: bool = True,
+    found: Mapping[str, GroupingNetwork] | None = None,
+) -> Plan:
+    """Return what a search does with its budget.
+
+    Args:
+        spec, settings, options, baseline: As for `search`.
+        found: Result of `networks`, if it is there already.
+    """
+    found = found or networks(spec, options)
+    fixed = options.method == "dmtg" or spec.groups == 1
+    budget = Budget(spec, settings, options.budget or default_budget(spec.groups))
+    costs = {name: budget.epoch(network) for name, network in found.items()}
+    names, groups = options.candidates(spec), costs[GROUPS]
+    if fixed:
+        rung, rest = settings.search_epochs, settings.epochs - settings.search_epochs
+        first = len(names) * rung * costs[GATE]
+        return Plan(
+            first + rest * groups, None, int(baseline), tuple(names), (), rung, first, settings.epochs, 0, costs
+        )
+    kept, rung = budget.first_rung({name: costs[kind_of(name)] for name in names}, options.compare, options.rung)
+    first = rung * sum(costs[kind_of(name)] for name in kept)
+    trained = max(settings.epochs - rung, 0)
+    members = 0
+    for count in range(1, MEMBERS + 1):
+        taught = groups + (count + 1) * budget.teaching([found[GROUPS]])
+        more = settings.epochs * (count * groups + LEAST_DISTILLATION * taught)
+        if options.distil and first + trained * groups + more <= budget.runs:
+            members = count
+    return Plan(
+        max(budget.runs, first), budget.runs, int(baseline), tuple(kept), tuple(names[len(kept) :]), rung, first,
+        rung + budget.epochs(groups, first), members, costs,
+    )  # fmt: skip
+
+
+def kind_of(candidate: str) -> str:
+    """Return the key of a candidate in `networks`."""
+    return candidate if candidate in (WIDE, ONE) else GATE
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Seconds of an epoch: of each training step, of each validation batch, and the rest."""
+
+    step: float
+    validation: float
+    rest: float
+
+    def seconds(self, steps: int, batches: int) -> float:
+        """Return the seconds of an epoch with this many steps and validation batches."""
+        return steps * self.step + batches * self.validation + self.rest
+
+
+def seconds_of(found: Plan, settings: TrainSettings, epochs: Mapping[str, float]) -> float:
+    """Return the seconds of a search, if it needs its whole budget.
+
+    Args:
+        found: What it does.
+        settings: Its training settings.
+        epochs: Seconds of an epoch of each network of `Plan.costs`.
+    """
+    total = found.baseline * settings.epochs * epochs[BASELINE]
+    total += found.rung * sum(epochs[kind_of(name)] for name in found.candidates)
+    if found.budget is None:
+        return total + (settings.epochs - found.rung) * epochs[GROUPS]
+    rest = [epochs[name] / found.costs[name] for name in (WIDE, ONE, GROUPS) if name in epochs]
+    return total + (found.runs - found.rung_runs) * max(rest)
+
+
+def measure(
+    found: Mapping[str, GroupingNetwork], data: Data, settings: TrainSettings, context: TrainContext
+) -> tuple[dict[str, Epoch], int | None]:
+    """Time a few training steps of networks, as `advance` trains them.
+
+    All workers call it, each with its part of the data. The learning rate is so low that no loss can diverge.
+
+    Returns:
+        The epoch of each network, and the peak memory in bytes, see `peak_memory`.
+    """
+    if context.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(context.device)
+    short = replace(
+        settings, epochs=2, search_share=1.0, prune_threshold=0.0, patience=0, checkpoint_every=0, lr_hold=0,
+        learning_rate=1e-9, gate_learning_rate=None, lr_min=0.0,
+    )  # fmt: skip
+    held, timed = [], {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, network in found.items():
+            state = TrainState.fresh(network.to(context.device), short)
+            timed[name] = _epoch(state, data, short, context, Path(scratch) / name)
+            held.append(state)  # a search holds the networks of all candidates
+    return timed, peak_memory(context.device)
+
+
+def _epoch(state: TrainState, data: Data, settings: TrainSettings, context: TrainContext, folder: Path) -> Epoch:
+    """Time the second of two short epochs of a network. The first one allocates memory and compiles."""
+    watched, ends = _TimedData(data, context.device), []
+
+    def on_epoch(state: TrainState) -> None:
+        (folder / str(state.epoch)).mkdir(parents=True)
+        state.save(folder / str(state.epoch))  # as a checkpoint of a run
+        ends.append(time.perf_counter())
+
+    advance(state, watched, settings, context, until=2, hooks=Hooks(on_epoch=on_epoch))
+    steps, batches = watched.steps_seconds, watched.evaluation_seconds
+    return Epoch(median(steps), median(batches), max(ends[1] - ends[0] - sum(steps) - sum(batches), 0.0))
+
+
+class _TimedData:
+    """A few batches of a data set, with the seconds of each in the last epoch."""
+
+    def __init__(self, data: Data, device: torch.device) -> None:
+        self.data, self.device = data, device
+        self.steps_seconds: list[float] = []
+        self.evaluation_seconds: list[float] = []
+
+    def steps(self, batch_size: int) -> int:  # noqa: ARG002 - the protocol's
+        """See `Data.steps`."""
+        return STEPS
+
+    def train(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:  # noqa: ARG002
+        """See `Data.train`. The batches of a small data set are repeated."""
+        count = WARM_UP if epoch == 0 else STEPS
+        self.steps_seconds = yield from self._timed(islice(self._endless(epoch, batch_size), count))
+
+    def evaluate(self, split: str, batch_size: int) -> Iterator[Batch]:
+        """See `Data.evaluate`. It has the first batches alone."""
+        self.evaluation_seconds = yield from self._timed(islice(self.data.evaluate(split, batch_size), EVALUATED))
+
+    def _endless(self, epoch: int, batch_size: int) -> Iterator[Batch]:
+        while True:
+            yield from self.data.train(epoch, batch_size)
+            epoch += 1
+
+    def _timed(self, batches: Iterator[Batch]) -> Generator[Batch, None, list[float]]:
+        seconds: list[float] = []
+        before = self._now()
+        for batch in batches:
+            yield batch
+            after = self._now()
+            seconds.append(after - before)
+            before = after
+        return seconds
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the peak of the allocated memory of a GPU, or of this process, in bytes; None if it is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,119 @@
+"""The estimate before a training starts: runs of naive MTL, time and memory on this machine, and other budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dmtg_core.names import listed
+from dmtg_core.network.spec import NetworkSpec
+from dmtg_core.search.estimate import Plan, measure, networks, plan, seconds_of
+from dmtg_core.search.options import SearchOptions
+from dmtg_core.training.context import TrainContext
+from dmtg_core.training.data import Data
+from dmtg_core.training.settings import TrainSettings
+from pipelines.training.measures.latency import name_of
+
+MINUTES, HOURS = 90.0, 90 * 60.0  # seconds from which a time is shown in minutes, and in hours
+
+
+def estimated(
+    spec: NetworkSpec,
+    data: Data,
+    settings: TrainSettings,
+    options: SearchOptions,
+    context: TrainContext,
+    *,
+    baseline: bool,
+    validation: int,
+) -> dict[str, Any]:
+    """The estimate as JSON values; `text` has it in lines. All workers call it.
+
+    Args:
+        spec, data, settings, options, context, baseline: As for the core's `search`.
+        validation: Batches of the validation split on each worker.
+    """
+    found = networks(spec, options)
+    ours = plan(spec, settings, options, baseline=baseline, found=found)
+    other = {} if ours.budget is None else {
+        name: plan(spec, settings, replace(options, budget=times * ours.budget), baseline=baseline, found=found)
+        for name, times in (("half", 0.5), ("double", 2.0)) if times * ours.budget >= 1
+    }  # fmt: skip
+    timed, memory = measure(found, data, settings, context)
+    steps = data.steps(settings.batch_size)
+    epochs = {name: epoch.seconds(steps, validation) for name, epoch in timed.items()}
+    values = values_of(ours) | {
+        "seconds": seconds_of(ours, settings, epochs),
+        "memory_bytes": memory,
+        "device": name_of(context.device),
+        "workers": context.world_size,
+        "epoch_seconds": epochs,
+        **{name: values_of(one) for name, one in other.items()},
+    }
+    return values | {"text": lines_of(values)}
+
+
+def values_of(found: Plan) -> dict[str, Any]:
+    """A plan as JSON values."""
+    return {
+        "runs": found.runs + found.baseline, "budget": found.budget, "baseline": found.baseline,
+        "candidates": list(found.candidates), "left_out": list(found.left_out), "rung_epochs": found.rung,
+        "rung_runs": found.rung_runs, "best_epochs": found.epochs, "further_networks": found.members,
+    }  # fmt: skip
+
+
+def lines_of(values: Mapping[str, Any]) -> list[str]:
+    """The estimate as lines of text."""
+    memory = values["memory_bytes"]
+    used = f", memory {memory / 2**30:.1f} GiB" if memory is not None else ""
+    baseline = " with the baseline" if values["baseline"] else ""
+    time = f"{duration(values['seconds'])} on {values['device']}{used}"
+    lines = [f"estimate: at most {values['runs']:.3g} runs of naive MTL{baseline}; at most {time}"]
+    if values["budget"] is None:
+        return lines
+    lines.append(f"search.budget={values['budget']:.3g}: {_described(values)}")
+    for name in ("half", "double"):
+        if name in values:
+            change = _change(values, values[name])
+            lines.append(f"search.budget={values[name]['budget']:.3g} {change}")
+    return lines
+
+
+def _described(values: Mapping[str, Any]) -> str:
+    """What a budget does."""
+    left = f" (without {listed(values['left_out'])})" if values["left_out"] else ""
+    text = f"{listed(values['candidates'])} for {_epochs(values['rung_epochs'])} each{left}; "
+    text += f"the best one for about {_epochs(values['best_epochs'])}; "
+    return text + f"room for {_networks(values['further_networks'])}"
+
+
+def _change(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What another budget leaves out or adds."""
+    verb = "leaves out" if other["budget"] < ours["budget"] else "adds"
+    few, many = sorted((ours, other), key=lambda one: float(one["budget"]))
+    parts = [name for name in many["candidates"] if name not in few["candidates"]]
+    if many["rung_epochs"] != few["rung_epochs"]:
+        parts.append(f"{_epochs(many['rung_epochs'] - few['rung_epochs'])} of the first rung")
+    if many["best_epochs"] > few["best_epochs"]:
+        parts.append(f"{_epochs(many['best_epochs'] - few['best_epochs'])} of the best network")
+    if more := many["further_networks"] - few["further_networks"]:
+        parts.append(_networks(more))
+    return f"{verb} {', '.join(parts)}" if parts else f"{verb} nothing"
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'s' * (count != 1)}"
+
+
+def _networks(count: int) -> str:
+    if not count:
+        return "no further network"
+    return f"{count} further network{'s' * (count > 1)} and a distillation"
+
+
+def duration(seconds: float) -> str:
+    """A time in seconds, minutes or hours."""
+    if seconds < MINUTES:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < HOURS else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,120 @@
+"""The estimate before a search: it never spends more, and time follows from the timed steps."""
+
+import math
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dmtg_core import EncoderSpec, SearchOptions, search, training_flops
+from dmtg_core.network.cost import naive_flops
+from dmtg_core.search.estimate import (
+    GATE,
+    STEPS,
+    WARM_UP,
+    Epoch,
+    Plan,
+    _TimedData,
+    measure,
+    networks,
+    peak_memory,
+    plan,
+    seconds_of,
+)
+from dmtg_core.search.guided import GROUPS
+from tests.dmtg_core import samples
+from tests.dmtg_core.searches import SETTINGS, SPEC, local
+
+LONG = replace(SETTINGS, epochs=10)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return samples.data(SPEC.input, SPEC.tasks, missing=0.2)
+
+
+CASES = {
+    "default": (SPEC, LONG, SearchOptions()),
+    "the least": (SPEC, LONG, SearchOptions(budget=1)),
+    "large": (SPEC, SETTINGS, SearchOptions(budget=12, within=10.0)),
+    "no distillation": (SPEC, SETTINGS, SearchOptions(budget=8, distil=False, wide=False)),
+    "one epoch": (SPEC, replace(SETTINGS, epochs=1), SearchOptions(budget=2)),
+    "published": (SPEC, SETTINGS, SearchOptions(method="dmtg", starts=2)),
+    "one group": (replace(SPEC, groups=1), SETTINGS, SearchOptions()),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_search_spends_no_more_than_the_estimate_and_begins_as_planned(case, data):
+    spec, settings, options = CASES[case]
+    expected, records = plan(spec, settings, options, baseline=False), []
+    found = search(spec, data, settings, options, baseline=False, context=local(on_record=records.append))
+    assert 0 < found.cost <= expected.runs + 1e-9
+    assert expected.budget == (None if spec.groups == 1 else found.budget)
+    for name in expected.left_out:
+        assert name not in [record["stage"] for record in records]
+    first = [name for name in expected.candidates for _ in range(expected.rung)]
+    assert [record["stage"] for record in records[: len(first)]] == first
+
+
+def test_the_baseline_is_one_run_more_and_of_any_other_budget_the_rest_stays(data):
+    ours, without = (plan(SPEC, LONG, SearchOptions(), baseline=baseline) for baseline in (True, False))
+    assert (ours.baseline, without.baseline) == (1, 0)
+    assert ours == replace(without, baseline=1)
+    assert ours.runs == ours.budget == SPEC.groups + 2
+    small, large = (plan(SPEC, LONG, SearchOptions(budget=runs)) for runs in (1, 40))
+    assert set(small.left_out) | set(small.candidates) == set(ours.candidates)
+    assert small.left_out
+    assert small.epochs < ours.epochs < large.epochs
+    assert (ours.members, large.members) == (0, 3)
+    assert plan(SPEC, LONG, SearchOptions(budget=40, distil=False)).members == 0
+
+
+def test_costs_are_those_of_the_networks():
+    found = networks(SPEC, SearchOptions())
+    assert list(found) == ["naive_mtl", "wide", GATE, GROUPS]
+    costs = plan(SPEC, LONG, SearchOptions(), found=found).costs
+    unit = naive_flops(SPEC) * LONG.epochs
+    for name, network in found.items():
+        assert costs[name] == training_flops(network) / unit
+    assert costs["naive_mtl"] == pytest.approx(1 / LONG.epochs)
+    assert len(found[GATE].pairs) == SPEC.groups * len(SPEC.tasks)
+    assert len(found[GROUPS].pairs) == len(SPEC.tasks)
+    assert len(found[GROUPS].grouping().groups) == SPEC.groups
+    fixed = replace(SPEC, encoder=EncoderSpec("mlp", 1, {"widths": [8, 8]}))
+    assert "one_encoder" in networks(fixed, SearchOptions(wide=False))
+
+
+def test_the_time_is_that_of_the_rungs_and_of_the_rest_in_the_slower_network():
+    costs = {"naive_mtl": 0.1, "wide": 0.3, GATE: 0.4, GROUPS: 0.2}
+    guided = Plan(5.0, 5.0, 1, ("wide", "guided", "start_0"), (), 2, 2.2, 20, 0, costs)
+    epochs = {"naive_mtl": 1.0, "wide": 6.0, GATE: 5.0, GROUPS: 3.0}
+    # 10 epochs of naive MTL, 2 of each candidate, and 2.8 runs at 20 s (wide) rather than 15 s (groups)
+    assert seconds_of(guided, LONG, epochs) == pytest.approx(10 * 1 + 2 * (6 + 5 + 5) + 2.8 * 20)
+    fixed = Plan(5.0, None, 0, ("start_0", "start_1"), (), 5, 4.0, 10, 0, costs)
+    assert seconds_of(fixed, LONG, epochs) == pytest.approx(5 * (5 + 5) + 5 * 3)
+    assert Epoch(0.5, 0.25, 2.0).seconds(steps=10, batches=4) == 8.0
+
+
+def test_timed_steps_are_the_steps_between_batches(monkeypatch, data):
+    clock = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    timed = _TimedData(data, torch.device("cpu"))
+    assert len(list(timed.train(1, 16))) == STEPS == 5
+    assert timed.steps_seconds == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_networks_are_timed_as_they_are_trained(data):
+    found = networks(SPEC, SearchOptions())
+    timed, memory = measure(found, data, SETTINGS, local())
+    assert timed.keys() == found.keys()
+    for epoch in timed.values():
+        assert 0 < epoch.step < math.inf
+        assert 0 < epoch.validation < math.inf
+        assert epoch.rest >= 0
+    assert memory is not None
+    assert 2**26 < memory <= peak_memory(torch.device("cpu"))  # torch alone takes more than 64 MiB
+    few = samples.data(SPEC.input, SPEC.tasks, rows=4)  # fewer steps in an epoch than are timed
+    assert few.steps(SETTINGS.batch_size) < WARM_UP
+    assert measure({"naive_mtl": found["naive_mtl"]}, few, SETTINGS, local())[0]["naive_mtl"].step > 0
