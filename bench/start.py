@@ -35,7 +35,7 @@ MEMORY_MIB = 1.2 * 1024
 EIGHT_TRIALS = ("sweep.groups=[2]", "sweep.gate_learning_rates=[0.01, 0.03, 0.1]", "sweep.seeds=[1, 2]")
 # for each seed three single tasks, a wide encoder, a gated network, and naive MTL
 TWELVE_CELLS = (
-    "compare.methods=[single_task, wide, dmtg]", "compare.seeds=[1, 2]", "compare.equal_budget=false",
+    "compare.methods=[single_task, wide, dmtg]", "compare.seeds=[1, 2]",
 )  # fmt: skip
 
 # the table of `embedded_over_loop`: a step takes some milliseconds, so it is more than overhead

@@ -50,7 +50,7 @@ def measure(name: str, table: TableSet, seed: int, methods: Sequence[str]) -> di
     config = load_config(
         str(file),
         [f"compare.seeds=[{seed}]", f"compare.methods=[{','.join((*methods, *TREES))}]",
-         "compare.equal_budget=false", "track.uri=none"],
+         "track.uri=none"],
     )  # fmt: skip
     started = time.perf_counter()
     found = compare(config).found

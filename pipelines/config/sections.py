@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -261,7 +262,7 @@ class SearchSection(Section):
     @classmethod
     def _runs(cls, value: object) -> object:
         if isinstance(value, int | float) and not isinstance(value, bool):
-            if value >= 1:
+            if 1 <= value < math.inf:
                 return value
         elif value is None or value == "auto":
             return value

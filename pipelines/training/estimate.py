@@ -84,8 +84,8 @@ def _described(values: Mapping[str, Any]) -> str:
     """What a budget does."""
     left = f" (without {listed(values['left_out'])})" if values["left_out"] else ""
     text = f"{listed(values['candidates'])} for {_epochs(values['rung_epochs'])} each{left}; "
-    text += f"the best one for about {_epochs(values['best_epochs'])}; "
-    return text + f"room for {_networks(values['further_networks'])}"
+    text += f"about {_epochs(values['best_epochs'])} for the best one; "
+    return text + _networks(values["further_networks"])
 
 
 def _change(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:

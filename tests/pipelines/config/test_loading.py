@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dmtg_core import AGGREGATORS, ENCODERS, GroupingNetwork, InputSpec, Task, TrainSettings
+from dmtg_core import AGGREGATORS, ENCODERS, GroupingNetwork, InputSpec, SearchOptions, Task, TrainSettings
 from pipelines.config.loading import Config, load_config
 from pipelines.config.network_section import NetworkSection
 from pipelines.config.sections import TrainSection
@@ -35,6 +35,8 @@ def test_overrides_replace_values_of_the_file_and_are_parsed_as_yaml(file: str) 
         ("trian.epochs=3", "trian", "train"),
         ("gate.temperature.strat=3", "gate.temperature.strat", "start"),
         ("source.knd=rooms", "source.knd", "kind"),
+        ("search.distil_share=0.5", "search.distil_share", "distil"),  # a key of earlier versions
+        ("search.affinity_share=0.5", "search.affinity_share", "budget"),
     ],
 )
 def test_unknown_key_is_refused_with_the_nearest_valid_ones(
@@ -248,8 +250,28 @@ def test_every_training_setting_of_the_core_can_be_configured(file: str) -> None
     set_here |= {"entropy_weight", "search_share", "seed", "batch_size"}
     assert {name for name in vars(settings) if vars(settings)[name] != vars(plain)[name]} >= set_here
     from_sections = {"search_share", "gate_learning_rate", "temperature", "entropy_weight", "prune_threshold"}
-    from_sections |= {"batch_branches"}
+    from_sections |= {"batch_branches", "lr_hold"}  # the search sets the last one
     assert vars(settings).keys() - from_sections <= load_config(file).train.model_dump().keys()
+
+
+@pytest.mark.parametrize(("value", "runs"), [("null", None), ("1", 1.0), ("7.5", 7.5), ("auto", 4 * (3 + 2.0))])
+def test_the_budget_of_a_search_is_a_number_of_runs(file: str, value: str, runs: float | None) -> None:
+    config = load_config(file, [f"search.budget={value}", "network.groups=3"])
+    assert config.search_options().budget == runs
+
+
+@pytest.mark.parametrize("value", ["0.9", "-3", "often", "true", ".inf", ".nan", "[4]"])
+def test_a_budget_below_one_run_is_refused(file: str, value: str) -> None:
+    with pytest.raises(UserError, match=r"search.budget: .*expected auto, or a number .* at least 1"):
+        load_config(file, [f"search.budget={value}"])
+
+
+def test_every_option_of_the_search_can_be_configured(file: str) -> None:
+    given = {"method": "guided", "starts": 2, "wide": False, "budget": 6.0, "rung": 0.3, "compare": 0.4,
+             "probability": 1.0, "within": 0.1, "distil": False}  # fmt: skip
+    found = load_config(file, [f"search.{key}={json.dumps(value)}" for key, value in given.items()])
+    assert vars(found.search_options()) == given
+    assert vars(load_config(file).search_options()) == vars(SearchOptions())
 
 
 def test_pruning_can_be_turned_off(file: str) -> None:

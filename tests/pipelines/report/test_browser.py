@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 
     from pipelines.training.driver import Trained
 
-PAGES = ("run", "dense", "wide", "retrained", "old", "comparison", "sweep", "night")
-MOST = [name for name in PAGES if name not in ("retrained", "old")]  # those are like "run", with less or more text
+PAGES = ("run", "dense", "wide", "naive", "groups", "old", "comparison", "sweep", "night")
+MOST = [
+    name for name in PAGES if name not in ("naive", "groups", "old")
+]  # those are like "run", with less or more text
 TASKS = ["a_task_with_a_long_name", "b", "c", 'd"><script>alert(1)</script>']
 DOLLARS = "$$level_US$$"  # a formula for some libraries
 GROUPS = {"group_0": TASKS[:2], "group_1": TASKS[2:]}
@@ -45,7 +47,8 @@ def pages(run: tuple[Config, Trained, list[str]], tmp_path_factory: pytest.TempP
     files["run"].write_text(page(done.run))
     files["dense"].write_text(page(locate(str(dense(Path(done.run.local), root / "dense")))))
     files["wide"].write_text(page(locate(str(wide(Path(done.run.local), root / "wide")))))
-    files["retrained"].write_text(page(locate(str(retrained(Path(done.run.local), root / "retrained")))))
+    files["naive"].write_text(page(locate(str(naive(Path(done.run.local), root / "naive")))))
+    files["groups"].write_text(page(locate(str(other_weights(Path(done.run.local), root / "groups")))))
     files["old"].write_text(page(locate(str(old(Path(done.run.local), root / "old")))))
     write_comparison(locate(str(files["comparison"])), comparison(), config)
     write_sweep(locate(str(files["sweep"])), sweep(), config)
@@ -78,13 +81,26 @@ def wide(run: Path, copy: Path) -> Path:
     return copy
 
 
-def retrained(run: Path, copy: Path) -> Path:
-    """The run as if its groups had been trained from scratch with the best result."""
+def naive(run: Path, copy: Path) -> Path:
+    """The run as if naive MTL had been best."""
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "models"))
     result = json.loads((copy / RESULT).read_text())
-    gate = result["candidates"][0]
-    other = gate | {"stage": "retrained", "gate": gate["stage"], "final": -9.0}
-    result |= {"chosen": "retrained", "candidates": [*result["candidates"], other]}
+    result |= {"chosen": "naive_mtl", "grouping": {"group_0": list(result["metrics"])}}
+    result |= {"metrics": result["baseline"], "normalized_gain": 0.0, "inference": {"flops": 10, "parameters": 1}}
+    result["groups_inference"] = {"flops": 25, "parameters": 2}
+    (copy / RESULT).write_text(json.dumps(result))
+    (copy / DETAILS).write_text(json.dumps(json.loads((copy / DETAILS).read_text()) | {"intervals": None}))
+    return copy
+
+
+def other_weights(run: Path, copy: Path) -> Path:
+    """The run as if a further network with its groups had been best."""
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("checkpoints", "models"))
+    result = json.loads((copy / RESULT).read_text())
+    (first,) = (one for one in result["candidates"] if one["stage"] == "start_0")
+    result |= {"chosen": "groups_1", "candidates": [first | {"final": -8.0}, first | {"stage": "groups_1"}]}
+    if len(first["grouping"]) > 1:
+        result["grouping"] = first["grouping"]
     (copy / RESULT).write_text(json.dumps(result))
     return copy
 
@@ -164,14 +180,20 @@ def test_page_has_its_plots_and_no_errors_or_requests(pages: dict[str, Path], br
         assert found.requests == []
 
 
-def test_retrained_groups_are_plotted_with_the_gate_that_found_them(
-    pages: dict[str, Path],
-) -> None:
-    text = pages["retrained"].read_text()
-    assert "The groups were then trained from scratch." in text
-    assert "the groups of start_0, trained from scratch" in text
+def test_the_groups_of_a_further_network_are_plotted_with_the_gate_that_found_them(pages: dict[str, Path]) -> None:
+    text = pages["groups"].read_text()
+    assert "The groups were then trained with other initial weights." in text
+    assert "the groups of the best candidate, with other initial weights" in text
     assert 'id="moving-figure"' in text
-    assert "trained from scratch" not in pages["run"].read_text()
+    assert "with other initial weights" not in pages["run"].read_text()
+
+
+def test_naive_mtl_as_the_result_is_said_first_and_has_no_gain_over_itself(pages: dict[str, Path]) -> None:
+    text = pages["naive"].read_text()
+    assert '<p class="verdict">No grouping helps here: one encoder, 2.5 times cheaper at inference.</p>' in text
+    assert "All tasks share one wide encoder" not in text
+    assert "Gain on" not in text
+    assert "The best candidate with a gate" in text
 
 
 def steps(levels: list[int]) -> bool:

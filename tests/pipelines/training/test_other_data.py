@@ -111,7 +111,7 @@ def test_a_run_with_a_name_of_the_user_is_refused_on_other_data(table: Path, tmp
 
 
 SWEEP = {"groups": (2,), "seeds": (1, 2), "stop_early": False}
-COMPARE = {"methods": ("single_task",), "seeds": (1,), "equal_budget": False}
+COMPARE = {"methods": ("single_task",), "seeds": (1,)}
 SIGNAL = {"partitions": 2, "seeds": (1, 2)}
 
 
