@@ -50,7 +50,8 @@ class Plan:
         rung_runs: Cost of these epochs.
         epochs: Epochs of the best network, if it has all groups and the others are dropped after the first rung.
             With fewer groups there is room for more.
-        members: Further networks for which the budget has room, if the best one needs as many epochs as naive MTL.
+        members: Further networks of an ensemble that is distilled, if each needs as many epochs as naive MTL. The
+            baseline is one of them.
         costs: Cost of an epoch of each network: `BASELINE`, `WIDE` or `ONE`, `GATE`, and `GROUPS` with all groups.
     """
 
@@ -114,17 +115,23 @@ def plan(
         )
     kept, rung = budget.first_rung({name: costs[kind_of(name)] for name in names}, options.compare, options.rung)
     first = rung * sum(costs[kind_of(name)] for name in kept)
-    trained = max(settings.epochs - rung, 0)
-    members = 0
-    for count in range(1, MEMBERS + 1):
-        taught = groups + (count + 1) * budget.teaching([found[GROUPS]])
-        more = settings.epochs * (count * groups + LEAST_DISTILLATION * taught)
-        if options.distil and first + trained * groups + more <= budget.runs:
-            members = count
+    members = _members(costs, budget, settings.epochs, first + max(settings.epochs - rung, 0) * groups, baseline)
     return Plan(
         max(budget.runs, first), budget.runs, int(baseline), tuple(kept), tuple(names[len(kept) :]), rung, first,
-        rung + budget.epochs(groups, first), members, costs,
+        rung + budget.epochs(groups, first), members if options.distil else 0, costs,
     )  # fmt: skip
+
+
+def _members(costs: Mapping[str, float], budget: Budget, epochs: int, spent: float, baseline: bool) -> int:
+    """Return how many further networks fit, with a distillation: naive MTL, then others of all groups."""
+    one, taught = costs[GROUPS], costs[GROUPS] / 3  # a forward pass is a third of a step
+    for count in range(MEMBERS):
+        epoch = one if count else costs[BASELINE]
+        spent += 0.0 if baseline and not count else epochs * epoch
+        taught += epoch / 3
+        if spent + LEAST_DISTILLATION * epochs * (one + taught) > budget.runs:
+            return count
+    return MEMBERS
 
 
 def kind_of(candidate: str) -> str:

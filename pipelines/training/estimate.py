@@ -85,7 +85,7 @@ def _described(values: Mapping[str, Any]) -> str:
     left = f" (without {listed(values['left_out'])})" if values["left_out"] else ""
     text = f"{listed(values['candidates'])} for {_epochs(values['rung_epochs'])} each{left}; "
     text += f"about {_epochs(values['best_epochs'])} for the best one; "
-    return text + _networks(values["further_networks"])
+    return text + _distillation(values["further_networks"])
 
 
 def _change(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
@@ -98,7 +98,8 @@ def _change(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     if many["best_epochs"] > few["best_epochs"]:
         parts.append(f"{_epochs(many['best_epochs'] - few['best_epochs'])} of the best network")
     if more := many["further_networks"] - few["further_networks"]:
-        parts.append(_networks(more))
+        added = f"{more} more network{'s' * (more > 1)} to distil from"
+        parts.append(added if few["further_networks"] else _distillation(many["further_networks"]))
     return f"{verb} {', '.join(parts)}" if parts else f"{verb} nothing"
 
 
@@ -106,10 +107,8 @@ def _epochs(count: int) -> str:
     return f"{count} epoch{'s' * (count != 1)}"
 
 
-def _networks(count: int) -> str:
-    if not count:
-        return "no further network"
-    return f"{count} further network{'s' * (count > 1)} and a distillation"
+def _distillation(further: int) -> str:
+    return f"a distillation from {further + 1} networks" if further else "no distillation"
 
 
 def duration(seconds: float) -> str:

@@ -22,7 +22,7 @@ from dmtg_core.search.estimate import (
     plan,
     seconds_of,
 )
-from dmtg_core.search.guided import GROUPS
+from dmtg_core.search.guided import GROUPS, MEMBERS
 from tests.dmtg_core import samples
 from tests.dmtg_core.searches import SETTINGS, SPEC, local
 
@@ -61,14 +61,32 @@ def test_a_search_spends_no_more_than_the_estimate_and_begins_as_planned(case, d
 def test_the_baseline_is_one_run_more_and_of_any_other_budget_the_rest_stays(data):
     ours, without = (plan(SPEC, LONG, SearchOptions(), baseline=baseline) for baseline in (True, False))
     assert (ours.baseline, without.baseline) == (1, 0)
-    assert ours == replace(without, baseline=1)
+    assert ours == replace(without, baseline=1, members=ours.members)
+    assert (ours.members, without.members) == (1, 0)  # naive MTL is trained as a member otherwise
     assert ours.runs == ours.budget == SPEC.groups + 2
     small, large = (plan(SPEC, LONG, SearchOptions(budget=runs)) for runs in (1, 40))
     assert set(small.left_out) | set(small.candidates) == set(ours.candidates)
     assert small.left_out
     assert small.epochs < ours.epochs < large.epochs
-    assert (ours.members, large.members) == (0, 3)
+    assert large.members == MEMBERS
     assert plan(SPEC, LONG, SearchOptions(budget=40, distil=False)).members == 0
+
+
+@pytest.mark.parametrize("baseline", [True, False])
+def test_room_for_further_networks_is_their_training_and_half_as_many_epochs_of_distillation(baseline):
+    found = plan(SPEC, LONG, SearchOptions(budget=40), baseline=baseline)
+    naive, groups = (found.costs[name] * LONG.epochs for name in ("naive_mtl", GROUPS))
+    best = found.rung_runs + (LONG.epochs - found.rung) * found.costs[GROUPS]
+    narrow = 0 if baseline else naive  # the baseline is there already
+    needed = [
+        best + narrow + (groups + groups / 3 + naive / 3) / 2,
+        best + narrow + groups + (groups + 2 * groups / 3 + naive / 3) / 2,
+        best + narrow + 2 * groups + (groups + 3 * groups / 3 + naive / 3) / 2,
+    ]
+    for count, runs in enumerate(needed):
+        for budget, members in ((runs - 1e-6, count), (runs + 1e-6, count + 1)):
+            options = SearchOptions(budget=budget, compare=min(found.rung_runs / budget + 1e-9, 1))
+            assert plan(SPEC, LONG, options, baseline=baseline).members == members
 
 
 def test_costs_are_those_of_the_networks():

@@ -135,9 +135,9 @@ DOUBLE = PLAN | {"runs": 11.0, "budget": 10.0, "best_epochs": 82, "further_netwo
 
 TEXT = """\
 estimate: at most 6 runs of naive MTL with the baseline; at most 1.5 h on CPU (x86_64), memory 1.5 GiB
-search.budget=5: wide, guided, start_0 for 12 epochs each; about 81 epochs for the best one; no further network
+search.budget=5: wide, guided, start_0 for 12 epochs each; about 81 epochs for the best one; no distillation
 search.budget=2.5 leaves out guided, start_0, 1 epoch of the first rung, 41 epochs of the best network
-search.budget=10 adds 1 epoch of the best network, 2 further networks and a distillation
+search.budget=10 adds 1 epoch of the best network, a distillation from 3 networks
 """.splitlines()
 
 
@@ -148,6 +148,9 @@ def test_the_estimate_in_words() -> None:
     assert alone[0] == "estimate: at most 2.5 runs of naive MTL; at most 1.5 h on CPU (x86_64)"
     assert "wide for 11 epochs each (without guided, start_0); " in alone[1]
     assert lines_of(PLAN | machine | {"double": PLAN | {"budget": 10.0}})[-1] == "search.budget=10 adds nothing"
+    two = DOUBLE | machine | {"half": DOUBLE | {"budget": 5.0, "further_networks": 1}}
+    assert lines_of(two)[1].endswith("; a distillation from 3 networks")
+    assert lines_of(two)[2] == "search.budget=5 leaves out 1 more network to distil from"
 
 
 @pytest.mark.parametrize(
