@@ -85,7 +85,7 @@ def main(words: list[str], epochs: int = 30) -> None:
         groups=2,
     )
     settings = TrainSettings(epochs=epochs, batch_size=128, learning_rate=0.01, search_share=0.3)
-    found = search(spec, data, settings, SearchOptions(distil_share=0.3))
+    found = search(spec, data, settings, SearchOptions(budget=4))
 
     print(f"grouping: {found.grouping} (kept: {found.chosen})")
     gain = normalized_gain(tasks, found.metrics["test"], found.baseline["test"])

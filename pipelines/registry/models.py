@@ -79,6 +79,7 @@ def register(
         "run": str(run),
         "split": result["split"],
         "composite": config.name,
+        "outcome": result.get("outcome", ""),
     }
     client = connect(config.track)
     form = raw_form(manifest.source)

@@ -28,10 +28,11 @@ def tags_of(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def description_of(facts: Mapping[str, Any]) -> str:
-    """The text that MLflow shows for a version: the tasks of each group by their names, or their number."""
+    """The text that MLflow shows for a version: the result of the search, and the tasks or their number."""
     groups = facts["groups"]
     lines = [f"- {group}: {', '.join(map(quoted, groups[group]))}" for group in sorted(groups, key=by_number)]
-    head = f"Grouping {facts['grouping']}, {facts['split']} metrics in the tag `{PREFIX}metrics`."
+    found = f"{outcome}\n\n" if (outcome := facts.get("outcome")) else ""
+    head = f"{found}Grouping {facts['grouping']}, {facts['split']} metrics in the tag `{PREFIX}metrics`."
     text = "\n".join([head, "", *lines])
     if len(text) <= LONGEST_TAG:
         return text

@@ -102,6 +102,7 @@ def _shown(version: Any, aliases: Mapping[str, str]) -> dict[str, Any]:
         "aliases": sorted((a for a, v in aliases.items() if str(v) == str(version.version)), key=by_number),
         "tasks": tasks,
         "grouping": version.tags.get(PREFIX + "grouping", ""),
+        "outcome": version.tags.get(PREFIX + "outcome", ""),
         "created": datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).strftime(
             "%Y-%m-%d %H:%M:%S UTC"
         ),

@@ -239,8 +239,9 @@ def test_a_version_has_its_grouping_and_the_group_of_each_task(registered) -> No
         == registered.result["grouping"]
     )
     assert not list(folder.rglob("*.pkl"))
-    described = mlflow.MlflowClient().get_model_version("patients", "1").description
-    assert described.splitlines()[2:] == [
+    version = mlflow.MlflowClient().get_model_version("patients", "1")
+    assert version.tags["dmtg.outcome"] == registered.result["outcome"] == version.description.splitlines()[0]
+    assert version.description.splitlines()[4:] == [
         f"- {group}: {', '.join(tasks)}" for group, tasks in registered.result["grouping"].items()
     ]
 
