@@ -2,8 +2,9 @@
 
 One wide encoder for all tasks has the inference cost of all branches, because no grouping is better if only
 capacity matters. It is trained first. One gate starts at groups of tasks with a high feature overlap in this
-encoder. Further gates start uniform. After each rung, candidates with a worse validation score are dropped
-(successive halving, Jamieson and Talwalkar 2016), and the others go on without a restart (see `extendable`).
+encoder. Further gates start uniform. If the search starts from the models of a grouping, they are a candidate too.
+After each rung, candidates with a worse validation score are dropped (successive halving, Jamieson and Talwalkar
+2016), and the others go on without a restart (see `extendable`).
 
 The best one is trained for as long as validation improves and the budget lasts. What is left is spent on further
 networks, if they and a distillation fit into the budget: the narrow encoder of naive MTL, the runners-up, and
@@ -19,6 +20,8 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.cost import wide_spec
 from dmtg_core.network.grouping_network import GroupingNetwork
@@ -27,11 +30,23 @@ from dmtg_core.search.baselines import hard_network
 from dmtg_core.search.distillation import Ensemble, distil, distillation_state
 from dmtg_core.search.extendable import complete, extend, patience_of
 from dmtg_core.search.feature_overlap import cluster, feature_overlap
-from dmtg_core.search.options import BASELINE, DISTILLED, ENSEMBLE, GUIDED, ONE, OVERLAP, RUNG, SELECTED, WIDE
+from dmtg_core.search.options import (
+    BASELINE,
+    CHAMPION,
+    DISTILLED,
+    ENSEMBLE,
+    GUIDED,
+    ONE,
+    OVERLAP,
+    RUNG,
+    SELECTED,
+    WIDE,
+)
 from dmtg_core.search.stages import Stages
 from dmtg_core.training.loop import evaluate, generalisation_gap, score_of
 from dmtg_core.training.settings import TrainSettings
 from dmtg_core.training.state import TrainState
+from dmtg_core.training.warm_start import WarmStart
 
 LEAST_DISTILLATION = 0.5  # epochs of the shortest distillation, as a share of those of the networks
 MEMBERS = 3  # the most further networks of an ensemble
@@ -114,6 +129,9 @@ class GuidedSearch(Stages):
             self.warm_start.apply(network)
         if name == GUIDED:
             self._propose(network)
+        elif name == CHAMPION:
+            assert self.warm_start is not None
+            self._keep_models(network, self.warm_start)
         elif name.startswith(GROUPS):  # the groups that were found, with other initial weights
             network = hard_network(spec, self._grouping(self.result(SELECTED)["name"]))
         return TrainState.fresh(network.to(self.context.device), self._settings(name))
@@ -125,6 +143,15 @@ class GuidedSearch(Stages):
             network.keep_grouping(Grouping.from_assignment([task.name for task in self.spec.tasks], proposed))
         else:
             network.gate.start_from(proposed, max(probability, 1 / self.spec.groups))
+
+    def _keep_models(self, network: GroupingNetwork, models: WarmStart) -> None:
+        """Keep the heads of model k on branch k, and no gate."""
+        alive = torch.zeros_like(network.gate.alive)
+        for k, model in enumerate(models.models):
+            own = {task.name for task in model.network.tasks}
+            for n, task in enumerate(self.spec.tasks):
+                alive[n, k] = task.name in own
+        network.keep(alive)
 
     def _settings(self, name: str) -> TrainSettings:
         return replace(self.settings, seed=self.settings.seed + self._spec(name).seed - self.spec.seed)

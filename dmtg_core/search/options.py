@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dmtg_core.network.spec import NetworkSpec
 
-BASELINE, GUIDED, WIDE, ONE = "naive_mtl", "guided", "wide", "one_encoder"
+BASELINE, GUIDED, CHAMPION, WIDE, ONE = "naive_mtl", "guided", "champion", "wide", "one_encoder"
 RUNG, SELECTED, OVERLAP, ENSEMBLE, DISTILLED = "rung", "selected", "overlap", "ensemble", "distilled"
 METHODS = ("guided", "dmtg")
 

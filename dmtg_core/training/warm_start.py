@@ -56,6 +56,11 @@ class WarmStart:
         """Whether one model initialises all branches."""
         return len(self.models) == 1
 
+    def is_grouping(self, tasks: Sequence[Task]) -> bool:
+        """Whether there are several models, which have each of the tasks once."""
+        names = [task.name for model in self.models for task in model.network.tasks]
+        return not self.single and sorted(names) == sorted(task.name for task in tasks)
+
     @torch.no_grad()
     def apply(self, network: GroupingNetwork) -> None:
         """Copy weights and running statistics into a fresh network.

@@ -300,6 +300,34 @@ def test_with_several_models_naive_mtl_starts_from_scratch(data):
             assert first["naive_mtl"][task]["loss"] == pytest.approx(naive[task]["loss"], rel=1e-4)
 
 
+def test_the_models_of_a_grouping_are_a_candidate(data):
+    spec = mlp_spec(SAMPLEWISE[:3])
+    parts = [(spec.tasks[1],), (spec.tasks[0], spec.tasks[2])]
+    models = [model_of(spec, seed=i, tasks=tasks) for i, tasks in enumerate(parts)]
+    records = []
+    context = LocalContext(device="cpu", on_record=records.append)
+    found = search(spec, data, STILL, SearchOptions(budget=20), context=context, warm_start=WarmStart(models))
+    assert [one["stage"] for one in found.candidates if one["stage"] == "champion"]
+    first = next(record for record in records if record["stage"] == "champion")
+    assert first["probabilities"] == [[0, 1, 0], [1, 0, 0], [0, 1, 0]]
+    for model in models:
+        for task, metrics in evaluate(model, data, "val", context=context).items():
+            assert first["val"][task]["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
+
+
+def test_models_without_all_tasks_are_no_candidate(data):
+    spec = mlp_spec(SAMPLEWISE[:3])
+    models = [model_of(spec, seed=i, tasks=(task,)) for i, task in enumerate(spec.tasks[:2])]
+    start = WarmStart(models)
+    assert not start.is_grouping(spec.tasks)
+    assert start.is_grouping(spec.tasks[:2])
+    assert not WarmStart([model_of(spec)]).is_grouping(spec.tasks)  # one model has no groups
+    found = search(
+        spec, data, STILL, SearchOptions(budget=20), context=LocalContext(device="cpu"), warm_start=start
+    )
+    assert "champion" not in {one["stage"] for one in found.candidates}
+
+
 def test_a_search_resumes_with_its_models_and_with_no_others(tmp_path, data):
     spec, settings = mlp_spec(SAMPLEWISE[:3]), TrainSettings(epochs=2, batch_size=16, learning_rate=1e-2)
     start = WarmStart([model_of(spec)])

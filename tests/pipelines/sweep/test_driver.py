@@ -209,7 +209,8 @@ def test_a_sweep_that_was_killed_and_terminated_resumes_with_its_unfinished_tria
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143, driver.log
     psutil.wait_procs(family)  # all its processes end
-    assert f"dmtg sweep stopped\nwhat: terminated\nwhere: {driver.folder}\nremedy: run the same command again" in driver.log
+    message = f"dmtg sweep stopped\nwhat: terminated\nwhere: {driver.folder}\nremedy: run the same command again"
+    assert message in driver.log
     second = ended(driver.folder)
 
     found = driver.finish()

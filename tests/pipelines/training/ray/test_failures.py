@@ -56,7 +56,8 @@ def test_a_command_that_is_ended_resumes_with_the_same_command(
     run_id = json.loads((driver.folder / "tracking.json").read_text())["run_id"]
     if sent != signal.SIGKILL:
         what = "terminated" if sent == signal.SIGTERM else "interrupted"
-        assert f"dmtg train stopped\nwhat: {what}\nwhere: {driver.folder}\nremedy: run the same command again" in driver.log
+        message = f"dmtg train stopped\nwhat: {what}\nwhere: {driver.folder}\nremedy: run the same command again"
+        assert message in driver.log
         assert driver.outcome()["status"] == "failed"
         assert tracked.get_run(run_id).info.status == "FAILED"
     expected = []
