@@ -27,7 +27,7 @@ from pipelines.compare.methods import (
 from pipelines.compare.preparation import cell_job, cells_session, open_cells_folder
 from pipelines.compare.results import summary
 from pipelines.config.loading import Config
-from pipelines.config.sections import SearchSection
+from pipelines.config.search_section import SearchSection
 from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.execution.executor import Executor

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field
 
-from pipelines.config.budget import runs_of
 from pipelines.config.network_section import NetworkSection
 from pipelines.config.paths import anchored, as_written, placed
 from pipelines.config.ray_section import RaySection
 from pipelines.config.regroup_section import RegroupSection
+from pipelines.config.search_section import SearchSection, runs_of
 from pipelines.config.sections import (
     CompareSection,
     DataSection,
     GateSection,
     RunSection,
-    SearchSection,
     SignalSection,
     SourceSection,
     SweepSection,

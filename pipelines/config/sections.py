@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -120,7 +119,7 @@ class GateSection(Section):
 class TrainSection(Section):
     """Training of the networks."""
 
-    epochs: int = Field(20, ge=1, le=10**6, description="Epochs of search and fine-tuning together.")
+    epochs: int = Field(20, ge=1, le=10**6, description="Epochs of a run of naive MTL.")
     batch_size: int = Field(64, ge=1, le=10**9, description="Samples of a global batch, over all workers.")
     optimizer: Literal["adam", "adamw", "sgd"] = Field(
         "adam", description="Optimiser of the encoders, the heads and the gate."
@@ -128,7 +127,9 @@ class TrainSection(Section):
     learning_rate: float = Field(1e-3, gt=0, description="Learning rate in the first epoch.")
     weight_decay: float = Field(0.0, ge=0, description="Weight decay of the optimiser.")
     lr_schedule: Literal["constant", "cosine", "halving", "plateau"] = Field(
-        "cosine", description="Schedule of the learning rate over the epochs."
+        "cosine",
+        description="Schedule of the learning rate over the epochs. In the guided search, cosine is a constant "
+        "rate with a decay at the end.",
     )
     lr_every: int = Field(
         15, ge=1, le=10**6, description="Epochs between two halvings of the learning rate (halving)."
@@ -176,8 +177,9 @@ class TrainSection(Section):
         0,
         ge=0,
         le=10**6,
-        description="Early stopping: epochs without a better validation score after which the "
-        "training of a network ends, counted from when its groups are fixed; 0 trains all epochs.",
+        description="Early stopping: epochs without a better validation score after which the training of a "
+        "network ends; 0 trains all epochs. In the guided search the decay of the learning rate begins then; 0 is "
+        "a fifth of train.epochs there.",
     )
     trees: bool = Field(
         True, description="Tables: also train extra trees of scikit-learn, as a yardstick beside the result."
@@ -188,85 +190,6 @@ class TrainSection(Section):
     seed: Seed = Field(
         22, description="Seed of initial weights, data order, gate noise and every other random choice."
     )
-
-
-class SearchSection(Section):
-    """The search for the grouping."""
-
-    method: Literal["guided", "dmtg"] = Field(
-        "guided",
-        description="guided: the candidates are a wide encoder, a gate that starts at groups of tasks with a high "
-        "feature overlap, and uniform gates. They are compared after short rungs, and the best one gets what is "
-        "left of search.budget. dmtg: uniform gates, as published.",
-    )
-    starts: int = Field(
-        1,
-        ge=0,
-        le=100,
-        description="Number of uniform gates. dmtg needs at least one and fine-tunes the gate with the best "
-        "validation score.",
-    )
-    wide: bool = Field(
-        True, description="guided: add a wide encoder, at the inference cost of all groups, to the candidates."
-    )
-    budget: Annotated[float, Field(ge=1)] | Literal["auto"] | None = Field(
-        None,
-        description="guided: the most training of the search in runs of naive MTL; by default network.groups + 2. "
-        "The search ends earlier if validation data says that more does not pay. auto: as long as it pays, with "
-        "four times the default as the most. The baseline of naive MTL is one more run on top.",
-    )
-    rung: float = Field(
-        0.2,
-        gt=0,
-        le=1,
-        description="guided: epochs after which the candidates are compared first, as a share of train.epochs. "
-        "Each further rung has twice as many.",
-    )
-    compare: float = Field(
-        0.5, gt=0, le=1, description="guided: largest share of search.budget in which candidates are compared."
-    )
-    probability: float = Field(
-        0.9,
-        gt=0,
-        le=1,
-        description="guided: initial probability of each task for its proposed group; with 1 the proposed groups "
-        "are trained without a gate.",
-    )
-    within: float = Field(
-        0.03,
-        ge=0,
-        description="guided: distance to the best validation score at the end of a rung within which a candidate "
-        "is trained further; the noise of the validation score is added to it.",
-    )
-    distil: bool = Field(
-        True,
-        description="guided: spend what is left of search.budget on further networks and a distillation from all "
-        "of them, if the mean of their predictions is better on validation data.",
-    )
-    share: float = Field(0.5, gt=0, le=1, description="Share of train.epochs in which a gate is trained.")
-    group_epochs: int = Field(
-        0,
-        ge=0,
-        le=10**6,
-        description="Epochs that each group is trained on its own afterwards; groups are trained at the same "
-        "time if resources are available.",
-    )
-    group_learning_rate: float | None = Field(
-        None, gt=0, description="Learning rate of search.group_epochs; by default a tenth of train.learning_rate."
-    )
-    baseline: bool = Field(
-        True, description="Train naive MTL as well, as the baseline. It is the result if nothing is better."
-    )
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _runs(cls, value: object) -> object:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            if 1 <= value < math.inf:
-                return value
-        elif value is None or value == "auto":
-            return value
-        raise ValueError("expected auto, or a number of runs of naive MTL that is at least 1")
 
 
 class TrackSection(Section):

@@ -25,7 +25,7 @@ WHY = {
     "network.groups": "largest number of groups, K",
     "network.stem": "stages of the encoder that all groups share",
     "gate.learning_rate": "higher than that of the network, because the gate has few steps to converge",
-    "train.epochs": "epochs of search and fine-tuning together",
+    "train.epochs": "epochs of a run of naive MTL, the unit of search.budget",
     "train.patience": "early stopping: a training ends after so many epochs without a better validation score",
     "data.shards": "created by dmtg shard",
     "run.root": "holds a folder for each run",
