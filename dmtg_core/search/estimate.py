@@ -24,7 +24,7 @@ from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.baselines import hard_network
 from dmtg_core.search.budget import Budget, default_budget
 from dmtg_core.search.guided import GROUPS, LEAST_DISTILLATION, MEMBERS
-from dmtg_core.search.options import BASELINE, ONE, WIDE, SearchOptions
+from dmtg_core.search.options import BASELINE, CHAMPION, GUIDED, ONE, WIDE, SearchOptions
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Batch, Data
 from dmtg_core.training.loop import Hooks, advance
@@ -94,12 +94,14 @@ def plan(
     options: SearchOptions,
     *,
     baseline: bool = True,
+    champion: bool = False,
     found: Mapping[str, GroupingNetwork] | None = None,
 ) -> Plan:
     """Return what a search does with its budget.
 
     Args:
         spec, settings, options, baseline: As for `search`.
+        champion: Whether the search starts from the models of a grouping, which are a candidate then.
         found: Result of `networks`, if it is there already.
     """
     found = found or networks(spec, options)
@@ -113,6 +115,8 @@ def plan(
         return Plan(
             first + rest * groups, None, int(baseline), tuple(names), (), rung, first, settings.epochs, 0, costs
         )
+    if champion:
+        names.insert(names.index(GUIDED) + 1, CHAMPION)
     kept, rung = budget.first_rung({name: costs[kind_of(name)] for name in names}, options.compare, options.rung)
     first = rung * sum(costs[kind_of(name)] for name in kept)
     members = _members(costs, budget, settings.epochs, first + max(settings.epochs - rung, 0) * groups, baseline)

@@ -12,7 +12,7 @@ import yaml
 
 from dmtg_core.names import listed
 from dmtg_core.search.guided import GROUPS
-from dmtg_core.search.options import BASELINE, DISTILLED, GUIDED, ONE, WIDE
+from dmtg_core.search.options import BASELINE, CHAMPION, DISTILLED, GUIDED, ONE, WIDE
 from dmtg_core.training.metrics import error_of
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
@@ -129,6 +129,7 @@ def candidate_text(stage: str) -> str:
         WIDE: "one wide encoder with the inference cost of all groups",
         ONE: "one encoder for all tasks",
         GUIDED: "a gate that starts at groups of tasks with a high feature overlap",
+        CHAMPION: "the models from which the search started",
         GROUPS: "the groups of the best candidate, with other initial weights",
     }.get(kind, "a gate that starts uniform")
 

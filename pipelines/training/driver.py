@@ -128,8 +128,8 @@ def dry_run(config: Config, log: Callable[[str], None] = logger.info) -> dict[st
         with open_workers(data, executor, log) as (chosen, workers):
             held, event_log = data.samples(workers), new_event_log(workers)
             job = Job(
-                chosen, data.reader, held, run, event_log=event_log, outputs=data.outputs, estimate=file,
-                dry_run=True,
+                chosen, data.reader, held, run, start=keep_models(models, run / PROFILE), event_log=event_log,
+                outputs=data.outputs, estimate=file, dry_run=True,
             )  # fmt: skip
             run_workers(job, workers, log)
     found: dict[str, Any] = file.read_json()

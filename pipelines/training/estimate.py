@@ -26,20 +26,26 @@ def estimated(
     context: TrainContext,
     *,
     baseline: bool,
+    champion: bool,
     validation: int,
 ) -> dict[str, Any]:
     """The estimate as JSON values; `text` has it in lines. All workers call it.
 
     Args:
         spec, data, settings, options, context, baseline: As for the core's `search`.
+        champion: As for the core's `plan`.
         validation: Batches of the validation split on each worker.
     """
     found = networks(spec, options)
-    ours = plan(spec, settings, options, baseline=baseline, found=found)
-    other = {} if ours.budget is None else {
-        name: plan(spec, settings, replace(options, budget=times * ours.budget), baseline=baseline, found=found)
-        for name, times in (("half", 0.5), ("double", 2.0)) if times * ours.budget >= 1
-    }  # fmt: skip
+
+    def planned(runs: float | None) -> Plan:
+        changed = replace(options, budget=runs)
+        return plan(spec, settings, changed, baseline=baseline, champion=champion, found=found)
+
+    ours, other = planned(options.budget), {}
+    if ours.budget is not None:
+        budgets = {"half": 0.5 * ours.budget, "double": 2 * ours.budget}
+        other = {name: planned(runs) for name, runs in budgets.items() if runs >= 1}
     timed, memory = measure(found, data, settings, context)
     steps = data.steps(settings.batch_size)
     epochs = {name: epoch.seconds(steps, validation) for name, epoch in timed.items()}

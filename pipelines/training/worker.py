@@ -130,9 +130,11 @@ def _estimate(job: Job, file: Location, context: RunContext) -> None:
     from pipelines.training.estimate import estimated
 
     config, (spec, data) = job.config, _open(job, context, reports=False)
+    start = warm_start(job.start)
     rows = -(-job.reader.manifest.rows("val") // context.world_size)
     found = estimated(
         spec, data, config.settings(), config.search_options(), context, baseline=config.search.baseline,
+        champion=start is not None and start.is_grouping(spec.tasks),
         validation=-(-rows // config.train.batch_size),
     )  # fmt: skip
     if context.rank == 0:

@@ -23,6 +23,7 @@ from dmtg_core.search.estimate import (
     seconds_of,
 )
 from dmtg_core.search.guided import GROUPS, MEMBERS
+from dmtg_core.training.warm_start import WarmStart
 from tests.dmtg_core import samples
 from tests.dmtg_core.searches import SETTINGS, SPEC, local
 
@@ -70,6 +71,21 @@ def test_the_baseline_is_one_run_more_and_of_any_other_budget_the_rest_stays(dat
     assert small.epochs < ours.epochs < large.epochs
     assert large.members == MEMBERS
     assert plan(SPEC, LONG, SearchOptions(budget=40, distil=False)).members == 0
+
+
+def test_the_models_of_a_grouping_are_a_candidate_too(data):
+    trained = search(SPEC, data, SETTINGS, SearchOptions(method="dmtg"), baseline=False, context=local())
+    models = list(trained.network.specialise().values())
+    assert len(models) > 1
+    start, options = WarmStart(models, [f"{i}" for i in range(len(models))]), SearchOptions(budget=12)
+    assert start.is_grouping(SPEC.tasks)
+    expected, records = plan(SPEC, LONG, options, baseline=False, champion=True), []
+    context = local(on_record=records.append)
+    found = search(SPEC, data, LONG, options, baseline=False, context=context, warm_start=start)
+    assert expected.candidates == ("wide", "guided", "champion", "start_0")
+    first = [name for name in expected.candidates for _ in range(expected.rung)]
+    assert [record["stage"] for record in records[: len(first)]] == first
+    assert found.cost <= expected.runs + 1e-9
 
 
 @pytest.mark.parametrize("baseline", [True, False])
