@@ -10,22 +10,46 @@ are.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Data
 from dmtg_core.training.loop import NO_HOOKS, Hooks, advance
-from dmtg_core.training.settings import TrainSettings, has_stopped
+from dmtg_core.training.settings import TrainSettings
 from dmtg_core.training.state import TrainState
 
 DECAY = 0.25  # share of the decay in all epochs
-PATIENCE = 0.2  # epochs without a better score after which the decay begins, as a share of `TrainSettings.epochs`
+PATIENCE = 0.2  # last epochs whose scores are compared with the best one, as a share of `TrainSettings.epochs`
 LEAST_PATIENCE = 3
 
 
 def patience_of(settings: TrainSettings) -> int:
-    """Return the number of epochs without a better validation score after which the decay begins."""
+    """Return the number of last epochs whose validation scores are compared with the best one before."""
     return settings.patience or max(round(PATIENCE * settings.epochs), LEAST_PATIENCE)
+
+
+def has_turned(scores: Sequence[float], patience: int) -> bool:
+    """Whether validation gets worse: none of the last epochs is as good as the best one before, within the noise.
+
+    At a constant learning rate the score of a network that still learns varies from epoch to epoch, and a decay
+    after more epochs is better. It has turned only if it is worse by more than it varies.
+
+    Args:
+        scores: Validation scores of all epochs.
+        patience: Number of last epochs.
+    """
+    before, late = scores[:-patience], scores[-patience:]
+    return bool(before) and min(late) > min(before) + score_noise(scores)
+
+
+def score_noise(scores: Sequence[float]) -> float:
+    """Return the noise of the validation score: its mean absolute change between epochs of the second half."""
+    late = scores[len(scores) // 2 :]
+    changes = [abs(a - b) for a, b in pairwise(late) if math.isfinite(a - b)]
+    return sum(changes) / len(changes) if changes else 0.0
 
 
 def held(settings: TrainSettings, epochs: int) -> TrainSettings:
@@ -63,8 +87,8 @@ def complete(
 ) -> None:
     """Train to the end, and take the hard network of the best epoch.
 
-    The decay begins after `patience_of` epochs without a better validation score, with the network of the best
-    epoch; or when only the epochs of the decay are left.
+    The decay begins when validation has turned, with the network of the best epoch; or when only the epochs of the
+    decay are left.
 
     Args:
         state: A fresh state, one of `extend`, or one that was interrupted in this function.
@@ -76,10 +100,14 @@ def complete(
         NonFiniteLossError: If the loss is not finite.
     """
     if state.decay is None:
-        constant = max(most - max(round(DECAY * most), 1), state.epoch)
-        patient = replace(held(settings, constant), patience=patience_of(settings))
-        advance(state, data, patient, context, until=constant, hooks=hooks)
-        _begin_decay(state, settings, most, turned=has_stopped(state.history, patient))
+        constant, patience = max(most - max(round(DECAY * most), 1), state.epoch), patience_of(settings)
+
+        def turned(state: TrainState) -> bool:
+            return has_turned([record["val_score"] for record in state.history], patience)
+
+        stopping = replace(hooks, should_stop=turned)
+        advance(state, data, held(settings, constant), context, until=constant, hooks=stopping)
+        _begin_decay(state, settings, most, turned=turned(state))
     assert state.decay is not None
     first, last = state.decay
     searched = first / last if 0 < first < last else 1.0  # the gate is not trained any more

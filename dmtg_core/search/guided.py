@@ -14,10 +14,8 @@ data, it is distilled into the best one (see `distillation`), at the inference c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.baselines import hard_network
 from dmtg_core.search.distillation import Ensemble, distil, distillation_state
-from dmtg_core.search.extendable import complete, extend, patience_of
+from dmtg_core.search.extendable import complete, extend, patience_of, score_noise
 from dmtg_core.search.feature_overlap import cluster, feature_overlap
 from dmtg_core.search.options import (
     BASELINE,
@@ -114,8 +112,8 @@ class GuidedSearch(Stages):
         self.state.results.append({"stage": OVERLAP, "affinity": overlap.tolist(), "proposed": proposed})
 
     def _spec(self, name: str) -> NetworkSpec:
-        kind, _, number = name.rpartition("_") if name[-1].isdigit() else (name, "", "0")
-        spec = replace(self.spec, seed=self.spec.seed + int(number))
+        kind, number = _numbered(name)
+        spec = replace(self.spec, seed=self.spec.seed + number)
         if kind == WIDE:
             return wide_spec(spec)
         return replace(spec, groups=1, sampling="fixed") if kind == ONE else spec
@@ -154,7 +152,7 @@ class GuidedSearch(Stages):
         network.keep(alive)
 
     def _settings(self, name: str) -> TrainSettings:
-        return replace(self.settings, seed=self.settings.seed + self._spec(name).seed - self.spec.seed)
+        return replace(self.settings, seed=self.settings.seed + _numbered(name)[1])
 
     def _grouping(self, name: str) -> Grouping:
         return Grouping.from_dict(self.result(name)["grouping"], [task.name for task in self.spec.tasks])
@@ -273,11 +271,10 @@ class GuidedSearch(Stages):
         return min(finals, key=finals.__getitem__)
 
 
-def score_noise(scores: Sequence[float]) -> float:
-    """Noise of the validation score: mean absolute change between epochs in the second half of a search."""
-    late = scores[len(scores) // 2 :]
-    changes = [abs(a - b) for a, b in pairwise(late) if math.isfinite(a - b)]
-    return sum(changes) / len(changes) if changes else 0.0
+def _numbered(name: str) -> tuple[str, int]:
+    """Split the name of a network into its kind and its number: `wide_1` is a wide encoder with the next seed."""
+    kind, _, number = name.rpartition("_")
+    return (kind, int(number)) if number.isdigit() else (name, 0)
 
 
 def _best_score(state: TrainState) -> float:

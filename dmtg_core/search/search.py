@@ -6,7 +6,6 @@ budget where validation data says that it pays, see `guided`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +33,7 @@ class SearchResult:
         naive: The network of naive MTL with the weights of its best epoch, in evaluation mode; None without a
             baseline.
         grouping: The grouping of `network`. It is one group if the wide encoder was best.
-        chosen: Name of the network with the best validation score; "naive_mtl" if none beats the baseline.
+        chosen: Name of the network with the best validation score; with "guided" also "naive_mtl".
         distilled: Result of the distillation: `teachers`, the best `score` and the `metrics` before it, the score
             of the `ensemble`, the best score after the distillation (`final`), whether the distilled network was
             `kept`, and its part of `cost`. It is empty without a distillation.
@@ -46,7 +45,8 @@ class SearchResult:
             after the last epoch in which it was trained.
         affinity: `feature_overlap` of the tasks `(N, N)`; empty if it was not measured.
         cost: Training cost in runs of naive MTL, without the baseline.
-        budget: The most training that the search was allowed in runs of naive MTL; None without a budget ("dmtg").
+        budget: The most training that the search was allowed in runs of naive MTL; None without a budget ("dmtg",
+            and with one branch).
         costs: Training cost of each stage in runs of naive MTL.
     """
 
@@ -112,7 +112,8 @@ def _outcome(stages: Stages, chosen: str) -> SearchResult:
         distilled |= {"metrics": stages.evaluate(trained[chosen]), "cost": after["cost"]}
     network = trained[DISTILLED if after else chosen]
     best = (after or by_name[chosen])["final"]
-    if naive is not None and by_name[BASELINE].get("final", math.inf) <= best:
+    guided = isinstance(stages, GuidedSearch)
+    if guided and naive is not None and by_name[BASELINE]["final"] <= best:
         network, chosen, distilled, best = naive, BASELINE, {}, by_name[BASELINE]["final"]
     for found in (network, *([naive] if naive is not None else [])):
         found.eval()
@@ -129,7 +130,7 @@ def _outcome(stages: Stages, chosen: str) -> SearchResult:
         candidates=[_described(by_name[name]) for name in order],
         affinity=by_name.get(OVERLAP, {}).get("affinity", []),
         cost=stages.spent,
-        budget=stages.budget.runs if stages.options.method == "guided" else None,
+        budget=stages.budget.runs if guided else None,
         costs={name: one["cost"] for name, one in by_name.items() if "cost" in one},
     )
 

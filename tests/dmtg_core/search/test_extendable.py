@@ -7,7 +7,7 @@ import pytest
 
 from dmtg_core import GroupingNetwork, TrainSettings
 from dmtg_core.search.baselines import hard_network, together, train_within
-from dmtg_core.search.extendable import complete, extend, held, patience_of
+from dmtg_core.search.extendable import complete, extend, has_turned, held, patience_of
 from dmtg_core.training.loop import advance, reporting
 from dmtg_core.training.state import TrainState
 from tests.dmtg_core import samples
@@ -79,7 +79,8 @@ def test_the_decay_begins_at_the_best_epoch_when_validation_does_not_improve(dat
     first, last = state.decay
     scores = [record["val_score"] for record in state.history]
     best = scores.index(min(scores[:first]))
-    assert first == best + 1 + 3 < 45
+    assert best + 1 + 3 <= first < 45
+    assert [has_turned(scores[:n], 3) for n in range(1, first + 1)] == [False] * (first - 1) + [True]
     assert last - first == max(round((best + 1) / 3), 1)  # a quarter of the epochs without those of the patience
     assert state.epoch == last < 60
     rate = [record["learning_rate"] for record in state.history]
@@ -110,6 +111,24 @@ def test_an_interrupted_training_has_the_same_result(data, tmp_path, epoch):
     assert without_times(found.history) == without_times(expected.history)
     assert found.decay == expected.decay
     assert_same_tensors(snapshot(found.network), snapshot(expected.network))
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([], False),
+        ([3.0, 2.0], False),  # no epoch before the last two
+        ([1.0, 3.0, 3.5], True),
+        ([1.0, 3.0, 1.5], False),  # worse by 0.5, the noise is 1.5
+        ([3.0, 1.0, 1.25, 1.125], False),  # worse by 0.125, which is no more than the noise
+        ([3.0, 1.0, 1.25, 1.5], False),
+        ([3.0, 1.0, 1.3, 1.4], True),  # worse by 0.3, the noise is 0.1
+        ([3.0, 1.0, 0.9, 5.0], False),
+        ([2.0, 1.0, float("inf"), float("inf")], True),
+    ],
+)
+def test_validation_has_turned_if_the_last_epochs_are_worse_by_more_than_the_noise(scores, expected):
+    assert has_turned(scores, 2) is expected
 
 
 @pytest.mark.parametrize(("patience", "epochs", "expected"), [(7, 10, 7), (0, 100, 20), (0, 10, 3), (0, 1, 3)])
