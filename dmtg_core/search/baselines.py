@@ -27,6 +27,7 @@ from dmtg_core.training.metrics import Metrics
 from dmtg_core.training.settings import TrainSettings
 from dmtg_core.training.state import TrainState
 
+ROUNDING = 1e-9  # of a quotient that is a whole number of epochs
 BATCHES = 2  # batches of each epoch for the comparison of gradients
 
 
@@ -118,7 +119,7 @@ def train_within(
     whole = replace(settings, search_share=1.0)
     state = TrainState.fresh(network.to(context.device), whole)
     epoch = training_flops(network) / (unit or naive_flops(network.spec)) / settings.epochs
-    complete(state, data, whole, context, most=max(int(runs / epoch + 1e-9), 1))
+    complete(state, data, whole, context, most=max(int(runs / epoch + ROUNDING), 1))
     metrics = {split: evaluate(state.network, data, split, context=context) for split in splits}
     gap = generalisation_gap(state.history[-1])
     return Trained(state.network.eval(), state.best_score, metrics, epoch * len(state.history), gap)
@@ -135,6 +136,9 @@ def train_distilled(
 ) -> Trained:
     """Train networks of one group each, then distil all of them into the one with the best validation score.
 
+    A budget that is too small for an epoch of each network and one of the distillation has fewer networks, or no
+    distillation.
+
     Args:
         specs: Specs of the networks. They differ in their seeds.
         settings: As for `train_within`.
@@ -144,21 +148,24 @@ def train_distilled(
     Raises:
         NonFiniteLossError: If the loss is not finite.
     """
+    context, run = LocalContext(), settings.epochs * (unit or naive_flops(specs[0]))
     networks = [hard_network(spec, together(spec)) for spec in specs]
-    run = settings.epochs * (unit or naive_flops(specs[0]))
     step = training_flops(networks[0])
+    networks = networks[: max(int(runs * run / step + ROUNDING), 1)]
     taught = step + sum(inference_cost(network).flops for network in networks)
     share = runs * step / (len(networks) * step + taught)
     trained = [train_within(one, data, settings, share, splits=("val",), unit=unit) for one in networks]
     spent = sum(one.cost for one in trained)
-    best, context = min(trained, key=lambda one: one.score), LocalContext()
-    longer = replace(settings, epochs=max(int((runs - spent) * run / taught + 1e-9), 1), search_share=1.0)
-    longer = replace(longer, patience=patience_of(settings))
-    state = distillation_state(best.network, best.score, longer)
-    distil(state, [one.network for one in trained], data, longer, context, gap=best.gap)
-    metrics = {split: evaluate(state.network, data, split, context=context) for split in splits}
-    cost = spent + taught * state.epoch / run
-    return Trained(state.network.eval(), state.best_score, metrics, cost, best.gap)
+    best = min(trained, key=lambda one: one.score)
+    epochs = int((runs - spent) * run / taught + ROUNDING)
+    network, score = best.network, best.score
+    if len(trained) > 1 and epochs:
+        longer = replace(settings, epochs=epochs, search_share=1.0, patience=patience_of(settings))
+        state = distillation_state(network, score, longer)
+        distil(state, [one.network for one in trained], data, longer, context, gap=best.gap)
+        network, score, spent = state.network, state.best_score, spent + taught * state.epoch / run
+    metrics = {split: evaluate(network, data, split, context=context) for split in splits}
+    return Trained(network.eval(), score, metrics, spent, best.gap)
 
 
 def overlap_groups(

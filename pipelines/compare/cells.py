@@ -49,7 +49,7 @@ NAIVE, AFFINITIES, WIDE, DISTILLED_WIDE, GROUPING, PAIR, PROPOSAL, SEARCH, TREE_
     "naive_mtl", "affinities", "wide", "wide_distilled", "grouping", "pair", "proposal", "search", "trees"
 )  # fmt: skip
 HEADS_ALONE, FULL_FINETUNING = "heads_alone", "full_finetuning"
-LEAST = 0.5  # runs of naive MTL that groups are trained for, if the selection has used the budget
+LEAST_RUNS = 0.5  # training of groups in runs of naive MTL, also if finding them has used the budget
 Result = dict[str, Any]
 
 
@@ -61,11 +61,12 @@ class Cell:
         kind: NAIVE, AFFINITIES (naive MTL again, with the affinities of the published selectors; with many tasks
             the affinities take far longer than the run), WIDE, DISTILLED_WIDE (the best of three wide encoders,
             distilled from all three), GROUPING, PAIR, PROPOSAL (groups of tasks with a high feature overlap,
-            trained from scratch), SEARCH, HEADS_ALONE (heads on a frozen encoder), FULL_FINETUNING (one encoder,
-            of which nothing is frozen), or TREE_ENSEMBLES (`label` is the method).
+            trained from scratch; the budget includes finding them), SEARCH, HEADS_ALONE (heads on a frozen
+            encoder), FULL_FINETUNING (one encoder, of which nothing is frozen), or TREE_ENSEMBLES (`label` is the
+            method).
         seed: Seed of initial weights, data order and gate noise.
         epochs: Number of epochs; 0 for `train.epochs`.
-        budget: Training in runs of naive MTL, see `train_within`; 0 for `epochs`.
+        budget: The most training in runs of naive MTL, see `train_within`; 0 for `epochs`.
         groups: Groups of a GROUPING, tasks of a PAIR.
         options: Changes of a SEARCH to the search section.
         label: Name of a SEARCH or of TREE_ENSEMBLES, for its file.
@@ -282,7 +283,7 @@ def _proposal(
     cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], config: Config
 ) -> Result:
     overlap, grouping, cost = overlap_groups(spec, data, settings, config.search.rung)
-    left = replace(cell, budget=max(cell.budget - cost, LEAST)) if cell.budget else cell
+    left = replace(cell, budget=max(cell.budget - cost, LEAST_RUNS)) if cell.budget else cell
     found = _fixed(left, hard_network(spec, grouping), spec, data, settings, splits)
     return found | {"affinity": overlap.tolist(), "cost": found["cost"] + cost}
 

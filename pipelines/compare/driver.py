@@ -17,7 +17,7 @@ from pipelines.compare.methods import (
     BUDGETED,
     EXHAUSTIVE_TASKS,
     FIXED,
-    GUIDED,
+    MARK,
     Comparison,
     first_cells,
     results_of,
@@ -65,7 +65,7 @@ class ComparisonResult:
 def compare(config: Config, log: Callable[[str], None] = logger.info) -> ComparisonResult:
     """Run a comparison to its end. It resumes where an earlier call with the same configuration stopped.
 
-    Finished cells are not trained again, also if methods or seeds were added.
+    Finished cells are not trained again, also if methods, budgets or seeds were added.
 
     Raises:
         UserError: For every problem, before training if it can be known by then.
@@ -96,19 +96,19 @@ def compare(config: Config, log: Callable[[str], None] = logger.info) -> Compari
 
 
 def _tracked(found: dict[str, Any]) -> dict[str, Any]:
-    """The figures that go to MLflow."""
-    guided = next((row for row in found["rows"] if row["method"] == GUIDED), found["rows"][0])
+    """The figures that go to MLflow. Names of its metrics cannot have `MARK`."""
+    ours = next((row for row in found["rows"] if row["method"] == found["reference"]), found["rows"][0])
     return {
         "split": found["split"],
         "metrics": {
-            row["method"]: {
+            row["method"].replace(MARK, " "): {
                 "gain": row["gain"]["value"],
                 "gain_loss": row["gain_loss"]["value"],
                 "training_cost": row["cost"],
             }
             for row in found["rows"]
         },
-        "normalized_gain": guided["gain"]["value"],
+        "normalized_gain": ours["gain"]["value"],
         "grouping_name": "",
     }
 
@@ -183,13 +183,15 @@ def check_variant(config: Config, name: str, changes: dict[str, Any]) -> None:
     where = f"compare.variants.{name}"
     section = checked(SearchSection, config.search.model_dump() | changes, where)
     config.model_copy(update={"search": section}).search_options(where)
-    allowed = {"share", *SearchOptions.__dataclass_fields__}
+    allowed = {"share", *SearchOptions.__dataclass_fields__} - {"budget"}
     other = sorted(set(changes) - allowed)
     if other:
         raise UserError(
             f"a search of a comparison does not depend on {other[0]}",
             where=f"{where}.{other[0]}",
-            remedy=f"change one of {', '.join(sorted(allowed))}",
+            remedy="set compare.budgets for all methods"
+            if other[0] == "budget"
+            else f"change one of {', '.join(sorted(allowed))}",
             wrong_use=True,
         )
 

@@ -22,7 +22,7 @@ from pipelines.compare.cells import (
     DISTILLED_WIDE,
     FULL_FINETUNING,
     HEADS_ALONE,
-    LEAST,
+    LEAST_RUNS,
     NAIVE,
     PAIR,
     PROPOSAL,
@@ -34,6 +34,7 @@ from pipelines.compare.cells import (
 )
 from pipelines.config.loading import Config
 
+MARK = "@"  # between method and budget in the name of a row
 EXHAUSTIVE_TASKS = 6  # six tasks have 122 partitions into three groups, eight have 1,094
 Found = Mapping[Cell, Result]
 
@@ -64,9 +65,16 @@ class Comparison:
 
     @property
     def budgets(self) -> tuple[float, ...]:
-        """The budgets of the methods in runs of naive MTL: `compare.budgets`, or that of the search."""
+        """The budgets in runs of naive MTL, in ascending order: `compare.budgets`, or that of the search."""
         own = self.config.search_options().budget or default_budget(self.config.network.groups)
         return self.config.compare.budgets or (own,)
+
+    def has_budget(self, method: str) -> bool:
+        """Whether a method spends a budget. Others have a training of their own length."""
+        if method in self.config.compare.variants:
+            changes = self.config.compare.variants[method]
+            return changes.get("method", self.config.search.method) != "dmtg"
+        return method not in FIXED
 
     def random_partitions(self, seed: int) -> list[Grouping]:
         """The random partitions of a seed; see `random_groupings`."""
@@ -153,14 +161,18 @@ BUDGETED: Mapping[str, First] = {
 
 
 def rows_of(comparison: Comparison, methods: Sequence[str]) -> dict[str, tuple[str, float]]:
-    """Name of a row → its method and budget. With several budgets the name has the budget: `wide@8`."""
-    budgets, found = comparison.budgets, {}
+    """Name of a row → its method and budget; budget 0 for a training of its own length.
+
+    With several budgets the name has the budget: `wide@8`.
+    """
+    budgets, found = comparison.budgets, dict[str, tuple[str, float]]()
     for method in methods:
-        if method in FIXED:
+        if not comparison.has_budget(method):
             found[method] = (method, 0.0)
+        elif len(budgets) == 1:
+            found[method] = (method, budgets[0])
         else:
-            names = {f"{method}@{budget:g}" if len(budgets) > 1 else method: budget for budget in budgets}
-            found |= {name: (method, budget) for name, budget in names.items()}
+            found |= {f"{method}{MARK}{budget:g}": (method, budget) for budget in budgets}
     return found
 
 
@@ -184,8 +196,9 @@ def _grouping_cells(comparison: Comparison, seed: int, budget: float, groups: Se
 def _selected(name: str) -> Second:
     def cells(comparison: Comparison, seed: int, budget: float, found: Found) -> list[Cell]:
         affinity = torch.tensor(found[Cell(AFFINITIES, seed)]["affinities"][name])
-        left = max(budget - _cost_of_grouping(comparison, name, seed, found), LEAST)
-        return _grouping_cells(comparison, seed, round(left, 3), best_partition(affinity, comparison.groups))
+        left = max(budget - _cost_of_grouping(comparison, name, seed, found), LEAST_RUNS)
+        left = math.floor(1000 * left) / 1000  # a short name of the cell
+        return _grouping_cells(comparison, seed, left, best_partition(affinity, comparison.groups))
 
     return cells
 
@@ -247,7 +260,8 @@ def _or_naive(result: Result, naive: Result) -> Result:
     if result["score"] < naive["score"]:
         return result
     everything = [[1.0] for _ in result["probabilities"]]
-    return result | naive | {"cost": result["cost"], "chosen": NAIVE, "probabilities": everything}
+    own = {"cost": result["cost"], "chosen": NAIVE, "distilled": {}, "probabilities": everything}
+    return result | naive | own
 
 
 def _merged(comparison: Comparison, results: Sequence[Result]) -> Result:

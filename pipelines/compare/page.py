@@ -10,7 +10,9 @@ import matplotlib as mpl
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
+from pipelines.compare.budgets import rows_within
 from pipelines.config.loading import Config
 from pipelines.registry.tracking import shown
 from pipelines.report.figures import COLOURS, NEUTRAL, STYLE, WIDTH, heatmap, label_rows, svg
@@ -18,6 +20,8 @@ from pipelines.report.render import render
 from pipelines.storage import Location
 
 NAIVE, SINGLE = "naive_mtl", "single_task"  # names of methods
+DASHES: Any = ("-", "--", "-.", (0, (1, 1)), (0, (6, 1, 1, 1, 1, 1)))
+MARKERS = "osv^D*P"
 
 
 def write_page(target: Location, found: Mapping[str, Any], config: Config) -> None:
@@ -28,16 +32,25 @@ def write_page(target: Location, found: Mapping[str, Any], config: Config) -> No
         found: Content of `compare.json`.
         config: Configuration of the comparison.
     """
+    rows, budgets = found["rows"], found["budgets"]
+    several, own = len(budgets) > 1, method_of(rows, found["reference"])
     plots = {
-        "gains": gains(found["rows"], found["reference"]),
-        "tasks": by_task(found["rows"], found["tasks"], found["reference"]),
+        "gains": gain_against_cost(rows, own) if several else gains(rows, found["reference"]),
+        "tasks": by_task(rows, found["tasks"], found["reference"]),
         "together": together(found["tasks"], found["together"]),
     }
+    # methods with a training of their own length, and then those of each budget
+    parts = [(budget, [row for row in rows if row["budget"] == budget]) for budget in (None, *budgets)]
+    compared = rows_within(rows, max(budgets), at_most=False)
     target.write_text(
         render(
             "compare.html",
             filters={"interval": interval, "ahead": ahead, "two": two, "agreement": agreement, "p_text": p_text},
             found=found,
+            several=several,
+            own=own,
+            parts=[part for part in parts if part[1]] if several else [(None, rows)],
+            compared=compared,
             config=yaml.safe_dump(shown(config), sort_keys=False),
             figures=plots,
         )
@@ -81,6 +94,63 @@ def p_text(value: float | None) -> str:
 def two(value: float | None) -> str:
     """A number with two decimals; a dash if it is not defined."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.2f}"
+
+
+def method_of(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    """The method of a row, without its budget."""
+    return next((str(row["base"]) for row in rows if row["method"] == name), name)
+
+
+def gain_against_cost(rows: Sequence[Mapping[str, Any]], own: str) -> str:
+    """Plot gain against training cost with intervals: one line for each method that has several budgets.
+
+    Methods with a training of their own length are points. Those whose operations are not counted (trees) are
+    horizontal lines.
+
+    Args:
+        rows: As in `compare.json`.
+        own: The method in colour and on top.
+    """
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if math.isfinite(row["gain"]["value"]):
+            by_method.setdefault(row["base"], []).append(row)
+    order = sorted(by_method, key=lambda name: (name != own, -by_method[name][-1]["gain"]["value"]))
+    text = "; ".join(
+        f"{name} {', '.join(_point_text(row) for row in by_method[name])}" for name in order if name != NAIVE
+    )
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.4))
+        axes = figure.add_subplot()
+        for n, name in enumerate(order):
+            _plot_method(axes, name, by_method[name], n, own=name == own)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(sorted({row["budget"] or 1.0 for row in rows})))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.axhline(0, linewidth=0.8, color="black")
+        axes.set(xlabel="training cost in runs of naive MTL", ylabel="gain over naive MTL, %")
+        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(-0.1, -0.2), ncols=3)
+        return svg(figure, f"Gain over naive MTL against training cost, with intervals over seeds. {text}")
+
+
+def _point_text(row: Mapping[str, Any]) -> str:
+    return f"{interval(row['gain'], ' %')} at {row['cost']:.1f}"
+
+
+def _plot_method(axes: Axes, name: str, rows: Sequence[Mapping[str, Any]], place: int, *, own: bool) -> None:
+    """Plot the gains of a method; `place` is its place in the legend, from which its look follows."""
+    tint = "black" if name == NAIVE else COLOURS[place % len(COLOURS)]
+    dashes, values = DASHES[place % len(DASHES)], [row["gain"]["value"] for row in rows]
+    if not any(row["cost"] for row in rows):
+        axes.axhline(values[0], color=tint, linestyle=dashes, linewidth=1.2, label=f"{name} (cost not counted)")
+        return
+    half = [(row["gain"]["high"] - row["gain"]["low"]) / 2 for row in rows]
+    axes.errorbar(
+        [row["cost"] for row in rows], values, half if all(map(math.isfinite, half)) else None, color=tint,
+        label=name, linestyle=dashes, linewidth=2.4 if own else 1.2, marker=MARKERS[place % len(MARKERS)],
+        markersize=6 if own else 4, elinewidth=2 if own else 0.8, capsize=2, zorder=3 if own else 2,
+    )  # fmt: skip
 
 
 def gains(rows: Sequence[Mapping[str, Any]], reference: str) -> str:

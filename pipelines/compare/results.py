@@ -11,9 +11,11 @@ from dmtg_core.evaluation.trees import EXTRA_TREES, GRADIENT_BOOSTING, TREES
 from dmtg_core.grouping import Grouping
 from dmtg_core.tasks import Task
 from dmtg_core.training.metrics import error_of, total_error
+from pipelines.compare.budgets import budget_sentence, front, rows_within
 from pipelines.compare.cells import DISTILLED_WIDE, NAIVE, WIDE, Result
 from pipelines.compare.methods import FEATURE_OVERLAP, GUIDED, LONGER_NAIVE, SELECTED, Comparison, rows_of
 from pipelines.compare.significance import (
+    SIGNIFICANT,
     Mean,
     agreement,
     holm,
@@ -28,11 +30,10 @@ from pipelines.runs.results import finite_or_none, gain_of, numbers
 
 Results = Mapping[str, Mapping[int, Sequence[Result]]]
 RANDOM = "random"
-AFFINITIES = (*SELECTED, "hoa")
-SIGNIFICANT = 0.05
+SELECTORS = (*SELECTED, "hoa")
 STABLE, UNSTABLE = 0.8, 0.3  # mean adjusted Rand index over seeds
 # the methods that a sentence can compare with the search: the number of tests that p-values are adjusted for
-TESTED = (RANDOM, WIDE, *AFFINITIES, FEATURE_OVERLAP, LONGER_NAIVE, DISTILLED_WIDE, *TREES)
+TESTED = (RANDOM, WIDE, *SELECTORS, FEATURE_OVERLAP, LONGER_NAIVE, DISTILLED_WIDE, *TREES)
 
 
 def summary(
@@ -50,24 +51,29 @@ def summary(
     seeds, names = list(comparison.config.compare.seeds), rows_of(comparison, methods)
     split = "test" if "test" in results[NAIVE][seeds[0]][0]["metrics"] else "val"
     gains = {m: {s: _gains(tasks, results, m, s, split) for s in seeds} for m in names}
-    references = {name: _reference(names, budget, comparison.budgets) for name, (_, budget) in names.items()}
-    rows = [_row(m, tasks, seeds, results[m], gains, references[m], split, comparison) for m in names]
-    for row in rows:
-        row["base"], budget = names[row["method"]]
-        row["budget"] = budget or None
-    reference = references[NAIVE]
-    blocks = {ref: [row for row in rows if references[row["method"]] == ref] for ref in references.values()}
-    for ref, block in blocks.items():
-        adjusted = adjusted_p_values(block)
-        for row in block:
-            p = math.nan if row["method"] == ref else p_value(Mean(**row["behind"]))
-            row |= {"p_value": finite_or_none(p), "p_adjusted": adjusted.get(row["method"])}
+    largest = max(comparison.budgets)  # methods with a training of their own length are compared at it
+    references = {budget: _reference(names, budget) for budget in comparison.budgets}
+    reference, rows = references[largest], []
+    for m, (base, budget) in names.items():
+        row = _row(m, tasks, seeds, results[m], gains, references[budget or largest], split, comparison)
+        rows.append(row | {"base": base, "budget": budget or None})
+    blocks = {budget: [row for row in rows if (row["budget"] or largest) == budget] for budget in references}
+    for budget, block in blocks.items():
+        _add_p_values(block, references[budget])
     by_seed = {
         m: [[Grouping.from_dict(r["grouping"], comparison.tasks) for r in results[m][s]] for s in seeds]
         for m in names
     }
     groupings = {m: [one for of_seed in by_seed[m] for one in of_seed] for m in names}
-    said = [budget_sentence(block, ref) for ref, block in blocks.items()] if len(blocks) > 1 else []
+    values = {m: [gains[m][s]["error"] for s in seeds] for m in names}
+    fronts = {
+        budget: front({row["method"]: values[row["method"]] for row in rows_within(rows, budget)})
+        for budget in references
+    }
+    sentences = verdicts(blocks[largest], reference, groupings)
+    if len(references) > 1 and reference != NAIVE:
+        said = [budget_sentence(blocks[budget], ref, fronts[budget]) for budget, ref in references.items()]
+        sentences = [*said, f"With {largest:g} runs in detail:", *sentences]
     return {
         "split": split,
         "seeds": seeds,
@@ -75,42 +81,29 @@ def summary(
         "headline": {task.name: task.metric for task in tasks},
         "groups": comparison.groups,
         "budgets": list(comparison.budgets),
+        "fronts": [{"budget": budget, "methods": at_front} for budget, at_front in fronts.items()],
         "reference": reference,
         "rows": rows,
         "agreement": agreements(by_seed),
         "together": together_share(several(groupings[reference]) or groupings[reference]),
-        "verdicts": [*said, *verdicts(blocks[reference], reference, groupings)],
+        "verdicts": sentences,
         "confidence": confidence(comparison, results[reference] if reference != NAIVE else {}),
         "notes": list(notes),
         "per_seed": {m: {str(s): _seed_row(results[m][s], gains[m][s]) for s in seeds} for m in names},
     }
 
 
-def _reference(names: Mapping[str, tuple[str, float]], budget: float, budgets: Sequence[float]) -> str:
-    """The row of the guided search with a budget, or with the largest one for 0; naive MTL without a search."""
-    wanted = (GUIDED, budget or max(budgets))
-    return next((name for name, row in names.items() if row == wanted), NAIVE)
+def _reference(names: Mapping[str, tuple[str, float]], budget: float) -> str:
+    """The row of the guided search with a budget; naive MTL without a search."""
+    return next((name for name, row in names.items() if row == (GUIDED, budget)), NAIVE)
 
 
-def budget_sentence(rows: Sequence[Mapping[str, Any]], reference: str) -> str:
-    """Which methods the search is better and worse than with one budget.
-
-    Args:
-        rows: The rows with this budget.
-        reference: Name of the row of the search.
-    """
-    own = next(row for row in rows if row["method"] == reference)
-    words: dict[str, list[str]] = {"better than": [], "not significantly different from": [], "worse than": []}
+def _add_p_values(rows: Sequence[dict[str, Any]], reference: str) -> None:
+    """Add the p-values of the paired differences to the reference, and those that are adjusted."""
+    adjusted = adjusted_p_values(rows)
     for row in rows:
-        p = row["p_adjusted"]
-        if p is not None:
-            better = "better than" if row["behind"]["value"] > 0 else "worse than"
-            words[better if p < SIGNIFICANT else "not significantly different from"].append(row["base"])
-    parts = [f"{word} {', '.join(names)}" for word, names in words.items() if names]
-    gain = own["gain"]
-    half = f" ± {(gain['high'] - gain['low']) / 2:.1f}" if math.isfinite(gain["low"]) else ""
-    found = f"With {own['budget']:g} runs of training the search gains {gain['value']:+.1f}{half} %"
-    return f"{found}: {'; '.join(parts)}." if parts else f"{found}."
+        p = math.nan if row["method"] == reference else p_value(Mean(**row["behind"]))
+        row |= {"p_value": finite_or_none(p), "p_adjusted": adjusted.get(row["method"])}
 
 
 def _gains(tasks: Sequence[Task], results: Results, method: str, seed: int, split: str) -> dict[str, float]:
@@ -244,7 +237,7 @@ def verdicts(
     by_name = {row["base"]: row for row in rows}
     adjusted = adjusted_p_values(rows)
     baselines = [RANDOM, WIDE, FEATURE_OVERLAP, DISTILLED_WIDE, LONGER_NAIVE]
-    affinities = [by_name[name] for name in AFFINITIES if name in by_name]
+    affinities = [by_name[name] for name in SELECTORS if name in by_name]
     if affinities:
         baselines.insert(2, max(affinities, key=lambda row: row["gain"]["value"])["base"])
     baselines += TREES
@@ -274,7 +267,7 @@ NAMES = {
     RANDOM: "random groups of the same size",
     WIDE: "one wide encoder of the same inference cost",
     FEATURE_OVERLAP: "groups by feature overlap, trained from scratch",
-    LONGER_NAIVE: "naive MTL, trained for as long",
+    LONGER_NAIVE: "naive MTL, trained with the same budget",
     DISTILLED_WIDE: "the best of three wide encoders distilled from their ensemble, without any grouping",
     EXTRA_TREES: "extra trees, one forest for each task",
     GRADIENT_BOOSTING: "gradient boosting, one model for each task",

@@ -11,6 +11,8 @@ from scipy import stats
 
 from dmtg_core.grouping import Grouping
 
+SIGNIFICANT = 0.05  # p-values below it
+
 
 @dataclass(frozen=True)
 class Mean:

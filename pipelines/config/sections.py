@@ -263,8 +263,9 @@ class CompareSection(Section):
     random_draws: int = Field(3, ge=1, le=1000, description="Random groupings for each seed.")
     budgets: tuple[Annotated[float, Field(ge=1, allow_inf_nan=False)], ...] = Field(
         (),
-        description="Training of each method in runs of naive MTL; by default that of the search. single_task, "
-        "hoa, exhaustive, dmtg and trees have a training of their own length.",
+        description="Budgets in runs of naive MTL; by default that of the search. Each method is trained with "
+        "each budget, while validation improves and the budget lasts. naive_mtl, single_task, hoa, exhaustive, "
+        "dmtg and trees have a training of their own length.",
     )
     variants: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="Further searches: name → changes to the search section."
@@ -281,6 +282,12 @@ class CompareSection(Section):
                 if name in RENAMED_METHODS:
                     raise ValueError(f'there is no method "{name}" any more: {RENAMED_METHODS[name]}')
         return value
+
+    @field_validator("budgets")
+    @classmethod
+    def _ascending(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        # names of rows and of cells have six digits
+        return tuple(sorted({float(f"{budget:g}") for budget in value}))
 
 
 class SignalSection(Section):

@@ -17,8 +17,8 @@ from dmtg_core.evaluation.trees import TREES
 from pipelines.compare.cells import AFFINITIES, GROUPING, NAIVE, Cell
 from pipelines.compare.driver import ComparisonResult, compare, methods_of
 from pipelines.compare.methods import (
-    AFFINITY,
-    FIRST,
+    BUDGETED,
+    FIXED,
     SELECTED,
     Comparison,
     first_cells,
@@ -34,11 +34,11 @@ from pipelines.data.sources import build_source
 from pipelines.errors import UserError
 from tests.dmtg_core.planted import planted_data
 
-METHODS = ["single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag", "feature_overlap",
-           "hoa", "exhaustive", "dmtg", "guided", "undistilled", "retrained", "extra_trees",
+METHODS = ["single_task", "naive_longer", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag",
+           "feature_overlap", "hoa", "exhaustive", "dmtg", "guided", "extra_trees",
            "gradient_boosting"]  # fmt: skip
+TASKS = ("task_0", "task_1", "task_2", "task_3")
 Finished = tuple[Config, ComparisonResult, list[str]]
-LONG = ["wide_long", "random_long", "affinity_long", "retrained_long"]
 
 
 def config_of(work: Path, **sections: Any) -> Config:
@@ -48,7 +48,7 @@ def config_of(work: Path, **sections: Any) -> Config:
         "source": {"kind": "planted", "options": {"tasks": 4, "groups": 2, "features": 8, "rows": 200}},
         "data": {"shards": str(work / "shards")},
         "network": {"encoder": "mlp", "groups": 2, "options": {"widths": [8, 4]}},
-        "train": {"epochs": 2, "batch_size": 50, "learning_rate": 0.01},
+        "train": {"epochs": 4, "batch_size": 50, "learning_rate": 0.01},
         "compare": {
             "methods": METHODS,
             "seeds": [1, 2],
@@ -76,7 +76,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def test_every_method_has_a_row_with_gain_costs_and_errors(compared: Finished) -> None:
     _, done, _ = compared
     rows = {row["method"]: row for row in done.found["rows"]}
-    assert list(rows) == ["naive_mtl", *METHODS, "narrow", "truth", *LONG]
+    assert list(rows) == ["naive_mtl", *METHODS, "narrow", "truth"]
     assert rows["naive_mtl"]["gain"]["value"] == 0
     assert rows["naive_mtl"]["cost"] == 1
     for row in rows.values():
@@ -84,54 +84,26 @@ def test_every_method_has_a_row_with_gain_costs_and_errors(compared: Finished) -
         assert set(row["errors"]) == {"task_0", "task_1", "task_2", "task_3"}
         assert (row["flops"] > 0) == (row["method"] not in TREES)  # no operations are counted for trees
         assert row["total_error"]["value"] == pytest.approx(100 * sum(e["value"] for e in row["errors"].values()))
+        assert row["base"] == row["method"]
+        assert row["budget"] == (None if row["method"] in FIXED else 4)  # two groups
     assert rows["single_task"]["cost"] > 3
-    assert rows["hoa"]["cost"] > rows["exhaustive"]["cost"] / 2 > rows["cs"]["cost"] > rows["random"]["cost"]
+    assert rows["hoa"]["cost"] > rows["single_task"]["cost"]
     assert rows["guided"]["behind"]["value"] == 0
     assert rows["wide"]["flops"] == rows["wide_distilled"]["flops"] <= rows["random"]["flops"]
-    assert 4 * rows["wide"]["cost"] < rows["wide_distilled"]["cost"] <= 5 * rows["wide"]["cost"]
-    assert rows["retrained"]["cost"] > rows["guided"]["cost"] >= rows["undistilled"]["cost"]
-    assert rows["undistilled"]["stability"] == rows["guided"]["stability"]
     assert (rows["naive_mtl"]["one_group"], rows["naive_mtl"]["stability"]) == (1, None)
     assert done.found["agreement"]["naive_mtl"] == dict.fromkeys(rows)  # one group is no grouping
     assert done.found["agreement"]["truth"]["truth"] == 1  # the same groups with each seed
     assert rows["guided"]["p_value"] is rows["dmtg"]["p_adjusted"] is None
-    assert 1 >= rows["wide_long"]["p_adjusted"] >= rows["wide_long"]["p_value"] >= 0
-
-
-def test_methods_with_an_equal_budget_cost_as_much_as_the_search(
-    compared: Finished,
-) -> None:
-    config, done, _ = compared
-    for seed in map(str, config.compare.seeds):
-        own = done.found["per_seed"]["guided"][seed]["cost"][0]
-        for method in LONG:
-            spent = done.found["per_seed"][method][seed]["cost"][0]
-            before = own if method == "retrained_long" else 0.0  # the budget does not include finding the groups
-            short = {"affinity_long": "random"}.get(method, method.removesuffix("_long"))  # affinities have a cost
-            epoch = done.found["per_seed"][short][seed]["cost"][0] - before
-            epoch /= config.train.epochs
-            assert abs(spent - own) <= epoch
-
-
-def test_the_best_affinity_at_an_equal_budget_is_the_best_on_validation_data(
-    compared: Finished,
-) -> None:
-    config, done, _ = compared
-    for seed in config.compare.seeds:
-        scores = {}
-        for name in SELECTED:
-            (groups,) = done.found["per_seed"][name][str(seed)]["groupings"]
-            cell = Cell.of(Grouping.of(groups, ("task_0", "task_1", "task_2", "task_3")), seed)
-            scores[json.dumps(groups)] = (done.folder / "cells" / f"{cell.name}.json").read_json()["score"]
-        (taken,) = done.found["per_seed"]["affinity_long"][str(seed)]["groupings"]
-        assert json.dumps(taken) == min(scores, key=scores.__getitem__)
+    assert 1 >= rows["wide"]["p_adjusted"] >= rows["wide"]["p_value"] >= 0
+    assert (done.found["budgets"], done.found["reference"]) == ([4], "guided")
+    assert not any("runs of training" in sentence for sentence in done.found["verdicts"])
 
 
 def test_exhaustive_takes_the_partition_with_the_best_validation_score(
     compared: Finished,
 ) -> None:
     config, done, _ = compared
-    comparison = Comparison(config, ("task_0", "task_1", "task_2", "task_3"))
+    comparison = Comparison(config, TASKS)
     assert len(comparison.partitions()) == 8
     for seed in config.compare.seeds:
         files = [done.folder / "cells" / f"{Cell.of(one, seed).name}.json" for one in comparison.partitions()]
@@ -158,7 +130,7 @@ def test_a_deleted_cell_is_trained_again_to_the_same_result(
     compared: Finished,
 ) -> None:
     config, done, _ = compared
-    lost = done.folder / "cells" / "guided_seed1.json"
+    lost = done.folder / "cells" / "guided_4runs_seed1.json"
     before = lost.read_json()
     lost.delete()
     logged: list[str] = []
@@ -209,8 +181,8 @@ def test_a_further_seed_trains_only_its_own_cells(compared: Finished) -> None:
 def test_methods_with_the_same_grouping_share_its_cell() -> None:
     one = Grouping.of([["a", "b"], ["c"]])
     assert Cell.of(one, 1) == Cell.of(Grouping.of([["c"], ["b", "a"]], ["a", "b", "c"]), 1)
-    names = {Cell.of(one, 1).name, Cell.of(one, 2).name, Cell.of(one, 1, 7).name, Cell(NAIVE, 1).name}
-    assert len(names) == 4
+    cells = [Cell.of(one, 1), Cell.of(one, 2), Cell.of(one, 1, 7), Cell.of(one, 1, budget=7), Cell(NAIVE, 1)]
+    assert len({cell.name for cell in cells}) == 5
     assert Cell.of(one, 1).kind == GROUPING
 
 
@@ -218,9 +190,9 @@ def test_only_selectors_collect_affinities_and_the_run_stays_the_same(
     compared: Finished,
 ) -> None:
     config, done, _ = compared
-    comparison = Comparison(config, ("task_0", "task_1", "task_2", "task_3"))
-    names = {method for method in FIRST if {c.kind for c in first_cells(comparison, method, 1)} == {AFFINITIES}}
-    assert names == {*SELECTED, AFFINITY}
+    comparison = Comparison(config, TASKS)
+    kinds = {name: {cell.kind for cell in first_cells(comparison, name, 4, 1)} for name in {**FIXED, **BUDGETED}}
+    assert {name for name, held in kinds.items() if AFFINITIES in held} == {*SELECTED}
     naive, with_affinities = (
         (done.folder / "cells" / f"{Cell(kind, 1).name}.json").read_json() for kind in (NAIVE, AFFINITIES)
     )
@@ -234,13 +206,14 @@ def test_variants_of_one_name_with_other_changes_are_different_cells(tmp_path: P
         comparison = Comparison(
             config_of(tmp_path, compare={"variants": {"mine": {"starts": starts}}}), ("a", "b")
         )
-        names |= {cell.name for cell in first_cells(comparison, "mine", 1)}
+        names |= {cell.name for cell in first_cells(comparison, "mine", 4, 1)}
     assert len(names) == 2
 
 
 def test_the_published_method_has_a_uniform_gate_even_if_the_guided_search_has_none(tmp_path: Path) -> None:
     for starts, expected in ((0, 1), (1, 1), (3, 3)):
-        (cell,) = first_cells(Comparison(config_of(tmp_path, search={"starts": starts}), ("a", "b")), "dmtg", 1)
+        comparison = Comparison(config_of(tmp_path, search={"starts": starts}), ("a", "b"))
+        (cell,) = first_cells(comparison, "dmtg", 0, 1)
         assert dict(cell.options) == {"method": "dmtg", "starts": expected}
 
 
@@ -265,14 +238,14 @@ def test_hoa_divides_the_loss_of_a_task_in_a_pair_by_its_loss_alone(tmp_path: Pa
                                                              ("a", "b"): {"a": 1.0, "b": 5.0}}  # fmt: skip
     found = {
         cell: {"metrics": {"val": {t: {"loss": v} for t, v in losses[cell.groups[0]].items()}}, "cost": 1.0}
-        for cell in first_cells(comparison, "hoa", 1)
+        for cell in first_cells(comparison, "hoa", 0, 1)
     }
     affinity = pair_affinity(comparison, 1, found)
     assert affinity.tolist() == [[-1.0, -1.25], [-0.5, -1.0]]
-    (cell,) = second_cells(comparison, "hoa", 1, found)
+    (cell,) = second_cells(comparison, "hoa", 0, 1, found)
     assert sorted(cell.groups) == [("a", "b")]  # -1.75 together, -2 apart
     found[cell] = {"cost": 2.0, "grouping": {}, "metrics": {}}
-    (entry,) = results_of(comparison, "hoa", 1, found)
+    (entry,) = results_of(comparison, "hoa", 0, 1, found)
     assert entry["cost"] == 2.0 + 3.0
 
 
@@ -285,6 +258,7 @@ def test_hoa_divides_the_loss_of_a_task_in_a_pair_by_its_loss_alone(tmp_path: Pa
         ({"compare": {"variants": {"tag": {}}}}, "there is more than one tag"),
         ({"compare": {"variants": {"mine": {"strats": 2}}}}, "unknown key compare.variants.mine.strats"),
         ({"compare": {"variants": {"mine": {"group_epochs": 2}}}}, "does not depend on group_epochs"),
+        ({"compare": {"variants": {"mine": {"budget": 2}}}}, "does not depend on budget"),
         ({"compare": {"groupings": {"mine": [["task_0"]]}}}, "groups must cover the tasks"),
     ],
 )
