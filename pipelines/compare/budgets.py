@@ -24,15 +24,15 @@ def rows_within(rows: Sequence[Row], budget: float, *, at_most: bool = True) -> 
 
 
 def front(gains: Mapping[str, Sequence[float]]) -> list[str]:
-    """The row with the highest mean gain, and the rows whose gain is not significantly lower, in this order.
+    """The method with the highest mean gain, and those whose gain is not significantly lower, in this order.
 
     The paired differences to the highest gain are tested, and adjusted with Holm's procedure for their number.
 
     Args:
-        gains: Row → gain of each seed. Rows with a gain that is not defined are left out.
+        gains: Method → gain of each seed. Methods with a gain that is not defined are left out.
 
     Returns:
-        Names of rows; empty with one seed, which gives no test.
+        Names of methods; empty with one seed, which gives no test.
     """
     known = {name: values for name, values in gains.items() if all(map(math.isfinite, values))}
     ranked = sorted(known, key=lambda name: -sum(known[name]))

@@ -67,7 +67,7 @@ def summary(
     groupings = {m: [one for of_seed in by_seed[m] for one in of_seed] for m in names}
     values = {m: [gains[m][s]["error"] for s in seeds] for m in names}
     fronts = {
-        budget: front({row["method"]: values[row["method"]] for row in rows_within(rows, budget)})
+        budget: front({row["base"]: values[row["method"]] for row in rows_within(rows, budget)})
         for budget in references
     }
     sentences = verdicts(blocks[largest], reference, groupings)

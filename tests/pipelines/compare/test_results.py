@@ -30,7 +30,9 @@ def test_verdicts_say_better_worse_or_not_significantly_different() -> None:
     logged = verdicts(ROWS, "guided", {"guided": [ONE] * 3})
     assert "gains +9.0 % over naive MTL (95 % interval +6.5 to +11.5, 3 seeds)." in logged[0]
     assert logged[1].startswith("It is better than random groups of the same size: +8.1 points of gain")
-    assert logged[2].startswith("It is not significantly different from one wide encoder of the same inference cost: +0.0")
+    assert logged[2].startswith(
+        "It is not significantly different from one wide encoder of the same inference cost: +0.0"
+    )
     assert logged[3].startswith("It is worse than the best affinity baseline (tag): -3.1 points of gain")
     assert len(logged) == 5  # and one about the grouping
     assert verdicts(ROWS, "naive_mtl", {}) == []
