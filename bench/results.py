@@ -1,7 +1,8 @@
 """`docs/results.md`, from the comparisons in `docs/results/`: `python -m bench.results [FILE NAME [COMMAND]]`.
 
 With COMMAND, FILE is the `compare.json` of a finished comparison. It is first copied to `docs/results/NAME.json`.
-Without COMMAND, FILE is the `signal.json` of the same configuration. Its verdict is added to `NAME.json`.
+Without COMMAND, FILE is the `signal.json` of the same configuration. Its verdict is added to `NAME.json`. A
+comparison with several budgets has a plot of gain against training cost, `docs/results/NAME.svg`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dmtg_core.names import by_number
-from pipelines.compare.page import agreement, ahead
+from pipelines.compare.budgets import rows_within
+from pipelines.compare.page import agreement, ahead, gain_against_cost, method_of
 
 FOLDER = Path(__file__).parents[1] / "docs" / "results"
 PAGE = FOLDER.with_suffix(".md")
@@ -32,15 +35,24 @@ figures below.
   one encoder for all tasks. Positive is better. "Errors" are those of the recipe's headline metrics: 1 - AUROC,
   1 - accuracy, RMSE. "Losses" are the losses of the tasks.
 - **±**: half of a 95 % confidence interval over seeds.
-- **Against guided**: the paired difference of the method to the guided search, in points of gain of the errors.
-  Positive means that the method is better. The sentences call a difference significant if the p-value of its
-  paired t test is below 0.05 after Holm's correction for the number of methods that a sentence can name. The
-  intervals are not corrected.
+- **Against guided**: the paired difference of the method to the guided search with the same budget, in points of
+  gain of the errors. Positive means that the method is better. The sentences call a difference significant if the
+  p-value of its paired t test is below 0.05 after Holm's correction for the number of methods that a sentence can
+  name. The intervals are not corrected.
 - **Training**: the training cost in runs of naive MTL. It includes all that a method needs to find its groups.
+- **Budget**: the most training of a method in the same unit. A method ends earlier if its validation score stops
+  improving. Methods with a training of their own length have none. They are compared with the largest budget.
+- **Front** of a budget: the method with the highest gain, and the methods whose gain is not significantly lower.
 - **Agreement**: the mean adjusted Rand index between the groupings of a method with different seeds. It is 0 by
   chance. One encoder for all tasks is no grouping: the share of such results stands beside it.
-- **`_long`**: the same method, trained for as many epochs as the guided search costs in total. `affinity_long`
+
+Sections without budgets are of the earlier search. It trained every candidate to the end, and the other methods
+had the epochs of naive MTL. These rows exist only there:
+
+- **`_long`**: the same method, trained for as many epochs as the earlier search cost in total. `affinity_long`
   trains the groups of the affinity that is best on validation data.
+- **`undistilled`**: the earlier search without its distillation.
+- **`retrained`**: the groups of its best gate, trained from scratch.
 
 At inference, only the single-task networks cost more than all K groups. Naive MTL and groupings with fewer groups
 cost less. The [glossary](reference/glossary.md) explains the methods.
@@ -107,10 +119,27 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+def files() -> list[Path]:
+    """Return the files of all comparisons, in the order of the page."""
+    return sorted(FOLDER.glob("*.json"), key=lambda file: by_number(file.stem))
+
+
 def page() -> str:
     """Return the whole page."""
-    files = sorted(FOLDER.glob("*.json"), key=lambda file: by_number(file.stem))
-    return HEAD + "\n".join([*(section(file) for file in files), tables()])
+    return HEAD + "\n".join([*(section(file) for file in files()), tables()])
+
+
+def chart(found: dict[str, Any]) -> str:
+    """Return the gain against the training cost as an SVG file; empty for a comparison of one budget."""
+    if not _several(found):
+        return ""
+    drawn = gain_against_cost(found["rows"], method_of(found["rows"], found["reference"]))
+    return drawn.replace("<svg ", '<svg style="background: white; color: black" ', 1)
+
+
+def _several(found: dict[str, Any]) -> bool:
+    """Whether a comparison has several budgets. Those of the earlier search have none."""
+    return len(found.get("budgets", [])) > 1
 
 
 def tables() -> str:
@@ -138,20 +167,24 @@ def tables() -> str:
 def section(file: Path) -> str:
     """Return the section of one comparison."""
     found = json.loads(file.read_text())
+    reference = found["reference"]
     lines = [f"## {file.stem}", "", "```", found["command"], "```", ""]
-    lines += [f"{len(found['tasks'])} tasks, at most {found['groups']} groups, {len(found['seeds'])} seeds.", ""]
+    about = f"{len(found['tasks'])} tasks, at most {found['groups']} groups, {len(found['seeds'])} seeds."
+    lines += [about if "budgets" in found else f"{about} Measured with the earlier search, without a budget.", ""]
+    if _several(found):
+        lines += [f"![Gain against training cost]({FOLDER.name}/{file.stem}.svg)", ""]
     lines += [f"- {verdict}" for verdict in found["verdicts"]]
-    chosen = [name for row in found["per_seed"].get("guided", {}).values() for name in row.get("chosen", [])]
+    chosen = [name for row in found["per_seed"].get(reference, {}).values() for name in row.get("chosen", [])]
     if chosen:
         counts = ", ".join(f"{name} {chosen.count(name)}" for name in sorted(set(chosen)))
         lines.append(f"- Candidate with the best validation score, number of seeds: {counts}.")
-    if "truth" in found["agreement"]:
-        # `retrained` trains the final groups of the search's best gate, whichever candidate was selected
+    truth = next((row for row in _compared(found) if _method(row) == "truth"), None)
+    if truth is not None:
+        # `retrained` trained the final groups of the earlier search's best gate, whichever candidate was selected
         named = {"guided": "guided", "retrained": "the groups of its best gate", "dmtg": "dmtg"}
-        listed = ", ".join(
-            _with_truth(found, row, name) for row, name in named.items() if row in found["per_seed"]
-        )
-        lines.append(f"- Agreement with the true groups: {listed}.")
+        rows = {_method(row): row["method"] for row in _compared(found)}
+        listed = [_with_truth(found, rows[m], truth["method"], name) for m, name in named.items() if m in rows]
+        lines.append(f"- Agreement with the true groups: {', '.join(listed)}.")
     if found.get("signal"):
         lines.append(f"- Grouping signal (`dmtg signal`): {found['signal']}")
     lines += ["", "| method | gain, errors % | gain, losses % | against guided | training | agreement |",
@@ -162,12 +195,23 @@ def section(file: Path) -> str:
     return "\n".join([*lines, ""])
 
 
-def _with_truth(found: dict[str, Any], method: str, name: str) -> str:
+def _method(row: Mapping[str, Any]) -> str:
+    """Return the method of a row, without its budget."""
+    return str(row.get("base", row["method"]))
+
+
+def _compared(found: dict[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """Return the rows with the largest budget, and those without a budget."""
+    rows: Sequence[Mapping[str, Any]] = found["rows"]
+    return rows_within(rows, max(found["budgets"]), at_most=False) if "budgets" in found else rows
+
+
+def _with_truth(found: dict[str, Any], method: str, truth: str, name: str) -> str:
     """Format the agreement of a method's groupings with the true groups, and the share of results of one group."""
     groupings = [one for seed in found["per_seed"][method].values() for one in seed["groupings"]]
     whole = sum(len(one) == 1 for one in groupings)
     apart = f"; {whole} of {len(groupings)} results have one group" if whole else ""
-    value = found["agreement"][method]["truth"]
+    value = found["agreement"][method][truth]
     return f"{'–' if value is None else f'{value:.3f}'} ({name}{apart})"
 
 
@@ -185,6 +229,9 @@ def main() -> None:
         store_comparison(Path(file), name, command)
     elif file:
         store_signal(Path(file), name)
+    for path in files():
+        if drawn := chart(json.loads(path.read_text())):
+            path.with_suffix(".svg").write_text(drawn)
     PAGE.write_text(page())
 
 

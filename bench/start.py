@@ -34,9 +34,7 @@ MEMORY_MIB = 1.2 * 1024
 # three settings and naive MTL, each with two seeds
 EIGHT_TRIALS = ("sweep.groups=[2]", "sweep.gate_learning_rates=[0.01, 0.03, 0.1]", "sweep.seeds=[1, 2]")
 # for each seed three single tasks, a wide encoder, a gated network, and naive MTL
-TWELVE_CELLS = (
-    "compare.methods=[single_task, wide, dmtg]", "compare.seeds=[1, 2]",
-)  # fmt: skip
+TWELVE_CELLS = ("compare.methods=[single_task, wide, dmtg]", "compare.seeds=[1, 2]")
 
 # the table of `embedded_over_loop`: a step takes some milliseconds, so it is more than overhead
 ROWS_OF_LOOP, FEATURES_OF_LOOP, WIDTHS, BATCH, EPOCHS = 6400, 32, [512, 512], 64, 4

@@ -49,9 +49,8 @@ def measure(name: str, table: TableSet, seed: int, methods: Sequence[str]) -> di
     file.write_text(new_config("", str(csv), table.targets, "", str(csv.parent)).text)
     config = load_config(
         str(file),
-        [f"compare.seeds=[{seed}]", f"compare.methods=[{','.join((*methods, *TREES))}]",
-         "track.uri=none"],
-    )  # fmt: skip
+        [f"compare.seeds=[{seed}]", f"compare.methods=[{','.join((*methods, *TREES))}]", "track.uri=none"],
+    )
     started = time.perf_counter()
     found = compare(config).found
     seconds = time.perf_counter() - started

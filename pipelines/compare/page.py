@@ -20,6 +20,7 @@ from pipelines.report.render import render
 from pipelines.storage import Location
 
 NAIVE, SINGLE = "naive_mtl", "single_task"  # names of methods
+TINTS = (*COLOURS[1:6], COLOURS[7])  # of methods other than the search; yellow is faint as a line
 DASHES: Any = ("-", "--", "-.", (0, (1, 1)), (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = "osv^D*P"
 
@@ -140,7 +141,7 @@ def _point_text(row: Mapping[str, Any]) -> str:
 
 def _plot_method(axes: Axes, name: str, rows: Sequence[Mapping[str, Any]], place: int, *, own: bool) -> None:
     """Plot the gains of a method; `place` is its place in the legend, from which its look follows."""
-    tint = "black" if name == NAIVE else COLOURS[place % len(COLOURS)]
+    tint = COLOURS[0] if own else "black" if name == NAIVE else TINTS[place % len(TINTS)]
     dashes, values = DASHES[place % len(DASHES)], [row["gain"]["value"] for row in rows]
     if not any(row["cost"] for row in rows):
         axes.axhline(values[0], color=tint, linestyle=dashes, linewidth=1.2, label=f"{name} (cost not counted)")

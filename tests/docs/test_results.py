@@ -2,26 +2,31 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from bench.results import FOLDER, PAGE, TABLES, page, rounded
+from bench.results import FOLDER, PAGE, TABLES, chart, page, rounded, section
 from dmtg_core import Grouping
+from pipelines.compare.budgets import rows_within
 from pipelines.compare.results import adjusted_p_values, agreements, stability, verdicts
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+FILES = sorted(FOLDER.glob("*.json"))
+# the comparisons of the earlier search have other methods, sentences and families of tests
+PRESENT = [file for file in FILES if "budgets" in json.loads(file.read_text(encoding="utf-8"))]
 
 
 def test_the_page_is_made_from_the_files() -> None:
     assert PAGE.read_text(encoding="utf-8") == page()
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_each_file_names_its_command_and_is_small(file) -> None:
     found = json.loads(file.read_text(encoding="utf-8"))
     assert found["command"].splitlines()[-1].startswith("dmtg compare -c ")
     assert len(found["seeds"]) >= 3
-    assert {"naive_mtl", "wide", "guided"} <= {row["method"] for row in found["rows"]}
+    assert {"naive_mtl", "wide", "guided"} <= {row.get("base", row["method"]) for row in found["rows"]}
     assert file.stat().st_size < 200_000
 
 
@@ -37,7 +42,7 @@ def test_figures_are_rounded_and_nothing_else_is_changed() -> None:
     assert rounded({"a": [1.23456789, "x", None], "b": 3}) == {"a": [1.2346, "x", None], "b": 3}
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", PRESENT, ids=lambda file: file.stem)
 def test_the_verdicts_of_each_file_follow_from_its_figures(file) -> None:
     found = json.loads(file.read_text(encoding="utf-8"))
     groupings = [
@@ -45,13 +50,9 @@ def test_the_verdicts_of_each_file_follow_from_its_figures(file) -> None:
         for seed in found["per_seed"][found["reference"]].values()
         for groups in seed["groupings"]
     ]
-    now, published = (
-        "\n".join(sentences)
-        for sentences in (
-            verdicts(found["rows"], found["reference"], {found["reference"]: groupings}),
-            found["verdicts"],
-        )
-    )
+    rows = rows_within(found["rows"], max(found["budgets"]), at_most=False)
+    sentences = verdicts(rows, found["reference"], {found["reference"]: groupings})
+    now, published = ("\n".join(part) for part in (sentences, found["verdicts"][-len(sentences) :]))
     assert NUMBER.sub("#", now) == NUMBER.sub("#", published)
     # the figures of the file are rounded to five digits before they are rounded again
     assert [float(n) for n in NUMBER.findall(now)] == pytest.approx(
@@ -59,19 +60,72 @@ def test_the_verdicts_of_each_file_follow_from_its_figures(file) -> None:
     )
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.json")), ids=lambda file: file.stem)
-def test_agreements_and_p_values_of_each_file_follow_from_its_groupings_and_differences(file) -> None:
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_agreements_of_each_file_follow_from_its_groupings(file) -> None:
     found = json.loads(file.read_text(encoding="utf-8"))
     by_seed = {
         method: [[Grouping.of(one, found["tasks"]) for one in seed["groupings"]] for seed in seeds.values()]
         for method, seeds in found["per_seed"].items()
     }
     assert rounded(agreements(by_seed)) == found["agreement"]
-    adjusted = adjusted_p_values(found["rows"])
     for row in found["rows"]:
         held = rounded(stability([of_seed[0] for of_seed in by_seed[row["method"]]]))
         assert {key: row[key] for key in held} == held
-        if row["method"] in adjusted:
-            assert row["p_adjusted"] == pytest.approx(adjusted[row["method"]], rel=0.01)
-        else:
-            assert row["p_adjusted"] is None
+
+
+@pytest.mark.parametrize("file", PRESENT, ids=lambda file: file.stem)
+def test_p_values_of_each_file_follow_from_its_differences(file) -> None:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    for budget in found["budgets"]:
+        rows = [row for row in found["rows"] if (row["budget"] or max(found["budgets"])) == budget]
+        adjusted = adjusted_p_values(rows)
+        for row in rows:
+            expected = adjusted.get(row["method"])
+            assert row["p_adjusted"] == (None if expected is None else pytest.approx(expected, rel=0.01))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_comparisons_with_several_budgets_have_a_picture(file) -> None:
+    drawn = chart(json.loads(file.read_text(encoding="utf-8")))
+    picture = file.with_suffix(".svg")
+    assert (picture.read_text(encoding="utf-8") if picture.exists() else "") == drawn
+
+
+def comparison(folder: Path, *budgets: float) -> Path:
+    """The file of a comparison with some budgets; without one, that of the earlier search."""
+
+    def mean(value: float) -> dict[str, float]:
+        return {"value": value, "low": value - 1, "high": value + 1}
+
+    marks = {f"@{b:g}" if len(budgets) > 1 else "": b for b in budgets} or {"": None}
+    names = {"naive_mtl": ("naive_mtl", None)}
+    names |= {f"{base}{mark}": (base, b) for base in ("wide", "guided", "truth") for mark, b in marks.items()}
+    rows = [
+        {"method": name, "gain": mean(n), "gain_loss": mean(n), "behind": mean(-n), "cost": 1.0 + n,
+         "stability": 1.0} | ({"base": base, "budget": b} if budgets else {})
+        for n, (name, (base, b)) in enumerate(names.items())
+    ]  # fmt: skip
+    seed = {"groupings": [[["a"], ["b"]]], "chosen": ["guided"]}
+    found = {"command": "dmtg compare -c x", "tasks": ["a", "b"], "groups": 2, "seeds": [1, 2, 3], "rows": rows,
+             "reference": next(name for name in reversed(names) if name.startswith("guided")), "verdicts": ["V."],
+             "per_seed": {name: {"1": seed} for name in names},
+             "agreement": {name: dict.fromkeys(names, 0.5) for name in names}}  # fmt: skip
+    file = folder / "some.json"
+    file.write_text(json.dumps(found | ({"budgets": budgets} if budgets else {})))
+    return file
+
+
+@pytest.mark.parametrize(("budgets", "suffix"), [((), ""), ((4,), ""), ((4, 8), "@8")])
+def test_a_section_has_the_rows_of_every_budget_and_says_what_is_of_the_earlier_search(
+    tmp_path: Path, budgets: tuple[float, ...], suffix: str
+) -> None:
+    file = comparison(tmp_path, *budgets)
+    text, drawn = section(file), chart(json.loads(file.read_text()))
+    assert f"| wide{suffix} |" in text
+    assert "- Candidate with the best validation score, number of seeds: guided 1." in text
+    assert "- Agreement with the true groups: 0.500 (guided)." in text
+    assert ("earlier search" in text) == (not budgets)
+    assert ("![Gain against training cost](results/some.svg)" in text) == (len(budgets) > 1) == bool(drawn)
+    if drawn:
+        assert drawn.startswith('<svg style="background: white')
+        assert "wide +1.0 ± 1.0 % at 2.0, +2.0 ± 1.0 % at 3.0" in drawn
