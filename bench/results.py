@@ -47,7 +47,7 @@ figures below.
   chance. One encoder for all tasks is no grouping: the share of such results stands beside it.
 
 Sections without budgets are of the earlier search. It trained every candidate to the end, and the other methods
-had the epochs of naive MTL. These rows exist only there:
+had the epochs of naive MTL. The commands are those of its version. These rows exist only there:
 
 - **`_long`**: the same method, trained for as many epochs as the earlier search cost in total. `affinity_long`
   trains the groups of the affinity that is best on validation data.
@@ -168,9 +168,10 @@ def section(file: Path) -> str:
     """Return the section of one comparison."""
     found = json.loads(file.read_text())
     reference = found["reference"]
-    lines = [f"## {file.stem}", "", "```", found["command"], "```", ""]
+    present = "budgets" in found  # commands of the earlier search have methods and keys that are gone
+    lines = [f"## {file.stem}", "", "```" if present else "```text", found["command"], "```", ""]
     about = f"{len(found['tasks'])} tasks, at most {found['groups']} groups, {len(found['seeds'])} seeds."
-    lines += [about if "budgets" in found else f"{about} Measured with the earlier search, without a budget.", ""]
+    lines += [about if present else f"{about} Measured with the earlier search, without a budget.", ""]
     if _several(found):
         lines += [f"![Gain against training cost]({FOLDER.name}/{file.stem}.svg)", ""]
     lines += [f"- {verdict}" for verdict in found["verdicts"]]

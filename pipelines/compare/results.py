@@ -73,7 +73,8 @@ def summary(
     sentences = verdicts(blocks[largest], reference, groupings)
     if len(references) > 1 and reference != NAIVE:
         said = [budget_sentence(blocks[budget], ref, fronts[budget]) for budget, ref in references.items()]
-        sentences = [*said, f"With {largest:g} runs in detail:", *sentences]
+        trees = len(tree_sentences(blocks[largest]))
+        sentences = [*sentences[:trees], *said, f"With {largest:g} runs in detail:", *sentences[trees:]]
     return {
         "split": split,
         "seeds": seeds,
@@ -241,17 +242,19 @@ def verdicts(
     if affinities:
         baselines.insert(2, max(affinities, key=lambda row: row["gain"]["value"])["base"])
     baselines += TREES
-    ahead = {
-        name for name in TREES
-        if name in by_name and by_name[name]["behind"]["value"] < 0
-        and adjusted.get(by_name[name]["method"], 1.0) < SIGNIFICANT
-    }  # fmt: skip
-    # trees that are better are the first thing to know about a table
-    better = [by_name[name] for name in TREES if name in ahead]
-    sentences = [f"Decision trees are better here: {NAMES[row['base']]}, by {_points(row)}." for row in better]
-    sentences.append(_gain_sentence(by_name[GUIDED]["gain"]))
+    sentences = [*tree_sentences(rows), _gain_sentence(by_name[GUIDED]["gain"])]
     sentences += [_difference_sentence(by_name[name], adjusted) for name in baselines if name in by_name]
     return [*sentences, _grouping_sentence(groupings[reference])]
+
+
+def tree_sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences about trees that are better than the search. They are the first thing to know about a table."""
+    adjusted = adjusted_p_values(rows)
+    better = [
+        row for row in rows
+        if row["base"] in TREES and row["behind"]["value"] < 0 and adjusted.get(row["method"], 1.0) < SIGNIFICANT
+    ]  # fmt: skip
+    return [f"Decision trees are better here: {NAMES[row['base']]}, by {_points(row)}." for row in better]
 
 
 def _gain_sentence(gain: Mapping[str, Any]) -> str:

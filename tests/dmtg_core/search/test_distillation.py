@@ -10,7 +10,13 @@ from torch.nn import functional as F
 
 from dmtg_core import EncoderSpec, GroupingNetwork, LocalContext, NetworkSpec, Task, TrainSettings, evaluate
 from dmtg_core.network.cost import wide_spec
-from dmtg_core.search.baselines import hard_network, together, train_distilled, train_hard
+from dmtg_core.search.baselines import (
+    hard_network,
+    together,
+    train_distilled,
+    train_hard,
+    train_within,
+)
 from dmtg_core.search.distillation import (
     OVERFIT,
     WEIGHT,
@@ -158,3 +164,26 @@ def test_three_networks_distilled_into_one_are_better_than_each_at_the_same_infe
         score_of(tasks, one.metrics["test"]) for one in alone
     )
     assert 4 < distilled.cost <= 5
+
+
+@pytest.mark.parametrize(
+    ("runs", "epochs", "distillation"), [(0.1, [1], 0), (0.6, [1], 0), (1.1, [1, 1], 0), (3.2, [1, 1, 1], 1)]
+)
+def test_a_small_budget_has_fewer_networks_or_no_distillation(
+    runs: float, epochs: list[int], distillation: int
+) -> None:
+    inputs, tasks, data, _ = planted_data(0)
+    spec = NetworkSpec(inputs, tasks, EncoderSpec("mlp", options={"widths": [16, 4]}), groups=1, seed=0)
+    settings = TrainSettings(epochs=2, batch_size=128, learning_rate=1e-2, seed=0)  # an epoch is half a run
+    specs = [replace(spec, seed=seed) for seed in (0, 1, 2)]
+    found = train_distilled(specs, data, settings, runs)
+    alone = [
+        train_within(hard_network(one, together(one)), data, settings, count / 2)
+        for one, count in zip(specs, epochs, strict=False)
+    ]
+    assert [one.cost for one in alone] == [count / 2 for count in epochs]
+    # a step has three times the operations of a forward pass: three teachers double those of an epoch
+    assert found.cost == pytest.approx(sum(epochs) / 2 + distillation)
+    if not distillation:
+        best = min(alone, key=lambda one: one.score)
+        assert (found.score, found.metrics) == (best.score, best.metrics)
