@@ -153,7 +153,9 @@ def methods_of(config: Config, tasks: Sequence[Task], input_kind: str) -> list[s
             wrong_use=True,
         )
     own = [*config.compare.variants, *config.compare.groupings]
-    taken = [name for name in own if name in {*FIXED, *BUDGETED} or own.count(name) > 1]
+    others = {*FIXED, *BUDGETED, *(name for name in own if MARK not in name)}
+    taken = [name for name in own if own.count(name) > 1 or name in {*FIXED, *BUDGETED}]
+    taken += [name for name in own if MARK in name and name.partition(MARK)[0] in others]
     if taken:
         raise UserError(
             f"there is more than one {taken[0]}",

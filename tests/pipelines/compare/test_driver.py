@@ -256,6 +256,7 @@ def test_hoa_divides_the_loss_of_a_task_in_a_pair_by_its_loss_alone(tmp_path: Pa
         ({"compare": {"methods": ["exhaustive"]}}, "7 tasks have too many partitions"),
         ({"compare": {"variants": {"mine": {"method": "dmtg", "starts": 0}}}}, "starts must be at least 1, got 0"),
         ({"compare": {"variants": {"tag": {}}}}, "there is more than one tag"),
+        ({"compare": {"groupings": {"wide@8": [["task_0"]]}}}, "there is more than one wide@8"),
         ({"compare": {"variants": {"mine": {"strats": 2}}}}, "unknown key compare.variants.mine.strats"),
         ({"compare": {"variants": {"mine": {"group_epochs": 2}}}}, "does not depend on group_epochs"),
         ({"compare": {"variants": {"mine": {"budget": 2}}}}, "does not depend on budget"),

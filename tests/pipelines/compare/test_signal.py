@@ -294,7 +294,7 @@ def test_the_command_shows_effects_first_and_the_next_step(tmp_path: Path) -> No
     assert shown.exit_code == 0, shown.stderr
     first, second = (shown.stdout.index(text) for text in ("Effects on the losses", "Intraclass correlation"))
     assert first < shown.stdout.index("groups by feature overlap over random groups") < second
-    assert "worth having from 99 %: 3 random groupings × 2 seeds, 1 epochs" in shown.stdout
+    assert "worth having from 99 %: 3 random groupings × 2 seeds, 2 epochs" in shown.stdout
     told = CliRunner().invoke(app, ["signal", "-c", str(file), "--json"])
     values = json.loads(told.stdout.splitlines()[-1])
     assert values["verdict"] in shown.stdout
