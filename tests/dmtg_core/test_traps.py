@@ -157,7 +157,7 @@ STRING_OPTIONS = [
     (
         NetworkSpec,
         {"input": samples.FEATURES, "tasks": samples.SAMPLEWISE, "encoder": EncoderSpec("mlp"), "groups": 2},
-        ("sampling", "initial", "decoder", "task_weighting"),
+        ("sampling", "initial", "decoder", "task_weighting", "rescale_gradients"),
     ),
     (EncoderSpec, {"name": "mlp"}, ("name", "branch")),
 ]

@@ -19,6 +19,7 @@ from pipelines.data.sources import build_source
 from pipelines.data.sources.base import INPUT, Source
 from pipelines.registry.models import Registered, register
 from pipelines.registry.tracking import connect
+from pipelines.runs.outcome import groups_text
 from pipelines.storage import locate
 
 EXPERIMENT = "untrained"
@@ -87,6 +88,7 @@ def finish(
          "track": {"experiment": EXPERIMENT} | track},
     )  # fmt: skip
     result = {
+        "outcome": groups_text({"grouping": grouping.to_dict()}),
         "grouping": grouping.to_dict(),
         "grouping_name": grouping.name,
         "split": "test",

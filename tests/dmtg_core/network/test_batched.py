@@ -77,8 +77,9 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         error = float((found[name].double() - value.double()).norm())
-        # the gradient of a bias before a batch norm is 0 apart from rounding errors
-        assert error <= 1e-5 * max(float(value.double().norm()), 1e-2), (name, error, float(value.double().norm()))
+        # the gradient of a bias before a batch norm is 0 apart from rounding errors; those of a gradient through
+        # three convolutions were up to 1.3e-5 of its norm on one processor
+        assert error <= 2e-5 * max(float(value.double().norm()), 1e-2), (name, error, float(value.double().norm()))
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -71,7 +71,8 @@ def test_trials_have_the_results_of_separate_runs(swept: Ran, run: Undisturbed) 
             assert mine[task] == pytest.approx(figures, rel=1e-4, abs=1e-5), task
     assert trial["grouping"] == run[1].result["grouping"]
     assert trial["gain"] == pytest.approx(run[1].result["normalized_gain"], rel=1e-3, abs=1e-3)
-    assert naive["gain"] == naive["gain_validation"] == 0
+    assert naive["gain"] == 0
+    assert naive["gain_validation"] in (0, None)  # an error of 0 has no relative change
     assert trial["flops"] > naive["flops"] or len(trial["grouping"]) == 1
     assert (trial["epochs"], trial["status"]) == (4, "finished")
 
