@@ -60,9 +60,7 @@ def svg(figure: Figure, label: str) -> str:
     drawn = drawn.replace("stroke: #000000", "stroke: currentColor").replace(
         "<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1
     )
-    return drawn.replace('style="font', 'fill="currentColor" style="font').replace(
-        "<text ", '<text fill="currentColor" '
-    )
+    return drawn.replace("<text ", '<text fill="currentColor" ')
 
 
 @contextmanager

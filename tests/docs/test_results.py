@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from xml.parsers import expat
 
 import pytest
 
@@ -129,5 +130,6 @@ def test_a_section_has_the_rows_of_every_budget_and_says_what_is_of_the_earlier_
     assert ("earlier search" in text) == (not budgets)
     assert ("![Gain against training cost](results/some.svg)" in text) == (len(budgets) > 1) == bool(drawn)
     if drawn:
+        expat.ParserCreate().Parse(drawn, True)  # a file of its own is XML
         assert drawn.startswith('<svg style="background: white')
         assert "wide +1.0 ± 1.0 % at 2.0, +2.0 ± 1.0 % at 3.0" in drawn
