@@ -219,14 +219,14 @@ class _TimedData:
         self.steps_seconds: list[float] = []
         self.evaluation_seconds: list[float] = []
 
-    def steps(self, batch_size: int) -> int:  # noqa: ARG002 - the protocol's
+    def steps(self, batch_size: int) -> int:
         """See `Data.steps`."""
-        return STEPS
+        return min(STEPS, self.data.steps(batch_size))
 
-    def train(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:  # noqa: ARG002
+    def train(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """See `Data.train`. The batches of a small data set are repeated."""
-        count = WARM_UP if epoch == 0 else STEPS
-        self.steps_seconds = yield from self._timed(islice(self._endless(epoch, batch_size), count))
+        last = WARM_UP if epoch == 0 else STEPS
+        self.steps_seconds = yield from self._timed(islice(self._endless(epoch, batch_size), start, last))
 
     def evaluate(self, split: str, batch_size: int) -> Iterator[Batch]:
         """See `Data.evaluate`. It has the first batches alone."""

@@ -233,11 +233,11 @@ def test_the_runs_that_are_proposed_are_mostly_enough(gain: float, spread: float
     layout = Layout(6, 3, 0.01**2 + 3 * spread**2, 0.01**2)  # the expected mean squares
     found = enough_runs(layout, [gain - 1.5, gain, gain + 1.5], 1.0, others=3, most=1000)
     assert found is not None
-    told = []
+    expected = []
     for _ in range(100):
         more, gains = measured(*found)
-        told.append(conclude(more.spread(), mean_of(gains), 1.0) == (NOT if not gain and not spread else MATTERS))
-    assert np.mean(told) >= 0.4  # by the definition about half
+        expected.append(conclude(more.spread(), mean_of(gains), 1.0) == (NOT if not gain and not spread else MATTERS))
+    assert np.mean(expected) >= 0.4  # by the definition about half
 
 
 def test_no_more_partitions_are_proposed_than_there_are() -> None:
@@ -295,8 +295,8 @@ def test_the_command_shows_effects_first_and_the_next_step(tmp_path: Path) -> No
     first, second = (shown.stdout.index(text) for text in ("Effects on the losses", "Intraclass correlation"))
     assert first < shown.stdout.index("groups by feature overlap over random groups") < second
     assert "worth having from 99 %: 3 random groupings × 2 seeds, 2 epochs" in shown.stdout
-    told = CliRunner().invoke(app, ["signal", "-c", str(file), "--json"])
-    values = json.loads(told.stdout.splitlines()[-1])
+    shown = CliRunner().invoke(app, ["signal", "-c", str(file), "--json"])
+    values = json.loads(shown.stdout.splitlines()[-1])
     assert values["verdict"] in shown.stdout
     command = {NOT: "dmtg train", MATTERS: "dmtg compare", UNCLEAR: "dmtg signal"}[values["conclusion"]]
     assert command in shown.stderr
