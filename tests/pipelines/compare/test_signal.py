@@ -233,11 +233,11 @@ def test_the_runs_that_are_proposed_are_mostly_enough(gain: float, spread: float
     layout = Layout(6, 3, 0.01**2 + 3 * spread**2, 0.01**2)  # the expected mean squares
     found = enough_runs(layout, [gain - 1.5, gain, gain + 1.5], 1.0, others=3, most=1000)
     assert found is not None
-    expected = []
+    right = []
     for _ in range(100):
         more, gains = measured(*found)
-        expected.append(conclude(more.spread(), mean_of(gains), 1.0) == (NOT if not gain and not spread else MATTERS))
-    assert np.mean(expected) >= 0.4  # by the definition about half
+        right.append(conclude(more.spread(), mean_of(gains), 1.0) == (NOT if not gain and not spread else MATTERS))
+    assert np.mean(right) >= 0.4  # by the definition about half
 
 
 def test_no_more_partitions_are_proposed_than_there_are() -> None:
