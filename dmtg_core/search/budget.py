@@ -32,6 +32,7 @@ class Budget:
         self.runs, self.naive_epochs = runs, settings.epochs
         self.run = naive_flops(spec) * settings.epochs  # operations for each sample of the training split
         self._epochs: dict[str, float] = {}
+        self._counted: dict[int, tuple[Sequence[Mapping[str, Any]], int, float]] = {}
 
     def epoch(self, network: GroupingNetwork) -> float:
         """Return the cost of an epoch with the live heads of a network."""
@@ -57,14 +58,19 @@ class Budget:
         return names, max(min(round(rung * self.naive_epochs), most), 1)
 
     def of(self, spec: NetworkSpec, history: Sequence[Mapping[str, Any]]) -> float:
-        """Return the cost of the epochs of a history, each with the heads that were live in it."""
-        described, total = json.dumps(spec.to_dict()), 0.0
-        for record in history:
+        """Return the cost of the epochs of a history, each with the heads that were live in it.
+
+        It is called after each epoch, so that only the epochs since the last call are counted.
+        """
+        _, count, total = self._counted.get(id(history), (history, 0, 0.0))
+        described = json.dumps(spec.to_dict()) if count < len(history) else ""
+        for record in history[count:]:
             alive = [[p > 0 for p in row] for row in record["probabilities"]]
             key = f"{described} {alive}"
             if key not in self._epochs:
                 self._epochs[key] = flops_of_heads(spec, alive) / self.run
             total += self._epochs[key]
+        self._counted[id(history)] = (history, len(history), total)  # it is held, so that its id stays its own
         return total
 
     def teaching(self, teachers: Sequence[GroupingNetwork]) -> float:
