@@ -6,6 +6,7 @@ not pay.
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 import time
@@ -22,9 +23,9 @@ from dmtg_core.network.cost import wide_spec
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.baselines import hard_network
-from dmtg_core.search.budget import Budget, default_budget
+from dmtg_core.search.budget import Budget
 from dmtg_core.search.guided import GROUPS, LEAST_DISTILLATION, MEMBERS
-from dmtg_core.search.options import BASELINE, CHAMPION, GUIDED, ONE, WIDE, SearchOptions
+from dmtg_core.search.options import BASELINE, ONE, WIDE, SearchOptions
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Batch, Data
 from dmtg_core.training.loop import Hooks, advance
@@ -105,18 +106,16 @@ def plan(
         found: Result of `networks`, if it is there already.
     """
     found = found or networks(spec, options)
-    fixed = options.method == "dmtg" or spec.groups == 1
-    budget = Budget(spec, settings, options.budget or default_budget(spec.groups))
+    runs = options.runs(spec.groups)
+    budget = Budget(spec, settings, runs or math.inf)
     costs = {name: budget.epoch(network) for name, network in found.items()}
-    names, groups = options.candidates(spec), costs[GROUPS]
-    if fixed:
+    names, groups = options.candidates(spec, champion=champion), costs[GROUPS]
+    if runs is None:
         rung, rest = settings.search_epochs, settings.epochs - settings.search_epochs
         first = len(names) * rung * costs[GATE]
         return Plan(
             first + rest * groups, None, int(baseline), tuple(names), (), rung, first, settings.epochs, 0, costs
         )
-    if champion:
-        names.insert(names.index(GUIDED) + 1, CHAMPION)
     kept, rung = budget.first_rung({name: costs[kind_of(name)] for name in names}, options.compare, options.rung)
     first = rung * sum(costs[kind_of(name)] for name in kept)
     members = _members(costs, budget, settings.epochs, first + max(settings.epochs - rung, 0) * groups, baseline)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from dmtg_core.network.spec import NetworkSpec
+from dmtg_core.search.budget import default_budget
 
 BASELINE, GUIDED, CHAMPION, WIDE, ONE = "naive_mtl", "guided", "champion", "wide", "one_encoder"
 RUNG, SELECTED, OVERLAP, ENSEMBLE, DISTILLED = "rung", "selected", "overlap", "ensemble", "distilled"
@@ -61,9 +62,19 @@ class SearchOptions:
         if not 0 <= self.within < math.inf:
             raise ValueError(f"within must not be negative, got {self.within}")
 
-    def candidates(self, spec: NetworkSpec) -> list[str]:
-        """Return the names of the candidates in training order. With one branch there are no proposed groups."""
+    def runs(self, groups: int) -> float | None:
+        """Return the budget for a number of branches; None for a search of fixed length: "dmtg", or one branch."""
+        return None if self.method == "dmtg" or groups == 1 else self.budget or default_budget(groups)
+
+    def candidates(self, spec: NetworkSpec, *, champion: bool = False) -> list[str]:
+        """Return the names of the candidates in training order. With one branch there are no proposed groups.
+
+        Args:
+            spec: The grouping network.
+            champion: Whether the search starts from the models of a grouping, which are a candidate of "guided".
+        """
         starts = [f"start_{i}" for i in range(self.starts)]
-        if self.method == "dmtg" or spec.groups == 1:
+        if self.runs(spec.groups) is None:
             return starts or ["start_0"]
-        return [WIDE if self.wide and spec.encoder.can_widen else ONE, GUIDED, *starts]
+        one = WIDE if self.wide and spec.encoder.can_widen else ONE
+        return [one, GUIDED, *([CHAMPION] if champion else []), *starts]

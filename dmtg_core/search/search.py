@@ -93,7 +93,7 @@ def search(
     if isinstance(data, ArrayData):
         data.check(spec.input, spec.tasks)
     options = options or SearchOptions()
-    method = PublishedSearch if options.method == "dmtg" or spec.groups == 1 else GuidedSearch
+    method = PublishedSearch if options.runs(spec.groups) is None else GuidedSearch
     stages = method(spec, data, settings, options, baseline, splits, context or LocalContext(), warm_start)
     stages.train_baseline()
     return _outcome(stages, stages.run())

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.spec import NetworkSpec
-from dmtg_core.search.budget import Budget, default_budget
-from dmtg_core.search.options import BASELINE, CHAMPION, GUIDED, SearchOptions
+from dmtg_core.search.budget import Budget
+from dmtg_core.search.options import BASELINE, SearchOptions
 from dmtg_core.search.state import SearchState
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Data
@@ -43,10 +44,9 @@ class Stages:
     ) -> None:
         self.spec, self.data, self.settings, self.options = spec, data, settings, options
         self.baseline, self.splits, self.context, self.warm_start = baseline, splits, context, warm_start
-        self.candidates = options.candidates(spec)
-        if GUIDED in self.candidates and warm_start is not None and warm_start.is_grouping(spec.tasks):
-            self.candidates.insert(self.candidates.index(GUIDED) + 1, CHAMPION)
-        self.budget = Budget(spec, settings, options.budget or default_budget(spec.groups))
+        champion = warm_start is not None and warm_start.is_grouping(spec.tasks)
+        self.candidates = options.candidates(spec, champion=champion)
+        self.budget = Budget(spec, settings, options.runs(spec.groups) or math.inf)
         # through JSON, as in the checkpoint: tuples become lists
         described = {
             "network": spec.to_dict(), "settings": asdict(settings), "options": asdict(options),

@@ -72,7 +72,7 @@ def write_result(
         "candidates": result.candidates,
         "distilled": result.distilled,
         "affinity": result.affinity,
-        "budget": result.budget if spec.groups > 1 else None,  # one group has nothing to spend it on
+        "budget": result.budget,
         "training_cost": result.cost,
         "costs": result.costs,
         "estimate": dict(estimate or {}),

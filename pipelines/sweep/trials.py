@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from dmtg_core.search.budget import default_budget
 from pipelines.config.loading import Config
 from pipelines.config.sections import SweepSection
 from pipelines.config.validation import checked
@@ -62,16 +61,16 @@ class Trial:
         budget.
         """
         settings, options = self.config.settings(), self.config.search_options()
-        if options.method == "dmtg" or self.config.network.groups == 1:
+        budget = options.runs(self.config.network.groups)
+        if budget is None:
             return max(options.starts, 1) * settings.search_epochs + settings.epochs - settings.search_epochs
-        budget = options.budget or default_budget(self.config.network.groups)
         return math.ceil(budget * settings.epochs) + 1
 
     @property
     def prelude(self) -> int:
         """Largest number of epochs in the first rung, whose scores are those of different candidates."""
         settings, options = self.config.settings(), self.config.search_options()
-        if options.method == "dmtg" or self.config.network.groups == 1:
+        if options.runs(self.config.network.groups) is None:
             return 0
         return max(round(options.rung * settings.epochs), 1) * (options.starts + 2)
 

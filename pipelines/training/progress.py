@@ -14,7 +14,6 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 from rich.text import Text
 
 from dmtg_core.network.spec import NetworkSpec
-from dmtg_core.search.budget import default_budget
 from dmtg_core.search.options import BASELINE
 from pipelines.config.loading import Config
 
@@ -44,9 +43,8 @@ class Plan:
     def of(cls, config: Config, spec: NetworkSpec) -> Plan:
         """The plan of a configuration."""
         settings, options = config.settings(), config.search_options()
-        fixed = options.method == "dmtg" or spec.groups == 1
-        budget = None if fixed else options.budget or default_budget(spec.groups)
-        starts = tuple(options.candidates(spec)) if fixed else ()
+        budget = options.runs(spec.groups)
+        starts = tuple(options.candidates(spec)) if budget is None else ()
         return cls(settings.epochs, config.search.baseline, budget, starts, settings.search_epochs)
 
     @property
