@@ -1,4 +1,4 @@
-"""`TrainContext`: the interface of a training loop to its worker, and `LocalContext` for one process."""
+"""`TrainContext`: the interface of a training loop to its worker, `LocalContext` for one process, collectives."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 from dmtg_core.names import by_number
 from dmtg_core.training.checkpoint import check_seal, seal
@@ -58,6 +59,43 @@ def gather(tensor: Tensor, context: TrainContext) -> list[Tensor]:
     places = [torch.zeros(size, dtype=tensor.dtype, device=tensor.device) for size in sizes]
     places[context.rank] = tensor
     return list(context.sum(torch.cat(places)).split(sizes))
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """`torch.nn.SyncBatchNorm` for workers on CPUs, which torch's own refuses."""
+
+    @classmethod
+    def convert(cls, module: nn.Module) -> None:
+        """Replace all batch normalisations below `module`."""
+        cls.convert_sync_batchnorm(module)
+        for layer in module.modules():
+            if type(layer) is nn.SyncBatchNorm:
+                layer.__class__ = cls
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, …)` to the same shape, normalised over the batches of all workers."""
+        if not self.training or x.device.type != "cpu" or not torch.distributed.is_initialized():
+            return super().forward(x)
+        over = [d for d in range(x.dim()) if d != 1]
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        local = torch.cat([x.sum(over), x.new_tensor([x.numel() / x.shape[1]])])
+        *_, count = total = all_reduce(local)
+        mean = total[:-1] / count  # (C,)
+        centred = x - mean.view(shape)
+        variance = all_reduce(centred.square().sum(over)) / count
+        self._track(mean.detach(), (variance * count / (count - 1)).detach())
+        scale = torch.rsqrt(variance + self.eps)
+        found = centred * (scale if self.weight is None else scale * self.weight).view(shape)
+        return found if self.bias is None else found + self.bias.view(shape)
+
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        """Update the running statistics; without a momentum they are plain means, as in torch."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        factor = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, factor)
+        self.running_var.lerp_(variance, factor)
 
 
 def newest_whole(folders: Iterable[Path], on_damaged: Callable[[str], None] | None = None) -> Path | None:

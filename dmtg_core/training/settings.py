@@ -156,7 +156,8 @@ class TrainSettings:
         cuda_graphs: Replay the compiled parts as CUDA graphs. The host does not launch single kernels, which is
             the bottleneck of steps with small batches. It needs more memory. It excludes `accumulate` and
             `recompute`. Without a GPU it has no effect. None chooses by `resolve`.
-        sync_batchnorm: Normalise over the batches of all workers. The workers must be on GPUs.
+        sync_batchnorm: Normalise over the batches of all workers, so that results do not depend on their number.
+            Each layer waits for all workers. It excludes `accumulate`.
         precision: "fp32", or "bf16" for autocast of the encoders with gate and losses in float32. "auto" chooses
             by `resolve`.
         batch_branches: "on" computes all branches in one pass, "off" one after the other. "auto" chooses by
@@ -241,6 +242,8 @@ class TrainSettings:
         """Raise ValueError for options that exclude each other."""
         if self.aggregator != "sum" and self.accumulate > 1:
             raise ValueError("an aggregator needs the gradients of a whole batch: set accumulate to 1")
+        if self.sync_batchnorm and self.accumulate > 1:
+            raise ValueError("sync_batchnorm normalises over whole batches: set accumulate to 1")
         if self.batch_branches == "on" and (self.aggregator != "sum" or self.recompute):
             raise ValueError("batch_branches excludes an aggregator and recompute: set batch_branches to auto")
         if self.cuda_graphs and (self.accumulate > 1 or self.recompute or self.compile is False):

@@ -17,7 +17,7 @@ from dmtg_core.network.batched.branches import BatchedBranches
 from dmtg_core.network.batched.choice import built, log_once, measured, small
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.training.aggregation import Weigh, aggregate_gradients, load_aggregator
-from dmtg_core.training.context import TrainContext
+from dmtg_core.training.context import SyncBatchNorm, TrainContext
 from dmtg_core.training.data import Batch
 from dmtg_core.training.losses import PairLosses, label_counts
 from dmtg_core.training.settings import OPTIMIZERS, TrainSettings, is_compiled
@@ -317,13 +317,11 @@ def prepare_network(network: GroupingNetwork, settings: TrainSettings, context: 
     """Apply the settings of computation to a network. Weights and results do not change.
 
     Raises:
-        ValueError: If batch normalisation is over workers that are not on GPUs, or as `batch_branches`.
+        ValueError: As `batch_branches`.
     """
     network.recompute = settings.recompute
     if settings.sync_batchnorm and context.world_size > 1:
-        if context.device.type != "cuda":
-            raise ValueError("sync_batchnorm needs workers on GPUs: set train.sync_batchnorm=false")
-        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        SyncBatchNorm.convert(network)
     batch_branches(network, settings, context)
     if is_compiled(settings, context.device):
         _compile(network, "reduce-overhead" if settings.cuda_graphs else "default")

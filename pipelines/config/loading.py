@@ -102,17 +102,10 @@ class Config(Section):
         """The settings of the core's training.
 
         Raises:
-            UserError: For options that exclude each other, or that need GPUs if the workers have none.
+            UserError: For options that exclude each other.
         """
         from dmtg_core.training.settings import TemperatureSchedule, TrainSettings
 
-        if self.train.sync_batchnorm and not self.ray.gpus_per_worker:
-            raise UserError(
-                "batch normalisation over all workers needs workers on GPUs",
-                where="train.sync_batchnorm=true, ray.gpus_per_worker=0",
-                remedy="set train.sync_batchnorm=false, or give each worker a GPU",
-                wrong_use=True,
-            )
         shared = {k: v for k, v in self.train.model_dump().items() if k in TrainSettings.__dataclass_fields__}
         with _excluding("train, gate"):
             return TrainSettings(

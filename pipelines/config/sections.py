@@ -163,7 +163,8 @@ class TrainSection(Section):
         "with one worker, and without train.accumulate, train.recompute and train.aggregator.",
     )
     sync_batchnorm: bool = Field(
-        False, description="Batch normalisation over the batches of all workers (GPUs only)."
+        False,
+        description="Batch normalisation over the batches of all workers, which then wait for each other.",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",

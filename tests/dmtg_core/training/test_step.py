@@ -249,13 +249,6 @@ def test_cuda_graphs_name_the_options_that_they_exclude(beside):
         TrainSettings(cuda_graphs=True, **beside)
 
 
-def test_normalising_over_workers_without_gpus_is_refused():
-    context = local()
-    context.world_size = 2
-    with pytest.raises(ValueError, match="sync_batchnorm needs workers on GPUs"):
-        prepare_network(GroupingNetwork(image_spec()), TrainSettings(sync_batchnorm=True), context)
-
-
 # --- learned weights of the tasks
 
 

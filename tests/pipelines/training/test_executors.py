@@ -70,7 +70,9 @@ def embedded(request: pytest.FixtureRequest, vit_run: Undisturbed, tmp_path: Pat
     before = torch.get_num_threads()
     torch.set_num_threads(cores())  # as one worker on Ray: sums over other threads have other rounding errors
     try:
-        return finished(tmp_path / "first", own | {"train": {"epochs": 2, "batch_size": 16}})
+        # the decoders of dense tasks normalise over batches, by default over those of each worker
+        train = {"epochs": 2, "batch_size": 16, "sync_batchnorm": True}
+        return finished(tmp_path / "first", own | {"train": train})
     finally:
         torch.set_num_threads(before)
 
