@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from dmtg_core.names import by_number
+
 LARGEST = float(np.finfo(np.float32).max)
 # a cell with one of these is missing, in a feature of any kind and in a target
 MISSING = (
@@ -109,3 +111,13 @@ def marks_of(values: Mapping[str, Any]) -> tuple[str, str] | None:
     """Decimal mark and thousands separators that a preparation records; None for a point and no separator."""
     decimal, thousands = str(values.get("decimal", ".")), str(values.get("thousands", ""))
     return None if decimal == "." and not thousands else (decimal, thousands)
+
+
+def in_order(values: Iterable[str]) -> tuple[str, ...]:
+    """Cells of a column in order: numbers by size, then words by the numbers in them."""
+
+    def place(value: str) -> tuple[Any, ...]:
+        number = cell_number(value)
+        return number is None, number or 0.0, by_number(value)
+
+    return tuple(sorted(values, key=place))

@@ -7,13 +7,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from dmtg_core.names import by_number, display_form, listed
-from dmtg_core.tables.cells import MISSING, cell_number, has_leading_zero, normal_form
+from dmtg_core.names import display_form, listed
+from dmtg_core.tables.cells import MISSING, cell_number, has_leading_zero, in_order, normal_form
 from dmtg_core.tables.figures import Figures
 from dmtg_core.tasks import Task, check_names
 from pipelines.config.validation import Section
@@ -307,7 +307,7 @@ def _targets_of(
     task = make(spec.task_name, "binary", labels=_words(spec, held - gaps))
     if spec.positive is not None:
         codes = dict.fromkeys(_codes(spec.positive), 1)
-        return [Target(spec.column, task, codes, otherwise=0, missing=gaps)]
+        return [Target(spec.column, task, codes, otherwise=0, note=_absent(spec, held - gaps), missing=gaps)]
     odd = _minus_ones(held)
     note = ""
     if odd:
@@ -317,6 +317,22 @@ def _targets_of(
         )
         logger.warning("%s: %s", where, note)
     return [Target(spec.column, task, FLAGS, note=note, missing=gaps.union(odd))]
+
+
+def _absent(spec: LabelTask, cells: set[str]) -> str:
+    """A note of the values of `positive` that the column does not have.
+
+    Raises:
+        ValueError: If the column has none of them: a spelling that is not in the file would give a task without
+            a positive label.
+    """
+    assert spec.positive is not None
+    forms = {*cells, *map(normal_form, cells)}
+    absent = [value for value in spec.positive if not {value, normal_form(value)} & forms]
+    what = f"positive of column {spec.column} names {listed(absent)}"
+    if len(absent) == len(spec.positive):
+        raise ValueError(f"{what}, expected some of {listed(in_order(cells))}")
+    return f"{what}, which is not in the data" if absent else ""
 
 
 def _codes(names: Sequence[str]) -> dict[str, int]:
@@ -368,13 +384,3 @@ def _chosen(spec: LabelTask, classes: Sequence[str]) -> Sequence[str]:
             f"one_vs_rest of column {spec.column} names {listed(unknown)}, expected some of {listed(classes)}"
         )
     return spec.one_vs_rest
-
-
-def in_order(values: Iterable[str]) -> tuple[str, ...]:
-    """Cells of a column in order: numbers by size, then words by the numbers in them."""
-
-    def place(value: str) -> tuple[Any, ...]:
-        number = cell_number(value)
-        return number is None, number or 0.0, by_number(value)
-
-    return tuple(sorted(values, key=place))

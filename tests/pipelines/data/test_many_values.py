@@ -13,6 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from dmtg_core.tables.cells import in_order
 from dmtg_core.tasks import MOST_SHARES, InputSpec, Task
 from dmtg_core.training.data import ArrayData, Arrays, Chunks, DeviceArrays
 from pipelines.config.loading import Config
@@ -25,7 +26,7 @@ from pipelines.data.reader import Reader
 from pipelines.data.shards import write_shard
 from pipelines.data.sources import build_source
 from pipelines.data.sources.base import Column, Source
-from pipelines.data.sources.labels import Target, in_order
+from pipelines.data.sources.labels import Target
 from pipelines.data.sources.rows import Row
 from pipelines.data.stream import all_units
 from pipelines.errors import UserError

@@ -145,6 +145,15 @@ def test_positive_values_of_a_binary_task(root):
     assert found["c"]["task.kind"] is None
 
 
+def test_positive_values_that_no_row_has_are_refused_or_noted(root):
+    task = {"column": "kind", "kind": "binary"}
+    with pytest.raises(UserError, match=r"positive of column kind names Shoe, expected some of .*shoe"):
+        source(root, {**task, "positive": ["Shoe"]}).describe()
+    (note,) = source(root, {**task, "positive": ["shoe", "Boot"]}).describe().notes
+    assert note == "positive of column kind names Boot, which is not in the data"
+    assert not source(root, {**task, "positive": ["shoe"]}).describe().notes
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
 def test_truncated_image_is_a_bad_sample(root, kind, kept):
