@@ -1,8 +1,13 @@
 """Entry point of `dmtg` and of `python -m pipelines.cli`. It needs no other package until it runs a command."""
 
+import os
 import sys
 
 from pipelines.cli import versions
+
+# Threads of an operator that wait for each other sleep. By default they spin, and on a machine with other work a
+# thread that waits for a core then makes a step ten to forty times slower. It is read when PyTorch is imported.
+WAITING = ("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main() -> None:
@@ -11,6 +16,7 @@ def main() -> None:
     Raises:
         SystemExit: With the exit code; without the packages of the extra `pipelines`, with what to install.
     """
+    os.environ.setdefault(*WAITING)
     if sys.argv[1:] == ["--version"]:
         print("\n".join(versions()))
         return

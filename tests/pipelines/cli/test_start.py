@@ -71,6 +71,25 @@ def run(script, folder, *arguments, given=None):
     )  # fmt: skip
 
 
+POLICY = """
+import os, sys
+
+from pipelines.cli.__main__ import main
+
+sys.argv = ["dmtg", "--version"]
+main()
+print(os.environ["OMP_WAIT_POLICY"])
+"""
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_sleep_unless_the_environment_says_otherwise(tmp_path, monkeypatch, given, used):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    assert run(POLICY, tmp_path).stdout.splitlines()[-1] == used
+
+
 COMMANDS = [
     (("demo",), "dmtg demo: reading the recipe hall"),
     (("doctor", "-c", "t.yaml"), "dmtg doctor: reading t.yaml"),
