@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dmtg_core.addresses import allow_code
     from dmtg_core.grouping import Grouping
     from dmtg_core.network.cost import Cost, grouping_cost, inference_cost, training_flops, widened_to
     from dmtg_core.network.encoders import ENCODERS, EncoderSpec
@@ -70,6 +71,7 @@ __all__ = [
     "TrainSettings",
     "TrainState",
     "WarmStart",
+    "allow_code",
     "augment",
     "best_partition",
     "cluster",
@@ -90,6 +92,7 @@ __all__ = [
 
 # module → its public names; a module is imported when one of them is used: `dmtg_core.names` needs no torch
 _MODULES = {
+    "addresses": ("allow_code",),
     "grouping": ("Grouping",),
     "network.cost": ("Cost", "grouping_cost", "inference_cost", "training_flops", "widened_to"),
     "network.encoders": ("ENCODERS", "EncoderSpec"),

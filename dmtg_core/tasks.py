@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dmtg_core.addresses import checked_name
 from dmtg_core.names import listed
 
 CLASS_KINDS = ("multiclass", "dense_classification")
@@ -63,9 +64,9 @@ class Task:
         kind: A key of `LOSSES`.
         channels: Number of classes of a multiclass or dense classification task, number of values for each sample
             (or pixel) of a regression task, 1 for a binary task.
-        loss: One of `LOSSES[kind]`; empty for the default.
-        metric: The headline metric, one of `METRICS[kind]`; empty for the default. The normalized gain is
-            computed from it.
+        loss: One of `LOSSES[kind]` or the address of a function (`own_code.own_loss`); empty for the default.
+        metric: The headline metric, one of `METRICS[kind]` or the address of a function
+            (`own_code.own_metric_sums`); empty for the default. The normalized gain is computed from it.
         ignore_index: Class id that means "not annotated" (integer targets only).
         offset, scale: Network units are `(raw - offset) / scale`. One value for all channels or one for each.
         valid_below: Raw values of at least `valid_below` are not annotated (dense regression only).
@@ -97,12 +98,11 @@ class Task:
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, tuple(LOSSES), self.name)
-        object.__setattr__(self, "loss", self.loss or LOSSES[self.kind][0])
-        object.__setattr__(self, "metric", self.metric or METRICS[self.kind][0])
+        for field, known in (("loss", LOSSES[self.kind]), ("metric", METRICS[self.kind])):
+            name = checked_name(field, getattr(self, field) or known[0], known, f"task {self.name!r}: ")
+            object.__setattr__(self, field, name)
         for name in ("offset", "scale", "flip", "labels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        _one_of("loss", self.loss, LOSSES[self.kind], self.name)
-        _one_of("metric", self.metric, METRICS[self.kind], self.name)
         self._check_numbers()
 
     def _check_numbers(self) -> None:

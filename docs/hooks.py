@@ -25,6 +25,7 @@ ELSEWHERE: Mapping[str, str] = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "cluster/README.md": "cluster.md",
+    "examples/plugin/README.md": "examples/plugin.md",
     **{
         f"examples/{path.name}": f"examples/{path.stem}.md"
         for path in sorted(ROOT.glob("examples/*"))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dmtg_core.tasks import Task
-from dmtg_core.training.metrics import METRICS_OF, Metrics, MetricSums, error_of
+from dmtg_core.training.metrics import Metrics, MetricSums, error_of, task_metrics
 from dmtg_core.training.ranking import AUROC, AVERAGE_PRECISION, EXACT, Scores, joined_bins
 
 BLOCKS = 256
@@ -253,7 +253,7 @@ def _check(champion: BlockSums, challenger: BlockSums) -> None:
 
 def _from_sums(task: Task, row: Tensor) -> float:
     """Compute the headline metric from sums of `MetricSums`."""
-    return METRICS_OF[task.kind](task, row[2:])[task.metric]
+    return task_metrics(task, row[2:])[task.metric]
 
 
 def _relative(before: float, after: float) -> float:

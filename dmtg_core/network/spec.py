@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dmtg_core.addresses import is_address
 from dmtg_core.data_checks import check_choice, check_counts, check_finite
 from dmtg_core.network.decoders import DECODERS
 from dmtg_core.network.encoders import EncoderSpec
+from dmtg_core.own_code import code_of_tasks
 from dmtg_core.tasks import InputSpec, Task, check_names
 
 TASK_WEIGHTINGS = ("fixed", "uncertainty")
@@ -68,6 +70,12 @@ class NetworkSpec:
             return None
         heads = len(self.tasks) if self.rescale_gradients == "tasks" else self.groups
         return 1 / math.sqrt(heads), 1 / math.sqrt(self.groups)
+
+    @property
+    def code(self) -> tuple[tuple[str, str], ...]:
+        """Kind and address of the code of other packages: encoder, losses and metrics."""
+        own = [("encoder", self.encoder.name)] if is_address(self.encoder.name) else []
+        return (*own, *code_of_tasks(self.tasks))
 
     def without_weights(self) -> NetworkSpec:
         """Return a copy without pretrained weights, for a network whose weights are loaded afterwards."""

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmtg_core.addresses import checked_name, is_address, load
 from dmtg_core.network.encoders import seeded
 from dmtg_core.network.grouping_network import GroupingNetwork
 
@@ -85,11 +86,16 @@ def load_aggregator(name: str) -> Weigh:
     batch has no labels for it, has weight 0, and the other weights are computed without it. The weights are NaN if
     the Gramian is not finite.
 
+    Args:
+        name: A key of `AGGREGATORS`, or the address of a function from a Gramian, float64 `(N, N)`, to weights
+            `(N,)`.
+
     Raises:
         ValueError: For an unknown name, or if a library is missing. The message has the command that installs it.
     """
-    if name not in AGGREGATORS:
-        raise ValueError(f"unknown aggregator {name!r}, expected one of {', '.join(AGGREGATORS)}")
+    checked_name("aggregator", name, AGGREGATORS)
+    if is_address(name):
+        return _own_aggregator(name)
     try:
         weigh = partial(_weigh, partial(AGGREGATORS[name], importlib.import_module("torchjd.aggregation")))
         weigh(torch.tensor([[1.0, -0.5], [-0.5, 2.0]]), 0)
@@ -99,6 +105,17 @@ def load_aggregator(name: str) -> Weigh:
             f"aggregator {name!r} needs a library that is not installed: pip install '{extra}' ({error})"
         ) from error
     return weigh
+
+
+def _own_aggregator(address: str) -> Weigh:
+    rule = load("aggregator", address)
+    found: object = rule(torch.tensor([[1.0, -0.5], [-0.5, 2.0]], dtype=torch.float64))
+    if not isinstance(found, Tensor) or found.shape != (2,):
+        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(
+            f"aggregator {address} must return the weights (N,) of a Gramian (N, N), got {got} for N = 2"
+        )
+    return partial(_weigh, rule)
 
 
 def _weigh(rule: Callable[[Tensor], Tensor], gramian: Tensor, seed: int) -> Tensor:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dmtg_core.addresses import check_code, recorded
 from dmtg_core.names import listed
 from dmtg_core.network import peft_format
 from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel
@@ -38,7 +39,7 @@ class FrozenWeightsError(ValueError):
 
 
 def save_network(folder: Path, network: GroupingNetwork) -> None:
-    """Write `network.json` (spec and live pairs) and `network.safetensors` (weights) into `folder`.
+    """Write `network.json` (spec, live pairs, code of other packages) and `network.safetensors` (weights).
 
     Frozen weights that came from files are not written, but their digest is.
     """
@@ -50,6 +51,8 @@ def _save_network(folder: Path, network: GroupingNetwork, apart: Collection[str]
     folder.mkdir(parents=True, exist_ok=True)
     alive = [[bool(x) for x in row] for row in network.gate.alive.tolist()]
     described = {"format": FORMAT, "spec": network.spec.to_dict(), "alive": alive}
+    if network.spec.code:
+        described["code"] = [recorded(*pair).to_dict() for pair in network.spec.code]
     tensors = {name: tensor for name, tensor in network.state_dict().items() if name not in apart}
     if keeps_base(network):
         described["frozen"] = network.frozen_digest
@@ -63,7 +66,9 @@ def keeps_base(network: GroupingNetwork) -> bool:
     return bool(network.frozen) and network.spec.encoder.pretrained
 
 
-def load_network(folder: Path, device: torch.device | str = "cpu", base: Path | None = None) -> GroupingNetwork:
+def load_network(
+    folder: Path, device: torch.device | str = "cpu", base: Path | None = None, *, trust_code: bool = False
+) -> GroupingNetwork:
     """Load the network of `save_network` with its pruned shape.
 
     Args:
@@ -71,8 +76,10 @@ def load_network(folder: Path, device: torch.device | str = "cpu", base: Path | 
         device: Device of the network.
         base: Where frozen weights come from: the folder of `save_base`, or the file or folder that the encoder
             reads. By default the folder `BASE` beside this one, or else from where they first came from.
+        trust_code: Import the code that the network names, also if it is not allowed or has changed.
 
     Raises:
+        CodeError: As `dmtg_core.addresses.check_code`.
         ValueError: If the folder has no such checkpoint or an unknown format, if frozen weights are missing or
             have changed, and as `check_branches`.
     """
@@ -85,6 +92,7 @@ def load_network(folder: Path, device: torch.device | str = "cpu", base: Path | 
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder}: network.json does not describe a network ({error})") from error
     check_branches(described["format"], spec.groups, spec.tasks, str(folder))
+    check_code(spec.code, described.get("code", ()), trust=trust_code)
     frozen = "frozen" in described
     try:
         if frozen:
@@ -143,6 +151,12 @@ def _source(folder: Path, spec: NetworkSpec) -> Path:
     return Path(source)
 
 
+def code_of(folder: Path) -> list[dict[str, str]]:
+    """The records of the code of other packages that a stored network names, see `dmtg_core.addresses.Code`."""
+    found: list[dict[str, str]] = read_json(folder / "network.json", "format").get("code", [])
+    return found
+
+
 def check_branches(written: int, branches: int, tasks: Sequence[Task], where: str) -> None:
     """Refuse a network whose heads were trained on the features of the wrong branches.
 
@@ -183,7 +197,12 @@ def save_model(folder: Path, model: GroupModel) -> None:
 
 
 def load_model(
-    folder: Path, device: torch.device | str = "cpu", *, branches: int = 1, base: Path | None = None
+    folder: Path,
+    device: torch.device | str = "cpu",
+    *,
+    branches: int = 1,
+    base: Path | None = None,
+    trust_code: bool = False,
 ) -> GroupModel:
     """Load the model of `save_model` in evaluation mode. Models of earlier versions have no checksums.
 
@@ -191,12 +210,12 @@ def load_model(
         folder: Folder of the model.
         device: Device of the model.
         branches: K of the network that it is a part of, if known.
-        base: As `load_network`.
+        base, trust_code: As `load_network`.
 
     Raises:
         ValueError: As `load_network` and `check_seal`, and if the network has more than one group.
     """
-    network = load_network(folder, base=base)
+    network = load_network(folder, base=base, trust_code=trust_code)
     if (folder / SEAL).exists():
         check_seal(folder)
     check_branches(read_json(folder / "network.json", "format")["format"], branches, network.tasks, str(folder))

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dmtg_core.addresses import is_address
 from dmtg_core.network.grouping_network import PairOutputs
+from dmtg_core.own_code import labelled, own_loss
 from dmtg_core.tasks import Task
 
 # (output, target) → error of each element; targets have no NaN
@@ -40,7 +42,8 @@ def label_counts(tasks: Sequence[Task], targets: Mapping[str, Tensor]) -> Tensor
         target = targets[task.name]
         missing = task.ignore_index if task.classes else task.loss == "l1_shift"
         probabilities = task.classes and target.is_floating_point()  # have their classes on the second axis
-        alike.setdefault(n if probabilities else (task.classes, missing, target.dtype, target.shape), []).append(n)
+        alone = probabilities or is_address(task.loss)
+        alike.setdefault(n if alone else (task.classes, missing, target.dtype, target.shape), []).append(n)
     counts: list[Tensor] = [torch.empty(0)] * len(tasks)
     for members in alike.values():
         found = [targets[tasks[n].name] for n in members]
@@ -55,7 +58,9 @@ def label_counts(tasks: Sequence[Task], targets: Mapping[str, Tensor]) -> Tensor
 
 
 def label_count(task: Task, target: Tensor) -> Tensor:
-    """Count the labels of one task in a batch, int64 `()`."""
+    """Count the labels of one task in a batch, int64 `()`: samples for a loss of the user."""
+    if is_address(task.loss):
+        return labelled(task, target).sum()
     return _interior(task, valid(task, target)).sum()
 
 
@@ -137,6 +142,8 @@ def _moved(image: Tensor, row: Tensor, column: Tensor) -> Tensor:
 def dense_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
     """Compute the loss sum of each sample, `(B,)`, of a dense output `(B, C, H, W)`."""
     output = _full(output)
+    if is_address(task.loss):
+        return own_or_soft(task, output, target)
     if task.loss == "l1_shift":
         return shifted_l1(output, target)
     return _by_label(task, output, target).flatten(1).sum(1)
@@ -151,7 +158,16 @@ def sample_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
     """Compute the loss sum of each sample, `(B,)`, of an output of `GroupingNetwork.forward`."""
     if task.dense:
         return dense_loss(task, output, target)
+    if is_address(task.loss):
+        return own_or_soft(task, _full(output), target)
     return _by_label(task, _full(output), target).reshape(len(target), -1).sum(1)
+
+
+def own_or_soft(task: Task, output: Tensor, target: Tensor) -> Tensor:
+    """Compute the loss of the user for each sample, `(B,)`. Class probabilities have the cross-entropy instead."""
+    if task.classes and target.is_floating_point():
+        return _by_label(task, output, target).reshape(len(target), -1).mean(1)
+    return own_loss(task, output, target)
 
 
 def _by_label(task: Task, output: Tensor, target: Tensor) -> Tensor:
@@ -195,6 +211,7 @@ class PairLosses(nn.Module):
                 f"target_{number}", torch.tensor([unique.index(n) for _, _, n in members]), persistent=False
             )
         self.members = [sorted({n for _, _, n in members}) for members in families.values()]
+        self.own = [[n for _, _, n in members] for members in families.values()]  # task of each pair
         self.dense = DenseLosses(
             tasks, [(place, pair) for place, pair in enumerate(pairs) if tasks[pair[1]].dense]
         )
@@ -232,6 +249,8 @@ class PairLosses(nn.Module):
         tasks = [self.tasks[n] for n in self.members[number]]
         which = self.get_buffer(f"target_{number}")
         out = rows.index_select(0, self.get_buffer(f"rows_{number}"))  # (P·C, B)
+        if is_address(loss):
+            return _own_rows([self.tasks[n] for n in self.own[number]], out.unflatten(0, (-1, channels)), targets)
         if tasks[0].classes and targets[tasks[0].name].is_floating_point():
             stacked = torch.stack([targets[t.name].T for t in tasks])  # (N, C, B)
             return F.cross_entropy(
@@ -244,6 +263,15 @@ class PairLosses(nn.Module):
         wanted = torch.stack([targets[t.name].reshape(-1, channels).T for t in tasks])  # (N, C, B)
         wanted = wanted.index_select(0, which)
         return masked_elementwise(loss, out.unflatten(0, (-1, channels)), wanted).sum(1)  # (P, B)
+
+
+def _own_rows(tasks: Sequence[Task], outputs: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
+    """Compute the loss sums of the user `(P, B)`, of outputs `(P, C, B)` of the tasks `(P,)`."""
+    each = []
+    for task, output in zip(tasks, outputs, strict=True):
+        plain = output.T if task.channels > 1 else output[0]  # (B, C) or (B,)
+        each.append(own_or_soft(task, plain, targets[task.name]))
+    return torch.stack(each)
 
 
 class DenseLosses(nn.Module):
@@ -278,6 +306,10 @@ class DenseLosses(nn.Module):
         for number, (loss, members) in enumerate(self.families):
             found = [outputs[pair] for pair in members]
             wanted = [targets[self.tasks[n].name] for _, n in members]
+            if is_address(loss):
+                own = [dense_loss(self.tasks[n], outputs[k, n], targets[self.tasks[n].name]) for k, n in members]
+                parts.append(torch.stack(own))
+                continue
             if self.tasks[members[0][1]].classes:
                 task = self.tasks[members[0][1]]
                 each = _by_label(task, _full(_joined(found, 0)), _joined(wanted, 0))  # (P·B, H, W)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dmtg_core.addresses import is_address
+from dmtg_core.own_code import own_metric_sums
 from dmtg_core.tasks import ANGLES, Task
 from dmtg_core.training.context import TrainContext, gather
 from dmtg_core.training.losses import label_count, sample_loss, valid
@@ -23,7 +25,7 @@ log = logging.getLogger(__name__)
 
 Metrics = dict[str, dict[str, float]]  # task → metric → value
 
-# Metrics that are errors. All others are scores in [0, 1] with the error 1 - score.
+# Metrics that are errors, as are those of the user. All others are scores in [0, 1] with the error 1 - score.
 ERRORS = ("loss", "rmse", "mae", "mean_angle")
 IN_UNITS = ("rmse", "mae")  # metrics in the unit of their task
 
@@ -162,6 +164,19 @@ METRICS_OF: Mapping[str, Callable[[Task, Tensor], dict[str, float]]] = {
 }
 
 
+def task_sums(task: Task, output: Tensor, target: Tensor) -> Tensor:
+    """Compute the sums of a batch from which `task_metrics` computes the metrics of a task."""
+    sums = SUMS[task.kind](task, output, target)
+    return torch.cat([sums, own_metric_sums(task, output, target)]) if is_address(task.metric) else sums
+
+
+def task_metrics(task: Task, sums: Tensor) -> dict[str, float]:
+    """Compute the metrics of a task from its sums: those of its kind, and that of the user."""
+    if not is_address(task.metric):
+        return METRICS_OF[task.kind](task, sums)
+    return METRICS_OF[task.kind](task, sums[:-2]) | {task.metric: _ratio(*sums[-2:].tolist())}
+
+
 class MetricSums:
     """Sums of the metrics of all tasks over samples.
 
@@ -199,7 +214,7 @@ class MetricSums:
             target = target.double() if target.is_floating_point() else target
             loss = sample_loss(task, output, target).sum()
             head = torch.stack([loss, label_count(task, target).double()])
-            sums = torch.cat([head, SUMS[task.kind](task, output, target)])
+            sums = torch.cat([head, task_sums(task, output, target)])
             held = self.sums.get(task.name)
             self.sums[task.name] = sums if held is None else held + sums
             if task.name in self.scores:
@@ -227,7 +242,7 @@ class MetricSums:
         for task in self.tasks:
             sums = self.sums[task.name].cpu()
             loss, count = sums[:2].tolist()
-            found[task.name] = {"loss": _ratio(loss, count)} | METRICS_OF[task.kind](task, sums[2:])
+            found[task.name] = {"loss": _ratio(loss, count)} | task_metrics(task, sums[2:])
             if task.name in self.scores:
                 found[task.name] |= _ranking_metrics(task, self.scores[task.name])
         return found
@@ -243,8 +258,8 @@ def _ranking_metrics(task: Task, scores: Scores) -> dict[str, float]:
 
 
 def error_of(metric: str, value: float) -> float:
-    """Convert a metric to an error: the metric itself, or 1 - score."""
-    return value if metric in ERRORS else 1 - value
+    """Convert a metric to an error: the metric itself (also that of a user), or 1 - score."""
+    return value if metric in ERRORS or is_address(metric) else 1 - value
 
 
 def error_scale(task: Task) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dmtg_core.addresses import checked_name
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.training.aggregation import AGGREGATORS
 from dmtg_core.training.augment import AUGMENTATIONS
@@ -147,8 +148,8 @@ class TrainSettings:
         entropy_weight: Factor of the gate's mean entropy in the loss. A positive factor makes the gate converge.
         prune_threshold: A head with a smaller probability is pruned before the next epoch. With 0, heads are
             pruned only at the end of the search.
-        aggregator: "sum", or a key of `AGGREGATORS`, which combines the gradients of a group's tasks as soon as
-            each task has a single head. The host reads its weights.
+        aggregator: "sum", or a name of `load_aggregator`, which combines the gradients of a group's tasks as soon
+            as each task has a single head. The host reads its weights.
         accumulate: Number of parts of a batch that are computed one after the other to save memory. The gradient
             is that of the whole batch. Batch normalisation uses the parts.
         recompute: Compute activations again in the backward pass instead of storing them: less memory, more time.
@@ -207,11 +208,11 @@ class TrainSettings:
             ("lr_schedule", self.lr_schedule, LR_SCHEDULES),
             ("precision", self.precision, PRECISIONS),
             ("batch_branches", self.batch_branches, BATCHING),
-            ("aggregator", self.aggregator, ("sum", *AGGREGATORS)),
             *(("augment", name, AUGMENTATIONS) for name in self.augment),
         ):
             if value not in allowed:
                 raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(allowed)}")
+        checked_name("aggregator", self.aggregator, ("sum", *AGGREGATORS))
         self._check_numbers()
         self._check_together()
         if not 0 < self.search_share <= 1:

@@ -265,6 +265,7 @@ def _metric_rows(entry: Mapping[str, Any]) -> list[dict[str, str]]:
 def models_register(
     run_dir: RunDir,
     uri: Annotated[str, typer.Option("--uri", help="Tracking server; the server of the run by default.")] = "",
+    trust_code: TrustCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -276,7 +277,7 @@ def models_register(
     def body() -> dict[str, Any]:
         from pipelines.training.publish import register_run
 
-        done = register_run(run_dir, uri, log)
+        done = register_run(run_dir, uri, log, trust_code=trust_code)
         for model in done.models:
             show(f"model: {model.uri}")
         show(f"MLflow run {done.run_id} at {done.uri}")

@@ -40,7 +40,12 @@ TrackUri = Annotated[
     str, typer.Option("--uri", help="Tracking server; an SQLite file in the current folder by default.")
 ]
 TrustCode = Annotated[
-    bool, typer.Option("--trust-code", help="Load a registered model whose files differ from those registered.")
+    bool,
+    typer.Option(
+        "--trust-code",
+        help="Import the code of other packages that models and shards name, also if it has changed, and load a "
+        "registered model whose files differ from those registered.",
+    ),
 ]
 RunDir = Annotated[str, typer.Argument(help="Folder of a finished run.")]
 Model = Annotated[
@@ -58,20 +63,29 @@ PredictModel = Annotated[
 ]
 
 
-def load(config: str, overrides: Sequence[str] | None, ray_config: str = "") -> Config:
-    """Read the configuration of a command."""
+def load(
+    config: str, overrides: Sequence[str] | None, ray_config: str = "", *, trust_code: bool = False
+) -> Config:
+    """Read the configuration of a command; `trust_code` sets `run.trust_code`."""
     from pipelines.config.loading import load_config
 
-    return load_config(config, overrides or [], ray_config)
+    trusting = ["run.trust_code=true"] if trust_code else []
+    return load_config(config, [*(overrides or []), *trusting], ray_config)
 
 
 def load_for_work(
-    config: str, overrides: Sequence[str] | None, ray_config: str, *, local_ok: bool, out: str = ""
+    config: str,
+    overrides: Sequence[str] | None,
+    ray_config: str,
+    *,
+    local_ok: bool,
+    out: str = "",
+    trust_code: bool = False,
 ) -> Config:
     """Read the configuration of a command that writes results, and check that its places are not lost.
 
     Args:
-        config, overrides, ray_config: As for `load`.
+        config, overrides, ray_config, trust_code: As for `load`.
         local_ok: Accept places that only this job can see.
         out: A further folder that is written.
     """
@@ -79,7 +93,7 @@ def load_for_work(
     from pipelines.execution.places import check_places
     from pipelines.registry.tracking import tracking_uri
 
-    loaded = load(config, overrides, ray_config)
+    loaded = load(config, overrides, ray_config, trust_code=trust_code)
     places = {"run.root": loaded.run.root, "data.shards": loaded.data.shards, "--out": out}
     places |= {"regroup.shards": loaded.regroup.shards}
     places |= {"track.uri": tracking_uri(loaded.track), "track.registry_uri": loaded.track.registry_uri}

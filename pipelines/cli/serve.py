@@ -70,7 +70,7 @@ def evaluate(
     def body() -> dict[str, Any]:
         from pipelines.serving.evaluate import evaluate as evaluate_model
 
-        loaded = load(config, overrides, ray_config)
+        loaded = load(config, overrides, ray_config, trust_code=trust_code)
         metrics = evaluate_model(loaded, model, split, trust_code=trust_code)
         rows = [
             {"task": task, "metric": name, "value": figure(value)}
@@ -153,14 +153,23 @@ def predict(
             from pipelines.config.loading import load_track
             from pipelines.serving.new_rows import Wanted
 
-            track = load(config, overrides, ray_config).track if config else load_track(uri, ray_config)
+            track = _track_of(config, overrides, ray_config) if config else load_track(uri, ray_config)
             wanted = Wanted(model, files, out, form or "", bad_rows, id_column, force=force, trust_code=trust_code)
             return _predict_rows(wanted, track, as_json=as_json)
-        loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok, out=out)
+        loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok, out=out, trust_code=trust_code)
         return _predict_shards(loaded, model, out, split, trust_code=trust_code)
 
     _check_use(files, config, out)
     run("predict", body, reads=", ".join(files) or config, as_json=as_json, debug=debug)
+
+
+def _track_of(config: str, overrides: Sequence[str], ray_config: str) -> TrackSection:
+    """The section `track` of a configuration, which also allows the code that it names."""
+    from pipelines.config.code import allow_named
+
+    loaded = load(config, overrides, ray_config)
+    allow_named(loaded.model_dump())
+    return loaded.track
 
 
 def _files_and_overrides(given: Sequence[str], config: str) -> tuple[list[str], list[str]]:
@@ -267,7 +276,7 @@ def regroup(
     def body() -> dict[str, Any]:
         from pipelines.nightly.driver import regroup as run_nightly
 
-        loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok)
+        loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok, trust_code=trust_code)
         found = run_nightly(
             loaded, night, shard=shard, dry_run=dry_run, wait_s=wait, trust_code=trust_code, log=log
         )

@@ -18,6 +18,7 @@ from pipelines.cli.options import (
     Overrides,
     RayFile,
     RunDir,
+    TrustCode,
     command_line,
     load,
     load_for_work,
@@ -72,6 +73,7 @@ def train(
     reuse: Annotated[
         bool, typer.Option("--reuse", help="Show a finished run although the data has changed since.")
     ] = False,
+    trust_code: TrustCode = False,
     ray_config: RayFile = "",
     local_ok: LocalOk = False,
     as_json: Json = False,
@@ -82,7 +84,7 @@ def train(
     def body() -> dict[str, Any]:
         from pipelines.runs.identity import earlier_conclusion
 
-        loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok)
+        loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok, trust_code=trust_code)
         if dry_run:
             step = Next("train", command_line(["train"], config, overrides, ray_config))
             return _dry_run(loaded) | {"next": step}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dmtg_core.addresses import load
 from dmtg_core.evaluation.trees import train_trees
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.cost import inference_cost, naive_flops, wide_spec
@@ -45,8 +46,8 @@ from pipelines.training.failures import permanent_error, training_failed
 
 CELLS = "cells"
 FORMAT = 3  # format 2 had scores of the losses alone, format 1 AUROC from bins
-NAIVE, AFFINITIES, WIDE, DISTILLED_WIDE, GROUPING, PAIR, PROPOSAL, SEARCH, TREE_ENSEMBLES = (
-    "naive_mtl", "affinities", "wide", "wide_distilled", "grouping", "pair", "proposal", "search", "trees"
+NAIVE, AFFINITIES, WIDE, DISTILLED_WIDE, GROUPING, PAIR, PROPOSAL, SEARCH, TREE_ENSEMBLES, OWN = (
+    "naive_mtl", "affinities", "wide", "wide_distilled", "grouping", "pair", "proposal", "search", "trees", "own"
 )  # fmt: skip
 HEADS_ALONE, FULL_FINETUNING = "heads_alone", "full_finetuning"
 LEAST_RUNS = 0.5  # training of groups in runs of naive MTL, also if finding them has used the budget
@@ -62,14 +63,14 @@ class Cell:
             the affinities take far longer than the run), WIDE, DISTILLED_WIDE (the best of three wide encoders,
             distilled from all three), GROUPING, PAIR, PROPOSAL (groups of tasks with a high feature overlap,
             trained from scratch; the budget includes finding them), SEARCH, HEADS_ALONE (heads on a frozen
-            encoder), FULL_FINETUNING (one encoder, of which nothing is frozen), or TREE_ENSEMBLES (`label` is the
-            method).
+            encoder), FULL_FINETUNING (one encoder, of which nothing is frozen), TREE_ENSEMBLES (`label` is the
+            method), or OWN (`label` is the address of a function of another package, see `own_method`).
         seed: Seed of initial weights, data order and gate noise.
         epochs: Number of epochs; 0 for `train.epochs`.
         budget: The most training in runs of naive MTL, see `train_within`; 0 for `epochs`.
         groups: Groups of a GROUPING, tasks of a PAIR.
         options: Changes of a SEARCH to the search section.
-        label: Name of a SEARCH or of TREE_ENSEMBLES, for its file.
+        label: Name of a SEARCH, of TREE_ENSEMBLES or of an OWN method, for its file.
     """
 
     kind: str
@@ -83,7 +84,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Name of the file without its suffix. Equal cells have equal names."""
-        stem = self.label or self.kind
+        stem = (self.label or self.kind).replace(":", ".")
         if self.kind == GROUPING:
             stem = f"{self.kind}_{Grouping.of(self.groups).name}"
         elif self.kind == PAIR:
@@ -307,6 +308,28 @@ def _search(
     }
 
 
+def own_method(
+    cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
+) -> Result:
+    """Call a method of another package, `(spec, data, settings, budget, splits) -> Trained`.
+
+    It trains a network as the functions of `dmtg_core.search.baselines` do. `Trained.cost` is its whole training,
+    in runs of naive MTL.
+
+    Raises:
+        UserError: If it returns something else.
+    """
+    done: object = load("method", cell.label)(spec, data, settings, cell.budget, splits)
+    if not isinstance(done, Trained):
+        raise UserError(
+            f"method {cell.label} must return dmtg_core.search.baselines.Trained, got {type(done).__name__}",
+            where="compare.methods",
+            remedy="return the result of train_within or train_hard",
+            wrong_use=True,
+        )
+    return _training_result(done)
+
+
 def _trees(
     cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
 ) -> Result:
@@ -330,4 +353,5 @@ TRAIN: Mapping[str, Callable[..., Result]] = {
     HEADS_ALONE: _heads_alone,
     FULL_FINETUNING: _full_finetuning,
     TREE_ENSEMBLES: _trees,
+    OWN: own_method,
 }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from dmtg_core.addresses import CodeError, is_address, load
 from dmtg_core.evaluation.trees import TREES, trees_apply
 from dmtg_core.grouping import Grouping
 from dmtg_core.search.options import SearchOptions
@@ -26,6 +27,7 @@ from pipelines.compare.methods import (
 )
 from pipelines.compare.preparation import cell_job, cells_session, open_cells_folder
 from pipelines.compare.results import summary
+from pipelines.config.code import allow_named, records_of
 from pipelines.config.loading import Config
 from pipelines.config.search_section import SearchSection
 from pipelines.config.validation import checked
@@ -87,6 +89,7 @@ def compare(config: Config, log: Callable[[str], None] = logger.info) -> Compari
         tracker = open_tracker(named, folder, data.manifest)
         results = train_methods(comparison, methods, job, executor, log)
         found = summary(comparison, data.tasks, methods, results, data.notes)
+        found["code"] = records_of(config.model_dump(), data.tasks, methods=True)
         found |= {"name": folder.name, "signal": earlier_verdict(config, manifest.digest())}
         write_page(folder / PAGE, found, config)
         (folder / FOUND).write_json(found)
@@ -119,6 +122,7 @@ def methods_of(config: Config, tasks: Sequence[Task], input_kind: str) -> list[s
     Raises:
         UserError: For a method that cannot run with these tasks or this encoder, and for a name that is taken.
     """
+    check_code_of_methods(config)
     trees = TREES if trees_apply(input_kind, tasks) else ()
     encoder = config.encoder_spec()
     frozen = (HEADS_ALONE, FULL_FINETUNING) if encoder.frozen and encoder.pretrained else ()
@@ -174,6 +178,20 @@ def methods_of(config: Config, tasks: Sequence[Task], input_kind: str) -> list[s
                 wrong_use=True,
             ) from error
     return chosen + own
+
+
+def check_code_of_methods(config: Config) -> None:
+    """Import the methods of other packages.
+
+    Raises:
+        UserError: For one that cannot be imported.
+    """
+    allow_named(config.model_dump())
+    for method in filter(is_address, config.compare.methods):
+        try:
+            load("method", method)
+        except CodeError as error:
+            raise UserError(error.problem, where="compare.methods", remedy=error.remedy, wrong_use=True) from error
 
 
 def check_variant(config: Config, name: str, changes: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dmtg_core.addresses import is_address
 from dmtg_core.evaluation.trees import TREES
 from dmtg_core.grouping import Grouping
 from dmtg_core.search.budget import default_budget
@@ -24,6 +25,7 @@ from pipelines.compare.cells import (
     HEADS_ALONE,
     LEAST_RUNS,
     NAIVE,
+    OWN,
     PAIR,
     PROPOSAL,
     SEARCH,
@@ -186,6 +188,8 @@ def first_cells(comparison: Comparison, method: str, budget: float, seed: int) -
     if method in comparison.config.compare.groupings:
         groups = Grouping.of(comparison.config.compare.groupings[method], comparison.tasks)
         return [Cell.of(groups, seed, budget=budget)]
+    if is_address(method):
+        return [Cell(OWN, seed, budget=budget, label=method)]
     return {**FIXED, **BUDGETED}[method](comparison, seed, budget)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field
 
+from pipelines.config.code import allow_named, check_allowed
 from pipelines.config.network_section import NetworkSection
 from pipelines.config.paths import anchored, as_written, placed
 from pipelines.config.ray_section import RaySection
@@ -106,6 +107,7 @@ class Config(Section):
         """
         from dmtg_core.training.settings import TemperatureSchedule, TrainSettings
 
+        allow_named(self.model_dump())
         shared = {k: v for k, v in self.train.model_dump().items() if k in TrainSettings.__dataclass_fields__}
         with _excluding("train, gate"):
             return TrainSettings(
@@ -149,6 +151,7 @@ class Config(Section):
         from dmtg_core.network.encoders import EncoderSpec
 
         network = self.network
+        allow_named(self.model_dump())
         adapter = network.adapter.model_dump() if network.branch == "lora" else None
         return EncoderSpec(network.encoder, network.stem, dict(network.options), network.branch, adapter)
 
@@ -156,7 +159,7 @@ class Config(Section):
         """The specification of the core's network."""
         from dmtg_core.network.spec import NetworkSpec
 
-        return NetworkSpec(
+        found = NetworkSpec(
             input=spec,
             tasks=tuple(tasks),
             encoder=self.encoder_spec(),
@@ -170,6 +173,8 @@ class Config(Section):
             task_weighting=self.train.task_weighting,
             seed=self.train.seed,
         )
+        check_allowed(found.code, trust_code=self.run.trust_code)
+        return found
 
 
 def load_config(path: str, overrides: Sequence[str] = (), ray_config: str = "") -> Config:

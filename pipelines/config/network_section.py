@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from dmtg_core.addresses import FORM
 from pipelines.config.validation import Section, Switch
 
 
@@ -31,7 +32,8 @@ class NetworkSection(Section):
     encoder: str = Field(
         "convnet",
         description="Encoder: one of mlp, tabm, convnet, resnet18, resnet34, resnet50, celeba_resnet, "
-        "xception_taskonomy, vit, vit_b_16, timm, embedding_bag, text_transformer, transformers.",
+        "xception_taskonomy, vit, vit_b_16, timm, embedding_bag, text_transformer, transformers; "
+        f"or {FORM}, a module class or a function of another package.",
     )
     stem: int = Field(0, ge=0, le=1000, description="Stages of the encoder that all groups share.")
     groups: int = Field(3, ge=1, le=1000, description="Largest number of groups, K.")

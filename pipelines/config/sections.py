@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, field_validator
 
+from dmtg_core.addresses import FORM, PATTERN, is_address
 from pipelines.config.validation import Section, Seed, Switch
 
+# readers of raw formats, which `pipelines.data.sources` has
+KINDS = ("celeba", "folder", "nuclei", "planted", "rooms", "table", "taskonomy", "text")
 MOST_BYTES = 200  # of a name, which gets a suffix where it becomes the name of a file
 
 
@@ -15,15 +18,15 @@ class SourceSection(Section):
     """The raw data from which shards are created."""
 
     kind: str = Field(
-        description="Reader of the raw format: celeba, folder, nuclei, planted, rooms, table, taskonomy or text."
+        description=f"Reader of the raw format: {', '.join(KINDS)}; or {FORM}, a class of another package."
     )
     root: str = Field("", description="Local folder or s3:// address of the raw data.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the reader.")
 
     @property
     def given(self) -> bool:
-        """Whether there is raw data to read: the planted problem is created from its options alone."""
-        return bool(self.root) or self.kind == "planted"
+        """Whether there is raw data to read. The planted problem and readers of other packages need no root."""
+        return bool(self.root) or self.kind == "planted" or self.kind not in KINDS
 
 
 class DataSection(Section):
@@ -146,7 +149,7 @@ class TrainSection(Section):
         "sum",
         description="How the gradients of a group's tasks are combined after every task has its branch: sum, or "
         "one of mean, upgrad, dualproj, pcgrad, cagrad, mgda, imtl_g, aligned_mtl, nash_mtl (these need the extra "
-        "aggregators).",
+        f"aggregators), or {FORM}, a function of the Gramian of the gradients that returns their weights.",
     )
     accumulate: int = Field(
         1, ge=1, le=10**6, description="Parts in which a batch is computed, one after the other, to save memory."
@@ -241,24 +244,38 @@ RENAMED_METHODS = {
 }
 
 
+METHODS = (
+    "naive_mtl", "naive_longer", "single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag",
+    "feature_overlap", "hoa", "exhaustive", "dmtg", "guided", "heads_alone", "full_finetuning", "extra_trees",
+    "gradient_boosting",
+)  # fmt: skip
+
+
+def _known_method(name: str) -> str:
+    if name not in METHODS and not is_address(name):
+        raise ValueError(f"expected one of {', '.join(METHODS)}, or {FORM}")
+    return name
+
+
+Method = Annotated[
+    str,
+    AfterValidator(_known_method),
+    WithJsonSchema({"anyOf": [{"enum": list(METHODS)}, {"type": "string", "pattern": PATTERN}]}),
+]
+
+
 class CompareSection(Section):
     """The methods of a comparison, and how often each is trained."""
 
-    methods: tuple[
-        Literal[
-            "naive_mtl", "naive_longer", "single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap",
-            "gradtag", "feature_overlap", "hoa", "exhaustive", "dmtg", "guided", "heads_alone", "full_finetuning",
-            "extra_trees", "gradient_boosting",
-        ],
-        ...,
-    ] = Field(
+    methods: tuple[Method, ...] = Field(
         (
             "single_task", "naive_longer", "wide", "wide_distilled", "random", "cs", "tag", "etap", "gradtag",
             "feature_overlap", "dmtg", "guided",
         ),
         description="Methods of the comparison. naive_mtl is always trained, because every gain is relative to "
         "it. The default has extra_trees and gradient_boosting as well if the input is a table, and heads_alone "
-        "and full_finetuning if the encoder is pretrained and frozen.",
+        "and full_finetuning if the encoder is pretrained and frozen. "
+        f"{FORM} is a function of another package.",
     )  # fmt: skip
     seeds: tuple[Seed, ...] = Field((1, 2, 3), min_length=1, description="Values of train.seed.")
     random_draws: int = Field(3, ge=1, le=1000, description="Random groupings for each seed.")
@@ -315,6 +332,11 @@ class RunSection(Section):
     name: str = Field("", description="Name of the run folder; by default it follows from the configuration.")
     folder: str = Field(
         "", description="Folder of the configuration file, to which its paths are relative; set when it is read."
+    )
+    trust_code: bool = Field(
+        False,
+        description="Import the code of other packages that shards, models and checkpoints name, also if the "
+        "configuration does not name it or it has changed.",
     )
     samples: int = Field(
         3, ge=0, le=20, description="Samples on the report page, worst ones and others each; 0 for no data on it."

@@ -17,8 +17,9 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
+from dmtg_core.addresses import full_name, recorded
 from dmtg_core.names import listed
-from pipelines.config.sections import DataSection, SourceSection
+from pipelines.config.sections import KINDS, DataSection, SourceSection
 from pipelines.data.sources.base import Source
 from pipelines.storage import Location, locate
 
@@ -43,6 +44,7 @@ def identity(source: Source, section: SourceSection, data: DataSection) -> Ident
     Returns:
         `format`, `kind`, `root` (as written), `options`, `like`, and of the files `digest`, `count` and `bytes`.
         `folders` is the digest of the files on whose content a shard depends beyond the plan of its samples.
+        `code` is the digest of the source of a reader of another package, else empty.
 
     Raises:
         UserError: When a folder cannot be listed.
@@ -55,6 +57,8 @@ def identity(source: Source, section: SourceSection, data: DataSection) -> Ident
             below.update(line)
             named = True
         count, size = count + 1, size + length
+    code = recorded("source", full_name("source", section.kind)).sha256[:16] if section.kind not in KINDS else ""
+    folders = below.hexdigest()[:16] if named and section.kind not in IN_PLANS else ""
     return {
         "format": FORMAT,
         "kind": section.kind,
@@ -62,7 +66,8 @@ def identity(source: Source, section: SourceSection, data: DataSection) -> Ident
         "options": json.loads(json.dumps(section.options, default=str)),
         "like": data.like,
         "digest": every.hexdigest()[:16],
-        "folders": below.hexdigest()[:16] if named and section.kind not in IN_PLANS else "",
+        "folders": folders + code,
+        "code": code,
         "count": count,
         "bytes": size,
     }
@@ -140,6 +145,8 @@ def differences(made: Mapping[str, Any], now: Identity) -> list[str]:
         changed.append(f"the raw data had {made['bytes']} bytes, now {now['bytes']}, or other content")
     if made["like"] != now["like"]:
         changed.append(f"data.like was {made['like'] or 'empty'}")
+    if made.get("code", "") != now["code"]:
+        changed.append("the code of the reader has changed")
     if made["format"] != now["format"]:
         changed.append("another version created them")
     return changed

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from dmtg_core.addresses import allow_code
 from dmtg_core.network.frozen import digest
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.spec import NetworkSpec
@@ -124,7 +125,8 @@ def _plan(config: Config, reader: Reader) -> _Plan:
 
 
 def _network(spec: NetworkSpec) -> GroupingNetwork:
-    """The network with the stem, built once in a process."""
+    """The network with the stem, built once in a process; the driver has checked what code it needs."""
+    allow_code(*(address for _, address in spec.code))
     return _built(json.dumps(spec.to_dict()))
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from dmtg_core.evaluation.bootstrap import BlockSums, Comparison, Gain, compare
+from dmtg_core.own_code import code_of_tasks
+from pipelines.config.code import allow_named, check_allowed
 from pipelines.config.loading import Config
 from pipelines.config.regroup_section import RegroupSection
 from pipelines.data.manifest import check_shards, read_manifest
@@ -38,6 +40,8 @@ def evaluate(config: Config, evaluation: str, digest: str, run: Location) -> dic
     Raises:
         UserError: If the shards have changed. Their checksums are verified in every nightly run.
     """
+    allow_named(config.model_dump())
+    trust = config.run.trust_code
     folder = locate(evaluation)
     manifest = read_manifest(folder)
     if manifest.digest() != digest:
@@ -50,11 +54,13 @@ def evaluate(config: Config, evaluation: str, digest: str, run: Location) -> dic
     check_shards(folder, replace(manifest, shards={split: manifest.shards[split]}), checksums=True)
     sides = {"champion": run / "champion", "challenger": run / "challenger" / MODELS}
     models = {
-        side: {name: read_model(place / name) for name in group_names(place)} for side, place in sides.items()
+        side: {name: read_model(place / name, trust_code=trust) for name in group_names(place)}
+        for side, place in sides.items()
     }
     served = {side: {t.name for model in held.values() for t in model.tasks} for side, held in models.items()}
     common = served["champion"] & served["challenger"]
     tasks = [task for task in manifest.description.tasks if task.name in common]
+    check_allowed(code_of_tasks(tasks), trust_code=trust)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reader = Reader(folder, manifest, tuple(tasks))
     data = StreamData(reader, config.data, seed=0, rank=0, world_size=1, device=device)

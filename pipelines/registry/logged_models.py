@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dmtg_core.addresses import recorded
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.encoders import LIBRARIES
 from dmtg_core.network.grouping_network import GroupModel
@@ -166,15 +167,16 @@ def _save(
         artifacts={"groups": str(groups)} | _artifacts(origin, facts, folder),
         signature=_signature(models, origin.example, how),
         input_example=origin.example if how is None else [how.example()] * 2,
-        pip_requirements=REQUIREMENTS + [_pinned(name) for name in _libraries(models, how)],
+        pip_requirements=[*REQUIREMENTS, *map(_pinned, _libraries(models, how))],
         metadata=metadata,
     )
 
 
 def _libraries(models: Mapping[str, GroupModel], how: Preparation | None) -> list[str]:
-    """Packages that the encoders and the preparation need in addition."""
+    """Packages that the encoders, the preparation, and code by address need in addition."""
     needed = [name for model in models.values() for name in LIBRARIES.get(model.spec.encoder.name, ())]
-    return list(dict.fromkeys([*needed, *(how.libraries if how else ())]))
+    code = [recorded(*pair).distribution for model in models.values() for pair in model.spec.code]
+    return list(dict.fromkeys([*needed, *(how.libraries if how else ()), *filter(None, code)]))
 
 
 def _separate_registry() -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dmtg_core.addresses import CodeError, recorded
 from dmtg_core.names import by_number, quoted
 from dmtg_core.network.grouping_network import GroupModel
 from dmtg_core.training.checkpoint import BASE, FrozenWeightsError, OutdatedNetworkError, load_model
@@ -31,7 +32,7 @@ from pipelines.registry.records import LONGEST_TAG, PREFIX, registered, tags_of,
 from pipelines.registry.tracking import connect
 from pipelines.registry.versions import find
 from pipelines.runs.files import GROUPING, MODELS
-from pipelines.runs.models import branches_of, outdated
+from pipelines.runs.models import branches_of, code_error, outdated
 from pipelines.scratch import temporary_folder
 from pipelines.storage import Location, locate
 
@@ -87,7 +88,8 @@ def register(
     with temporary_folder() as scratch:
         folder = scratch / "groups"
         _fetch_models(run, folder)
-        models = _loaded_from(_groups_in(folder), 1, str(run / MODELS))  # nothing is registered if one is damaged
+        where, trust = str(run / MODELS), config.run.trust_code
+        models = _loaded_from(_groups_in(folder), 1, where, trust=trust)  # nothing is registered if one is damaged
         shutil.rmtree(folder / BASE, ignore_errors=True)
         first = next(iter(models.values())).network
         origin = replace(origin, base=register_base(origin, f"{config.name}.base", first, config.track.base))
@@ -127,8 +129,10 @@ def _facts(
     groups = {group: [task.name for task in model.tasks] for group, model in models.items()}
     tasks = [task for group in groups.values() for task in group]
     listed = ", ".join(map(quoted, tasks))
+    code = {pair: None for model in models.values() for pair in model.spec.code}
     return {
         "kind": "composite" if members else "group",
+        "code": [recorded(*pair).to_dict() for pair in code],
         "tasks": listed if len(listed) <= LONGEST_TAG else f"{len(tasks)} tasks",
         "groups": groups,
         "members": {member.name: member.version for member in members},
@@ -159,7 +163,7 @@ def load_groups(uri: str, section: TrackSection, *, trust_code: bool = False) ->
     """
     logger.info("loading %s", uri)
     if not uri.startswith(("models:/", "runs:/")):
-        return _groups_of_run(uri)
+        return _groups_of_run(uri, trust_code)
     return load_registered(uri, section, trust_code=trust_code)[0]
 
 
@@ -186,7 +190,8 @@ def load_registered(
     Args:
         uri: As `load_groups`.
         section: The registry.
-        trust_code: Load files that differ from those that were registered, too.
+        trust_code: Load files that differ from those that were registered, too, and import the code of other
+            packages that the model names.
 
     Raises:
         UserError: When there is nothing to load, or its files are not those that were registered.
@@ -216,16 +221,16 @@ def load_whole(uri: str, section: TrackSection, *, trust_code: bool = False) -> 
                 remedy="dmtg models list shows the registered models",
             ) from error
         integrity.check(path, recorded, uri, trust=trust_code)
-        return _read(path, client, uri)
+        return _read(path, client, uri, trust_code)
 
 
-def load_saved(folder: Path) -> Loaded:
-    """A model that `mlflow.artifacts.download_artifacts` has saved in a local folder.
+def load_saved(folder: Path, *, trust_code: bool = False) -> Loaded:
+    """A model that `mlflow.artifacts.download_artifacts` has saved in a local folder; see `load_registered`.
 
     Raises:
         UserError: When it is damaged, or has to be trained again.
     """
-    return _read(folder, None, str(folder))
+    return _read(folder, None, str(folder), trust_code)
 
 
 def is_saved(address: str) -> bool:
@@ -233,14 +238,15 @@ def is_saved(address: str) -> bool:
     return "://" not in address and (Path(address) / "MLmodel").is_file()
 
 
-def _read(path: Path, client: Any, uri: str) -> Loaded:
+def _read(path: Path, client: Any, uri: str, trust: bool) -> Loaded:
     from mlflow.models import Model
 
     described = Model.load(str(path / "MLmodel"))
     artifacts = path / "artifacts"
     preparation = _json_in(artifacts / "preparation.json") or {}
     with open_base(_json_in(artifacts / "base.json")) as base:
-        groups = _loaded_from(artifacts.glob("*/group_*"), _branches(client, described), uri, base)
+        places = artifacts.glob("*/group_*")
+        groups = _loaded_from(places, _branches(client, described), uri, base, trust=trust)
     return Loaded(groups, preparation, (described.metadata or {}).get("source", {}))
 
 
@@ -262,7 +268,7 @@ def _branches(client: Any, described: Any) -> int:
         return groups
 
 
-def _groups_of_run(uri: str) -> dict[str, GroupModel]:
+def _groups_of_run(uri: str, trust: bool) -> dict[str, GroupModel]:
     run = locate(uri)
     if not (run / GROUPING).exists():
         raise UserError(
@@ -272,7 +278,7 @@ def _groups_of_run(uri: str) -> dict[str, GroupModel]:
         )
     with temporary_folder() as folder:
         _fetch_models(run, folder)
-        return _loaded_from(_groups_in(folder), branches_of(run), uri)
+        return _loaded_from(_groups_in(folder), branches_of(run), uri, trust=trust)
 
 
 def _groups_in(folder: Path) -> list[Path]:
@@ -292,16 +298,19 @@ def _logged_tags(client: Any, uri: str) -> Mapping[str, str]:
 
 
 def _loaded_from(
-    folders: Iterable[Path], branches: int, where: str, base: Path | None = None
+    folders: Iterable[Path], branches: int, where: str, base: Path | None = None, *, trust: bool
 ) -> dict[str, GroupModel]:
-    """The models of groups, in the order of their numbers; `branches` and `base` as in `load_model`.
+    """The models of groups, in the order of their numbers; `branches`, `base` and `trust` as in `load_model`.
 
     Raises:
-        UserError: When a model is damaged, or has to be trained again, or its frozen weights are others.
+        UserError: When a model is damaged, or has to be trained again, or its frozen weights are others, or it
+            needs code of another package that is missing, has changed or is not allowed.
     """
     places = sorted(folders, key=lambda place: by_number(place.name))
     try:
-        return {place.name: load_model(place, branches=branches, base=base) for place in places}
+        return {place.name: load_model(place, branches=branches, base=base, trust_code=trust) for place in places}
+    except CodeError as error:
+        raise code_error(error, where) from error
     except OutdatedNetworkError as error:
         raise outdated(error, where) from error
     except ValueError as error:

@@ -6,7 +6,8 @@ name importable.
 
 - `dmtg_core.names.by_number`
 - `dmtg_core.network.composite.Composite`
-- `dmtg_core.training.checkpoint.load_model`, and `named_shares` of the tasks of a model
+- `dmtg_core.training.checkpoint.load_model` and `code_of`, and `named_shares` of the tasks of a model
+- `dmtg_core.addresses.allow_code`
 - `pipelines.registry.bases.open_base`
 - `pipelines.data.preprocessing.load_preparation` and `prepare`
 """
@@ -28,9 +29,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.types.schema import AnyType
 
+from dmtg_core.addresses import allow_code
 from dmtg_core.names import by_number
 from dmtg_core.network.composite import Composite
-from dmtg_core.training.checkpoint import load_model
+from dmtg_core.training.checkpoint import code_of, load_model
 from pipelines.data.preprocessing import load_preparation, prepare
 from pipelines.registry.bases import open_base
 
@@ -46,8 +48,13 @@ class GroupPredictor(mlflow.pyfunc.PythonModel):
     """
 
     def load_context(self, context: Any) -> None:
-        """Load the weights and the preparation."""
+        """Load the weights and the preparation.
+
+        MLflow runs this file because its user trusts the registry. Code of other packages that the model names is
+        therefore imported, but only if it is the code of its training.
+        """
         folders = sorted(Path(context.artifacts["groups"]).iterdir(), key=lambda place: by_number(place.name))
+        allow_code(*(one["address"] for folder in folders for one in code_of(folder)))
         described = json.loads(Path(context.artifacts["grouping"]).read_text(encoding="utf-8"))
         place = context.artifacts.get("base")
         with open_base(json.loads(Path(place).read_text(encoding="utf-8")) if place else None) as base:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dmtg_core.addresses import CodeError
 from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel
 from dmtg_core.training import checkpoint
 from dmtg_core.training.warm_start import WarmStart
@@ -54,8 +55,12 @@ def group_names(place: Location) -> list[str]:
     return [name for name in place.folders() if name != checkpoint.BASE]
 
 
-def read_model(place: Location) -> GroupModel:
+def read_model(place: Location, *, trust_code: bool = False) -> GroupModel:
     """Read a model that `write_model` has written, with the frozen weights beside it.
+
+    Args:
+        place: Folder of the model.
+        trust_code: As `dmtg_core.training.checkpoint.load_network`.
 
     Raises:
         UserError: When a file is missing or damaged, it is not a group model, it has to be trained again, or its
@@ -68,7 +73,10 @@ def read_model(place: Location) -> GroupModel:
         for name in place.files(recursive=False):
             (folder / name).write_bytes((place / name).read_bytes())
         try:
-            return checkpoint.load_model(folder, branches=branches, base=_base_beside(place, scratch))
+            base = _base_beside(place, scratch)
+            return checkpoint.load_model(folder, branches=branches, base=base, trust_code=trust_code)
+        except CodeError as error:
+            raise code_error(error, str(place)) from error
         except checkpoint.OutdatedNetworkError as error:
             raise outdated(error, str(place)) from error
         except ValueError as error:
@@ -105,6 +113,11 @@ def branches_of(run: Location) -> int:
         raise unreadable(run, "network.groups is no number") from error
 
 
+def code_error(error: CodeError, where: str) -> UserError:
+    """The error for the user of a network that needs code of another package."""
+    return UserError(error.problem, where=where, remedy=error.remedy)
+
+
 def outdated(error: checkpoint.OutdatedNetworkError, where: str) -> UserError:
     """The error for the user of a network that an earlier version trained wrongly."""
     return UserError(
@@ -120,15 +133,16 @@ def check_models(config: Config, run: Location) -> None:
     """
     if config.network.groups > checkpoint.CORRECT_UP_TO:
         for name in group_names(run / MODELS):
-            read_model(run / MODELS / name)
+            read_model(run / MODELS / name, trust_code=config.run.trust_code)
 
 
-def warm_start(places: Sequence[tuple[str, Location]]) -> WarmStart | None:
-    """The models of some places with their names; None without places.
+def warm_start(places: Sequence[tuple[str, Location]], *, trust_code: bool = False) -> WarmStart | None:
+    """The models of some places with their names; None without places. `trust_code` as for `read_model`.
 
     Raises:
         UserError: When one of them is damaged.
     """
     if not places:
         return None
-    return WarmStart([read_model(place) for _, place in places], [name for name, _ in places])
+    models = [read_model(place, trust_code=trust_code) for _, place in places]
+    return WarmStart(models, [name for name, _ in places])

@@ -40,6 +40,7 @@ def write_result(
     file: str = RESULT,
     trees: Mapping[str, Any] | None = None,
     estimate: Mapping[str, Any] | None = None,
+    code: Sequence[Mapping[str, str]] = (),
 ) -> None:
     """Write group models, grouping and metrics; `file` is written last and marks the result as complete.
 
@@ -51,6 +52,7 @@ def write_result(
         file: `RESULT` or `SEARCHED`.
         trees: The figures of extra trees on the same table, or why there are none.
         estimate: The estimate before the start.
+        code: Records of the code of other packages, see `pipelines.config.code.records_of`.
     """
     write_models(run / MODELS, result.network.specialise())
     (run / GROUPING).write_text(result.grouping.to_json())
@@ -80,6 +82,7 @@ def write_result(
         "groups_inference": asdict(cost_of_groups(result, spec)),
         "headline": {task.name: task.metric for task in tasks},
         "trees": dict(trees or {}),
+        "code": list(code),
         "notes": list(notes),
     }
     (run / file).write_json({"outcome": outcome(values), **values})

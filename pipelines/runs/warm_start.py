@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dmtg_core.training.warm_start import WarmStart
+from pipelines.config.code import allow_named
 from pipelines.config.loading import Config
 from pipelines.errors import UserError
 from pipelines.runs.files import MODELS, RESULT
@@ -30,7 +31,8 @@ def open_models(config: Config, run: Location) -> WarmStart | None:
     if not config.network.start_from or (run / START / LISTING).exists():
         return None
     places = [place for uri in config.network.start_from for place in _models_at(locate(uri))]
-    models = warm_start([(str(place), place) for place in places])
+    allow_named(config.model_dump())
+    models = warm_start([(str(place), place) for place in places], trust_code=config.run.trust_code)
     assert models is not None
     with warm_start_errors():
         models.check_encoder(config.encoder_spec(), config.network.groups)

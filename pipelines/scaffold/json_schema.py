@@ -32,9 +32,13 @@ def config_schema() -> dict[str, Any]:
     needed["properties"]["source"]["type"] = ["object", "null"]
     schema |= {"$schema": DIALECT, "title": "Configuration of dmtg", "if": {"required": ["base"]}, "else": needed}
     schema["properties"] = {"base": BASE, **schema["properties"]}
-    sections["SourceSection"]["properties"]["kind"]["enum"] = list(SOURCES)
-    sections["NetworkSection"]["properties"]["encoder"]["enum"] = list(ENCODERS)
-    sections["TrainSection"]["properties"]["aggregator"]["enum"] = ["sum", *AGGREGATORS]
+    for section, key, names in (
+        ("SourceSection", "kind", SOURCES),
+        ("NetworkSection", "encoder", ENCODERS),
+        ("TrainSection", "aggregator", ["sum", *AGGREGATORS]),
+    ):
+        # any text is valid, as short names of entry points are; an editor proposes the names of the list
+        sections[section]["properties"][key]["anyOf"] = [{"enum": list(names)}, {"type": "string"}]
     sections["SourceSection"]["allOf"] = [_options(kind, sections) for kind in SOURCES]
     plain: dict[str, Any] = _plain(schema)
     return plain

@@ -9,8 +9,10 @@ import torch
 
 from dmtg_core.network.composite import Composite
 from dmtg_core.network.grouping_network import GroupModel
+from dmtg_core.own_code import code_of_tasks
 from dmtg_core.tasks import Task
 from dmtg_core.training.metrics import Metrics, MetricSums
+from pipelines.config.code import allow_named, check_allowed
 from pipelines.config.loading import Config
 from pipelines.data.manifest import check_shards, read_manifest
 from pipelines.data.reader import Reader
@@ -34,19 +36,22 @@ def evaluate(config: Config, model: str, split: str = "test", *, trust_code: boo
     Raises:
         UserError: When model and shards do not fit, or the split is empty.
     """
+    allow_named(config.model_dump())
+    trust = trust_code or config.run.trust_code
     folder = locate(config.data.shards)
     manifest = read_manifest(folder)
     logger.info("checking the shards in %s", folder)
     check_shards(folder, manifest, checksums=config.data.verify_checksums)
     for note in stale_notes(config, manifest):
         logger.warning(note)
-    groups, preparation = load_with_preparation(model, config.track, trust_code=trust_code)
+    groups, preparation = load_with_preparation(model, config.track, trust_code=trust)
     described = manifest.description
     for group in groups.values():
         check_input(group.spec.input, preparation, described.input, described.preparation, str(folder))
         same_tasks(group.tasks, described.tasks, str(folder))
     wanted = [task.name for group in groups.values() for task in group.tasks]
     tasks = manifest.tasks(wanted, str(folder))
+    check_allowed(code_of_tasks(tasks), trust_code=trust)
     if not manifest.rows(split):
         raise UserError(
             f"the shards have no samples in split {split!r}", where=str(folder), remedy="use another split"

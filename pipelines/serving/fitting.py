@@ -124,9 +124,9 @@ def open_model(model: str, track: TrackSection, *, trust_code: bool = False) -> 
     if address.startswith(REGISTERED):
         found = load_whole(address, track, trust_code=trust_code)
     elif is_saved(address):
-        found = load_saved(Path(address))
+        found = load_saved(Path(address), trust_code=trust_code)
     else:
-        groups = load_groups(address, track)
+        groups = load_groups(address, track, trust_code=trust_code)
         run = locate(address)
         return Served(groups, address, _digest(groups), preparation_of(run), raw_form(source_of(run)))
     return Served(found.groups, address, _digest(found.groups), found.preparation or None, found.source)
@@ -152,7 +152,7 @@ def load_with_preparation(
     if address.startswith(REGISTERED):
         groups, preparation = load_registered(address, track, trust_code=trust_code)
         return groups, preparation or None
-    return load_groups(address, track), preparation_of(locate(address))
+    return load_groups(address, track, trust_code=trust_code), preparation_of(locate(address))
 
 
 def check_input(

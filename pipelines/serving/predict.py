@@ -23,6 +23,7 @@ import torch
 
 from dmtg_core.network.composite import Composite
 from dmtg_core.network.grouping_network import GroupModel
+from pipelines.config.code import allow_named
 from pipelines.config.loading import Config
 from pipelines.data.manifest import SPLITS, Manifest, Shard, check_shards, read_manifest
 from pipelines.data.reader import Reader
@@ -98,7 +99,8 @@ def predict(
     check_shards(folder, chosen, checksums=False)
     for note in stale_notes(config, manifest):
         log(f"note: {note}")
-    served = open_model(model, config.track, trust_code=trust_code)
+    allow_named(config.model_dump())
+    served = open_model(model, config.track, trust_code=trust_code or config.run.trust_code)
     check_fits(served, manifest, folder)
     check_folder(place, "--out", "predictions", (place / PLAN).exists)
     place.check_writable()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import yaml
 
+from dmtg_core.addresses import load
 from dmtg_core.names import listed
 from dmtg_core.network.batched.choice import built
 from dmtg_core.network.grouping_network import GroupingNetwork
@@ -209,6 +210,8 @@ def check_network(
     """
     with _section("network"):
         spec = config.network_spec(manifest.description.input, tasks)
+        for kind, address in spec.code:
+            load(kind, address)
         network = GroupingNetwork(spec)
         if config.network.batch_branches == "on" and spec.groups > 1:
             built(network)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dmtg_core.addresses import CodeError
 from dmtg_core.training.checkpoint import OutdatedNetworkError
 from dmtg_core.training.loop import NonFiniteLossError
 from pipelines.config.loading import Config
@@ -48,6 +49,8 @@ def permanent_error(error: Exception, config: Config, run: str, workers: int) ->
     if isinstance(error, OutdatedNetworkError):
         remedy = "delete the run folder, or give another run.name, and train it again"
         return PermanentError(str(error).partition(": ")[2], where=run, remedy=remedy)
+    if isinstance(error, CodeError):
+        return PermanentError(error.problem, where=run, remedy=error.remedy)
     if out_of_memory(error):
         share = f"{config.train.batch_size} samples on {workers} worker{'s' * (workers > 1)}"
         return PermanentError(

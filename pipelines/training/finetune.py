@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from dmtg_core.addresses import CodeError
 from dmtg_core.network.cost import inference_cost
 from dmtg_core.tasks import Task
 from dmtg_core.training.checkpoint import group_model
@@ -77,6 +78,7 @@ def train_group(job: Job, name: str, members: Sequence[str], before: float) -> t
     Returns:
         Validation score before and after.
     """
+    job.allow_code()
     reader = replace(job.training, tasks=tuple(task for task in job.reader.tasks if task.name in members))
     settings = group_settings(job.config)
     with temporary_folder() as scratch:
@@ -87,7 +89,7 @@ def train_group(job: Job, name: str, members: Sequence[str], before: float) -> t
         try:
             state = _state(job, name, context, before)
             advance(state, data, settings, context, until=settings.epochs, hooks=reporting(context))
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, CodeError) as error:
             raise permanent_error(error, job.config, str(job.run), 1) or error from error
         state.take_best()
         metrics = {
@@ -180,6 +182,7 @@ def rewrite_samples(job: Job, split: str) -> None:
     """Replace the samples of the run's page by predictions of the new models; without naive MTL, no intervals."""
     from pipelines.training.diagnostics import MergedGroups, SplitAnalysis
 
+    job.allow_code()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = {name: read_model(job.run / MODELS / name) for name in group_names(job.run / MODELS)}
     config, network = job.config, MergedGroups(models).to(device).eval()

@@ -93,13 +93,16 @@ def reopen_tracker(config: Config, run: Location, manifest: Manifest) -> Tracker
         raise not_published(error, run) from error
 
 
-def register_run(run_dir: str, uri: str = "", log: Callable[[str], None] = logger.info) -> Published:
+def register_run(
+    run_dir: str, uri: str = "", log: Callable[[str], None] = logger.info, *, trust_code: bool = False
+) -> Published:
     """Publish a finished run to MLflow.
 
     Args:
         run_dir: The run folder; its `config.yaml` and `tracking.json` name the server.
         uri: Another tracking server, or the same with credentials.
         log: Called with each line.
+        trust_code: Import the code of other packages that the run names.
 
     Raises:
         UserError: When the run is not finished, its shards are missing, or MLflow does not accept it.
@@ -114,7 +117,8 @@ def register_run(run_dir: str, uri: str = "", log: Callable[[str], None] = logge
         )
     held = checked(Config, stored_values(run))
     track = held.track.model_copy(update={"uri": uri or _address(held, run), "register_models": True})
-    config = held.model_copy(update={"track": track})
+    section = held.run.model_copy(update={"trust_code": trust_code})  # a run folder cannot allow its own code
+    config = held.model_copy(update={"track": track, "run": section})
     if not enabled(track):
         raise UserError("the run was not tracked", where=f"{run / CONFIG}: track.uri=none", remedy="give --uri")
     manifest = _data_of(config, run)

@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from dmtg_core.addresses import CodeError
 from dmtg_core.network.spec import NetworkSpec
+from dmtg_core.own_code import code_of_tasks
 from dmtg_core.search.search import SearchResult, search
 from dmtg_core.training import checkpoint
 from dmtg_core.training.data import Data
 from dmtg_core.training.profile import profile_steps
+from pipelines.config.code import allow_named, check_allowed, records_of
 from pipelines.config.loading import Config
 from pipelines.data.ingest import open_data
 from pipelines.data.reader import Reader
@@ -64,6 +67,11 @@ class Job:
         """The reader of what training reads."""
         return self.outputs or self.reader
 
+    def allow_code(self) -> None:
+        """Allow the code of other packages that the job names in this process."""
+        allow_named(self.config.model_dump())
+        check_allowed(code_of_tasks(self.reader.tasks), trust_code=self.config.run.trust_code)
+
     @property
     def spec(self) -> NetworkSpec:
         """The configured network."""
@@ -77,6 +85,7 @@ def work(job: Job, context: RunContext) -> None:
         PermanentError: For an error that retrying cannot help.
     """
     try:
+        job.allow_code()
         if job.profile:
             with _permanent_errors(job, context):
                 _profile(job, context)
@@ -98,7 +107,7 @@ def _permanent_errors(job: Job, context: RunContext) -> Iterator[None]:
     """Convert errors whose cause is the configuration to a `PermanentError`."""
     try:
         yield
-    except (RuntimeError, MemoryError, checkpoint.OutdatedNetworkError) as error:
+    except (RuntimeError, MemoryError, checkpoint.OutdatedNetworkError, CodeError) as error:
         permanent = permanent_error(error, job.config, str(job.run), context.world_size)
         if permanent is None:
             raise
@@ -121,7 +130,7 @@ def _search(job: Job, context: RunContext) -> SearchResult:
     splits = [split for split in ("val", "test") if job.reader.manifest.rows(split)]
     return search(
         spec, data, config.settings(), config.search_options(), baseline=config.search.baseline,
-        splits=splits, context=context, warm_start=warm_start(job.start),
+        splits=splits, context=context, warm_start=warm_start(job.start, trust_code=config.run.trust_code),
     )  # fmt: skip
 
 
@@ -130,7 +139,7 @@ def _estimate(job: Job, file: Location, context: RunContext) -> None:
     from pipelines.training.estimate import estimated
 
     config, (spec, data) = job.config, _open(job, context, reports=False)
-    start = warm_start(job.start)
+    start = warm_start(job.start, trust_code=config.run.trust_code)
     rows = -(-job.reader.manifest.rows("val") // context.world_size)
     found = estimated(
         spec, data, config.settings(), config.search_options(), context, baseline=config.search.baseline,
@@ -161,7 +170,8 @@ def _write(job: Job, context: RunContext, result: SearchResult) -> None:
         notes = (*job.notes, *warnings_of(context.records), *for_result(job.event_log.after(0)))
         file = SEARCHED if job.config.search.group_epochs else RESULT
         estimate = job.estimate.read_json() if job.estimate is not None and job.estimate.exists() else None
-        write_result(run, result, job.spec, notes, file, job.trees, estimate)
+        code = records_of(job.config.model_dump(), job.reader.tasks)
+        write_result(run, result, job.spec, notes, file, job.trees, estimate, code)
     except UserError as error:
         raise PermanentError(
             f"training is done, its result {error.what.removeprefix('cannot write: ')}",

@@ -1,6 +1,7 @@
 """Encoders as lists of stages, split into a stem that all groups share and a branch for each group.
 
-To add an encoder, write a function `(input, **options) -> list of modules`, and add one line to `ENCODERS`.
+An encoder is a function `(input, **options) -> list of modules` in `ENCODERS`, or code of another package by its
+address, see `dmtg_core.addresses` and `encoders.own`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dmtg_core.addresses import checked_name, full_name, is_address
 from dmtg_core.data_checks import check_choice
 from dmtg_core.network.adapters import AdapterBranch, AdapterOptions, SharedStages
 from dmtg_core.network.encoders.basic import convnet, mlp
+from dmtg_core.network.encoders.own import own_options, own_output, own_stages
 from dmtg_core.network.encoders.pretrained_images import timm
 from dmtg_core.network.encoders.pretrained_text import transformers, with_config
 from dmtg_core.network.encoders.resnet import celeba_resnet, resnet
@@ -96,7 +99,7 @@ class EncoderSpec:
     """The name of an encoder, its options, and the size of its stem.
 
     Args:
-        name: A key of `ENCODERS`.
+        name: A key of `ENCODERS`, an address, or the short name of an entry point, which becomes its address.
         stem: Number of stages that all groups share; 0 for an empty stem.
         options: Keyword arguments of the encoder function.
         branch: "copy" for branches that are trained with their stem. "last" for copies of the stages after a
@@ -116,6 +119,7 @@ class EncoderSpec:
 
     def __post_init__(self) -> None:
         check_choice("branch", self.branch, BRANCHES)
+        object.__setattr__(self, "name", full_name("encoder", self.name, ENCODERS))
         if self.adapter is not None and self.branch != "lora":
             raise ValueError(f"options of an adapter need branch 'lora', got branch {self.branch!r}")
         if self.name == "transformers":
@@ -125,20 +129,26 @@ class EncoderSpec:
         """Check name and options without an input, before anything is built.
 
         Raises:
-            ValueError: For an unknown name, an unknown option, or a size that is not a positive whole number.
+            ValueError: For an unknown name, an unknown option, a size that is not a positive whole number, and for
+                code of an address that cannot be imported.
         """
-        if self.name not in ENCODERS:
-            raise ValueError(f"unknown encoder {self.name!r}, expected one of {', '.join(ENCODERS)}")
+        checked_name("encoder", self.name, ENCODERS)
         AdapterOptions.of(self.adapter)
         if self.frozen and not self.stem:
             raise ValueError(f"branch {self.branch!r} needs a stem, the frozen stages before the branches; got 0")
-        known = list(inspect.signature(ENCODERS[self.name][0]).parameters)[1:]
+        known = self._known_options()
         for name, value in (self.options or {}).items():
-            if name not in known:
+            if known is not None and name not in known:
                 valid = ", ".join(known) or "none"
                 raise ValueError(f"encoder {self.name} has no option {name!r}, its options are: {valid}")
-            if name in SIZES:
+            if name in SIZES and self.name in ENCODERS:
                 _check_size(f"option {name} of encoder {self.name}", value, several=name in LISTS)
+
+    def _known_options(self) -> list[str] | None:
+        """The names of the options; None if there can be others."""
+        if is_address(self.name):
+            return own_options(self.name)
+        return list(inspect.signature(ENCODERS[self.name][0]).parameters)[1:]
 
     @property
     def frozen(self) -> bool:
@@ -215,11 +225,8 @@ class EncoderSpec:
             ValueError: For an unknown name or option, an input of the wrong kind, or a stem of too many stages.
         """
         self.check()
-        build, kind = ENCODERS[self.name]
-        if spec.kind != kind:
-            raise ValueError(f"encoder {self.name} reads {kind} input, got {spec.kind}")
         try:
-            stages = build(spec, **(self.options or {}))
+            stages = self._built(spec)
         except TypeError as error:
             raise ValueError(f"encoder {self.name}: {error}") from error
         if not 0 <= self.stem < len(stages):
@@ -227,6 +234,14 @@ class EncoderSpec:
                 f"encoder {self.name}: the stem takes 0 to {len(stages) - 1} of its stages, got {self.stem}"
             )
         return stages
+
+    def _built(self, spec: InputSpec) -> list[nn.Module]:
+        if is_address(self.name):
+            return own_stages(self.name, spec, self.options or {})
+        build, kind = ENCODERS[self.name]
+        if spec.kind != kind:
+            raise ValueError(f"encoder {self.name} reads {kind} input, got {spec.kind}")
+        return build(spec, **(self.options or {}))
 
 
 def heads_alone(encoder: EncoderSpec) -> EncoderSpec:
@@ -298,7 +313,7 @@ def build_encoder(encoder: EncoderSpec, spec: InputSpec, groups: int, seed: int)
             others = (_standardised(encoder, encoder.stages(spec)) for _ in range(groups - 1))
             branches += [nn.Sequential(*other[encoder.stem :]) for other in others]
     stem = Frozen(*first) if encoder.frozen else nn.Sequential(*first)
-    return Encoder(stem, branches, _features(spec, stem, branches[0]), shared)
+    return Encoder(stem, branches, _features(encoder.name, spec, stem, branches[0]), shared)
 
 
 def _standardised(encoder: EncoderSpec, stages: list[nn.Module]) -> list[nn.Module]:
@@ -320,12 +335,12 @@ def frozen_once(
 
 
 @torch.no_grad()
-def _features(spec: InputSpec, stem: nn.Module, branch: nn.Module) -> Features:
+def _features(name: str, spec: InputSpec, stem: nn.Module, branch: nn.Module) -> Features:
     shape = (1, spec.shape[2], *spec.shape[:2]) if spec.kind == "image" else (1, *spec.shape)
     probe = torch.full(shape, spec.padding, dtype=torch.int64 if spec.kind == "tokens" else torch.float32)
     modes = [(m, m.training) for part in (stem, branch) for m in part.modules()]
     stem.eval(), branch.eval()  # the probe must not change running statistics
-    out = branch(stem(probe))
+    out = own_output(name, stem, branch, probe) if is_address(name) else branch(stem(probe))
     for module, mode in modes:
         module.training = mode
     if out.dim() == 3:

@@ -67,6 +67,7 @@ def _not_wanted(job: Job) -> str:
 
 def _train(job: Job, _item: None) -> dict[str, Any]:
     """The figures, or the reason why scikit-learn is not there."""
+    job.allow_code()
     manifest, tasks, config = job.reader.manifest, job.reader.tasks, job.config
     split = "test" if manifest.rows("test") else "val"
     held = None if job.outputs else job.held  # trees read the inputs

@@ -1,0 +1,1 @@
+"""Code for dmtg in a package of its own."""
