@@ -238,11 +238,11 @@ def installed(expected: Code) -> Code:
 def _file_of(module: str) -> Path | None:
     """The file of a module. `find_spec` of a submodule would import its packages."""
     top, *inner = module.split(".")
-    name, found = top, _top(top)
+    found = _top(top)
     for part in inner:
-        places = found.submodule_search_locations if found is not None else None
-        name = f"{name}.{part}"
-        found = PathFinder.find_spec(name, places) if places is not None else None
+        places = list(found.submodule_search_locations or ()) if found is not None else []
+        # without the names of its packages: those of a namespace would have to be imported
+        found = PathFinder.find_spec(part, places)
     return Path(found.origin) if found is not None and found.has_location and found.origin else None
 
 

@@ -129,10 +129,9 @@ def _facts(
     groups = {group: [task.name for task in model.tasks] for group, model in models.items()}
     tasks = [task for group in groups.values() for task in group]
     listed = ", ".join(map(quoted, tasks))
-    code = {pair: None for model in models.values() for pair in model.spec.code}
-    return {
+    code = dict.fromkeys(pair for model in models.values() for pair in model.spec.code)
+    return ({"code": [recorded(*pair).to_dict() for pair in code]} if code else {}) | {
         "kind": "composite" if members else "group",
-        "code": [recorded(*pair).to_dict() for pair in code],
         "tasks": listed if len(listed) <= LONGEST_TAG else f"{len(tasks)} tasks",
         "groups": groups,
         "members": {member.name: member.version for member in members},

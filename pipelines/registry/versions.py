@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from dmtg_core.addresses import Code
 from dmtg_core.grouping import Grouping
 from dmtg_core.names import by_number
 from pipelines.config.sections import TrackSection
@@ -123,7 +125,14 @@ def show_model(section: TrackSection, address: str) -> dict[str, Any]:
 
 def entry(version: Any, aliases: Mapping[str, str]) -> dict[str, Any]:
     """An MLflow model version as returned by `show_model`."""
-    return _shown(version, aliases) | facts_of(version, *TEXTS, *OBJECTS)
+    return _shown(version, aliases) | facts_of(version, *TEXTS, *OBJECTS) | _code(version)
+
+
+def _code(version: Any) -> dict[str, list[str]]:
+    """The code of other packages that a version needs, as lines; empty without any."""
+    records = map(Code.of_stored, json.loads(version.tags.get(f"{PREFIX}code", "[]")))
+    lines = [f"{code.kind} {code.address} of {code.package}" for code in records]
+    return {"code": lines} if lines else {}
 
 
 def diff_models(section: TrackSection, before: str, after: str = "") -> dict[str, Any]:

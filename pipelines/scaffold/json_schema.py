@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dmtg_core.addresses import PATTERN, short_names
 from dmtg_core.network.encoders import ENCODERS
 from dmtg_core.training.aggregation import AGGREGATORS
 from pipelines.config.loading import Config
@@ -32,13 +33,13 @@ def config_schema() -> dict[str, Any]:
     needed["properties"]["source"]["type"] = ["object", "null"]
     schema |= {"$schema": DIALECT, "title": "Configuration of dmtg", "if": {"required": ["base"]}, "else": needed}
     schema["properties"] = {"base": BASE, **schema["properties"]}
-    for section, key, names in (
-        ("SourceSection", "kind", SOURCES),
-        ("NetworkSection", "encoder", ENCODERS),
-        ("TrainSection", "aggregator", ["sum", *AGGREGATORS]),
+    for section, key, kind, names in (
+        ("SourceSection", "kind", "source", SOURCES),
+        ("NetworkSection", "encoder", "encoder", ENCODERS),
+        ("TrainSection", "aggregator", "aggregator", ["sum", *AGGREGATORS]),
     ):
-        # any text is valid, as short names of entry points are; an editor proposes the names of the list
-        sections[section]["properties"][key]["anyOf"] = [{"enum": list(names)}, {"type": "string"}]
+        known = [*names, *short_names(kind)]
+        sections[section]["properties"][key]["anyOf"] = [{"enum": known}, {"pattern": PATTERN}]
     sections["SourceSection"]["allOf"] = [_options(kind, sections) for kind in SOURCES]
     plain: dict[str, Any] = _plain(schema)
     return plain

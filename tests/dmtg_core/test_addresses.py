@@ -139,6 +139,16 @@ def test_what_cannot_be_imported_is_named(package: Path, address: str, text: str
         load("loss", address)
 
 
+def test_a_folder_without_a_file_of_its_own_is_a_package(package: Path) -> None:
+    place = package / "own_package" / "space" / "deep"
+    place.mkdir(parents=True)
+    (place / "code.py").write_text(SOURCE)
+    assert recorded("loss", "own_package.space.deep.code:double").distribution == "own-dist"
+    assert not [name for name in sys.modules if name.startswith("own_package")]
+    with pytest.raises(CodeError, match="not installed here"):
+        recorded("loss", "own_package.space.other.code:double")
+
+
 def test_a_name_inside_a_class_is_an_address(package: Path) -> None:
     allow_code("own_package.inner.code:Outer.inner")
     assert load("loss", "own_package.inner.code:Outer.inner")() is None

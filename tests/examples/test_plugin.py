@@ -23,6 +23,7 @@ from pipelines.config.loading import Config, load_config
 from pipelines.data.manifest import read_manifest
 from pipelines.errors import UserError
 from pipelines.registry.models import load_groups
+from pipelines.registry.versions import show_model
 from pipelines.runs.files import RESULT
 from pipelines.serving.evaluate import evaluate
 from pipelines.storage import locate
@@ -112,6 +113,8 @@ def test_the_run_and_its_models_record_the_code(done: Done) -> None:
     assert "dmtg-example==1.0.0" in (place / "requirements.txt").read_text().splitlines()
     facts = json.loads((place / "artifacts" / "details.json").read_text())
     assert {one["address"] for one in facts["code"]} == {ENCODER, LOSS, METRIC}
+    shown = show_model(done.loaded.track, done.found["models"][0])["code"]
+    assert f"encoder {ENCODER} of dmtg-example==1.0.0" in shown
 
 
 def test_without_the_package_a_model_says_which_one_to_install(done: Done) -> None:
