@@ -13,6 +13,7 @@ from pipelines.cli.options import (
     LocalOk,
     Overrides,
     RayFile,
+    TrustCode,
     command_line,
     load_for_work,
     next_step,
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from pipelines.config.loading import Config
 
 
-def _load(config: str, overrides: Overrides, ray_config: str, tasks: str, *, local_ok: bool) -> Config:
+def _load(
+    config: str, overrides: Overrides, ray_config: str, tasks: str, *, local_ok: bool, trust_code: bool
+) -> Config:
     """Read the configuration, and start the imports of the processes that will train, beside those of this one.
 
     Args:
@@ -33,10 +36,11 @@ def _load(config: str, overrides: Overrides, ray_config: str, tasks: str, *, loc
         ray_config: File that configures Ray.
         tasks: Module of the functions that these processes call.
         local_ok: Accept places that only this job can see.
+        trust_code: Set `run.trust_code`.
     """
     from pipelines.execution.choice import preload_processes
 
-    loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok)
+    loaded = load_for_work(config, overrides, ray_config, local_ok=local_ok, trust_code=trust_code)
     preload_processes(loaded.ray, [tasks])
     return loaded
 
@@ -45,6 +49,7 @@ def signal(
     config: ConfigFile,
     overrides: Overrides = None,
     ray_config: RayFile = "",
+    trust_code: TrustCode = False,
     local_ok: LocalOk = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -55,7 +60,9 @@ def signal(
     """
 
     def body() -> dict[str, Any]:
-        loaded = _load(config, overrides, ray_config, "pipelines.compare.cells", local_ok=local_ok)
+        loaded = _load(
+            config, overrides, ray_config, "pipelines.compare.cells", local_ok=local_ok, trust_code=trust_code
+        )
         from pipelines.compare.signal import signal as measure_signal
 
         done = measure_signal(loaded, log)
@@ -124,6 +131,7 @@ def compare(
     config: ConfigFile,
     overrides: Overrides = None,
     ray_config: RayFile = "",
+    trust_code: TrustCode = False,
     local_ok: LocalOk = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -136,7 +144,11 @@ def compare(
     """
 
     def body() -> dict[str, Any]:
-        found = _compare(_load(config, overrides, ray_config, "pipelines.compare.cells", local_ok=local_ok))
+        found = _compare(
+            _load(
+                config, overrides, ray_config, "pipelines.compare.cells", local_ok=local_ok, trust_code=trust_code
+            )
+        )
         verdict = of_compare(found["rows"], found.pop("reference"))
         return found | {"next": next_step(verdict, config, overrides, ray_config)}
 
@@ -186,6 +198,7 @@ def sweep(
     config: ConfigFile,
     overrides: Overrides = None,
     ray_config: RayFile = "",
+    trust_code: TrustCode = False,
     local_ok: LocalOk = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -196,7 +209,11 @@ def sweep(
     """
 
     def body() -> dict[str, Any]:
-        found = _sweep(_load(config, overrides, ray_config, "pipelines.sweep.embedded", local_ok=local_ok))
+        found = _sweep(
+            _load(
+                config, overrides, ray_config, "pipelines.sweep.embedded", local_ok=local_ok, trust_code=trust_code
+            )
+        )
         best = Next(
             "train the best setting with all its models",
             command_line(["train"], found["best_config"], [], ray_config),

@@ -72,6 +72,13 @@ def new_config(kind: str, data: str, targets: Sequence[str], name: str, folder: 
     inferred = not kind
     kind = kind or _kind_of(place)
     options_model(kind)  # refuses an unknown kind
+    if kind not in SOURCES:
+        raise UserError(
+            "a configuration for a reader of another package cannot be created",
+            where="--source",
+            remedy="write it by hand: source.kind, source.root and the source.options of the reader",
+            wrong_use=True,
+        )
     if place is None and kind in ("table", "folder"):
         raise UserError(
             f"a configuration for a {kind} needs the data",

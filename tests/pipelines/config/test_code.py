@@ -20,6 +20,7 @@ from pipelines.data.raw_data import differences, identity
 from pipelines.data.sources import SOURCES, build_source, options_model
 from pipelines.errors import UserError
 from pipelines.runs.files import CONFIG, RESULT
+from pipelines.scaffold.template import new_config
 from pipelines.training.publish import register_run
 
 LOSS, METRIC = "tests.dmtg_core.own:absolute", "tests.dmtg_core.own:distance"
@@ -89,6 +90,11 @@ def test_the_readers_that_a_configuration_knows_are_those_that_there_are() -> No
 def test_a_reader_of_another_package_is_constructed_with_root_and_options(reader: Path) -> None:
     assert type(build_source(READER, str(reader), {"any": 1})).__name__ == "Reader"
     assert checked(options_model(READER), {"any": 1}).model_dump() == {"any": 1}
+
+
+def test_no_configuration_is_created_for_a_reader_of_another_package(reader: Path) -> None:
+    with pytest.raises(UserError, match="write it by hand"):
+        new_config(READER, str(reader), [], "")
 
 
 @pytest.mark.parametrize(
