@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dmtg_core import Task, addresses
-from dmtg_core.addresses import is_allowed
+from dmtg_core.addresses import CodeError, is_allowed
 from dmtg_core.own_code import code_of_tasks
 from pipelines.config.code import allow_named, check_allowed, code_named, records_of
 from pipelines.config.loading import Config
@@ -21,6 +21,7 @@ from pipelines.data.sources import SOURCES, build_source, options_model
 from pipelines.errors import UserError
 from pipelines.runs.files import CONFIG, RESULT
 from pipelines.scaffold.template import new_config
+from pipelines.training.failures import permanent_error
 from pipelines.training.publish import register_run
 
 LOSS, METRIC = "tests.dmtg_core.own:absolute", "tests.dmtg_core.own:distance"
@@ -125,6 +126,12 @@ def test_shards_are_stale_if_the_code_of_their_reader_has_changed(reader: Path) 
     now = identity(source, config.source, config.data)
     assert differences(made, now) == ["the code of the reader has changed"]
     assert made["folders"] != now["folders"]  # shards that were complete are created again
+
+
+def test_training_that_cannot_resume_with_other_code_is_not_tried_again() -> None:
+    found = permanent_error(CodeError("other code", "install it"), config_of(), "run", 2)
+    assert found is not None
+    assert (found.what, found.where, found.remedy) == ("other code", "run", "install it")
 
 
 def test_a_run_folder_cannot_allow_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
