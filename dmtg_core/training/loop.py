@@ -34,7 +34,7 @@ from dmtg_core.training.step import (
 )
 
 CHECK_EVERY = 100  # steps between two checks for a refused step
-SMOOTH = 0.005  # added to an error in the validation score, so that the last errors of an easy task do not decide
+SMOOTH = 0.01  # added to losses and errors in the validation score, so that a task without errors does not decide
 
 
 class NonFiniteLossError(RuntimeError):
@@ -62,12 +62,15 @@ def evaluate(
 
 
 def score_of(tasks: Sequence[Task], metrics: Metrics) -> float:
-    """Compute the validation score: the mean over tasks of log(loss) and log(error + `SMOOTH`). Lower is better.
+    """Compute the validation score: the mean over tasks of the logarithms of loss and error, each plus `SMOOTH`.
+
+    Lower is better.
 
     The error is that of the headline metric, by which networks are compared in the end. Its best epoch often
     differs from that of the loss. The loss makes the score smooth, because a metric such as the accuracy changes
     in steps. A metric that is not defined, such as the AUROC of one class, is left out. Logarithms give each task
-    the same weight, whatever its unit.
+    the same weight, whatever its unit. Below `SMOOTH` differences do not count: the loss of a task without errors
+    can still fall by orders of magnitude, and would outweigh all other tasks.
 
     Args:
         tasks: The tasks.
@@ -77,7 +80,7 @@ def score_of(tasks: Sequence[Task], metrics: Metrics) -> float:
     for task in tasks:
         found = metrics[task.name]
         error = error_of(task.metric, found.get(task.metric, math.nan)) / error_scale(task)
-        known = [_log(found["loss"])] + ([math.log(max(error, 0.0) + SMOOTH)] if math.isfinite(error) else [])
+        known = [_log(found["loss"] + SMOOTH)] + ([_log(max(error, 0.0) + SMOOTH)] if math.isfinite(error) else [])
         terms.append(sum(known) / len(known))
     return sum(terms) / len(terms)
 

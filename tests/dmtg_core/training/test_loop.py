@@ -277,23 +277,31 @@ def test_impossible_settings_are_refused(values, message):
 @pytest.mark.parametrize(
     ("tasks", "metrics", "score"),
     [
-        # log 0.5 = -0.69315, log(1 - 0.745 + 0.005) = -1.34707
-        ([Task("a", "binary", metric="auroc")], [{"loss": 0.5, "auroc": 0.745}], -1.02011),
-        # an error in the unit of the task is divided by its scale; log(2 / 4 + 0.005) = -0.68320
-        ([Task("a", "regression", scale=(4.0,), metric="rmse")], [{"loss": 1.0, "rmse": 2.0}], -0.34160),
+        # log(0.5 + 0.01) = -0.67334, log(1 - 0.745 + 0.01) = -1.32803
+        ([Task("a", "binary", metric="auroc")], [{"loss": 0.5, "auroc": 0.745}], -1.00069),
+        # an error in the unit of the task is divided by its scale; log(2 / 4 + 0.01) = -0.67334
+        ([Task("a", "regression", scale=(4.0,), metric="rmse")], [{"loss": 1.0, "rmse": 2.0}], -0.33170),
         # the mean over tasks; a metric that is not defined is left out
         (
             [Task("a", "binary", metric="accuracy"), Task("b", "binary", metric="auroc")],
             [{"loss": 1.0, "accuracy": 1.0}, {"loss": math.e, "auroc": math.nan}],
-            (math.log(0.005) / 2 + 1.0) / 2,
+            ((math.log(1.01) + math.log(0.01)) / 2 + math.log(math.e + 0.01)) / 2,
         ),
         ([Task("a", "binary"), Task("b", "binary")], [{"loss": 1.0}, {"loss": math.nan}], math.inf),
-        ([Task("a", "binary")], [{"loss": 0.0}], -27.631),
+        ([Task("a", "binary")], [{"loss": 0.0}], math.log(0.01)),
     ],
 )
 def test_the_score_is_the_mean_logarithm_of_losses_and_headline_errors(tasks, metrics, score):
     named = {task.name: found for task, found in zip(tasks, metrics, strict=True)}
     assert score_of(tasks, named) == pytest.approx(score, abs=1e-3)
+
+
+def test_a_task_without_errors_does_not_outweigh_the_others():
+    """From loss 0.0026 to 0.00013 is a factor of 20, and as little as nothing for who uses the task."""
+    tasks = [Task("solved", "binary", metric="auroc"), *(Task(name, "regression") for name in "abcd")]
+    before = {"solved": {"loss": 0.0026, "auroc": 1.0}, **{name: {"loss": 0.8, "rmse": 0.9} for name in "abcd"}}
+    after = {"solved": {"loss": 0.00013, "auroc": 1.0}, **{name: {"loss": 0.86, "rmse": 0.93} for name in "abcd"}}
+    assert score_of(tasks, before) < score_of(tasks, after)
 
 
 def test_evaluation_does_not_change_the_network():
