@@ -14,7 +14,7 @@ from pipelines.config.sections import TemperatureSection
 from pipelines.errors import UserError
 from pipelines.storage import locate
 from pipelines.sweep.driver import sweep
-from pipelines.sweep.plan import Plan
+from pipelines.sweep.plan import Plan, RandomSearch
 from pipelines.sweep.space import Space, random_settings, space_of
 from pipelines.sweep.trials import label, sweep_name
 from tests.pipelines.changing import table_config, write_table
@@ -166,6 +166,28 @@ def test_random_settings_are_the_same_every_time_and_differ(table: Path, tmp_pat
     assert settings_of(longer)[:5] == found
     few = Space({GROUPS: (2, 3), DECAY: (0.0, 0.1)})
     assert len(list(islice(random_settings(few), 100))) == 4
+
+
+def test_a_proposed_setting_that_is_no_configuration_is_left_out_with_its_reason(
+    table: Path, tmp_path: Path
+) -> None:
+    space = {"search.starts": "quniform(1, 2, 0.5)", RATE: "uniform(0.01, 0.1)"}  # whole numbers at both ends
+    config = swept(table, tmp_path, space, search="tpe", trials=5)
+    plan = Plan(config, locate(config.run.root) / sweep_name(config))
+    plan.resume()
+    plan.begin(RandomSearch(plan.space, []))
+    started = []
+    while (trial := plan.next()) is not None:
+        started.append(trial)
+        plan.end(trial.name)
+    assert len(started) == 1 + 5
+    assert {trial.config.search.starts for trial in started[1:]} == {1, 2}
+    assert plan.refused
+    assert all("search.starts" in reason for reason in plan.refused.values())
+    again = Plan(config, plan.folder)
+    again.resume()
+    assert again.settings == plan.settings
+    assert list(again.trials) == [trial.name for trial in started]
 
 
 def test_one_group_is_left_out_of_a_range(table: Path, tmp_path: Path) -> None:
