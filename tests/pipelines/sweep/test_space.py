@@ -39,9 +39,9 @@ def test_a_grid_has_all_combinations_of_lists_and_steps(table: Path, tmp_path: P
     config = swept(table, tmp_path, {DECAY: "quniform(0, 0.2, 0.1)", GROUPS: [2, 3], "gate.prune": [True, False]})
     found = settings_of(config)
     assert len(found) == 3 * 2 * 2
-    assert list(found[0]) == [GROUPS, DECAY, "gate.prune"]
+    assert list(found[0]) == [GROUPS, "gate.prune", DECAY]
     assert {one[DECAY] for one in found} == {0.0, 0.1, 0.2}
-    assert label(found[0]) == "groups2_weight_decay0_prunetrue"
+    assert label(found[0]) == "groups2_prunetrue_weight_decay0"
 
 
 def test_a_trial_has_the_values_of_nested_keys(table: Path, tmp_path: Path) -> None:
@@ -49,8 +49,8 @@ def test_a_trial_has_the_values_of_nested_keys(table: Path, tmp_path: Path) -> N
     config = swept(table, tmp_path, space)
     trials = list(Plan(config, locate(config.run.root) / "s").trials.values())[1:]
     assert [trial.label for trial in trials] == [
-        "groups2_widths8x4_end0.1", "groups2_widths8x4_end0.2",
-        "groups2_widths16_end0.1", "groups2_widths16_end0.2",
+        "groups2_end0.1_widths8x4", "groups2_end0.1_widths16",
+        "groups2_end0.2_widths8x4", "groups2_end0.2_widths16",
     ]  # fmt: skip
     assert trials[-1].config.network.options == {"widths": [16]}
     assert trials[-1].config.gate.temperature == TemperatureSection(end=0.2)
