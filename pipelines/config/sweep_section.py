@@ -42,8 +42,8 @@ class SweepSection(Section):
     budget: float | None = Field(
         None,
         ge=1,
-        description="random, tpe: the most training of the whole sweep in runs of naive MTL, naive MTL included. "
-        "A setting starts if the most that it can cost is left.",
+        description="random, tpe: the most training of the whole sweep in runs of naive MTL, naive MTL included "
+        "and search.group_epochs left out. A setting starts if the most that it can cost is left.",
     )
     stop_early: bool = Field(
         True, description="Stop poor settings early (asynchronous successive halving), with all their seeds."

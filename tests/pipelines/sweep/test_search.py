@@ -13,7 +13,7 @@ from pipelines.config.loading import Config, load_config
 from pipelines.errors import UserError
 from pipelines.runs.files import read_jsonl
 from pipelines.storage import locate
-from pipelines.sweep.driver import SweepResult, sweep
+from pipelines.sweep.driver import SweepResult, _of_data, sweep
 from pipelines.sweep.plan import Plan, outcome_of
 from pipelines.sweep.tpe import TPESearch
 from pipelines.sweep.trials import label
@@ -167,3 +167,31 @@ def test_groups_that_were_asked_for_and_found_differ_visibly(table: Path, tmp_pa
     shown = f"3 → {', '.join(map(str, counts))}"
     assert shown in done.page.read_text()
     assert any(note.startswith("the best setting allows 3 groups") for note in done.found["notes"])
+
+
+def test_early_stops_leave_no_setting_with_some_of_its_seeds(table: Path, tmp_path: Path) -> None:
+    space = {"train.learning_rate": [0.03, 1e-6, 1e-7, 1e-8], "train.epochs": [4]}
+    section = {"space": space, "seeds": [1, 2], "grace_epochs": 1, "reduction": 2}
+    done = sweep(swept(table, tmp_path, sweep=section, ray={"executor": "embedded", "trials": 2}))
+    states = {row["label"]: set[str]() for row in done.found["settings"]}
+    for row in done.found["rows"]:
+        states[row["label"]].add(row["status"])
+    assert all(len(found) == 1 for found in states.values()), states
+    assert states["naive_mtl"] == states["groups2_epochs4_learning_rate0.03"] == {"finished"}
+    assert sum(found == {"stopped"} for found in states.values()) >= 2
+    assert done.found["best"]["finished"] == 2
+    reasons = [row["reason"] for row in done.found["rows"] if row["status"] == "stopped"]
+    assert any(reason.startswith("with seed ") for reason in reasons)
+
+
+def test_outputs_of_a_frozen_stem_are_not_shared_by_settings_with_other_stems(table: Path, tmp_path: Path) -> None:
+    def data_of(space: dict[str, Any], **data: Any) -> str:
+        frozen = {"branch": "last", "stem": 1}
+        config = swept(table, tmp_path, sweep={"space": space}, network=frozen, data=data)
+        return _of_data(config, Plan(config, locate(str(tmp_path / "s")))).data.stem_outputs
+
+    assert data_of({"network.groups": [2, 3]}) == "auto"
+    assert data_of({"network.stem": [0, 1]}) == "off"
+    assert data_of({"network.stem": [0, 1]}, stem_outputs="off") == "off"
+    with pytest.raises(UserError, match="cannot be shared, because the sweep varies network.stem"):
+        data_of({"network.stem": [0, 1]}, stem_outputs="on")

@@ -18,8 +18,9 @@ from pipelines.config.ray_section import RaySection
 from pipelines.errors import UserError
 from pipelines.execution.resources import sweep_cpus, trials_at_once
 from pipelines.storage import locate
+from pipelines.sweep.events import done_text
 from pipelines.sweep.page import verdict, write_page
-from pipelines.sweep.plan import Plan
+from pipelines.sweep.plan import Outcome, Plan, outcome_of
 from pipelines.sweep.results import best_setting, by_setting, knee_of, notes_of, pareto_front, rows_of, status
 from pipelines.sweep.trackers import Trackers
 from pipelines.sweep.trials import Setting, Trial, best_config, sweep_name
@@ -290,7 +291,7 @@ def ended(config: Config) -> list[Trial]:
         finish(by_name[f"naive_mtl_seed{seed}"], 1.0 * harder, 0.6)
         finish(by_name[f"groups2_seed{seed}"], 0.8 * harder, 0.7)
     finish(by_name["groups3_seed1"], 0.1, 0.9)
-    (by_name["groups3_seed2"].run / "stopped.json").write_json({"reason": "poor"})
+    (by_name["groups3_seed2"].run / "stopped.json").write_json({"reason": "poor", "epoch": 2, "val_score": 0.4})
     (by_name["groups4_seed1"].run / "failed.json").write_json({"reason": "memory ran out"})
     (by_name["groups4_seed2"].run / "failed.json").write_json({"reason": "memory ran out"})
     return planned
@@ -321,6 +322,27 @@ def test_a_setting_that_finished_one_seed_does_not_beat_one_that_finished_all(en
     notes = notes_of(rows, best)
     assert "groups4_seed1 failed: memory ran out" in notes
     assert "1 of 8 trials were stopped early and have no gain" in notes
+
+
+def test_a_search_is_told_means_of_finished_settings_and_last_scores_of_stopped_ones(ended: list[Trial]) -> None:
+    def told(name: str) -> Outcome:
+        return outcome_of([trial for trial in ended if trial.label == name])
+
+    assert told("groups2").score == pytest.approx((math.log(0.8) + math.log(1.6)) / 2)
+    assert told("groups2").epoch is None
+    assert told("groups3") == Outcome(0.4, 2)
+    assert told("groups4") == Outcome(None)
+
+
+def test_progress_does_not_count_past_its_end(config: Config) -> None:
+    fixed = trials(config)[-1]
+    assert (fixed.budget, fixed.reports) == (None, 4)
+    assert done_text(fixed, 3, {"spent": 2.0}) == "epoch 3 of at most 4"
+    assert done_text(fixed, 5, {"spent": 2.0}) == "epoch 5 of at most 5"
+    guided = config.search.model_copy(update={"method": "guided", "budget": 3.0})
+    trial = trials(config.model_copy(update={"search": guided}))[-1]
+    assert done_text(trial, 36, {"spent": 2.96}) == "epoch 36, 3.0 of at most 3 runs of naive MTL"
+    assert done_text(trial, 1, {"spent": 3.4}) == "epoch 1, 3.0 of at most 3 runs of naive MTL"
 
 
 def test_of_equal_settings_the_cheaper_one_is_best(ended: list[Trial]) -> None:
