@@ -209,7 +209,7 @@ def check_search(config: Config) -> None:
     if config.sweep.search == "tpe" and not importlib.util.find_spec("optuna"):
         raise UserError(
             "sweep.search=tpe needs the package optuna", where="sweep.search",
-            remedy="install the extra optuna: pip install 'dmtg[optuna]'",
+            remedy="pip install 'dmtg[optuna]'",
         )  # fmt: skip
 
 
