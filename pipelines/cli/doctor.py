@@ -14,8 +14,8 @@ from pipelines.cli.options import Debug, Json, Overrides, RayFile, command_line,
 if TYPE_CHECKING:
     from pipelines.cli.checks import Subject
 
-# kind of source or encoder → extra of the package
-EXTRAS = {"text": "text", "transformers": "transformers", "timm": "vision"}
+# kind of source, encoder or search of a sweep → extra of the package
+EXTRAS = {"text": "text", "transformers": "transformers", "timm": "vision", "tpe": "optuna"}
 
 
 def doctor(
@@ -82,5 +82,5 @@ def _subject(config: str, overrides: list[str] | None, ray_config: str) -> Subje
         loaded.track,
         places,
         loaded.source.root if loaded.source is not None and kind != "rooms" else "",  # rooms are rendered
-        [EXTRAS[name] for name in (kind, loaded.network.encoder) if name in EXTRAS],
+        [EXTRAS[name] for name in (kind, loaded.network.encoder, loaded.sweep.search) if name in EXTRAS],
     )

@@ -203,7 +203,7 @@ def sweep(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train all settings of the section sweep.
+    """Train the settings of the section sweep: all combinations, random ones, or those that Optuna proposes.
 
     It reports the best setting and the settings with the best gain for their inference cost.
     """
@@ -225,7 +225,7 @@ def sweep(
 
 def _sweep(config: Config) -> dict[str, Any]:
     from pipelines.sweep.driver import sweep as run_sweep
-    from pipelines.sweep.page import marks_of, verdict
+    from pipelines.sweep.page import groups_of, marks_of, verdict
     from pipelines.sweep.results import KNEE
 
     done = run_sweep(config, log)
@@ -233,6 +233,7 @@ def _sweep(config: Config) -> dict[str, Any]:
     rows = [
         {
             "setting": row["label"],
+            "groups": groups_of(row),
             "seeds": f"{row['finished']} of {row['seeds']}",
             "score": figure(row["val_score"]),
             "gain on val": percent(row["gain_validation"]),
@@ -256,7 +257,7 @@ def _sweep(config: Config) -> dict[str, Any]:
     return {
         "run_dir": str(done.folder),
         "run_id": done.run_id,
-        **{key: found[key] for key in ("rows", "best", "pareto", "split", "notes")},
+        **{key: found[key] for key in ("rows", "settings", "best", "pareto", "split", "notes")},
         "normalized_gain": found["best"]["gain"],
         "best_config": str(done.best_config),
         "report": str(done.page),

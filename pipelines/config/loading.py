@@ -26,10 +26,10 @@ from pipelines.config.sections import (
     RunSection,
     SignalSection,
     SourceSection,
-    SweepSection,
     TrackSection,
     TrainSection,
 )
+from pipelines.config.sweep_section import SweepSection
 from pipelines.config.validation import Section, checked, clip
 from pipelines.config.yaml_text import DEEPEST, LARGEST_TEXT, load_yaml
 from pipelines.errors import UserError
@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # a configuration is read without torch
     from dmtg_core.training.settings import TrainSettings
 
 
-BY_NAME = ("regroup.limits", "compare.groupings")  # their keys are names, which can have dots
+BY_NAME = ("regroup.limits", "compare.groupings", "sweep.space")  # their keys can have dots
 
 
 @contextmanager

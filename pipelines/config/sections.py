@@ -212,31 +212,6 @@ class TrackSection(Section):
     )
 
 
-class SweepSection(Section):
-    """The values of a sweep. All combinations are tried; an empty list keeps the value of the configuration."""
-
-    groups: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = Field((), description="Values of network.groups.")
-    stems: tuple[Annotated[int, Field(ge=0, le=1000)], ...] = Field((), description="Values of network.stem.")
-    temperatures: tuple[TemperatureSection, ...] = Field((), description="Values of gate.temperature.")
-    gate_learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (), description="Values of gate.learning_rate."
-    )
-    seeds: tuple[Seed, ...] = Field(
-        (), description="Values of train.seed; settings are ranked by the mean over the seeds."
-    )
-    samples: int | None = Field(
-        None,
-        ge=1,
-        description="Number of settings drawn at random from all combinations, each with every seed; null for "
-        "all.",
-    )
-    stop_early: bool = Field(True, description="Stop poor trials early (asynchronous successive halving).")
-    grace_epochs: int = Field(3, ge=1, description="Epochs of a trial before it can be stopped.")
-    reduction: int = Field(
-        3, ge=2, description="Reduction factor: one of this many trials that reach a stage continues."
-    )
-
-
 RENAMED_METHODS = {
     "reading": 'it is called "feature_overlap"',
     "undistilled": "add compare.variants={undistilled: {distil: false}}",

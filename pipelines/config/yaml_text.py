@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
 LARGEST_TEXT = 2 * 2**20  # characters
 MOST_VALUES = 200_000  # with every alias replaced by what it stands for
 DEEPEST = 40
+TEXT = "tag:yaml.org,2002:str"
 
 
 class _Loader(yaml.SafeLoader):
@@ -23,6 +24,13 @@ class _Loader(yaml.SafeLoader):
             raise _refused(f"values are nested more than {DEEPEST} levels deep", self.peek_event().start_mark)
         node: yaml.Node | None = super().compose_node(parent, index)
         self.depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        """Compose a mapping. In braces, YAML ends a text at a comma; the arguments of a call are joined again."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        if node.flow_style:
+            node.value = _with_whole_calls(node.value)
         return node
 
 
@@ -51,6 +59,25 @@ def in_line(value: Any, width: int = 10_000) -> str:
     """A value as YAML that `load_yaml` reads, on one line unless it is longer than `width`."""
     shown: str = yaml.safe_dump(value, default_flow_style=True, width=width, allow_unicode=True, sort_keys=False)
     return shown.removesuffix("...\n").rstrip()
+
+
+def _with_whole_calls(pairs: list[tuple[yaml.Node, yaml.Node]]) -> list[tuple[yaml.Node, yaml.Node]]:
+    """The pairs of a mapping in braces: `{a: uniform(0, 1)}` is read as the keys `a` and `1)`."""
+    found: list[tuple[yaml.Node, yaml.Node]] = []
+    for key, value in pairs:
+        before = found[-1][1] if found else None
+        bare = _is_plain(key) and _is_plain(value) and value.value == ""
+        if bare and _is_plain(before) and before.value.count("(") > before.value.count(")"):
+            before.value += f", {key.value}"
+            before.tag = TEXT
+        else:
+            found.append((key, value))
+    return found
+
+
+def _is_plain(node: yaml.Node | None) -> TypeGuard[yaml.ScalarNode]:
+    """Whether a node is a scalar without quotes."""
+    return isinstance(node, yaml.ScalarNode) and node.style is None
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:

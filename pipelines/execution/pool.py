@@ -11,7 +11,7 @@ import os
 import pickle
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,6 +45,20 @@ class _Member:
     process: Any
     connection: Connection
     task: int | None = None
+
+
+class _Tasks:
+    """The items of a run, and the indices of those that have not started."""
+
+    def __init__(self, items: list[Any], more: Callable[[], Any] | None) -> None:
+        self.items, self.more, self.todo = items, more, deque(range(len(items)))
+
+    def has_next(self) -> bool:
+        """Whether there is an item to start; a further one is requested if there is none."""
+        if not self.todo and self.more is not None and (item := self.more()) is not None:
+            self.todo.append(len(self.items))
+            self.items.append(item)
+        return bool(self.todo)
 
 
 def preload(imports: Sequence[str]) -> None:
@@ -84,6 +98,7 @@ class Pool:
         function: Callable[[Any], Any],
         items: Sequence[Any],
         answer: Callable[[int, Any], Any] | None = None,
+        more: Callable[[], Any] | None = None,
     ) -> Iterator[Outcome]:
         """Call a function with each item; yields the outcomes as they come.
 
@@ -91,20 +106,23 @@ class Pool:
             function: Called in a process of the pool. It and the items can be pickled.
             items: The items.
             answer: Answers a value that a task sends by `ask`, given the index of its item.
+            more: Returns a further item when a process is free, or None if there is none at present.
         """
         self._wait_for_first()
-        todo = deque(range(len(items)))
-        losses = [0] * len(items)
-        while todo or any(member.task is not None for member in self.members):
-            self._assign(function, items, todo)
+        tasks = _Tasks(list(items), more)
+        losses: Counter[int] = Counter()
+        while True:
+            self._assign(function, tasks)
             busy = {member.connection: member for member in self.members if member.task is not None}
+            if not busy:
+                return
             for connection in wait(list(busy)):
                 member = busy[cast("Connection", connection)]
                 outcome = self._receive(member, answer)
                 if outcome is not None and isinstance(outcome.error, LostProcessError):
                     losses[outcome.index] += 1
                     if losses[outcome.index] <= self.retries:
-                        todo.appendleft(outcome.index)
+                        tasks.todo.appendleft(outcome.index)
                         continue
                 if outcome is not None:
                     yield outcome
@@ -127,20 +145,20 @@ class Pool:
         member.task = None
         return Outcome(index, value) if kind == DONE else Outcome(index, error=value)
 
-    def _assign(self, function: Callable[[Any], Any], items: Sequence[Any], todo: deque[int]) -> None:
-        while todo:
+    def _assign(self, function: Callable[[Any], Any], tasks: _Tasks) -> None:
+        while True:
             free = next((member for member in self.members if member.task is None), None)
+            if (free is None and len(self.members) >= self.size) or not tasks.has_next():
+                return
             if free is None:
-                if len(self.members) >= self.size:
-                    return
                 free = self._new()
                 self.members.append(free)
             try:
-                free.connection.send((function, items[todo[0]]))
+                free.connection.send((function, tasks.items[tasks.todo[0]]))
             except OSError:  # it was lost while it waited for a task
                 self._remove(free)
                 continue
-            free.task = todo.popleft()
+            free.task = tasks.todo.popleft()
 
     def _wait_for_first(self) -> None:
         if self.starting.is_alive():

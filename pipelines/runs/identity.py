@@ -79,12 +79,13 @@ def _recorded(run: Location) -> bool:
 def _stored_digest(run: Location) -> str:
     """Digest of a stored configuration.
 
-    The compare section is no part of the digest. It is not read, because its methods had other names in earlier
-    versions.
+    The sections compare and sweep are no part of the digest. They are not read, because their keys and methods had
+    other names in earlier versions.
     """
     stored = stored_values(run)
+    kept = {name: section for name, section in stored.items() if name not in ("compare", "sweep")}
     try:
-        return checked(Config, {name: section for name, section in stored.items() if name != "compare"}).digest()
+        return checked(Config, kept).digest()
     except UserError as error:
         raise unreadable(run, error.what) from error
 

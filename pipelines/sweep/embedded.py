@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pipelines.config.sections import SweepSection
+from pipelines.config.loading import Config
+from pipelines.config.sweep_section import SweepSection
 from pipelines.execution.embedded import EmbeddedExecutor
 from pipelines.execution.pool import ask
 from pipelines.runs.events import EventWriter, LocalEventLog, for_result
 from pipelines.runs.files import EVENTS, METRICS, RESULT, read_jsonl
+from pipelines.storage import locate
 from pipelines.sweep.events import TrialEvents
 from pipelines.sweep.halving import Halving, Record
-from pipelines.sweep.trials import Trial
+from pipelines.sweep.plan import Plan
 from pipelines.training.driver import train_job
 from pipelines.training.failures import describe
 from pipelines.training.worker import Job
@@ -26,26 +28,29 @@ class StoppedTrialError(Exception):
 
 
 def run_trials(
-    left: Sequence[Trial],
-    jobs: Mapping[str, Job],
-    events: TrialEvents,
-    section: SweepSection,
-    executor: EmbeddedExecutor,
+    plan: Plan, template: Job, events: TrialEvents, section: SweepSection, executor: EmbeddedExecutor
 ) -> None:
     """Run trials in the processes of an executor to their end.
 
     Args:
-        left: Trials that have not ended.
-        jobs: Their jobs, by name.
-        events: Receives the events of the trials.
+        plan: The trials of the sweep.
+        template: Their job, with the configuration of the sweep.
+        events: Starts the trials and receives their events.
         section: Sweep section with the rule for early stops.
         executor: The executor of the sweep.
     """
     assert executor.pool is not None
-    names = [trial.name for trial in left]
-    ended = {name: read_jsonl(one.run / METRICS) for name, one in events.trials.items() if name not in names}
-    halving = Halving(section, events.trials, ended) if section.stop_early else None
-    epochs = dict.fromkeys(names, 0)
+    halving = Halving(section, plan, plan.ended_records()) if section.stop_early else None
+    names: list[str] = []
+    epochs: dict[str, int] = {}
+
+    def more() -> Job | None:
+        """The job of the next trial."""
+        trial = events.next()
+        if trial is None:
+            return None
+        names.append(trial.name)
+        return job_of(trial.config, template)
 
     def answer(index: int, message: tuple[bool, Record] | None) -> bool:
         """Whether a trial stops."""
@@ -60,8 +65,20 @@ def run_trials(
             events.epoch(name, epochs[name], record)
         return halving is not None and halving.stops(name, epochs[name], record)
 
-    for done in executor.pool.run(train_trial, [jobs[name] for name in names], answer):
+    for done in executor.pool.run(train_trial, (), answer, more):
         events.ended(names[done.index], str(done.error) if done.error is not None else done.value)
+
+
+def job_of(config: Config, template: Job) -> Job:
+    """The job of a trial.
+
+    Args:
+        config: Configuration of the trial.
+        template: Job of the sweep, with the models from which its trials start.
+    """
+    start = template.start if config.network.start_from else ()
+    run = (locate(config.run.root) / config.run.name).retrying()
+    return replace(template, config=config, run=run, start=start)
 
 
 def train_trial(job: Job) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +20,11 @@ from pipelines.report.formatting import cost, percent, scaled
 from pipelines.report.render import render
 from pipelines.storage import Location
 from pipelines.sweep.results import KNEE
+from pipelines.sweep.trials import GROUPS
 
 Row = Mapping[str, Any]
+MOST_KINDS = 8  # different numbers at equal distances on an axis
+LOGARITHMIC = 20.0  # ratio of the largest number to the smallest, above which their axis is logarithmic
 FRONT, OTHER, NAIVE = COLOURS[0], COLOURS[1], NEUTRAL
 # from worse to better, between two colours that all forms of colour vision distinguish
 GAIN = LinearSegmentedColormap.from_list("gain", [COLOURS[1], "#b5b5b5", COLOURS[0]])
@@ -40,6 +45,8 @@ def write_page(target: Location, found: Mapping[str, Any], config: Config) -> No
         found=found,
         verdict=verdict(found),
         marks={row["label"]: ", ".join(marks_of(row["label"], found)) for row in found["settings"]},
+        columns=short_names(found["keys"]),
+        values={row["label"]: values_of(row, found["keys"]) for row in found["settings"]},
         knee_rule=KNEE,
         config=yaml.safe_dump(shown(config), sort_keys=False),
         figures=plots,
@@ -48,10 +55,31 @@ def write_page(target: Location, found: Mapping[str, Any], config: Config) -> No
 
 
 def marks_of(label: str, found: Mapping[str, Any]) -> list[str]:
-    """Marks of a setting in the table: best, front, knee."""
+    """Marks of a setting in the table: best, front, knee, and the seeds of its means if some are missing."""
     marks = ["best"] if found["best"] and label == found["best"]["label"] else []
     marks += ["front"] if not marks and label in [row["label"] for row in found["pareto"]] else []
-    return marks + (["knee"] if label == found["knee"] else [])
+    marks += ["knee"] if label == found["knee"] else []
+    row = next(row for row in found["settings"] if row["label"] == label)
+    some = 0 < row["finished"] < row["seeds"]
+    return marks + [f"only {row['finished']} of {row['seeds']} seeds"] * some
+
+
+def short_names(keys: Sequence[str]) -> list[str]:
+    """Names of keys for a table: the last part, or the whole key if two have the same last part."""
+    last = [key.rpartition(".")[2] for key in keys]
+    return [name.replace("_", " ") if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)]
+
+
+def values_of(row: Row, keys: Sequence[str]) -> list[str]:
+    """The values of a setting for some keys; naive MTL has those of the configuration, which are left out."""
+    return [groups_of(row) if key == GROUPS else _word(row["setting"].get(key, "–")) for key in keys]
+
+
+def groups_of(row: Row) -> str:
+    """The number of groups of a setting, and the numbers that were found if they are others."""
+    asked = row["setting"][GROUPS]
+    differs = row["groups"] and row["groups"] != [asked]
+    return f"{asked} → {', '.join(map(str, row['groups']))}" if differs else str(asked)
 
 
 def with_gain(settings: Sequence[Row]) -> list[Row]:
@@ -64,7 +92,8 @@ def verdict(found: Mapping[str, Any]) -> str:
     best = found["best"]
     if best is None:
         return "No setting has a gain."
-    seeds = f"{best['finished']} seed{'s' * (best['finished'] > 1)}"
+    asked = f" of {best['seeds']}" if best["finished"] < best["seeds"] else ""
+    seeds = f"{best['finished']}{asked} seed{'s' * (best['seeds'] > 1)}"
     gained = best["gain_validation"]
     if gained is None:
         return f"Best setting: {best['label']} (mean of {seeds}). Its gain over naive MTL is not defined."
@@ -117,10 +146,14 @@ def _numbers(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
 def parallel(settings: Sequence[Row]) -> str:
     """Plot each setting as a line through its values, its cost and its gain. The colour shows the gain."""
     rows = [row for row in settings if not row["naive"]] or list(settings)
-    axes_of = [(key, *_categories(rows, key)) for key in rows[0]["setting"]]
+    keys = list(rows[0]["setting"])
+    axes_of = [
+        (name, *_axis([row["setting"][key] for row in rows]))
+        for key, name in zip(keys, short_names(keys), strict=True)
+    ]
     axes_of += [
-        ("operations", *_scale(rows, "flops", cost)),
-        ("gain, %", *_scale(rows, "gain_validation", percent)),
+        ("operations", *_scale([row["flops"] for row in rows], cost)),
+        ("gain, %", *_scale([row["gain_validation"] for row in rows], percent)),
     ]
     gains = axes_of[-1][1]
     with mpl.rc_context(STYLE):
@@ -136,7 +169,7 @@ def parallel(settings: Sequence[Row]) -> str:
             for height, text in marks.items():
                 _mark(axes, n, height, text, beside=n >= len(axes_of) - 2)
         axes.set(ylim=(-0.08, 1.08), xlim=(-0.3, len(axes_of) - 0.5), yticks=[])
-        axes.set_xticks(range(len(axes_of)), [name.rpartition(".")[2].replace("_", " ") for name, _, _ in axes_of])
+        axes.set_xticks(range(len(axes_of)), [name for name, _, _ in axes_of])
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.tick_params(length=0)
         listed = "; ".join(f"{row['label']} {percent(row['gain_validation'])}" for row in rows)
@@ -153,28 +186,33 @@ def _mark(axes: Axes, n: int, height: float, text: str, *, beside: bool) -> None
 Heights = tuple[list[float], dict[float, str]]  # height of each row, and labels by height
 
 
-def _categories(rows: Sequence[Row], key: str) -> Heights:
-    """Place the values of a key at equal distances, numbers in ascending order."""
-    values = [row["setting"][key] for row in rows]
-    if not isinstance(values[0], Mapping):
-        values.sort()
-    texts = [_word(row["setting"][key]) for row in rows]
-    kinds = list(dict.fromkeys(_word(value) for value in values))
+def _axis(values: Sequence[Any]) -> Heights:
+    """Place the values of a key: many numbers on a scale, other values at equal distances."""
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    ordered = sorted(values) if numbers else values
+    kinds = list(dict.fromkeys(map(_word, ordered)))
+    if numbers and len(kinds) > MOST_KINDS:
+        low, high = ordered[0], ordered[-1]
+        if low > 0 and high / low > LOGARITHMIC:
+            heights, _ = _scale([math.log(value) for value in values], _word)
+            return heights, {0.0: _word(low), 1.0: _word(high)}
+        return _scale(values, _word)
     at = {text: (i + 0.5) / len(kinds) for i, text in enumerate(kinds)}
-    return [at[text] for text in texts], {height: text for text, height in at.items()}
+    return [at[_word(value)] for value in values], {height: text for text, height in at.items()}
 
 
 def _word(value: Any) -> str:
-    if not isinstance(value, Mapping):
-        return f"{value:g}"
-    if value["family"] == "constant":
-        return f"constant {value['start']:g}"
-    return f"{value['family']} {value['start']:g}–{value['end']:g}"
+    """A value as short text."""
+    if isinstance(value, Mapping) and "family" in value:
+        ends = f"{value['start']:g}" if value["family"] == "constant" else f"{value['start']:g}–{value['end']:g}"
+        return f"{value['family']} {ends}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
-def _scale(rows: Sequence[Row], key: str, text: Callable[[float], str]) -> Heights:
+def _scale(values: Sequence[float], text: Callable[[float], str]) -> Heights:
     """Place numbers between the smallest and the largest."""
-    values = [row[key] for row in rows]
     least, span = min(values), max(values) - min(values)
     if not span:
         return [0.5] * len(values), {0.5: text(least)}

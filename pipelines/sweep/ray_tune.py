@@ -19,14 +19,17 @@ from typing import Any
 from ray import tune
 from ray.tune.result import DONE
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 
+from pipelines.config.loading import Config
 from pipelines.config.ray_section import RaySection
-from pipelines.config.sections import SweepSection
+from pipelines.config.sweep_section import SweepSection
 from pipelines.execution.ray_executor import RayExecutor
 from pipelines.registry.tracking import NullTracker
 from pipelines.runs.events import for_result
 from pipelines.runs.files import EVENTS, METRICS, RESULT, read_jsonl
 from pipelines.scratch import temporary_folder
+from pipelines.sweep.embedded import job_of
 from pipelines.sweep.events import TrialEvents
 from pipelines.sweep.halving import (
     WORST,
@@ -35,8 +38,10 @@ from pipelines.sweep.halving import (
     in_order_of_time,
     is_never_stopped,
     score,
+    stop_with_setting,
     write_stopped,
 )
+from pipelines.sweep.plan import Plan
 from pipelines.sweep.trials import Trial
 from pipelines.training.driver import train_job
 from pipelines.training.monitor import monitoring
@@ -45,7 +50,7 @@ from pipelines.training.ray.events import start_event_log
 from pipelines.training.ray.failures import describe_failure, training_failed
 from pipelines.training.worker import Job
 
-NAME, EPOCH, SCORE, RECORD, REASON = "trial", "epoch", "val_score", "record", "reason"
+NAME, CONFIG, EPOCH, SCORE, RECORD, REASON = "trial", "config", "epoch", "val_score", "record", "reason"
 
 
 class TrialRun(tune.Trainable):
@@ -55,15 +60,15 @@ class TrialRun(tune.Trainable):
     first. If the scheduler stops the trial because of them, no workers are started.
     """
 
-    def setup(self, config: dict[str, Any], jobs: Mapping[str, Job] | None = None) -> None:
+    def setup(self, config: dict[str, Any], template: Job | None = None) -> None:
         """See `tune.Trainable`.
 
         Args:
-            config: Name of the trial.
-            jobs: Jobs of the workers, by name of the trial.
+            config: Name and configuration of the trial.
+            template: Job of the workers, with the configuration of the sweep.
         """
-        assert jobs is not None
-        self.job = jobs[config[NAME]]
+        assert template is not None
+        self.job = job_of(Config.model_validate_json(config[CONFIG]), template)
         self.records: queue.Queue[Mapping[str, Any] | None] = queue.Queue()
         for record in read_jsonl(self.job.run / METRICS):
             self.records.put(record)
@@ -120,16 +125,19 @@ def _silent(_: str) -> None:
 
 
 class TuneHalving(ASHAScheduler):
-    """Ray Tune's asynchronous successive halving over all trials except naive MTL, which is never stopped.
+    """Ray Tune's asynchronous successive halving over all settings except naive MTL, which is never stopped.
+
+    For the scheduler, all seeds of a setting are one trial: the first one that reaches a rung decides for all.
 
     Args:
         section: Grace epochs and reduction factor.
-        trials: All trials of the sweep by name.
+        plan: The trials of the sweep.
     """
 
-    def __init__(self, section: SweepSection, trials: Mapping[str, Trial]) -> None:
-        self.trials, self.section = trials, section
-        grace, last = grace_and_last(section, trials)
+    def __init__(self, section: SweepSection, plan: Plan) -> None:
+        self.plan, self.section = plan, section
+        self.stopped: set[str] = set()
+        grace, last = grace_and_last(section, plan.checked)
         super().__init__(
             time_attr=EPOCH, metric=SCORE, mode="min", max_t=last, grace_period=grace,
             reduction_factor=section.reduction, stop_last_trials=False,
@@ -137,30 +145,63 @@ class TuneHalving(ASHAScheduler):
 
     def replay(self, records: Mapping[str, Sequence[Record]]) -> None:
         """Add the epochs of trials that ended in an earlier session, in their order in time."""
-        for name in records:
-            self.on_trial_add(None, _named(name))
         for name, epoch, record in in_order_of_time(records):
-            self._decide(_named(name), {EPOCH: epoch, SCORE: score(record)})
+            self._decide(self.plan.trials[name], {EPOCH: epoch, SCORE: score(record)})
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Do nothing: a setting is added with its first result."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ARG002 - Ray's
         """Continue or stop a trial. The reason of a stop is written into its run folder first."""
-        decision = self._decide(trial, result)
+        own = self.plan.trials[trial.config[NAME]]
+        if own.label in self.stopped:
+            stop_with_setting(own, self.plan)
+            return str(TrialScheduler.STOP)
+        decision = self._decide(own, result)
+        if decision == TrialScheduler.STOP and self.plan.has_finished(own):
+            return str(TrialScheduler.CONTINUE)
         if decision == TrialScheduler.STOP:
-            write_stopped(self.trials[trial.config[NAME]], self.section, result[EPOCH], result[SCORE])
+            write_stopped(own, self.section, result[EPOCH], result[SCORE])
+            self.stopped.add(own.label)
         return decision
 
-    def _decide(self, trial: Any, result: Mapping[str, Any]) -> str:
-        if is_never_stopped(self.trials[trial.config[NAME]], result[EPOCH]):
+    def _decide(self, own: Trial, result: Mapping[str, Any]) -> str:
+        if is_never_stopped(own, result[EPOCH]):
             return str(TrialScheduler.CONTINUE)
-        return str(super().on_trial_result(None, trial, dict(result)))
+        setting = SimpleNamespace(trial_id=own.label)
+        super().on_trial_add(None, setting)
+        return str(super().on_trial_result(None, setting, dict(result)))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Do nothing: the epochs of the trial have been evaluated."""
 
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """Do nothing: the setting of the trial keeps its results."""
 
-def _named(name: str) -> SimpleNamespace:
-    """A trial as the scheduler reads it."""
-    return SimpleNamespace(trial_id=name, config={NAME: name})
+
+class TuneTrials(Searcher):
+    """The trials of a sweep, in their order, as Ray Tune asks for them.
+
+    Args:
+        events: Starts the trials.
+    """
+
+    def __init__(self, events: TrialEvents) -> None:
+        super().__init__(metric=SCORE, mode="min")
+        self.events = events
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # noqa: ARG002 - Ray's
+        """The next trial; None if there is none at present."""
+        trial = self.events.next()
+        if trial is None:
+            return None if self.events.plan.running else str(Searcher.FINISHED)
+        return {NAME: trial.name, CONFIG: trial.config.model_dump_json()}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Do nothing: `TuneEvents` notes the end."""
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Store nothing: the run folders have the state of a sweep."""
 
 
 class TuneEvents(tune.Callback):
@@ -192,19 +233,14 @@ class TuneEvents(tune.Callback):
 
 
 def run_trials(
-    left: Sequence[Trial],
-    jobs: Mapping[str, Job],
-    events: TrialEvents,
-    section: SweepSection,
-    ray: RaySection,
-    at_once: int,
+    plan: Plan, template: Job, events: TrialEvents, section: SweepSection, ray: RaySection, at_once: int
 ) -> None:
     """Run trials on Ray Tune to their end.
 
     Args:
-        left: Trials that have not ended.
-        jobs: Jobs of their workers, by name of the trial.
-        events: Callback for the events of the trials.
+        plan: The trials of the sweep.
+        template: Job of their workers, with the configuration of the sweep.
+        events: Starts the trials and receives their events.
         section: Sweep section with the rule for early stops.
         ray: Ray section with the resources of a trial.
         at_once: Largest number of trials at a time.
@@ -212,19 +248,18 @@ def run_trials(
     Raises:
         UserError: If Ray Tune itself fails.
     """
-    names = [trial.name for trial in left]
     scheduler = FIFOScheduler()
     if section.stop_early:
-        scheduler = TuneHalving(section, events.trials)
-        ended = [one for name, one in events.trials.items() if name not in names]
-        scheduler.replay({one.name: read_jsonl(one.run / METRICS) for one in ended})
+        scheduler = TuneHalving(section, plan)
+        scheduler.replay(plan.ended_records())
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the callback logs failed trials
     with temporary_folder() as scratch:
-        trainable = tune.with_resources(tune.with_parameters(TrialRun, jobs=dict(jobs)), {"cpu": ray.tune_cpus})
+        trainable = tune.with_resources(tune.with_parameters(TrialRun, template=template), {"cpu": ray.tune_cpus})
         tuner = tune.Tuner(
             trainable,
-            param_space={NAME: tune.grid_search(names)},
-            tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=at_once),
+            tune_config=tune.TuneConfig(
+                search_alg=TuneTrials(events), num_samples=-1, scheduler=scheduler, max_concurrent_trials=at_once
+            ),
             run_config=tune.RunConfig(
                 name="sweep", storage_path=str(scratch), verbose=0, callbacks=[TuneEvents(events)],
                 failure_config=tune.FailureConfig(max_failures=ray.max_failures),
@@ -234,4 +269,4 @@ def run_trials(
         try:
             tuner.fit()
         except Exception as error:
-            raise training_failed(error, str(left[0].run.parent)) from error
+            raise training_failed(error, str(plan.folder)) from error

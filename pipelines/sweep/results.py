@@ -8,7 +8,7 @@ from typing import Any
 from dmtg_core.tasks import Task
 from pipelines.runs.files import METRICS, RESULT, read_jsonl
 from pipelines.runs.results import gain_of
-from pipelines.sweep.trials import FAILED, STOPPED, Trial
+from pipelines.sweep.trials import FAILED, GROUPS, STOPPED, Trial
 
 Row = dict[str, Any]
 DONE, ENDED_EARLY, BROKEN, OPEN = "finished", "stopped", "failed", "unfinished"
@@ -62,7 +62,7 @@ def _row(trial: Trial) -> Row:
         "naive": trial.naive, "status": found, "reason": reason, "epochs": len(records),
         "seconds": round(sum(record["seconds"] for record in records), 1),
         "val_score": records[-1]["val_score"] if records else None,
-        "split": None, "metrics": {}, "validation": {}, "gain_validation": None, "gain": None,
+        "split": None, "metrics": {}, "validation": {}, "gain_validation": None, "gain": None, "groups": None,
         "score_to_naive": None, "grouping": {}, "grouping_name": "", "flops": None, "parameters": None,
         "run_dir": str(trial.run),
     }  # fmt: skip
@@ -72,7 +72,7 @@ def _row(trial: Trial) -> Row:
     return row | {
         "val_score": result["score"], "split": result["split"], "metrics": result["metrics"],
         "validation": result["validation"], "grouping": result["grouping"],
-        "grouping_name": result["grouping_name"], **result["inference"],
+        "grouping_name": result["grouping_name"], "groups": len(result["grouping"]), **result["inference"],
     }  # fmt: skip
 
 
@@ -90,7 +90,9 @@ def _setting(rows: Sequence[Row]) -> Row:
     keys = ("val_score", "score_to_naive", "gain_validation", "gain", "flops", "parameters", "seconds")
     means = {key: _mean([row[key] for row in done]) for key in keys}
     first = {key: rows[0][key] for key in ("label", "setting", "naive")}
-    return first | {"finished": len(done), "seeds": len(rows)} | means
+    groups = sorted({row["groups"] for row in done})  # the numbers of groups that were found
+    stopped = any(row["status"] == ENDED_EARLY for row in rows)
+    return first | {"finished": len(done), "seeds": len(rows), "groups": groups, "stopped": stopped} | means
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -144,14 +146,21 @@ def knee_of(front: Sequence[Row]) -> Row | None:
 
 
 def notes_of(rows: Sequence[Row], best: Row | None) -> list[str]:
-    """Notes about stopped and failed trials, and about a best setting with one seed or without a gain."""
+    """Notes about stopped and failed trials, and about seeds, groups and gain of the best setting."""
     notes = []
     stopped = sum(row["status"] == ENDED_EARLY for row in rows)
     if stopped:
         notes.append(f"{stopped} of {len(rows)} trials were stopped early and have no gain")
     notes += [f"{row['trial']} failed: {row['reason']}" for row in rows if row["status"] == BROKEN]
-    if best is not None and best["finished"] == 1:
+    if best is not None and best["finished"] < best["seeds"]:
+        notes.append(
+            f"the best setting has {best['finished']} of {best['seeds']} seeds, the others have no result"
+        )
+    elif best is not None and best["seeds"] == 1:
         notes.append("the best setting has one seed: set sweep.seeds for more")
+    if best is not None and best["groups"] != [best["setting"][GROUPS]]:
+        found = ", ".join(map(str, best["groups"]))
+        notes.append(f"the best setting allows {best['setting'][GROUPS]} groups; {found} were found")
     if best is not None and best["gain_validation"] is not None and best["gain_validation"] <= 0:
         notes.append("no gain: the best setting is not better than naive MTL on validation")
     return notes

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from pipelines.config.loading import Config
-from pipelines.config.sections import SweepSection
 from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.registry.tracking import shown
@@ -21,6 +18,9 @@ from pipelines.storage import Location, locate
 
 TRIALS, STOPPED, FAILED = "trials", "stopped.json", "failed.json"
 GROUPS, STEM, TEMPERATURE, RATE = "network.groups", "network.stem", "gate.temperature", "gate.learning_rate"
+NAMES = {GROUPS: "groups", STEM: "stem", RATE: "rate"}  # in labels; other keys have their own names
+LONGEST = 140  # characters of a label, which is a part of a folder name
+OTHER = re.compile(r"[^A-Za-z0-9.+-]+")
 NAIVE = "naive_mtl"
 Setting = dict[str, Any]  # key of the configuration → value; network.groups is always present
 
@@ -55,16 +55,20 @@ class Trial:
 
     @property
     def reports(self) -> int:
-        """Largest number of epochs that the trial reports.
+        """Number of epochs that the trial reports at most, or with a budget nearly so.
 
-        No epoch of a search with a budget is cheaper than one of naive MTL. Its first epoch can cost more than the
-        budget.
+        With a budget it is a number of epochs of naive MTL, which few networks train in less time.
         """
         settings, options = self.config.settings(), self.config.search_options()
         budget = options.runs(self.config.network.groups)
         if budget is None:
             return max(options.starts, 1) * settings.search_epochs + settings.epochs - settings.search_epochs
         return math.ceil(budget * settings.epochs) + 1
+
+    @property
+    def budget(self) -> float | None:
+        """The most training of the search in runs of naive MTL; None for a search of fixed length."""
+        return self.config.search_options().runs(self.config.network.groups)
 
     @property
     def prelude(self) -> int:
@@ -82,48 +86,33 @@ def sweep_name(config: Config) -> str:
     return config.run.name or f"{config.name}-sweep-{digest}"
 
 
-def settings(config: Config) -> list[Setting]:
-    """The settings of a sweep: all combinations, or `sweep.samples` of them, drawn with a fixed seed.
-
-    One group is left out: it is naive MTL, which every sweep trains.
-
-    Raises:
-        UserError: If there is no setting, or nothing to compare.
-    """
-    sweep = config.sweep
-    lists: dict[str, Iterable[Any]] = {
-        GROUPS: sweep.groups or (config.network.groups,),
-        STEM: sweep.stems,
-        TEMPERATURE: [value.model_dump() for value in sweep.temperatures],
-        RATE: sweep.gate_learning_rates,
-    }
-    varied = {key: list(values) for key, values in lists.items() if values}
-    combined = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
-    found = list({label(setting): setting for setting in combined if setting[GROUPS] > 1}.values())
-    if not found or (len(found) == 1 and len(sweep.seeds) < 2):
-        why = "" if found else ": one group is naive MTL, which every sweep trains"
-        raise UserError(
-            f"the sweep has nothing to compare{why}",
-            where="sweep",
-            remedy=f"give several values to one of sweep.{', sweep.'.join(list(SweepSection.model_fields)[:5])}",
-            wrong_use=True,
-        )
-    if sweep.samples is None or sweep.samples >= len(found):
-        return found
-    drawn = np.random.default_rng(0).choice(len(found), sweep.samples, replace=False)
-    return [found[i] for i in sorted(drawn)]
-
-
 def label(setting: Mapping[str, Any]) -> str:
     """A setting as text that a folder name can hold."""
-    parts = [f"groups{setting[GROUPS]}"]
-    if STEM in setting:
-        parts.append(f"stem{setting[STEM]}")
-    if TEMPERATURE in setting:
-        parts.append(_temperature(setting[TEMPERATURE]))
-    if RATE in setting:
-        parts.append(f"rate{setting[RATE]:g}")
-    return "_".join(parts)
+    names = [key.rpartition(".")[2] for key in setting]
+    parts = []
+    for key, value in setting.items():
+        name = key.rpartition(".")[2]
+        name = NAMES.get(key) or (name if names.count(name) == 1 else key)
+        parts.append(_temperature(value) if key == TEMPERATURE else f"{name}{_text(value)}")
+    text = "_".join(parts)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}-{_digest(text)}"
+
+
+def _text(value: Any) -> str:
+    """A value as text of letters, digits, points and dashes."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if value is None or isinstance(value, bool | int):
+        return str(value).lower()
+    if isinstance(value, list | tuple) and value and all(type(one) is int for one in value):
+        return "x".join(map(str, value))
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    plain = OTHER.sub("-", text).strip("-")
+    return plain if plain == text else f"{plain}-{_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def _temperature(values: Mapping[str, Any]) -> str:
@@ -133,48 +122,71 @@ def _temperature(values: Mapping[str, Any]) -> str:
     return f"{values['family']}{values['start']:g}-{values['end']:g}{warmup}"
 
 
-def trials(config: Config, *, shared_start: bool = True, folder: str = "") -> list[Trial]:
-    """All trials of a sweep: naive MTL, then all settings, each with every seed.
+def trials_folder(config: Config, folder: str = "") -> Location:
+    """The folder of the run folders of all trials; `folder` is that of the sweep."""
+    return locate(config.run.root) / (folder or sweep_name(config)) / TRIALS
+
+
+def seeds_of(config: Config) -> tuple[int, ...]:
+    """The seeds of every setting."""
+    return tuple(dict.fromkeys(config.sweep.seeds or (config.train.seed,)))
+
+
+def naive_trials(config: Config, folder: str = "", *, shared_start: bool = True) -> list[Trial]:
+    """Naive MTL with every seed.
 
     Args:
         config: Configuration of the sweep.
+        folder: Name of the folder of the sweep; by default that of the configuration.
         shared_start: Whether naive MTL can start from the models of `network.start_from`. It cannot start from
             several models.
-        folder: Name of the folder of the sweep; by default that of the configuration.
+    """
+    # as naive MTL of the core: one branch from the first epoch to the last
+    over = {"gate.sampling": "fixed", "search.method": "dmtg", "search.starts": 1, "search.group_epochs": 0}
+    over |= {} if shared_start else {"network.start_from": []}
+    return [_trial(config, {GROUPS: 1}, seed, folder, over) for seed in seeds_of(config)]
+
+
+def setting_trials(config: Config, setting: Setting, folder: str = "") -> list[Trial]:
+    """The trials of a setting, one for each seed; the other arguments as in `naive_trials`.
 
     Raises:
-        UserError: As `settings`.
+        UserError: If the setting is no configuration.
     """
-    seeds = dict.fromkeys(config.sweep.seeds or (config.train.seed,))
-    naive: list[tuple[Setting, bool]] = [({GROUPS: 1}, True)]
-    tried = [*naive, *((setting, False) for setting in settings(config))]
-    root = locate(config.run.root) / (folder or sweep_name(config)) / TRIALS
-    return [_trial(config, setting, seed, first, shared_start, root) for setting, first in tried for seed in seeds]
+    try:
+        return [_trial(config, setting, seed, folder) for seed in seeds_of(config)]
+    except UserError as error:
+        raise UserError(
+            f"setting {label(setting)}: {error.what}", where="sweep", remedy=error.remedy, wrong_use=True
+        ) from error
 
 
-def _trial(config: Config, setting: Setting, seed: int, naive: bool, shared_start: bool, root: Location) -> Trial:
+def _trial(
+    config: Config, setting: Setting, seed: int, folder: str, naive: Mapping[str, Any] | None = None
+) -> Trial:
     name = f"{NAIVE if naive else label(setting)}_seed{seed}"
     over = dict(setting) | {
         "train.seed": seed,
         "search.baseline": False,
         "track.register_models": False,
-        "run.root": str(root),
+        "run.root": str(trials_folder(config, folder)),
         "run.name": name,
         # if resources are available, another trial is worth more than another worker of a running trial
         "ray.workers": config.ray.fewest,
     }
-    if naive:  # as naive MTL of the core: one branch from the first epoch to the last
-        over |= {"gate.sampling": "fixed", "search.method": "dmtg", "search.starts": 1, "search.group_epochs": 0}
-        over |= {} if shared_start else {"network.start_from": []}
-    return Trial(name, setting, seed, naive, with_values(config, over))
+    return Trial(name, setting, seed, naive is not None, with_values(config, over | dict(naive or {})))
 
 
 def with_values(config: Config, over: Mapping[str, Any]) -> Config:
     """A configuration with other values under some dotted keys, without the sections sweep and regroup."""
     values = config.model_dump(mode="json", exclude={"sweep", "regroup"})
     for key, value in over.items():
-        section, name = key.split(".")
-        values[section] = values[section] | {name: value}
+        *path, last = key.split(".")
+        section = values
+        for part in path:
+            inner = section.get(part)
+            section[part] = section = dict(inner) if isinstance(inner, dict) else {}
+        section[last] = value
     return checked(Config, values)
 
 

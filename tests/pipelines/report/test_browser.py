@@ -144,13 +144,13 @@ def sweep() -> dict[str, Any]:
     rows = [
         {"label": label, "naive": k == 1, "setting": {"network.groups": k}, "flops": 10**6 * k,
          "parameters": 10**4, "gain_validation": gain, "gain": gain, "val_score": -1.0, "finished": 2,
-         "seeds": 2, "seconds": 9.0}
+         "seeds": 2, "seconds": 9.0, "groups": [k]}
         for k, (label, gain) in enumerate([("naive_mtl", 0.0), ("groups2", 8.0), ("groups3", 9.0)], 1)
     ]  # fmt: skip
     trial = {"trial": "groups2_seed1", "status": "stopped", "reason": "not among the best", "epochs": 3,
              "val_score": -1.0, "gain_validation": None, "gain": None, "grouping_name": "g2"}  # fmt: skip
     return {"name": "s", "rule": "the rule", "rows": [trial], "settings": rows, "best": rows[2], "split": "test",
-            "pareto": rows, "knee": "groups2", "notes": ["a note"]}  # fmt: skip
+            "pareto": rows, "knee": "groups2", "notes": ["a note"], "keys": ["network.groups"]}  # fmt: skip
 
 
 def night() -> dict[str, Any]:

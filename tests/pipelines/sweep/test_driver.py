@@ -25,7 +25,8 @@ from pipelines.runs.files import read_jsonl
 from pipelines.runs.identity import record_identity
 from pipelines.storage import locate
 from pipelines.sweep.driver import SweepResult, sweep
-from pipelines.sweep.trials import trials
+from pipelines.sweep.plan import Plan
+from pipelines.sweep.trials import sweep_name
 from pipelines.training.driver import train
 from tests.pipelines.conftest import ON_RAY
 from tests.pipelines.driver import Driver, Undisturbed, same, workers
@@ -97,7 +98,8 @@ def test_a_stopped_trial_frees_its_processes_and_cpus(
         request.getfixturevalue("ray_session")
     section, long = {"groups": [2, 3], "grace_epochs": 1, "reduction": 2}, {"epochs": 1000}
     config = swept_config(run, tmp_path, sweep=section, train=long, track={"uri": "none"}, ray=place)
-    planned = {trial.name: trial.run for trial in trials(config)}
+    plan = Plan(config, locate(config.run.root) / sweep_name(config))
+    planned = {trial.name: trial.run for trial in plan.trials.values()}
     for name, source in ((NAIVE, NAIVE), ("groups2_seed22", GOOD)):  # as an earlier session would have left them
         shutil.copytree(f"{swept[1].folder}/trials/{source}", str(planned[name]))
     record_identity(planned[NAIVE].parent.parent, config, read_manifest(locate(config.data.shards)).digest())
@@ -105,7 +107,7 @@ def test_a_stopped_trial_frees_its_processes_and_cpus(
     metrics.write_text(re.sub(r'"val_score": [^,]+', '"val_score": -100.0', metrics.read_text()))
     logged: list[str] = []
     found = rows(sweep(config, logged.append))["groups3_seed22"]
-    assert (found["status"], found["reason"]) == ("stopped", "not among the best 1/2 of the trials at epoch 1")
+    assert (found["status"], found["reason"]) == ("stopped", "not among the best 1/2 of the settings at epoch 1")
     assert 1 <= found["epochs"] < 1000
     how = "on Ray Tune with 2 workers each" if on_ray else "in processes of their own (embedded)"
     assert f"1 of 3 trials to train, 1 at a time {how}, samples in memory" in logged

@@ -18,10 +18,12 @@ from pipelines.config.ray_section import RaySection
 from pipelines.errors import UserError
 from pipelines.execution.resources import sweep_cpus, trials_at_once
 from pipelines.storage import locate
+from pipelines.sweep.events import done_text
 from pipelines.sweep.page import verdict, write_page
+from pipelines.sweep.plan import Outcome, Plan, outcome_of
 from pipelines.sweep.results import best_setting, by_setting, knee_of, notes_of, pareto_front, rows_of, status
 from pipelines.sweep.trackers import Trackers
-from pipelines.sweep.trials import Trial, best_config, settings, sweep_name, trials
+from pipelines.sweep.trials import Setting, Trial, best_config, sweep_name
 from tests.pipelines.conftest import make_config
 
 COSINE = {"family": "cosine", "start": 2.5, "end": 0.5}
@@ -35,6 +37,18 @@ TASKS = [Task("colour", "multiclass", 3), Task("bright", "binary")]
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     return make_config(tmp_path / "raw", tmp_path, sweep=SWEEP)
+
+
+def plan_of(config: Config) -> Plan:
+    return Plan(config, locate(config.run.root) / sweep_name(config))
+
+
+def trials(config: Config) -> list[Trial]:
+    return list(plan_of(config).trials.values())
+
+
+def settings(config: Config) -> list[Setting]:
+    return plan_of(config).settings
 
 
 def varied(config: Config, **values: Any) -> Config:
@@ -81,13 +95,13 @@ def test_the_same_command_has_the_same_folder_and_other_commands_have_others(con
     assert sweep_name(ray) == sweep_name(config)
 
 
-def test_a_sample_of_the_settings_is_the_same_every_time_and_has_every_seed(config: Config) -> None:
-    drawn = settings(varied(config, samples=5))
-    assert drawn == settings(varied(config, samples=5))
+def test_a_random_search_draws_from_all_combinations_with_every_seed(config: Config) -> None:
+    drawn = settings(varied(config, search="random", trials=5))
+    assert drawn == settings(varied(config, search="random", trials=5))
     assert len(drawn) == 5
     assert all(setting in settings(config) for setting in drawn)
-    assert len(trials(varied(config, samples=5))) == 2 + 5 * 2
-    assert settings(varied(config, samples=1000)) == settings(config)
+    assert len(trials(varied(config, search="random", trials=5))) == 2 + 5 * 2
+    assert settings(varied(config, search="random", trials=1000)) == settings(config)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +115,7 @@ def test_a_sweep_with_nothing_to_compare_is_refused(config: Config, values: dict
     with pytest.raises(UserError, match=what) as found:
         trials(varied(config, **values))
     assert found.value.wrong_use
-    assert "sweep.groups, sweep.stems" in found.value.remedy
+    assert "a key in sweep.space, or to one of sweep.groups, sweep.stems" in found.value.remedy
 
 
 def test_train_accepts_the_best_configuration(
@@ -177,8 +191,8 @@ def records(scores: list[float]) -> list[dict[str, Any]]:
 def test_poor_trials_are_stopped_with_the_reason_in_their_folders(config: Config) -> None:
     from pipelines.sweep.ray_tune import TuneHalving
 
-    planned = {trial.name: trial for trial in trials(varied(config, stems=(), temperatures=()))}
-    rule = TuneHalving(config.sweep, planned)
+    plan = plan_of(varied(config, stems=(), temperatures=(), seeds=(1,)))
+    planned, rule = plan.trials, TuneHalving(config.sweep, plan)
     good, poor, late, *_ = [name for name, trial in planned.items() if not trial.naive]
     assert stopped_after(rule, "naive_mtl_seed1", [9.0] * 4) == 0
     assert stopped_after(rule, good, [0.0, -1.0, -2.0, -3.0]) == 0
@@ -186,7 +200,7 @@ def test_poor_trials_are_stopped_with_the_reason_in_their_folders(config: Config
     assert stopped_after(rule, late, [-1.0, 5.0, 5.0, 5.0]) == 2
     assert status(planned[poor]) == "stopped"
     noted = (planned[poor].run / "stopped.json").read_json()
-    assert noted == {"epoch": 1, "val_score": 1.0, "reason": "not among the best 1/2 of the trials at epoch 1"}
+    assert noted == {"epoch": 1, "val_score": 1.0, "reason": "not among the best 1/2 of the settings at epoch 1"}
     assert {status(planned[name]) for name in (good, "naive_mtl_seed1")} == {"unfinished"}
 
 
@@ -196,30 +210,57 @@ def test_ray_tune_can_pickle_the_callback(config: Config) -> None:
     from pipelines.sweep.events import TrialEvents
     from pipelines.sweep.ray_tune import TuneEvents
 
-    planned = {trial.name: trial for trial in trials(config)}
-    events = TuneEvents(TrialEvents(planned, Trackers("parent", None, print), print))
-    assert set(cloudpickle.loads(cloudpickle.dumps(events)).events.trials) == set(planned)
+    plan = plan_of(config)
+    events = TuneEvents(TrialEvents(plan, Trackers("parent", None, print), print))
+    assert set(cloudpickle.loads(cloudpickle.dumps(events)).events.plan.trials) == set(plan.trials)
 
 
 def test_no_trial_is_stopped_at_the_last_epoch(config: Config) -> None:
     from pipelines.sweep.ray_tune import TuneHalving
 
-    planned = {trial.name: trial for trial in trials(varied(config, stems=(), temperatures=()))}
-    rule = TuneHalving(config.sweep.model_copy(update={"grace_epochs": 9}), planned)
-    names = [name for name, trial in planned.items() if not trial.naive]
+    plan = plan_of(varied(config, stems=(), temperatures=()))
+    rule = TuneHalving(config.sweep.model_copy(update={"grace_epochs": 9}), plan)
+    names = [name for name, trial in plan.trials.items() if not trial.naive]
     assert [stopped_after(rule, name, [float(i)] * 4) for i, name in enumerate(names)] == [0] * len(names)
 
 
 def test_the_scheduler_counts_trials_of_an_earlier_session(config: Config) -> None:
     from pipelines.sweep.ray_tune import TuneHalving
 
-    planned = {trial.name: trial for trial in trials(varied(config, stems=(), temperatures=()))}
-    first, second, *_ = [name for name, trial in planned.items() if not trial.naive]
-    rule = TuneHalving(config.sweep, planned)
+    plan = plan_of(varied(config, stems=(), temperatures=(), seeds=(1,)))
+    first, second, *_ = [name for name, trial in plan.trials.items() if not trial.naive]
+    rule = TuneHalving(config.sweep, plan)
     rule.replay({first: records([0.0, -1.0, -2.0, -3.0]), "naive_mtl_seed1": records([-9.0] * 4)})
     assert stopped_after(rule, second, [0.5] * 4) == 1
-    fresh = TuneHalving(config.sweep, planned)
+    fresh = TuneHalving(config.sweep, plan)
     assert stopped_after(fresh, second, [0.5] * 4) == 0
+
+
+def test_the_seeds_of_a_setting_are_stopped_together_on_both_executors(config: Config) -> None:
+    from pipelines.sweep.halving import Halving
+    from pipelines.sweep.ray_tune import TuneHalving
+
+    for make in (TuneHalving, lambda section, plan: Halving(section, plan, {})):
+        work = config.model_copy(update={"run": config.run.model_copy(update={"name": make.__name__.strip("<>")})})
+        plan = plan_of(varied(work, groups=(2, 3, 4), stems=(), temperatures=(), gate_learning_rates=()))
+        rule = make(plan.config.sweep, plan)
+
+        def stops(name: str, epoch: int, score: float, rule: Any = rule) -> bool:
+            if isinstance(rule, Halving):
+                return rule.stops(name, epoch, {"val_score": score})
+            return rule.on_trial_result(None, tune_trial(name), {"epoch": epoch, "val_score": score}) == "STOP"
+
+        assert not stops("groups2_seed1", 1, 0.0)
+        assert stops("groups3_seed1", 1, 1.0)
+        assert stops("groups3_seed2", 1, -9.0)  # the first seed has decided
+        assert not stops("groups2_seed2", 1, 9.0)
+        reasons = [(plan.trials[f"groups3_seed{i}"].run / "stopped.json").read_json()["reason"] for i in (1, 2)]
+        assert reasons[0] == "not among the best 1/2 of the settings at epoch 1"
+        assert reasons[1] == f"with seed 1, {reasons[0]}"
+        assert plan.is_stopped(plan.trials["groups3_seed2"])
+        assert not plan.is_stopped(plan.trials["groups2_seed2"])
+        finish(plan.trials["groups4_seed1"], 0.5, 0.8)  # in the last rung that it has reached
+        assert not stops("groups4_seed2", 1, 9.0)
 
 
 def finish(trial: Trial, loss: float, right: float, *, seconds: float = 2.0) -> None:
@@ -250,7 +291,7 @@ def ended(config: Config) -> list[Trial]:
         finish(by_name[f"naive_mtl_seed{seed}"], 1.0 * harder, 0.6)
         finish(by_name[f"groups2_seed{seed}"], 0.8 * harder, 0.7)
     finish(by_name["groups3_seed1"], 0.1, 0.9)
-    (by_name["groups3_seed2"].run / "stopped.json").write_json({"reason": "poor"})
+    (by_name["groups3_seed2"].run / "stopped.json").write_json({"reason": "poor", "epoch": 2, "val_score": 0.4})
     (by_name["groups4_seed1"].run / "failed.json").write_json({"reason": "memory ran out"})
     (by_name["groups4_seed2"].run / "failed.json").write_json({"reason": "memory ran out"})
     return planned
@@ -281,6 +322,27 @@ def test_a_setting_that_finished_one_seed_does_not_beat_one_that_finished_all(en
     notes = notes_of(rows, best)
     assert "groups4_seed1 failed: memory ran out" in notes
     assert "1 of 8 trials were stopped early and have no gain" in notes
+
+
+def test_a_search_is_told_means_of_finished_settings_and_last_scores_of_stopped_ones(ended: list[Trial]) -> None:
+    def told(name: str) -> Outcome:
+        return outcome_of([trial for trial in ended if trial.label == name])
+
+    assert told("groups2").score == pytest.approx((math.log(0.8) + math.log(1.6)) / 2)
+    assert told("groups2").epoch is None
+    assert told("groups3") == Outcome(0.4, 2)
+    assert told("groups4") == Outcome(None)
+
+
+def test_progress_does_not_count_past_its_end(config: Config) -> None:
+    fixed = trials(config)[-1]
+    assert (fixed.budget, fixed.reports) == (None, 4)
+    assert done_text(fixed, 3, {"spent": 2.0}) == "epoch 3 of at most 4"
+    assert done_text(fixed, 5, {"spent": 2.0}) == "epoch 5 of at most 5"
+    guided = config.search.model_copy(update={"method": "guided", "budget": 3.0})
+    trial = trials(config.model_copy(update={"search": guided}))[-1]
+    assert done_text(trial, 36, {"spent": 2.96}) == "epoch 36, 3.0 of at most 3 runs of naive MTL"
+    assert done_text(trial, 1, {"spent": 3.4}) == "epoch 1, 3.0 of at most 3 runs of naive MTL"
 
 
 def test_of_equal_settings_the_cheaper_one_is_best(ended: list[Trial]) -> None:
@@ -321,6 +383,7 @@ def test_page_needs_no_network_and_shows_front_best_setting_and_failures(
     content = {
         "name": "s", "rule": "the rule", "rows": rows, "settings": found, "best": best, "split": "test",
         "pareto": pareto_front(found), "knee": "groups2", "notes": notes_of(rows, best),
+        "keys": ["network.groups"],
     }  # fmt: skip
     write_page(locate(str(tmp_path / "sweep.html")), content, config)
     page = (tmp_path / "sweep.html").read_text()
@@ -331,7 +394,7 @@ def test_page_needs_no_network_and_shows_front_best_setting_and_failures(
     assert page.index("<figure>") < page.index("the rule")
     hovers = re.findall(r"<title>(groups2: [^<]+)</title>", page)
     assert hovers == ["groups2: gain +25.0 %, 2 million operations per sample"] * 2  # a point and a line
-    assert "groups3 (front)" in page
+    assert "groups3 (front, only 1 of 2 seeds)" in page
     assert "failed: memory ran out" in page
     assert "Its gain over naive MTL on validation is +25.0 % (mean of 2 seeds)" in verdict(content)
     assert "prefers-color-scheme: dark" in page
