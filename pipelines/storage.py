@@ -1,9 +1,4 @@
-"""Storage: files and folders at a local path or an `s3://…` address.
-
-S3 credentials and the region come from the standard AWS chain of each machine alone. They are never written or
-sent. `AWS_ENDPOINT_URL` (or `AWS_ENDPOINT_URL_S3`) names a server that is not Amazon's. An address that carries
-credentials is refused.
-"""
+"""Storage: files and folders at a local path, or at an address of `pipelines.stores`, such as `s3://bucket/path`."""
 
 from __future__ import annotations
 
@@ -16,19 +11,17 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import urlsplit
 
 import pyarrow.fs as pafs
 
+from pipelines import stores
 from pipelines.errors import UserError
 
-S3_ATTEMPTS = 6  # with growing pauses between them: a server counts as down after about twenty seconds
 PATIENCE_S = 120.0  # how long a run retries when its folder, which it has reached before, is unreachable
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
 TRANSIENT = frozenset({
@@ -36,9 +29,11 @@ TRANSIENT = frozenset({
     errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
     errno.ENETUNREACH,
 })  # fmt: skip
-TRANSIENT_S3 = re.compile(
+TRANSIENT_TEXT = re.compile(  # of errors of stores, which have no number
     r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|THROTTLING)"
     r"|HTTP status (429|5\d\d)"
+    r"|google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|INTERNAL)"
+    r"|Azure Error: \[(ServerBusy|InternalError|OperationTimedOut)"
 )
 PIECE = 8 * 2**20  # bytes that are copied at a time
 T = TypeVar("T")
@@ -49,9 +44,9 @@ class Location:
     """A file or folder on some filesystem: cheap to create, and safe to send to a worker without credentials.
 
     Args:
-        path: Absolute local path, or bucket and key.
-        scheme: Empty for a local path, else "s3".
-        endpoint: Address of the S3 server; empty for Amazon's.
+        path: Absolute local path, or that in the store, such as bucket and key.
+        scheme: Empty for a local path, else a key of `stores.STORES`.
+        endpoint: The server of the store; empty for the usual one.
         patience_s: How long to retry after a transient error, such as a server that is unreachable or a full disk.
             A request that is refused, or a file that is missing, is not retried.
     """
@@ -63,14 +58,14 @@ class Location:
 
     @property
     def filesystem(self) -> pafs.FileSystem:
-        """The filesystem that opens it. Each process has one S3 client for each server."""
-        return _s3(self.endpoint) if self.scheme else pafs.LocalFileSystem()
+        """The filesystem that opens it."""
+        return stores.filesystem(self.scheme, self.endpoint) if self.scheme else pafs.LocalFileSystem()
 
     def __truediv__(self, name: str) -> Location:
         return replace(self, path=f"{self.path.rstrip('/')}/{name}")
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.path}" if self.scheme else self.path
+        return stores.written(self.scheme, self.path, self.endpoint) if self.scheme else self.path
 
     @property
     def name(self) -> str:
@@ -117,17 +112,21 @@ class Location:
         raise AssertionError
 
     def check_bucket(self) -> None:
-        """Check that the bucket of an s3:// address exists, so that its absence is not reported as a missing file.
+        """Check that the bucket of an address exists, so that its absence is not reported as a missing file.
 
         Raises:
             UserError: When the bucket does not exist.
         """
+        store = stores.STORES.get(self.scheme)
+        if store is None or not store.unit:
+            return
         bucket = replace(self, path=self.path.split("/", 1)[0])
-        if self.scheme and not bucket.exists():
+        if not bucket.exists():
             raise UserError(
-                f"there is no bucket {bucket.path} at {self.endpoint or 'Amazon S3'}",
+                f"there is no {store.unit} {bucket.path} at {self.endpoint or store.name}",
                 where=str(self),
-                remedy="correct its name or AWS_ENDPOINT_URL, or create the bucket: dmtg does not",
+                remedy=f"correct its name{' or AWS_ENDPOINT_URL' * (self.scheme == 's3')}, or create the "
+                f"{store.unit}: dmtg does not",
             )
 
     def _info(self, of: str | pafs.FileSelector = "") -> Any:
@@ -155,8 +154,8 @@ class Location:
         folders = [info.base_name for info in found if info.type == pafs.FileType.Directory]
         return _by_number(folders)
 
-    def read_bytes(self) -> bytes:
-        """The whole file.
+    def read_bytes(self, start: int = 0, size: int | None = None) -> bytes:
+        """The whole file, or `size` bytes of it from `start`.
 
         Raises:
             FileNotFoundError: When there is no such file.
@@ -164,15 +163,15 @@ class Location:
             UserError: When the storage does not answer or refuses the request.
         """
         try:
-            return self._retry(self._read)
+            return self._retry(lambda: self._read(start, size))
         except (FileNotFoundError, PermissionError):
             raise
         except OSError as error:
             raise self.unreachable(error) from error
 
-    def _read(self) -> bytes:
+    def _read(self, start: int, size: int | None) -> bytes:
         with self.filesystem.open_input_file(self.path) as file:
-            return bytes(file.readall())
+            return bytes(file.readall() if size is None else file.read_at(size, start))
 
     def read_text(self) -> str:
         """The whole file as UTF-8."""
@@ -204,7 +203,10 @@ class Location:
         self._written(lambda: self._write(BytesIO(data), sync))
 
     def create(self, text: str) -> bool:
-        """Create the file; return False if it already exists. Of two concurrent calls exactly one succeeds.
+        """Create the file; return False if it already exists.
+
+        Of two concurrent calls exactly one succeeds, locally and on S3. pyarrow has no conditional request, so on
+        other stores both can succeed: the later file stays, and the caller has to read it again.
 
         Raises:
             UserError: When the location cannot be written to.
@@ -212,7 +214,13 @@ class Location:
         done = [False]
 
         def write() -> None:
-            done[0] = self._create_local(text) if self.local is not None else self._create_object(text)
+            if self.local is not None:
+                done[0] = self._create_local(text)
+            elif self.scheme == "s3":
+                done[0] = self._create_object(text)
+            elif not self.exists():
+                self._write(BytesIO(text.encode()), sync=False)
+                done[0] = True
 
         self._written(write)
         return done[0]
@@ -262,9 +270,11 @@ class Location:
             ) from error
 
     def _write(self, source: BinaryIO, sync: bool) -> None:
-        if self.local is None:  # an object store shows only complete objects
-            with self.filesystem.open_output_stream(self.path) as file:
-                shutil.copyfileobj(source, file, PIECE)
+        if self.local is None:
+            if stores.STORES[self.scheme].whole:
+                self._copy(source, self.path)
+            else:
+                self._copy_and_rename(source)
             return
         with _part_of(self.local) as part:
             with part.open("wb") as target:
@@ -273,6 +283,21 @@ class Location:
                     target.flush()
                     os.fsync(target.fileno())
             part.replace(self.local)
+
+    def _copy(self, source: BinaryIO, path: str) -> None:
+        with self.filesystem.open_output_stream(path) as file:
+            shutil.copyfileobj(source, file, PIECE)
+
+    def _copy_and_rename(self, source: BinaryIO) -> None:
+        """Write to another name first, for a store whose readers see a file while it is written."""
+        part = (self.parent / f".{self.name}.{uuid.uuid4().hex[:8]}.part").path
+        try:
+            self._copy(source, part)
+            self.filesystem.move(part, self.path)
+        except BaseException:
+            with suppress(OSError):
+                self.filesystem.delete_file(part)
+            raise
 
     def write_text(self, text: str) -> None:
         """`write_bytes` of UTF-8."""
@@ -313,44 +338,18 @@ def finite(value: Any) -> Any:
 
 
 def locate(uri: str) -> Location:
-    """The location of a local path or an `s3://bucket/path` address.
+    """The location of a local path, or of an address of a store.
 
     Raises:
         UserError: For another scheme, or an address that carries credentials.
     """
-    scheme, separator, rest = uri.partition("://")
+    scheme, separator, _ = uri.partition("://")
     if uri.startswith("file:"):
         return Location(str(Path(uri[5:].removeprefix("//").removeprefix("localhost")).absolute()))
     if not separator or "/" in scheme:  # "?" and "#" are characters of a path here and of a key there
         return Location(str(Path(uri).expanduser().absolute()))
-    bucket, _, key = rest.partition("/")
-    problem, remedy = "", "write s3://bucket/path"
-    if scheme != "s3":
-        problem, remedy = f"cannot open an address of the kind {scheme}://", "use a local path or s3://bucket/path"
-    elif "@" in bucket:
-        uri = f"s3://…@{rest.rsplit('@', 1)[1]}"
-        problem = "an address must not carry credentials"
-        remedy = "remove them and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    elif not bucket:
-        problem = "the address names no bucket"
-    if problem:
-        raise UserError(problem, where=uri, remedy=remedy, wrong_use=True)
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    return Location(f"{bucket}/{key}".rstrip("/"), "s3", endpoint)
-
-
-@lru_cache
-def _s3(endpoint: str) -> pafs.S3FileSystem:
-    """The S3 client of this process. It repeats requests that fail and gives up on a silent server."""
-    parts = urlsplit(endpoint)
-    return pafs.S3FileSystem(
-        endpoint_override=parts.netloc or None,
-        scheme=parts.scheme or "https",
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
-        connect_timeout=10,
-        request_timeout=60,
-        allow_delayed_open=True,  # a small file is one request, not three
-    )
+    found = stores.parse(uri)
+    return Location(found.path, found.scheme, found.endpoint)
 
 
 def is_transient(error: BaseException) -> bool:
@@ -359,7 +358,7 @@ def is_transient(error: BaseException) -> bool:
         return error.__cause__ is not None and is_transient(error.__cause__)
     if not isinstance(error, OSError):
         return False
-    return error.errno in TRANSIENT or bool(TRANSIENT_S3.search(str(error)))
+    return error.errno in TRANSIENT or bool(TRANSIENT_TEXT.search(str(error)))
 
 
 def retry_delays() -> Iterator[float]:
@@ -393,5 +392,6 @@ def _first_line(error: BaseException) -> str:
 
 def _remedy(location: Location) -> str:
     if location.local is None:
-        return "check the bucket, AWS_ENDPOINT_URL and the AWS credentials of this machine"
+        store = stores.STORES[location.scheme]
+        return store.check + ("" if store.seen else f"; {location.scheme}:// {stores.UNSEEN}")
     return "choose a folder that this user may write to, on a disk with free space"

@@ -131,7 +131,7 @@ def new_samples(
     """
     if preparation:
         return TableSamples(files, preparation, form, id_column)
-    if form.get("kind") == "folder" and "resize" in form:
+    if "resize" in form:
         return ImageSamples(files, _storing(form, spec.shape[0]))
     raise UserError(
         "the model does not record how its input is prepared from files",

@@ -1,5 +1,8 @@
 """Plans of shards: the samples of each split in the order of the hash of their ids, cut into shards.
 
+Samples of one block (see `Entry`) stay together: blocks are in the order of the hash of their names, and the
+samples of a block in that of their ids.
+
 Neither the samples nor their ids are held in memory. They are sorted with temporary files
 (`pipelines.data.external_sort`), and a plan reads its own samples from there when they are needed. The order and
 the digests are those of sorting a list in memory.
@@ -27,7 +30,8 @@ SHARD_BYTES = 64 * 2**20  # decoded size of a shard if its number of rows is not
 SMALL_COUNT, SMALL_BYTES = 100, 2**20  # shards, and their decoded size, for a note
 NAMED = 5  # most ids in a message
 MOST_SHARDS = 10_000  # of a configured size that is smaller than the default
-_KEY = hashlib.sha256().digest_size
+_ID = hashlib.sha256().digest_size
+_KEY = 2 * _ID  # of the order: the hash of the block, and that of the id
 
 
 @dataclass(frozen=True)
@@ -105,15 +109,18 @@ def make_plans(
     usual = min(max(SHARD_BYTES // max(description.row_bytes, 1), 64), 8192)
     size = data.rows_per_shard or usual
     splits = {split: _Split(split, size, options, files) for split in SPLITS}
-    repeated, before = _Repeated(), b""
+    repeated, before, ids = _Repeated(), b"", TemporaryRecords()
     # neighbours on disk are similar; a hash shuffles them in the same way on every machine
     for record in sort_records(map(_record, entries)):
         key, stored = record[:_KEY], record[_KEY:]
         entry = _entry(stored)
-        if key == before:
+        if entry.block:  # the same id in two blocks has two places in the order
+            ids.append(key[_ID:] + entry.id.encode())
+        elif key == before:
             repeated.add(entry.id)
         before = key
         splits[entry.split].add(entry, stored)
+    repeated.add_neighbours(sort_records(ids.read(0, ids.size)))
     repeated.check(source.root)
     counts = {name: split.count for name, split in splits.items()}
     if not counts["train"] or not counts["val"]:
@@ -149,7 +156,9 @@ def small_shards(plans: Sequence[ShardPlan], row_bytes: int) -> str:
 
 def _record(entry: Entry) -> bytes:
     """The key of the order, and the sample."""
-    return hashlib.sha256(entry.id.encode()).digest() + pickle.dumps((entry.id, entry.split, entry.fields))
+    own = hashlib.sha256(entry.id.encode()).digest()
+    first = hashlib.sha256(entry.block.encode()).digest() if entry.block else own
+    return first + own + pickle.dumps((entry.id, entry.split, entry.fields, entry.block))
 
 
 def _entry(stored: bytes) -> Entry:
@@ -178,6 +187,14 @@ class _Repeated:
             return
         self._count, self._last = self._count + 1, name
         self._first = heapq.nsmallest(NAMED, [*self._first, name])
+
+    def add_neighbours(self, records: Iterable[bytes]) -> None:
+        """Add the ids that follow themselves in sorted records of a hash and an id."""
+        before = b""
+        for record in records:
+            if record == before:
+                self.add(record[_ID:].decode())
+            before = record
 
     def check(self, where: str) -> None:
         if self._count:

@@ -73,7 +73,7 @@ def _whole(place: Location) -> tuple[str, ...]:
     """The parts of an address, equal for all spellings of it."""
     if place.local is not None:
         return place.local.resolve().parts
-    return (place.scheme, *filter(None, place.path.split("/")))
+    return (place.scheme, place.endpoint, *filter(None, place.path.split("/")))
 
 
 def _tables(source: SourceSection) -> Iterator[Location]:
@@ -81,9 +81,9 @@ def _tables(source: SourceSection) -> Iterator[Location]:
     root, options = locate(source.root), source.options
     names = [options.get("file"), *dict(options.get("files") or {}).values()]
     named = [str(name) for name in names if name]
-    if source.kind == "table" and not named:
+    if source.kind in ("table", "image_table") and not named:
         yield root
-    elif source.kind in ("table", "text"):
+    elif source.kind in ("table", "image_table", "text"):
         yield from (root / name for name in named)
 
 

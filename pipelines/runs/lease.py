@@ -48,6 +48,7 @@ class Lease:
         self.first: dict[str, Any] | None = None  # the lease of another process as it was seen first
         self.seen: tuple[dict[str, Any] | None, float] = (None, 0.0)  # as it was seen last, and since when
         self._stop = threading.Event()
+        self._renewing = threading.Lock()
 
     def _content(self) -> dict[str, Any]:
         self.count += 1
@@ -110,15 +111,13 @@ class Lease:
 
     def renew(self) -> None:
         """Renew the lease, or note that another process holds it."""
-        try:
-            held = self._read()
+        with self._renewing, suppress(UserError):  # no other process can acquire it on unreachable storage either
+            held = self._read()  # HDFS has no file for a moment while another thread replaces it
             if held is None or held["token"] != self.token:
                 self.lost_to = _holder(held) if held else "its file was deleted"
                 return
             self.file.write_json(self._content())
             self.renewed = time.monotonic()
-        except UserError:
-            return  # the storage is unreachable, so no other process can acquire the lease either
 
     def check(self) -> None:
         """Renew the lease before a step that only its holder may do.

@@ -18,7 +18,7 @@ from pipelines.config.yaml_text import in_line
 from pipelines.data.sources import SOURCES, options_model
 from pipelines.data.sources.folder import EXTENSIONS
 from pipelines.data.sources.rows import MOST_NAMES, SPLIT_COLUMN, read_head, table_dialect
-from pipelines.data.sources.tables.parquet import is_parquet
+from pipelines.data.sources.tables.folders import is_parquet
 from pipelines.errors import UserError
 from pipelines.scaffold.comments import Draft, Written, text_of
 from pipelines.scaffold.inference import (
@@ -36,8 +36,9 @@ from pipelines.scaffold.inputs import longest_text, molecules
 from pipelines.storage import Location, locate
 
 RECIPE_OF = {
-    "celeba": "paper/celeba9_k2", "nuclei": "nuclei", "planted": "planted", "rooms": "rooms",
-    "taskonomy": "paper/taskonomy5_k3", "text": "goemotions",
+    "celeba": "paper/celeba9_k2", "image_table": "cifar100", "nuclei": "nuclei", "nyuv2": "nyuv2",
+    "planted": "planted", "rooms": "rooms", "taskonomy": "paper/taskonomy5_k3", "text": "goemotions",
+    "webdataset": "cifar100_webdataset",
 }  # fmt: skip
 DROPOUT = 0.1
 TABLES = (".csv", ".tsv", ".parquet", ".pq")

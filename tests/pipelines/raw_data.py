@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import io
+import json
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from PIL import Image
 
 from bench import three_cameras
 from tests.pipelines.data.sources import taskonomy_files
+from tests.pipelines.data.sources.array_files import write_tar
 
 CELEBA_NAMES = [
     "5_o_Clock_Shadow", "Arched_Eyebrows", "Attractive", "Bags_Under_Eyes", "Bald", "Bangs", "Big_Lips",
@@ -125,6 +128,59 @@ def write_tox21(root: Path, rows: int = 20) -> Path:
         for i in range(rows):
             labels = rng.choice(["0", "1", ""], len(ASSAYS), p=[0.5, 0.3, 0.2])
             table.writerow([*labels, f"TOX{i}", "CCO" + "C" * int(rng.integers(1, 9)) + "c1ccccc1"])
+    return root
+
+
+def write_qm9(root: Path, rows: int = 20) -> Path:
+    """MoleculeNet's table of QM9: id, molecule, rotational constants, and the properties."""
+    root.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    properties = ["mu", "alpha", "homo", "lumo", "gap", "r2", "zpve", "u0", "u298", "h298", "g298", "cv"]
+    atoms = ["u0_atom", "u298_atom", "h298_atom", "g298_atom"]
+    with (root / "qm9.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["mol_id", "smiles", "A", "B", "C", *properties, *atoms])
+        for i in range(1, rows + 1):
+            values = rng.normal(size=3 + len(properties) + len(atoms)).round(5)
+            table.writerow([f"gdb_{i}", "C" * int(rng.integers(1, 6)) + "C1CCO1", *values])
+    return root
+
+
+def cifar100(rows: int) -> Iterator[tuple[bytes, int, int]]:
+    """Images of CIFAR-100 as PNG, the class and the superclass of each."""
+    rng = np.random.default_rng(0)
+    for i in range(rows):
+        found = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(found, "PNG")
+        yield found.getvalue(), i % 100, i % 20
+
+
+def write_cifar100(root: Path, rows: int = 12) -> Path:
+    """CIFAR-100 as `save_to_disk` of datasets writes it."""
+    import datasets
+
+    columns = {
+        "img": datasets.Image(),
+        "fine_label": datasets.ClassLabel(names=[f"fine {i}" for i in range(100)]),
+        "coarse_label": datasets.ClassLabel(names=[f"coarse {i}" for i in range(20)]),
+    }
+    held = [
+        {"img": {"bytes": data, "path": None}, "fine_label": fine, "coarse_label": coarse}
+        for data, fine, coarse in cifar100(rows)
+    ]
+    train = datasets.Dataset.from_list(held, features=datasets.Features(columns))
+    datasets.DatasetDict(train=train, test=train.select(range(2))).save_to_disk(root)
+    return root
+
+
+def write_cifar100_webdataset(root: Path, rows: int = 12) -> Path:
+    """CIFAR-100 in tar files of WebDataset."""
+    samples = []
+    for i, (data, fine, coarse) in enumerate(cifar100(rows)):
+        labels = {"fine_label": f"fine {fine}", "coarse_label": f"coarse {coarse}"}
+        samples.append((f"{i:06d}", {"png": data, "json": json.dumps(labels).encode()}))
+    write_tar(root / "train-000.tar", samples)
+    write_tar(root / "test-000.tar", samples[:2])
     return root
 
 

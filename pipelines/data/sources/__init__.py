@@ -24,12 +24,15 @@ from pipelines.storage import locate
 SOURCES: Mapping[str, tuple[str, str, str]] = {
     "celeba": ("celeba", "CelebaSource", "CelebaOptions"),
     "folder": ("folder", "FolderSource", "FolderOptions"),
+    "image_table": ("labelled_images.table", "ImageTableSource", "ImageTableOptions"),
     "nuclei": ("nuclei", "NucleiSource", "NucleiOptions"),
+    "nyuv2": ("nyuv2.source", "Nyuv2Source", "Nyuv2Options"),
     "planted": ("planted", "PlantedSource", "PlantedOptions"),
     "rooms": ("rooms.source", "RoomsSource", "RoomsOptions"),
     "table": ("table", "TableSource", "TableOptions"),
     "taskonomy": ("taskonomy.source", "TaskonomySource", "TaskonomyOptions"),
     "text": ("text", "TextSource", "TextOptions"),
+    "webdataset": ("labelled_images.webdataset", "WebDatasetSource", "WebDatasetOptions"),
 }
 
 

@@ -14,18 +14,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from dmtg_core.network.encoders.pretrained_images import preprocessing_of
-from dmtg_core.tasks import InputSpec
-from pipelines.config.validation import Section, checked
-from pipelines.data.sources.base import INPUT, Column, Description, Entry
+from pipelines.config.validation import checked
+from pipelines.data.sources.base import INPUT, Description, Entry
 from pipelines.data.sources.columns import Replayed, RowsOf
-from pipelines.data.sources.images import image_input, read_image, rgb
+from pipelines.data.sources.images import fitted, read_image, rgb
+from pipelines.data.sources.labelled_images.options import ImageOptions
 from pipelines.data.sources.labels import (
     LabelTask,
     Target,
@@ -48,10 +46,9 @@ from pipelines.data.sources.rows import (
 from pipelines.storage import Location
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-_GREY = (127, 127, 127)
 
 
-class FolderOptions(Section):
+class FolderOptions(ImageOptions):
     """Paths of images and labels below the root, and the tasks.
 
     `suffix` is added to an id without an extension. Images are stored `size` × `size`: `resize` is "pad" (the
@@ -68,41 +65,9 @@ class FolderOptions(Section):
     images: str = "images"
     image_column: str = "image"
     suffix: str = ".jpg"
-    size: int = Field(64, ge=1)
-    resize: Literal["stretch", "crop", "pad"] = "pad"
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
-    crop_share: float = Field(1.0, gt=0, le=1)
-    preprocessing: str = ""
     split_column: str | None = SPLIT_COLUMN
     dialect: DialectOptions = DialectOptions()
     tasks: tuple[LabelTask, ...] = Field(min_length=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_model(cls, values: Any) -> Any:
-        """Add the values of the model that `preprocessing` names."""
-        if not isinstance(values, dict) or not isinstance(name := values.get("preprocessing"), str) or not name:
-            return values
-        found = preprocessing_of(name)
-        kept = {key: found[key] for key in ("size", "interpolation", "crop_share")}
-        if values.get("resize", "crop") != "crop":
-            del kept["crop_share"]
-        return {"resize": "crop", **kept, **values}
-
-    @model_validator(mode="after")
-    def _check_crop(self) -> Self:
-        """Refuse a share that would be ignored."""
-        if self.crop_share < 1 and self.resize != "crop":
-            raise ValueError(f"crop_share has no meaning beside resize: {self.resize}")
-        return self
-
-    @property
-    def input(self) -> InputSpec:
-        """The stored input with the constants of its normalisation."""
-        if not self.preprocessing:
-            return image_input(self.size)
-        found = preprocessing_of(self.preprocessing)
-        return image_input(self.size, found["mean"], found["std"])
 
 
 class FolderSource:
@@ -125,16 +90,7 @@ class FolderSource:
 
     def describe(self) -> Description:
         """The image and one number for each task. Reads classes and statistics from the CSV file."""
-        options, size = self._options, self._options.size
-        columns = {INPUT: Column("uint8", (size, size, 3))}
-        columns |= {f"task.{target.task.name}": target.stored for target in self._targets}
-        notes = [target.note for target in self._targets if target.note]
-        if options.preprocessing:
-            notes.append(
-                f"images are prepared as for {options.preprocessing}: {options.resize} to {size}×{size}, "
-                f"{options.interpolation}, crop_share {options.crop_share}"
-            )
-        return Description(options.input, tuple(t.task for t in self._targets), columns, notes=tuple(notes))
+        return self._options.description(self._targets)
 
     def entries(self) -> Iterator[Entry]:
         """One sample for each row that is not dropped, in the order of the file.
@@ -152,11 +108,7 @@ class FolderSource:
         """
         values = {f"task.{t.task.name}": t.value(entry.fields["row"]) for t in self._targets}
         location = self._root / self._options.images / entry.fields["file"]
-        options = self._options
-        image = stored_image(
-            location, options.size, options.resize, interpolation=options.interpolation, share=options.crop_share
-        )
-        return {INPUT: image, **values}
+        return {INPUT: self._options.stored(read_image(location), str(location)), **values}
 
     def __getstate__(self) -> dict[str, Any]:
         # a worker receives its rows with their entries
@@ -217,11 +169,4 @@ def stored_image(
         BadSampleError: For an image that is missing or damaged.
     """
     image = rgb(read_image(location), str(location))
-    box, smooth = (size, size), Image.Resampling[interpolation.upper()]
-    if how == "pad":
-        image = ImageOps.pad(image, box, smooth, color=_GREY)
-    elif how == "crop":
-        image = ImageOps.fit(image, box, smooth, bleed=(1 - share) / 2)
-    else:
-        image = image.resize(box, smooth)
-    return np.asarray(image)
+    return fitted(image, size, how, interpolation=interpolation, share=share)

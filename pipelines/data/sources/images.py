@@ -16,6 +16,7 @@ from pipelines.storage import Location
 # mean and standard deviation of ImageNet's photographs for each channel, in the stored units 0..255
 _IMAGE_MEAN = (123.675, 116.28, 103.53)
 _IMAGE_STD = (58.395, 57.12, 57.375)
+_GREY = (127, 127, 127)
 
 # the error of Pillow for a damaged file depends on the format and the position of the damage
 _DAMAGE = (
@@ -31,10 +32,16 @@ _DAMAGE = (
 
 
 def image_input(
-    size: int, mean: tuple[float, ...] = _IMAGE_MEAN, std: tuple[float, ...] = _IMAGE_STD
+    size: int | tuple[int, int], mean: tuple[float, ...] = _IMAGE_MEAN, std: tuple[float, ...] = _IMAGE_STD
 ) -> InputSpec:
-    """The input of a network that reads RGB images of `size` × `size`, with mean and std of values 0 to 255."""
-    return InputSpec("image", (size, size, 3), "uint8", mean, std)
+    """The input of a network that reads RGB images, with mean and std of values 0 to 255.
+
+    Args:
+        size: Height and width; a number if they are the same.
+        mean, std: One value for each channel.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    return InputSpec("image", (height, width, 3), "uint8", mean, std)
 
 
 def read_image(location: Location) -> Image.Image:
@@ -47,7 +54,7 @@ def read_image(location: Location) -> Image.Image:
     try:
         data = location.read_bytes()
     except (FileNotFoundError, PermissionError) as error:
-        raise BadSampleError(f"cannot open the file {location}: {_reason(error)}") from error
+        raise BadSampleError(f"cannot open the file {location}: {read_problem(error)}") from error
     return decode_image(data, str(location))
 
 
@@ -64,7 +71,30 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     return image
 
 
-def _reason(error: OSError) -> str:
+def fitted(
+    image: Image.Image, size: int, how: str, *, interpolation: str = "bilinear", share: float = 1.0
+) -> np.ndarray:
+    """An RGB image as uint8 (size, size, 3).
+
+    Args:
+        image: The image.
+        size: Height and width.
+        how: "pad", "crop" or "stretch"; see `ImageOptions`.
+        interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
+        share: Side of the part that "crop" keeps ÷ the shorter side of the image.
+    """
+    box, smooth = (size, size), Image.Resampling[interpolation.upper()]
+    if how == "pad":
+        image = ImageOps.pad(image, box, smooth, color=_GREY)
+    elif how == "crop":
+        image = ImageOps.fit(image, box, smooth, bleed=(1 - share) / 2)
+    else:
+        image = image.resize(box, smooth)
+    return np.asarray(image)
+
+
+def read_problem(error: OSError) -> str:
+    """Why a file cannot be opened."""
     return "no such file" if isinstance(error, FileNotFoundError) else "permission denied"
 
 

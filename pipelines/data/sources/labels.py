@@ -21,6 +21,7 @@ from pipelines.data.sources.base import BadSampleError, Column
 from pipelines.data.sources.columns import Samples, different_cells, training_figures
 from pipelines.data.sources.rows import Row
 from pipelines.data.sources.tables.flags import FLAGS
+from pipelines.data.sources.tables.row import AnyRow
 from pipelines.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -156,8 +157,8 @@ class Target:
 
 
 def kept_rows(
-    rows: Iterable[tuple[Row, str]], specs: Sequence[LabelTask], where: str, *, log: bool
-) -> Iterator[tuple[Row, str]]:
+    rows: Iterable[tuple[AnyRow, str]], specs: Sequence[LabelTask], where: str, *, log: bool
+) -> Iterator[tuple[AnyRow, str]]:
     """The rows, with their ids, that no task drops; the number of dropped rows is logged at the end.
 
     Raises:
@@ -198,8 +199,8 @@ def label_markers(specs: Sequence[LabelTask], missing: Sequence[str] | None = No
 
 
 def without_markers(
-    rows: Iterable[Row], of_columns: Mapping[str, frozenset[str]], others: frozenset[str] = frozenset()
-) -> Iterator[Row]:
+    rows: Iterable[AnyRow], of_columns: Mapping[str, frozenset[str]], others: frozenset[str] = frozenset()
+) -> Iterator[AnyRow]:
     """The rows, with empty cells in place of markers of missing values.
 
     Args:

@@ -11,8 +11,9 @@ from itertools import islice
 from dmtg_core.names import listed
 from pipelines.data.sources.tables.delimited import delimited_rows
 from pipelines.data.sources.tables.dialect import Dialect, DialectOptions, dialect_of
-from pipelines.data.sources.tables.parquet import folder_head, folder_rows, is_parquet, parquet_head, parquet_rows
-from pipelines.data.sources.tables.row import MOST_NAMES, Row
+from pipelines.data.sources.tables.folders import SPLIT_COLUMN, SPLITS, split_name
+from pipelines.data.sources.tables.parquet import file_head, file_rows, folder_head, folder_rows, is_columnar
+from pipelines.data.sources.tables.row import MOST_NAMES, AnyRow, Row
 from pipelines.errors import UserError
 from pipelines.storage import Location
 
@@ -23,9 +24,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "val", "test")
-_SPLIT_NAMES = {**{name: name for name in SPLITS}, "valid": "val", "validation": "val", "dev": "val"}
-SPLIT_COLUMN = "split"  # read if it exists and no other column is configured
 MOST_LINES = 5  # most lines in a message
 
 
@@ -57,12 +55,12 @@ def read_rows(
     words: Collection[str] = (),
     ragged: bool = False,
 ) -> Iterator[Row]:
-    """The rows of a table of text, a Parquet file, or all Parquet files of a folder, a block at a time.
+    """The rows of a table of text, a Parquet or Arrow file, or a folder of them, a block at a time.
 
     Numbers with decimal commas or thousands separators are written as in Python.
 
     Args:
-        location: The file, or a folder of Parquet files with the same columns.
+        location: The file, or a folder of files with the same columns; see `tables.folders`.
         columns: Required columns.
         dialect: How a table of text is written; by default it is found in its first bytes.
         header: Names of the columns of a table of text without a header line.
@@ -75,8 +73,8 @@ def read_rows(
     if location.is_dir():
         yield from folder_rows(location, columns)
         return
-    if is_parquet(location.name):
-        yield from parquet_rows(location, columns)
+    if is_columnar(location.name):
+        yield from file_rows(location, columns)
         return
     found = dialect or dialect_of(location, columns=columns, named=header is None)
     rows = delimited_rows(location, found, columns, header, ragged=ragged)
@@ -105,7 +103,7 @@ def table_dialect(
     Raises:
         UserError: When a table of text cannot be read or decoded.
     """
-    if location.is_dir() or is_parquet(location.name):
+    if location.is_dir() or is_columnar(location.name):
         return Dialect()
     found = dialect_of(location, given, columns=columns, named=named, usual=usual)
     if log and (found.packing or found.options or found.unsure):
@@ -123,7 +121,7 @@ def read_head(location: Location, most: int) -> tuple[list[Row], bool]:
     """The first rows of a table, or of the Parquet files of a folder; and whether it has more rows.
 
     Args:
-        location: Table of text, Parquet file, or a folder of Parquet files.
+        location: As `read_rows`.
         most: Number of rows to read.
 
     Raises:
@@ -131,8 +129,8 @@ def read_head(location: Location, most: int) -> tuple[list[Row], bool]:
     """
     if location.is_dir():
         return folder_head(location, most)
-    if is_parquet(location.name):
-        return parquet_head(location, most)
+    if is_columnar(location.name):
+        return file_head(location, most)
     rows = read_rows(location, ())
     found = list(islice(rows, most))
     return found, next(rows, None) is not None
@@ -153,18 +151,13 @@ def check_unique(ids: Sequence[str], where: str) -> None:
         )
 
 
-def split_name(value: str) -> str | None:
-    """The split of a common name ("valid", "dev", …); None for any other name."""
-    return _SPLIT_NAMES.get(value.lower())
-
-
 def hash_split(sample_id: str) -> str:
     """70 % train, 15 % val, 15 % test, by the hash of the id alone: new samples do not move others."""
     u = int(hashlib.sha256(sample_id.encode()).hexdigest()[:8], 16) / 2**32
     return "train" if u < 0.70 else "val" if u < 0.85 else "test"
 
 
-def with_ids(rows: Iterable[Row], column: str | None, prefix: str, where: str) -> Iterator[tuple[Row, str]]:
+def with_ids(rows: Iterable[AnyRow], column: str | None, prefix: str, where: str) -> Iterator[tuple[AnyRow, str]]:
     """Each row with its id: a cell, or `prefix` and the number of the row if there is no column of ids.
 
     That no id occurs twice is checked when the shards are planned.

@@ -20,6 +20,7 @@ from pipelines.recipes import recipes
 from pipelines.scaffold.example import write_hall
 from pipelines.storage import locate
 from tests.pipelines import raw_data
+from tests.pipelines.data.sources.array_files import write_nyuv2
 
 
 def hall(root: Path) -> Path:
@@ -30,13 +31,17 @@ def hall(root: Path) -> Path:
 # reader or recipe → what writes its files; words that change what would be slow, or mean nothing, with two samples
 WRITERS: Mapping[str, Callable[[Path], Path]] = {
     "celeba": raw_data.write_celeba,
+    "cifar100": raw_data.write_cifar100,
+    "cifar100_webdataset": raw_data.write_cifar100_webdataset,
     "clothing": raw_data.write_clothing,
     "clothing_efficientnet": raw_data.write_clothing,
     "goemotions": raw_data.write_goemotions,
     "goemotions_minilm": raw_data.write_goemotions_minilm,
     "hall": hall,
     "nuclei": raw_data.write_nuclei,
+    "nyuv2": write_nyuv2,
     "planted": lambda root: root,  # made from its options
+    "qm9": raw_data.write_qm9,
     "rooms": lambda root: root,  # its reader draws its files
     "taskonomy": raw_data.write_taskonomy,
     "three_cameras": raw_data.write_three_cameras,
@@ -47,6 +52,11 @@ SMALLER: Mapping[str, Sequence[str]] = {
         "network.options.config={model_type: bert, vocab_size: 64, hidden_size: 8, num_hidden_layers: 6}",
         "network.options.config.num_attention_heads=2",
         "network.options.config.intermediate_size=16",
+    ],
+    "nyuv2": [
+        "network.encoder=convnet",
+        "network.options={widths: [8, 8, 8, 8, 8]}",
+        "network.decoder_width=16",
     ],
     "planted": ["network.options={widths: [32, 16]}"],  # two rows can leave all of four features dark
     "rooms": ["source.options.buildings=3", "source.options.points=1"],

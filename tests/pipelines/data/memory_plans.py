@@ -27,14 +27,19 @@ def plans_in_memory(
     size = data.rows_per_shard or min(max(64 * 2**20 // description.row_bytes, 64), 8192)
     plans = []
     for split, members in by_split.items():
-        mixed = sorted(members, key=lambda entry: hashlib.sha256(entry.id.encode()).digest())
+        mixed = sorted(members, key=lambda entry: (digest_of(entry.block or entry.id), digest_of(entry.id)))
         for start in range(0, len(mixed), size):
             chosen = tuple(mixed[start : start + size])
-            text = options + json.dumps([asdict(entry) for entry in chosen], sort_keys=True, default=str)
+            fields = [{key: value for key, value in asdict(entry).items() if key != "block"} for entry in chosen]
+            text = options + json.dumps(fields, sort_keys=True, default=str)
             digest = hashlib.sha256(text.encode()).hexdigest()
             file = f"{split}-{start // size:05d}-{digest[:12]}.parquet"
             plans.append(ShardPlan(file, split, chosen, digest, digest))
     return plans
+
+
+def digest_of(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def plans(reader: Source) -> list[ShardPlan]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines import storage
+from pipelines import stores
 from pipelines.config.loading import Config
 from pipelines.config.sections import DataSection
 from pipelines.data.manifest import Manifest, check_shards, read_manifest
@@ -112,11 +112,11 @@ def elsewhere(s3: int, monkeypatch: pytest.MonkeyPatch):
     def change(**values: str) -> None:
         for key, value in values.items():
             monkeypatch.setenv(key, value)
-        storage._s3.cache_clear()
+        stores.filesystem.cache_clear()
 
     yield change
     monkeypatch.undo()
-    storage._s3.cache_clear()
+    stores.filesystem.cache_clear()
 
 
 def test_missing_bucket_is_named(images: Path, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_dropped_requests_are_sent_again(of_few: Config, s3: int, elsewhere) -> 
 def test_unreachable_server_is_an_error_and_not_a_bad_sample(
     sharded: tuple[Config, Manifest], elsewhere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "S3_ATTEMPTS", 2)  # how long to hope is not what is tested
+    monkeypatch.setattr(stores, "S3_ATTEMPTS", 2)  # how long to hope is not what is tested
     elsewhere(AWS_ENDPOINT_URL="http://127.0.0.1:1")
     config, manifest = sharded
     place = locate(config.data.shards)

@@ -15,7 +15,7 @@ import torch
 
 from dmtg_core.training.checkpoint import seal
 from dmtg_core.training.loop import NonFiniteLossError
-from pipelines import storage
+from pipelines import storage, stores
 from pipelines.config.ray_section import RaySection
 from pipelines.config.validation import checked
 from pipelines.errors import UserError
@@ -61,8 +61,8 @@ def test_an_unreachable_server_is_transient_and_only_a_retrying_location_retries
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr(storage, "S3_ATTEMPTS", 1)
-    storage._s3.cache_clear()
+    monkeypatch.setattr(stores, "S3_ATTEMPTS", 1)
+    stores.filesystem.cache_clear()
     place = locate("s3://bucket/x")
     delays: list[float] = []
     monkeypatch.setattr(storage.time, "sleep", delays.append)
@@ -72,7 +72,7 @@ def test_an_unreachable_server_is_transient_and_only_a_retrying_location_retries
     assert delays == []
     with pytest.raises(UserError, match="connect"):
         place.retrying(3).read_bytes()
-    storage._s3.cache_clear()
+    stores.filesystem.cache_clear()
     assert delays[:3] == [0.5, 1.0, 2.0]
 
 

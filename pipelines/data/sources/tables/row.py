@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from dmtg_core.names import listed
 from pipelines.errors import UserError
@@ -29,6 +30,16 @@ class Row:
     def place(self) -> str:
         """The position of the row, for a message."""
         return f"{self.unit} {self.line}"
+
+
+@dataclass(frozen=True)
+class ImageRow(Row):
+    """A row with the place of its image: the fields of an entry from which a reader gets its bytes."""
+
+    image: Mapping[str, Any] = field(default_factory=dict)
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 def check_header(header: Sequence[str], columns: Sequence[str], where: str, note: str = "") -> None:

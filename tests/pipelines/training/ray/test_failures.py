@@ -14,7 +14,7 @@ import mlflow
 import psutil
 import pytest
 
-from pipelines import storage
+from pipelines import stores
 from pipelines.errors import UserError
 from pipelines.registry.versions import list_models
 from pipelines.runs.events import DAMAGED, LOST, RESUMED, UNWRITTEN
@@ -189,7 +189,7 @@ def test_storage_that_is_unreachable_for_half_a_minute_is_retried(
     with pytest.MonkeyPatch.context() as patch:
         for key, value in settings(port).items():
             patch.setenv(key, value)
-        storage._s3.cache_clear()
+        stores.filesystem.cache_clear()
         with serving(port, data):
             root = f"s3://{BUCKET}/away"
             driver = disturbed(run, tmp_path, train=OFTEN, run={"root": root, "name": "disturbed"})
@@ -214,7 +214,7 @@ def test_storage_that_is_unreachable_for_half_a_minute_is_retried(
                 UserError, match="NO_SUCH_BUCKET|no bucket"
             ):  # at once, whatever the time for retries
                 locate("s3://no-such-bucket/x").retrying(10_000).write_text("x")
-    storage._s3.cache_clear()
+    stores.filesystem.cache_clear()
 
 
 @pytest.mark.soak

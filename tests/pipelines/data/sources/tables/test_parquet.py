@@ -11,7 +11,7 @@ import yaml
 
 from pipelines.data.sources import build_source
 from pipelines.data.sources.rows import read_head
-from pipelines.data.sources.tables.parquet import partition
+from pipelines.data.sources.tables.folders import partition
 from pipelines.errors import UserError
 from pipelines.scaffold.template import new_config
 from pipelines.storage import locate

@@ -1,0 +1,1 @@
+"""Reader of NYUv2 as it is prepared for multi-task learning."""
