@@ -73,7 +73,7 @@ def config_schema(
 
 @config_app.command("new", epilog="Example: dmtg config new mydata.csv --targets churn,spend")
 def config_new(
-    data: Annotated[str, typer.Argument(help="Table (CSV, TSV, Parquet) or folder, local or s3://.")] = "",
+    data: Annotated[str, typer.Argument(help="Table or folder, local or in object storage.")] = "",
     source: Annotated[str, typer.Option(help="Reader of the raw format; inferred from the data by default.")] = "",
     targets: Annotated[list[str] | None, typer.Option(help=TARGETS)] = None,
     out: Annotated[str, typer.Option("--out", "-o", help="File to write; <name>.yaml by default.")] = "",

@@ -189,7 +189,7 @@ def load_config(path: str, overrides: Sequence[str] = (), ray_config: str = "") 
     `network.encoder` or `source.kind` discards the options of the base.
 
     Args:
-        path: Path, `s3://…` address or name of a recipe.
+        path: Path, address in object storage (`s3://…`) or name of a recipe.
         overrides: Values for single keys, as `section.key=value`.
         ray_config: File with the `ray` section; by default `ray_config.yaml` in the current folder, if it exists.
 

@@ -51,7 +51,9 @@ class RaySection(Section):
         False, description="The cluster adds machines on demand, so its present resources are no limit."
     )
     storage: str = Field(
-        "", description="Local folder or s3:// address to which relative paths in run, data and regroup refer."
+        "",
+        description="Local folder, or address in object storage, to which relative paths in run, data and regroup "
+        "refer.",
     )
     tracking_uri: str = Field("", description="MLflow server, used if track.uri is empty.")
     registry_uri: str = Field("", description="MLflow model registry, if it is not the tracking server.")

@@ -10,7 +10,9 @@ from dmtg_core.addresses import FORM, PATTERN, is_address
 from pipelines.config.validation import Section, Seed, Switch
 
 # readers of raw formats, which `pipelines.data.sources` has
-KINDS = ("celeba", "folder", "nuclei", "planted", "rooms", "table", "taskonomy", "text")
+KINDS = (
+    "celeba", "folder", "image_table", "nuclei", "nyuv2", "planted", "rooms", "table", "taskonomy", "text", "webdataset",
+)  # fmt: skip
 MOST_BYTES = 200  # of a name, which gets a suffix where it becomes the name of a file
 
 
@@ -20,7 +22,7 @@ class SourceSection(Section):
     kind: str = Field(
         description=f"Reader of the raw format: {', '.join(KINDS)}; or {FORM}, a class of another package."
     )
-    root: str = Field("", description="Local folder or s3:// address of the raw data.")
+    root: str = Field("", description="Local folder, or address in object storage, of the raw data.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the reader.")
 
     @property
@@ -32,7 +34,7 @@ class SourceSection(Section):
 class DataSection(Section):
     """The shards, and how they are created and read."""
 
-    shards: str = Field(description="Local folder or s3:// address of the shards.")
+    shards: str = Field(description="Local folder, or address in object storage, of the shards.")
     tasks: list[str] | None = Field(None, description="Tasks to train on; by default all tasks of the shards.")
     like: str = Field(
         "",
@@ -83,7 +85,7 @@ class DataSection(Section):
     @classmethod
     def _named(cls, value: str) -> str:
         if not value.strip():  # it would be the current folder
-            raise ValueError("expected a folder or an s3:// address")
+            raise ValueError("expected a folder or an address in object storage")
         return value
 
 
@@ -303,7 +305,7 @@ class SignalSection(Section):
 class RunSection(Section):
     """The files of a run."""
 
-    root: str = Field("runs", description="Local folder or s3:// address that holds the run folders.")
+    root: str = Field("runs", description="Local folder, or address in object storage, of the run folders.")
     name: str = Field("", description="Name of the run folder; by default it follows from the configuration.")
     folder: str = Field(
         "", description="Folder of the configuration file, to which its paths are relative; set when it is read."

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipelines.config.ray_section import RaySection
 from pipelines.errors import UserError
+from pipelines.stores import SCHEMES
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it in the process of a submitted job
 MOUNTS = Path("/proc/self/mounts")
@@ -43,7 +44,7 @@ def check_places(section: RaySection, places: Mapping[str, str]) -> None:
             f"only this job can see {', '.join(private)}: its results would be lost or not found by workers",
             where=", ".join(f"{key} = {place}" for key, place in private.items()),
             remedy="set ray.storage and ray.tracking_uri in ray_config.yaml, or each key, to a place that all "
-            "machines can see, such as s3://…; --local-ok accepts them as they are",
+            f"machines can see (a shared folder, or {SCHEMES}); --local-ok accepts them as they are",
             wrong_use=True,
         )
 

@@ -11,26 +11,33 @@ from pathlib import PurePosixPath
 
 from dmtg_core.network.encoders.tabular import tabm_options
 from dmtg_core.tables.cells import MISSING
-from dmtg_core.training.settings import default_schedule, table_schedule
 from pipelines.config.loading import recipe_config
 from pipelines.config.paths import relative
 from pipelines.config.yaml_text import in_line
 from pipelines.data.sources import SOURCES, options_model
-from pipelines.data.sources.folder import EXTENSIONS
-from pipelines.data.sources.rows import MOST_NAMES, SPLIT_COLUMN, read_head, table_dialect
-from pipelines.data.sources.tables.folders import is_parquet
+from pipelines.data.sources.rows import MOST_NAMES, SPLIT_COLUMN, SPLITS, read_head
+from pipelines.data.sources.tables.folders import is_parquet, is_table_folder
+from pipelines.data.sources.tables.images import image_columns
+from pipelines.data.sources.tables.parquet import is_columnar
 from pipelines.errors import UserError
-from pipelines.scaffold.comments import Draft, Written, text_of
+from pipelines.scaffold.comments import Draft, text_of
+from pipelines.scaffold.drafts import (
+    DROPOUT,
+    inferred_from,
+    of_options,
+    row_options,
+    row_uses,
+    tasks_and_rest,
+    training_sections,
+)
+from pipelines.scaffold.image_sets import folder_draft, image_table_draft, webdataset_draft
 from pipelines.scaffold.inference import (
     HEAD_ROWS,
     ColumnSummary,
     Use,
     chosen_targets,
     feature,
-    id_use,
-    split_use,
     summaries,
-    target,
 )
 from pipelines.scaffold.inputs import longest_text, molecules
 from pipelines.storage import Location, locate
@@ -40,7 +47,6 @@ RECIPE_OF = {
     "planted": "planted", "rooms": "rooms", "taskonomy": "paper/taskonomy5_k3", "text": "goemotions",
     "webdataset": "cifar100_webdataset",
 }  # fmt: skip
-DROPOUT = 0.1
 TABLES = (".csv", ".tsv", ".parquet", ".pq")
 
 
@@ -94,7 +100,11 @@ def new_config(kind: str, data: str, targets: Sequence[str], name: str, folder: 
         draft = draft or _table(data, place, targets)
     elif kind == "folder":
         assert place is not None
-        draft = _folder(data, place, targets)
+        draft = folder_draft(data, place, targets)
+    elif kind == "image_table" and place is not None and (inferred or targets):
+        draft = image_table_draft(data, place, targets)
+    elif kind == "webdataset" and place is not None and (inferred or targets):
+        draft = webdataset_draft(data, place, targets)
     elif kind == "text" and place is not None and not place.is_dir():
         draft = _text(data, place, targets)
     else:
@@ -116,10 +126,18 @@ def _kind_of(place: Location | None) -> str:
             remedy=f"name a table or a folder of images, or --source, one of {', '.join(SOURCES)}",
             wrong_use=True,
         )
+    if is_columnar(place.name) or (place.is_dir() and is_table_folder(place)):
+        return "image_table" if image_columns(place) else "table"
     if not place.is_dir():
         return "table"
-    parts = any("=" in name for name in place.folders())  # folders of Parquet files that Spark and pandas write
-    return "table" if parts or any(map(is_parquet, _files(place))) else "folder"
+    names = [*_files(place), *place.folders()]
+    # folders of Parquet files that Spark, pandas and datasets write
+    if any(is_parquet(name) or "=" in name for name in names):
+        return "image_table" if image_columns(place) else "table"
+    if (place / "train" / "image" / "0.npy").exists() or (place / "train.h5").exists():
+        return "nyuv2"
+    first = next(iter(place.files()), "") if set(names) & set(SPLITS) else next(iter(_files(place)), "")
+    return "webdataset" if first.endswith(".tar") else "folder"
 
 
 def _name_of(data: str) -> str:
@@ -148,10 +166,10 @@ def _texts_of_table(data: str, place: Location, given: Sequence[str]) -> Draft |
 def _table(data: str, place: Location, given: Sequence[str]) -> Draft:
     rows, more = read_head(place, HEAD_ROWS)
     columns = summaries(rows)
-    tasks, rest = _tasks(columns, given, place, more)
+    tasks, rest = tasks_and_rest(columns, given, place, more)
     if molecule := molecules(rest):
         return _molecules(data, place, molecule, rest, tasks, (len(rows), more))
-    rows_by = _rows_by(rest)
+    rows_by = row_uses(rest)
     inputs = [feature(column) for name, column in rest.items() if name not in [use.column for use in rows_by]]
     used = [use.column for use in inputs if use.use in ("number", "category", "date")]
     if not used:
@@ -159,7 +177,7 @@ def _table(data: str, place: Location, given: Sequence[str]) -> Draft:
             "no column is left to predict from", where=str(place),
             remedy="; ".join(f"{use.column}: {use.why}" for use in (*inputs, *rows_by)) or "name fewer targets",
         )  # fmt: skip
-    options, why = _of_rows(rows_by, place)
+    options, why = row_options(rows_by, place)
     options["tasks"] = [dict(use.options) for use in tasks]
     if len(used) < len(inputs) or (options.get("split_column", "") is None and SPLIT_COLUMN in rest):
         options["features"] = used
@@ -178,9 +196,10 @@ def _table(data: str, place: Location, given: Sequence[str]) -> Draft:
     sizes = {**tabm_options(len(rows), numbers), "dropout": DROPOUT}
     values = {
         "source": {"kind": "table", "root": data, "options": options},
-        **_training("tabm", 0, sizes, len(tasks), len(rows), None),
+        **training_sections("tabm", 0, sizes, len(tasks), len(rows), None),
     }
-    return Draft("table", _seen(about, len(rows), more), values, _named(why), [*tasks, *rows_by, *inputs])
+    uses = [*tasks, *rows_by, *inputs]
+    return Draft("table", inferred_from(about, len(rows), more), values, of_options(why), uses)
 
 
 def _molecules(
@@ -193,8 +212,8 @@ def _molecules(
 ) -> Draft:
     """The configuration for a table with molecules; `seen`: the number of rows, and whether there are more."""
     rest.pop(column.name)
-    rows_by = _rows_by(rest)
-    options, why = _of_rows(rows_by, place)
+    rows_by = row_uses(rest)
+    options, why = row_options(rows_by, place)
     options["tasks"] = [dict(use.options) for use in tasks]
     options["smiles"] = column.name
     others = _others(rest, rows_by)
@@ -208,11 +227,11 @@ def _molecules(
     why["molecule_features"] = "morgan: fingerprints of rdkit; ngrams: neighbouring characters, without rdkit"
     values = {
         "source": {"kind": "table", "root": data, "options": options},
-        **_training("mlp", 0, {"widths": [256, 128], "dropout": DROPOUT}, len(tasks), seen[0], 1e-3),
+        **training_sections("mlp", 0, {"widths": [256, 128], "dropout": DROPOUT}, len(tasks), seen[0], 1e-3),
     }
     uses = [*tasks, *rows_by, Use(column.name, "molecules", "SMILES")]
     about = f"{len(tasks)} tasks on the molecules of {data}"
-    return Draft("table", _seen(about, *seen), values, _named(why), uses)
+    return Draft("table", inferred_from(about, *seen), values, of_options(why), uses)
 
 
 def _others(rest: Mapping[str, ColumnSummary], rows_by: Sequence[Use]) -> str:
@@ -224,13 +243,13 @@ def _others(rest: Mapping[str, ColumnSummary], rows_by: Sequence[Use]) -> str:
 def _text(data: str, place: Location, given: Sequence[str]) -> Draft:
     rows, more = read_head(place, HEAD_ROWS)
     columns = summaries(rows)
-    tasks, rest = _tasks(columns, given, place, more)
+    tasks, rest = tasks_and_rest(columns, given, place, more)
     if not rest:
         raise UserError("no column is left for the texts", where=str(place), remedy="name fewer targets")
     text = longest_text(rest) or max(rest.values(), key=lambda column: sum(map(len, column.cells)))
     rest.pop(text.name)
-    rows_by = _rows_by(rest)
-    options, why = _of_rows(rows_by, place)
+    rows_by = row_uses(rest)
+    options, why = row_options(rows_by, place)
     root, _, file = data.rpartition("/")
     options = {"file": file, "text_column": text.name, **options}
     others = _others(rest, rows_by)
@@ -243,7 +262,7 @@ def _text(data: str, place: Location, given: Sequence[str]) -> Draft:
     options["tasks"] = [dict(use.options) for use in tasks]
     values = {
         "source": {"kind": "text", "root": root or ("/" if data.startswith("/") else "."), "options": options},
-        **_training(
+        **training_sections(
             "embedding_bag",
             0,
             {"embedding": 64, "widths": [128, 64], "dropout": DROPOUT},
@@ -254,59 +273,7 @@ def _text(data: str, place: Location, given: Sequence[str]) -> Draft:
     }
     about = f"{len(tasks)} tasks on the texts of {data}"
     uses = [*tasks, *rows_by, Use(text.name, "text", why["text_column"])]
-    return Draft("text", _seen(about, len(rows), more), values, _named(why), uses)
-
-
-def _folder(data: str, place: Location, given: Sequence[str]) -> Draft:
-    labels = _labels_file(place)
-    rows, more = read_head(place / labels, HEAD_ROWS)
-    columns = summaries(rows)
-    tasks, rest = _tasks(columns, given, place / labels, more)
-    images, image_column, suffix = _images(place, rest)
-    rest.pop(image_column)
-    split = split_use(rest)
-    options, why = _of_rows([split] if split else [], place / labels)
-    options = {"labels": labels, "images": images, "image_column": image_column, "suffix": suffix, **options}
-    why["suffix"] = "added to a name without an extension"
-    options["size"] = 64
-    why["size"] = "images are stored 64 × 64; larger images hold more detail and train longer"
-    options["tasks"] = [dict(use.options) for use in tasks]
-    values = {
-        "source": {"kind": "folder", "root": data, "options": options},
-        **_training("convnet", 1, {"widths": [16, 32, 64, 96], "dropout": DROPOUT}, len(tasks), len(rows), 2e-3),
-    }
-    about = f"{len(tasks)} tasks on the images of {data}"
-    uses = [*tasks, *([split] if split else []), Use(image_column, "id", f"names the images in {images}/")]
-    return Draft("folder", _seen(about, len(rows), more), values, _named(why), uses)
-
-
-def _labels_file(place: Location) -> str:
-    tables = [name for name in _files(place) if name.lower().endswith((".csv", ".tsv"))]
-    if "labels.csv" in tables:
-        return "labels.csv"
-    if len(tables) == 1:
-        return tables[0]
-    raise UserError(
-        f"{len(tables)} tables in the folder, and none is named labels.csv" if tables else "no table of labels",
-        where=str(place),
-        remedy="add labels.csv, with a line for each image: its name and its labels",
-    )
-
-
-def _images(place: Location, columns: Mapping[str, ColumnSummary]) -> tuple[str, str, str]:
-    """The folder of images, the column that names them, and the file extension that its cells lack."""
-    for folder in sorted(place.folders(), key=lambda name: name != "images"):
-        there = set(_files(place / folder))
-        for column in columns.values():
-            cells = [cell for cell in column.cells if cell][:100]
-            for suffix in ("", *EXTENSIONS):
-                if cells and 2 * sum(f"{cell}{suffix}" in there for cell in cells) > len(cells):
-                    return folder, column.name, suffix or PurePosixPath(cells[0]).suffix
-    raise UserError(
-        "no column names the images of a folder",
-        where=str(place),
-        remedy="move the images to the folder images/, and write their names to the column image of the table",
-    )
+    return Draft("text", inferred_from(about, len(rows), more), values, of_options(why), uses)
 
 
 def _on_recipe(kind: str, data: str, targets: Sequence[str]) -> Draft:
@@ -326,59 +293,3 @@ def _on_recipe(kind: str, data: str, targets: Sequence[str]) -> Draft:
     }
     about = f"The recipe {recipe} with its own folders; values that are not written here are those of the recipe"
     return Draft(kind, about, values, why, base=(recipe, base))
-
-
-def _tasks(
-    columns: Mapping[str, ColumnSummary], given: Sequence[str], place: Location, more: bool
-) -> tuple[list[Use], dict[str, ColumnSummary]]:
-    """The targets, and the columns that are not targets."""
-    names = chosen_targets(given, list(columns), str(place))
-    tasks = [target(columns[name], str(place), more) for name in names]
-    return tasks, {name: column for name, column in columns.items() if name not in names}
-
-
-def _rows_by(columns: Mapping[str, ColumnSummary]) -> list[Use]:
-    """The split and the id, of those that there are; a text is no id."""
-    short = {name: column for name, column in columns.items() if not column.is_text}
-    return [use for use in (split_use(columns), id_use(short)) if use is not None]
-
-
-def _of_rows(uses: Sequence[Use], table: Location) -> tuple[Written, dict[str, str]]:
-    """The options of the reader for the dialect, the id and the split, and the reason for each."""
-    dialect = table_dialect(table)
-    options: Written = {"dialect": dialect.options} if dialect.options else {}
-    why = {"dialect": f"how the file is written: {dialect}"} if options else {}
-    for use in uses:
-        if use.use == "id":
-            options["id_column"], why["id_column"] = use.column, use.why
-        else:
-            options["split_column"] = use.column if use.use == "split" else None
-            why["split_column"] = use.why
-    return options, why
-
-
-def _training(
-    encoder: str, stem: int, options: Written, tasks: int, rows: int, rate: float | None
-) -> dict[str, Written]:
-    """Settings for the size of the data: `table_schedule`, or `default_schedule` with a learning rate."""
-    schedule = table_schedule(rows) if rate is None else {**default_schedule(rows), "learning_rate": rate}
-    rate = schedule.pop("learning_rate")
-    groups = min(max((tasks + 1) // 2, 2), 4)
-    return {
-        "network": {"encoder": encoder, "stem": stem, "groups": groups, "options": options},
-        "gate": {"learning_rate": 0.02},
-        "train": {
-            **schedule,
-            "optimizer": "adamw",
-            "learning_rate": rate,
-            "weight_decay": 0.1,
-        },
-    }
-
-
-def _named(why: Mapping[str, str]) -> dict[str, str]:
-    return {f"source.options.{key}": text for key, text in why.items()}
-
-
-def _seen(about: str, rows: int, more: bool) -> str:
-    return f"{about}. Inferred from {'the first' if more else 'all'} {rows:,} rows"

@@ -86,7 +86,7 @@ def predict(
     Args:
         config: Names the shards; its `ray` section has the number and resources of the workers.
         model: `models:/…` address or a run folder.
-        out: Folder for the files, local or s3://.
+        out: Folder for the files, local or in object storage.
         split: train, val, test or all.
         trust_code: As `pipelines.registry.models.load_registered`.
 

@@ -35,6 +35,11 @@ ASSAYS = [
     "SR-ATAD5", "SR-HSE", "SR-MMP", "SR-p53",
 ]  # fmt: skip
 
+MOLECULES = [
+    "C", "N", "O", "C#C", "C#N", "C=O", "CC", "CO", "CC#C", "CC#N", "CC=O", "NC=O", "C1CC1", "C1CO1", "CC(C)=O",
+    "CC(N)=O", "NC(N)=O", "CC(C)C", "C#CC#C", "O=CC=O", "CC(=O)C#N", "N#CC(=O)C=O",
+]  # fmt: skip
+
 EMOTIONS = [
     "admiration", "amusement", "anger", "annoyance", "approval", "caring", "confusion", "curiosity", "desire",
     "disappointment", "disapproval", "disgust", "embarrassment", "excitement", "fear", "gratitude", "grief",
@@ -142,7 +147,7 @@ def write_qm9(root: Path, rows: int = 20) -> Path:
         table.writerow(["mol_id", "smiles", "A", "B", "C", *properties, *atoms])
         for i in range(1, rows + 1):
             values = rng.normal(size=3 + len(properties) + len(atoms)).round(5)
-            table.writerow([f"gdb_{i}", "C" * int(rng.integers(1, 6)) + "C1CCO1", *values])
+            table.writerow([f"gdb_{i}", MOLECULES[i % len(MOLECULES)], *values])
     return root
 
 

@@ -156,7 +156,9 @@ class TestRefused:
 @pytest.mark.parametrize("value", ["", " ", "\t"])
 def test_empty_address_is_a_wrong_configuration(tmp_path: Path, value: str) -> None:
     raw = write_table(tmp_path / "raw.parquet")
-    with pytest.raises(UserError, match=r"data\.shards: .*expected a folder or an s3:// address") as found:
+    with pytest.raises(
+        UserError, match=r"data\.shards: .*expected a folder or an address in object storage"
+    ) as found:
         config_of(raw, value)
     assert found.value.wrong_use
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values_of(raw, value)))

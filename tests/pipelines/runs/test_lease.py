@@ -17,6 +17,7 @@ from pipelines.runs import lease
 from pipelines.runs.lease import Lease, only_one
 from pipelines.storage import Location, locate
 from tests.paths import ROOT
+from tests.pipelines.fake_stores import UNSEEN, use_memory
 from tests.pipelines.s3_server import BUCKET
 
 HOLDER = """
@@ -35,10 +36,13 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "POLL_S", 0.05)
 
 
-@pytest.fixture(params=["local", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture(params=["local", "s3", *UNSEEN])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "local":
         return str(tmp_path / "x" / "lease.json")
+    if request.param in UNSEEN:
+        use_memory(monkeypatch)
+        return f"{UNSEEN[request.param]}/lease.json"
     request.getfixturevalue("s3")
     return f"s3://{BUCKET}/{tmp_path.name}/lease.json"
 
@@ -74,11 +78,13 @@ def test_a_waiting_job_continues_when_the_other_ends(tmp_path: Path) -> None:
     assert "waiting for another job" in logged[0]
 
 
-def test_one_of_many_concurrent_jobs_acquires_the_lease(tmp_path: Path) -> None:
-    place, holders, start = locate(str(tmp_path / "lease.json")), [], threading.Barrier(8)
+@pytest.mark.parametrize("place", ["local", *UNSEEN], indirect=True)
+def test_one_of_many_concurrent_jobs_acquires_the_lease(place: str) -> None:
+    holders: list[Lease] = []
+    start = threading.Barrier(8)
 
     def take() -> None:
-        mine = Lease(place, 60, "job")
+        mine = Lease(locate(place), 60, "job")
         start.wait()
         if mine.try_acquire() is None:
             holders.append(mine)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property, partial
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, Literal
 
 from pydantic import Field
@@ -41,6 +41,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "bmp")
 JSON = "json"
 TEXTS = ("cls", "txt", "text", "id")  # files whose content is a cell
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # key and extension; hidden files have neither
+MOST_FILES = 64  # tar files whose first samples are read for a new configuration
 LARGEST = 2**24  # bytes of a file of labels
 KEY = "__key__"  # as WebDataset calls it
 
@@ -94,12 +95,10 @@ class WebDatasetSource(LabelledImages):
     @cached_property
     def _tars(self) -> list[tuple[str, str | None]]:
         """The tar files and their splits; None if the samples are split by the hash of their ids."""
-        tars = [name for name in self._where.files() if name.lower().endswith(".tar")]
         patterns = self._options.files
         if patterns is None:
-            found = [(tar, path_split(tar)) for tar in tars]
-            _check_splits(found, str(self._where))
-            return found
+            return split_tars(self._where)
+        tars = [name for name in self._where.files() if name.lower().endswith(".tar")]
         for split, pattern in patterns.items():
             if not any(fnmatch(tar, pattern) for tar in tars):
                 raise UserError(
@@ -156,6 +155,45 @@ class WebDatasetSource(LabelledImages):
         if "start" not in place:
             return None, name
         return (self._where / place["file"]).read_bytes(place["start"], place["size"]), name
+
+
+def sample_head(root: Location, most: int) -> tuple[list[Row], set[str], bool]:
+    """The labels of some samples of each tar file, as rows with the same columns.
+
+    Args:
+        root: The folder.
+        most: Number of samples.
+
+    Returns:
+        The rows, the splits that the tar files name, and whether there are more samples.
+
+    Raises:
+        UserError: When there are no tar files or no samples.
+    """
+    found = split_tars(root)
+    read = found[:: -(-len(found) // MOST_FILES)]
+    more = len(read) < len(found)
+    cells: list[dict[str, str]] = []
+    for tar, _ in read:
+        samples = groupby(tar_members(root / tar), key=lambda member: member.key)
+        cells += [_cells(list(held))[0] for _, held in islice(samples, max(most // len(read), 1))]
+        more = more or next(samples, None) is not None
+    names = list(dict.fromkeys(name for one in cells for name in one))
+    if not names:
+        raise UserError("the samples have no labels", where=str(root), remedy="add a .json or .cls to each sample")
+    rows = [Row(i, {name: one.get(name, "") for name in names}, "sample") for i, one in enumerate(cells, start=1)]
+    return rows, {split for _, split in found if split}, more
+
+
+def split_tars(root: Location) -> list[tuple[str, str | None]]:
+    """The tar files of a folder and the splits that their names have.
+
+    Raises:
+        UserError: When there are none, or only some of them name a split.
+    """
+    found = [(name, path_split(name)) for name in root.files() if name.lower().endswith(".tar")]
+    _check_splits(found, str(root))
+    return found
 
 
 def _check_splits(tars: Sequence[tuple[str, str | None]], where: str) -> None:

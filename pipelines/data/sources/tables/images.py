@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from dmtg_core.names import listed
 from pipelines.data.sources.tables.arrow_stream import Stored, is_arrow, stored_batches
 from pipelines.data.sources.tables.features import is_bytes, is_image, stored_columns
-from pipelines.data.sources.tables.folders import Part
+from pipelines.data.sources.tables.folders import Part, table_parts
 from pipelines.data.sources.tables.parquet import (
     BATCH_ROWS,
     batch_rows,
@@ -58,6 +58,12 @@ def image_rows(table: Location, part: Part, columns: Sequence[str], image: str) 
         count += batch.num_rows
     if not count:
         raise empty(location)
+
+
+def image_columns(table: Location) -> list[str]:
+    """The columns of a table that can hold images, from its first file."""
+    part = table_parts(table)[0] if table.is_dir() else Part("")
+    return [one.name for one in file_schema(table / part.file if part.file else table) if is_image(one.type)]
 
 
 def _check_images(schema: pa.Schema, image: str, location: Location) -> None:

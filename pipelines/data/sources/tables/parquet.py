@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from pipelines.data.sources.tables.arrow_stream import arrow_schema, is_arrow, stored_batches
 from pipelines.data.sources.tables.encodings import absent
-from pipelines.data.sources.tables.features import batch_cells, cell_names
+from pipelines.data.sources.tables.features import batch_cells, cell_names, is_image
 from pipelines.data.sources.tables.folders import Part, is_parquet, partition, table_parts
 from pipelines.data.sources.tables.row import Row, check_header
 from pipelines.errors import UserError
@@ -93,7 +93,9 @@ def file_schema(location: Location) -> pa.Schema:
 
 def _parquet_batches(location: Location) -> Iterator[pa.RecordBatch]:
     with opened(location) as file:
-        yield from pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS)
+        found = pq.ParquetFile(file)
+        columns = [one.name for one in found.schema_arrow if not is_image(one.type)]  # images are no cells
+        yield from found.iter_batches(batch_size=BATCH_ROWS, columns=columns)
 
 
 def _arrow_batches(location: Location) -> Iterator[pa.RecordBatch]:
