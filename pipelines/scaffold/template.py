@@ -105,7 +105,7 @@ def new_config(kind: str, data: str, targets: Sequence[str], name: str, folder: 
         draft = image_table_draft(data, place, targets)
     elif kind == "webdataset" and place is not None and (inferred or targets):
         draft = webdataset_draft(data, place, targets)
-    elif kind == "text" and place is not None and not place.is_dir():
+    elif kind == "text" and place is not None and (not place.is_dir() or is_table_folder(place)):
         draft = _text(data, place, targets)
     else:
         draft = _on_recipe(kind, data, targets)

@@ -9,6 +9,8 @@ import sys
 import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -59,6 +61,23 @@ class TestPlans:
         for plan, other in zip(found, expected, strict=True):
             assert str(list(plan.entries)) == str(list(other.entries))  # NaN equals NaN as text
             assert len(plan.entries) == len(other.entries)
+
+    @pytest.mark.parametrize("rows", [7, 100])
+    def test_samples_of_a_block_are_neighbours(self, rows: int) -> None:
+        entries = [replace(entry, block=f"block {i // 20}") for i, entry in enumerate(generated(400))]
+        data = DataSection(shards="x", rows_per_shard=rows)
+        found = make_plans(entries, DESCRIPTION, SOURCE, data)
+        expected = plans_in_memory(entries, DESCRIPTION, SOURCE, data)
+        assert [(p.file, p.split, p.digest) for p in found] == [(p.file, p.split, p.digest) for p in expected]
+        for split in ("train", "val", "test"):
+            blocks = [entry.block for plan in found if plan.split == split for entry in plan.entries]
+            assert len(list(groupby(blocks))) == len(set(blocks)) == 20
+
+    def test_repeated_ids_of_different_blocks_are_counted(self) -> None:
+        names = [(f"{i}", f"{i % 7}") for i in range(60)] + [("3", "a"), ("3", "b"), ("8", "c"), ("9", "2")]
+        entries = [Entry(name, "val" if i % 3 else "train", {}, block) for i, (name, block) in enumerate(names)]
+        with pytest.raises(UserError, match="3 ids occur more than once: 3, 8, 9"):
+            make_plans(entries, DESCRIPTION, SOURCE, DataSection(shards="x"))
 
     def test_a_plan_goes_to_another_machine_with_its_samples(self) -> None:
         plan = make_plans(generated(40), DESCRIPTION, SOURCE, DataSection(shards="x"))[0]

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,10 +18,13 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
+from dmtg_core.names import listed
 from dmtg_core.tables.cells import cell_text
 from pipelines.data.sources.tables.arrow_stream import is_arrow
 from pipelines.errors import UserError
 from pipelines.storage import Location
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {**{name: name for name in SPLITS}, "valid": "val", "validation": "val", "dev": "val"}
@@ -76,6 +80,9 @@ def table_parts(folder: Location) -> list[Part]:
         )
     splits = {file: path_split(file) for file in files}
     named = None not in splits.values()
+    if not named and any(splits.values()):
+        without = listed(file for file, split in splits.items() if split is None)
+        logger.warning("%s: no split in the name of %s: names of files are not read as splits", folder, without)
     return [Part(file, ({SPLIT_COLUMN: str(splits[file])} if named else {}) | partition(file)) for file in files]
 
 

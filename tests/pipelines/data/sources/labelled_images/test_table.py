@@ -18,14 +18,19 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 from PIL import Image
 
-from pipelines.config.loading import Config
+from pipelines.config.loading import Config, load_config
 from pipelines.config.validation import checked
+from pipelines.data.new_samples import new_samples, raw_form
 from pipelines.data.planning import unpickled
 from pipelines.data.shards import QUARANTINE, shard
 from pipelines.data.sources import build_source
 from pipelines.data.sources.base import INPUT, BadSampleError, Entry, Source
+from pipelines.data.sources.labelled_images.table import ImageTableOptions
 from pipelines.data.sources.rows import Row
+from pipelines.data.sources.tables.folders import path_split
 from pipelines.errors import UserError
+from pipelines.scaffold.template import new_config
+from pipelines.storage import locate
 from tests.pipelines.data.sources.image_files import ANIMALS, FEATURES, TASKS, dataset, png, rows, splits
 
 SPLIT_OF = ["train"] * 20 + ["val"] * 6 + ["test"] * 4
@@ -252,6 +257,53 @@ def test_without_deltalake_the_extra_is_named(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match="deltalake") as found:
         list(reader(tmp_path / "t").entries())
     assert "dmtg[sources]" in found.value.remedy
+
+
+def test_texts_of_such_a_folder(tmp_path: Path) -> None:
+    held = {
+        "body": [f"a text, number {i} of some" for i in range(60)],
+        "good": [0, 1] * 30,
+        "topic": list("xyz") * 20,
+    }
+    names = datasets.Features(
+        {"body": datasets.Value("string"), "good": datasets.ClassLabel(names=["no", "yes"]),
+         "topic": datasets.Value("string")}
+    )  # fmt: skip
+    whole = datasets.Dataset.from_dict(held, features=names)
+    datasets.DatasetDict(train=whole.select(range(40)), val=whole.select(range(40, 60))).save_to_disk(
+        tmp_path / "t"
+    )
+    found = new_config("text", str(tmp_path / "t"), ["good", "topic"], "mine")
+    (tmp_path / "mine.yaml").write_text(found.text)
+    config = load_config(str(tmp_path / "mine.yaml"))
+    assert config.source is not None
+    source = build_source("text", config.source.root, config.source.options)
+    assert Counter(entry.split for entry in source.entries()) == {"train": 40, "val": 20}
+    row = source.read(list(source.entries())[1])
+    assert row["task.good"] == 1
+
+
+def test_a_model_of_such_images_predicts_files(tmp_path: Path) -> None:
+    form = raw_form({"kind": "image_table", "options": {"size": 8, "resize": "crop", "tasks": TASKS}})
+    assert (form["resize"], form["targets"][0]) == ("crop", "kind")
+    (tmp_path / "7.png").write_bytes(png(7))
+    spec = checked(ImageTableOptions, {"size": 8, "tasks": TASKS}).input
+    (new,) = new_samples([locate(str(tmp_path / "7.png"))], spec, None, form, "")
+    assert new.input is not None
+    assert new.input[0, 0].tolist() == [7, 248, 7]
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("data/train-00000-of-00004.parquet", "train"), ("default/validation/0000.parquet", "val"),
+        ("test-00000-of-00001-0123456789abcdef.parquet", "test"), ("dev_12.tar", "val"), ("train.pq", "train"),
+        ("validation_matched-00000-of-00001.parquet", None), ("part-0.parquet", None),
+        ("split=train/part-0.parquet", None),
+    ],
+)  # fmt: skip
+def test_splits_of_paths(path: str, split: str | None) -> None:
+    assert path_split(path) == split
 
 
 @pytest.mark.parametrize("form", ["save_to_disk", "delta"])
