@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import re
 
-CREDENTIALS = re.compile(r"(?<=://)[^/\s]+@")
+# what is before the @ of an address of Azure is the container, unless it has a colon
+AZURE = ("abfs://", "abfss://", "wasb://", "wasbs://")
+CREDENTIALS = re.compile(
+    rf"(?<=://){''.join(f'(?<!{scheme})' for scheme in AZURE)}[^/\s]+@"
+    + "".join(rf"|(?<={scheme})[^/\s@]*:[^/\s]*@" for scheme in AZURE)
+)
 SECRETS = re.compile(r"(?i)([?&][^=&\s]*(?:password|token|secret|key)[^=&\s]*)=[^&\s]+")
 LONGEST = 2000  # characters of a line: a name can be a whole file
 # control characters, line and paragraph separators, and marks that change the direction of a text

@@ -12,7 +12,7 @@ from pipelines import stores
 from pipelines.config.loading import Config
 from pipelines.data.manifest import check_shards, read_manifest
 from pipelines.data.shards import shard
-from pipelines.errors import UserError
+from pipelines.errors import UserError, without_credentials
 from pipelines.storage import Location, finite, is_transient, locate
 from pipelines.training.driver import train
 from tests.pipelines.conftest import make_config, write_images
@@ -133,6 +133,7 @@ def test_shards_and_a_run_there_equal_local_ones(
         done = train(config)
         assert {"config.yaml", "metrics.jsonl", "grouping.json", "report.html"} <= set(done.run.files())
         assert str(done.run).startswith(UNSEEN[scheme])
+        assert f"root: {UNSEEN[scheme]}/runs" in (done.run / "config.yaml").read_text()
 
 
 def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -195,6 +196,8 @@ def test_addresses_of_every_store(monkeypatch: pytest.MonkeyPatch) -> None:
         assert locate(address) == expected
         assert str(locate(address)) == shown
         assert locate(shown) == expected
+        assert without_credentials(f"at {shown}, in a line") == f"at {shown}, in a line"
+    assert without_credentials("abfs://c:secret@mine.x/y") == "abfs://mine.x/y"
 
 
 def test_files_systems_are_those_of_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ class ImageTableSource(LabelledImages):
     def _listed(self, first: bool) -> Iterator[Entry]:
         options, where = self._options, str(self._where)
         columns = [task.column for task in options.tasks]
-        rows = without_markers(self._rows(), label_markers(options.tasks))
+        rows = without_markers(self._rows(), label_markers(self._label_tasks))
         named = with_ids(rows, options.id_column, "", where) if options.id_column else _numbered(rows)
         for row, name in kept_rows(named, self._label_tasks, where, log=first):
             split = with_validation(split_of(row, options.split_column, name, where), name, options.val_share)

@@ -205,6 +205,23 @@ def test_images_beside_the_table(tmp_path: Path) -> None:
         assert [number_of(source.read(entry)) for entry in source.entries()] == [9, 9]
 
 
+def test_names_of_classes_are_no_markers_of_missing_labels(tmp_path: Path) -> None:
+    names = datasets.Features({**FEATURES, "kind": datasets.ClassLabel(names=["NA", "?", "owl"])})
+    datasets.Dataset.from_list(rows(6), features=names).save_to_disk(tmp_path / "one")
+    source = reader(tmp_path / "one")
+    assert [int(source.read(entry)["task.kind"]) for entry in source.entries()] == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_data_set_without_validation_names_the_option(tmp_path: Path) -> None:
+    datasets.DatasetDict(train=dataset(20), test=dataset(4, 20)).save_to_disk(tmp_path / "t")
+    with pytest.raises(UserError, match="train: 20, val: 0, test: 4") as found:
+        shard(config(tmp_path / "t", tmp_path))
+    assert "val_share=0.1" in found.value.remedy
+    manifest = shard(config(tmp_path / "t", tmp_path, val_share=0.3)).manifest
+    assert manifest.rows("val") > 0
+    assert manifest.rows("train") + manifest.rows("val") == 20
+
+
 def test_missing_class_labels_are_no_labels(tmp_path: Path) -> None:
     held = rows(6)
     held[0]["kind"], held[1]["kind"] = -1, None
