@@ -305,7 +305,7 @@ def test_configuration_is_read_from_storage_as_from_a_file(tmp_path: Path) -> No
     address = file.as_uri()  # s3:// addresses are read in the same way
     assert load_config(address, ["train.epochs=3"]) == load_config(str(file), ["train.epochs=3"])
     file.write_text("- a list\n")
-    for wrong, named in ((address, "expected sections"), (f"{address}x", "cannot read"), ("gs://b/c", "gs://")):
+    for wrong, named in ((address, "expected sections"), (f"{address}x", "cannot read"), ("ftp://b/c", "ftp://")):
         with pytest.raises(UserError, match=named) as caught:
             load_config(wrong)
         assert caught.value.wrong_use
