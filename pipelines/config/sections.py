@@ -11,7 +11,8 @@ from pipelines.config.validation import Section, Seed, Switch
 
 # readers of raw formats, which `pipelines.data.sources` has
 KINDS = (
-    "celeba", "folder", "image_table", "nuclei", "nyuv2", "planted", "rooms", "table", "taskonomy", "text", "webdataset",
+    "celeba", "folder", "image_table", "nuclei", "nyuv2", "planted", "rooms", "table", "taskonomy", "text",
+    "webdataset",
 )  # fmt: skip
 MOST_BYTES = 200  # of a name, which gets a suffix where it becomes the name of a file
 
