@@ -35,6 +35,7 @@ class Store:
         credentials: Where credentials belong in place of an address.
         whole: Whether a reader never sees a file that is still being written. Otherwise files are written under
             another name and then renamed.
+        replaces: Whether a file that is replaced is there all the time.
         seen: Whether it has been tested on a real server.
     """
 
@@ -44,6 +45,7 @@ class Store:
     check: str
     credentials: str
     whole: bool = True
+    replaces: bool = True
     seen: bool = False
 
 
@@ -67,7 +69,7 @@ STORES: Mapping[str, Store] = {
     "hdfs": Store(
         "HDFS", "hdfs://namenode:port/path", "",
         "check the name node, and the Hadoop client of this machine (HADOOP_HOME, JAVA_HOME, CLASSPATH, kinit)",
-        "use the login of this machine: HADOOP_USER_NAME, or kinit", whole=False,
+        "use the login of this machine: HADOOP_USER_NAME, or kinit", whole=False, replaces=False,
     ),
 }  # fmt: skip
 SCHEMES = ", ".join(f"{scheme}://" for scheme in STORES)

@@ -14,6 +14,7 @@ from typing import Any
 from pipelines.errors import UserError
 from pipelines.runs.processes import has_ended, host, this_process
 from pipelines.storage import Location
+from pipelines.stores import STORES
 
 FILE = "_lease.json"
 LEASE_S = 120.0
@@ -57,7 +58,7 @@ class Lease:
     def _read(self) -> dict[str, Any] | None:
         """The content of the file; a token that nobody has if it is damaged; None without a file."""
         try:
-            text = self.file.read_bytes().decode("utf-8", errors="replace")
+            text = self._bytes().decode("utf-8", errors="replace")
         except FileNotFoundError:
             return None
         try:
@@ -70,6 +71,15 @@ class Lease:
         except (ValueError, TypeError, KeyError):
             pass
         return {"token": "", "damaged": text}
+
+    def _bytes(self) -> bytes:
+        """The bytes of the file. HDFS has none for a moment while its holder replaces it, so it is read twice."""
+        store = STORES.get(self.file.scheme)
+        if store is not None and not store.replaces:
+            with suppress(FileNotFoundError):
+                return self.file.read_bytes()
+            time.sleep(SETTLE_S)
+        return self.file.read_bytes()
 
     def try_acquire(self) -> dict[str, Any] | None:
         """Acquire the lease if it is free or left behind.
@@ -112,7 +122,7 @@ class Lease:
     def renew(self) -> None:
         """Renew the lease, or note that another process holds it."""
         with self._renewing, suppress(UserError):  # no other process can acquire it on unreachable storage either
-            held = self._read()  # HDFS has no file for a moment while another thread replaces it
+            held = self._read()
             if held is None or held["token"] != self.token:
                 self.lost_to = _holder(held) if held else "its file was deleted"
                 return

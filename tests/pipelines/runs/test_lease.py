@@ -78,6 +78,25 @@ def test_a_waiting_job_continues_when_the_other_ends(tmp_path: Path) -> None:
     assert "waiting for another job" in logged[0]
 
 
+@pytest.mark.parametrize("place", ["hdfs"], indirect=True)
+def test_a_lease_that_is_absent_while_it_is_replaced_is_held(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (Lease(locate(place), 60, "job") for _ in range(2))
+    with first.held():
+        read, absent = Location.read_bytes, [True]
+
+        def read_bytes(self: Location) -> bytes:
+            if absent and absent.pop():
+                raise FileNotFoundError
+            return read(self)
+
+        monkeypatch.setattr(Location, "read_bytes", read_bytes)
+        held = second.try_acquire()
+        assert held is not None
+        assert held["token"] == first.token
+        absent.append(True)
+        first.check()
+
+
 @pytest.mark.parametrize("place", ["local", *UNSEEN], indirect=True)
 def test_one_of_many_concurrent_jobs_acquires_the_lease(place: str) -> None:
     holders: list[Lease] = []
