@@ -23,7 +23,7 @@ from pipelines.cli.data import inspect, shard
 from pipelines.cli.doctor import doctor
 from pipelines.cli.experiments import compare, signal, sweep
 from pipelines.cli.models import models_app
-from pipelines.cli.serve import evaluate, predict, regroup
+from pipelines.cli.serve import evaluate, predict, regroup, serve
 from pipelines.cli.train import demo, report, train
 
 app = typer.Typer(
@@ -95,6 +95,10 @@ PANELS: Mapping[str, Mapping[Callable[..., Any] | typer.Typer, tuple[str, ...]]]
             "dmtg predict models:/mydata@champion new.csv -o predictions.csv",
             "dmtg predict models:/mydata@champion photos -o predictions.parquet --bad-rows skip",
             "dmtg predict models:/mydata@champion -c mydata.yaml --out predictions --split all",
+        ),
+        serve: (
+            "dmtg serve models:/mydata@champion",
+            "dmtg serve models:/mydata@champion --host 0.0.0.0 --port 8080 --replicas 4",
         ),
     },
     "Nightly runs": {

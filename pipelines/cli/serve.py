@@ -246,6 +246,46 @@ def _next_step(model: str, track: TrackSection) -> Next:
     return Next("make the model the champion", models_command("promote", track, name, *chosen))
 
 
+def serve(
+    model: PredictModel,
+    host: Annotated[str, typer.Option(help="Address to listen at; other machines reach 0.0.0.0.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="Processes that predict.")] = 1,
+    per_group: Annotated[
+        bool,
+        typer.Option("--per-group", help="Each group has its own replicas; by default one predicts all tasks."),
+    ] = False,
+    cpus: Annotated[float, typer.Option(min=0, help="CPUs of a replica.")] = 1.0,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs of a replica; .5 for two on one GPU.")] = 0.0,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most requests that are predicted together.")] = 64,
+    batch_wait_ms: Annotated[
+        float, typer.Option(min=0, help="How long a batch waits for more requests, in milliseconds.")
+    ] = 0.0,
+    uri: TrackUri = "",
+    ray_config: RayFile = "",
+    trust_code: TrustCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a model over HTTP with Ray Serve, until the command is interrupted.
+
+    POST /predict takes a list of rows, or the JSON objects of MLflow's scoring server, and returns a record for
+    each row with the columns of dmtg predict. GET /healthz says which model is loaded. GET /docs and /openapi.json
+    describe requests and answers. Requests that arrive at the same time are predicted together.
+    """
+
+    def body() -> dict[str, Any]:
+        from pipelines.serving.server import serve_model
+
+        values = {"model": model, "uri": uri, "ray_config": ray_config, "trust_code": trust_code,
+                  "replicas": replicas, "per_group": per_group, "cpus": cpus, "gpus": gpus,
+                  "max_batch": max_batch, "batch_wait_ms": batch_wait_ms}  # fmt: skip
+        serve_model(values, host, port, log)
+        return {"model": model}
+
+    run("serve", body, reads=model, as_json=as_json, debug=debug)
+
+
 def regroup(
     config: ConfigFile,
     overrides: Overrides = None,

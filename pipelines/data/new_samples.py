@@ -131,8 +131,8 @@ def new_samples(
     """
     if preparation:
         return TableSamples(files, preparation, form, id_column)
-    if "resize" in form:
-        return ImageSamples(files, _storing(form, spec.shape[0]))
+    if has_image_form(form):
+        return ImageSamples(files, partial(stored_image, **image_form(form, spec.shape[0])))
     raise UserError(
         "the model does not record how its input is prepared from files",
         where=f"input of kind {spec.kind}, shape {spec.shape}",
@@ -207,26 +207,43 @@ class TableSamples:
                 yield Sample(name, place, None, problem) if problem else self._sample(how, name, place, cells)
 
     def _sample(self, how: Preparation, name: str, place: str, cells: Mapping[str, Any]) -> Sample:
-        missing = [column for column in how.columns if column not in cells]
-        if missing:  # only a line of JSON lacks a column
-            return Sample(name, place, None, f"no column {listed(missing)}")
-        try:
-            stored = how.row(cells)
-        except ValueError as error:
-            return Sample(name, place, None, str(error))
-        if isinstance(how, TablePreparation):
-            self.unseen.add(how, cells, stored)
-        return Sample(name, place, stored)
+        sample = prepared(how, name, place, cells)
+        if sample.input is not None and isinstance(how, TablePreparation):
+            self.unseen.add(how, cells, sample.input)
+        return sample
 
     def remarks(self) -> Sequence[str]:
         """See `Samples.remarks`."""
         return self.unseen.remarks()
 
 
-def _storing(form: Mapping[str, Any], size: int) -> Callable[[Location], np.ndarray]:
-    """How an image file is read, from the form of a model; those of earlier versions have `resize` alone."""
-    how = {"interpolation": form.get("interpolation", "bilinear"), "share": form.get("crop_share", 1.0)}
-    return partial(stored_image, size=size, how=form["resize"], **how)
+def prepared(how: Preparation, name: str, place: str, cells: Mapping[str, Any]) -> Sample:
+    """The sample of the raw values of a row.
+
+    Args:
+        how: Preparation of the model's input.
+        name: Id of the sample.
+        place: Where it is, for a message.
+        cells: Column → raw value; only JSON can lack a column.
+    """
+    missing = [column for column in how.columns if column not in cells]
+    if missing:
+        return Sample(name, place, None, f"no column {listed(missing)}")
+    try:
+        return Sample(name, place, how.row(cells))
+    except ValueError as error:
+        return Sample(name, place, None, str(error))
+
+
+def image_form(form: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """The arguments of `fitted_image`, from the form of a model; those of earlier versions have `resize` alone."""
+    return {"size": size, "how": form["resize"], "interpolation": form.get("interpolation", "bilinear"),
+            "share": form.get("crop_share", 1.0)}  # fmt: skip
+
+
+def has_image_form(form: Mapping[str, Any]) -> bool:
+    """Whether the form of a model says how images are resized."""
+    return "resize" in form
 
 
 class ImageSamples:

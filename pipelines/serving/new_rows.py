@@ -193,8 +193,7 @@ def _predict(
 
 def _blocks(samples: Iterable[Sample], bad: BadRows, spec: InputSpec) -> Iterator[list[Sample]]:
     """The samples that can be used, in blocks of limited size."""
-    size = int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
-    most = max(1, min(BLOCK_ROWS, BLOCK_BYTES // size))
+    most = block_rows(spec)
     block: list[Sample] = []
     for sample in samples:
         if sample.input is None:
@@ -206,6 +205,12 @@ def _blocks(samples: Iterable[Sample], bad: BadRows, spec: InputSpec) -> Iterato
             block = []
     if block:
         yield block
+
+
+def block_rows(spec: InputSpec) -> int:
+    """How many samples are predicted at a time, so that they need little memory."""
+    size = int(np.prod(spec.shape)) * np.dtype(spec.dtype).itemsize
+    return max(1, min(BLOCK_ROWS, BLOCK_BYTES // size))
 
 
 def predicted(served: Served, block: Sequence[Sample], columns: pa.Schema) -> pa.Table:

@@ -89,13 +89,14 @@ class _JsonLines:
         self.text = text
 
     def write(self, table: pa.Table) -> None:
-        columns = [_json_values(column) for column in table.columns]
+        columns = [json_values(column) for column in table.columns]
         for cells in zip(*columns, strict=True):
             row = dict(zip(table.column_names, cells, strict=True))
             self.text.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _json_values(column: pa.ChunkedArray) -> list[Any]:
+def json_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """The values of a column for JSON; a float32 has the shortest decimals that give it."""
     if pa.types.is_floating(column.type):
         return [float(text) for text in pc.cast(column, pa.string()).to_pylist()]
     found: list[Any] = column.to_pylist()

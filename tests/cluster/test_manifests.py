@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import re
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from tests.paths import ROOT
 
 OBJECTS = objects()
 RAY = [one for one in OBJECTS if one.value["apiVersion"] == "ray.io/v1"]
-JOBS = [one for one in RAY if one.kind != "RayCluster"]
+JOBS = [one for one in RAY if one.kind in ("RayJob", "RayCronJob")]
 README = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
 
 
@@ -27,7 +28,7 @@ def cluster(one: Object) -> dict[str, Any]:
     """The specification of the cluster within one of KubeRay's objects."""
     spec = one.value["spec"]
     spec = spec.get("jobTemplate", spec)
-    found: dict[str, Any] = spec.get("rayClusterSpec", spec)
+    found: dict[str, Any] = spec.get("rayClusterSpec", spec.get("rayClusterConfig", spec))
     return found
 
 
@@ -49,6 +50,7 @@ def test_every_kind_that_was_promised_is_there() -> None:
     # an overlay of a job starts that job and touches nothing else
     assert [str(one) for one in OBJECTS if one.overlay != "cluster"] == [
         "nightly:RayCronJob:dmtg-regroup",
+        "serve:RayService:dmtg",
         "sweep:RayJob:dmtg-sweep",
         "train:RayJob:dmtg-train",
     ]
@@ -84,6 +86,8 @@ def test_the_cluster_of_a_job_has_the_pods_of_the_standing_one(one: Object) -> N
         ("RayCronJob", "nightly", lambda s: s.update(concurrencyPolicy="Forbid"),
          "concurrencyPolicy"),
         ("RayCronJob", "nightly", lambda s: s.pop("schedule"), "schedule"),
+        ("RayService", "serve", lambda s: s.update(serveConfig="applications: []"), "serveConfig"),
+        ("RayService", "serve", lambda s: s.pop("rayClusterConfig"), "rayClusterConfig"),
         ("CronJob", "cluster", lambda s: s.update(concurencyPolicy="Forbid"), "concurencyPolicy"),
         ("CronJob", "cluster", lambda s: s["jobTemplate"]["spec"].pop("template"), "template"),
         ("CronJob", "cluster",
@@ -167,6 +171,29 @@ def test_the_smallest_cluster_of_a_job_has_room_for_its_fewest_workers(one: Obje
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     assert missing_resources(section, resources) == ""
     assert most["GPU"] >= section.most * section.gpus_per_worker
+
+
+def test_the_service_has_an_application_that_ray_serve_can_build() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from pipelines.config.validation import checked
+    from pipelines.serving.ray_serve import ServeOptions
+
+    service = copied("serve", "RayService")["spec"]
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(service["serveConfigV2"]))
+    (application,) = schema.applications
+    module, _, name = application.import_path.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    options = checked(ServeOptions, application.args)
+    assert options.ray_config == f"{MOUNTED}/ray_config.yaml", "MLflow is that of this file"
+    standing = copied("cluster", "RayCluster")["spec"]
+    assert service["rayClusterConfig"] == standing
+    (group,) = [one for one in standing["workerGroupSpecs"] if one["groupName"] == "cpu"]
+    (container,) = group["template"]["spec"]["containers"]
+    most = group["maxReplicas"] * (float(container["resources"]["limits"]["cpu"]) // options.cpus)
+    assert options.replicas <= most
+    (head,) = standing["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {"name": "serve", "containerPort": schema.http_options.port} in head["ports"]
 
 
 def test_two_nightly_runs_never_overlap_where_the_scheduler_can_prevent_it() -> None:

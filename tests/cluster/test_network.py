@@ -39,6 +39,7 @@ PLACES = {
     "pod in a namespace with `dmtg-submit=allowed`": [Endpoint({}, "pipelines", {"dmtg-submit": "allowed"})],
     "pod in a namespace with `dmtg-mlflow=allowed`": [Endpoint({}, "pipelines", {"dmtg-mlflow": "allowed"})],
     # a label of ours on a pod of another namespace opens nothing
+    "pod in a namespace with `dmtg-serve=allowed`": [Endpoint({}, "gateway", {"dmtg-serve": "allowed"})],
     "pod in another namespace": [
         Endpoint({}, "other"),
         Endpoint(SUBMITTER.labels, "other"),

@@ -17,6 +17,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from pydantic import Field
 
 from pipelines.config.validation import checked
@@ -153,20 +154,29 @@ class FolderSource:
         return label_targets(self._options.tasks, RowsOf(self._samples), str(self._table))
 
 
-def stored_image(
-    location: Location, size: int, how: str, *, interpolation: str = "bilinear", share: float = 1.0
+def stored_image(location: Location, **form: Any) -> np.ndarray:
+    """An image file as uint8 (size, size, 3), in RGB; `form` has the other arguments of `fitted_image`.
+
+    Raises:
+        BadSampleError: For an image that is missing or damaged.
+    """
+    return fitted_image(read_image(location), str(location), **form)
+
+
+def fitted_image(
+    image: Image.Image, name: str, *, size: int, how: str, interpolation: str = "bilinear", share: float = 1.0
 ) -> np.ndarray:
-    """An image file as uint8 (size, size, 3), in RGB.
+    """An image as uint8 (size, size, 3), in RGB.
 
     Args:
-        location: The file.
+        image: The image.
+        name: Its name, for a message.
         size: Height and width.
         how: "pad", "crop" or "stretch"; see `FolderOptions`.
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
         share: Side of the part that "crop" keeps ÷ the shorter side of the image.
 
     Raises:
-        BadSampleError: For an image that is missing or damaged.
+        BadSampleError: For an image whose colours cannot be converted.
     """
-    image = rgb(read_image(location), str(location))
-    return fitted(image, size, how, interpolation=interpolation, share=share)
+    return fitted(rgb(image, name), size, how, interpolation=interpolation, share=share)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,56 +18,19 @@ from mlflow.pyfunc import scoring_server
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from dmtg_core.network.encoders import EncoderSpec
 from dmtg_core.network.grouping_network import GroupModel
 from pipelines.cli.app import app
 from pipelines.config.sections import TrackSection
 from pipelines.data.preprocessing import load_preparation, prepare
-from pipelines.data.sources import build_source
-from pipelines.data.sources.base import INPUT, Source
+from pipelines.data.sources.base import INPUT
 from pipelines.registry.models import load_groups
-from pipelines.runs.identity import record_identity
 from pipelines.serving import new_rows
-from pipelines.storage import locate
-from tests.pipelines.conftest import TASKS, write_images
-from tests.pipelines.untrained import Finished, finish
-
-LABELS = [{"column": "sick", "kind": "binary"}, {"column": "cost", "kind": "regression"},
-          {"column": "grade", "kind": "multiclass", "classes": ["nah", "fern, weit"]},
-          {"column": "krank", "kind": "binary"}]  # fmt: skip
-OPTIONS: dict[str, tuple[str, dict[str, Any], EncoderSpec]] = {
-    "rows": ("table", {"file": "t.csv", "id_column": "key", "features": ["age", "plant", "smoker"],
-                       "categorical": ["plant", "smoker"], "tasks": LABELS}, EncoderSpec("mlp")),
-    "texts": ("text", {"file": "t.csv", "id_column": "key", "tasks": LABELS[:2], "text_column": "note",
-                       "length": 8}, EncoderSpec("embedding_bag")),
-    "pictures": ("folder", {"suffix": ".png", "size": 16, "resize": "crop", "tasks": TASKS},
-                 EncoderSpec("convnet", options={"widths": [4, 8]})),
-}  # fmt: skip
-FRAME = pd.DataFrame({
-    "key": ["p", "q", "r", "s"], "age": ["20", "40.5", "", "30"], "plant": ["001", "1", "", "01"],
-    "smoker": ["TRUE", "FALSE", "TRUE", ""], "note": ["a day at sea", 'so "no", she said', "NA", "zzz"],
-    "sick": ["1", "0", "1", "0"], "cost": ["3", "5.5", "4", "1"], "grade": ["nah", "nah", "fern, weit", "nah"],
-    "krank": ["ja", "nein", "ja", "nein"], "split": ["train", "train", "train", "val"],
-})  # fmt: skip
-NEW = FRAME.drop(columns=["sick", "cost", "grade", "krank", "split"]).assign(extra="x").iloc[::-1]
-
-
-@dataclass
-class Model:
-    """A registered model: its source, its run, and the addresses of the composite and the models of its groups."""
-
-    source: Source
-    run: Finished
-    uri: str
-    groups: list[str]
+from tests.pipelines.serving.registered import FRAME, NEW, OPTIONS, Model, register, write_data
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("models")
-    write_images(place, rows=6)
-    FRAME.to_csv(place / "t.csv", index=False)
-    return place
+    return write_data(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +41,7 @@ def track(root: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def models(root: Path, track: dict[str, str]) -> dict[str, Model]:
     """A registered model of each kind."""
-    found = {}
-    for name, (kind, options, encoder) in OPTIONS.items():
-        source = build_source(kind, str(root), options)
-        run = finish(source, encoder, root, track, name=name, groups=2, raw={"kind": kind, "options": options})
-        record_identity(locate(str(run.run)), run.config, "data", source.describe().preparation)
-        (run.run / "grouping.json").write_text(json.dumps(run.result["grouping"]))
-        composite, *groups = run.register()
-        found[name] = Model(source, run, composite.uri, [group.uri for group in groups])
-    return found
+    return register(root, track)
 
 
 @pytest.fixture
