@@ -178,6 +178,9 @@ def _explain(command: str, error: BaseException, terminated: bool) -> tuple[int,
         shown = UserError(what, where=str(error), remedy="run the same command again to resume")
     elif isinstance(error, UserError):
         code, shown = WRONG_USE if error.wrong_use else FAILED, error
+    elif isinstance(error, ModuleNotFoundError) and _of_an_extra(error):
+        shown = UserError(f"dmtg {command} needs the package {error.name}", where=f"Python at {sys.executable}",
+                          remedy="pip install 'dmtg[pipelines]', or the extra of this part")  # fmt: skip
     else:
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         shown = UserError(what, where=f"dmtg {command}", remedy="run it again with --debug to see where it failed")
@@ -185,6 +188,11 @@ def _explain(command: str, error: BaseException, terminated: bool) -> tuple[int,
     if not sys.stderr.isatty():  # schedulers show the last line of a log
         log(f"dmtg {command} {'stopped' if code in (INTERRUPTED, TERMINATED) else 'failed'}: {shown.what}")
     return code, shown.to_dict()
+
+
+def _of_an_extra(error: ModuleNotFoundError) -> bool:
+    """Whether a module that is missing is none of ours."""
+    return (error.name or "").partition(".")[0] not in ("", "pipelines", "dmtg_core")
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, right: Sequence[str] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import warnings
@@ -152,3 +153,11 @@ def test_an_answer_is_acknowledged_when_all_of_it_has_been_printed(capsys: pytes
         run("models rollback", body, as_json=True, debug=False)
     assert '"version": 1' in printed[0]
     assert "answered" not in printed[0]
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = printed(lambda: importlib.import_module("a_package_that_is_missing.part"), capsys)
+    assert "what: dmtg train needs the package a_package_that_is_missing" in shown
+    assert "remedy: pip install 'dmtg[pipelines]'" in shown
+    ours = printed(lambda: importlib.import_module("pipelines.attic"), capsys)
+    assert "ModuleNotFoundError: No module named 'pipelines.attic'" in ours, "this is a defect, not an extra"
