@@ -4,8 +4,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 KFP := .kfp/.installed
+# the image has no tools of tests and no aggregators, whose solvers are under the GPL
+IMAGE_EXTRAS := pipelines serve optuna sources transformers vision
 
-.PHONY: install .kfp demo test soak lint format docs lock bench audit
+.PHONY: install .kfp demo test soak lint format docs lock wheel bench audit
 
 install: $(STAMP)
 
@@ -55,6 +57,11 @@ lock:
 		--python-version 3.11 -o cluster/kubeflow/requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --extra pipelines --extra dev --generate-hashes --no-emit-index-url \
 		--python-version 3.11 -o requirements.lock
+	$(BIN)/uv pip compile pyproject.toml $(addprefix --extra ,$(IMAGE_EXTRAS)) --constraints requirements.lock \
+		--generate-hashes --no-emit-index-url --python-version 3.11 -o cluster/requirements.lock
+
+wheel: install
+	$(BIN)/python -m build --wheel --no-isolation
 
 bench: install
 	$(BIN)/python -m bench $(ROWS)
