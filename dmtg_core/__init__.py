@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dmtg_core.addresses import allow_code
     from dmtg_core.grouping import Grouping
+    from dmtg_core.loss_options import LossOptions
     from dmtg_core.network.cost import Cost, grouping_cost, inference_cost, training_flops, widened_to
     from dmtg_core.network.encoders import ENCODERS, EncoderSpec
     from dmtg_core.network.gate import GroupGate
     from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel
     from dmtg_core.network.spec import NetworkSpec
+    from dmtg_core.sampling import balanced_tasks
     from dmtg_core.search.distillation import Teachers
     from dmtg_core.search.feature_overlap import cluster, feature_overlap
     from dmtg_core.search.gradient_affinity import GradientAffinities, projected_affinity
@@ -57,6 +59,7 @@ __all__ = [
     "GroupingNetwork",
     "InputSpec",
     "LocalContext",
+    "LossOptions",
     "MetricSums",
     "Metrics",
     "NetworkSpec",
@@ -73,6 +76,7 @@ __all__ = [
     "WarmStart",
     "allow_code",
     "augment",
+    "balanced_tasks",
     "best_partition",
     "cluster",
     "evaluate",
@@ -94,11 +98,13 @@ __all__ = [
 _MODULES = {
     "addresses": ("allow_code",),
     "grouping": ("Grouping",),
+    "loss_options": ("LossOptions",),
     "network.cost": ("Cost", "grouping_cost", "inference_cost", "training_flops", "widened_to"),
     "network.encoders": ("ENCODERS", "EncoderSpec"),
     "network.gate": ("GroupGate",),
     "network.grouping_network": ("GroupingNetwork", "GroupModel"),
     "network.spec": ("NetworkSpec",),
+    "sampling": ("balanced_tasks",),
     "search.distillation": ("Teachers",),
     "search.feature_overlap": ("cluster", "feature_overlap"),
     "search.gradient_affinity": ("GradientAffinities", "projected_affinity"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dmtg_core.addresses import checked_name
+from dmtg_core.loss_options import LossOptions, checked_options
 from dmtg_core.names import listed
 
 CLASS_KINDS = ("multiclass", "dense_classification")
@@ -35,11 +36,11 @@ ANGLES = ("within_11", "within_22", "within_30", "mean_angle")
 
 # The first entry of each tuple is the default.
 LOSSES: Mapping[str, tuple[str, ...]] = {
-    "binary": ("binary_cross_entropy",),
-    "multiclass": ("cross_entropy",),
-    "regression": ("mse", "l1", "smooth_l1"),
-    "dense_classification": ("cross_entropy",),
-    "dense_regression": ("l1", "mse", "l1_shift"),
+    "binary": ("binary_cross_entropy", "focal"),
+    "multiclass": ("cross_entropy", "focal", "ordinal"),
+    "regression": ("mse", "l1", "smooth_l1", "huber", "quantile"),
+    "dense_classification": ("cross_entropy", "focal", "ordinal"),
+    "dense_regression": ("l1", "mse", "l1_shift", "huber", "quantile"),
 }
 METRICS: Mapping[str, tuple[str, ...]] = {
     "binary": ("accuracy", "balanced_accuracy", "f1", "auroc", "average_precision"),
@@ -62,8 +63,7 @@ class Task:
     Args:
         name: Name, unique among the tasks of a network. It is shown as it is; see `names.key_of`.
         kind: A key of `LOSSES`.
-        channels: Number of classes of a multiclass or dense classification task, number of values for each sample
-            (or pixel) of a regression task, 1 for a binary task.
+        channels: Number of classes, or of values for each sample (or pixel) of a regression task; 1 if binary.
         loss: One of `LOSSES[kind]` or the address of a function (`own_code.own_loss`); empty for the default.
         metric: The headline metric, one of `METRICS[kind]` or the address of a function
             (`own_code.own_metric_sums`); empty for the default. The normalized gain is computed from it.
@@ -76,9 +76,10 @@ class Task:
             of a surface normal (dense regression only). Empty if no channel changes.
         unit: Unit of a raw value, for display.
         weight: Factor of this task's loss in the training loss.
+        loss_options: A `LossOptions`, or some of its fields as a dictionary.
 
     Raises:
-        ValueError: For an unknown kind, loss or metric, and for numbers that do not fit the kind.
+        ValueError: For an unknown kind, loss, option or metric, and for numbers that do not fit the kind.
     """
 
     name: str
@@ -95,15 +96,18 @@ class Task:
     labels: tuple[str, ...] = ()
     unit: str = ""
     weight: float = 1.0
+    loss_options: LossOptions = field(default_factory=LossOptions)
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, tuple(LOSSES), self.name)
-        for field, known in (("loss", LOSSES[self.kind]), ("metric", METRICS[self.kind])):
-            name = checked_name(field, getattr(self, field) or known[0], known, f"task {self.name!r}: ")
-            object.__setattr__(self, field, name)
+        for key, known in (("loss", LOSSES[self.kind]), ("metric", METRICS[self.kind])):
+            name = checked_name(key, getattr(self, key) or known[0], known, f"task {self.name!r}: ")
+            object.__setattr__(self, key, name)
         for name in ("offset", "scale", "flip", "labels"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_numbers()
+        options = checked_options(self.loss_options, self.name, self.kind, self.channels, self.loss)
+        object.__setattr__(self, "loss_options", options)
 
     def _check_numbers(self) -> None:
         if self.kind in CLASS_KINDS and self.channels < 2:
@@ -281,7 +285,9 @@ class Task:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields ready for JSON. `from_dict` reads them."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        options = self.loss_options.to_dict()
+        return {k: v for k, v in (values | {"loss_options": options}).items() if k != "loss_options" or options}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Task:

@@ -14,7 +14,9 @@ from dmtg_core.network.encoders import EncoderSpec
 from dmtg_core.own_code import code_of_tasks
 from dmtg_core.tasks import InputSpec, Task, check_names
 
-TASK_WEIGHTINGS = ("fixed", "uncertainty")
+TASK_WEIGHTINGS = (
+    "fixed", "uncertainty", "dwa", "famo", "geometric_mean", "imtl_l", "random", "stch", "uw",
+)  # fmt: skip
 RESCALINGS = ("off", "tasks", "published")
 AS_BOOLEAN = {"off": False, "tasks": True}  # in stored specs, whose digests do not change with the version
 
@@ -34,7 +36,8 @@ class NetworkSpec:
         sampling, initial, initial_scale: Options of `GroupGate`.
         rescale_gradients: One of `RESCALINGS`. "tasks" scales gradients by 1/√N from heads to branches and by 1/√K
             from branches to stem. "published" scales both by 1/√K, as the published code does.
-        task_weighting: "fixed" for `Task.weight` alone, "uncertainty" for additional learned weights.
+        task_weighting: "fixed" for `Task.weight` alone, "uncertainty" for additional learned weights, or a key of
+            `dmtg_core.training.objective.scalarizers.SCALARIZERS`.
         seed: Seed of the initial weights.
 
     Raises:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmtg_core.data_checks import check_input, check_lengths, check_samples
+from dmtg_core.data_checks import check_choice, check_input, check_lengths, check_samples
+from dmtg_core.sampling import SAMPLERS, epoch_order, epoch_steps, sample_weights
 from dmtg_core.tasks import InputSpec, Task
 
 
@@ -32,8 +33,9 @@ class Data(Protocol):
     def train(self, epoch: int, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """Iterate over this worker's part of each global batch of an epoch, from batch number `start`.
 
-        Each sample occurs once in an epoch. The order depends only on the seed and the epoch. All workers have the
-        same number of batches, and no batch is empty. `start` does not change the batches that follow.
+        Each sample occurs once in an epoch, or as often as a sampler says. The order depends only on the seed and
+        the epoch. All workers have the same number of batches, and no batch is empty. `start` does not change the
+        batches that follow.
         """
         ...
 
@@ -85,8 +87,8 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def part(self, rows: slice) -> Arrays:
-        """Return some of the samples, without a copy."""
+    def part(self, rows: slice | np.ndarray) -> Arrays:
+        """Return some of the samples. A slice is not copied."""
         labels = {name: values[rows] for name, values in self.labels.items()}
         present = {name: values[rows] for name, values in self.present.items()}
         return Arrays(self.inputs[rows], labels, present, self.outputs)
@@ -308,20 +310,6 @@ def _wait(batch: Batch, event: Any) -> None:
         tensor.record_stream(current)
 
 
-def epoch_steps(rows: int, batch_size: int, world_size: int) -> int:
-    """Number of global batches of an epoch.
-
-    A remainder of less than two samples for each worker is added to the last batch.
-
-    Raises:
-        ValueError: If a batch is smaller than the number of workers.
-    """
-    if batch_size < world_size:
-        raise ValueError(f"a batch of {batch_size} cannot be shared by {world_size} workers")
-    full, rest = divmod(rows, batch_size)
-    return max(full + (rest >= 2 * world_size), 1)
-
-
 class ArrayData:
     """A data set in memory. Workers with the same seed have parts of the same global batches.
 
@@ -331,10 +319,11 @@ class ArrayData:
         seed: Seed of the order of the training samples.
         rank, world_size: Rank of this worker and number of workers.
         device: Device of the batches.
+        sampler: "uniform" has each sample once in an epoch, "balanced" draws them; see `dmtg_core.sampling`.
 
     Raises:
-        ValueError: If a split has fewer samples than there are workers, inputs are not finite, or labels are not
-            what their tasks say. Every sample is checked here, once, and not in the steps.
+        ValueError: If a split has fewer samples than there are workers, inputs are not finite, labels are not what
+            their tasks say, or as `sample_weights`. Every sample is checked here, once, and not in the steps.
     """
 
     def __init__(
@@ -346,7 +335,9 @@ class ArrayData:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        sampler: str = "uniform",
     ) -> None:
+        check_choice("sampler", sampler, SAMPLERS)
         for name, arrays in splits.items():
             if len(arrays) < world_size:
                 raise ValueError(f"split {name!r} has {len(arrays)} samples for {world_size} workers")
@@ -356,6 +347,8 @@ class ArrayData:
         self.tasks = tuple(tasks)
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.device = torch.device(device)
+        held: Any = self.splits["train"] if sampler == "balanced" else None
+        self.weights = None if held is None else sample_weights(self.tasks, parts_of(held) or (held,))
 
     def check(self, spec: InputSpec, tasks: Sequence[Task]) -> None:
         """Check that the data has the input and the tasks of a network.
@@ -385,7 +378,7 @@ class ArrayData:
 
     def _train(self, epoch: int, batch_size: int, start: int) -> Iterator[Batch]:
         samples = self.splits["train"]
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(samples))
+        order = epoch_order(len(samples), self.weights, [self.seed, epoch])
         edges = [*range(0, len(order), batch_size)[: self.steps(batch_size)], len(order)]
         for first, last in pairwise(edges[start:]):
             rows = np.array_split(order[first:last], self.world_size)[self.rank]

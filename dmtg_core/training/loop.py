@@ -68,9 +68,11 @@ def score_of(tasks: Sequence[Task], metrics: Metrics) -> float:
 
     The error is that of the headline metric, by which networks are compared in the end. Its best epoch often
     differs from that of the loss. The loss makes the score smooth, because a metric such as the accuracy changes
-    in steps. A metric that is not defined, such as the AUROC of one class, is left out. Logarithms give each task
-    the same weight, whatever its unit. Below `SMOOTH` differences do not count: the loss of a task without errors
-    can still fall by orders of magnitude, and would outweigh all other tasks.
+    in steps. For classes and flags it is the cross-entropy without options, whatever the loss of the training:
+    weights of classes or a focal loss do not change the scale of the score. A metric that is not defined, such as
+    the AUROC of one class, is left out. Logarithms give each task the same weight, whatever its unit. Below `SMOOTH`
+    differences do not count: the loss of a task without errors can still fall by orders of magnitude, and would
+    outweigh all other tasks.
 
     Args:
         tasks: The tasks.
@@ -80,7 +82,8 @@ def score_of(tasks: Sequence[Task], metrics: Metrics) -> float:
     for task in tasks:
         found = metrics[task.name]
         error = error_of(task.metric, found.get(task.metric, math.nan)) / error_scale(task)
-        known = [_log(found["loss"] + SMOOTH)] + ([_log(max(error, 0.0) + SMOOTH)] if math.isfinite(error) else [])
+        loss = found.get("log_loss", found["loss"])
+        known = [_log(loss + SMOOTH)] + ([_log(max(error, 0.0) + SMOOTH)] if math.isfinite(error) else [])
         terms.append(sum(known) / len(known))
     return sum(terms) / len(terms)
 
@@ -161,7 +164,8 @@ def _advance(
     while state.epoch < until and not has_stopped(state.history, settings) and not hooks.should_stop(state):
         if _prune(state, settings) or module is None:
             prepare_network(state.network, settings, context)
-            loss = WeighedLoss(state.network, settings.entropy_weight, settings.precision, settings.aggregator)
+            options = (settings.entropy_weight, settings.precision, settings.aggregator, state.weighting)
+            loss = WeighedLoss(state.network, *options)
             module = context.prepare(loss)
         with seeded_dropout(state.network, settings.seed, context.rank, context.device) as seed_step:
             record = _train_epoch(state, module, data, settings, context, hooks, seed_step)
@@ -237,6 +241,8 @@ def _train_epoch(
             state.partial = sums.share(context)
             hooks.on_step(state)
     assert batch is not None, "a resumed epoch has a step left"
+    if state.weighting is not None:
+        state.weighting.end_epoch()
     total = sums.total(context)  # the only synchronisation with the device in an epoch
     losses = (total.by_task / steps).tolist()
     if float(total.refused):

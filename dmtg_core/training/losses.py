@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmtg_core.addresses import is_address
+from dmtg_core.loss_options import LossOptions
 from dmtg_core.network.grouping_network import PairOutputs
 from dmtg_core.own_code import labelled, own_loss
 from dmtg_core.tasks import Task
+from dmtg_core.training.objective.label_losses import NO_OPTIONS, WITH_OPTIONS, class_loss
 
-# (output, target) → error of each element; targets have no NaN
+# (output, target) → error of each element; targets have no NaN. `WITH_OPTIONS` has the losses with options.
 _ELEMENTWISE: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "binary_cross_entropy": lambda o, t: F.binary_cross_entropy_with_logits(o, t, reduction="none"),
     "mse": lambda o, t: F.mse_loss(o, t, reduction="none"),
     "l1": lambda o, t: F.l1_loss(o, t, reduction="none"),
     "smooth_l1": lambda o, t: F.smooth_l1_loss(o, t, reduction="none"),
@@ -68,10 +69,21 @@ def _interior(task: Task, mask: Tensor) -> Tensor:
     return mask[..., 1:-1, 1:-1] if task.loss == "l1_shift" else mask
 
 
-def masked_elementwise(loss: str, output: Tensor, target: Tensor) -> Tensor:
-    """Compute the error of each element; 0 if the target is NaN. Shapes broadcast."""
+def masked_elementwise(
+    loss: str, output: Tensor, target: Tensor, options: LossOptions = NO_OPTIONS, weight: Tensor | None = None
+) -> Tensor:
+    """Compute the error of each element; 0 if the target is NaN. Shapes broadcast.
+
+    Args:
+        loss, output, target: Name of a loss, and what it compares.
+        options: Options of the loss. Its weights are not used.
+        weight: Factor of positive labels.
+    """
     known = ~target.isnan()
-    return _ELEMENTWISE[loss](output, target.masked_fill(~known, 0.0).expand_as(output)) * known
+    filled = target.masked_fill(~known, 0.0).expand_as(output)
+    if loss in WITH_OPTIONS:
+        return WITH_OPTIONS[loss](output, filled, options, weight) * known
+    return _ELEMENTWISE[loss](output, filled) * known
 
 
 def shifted_l1(output: Tensor, target: Tensor) -> Tensor:
@@ -146,7 +158,7 @@ def dense_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
         return own_or_soft(task, output, target)
     if task.loss == "l1_shift":
         return shifted_l1(output, target)
-    return _by_label(task, output, target).flatten(1).sum(1)
+    return _by_label(task, output, target, _weights_like(task, output)).flatten(1).sum(1)
 
 
 def _full(output: Tensor) -> Tensor:
@@ -158,25 +170,38 @@ def sample_loss(task: Task, output: Tensor, target: Tensor) -> Tensor:
     """Compute the loss sum of each sample, `(B,)`, of an output of `GroupingNetwork.forward`."""
     if task.dense:
         return dense_loss(task, output, target)
+    output = _full(output)
     if is_address(task.loss):
-        return own_or_soft(task, _full(output), target)
-    return _by_label(task, _full(output), target).reshape(len(target), -1).sum(1)
+        return own_or_soft(task, output, target)
+    return _by_label(task, output, target, _weights_like(task, output)).reshape(len(target), -1).sum(1)
 
 
 def own_or_soft(task: Task, output: Tensor, target: Tensor) -> Tensor:
     """Compute the loss of the user for each sample, `(B,)`. Class probabilities have the cross-entropy instead."""
     if task.classes and target.is_floating_point():
-        return _by_label(task, output, target).reshape(len(target), -1).mean(1)
+        return class_loss("cross_entropy", output, target).reshape(len(target), -1).mean(1)
     return own_loss(task, output, target)
 
 
-def _by_label(task: Task, output: Tensor, target: Tensor) -> Tensor:
+def _by_label(task: Task, output: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
     """Compute the loss of each label. Targets are class ids or complete class probabilities `(B, C, …)`."""
     if not task.classes:
-        return masked_elementwise(task.loss, output, target)
-    if target.is_floating_point():
-        return F.cross_entropy(output, target, reduction="none")
-    return F.cross_entropy(output, target, ignore_index=task.ignore_index, reduction="none")
+        return masked_elementwise(task.loss, output, target, task.loss_options, weights)
+    return class_loss(
+        task.loss, output, target, task.loss_options, weights=weights, ignore_index=task.ignore_index
+    )
+
+
+def _weights(*tasks: Task) -> Tensor | None:
+    """The weights of classes of tasks that all have them or none, `(N, C)`, or `(N, 1)` of positive labels."""
+    if not tasks[0].loss_options.weighted:
+        return None
+    return torch.tensor([task.loss_options.weights(task.name, task.channels) for task in tasks])
+
+
+def _weights_like(task: Task, output: Tensor) -> Tensor | None:
+    weights = _weights(task)
+    return None if weights is None else weights[0].to(output)
 
 
 class PairLosses(nn.Module):
@@ -193,20 +218,24 @@ class PairLosses(nn.Module):
     def __init__(self, tasks: Sequence[Task], pairs: Sequence[tuple[int, int]]) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
-        families: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+        families: dict[tuple[str, int, LossOptions, bool], list[tuple[int, int, int]]] = {}
         row = 0
         for place, (_, n) in enumerate(pairs):
             if not tasks[n].dense:
                 task = tasks[n]
-                families.setdefault((task.loss, task.channels), []).append((place, row, n))
+                options = task.loss_options
+                family = (task.loss, task.channels, options.unweighted, options.weighted)
+                families.setdefault(family, []).append((place, row, n))
                 row += task.channels
-        self.families = list(families)
+        self.families = [(loss, channels) for loss, channels, *_ in families]
+        self.options = [options for _, _, options, _ in families]
         places: list[int] = []
-        for number, ((_, channels), members) in enumerate(families.items()):
+        for number, ((_, channels, *_), members) in enumerate(families.items()):
             places += [place for place, _, _ in members]
             rows = torch.tensor([[first + c for c in range(channels)] for _, first, _ in members])
             self.register_buffer(f"rows_{number}", rows.flatten(), persistent=False)
             unique = sorted({n for _, _, n in members})
+            self.register_buffer(f"weights_{number}", _weights(*(tasks[n] for n in unique)), persistent=False)
             self.register_buffer(
                 f"target_{number}", torch.tensor([unique.index(n) for _, _, n in members]), persistent=False
             )
@@ -245,24 +274,24 @@ class PairLosses(nn.Module):
         return [self._family(number, rows, repeated).unflatten(1, (-1, members)).mean(2) for number in numbers]
 
     def _family(self, number: int, rows: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
-        loss, channels = self.families[number]
+        (loss, channels), options = self.families[number], self.options[number]
         tasks = [self.tasks[n] for n in self.members[number]]
         which = self.get_buffer(f"target_{number}")
         out = rows.index_select(0, self.get_buffer(f"rows_{number}"))  # (P·C, B)
+        out = out.unflatten(0, (-1, channels))  # (P, C, B)
         if is_address(loss):
-            return _own_rows([self.tasks[n] for n in self.own[number]], out.unflatten(0, (-1, channels)), targets)
+            return _own_rows([self.tasks[n] for n in self.own[number]], out, targets)
+        held: Tensor | None = getattr(self, f"weights_{number}")
+        weights = None if held is None else held.index_select(0, which)  # (P, C)
         if tasks[0].classes and targets[tasks[0].name].is_floating_point():
             stacked = torch.stack([targets[t.name].T for t in tasks])  # (N, C, B)
-            return F.cross_entropy(
-                out.unflatten(0, (-1, channels)), stacked.index_select(0, which), reduction="none"
-            )
+            return class_loss(loss, out, stacked.index_select(0, which), options, weights=weights)
         if tasks[0].classes:
             stacked = torch.stack([targets[t.name].masked_fill(~valid(t, targets[t.name]), -1) for t in tasks])
-            wanted = stacked.index_select(0, which)  # (P, B)
-            return F.cross_entropy(out.unflatten(0, (-1, channels)), wanted, ignore_index=-1, reduction="none")
+            return class_loss(loss, out, stacked.index_select(0, which), options, weights=weights)  # (P, B)
         wanted = torch.stack([targets[t.name].reshape(-1, channels).T for t in tasks])  # (N, C, B)
-        wanted = wanted.index_select(0, which)
-        return masked_elementwise(loss, out.unflatten(0, (-1, channels)), wanted).sum(1)  # (P, B)
+        weight = None if weights is None else weights.unsqueeze(2)
+        return masked_elementwise(loss, out, wanted.index_select(0, which), options, weight).sum(1)  # (P, B)
 
 
 def _own_rows(tasks: Sequence[Task], outputs: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
@@ -288,17 +317,19 @@ class DenseLosses(nn.Module):
     def __init__(self, tasks: Sequence[Task], pairs: Sequence[tuple[int, tuple[int, int]]]) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
-        families: dict[tuple[str, int, int | None], list[tuple[int, tuple[int, int]]]] = {}
+        families: dict[tuple[str, int, int | None, LossOptions], list[tuple[int, tuple[int, int]]]] = {}
         for place, pair in pairs:
             task = tasks[pair[1]]
-            kind = (task.loss, task.channels, task.ignore_index) if task.classes else (task.loss, 0, None)
-            families.setdefault(kind, []).append((place, pair))
+            size = (task.channels, task.ignore_index) if task.classes else (0, None)
+            families.setdefault((task.loss, *size, task.loss_options), []).append((place, pair))
         self.families = [(loss, [pair for _, pair in members]) for (loss, *_), members in families.items()]
         self.pairs = [pair for _, members in self.families for pair in members]
         self.places = [place for members in families.values() for place, _ in members]
         for number, (_, members) in enumerate(self.families):
             owner = [p for p, (_, n) in enumerate(members) for _ in range(tasks[n].channels)]
             self.register_buffer(f"owner_{number}", torch.tensor(owner), persistent=False)
+            weights = _weights(tasks[members[0][1]])
+            self.register_buffer(f"weights_{number}", None if weights is None else weights[0], persistent=False)
 
     def forward(self, outputs: Mapping[tuple[int, int], Tensor], targets: Mapping[str, Tensor]) -> list[Tensor]:
         """Compute the loss sums `(P, B)` of each family."""
@@ -306,25 +337,27 @@ class DenseLosses(nn.Module):
         for number, (loss, members) in enumerate(self.families):
             found = [outputs[pair] for pair in members]
             wanted = [targets[self.tasks[n].name] for _, n in members]
+            task = self.tasks[members[0][1]]
             if is_address(loss):
                 own = [dense_loss(self.tasks[n], outputs[k, n], targets[self.tasks[n].name]) for k, n in members]
                 parts.append(torch.stack(own))
-                continue
-            if self.tasks[members[0][1]].classes:
-                task = self.tasks[members[0][1]]
-                each = _by_label(task, _full(_joined(found, 0)), _joined(wanted, 0))  # (P·B, H, W)
+            elif task.classes:
+                output, target = _full(_joined(found, 0)), _joined(wanted, 0)
+                weights: Tensor | None = getattr(self, f"weights_{number}")
+                each = _by_label(task, output, target, weights)  # (P·B, H, W)
                 parts.append(each.flatten(1).sum(1).unflatten(0, (len(members), -1)))
             else:
                 owner = self.get_buffer(f"owner_{number}")
-                parts.append(_values(loss, _full(_joined(found, 1)), _joined(wanted, 1), owner, len(members)).T)
+                output, target = _full(_joined(found, 1)), _joined(wanted, 1)
+                parts.append(_values(loss, task.loss_options, output, target, owner, len(members)).T)
         return parts
 
 
-def _values(loss: str, output: Tensor, target: Tensor, owner: Tensor, owners: int) -> Tensor:
+def _values(loss: str, options: LossOptions, output: Tensor, target: Tensor, owner: Tensor, owners: int) -> Tensor:
     """Compute the loss sums of several dense outputs of values, `(B, P)`. See `_shifted`."""
     if loss == "l1_shift":
         return _shifted(output, target, owner, owners)
-    return _by_owner(masked_elementwise(loss, output, target).sum((2, 3)), owner, owners)
+    return _by_owner(masked_elementwise(loss, output, target, options).sum((2, 3)), owner, owners)
 
 
 def _joined(tensors: list[Tensor], axis: int) -> Tensor:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dmtg_core.addresses import is_address
+from dmtg_core.loss_options import LossOptions
 from dmtg_core.own_code import own_metric_sums
-from dmtg_core.tasks import ANGLES, Task
+from dmtg_core.tasks import ANGLES, LOSSES, Task
 from dmtg_core.training.context import TrainContext, gather
 from dmtg_core.training.losses import label_count, sample_loss, valid
 from dmtg_core.training.ranking import EXACT, Scores
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 Metrics = dict[str, dict[str, float]]  # task → metric → value
 
 # Metrics that are errors, as are those of the user. All others are scores in [0, 1] with the error 1 - score.
-ERRORS = ("loss", "rmse", "mae", "mean_angle")
+ERRORS = ("loss", "log_loss", "rmse", "mae", "mean_angle")
 IN_UNITS = ("rmse", "mae")  # metrics in the unit of their task
 
 # Metric → largest angle in degrees. The metric is the share of pixels with at most this angle.
@@ -177,16 +179,24 @@ def task_metrics(task: Task, sums: Tensor) -> dict[str, float]:
     return METRICS_OF[task.kind](task, sums[:-2]) | {task.metric: _ratio(*sums[-2:].tolist())}
 
 
+def with_plain_loss(task: Task) -> Task:
+    """Return a task of classes or flags with the cross-entropy without options as its loss, any other as it is."""
+    if task.kind != "binary" and not task.classes:
+        return task
+    return replace(task, loss=LOSSES[task.kind][0], loss_options=LossOptions())
+
+
 class MetricSums:
     """Sums of the metrics of all tasks over samples.
 
-    All tasks have "loss" (mean over labels). Binary tasks have accuracy, balanced_accuracy, f1, auroc and
-    average_precision (see `ranking`). Multiclass tasks have accuracy and balanced_accuracy (mean recall over the
-    classes present). Dense classification also has miou (mean over the classes present). Regression kinds have
-    rmse, mae and r2 in raw units. A task with three channels and one of `ANGLES` as headline metric has all of
-    `ANGLES`: within_11, within_22 and within_30 (share of pixels with an angle of at most 11.25°, 22.5°, 30°) and
-    mean_angle in degrees. A task with a threshold has f1. A metric that is not defined (no label, or only one
-    class for auroc) is NaN.
+    All tasks have "loss" (mean over labels). Tasks of classes and flags with another loss than the cross-entropy,
+    or with options of it, also have "log_loss", the cross-entropy without options. Binary tasks have accuracy,
+    balanced_accuracy, f1, auroc and average_precision (see `ranking`). Multiclass tasks have accuracy and
+    balanced_accuracy (mean recall over the classes present). Dense classification also has miou (mean over the
+    classes present). Regression kinds have rmse, mae and r2 in raw units. A task with three channels and one of
+    `ANGLES` as headline metric has all of `ANGLES`: within_11, within_22 and within_30 (share of pixels with an
+    angle of at most 11.25°, 22.5°, 30°) and mean_angle in degrees. A task with a threshold has f1. A metric that
+    is not defined (no label, or only one class for auroc) is NaN.
 
     f1 of a dense task (keypoints, edges) is 2·TP / (2·TP + FN + FP) over all annotated pixels of a split. Raw
     values of at least `Task.threshold` are positive, in the target and in the output. Gao et al. 2024 report a
@@ -205,6 +215,8 @@ class MetricSums:
         self.tasks = tuple(tasks)
         self.exact = exact
         self.sums: dict[str, Tensor] = {}
+        self.plain = {task.name: plain for task in tasks if (plain := with_plain_loss(task)) != task}
+        self.plain_sums: dict[str, Tensor] = {}  # loss and labels of `plain`
         self.scores = {task.name: Scores(exact) for task in tasks if task.kind == "binary"}
 
     def update(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
@@ -219,6 +231,10 @@ class MetricSums:
             self.sums[task.name] = sums if held is None else held + sums
             if task.name in self.scores:
                 self.scores[task.name].add(outputs[task.name], targets[task.name])
+            if task.name in self.plain:
+                plain = self.plain[task.name]
+                pair = torch.stack([sample_loss(plain, output, target).sum(), label_count(plain, target).double()])
+                self.plain_sums[task.name] = self.plain_sums.get(task.name, 0.0) + pair
 
     def reduce(self, context: TrainContext) -> None:
         """Sum over workers, with one message, and two messages for each binary task.
@@ -229,9 +245,11 @@ class MetricSums:
             return
         counts = [self.scores[name].count for name in self.scores]
         parts = [self.sums[task.name] for task in self.tasks]
-        flat = context.sum(torch.cat([*parts, parts[0].new_tensor(counts)]))
-        *parts, total = flat.split([*map(len, parts), len(counts)])
-        self.sums = dict(zip((task.name for task in self.tasks), parts, strict=True))
+        plain = list(self.plain_sums.values())
+        flat = context.sum(torch.cat([*parts, *plain, parts[0].new_tensor(counts)]))
+        *parts, total = flat.split([*map(len, parts), *map(len, plain), len(counts)])
+        self.plain_sums = dict(zip(self.plain_sums, parts[len(self.tasks) :], strict=True))
+        self.sums = dict(zip((task.name for task in self.tasks), parts, strict=False))
         for (name, scores), count in zip(self.scores.items(), total.tolist(), strict=True):
             packs = gather(scores.packed(coarse=count > self.exact).to(context.device), context)
             self.scores[name] = Scores.joined(packs, self.exact)
@@ -245,6 +263,8 @@ class MetricSums:
             found[task.name] = {"loss": _ratio(loss, count)} | task_metrics(task, sums[2:])
             if task.name in self.scores:
                 found[task.name] |= _ranking_metrics(task, self.scores[task.name])
+            if task.name in self.plain_sums:
+                found[task.name]["log_loss"] = _ratio(*self.plain_sums[task.name].tolist())
         return found
 
 

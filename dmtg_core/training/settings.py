@@ -307,6 +307,7 @@ def resolve(
         precision = "bf16" if large(network) and computes_bf16(device) else "fp32"
     if graphs is None:
         graphs = device.type == "cuda" and workers == 1 and capture_is_safe(settings)
+        graphs = graphs and network.spec.task_weighting != "famo"  # computes each batch twice
     return replace(settings, precision=precision, cuda_graphs=graphs)
 
 

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from dmtg_core.network.grouping_network import GroupingNetwork, clone
 from dmtg_core.training import checkpoint
+from dmtg_core.training.objective.optimizer import build_optimizer
+from dmtg_core.training.objective.scalarizers import TaskWeighting, task_weighting
 from dmtg_core.training.settings import TrainSettings
-from dmtg_core.training.step import build_optimizer
+
+WEIGHTING = "weighting.safetensors"  # state of the weighting in a checkpoint
 
 
 @dataclass
@@ -23,7 +26,7 @@ class TrainState:
     `history` has one record for each epoch. `best` is the network after the best epoch (the lowest score), with
     the heads that it had then. `take_best` replaces the network with it. `decay` has the first and the last epoch
     of the decay of the learning rate, once it has begun; see `dmtg_core.search.extendable`. `partial` has the sums
-    of an unfinished epoch. It is empty between epochs.
+    of an unfinished epoch. It is empty between epochs. `weighting` is the weighting of the tasks by a scalarizer.
     """
 
     network: GroupingNetwork
@@ -35,11 +38,12 @@ class TrainState:
     best: GroupingNetwork | None = None
     decay: tuple[int, int] | None = None
     partial: dict[str, Any] = field(default_factory=dict)
+    weighting: TaskWeighting | None = None
 
     @classmethod
     def fresh(cls, network: GroupingNetwork, settings: TrainSettings) -> TrainState:
         """Return the state at the beginning of a run."""
-        return cls(network, build_optimizer(network, settings))
+        return cls(network, build_optimizer(network, settings), weighting=task_weighting(network, settings))
 
     def save(self, folder: Path) -> None:
         """Write the state into `folder`."""
@@ -47,6 +51,8 @@ class TrainState:
         checkpoint.save_optimizer(folder / "optimizer.safetensors", self.optimizer, self.network)
         if self.best is not None:
             checkpoint.save_network(folder / "best", self.best)
+        if self.weighting is not None:
+            checkpoint.save_tensors(folder / WEIGHTING, self.weighting.state())
         score = self.best_score if math.isfinite(self.best_score) else None
         loop = {
             "epoch": self.epoch, "step": self.step, "best_score": score, "history": self.history,
@@ -69,6 +75,8 @@ class TrainState:
         state.partial = loop["partial"]
         state.decay = tuple(loop["decay"]) if loop.get("decay") else None
         state.best_score = math.inf if loop["best_score"] is None else loop["best_score"]
+        if state.weighting is not None:
+            state.weighting.load_state(checkpoint.load_tensors(folder / WEIGHTING))
         if loop["best_score"] is not None:
             state.best = checkpoint.load_network(folder / "best", device)
         return state

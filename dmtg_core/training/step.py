@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,8 @@ from dmtg_core.training.aggregation import Weigh, aggregate_gradients, load_aggr
 from dmtg_core.training.context import SyncBatchNorm, TrainContext
 from dmtg_core.training.data import Batch
 from dmtg_core.training.losses import PairLosses, label_counts
-from dmtg_core.training.settings import OPTIMIZERS, TrainSettings, is_compiled
+from dmtg_core.training.objective.scalarizers import TaskWeighting
+from dmtg_core.training.settings import TrainSettings, is_compiled
 
 # names of the parts of a step in a profile
 FORWARD, BACKWARD, OPTIMIZER, COMMUNICATION = "forward", "backward", "optimizer", "communication"
@@ -56,13 +57,15 @@ class WeighedLoss(nn.Module):
     """The loss of a step: `Σ_n w_n Σ_k g[n, k] · L_n(head_{k,n}(branch_k(stem(x))))` (Gao et al. 2024, section 3).
 
     With `NetworkSpec.task_weighting` "uncertainty" a task's part L becomes `exp(-s_n) · L + s_n / 2` with a
-    learned s_n, the logarithm of a variance (Kendall et al. 2018, equation 10, with one form for all losses).
+    learned s_n, the logarithm of a variance (Kendall et al. 2018, equation 10, with one form for all losses). With
+    a scalarizer it is multiplied by the task's weight in this step, see `objective.scalarizers`.
 
     Data-parallel training wraps this module. Build a new object after pruning.
 
     Args:
         network: The network to train.
         entropy_weight, precision, aggregator: See `TrainSettings`.
+        weighting: Weighting of the tasks by a scalarizer.
 
     Raises:
         ValueError: If the library of the aggregator is missing, or if an aggregator is used with learned task
@@ -79,15 +82,16 @@ class WeighedLoss(nn.Module):
         entropy_weight: float = 0.0,
         precision: str = "fp32",
         aggregator: str = "sum",
+        weighting: TaskWeighting | None = None,
     ) -> None:
         super().__init__()
-        if aggregator != "sum" and network.log_variance is not None:
-            raise ValueError("task_weighting 'uncertainty' and an aggregator both weight the tasks: choose one")
+        if aggregator != "sum" and network.spec.task_weighting != "fixed":
+            name = network.spec.task_weighting
+            raise ValueError(f"task_weighting {name!r} and an aggregator both weight the tasks: choose one")
         hard = len(network.pairs) == len(network.tasks)
         self.weigh = load_aggregator(aggregator) if aggregator != "sum" and hard else None
         self.network = network
-        self.entropy_weight = entropy_weight
-        self.precision = precision
+        self.entropy_weight, self.precision, self.weighting = entropy_weight, precision, weighting
         pairs = network.pairs
         self.pair_losses = PairLosses(network.tasks, pairs)
         self.register_buffer("branch_of", torch.tensor([k for k, _ in pairs]), persistent=False)
@@ -97,7 +101,13 @@ class WeighedLoss(nn.Module):
         )
 
     def forward(
-        self, batch: Batch, temperature: float, noise: Tensor, counts: Tensor, share: float = 1.0
+        self,
+        batch: Batch,
+        temperature: float,
+        noise: Tensor,
+        counts: Tensor,
+        share: float = 1.0,
+        weigh: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the loss of a batch or of a part of a batch.
 
@@ -106,6 +116,7 @@ class WeighedLoss(nn.Module):
             temperature, noise: See `GroupGate.forward`.
             counts: Number of labels of each task, the divisor of the loss, `(N,)`.
             share: Factor of the terms without data (entropy, uncertainty).
+            weigh: Gated losses of the tasks on this worker `(N,)` → weights of the tasks `(N,)`.
 
         Returns:
             The loss to differentiate, and detached the gated loss of each task `(N,)` and the loss of each pair
@@ -120,6 +131,8 @@ class WeighedLoss(nn.Module):
         objective = by_task
         if (log_variance := self.network.log_variance) is not None:
             objective = torch.exp(-log_variance) * by_task + share * log_variance / 2
+        if weigh is not None:
+            objective = by_task * weigh(by_task.detach())
         loss = objective @ self.task_weights
         if self.entropy_weight:
             loss = loss + share * self.entropy_weight * self.network.gate.entropy().mean()
@@ -136,34 +149,6 @@ class WeighedLoss(nn.Module):
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Return the autocast context of the encoders. See `TrainSettings.precision`."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def build_optimizer(network: GroupingNetwork, settings: TrainSettings) -> torch.optim.Optimizer:
-    """Build the optimiser of a network.
-
-    θ has its own learning rate. θ and learned variances have no weight decay. Only fused optimisers can refuse a
-    step on the device without synchronisation with the host.
-    """
-    special = {"gate.logits", "log_variance"}
-    frozen = {id(p) for part in network.frozen for p in part.parameters()}
-    weights = [p for name, p in network.named_parameters() if name not in special and id(p) not in frozen]
-    gate_lr = settings.learning_rate if settings.gate_learning_rate is None else settings.gate_learning_rate
-    groups = [
-        {"params": weights, "lr": settings.learning_rate, "base_lr": settings.learning_rate},
-        {"params": [network.gate.logits], "lr": gate_lr, "base_lr": gate_lr, "weight_decay": 0.0},
-    ]
-    if network.log_variance is not None:
-        groups.append({**groups[0], "params": [network.log_variance], "weight_decay": 0.0})
-    options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "fused": True}
-    if settings.optimizer == "sgd":
-        options["momentum"] = 0.9
-    optimizer = OPTIMIZERS[settings.optimizer](groups, **options)
-    if settings.optimizer == "sgd":
-        for parameter in chain.from_iterable(group["params"] for group in optimizer.param_groups):
-            # after a refused first step the buffer would be uninitialised memory
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    cast("Any", optimizer).grad_scale = None
-    return optimizer
 
 
 def step_noise(network: GroupingNetwork, settings: TrainSettings, step: int, rank: int, samples: int) -> Tensor:
@@ -197,28 +182,32 @@ def train_step(
     *,
     step: int = 0,
 ) -> StepFigures:
-    """Run one update. The host does not wait for the device, except with an aggregator.
+    """Run one update. The host does not wait for the device, except with an aggregator or a scalarizer.
 
     Args:
         module: A `WeighedLoss`, prepared by `context.prepare`.
-        step: Number of the step in the run. It seeds aggregators that draw random numbers.
+        step: Number of the step in the run. It seeds aggregators and scalarizers that draw random numbers.
     """
     loss_module, device = cast("WeighedLoss", getattr(module, "module", module)), batch.inputs.device
-    network = loss_module.network
+    network, weighting = loss_module.network, loss_module.weighting
     # the forward pass changes running statistics
     statistics = _by_kind(b for m in network.running for b in m.buffers())
     before = [_flat(buffers) for buffers in statistics]
     with part(COMMUNICATION, device):
-        counts = context.sum(label_counts(loss_module.network.tasks, batch.targets)).clamp_min(1)
+        counts = context.sum(label_counts(loss_module.network.tasks, batch.targets))
+    present, counts, seed = counts > 0, counts.clamp_min(1), settings.seed * 1_000_003 + step
+
+    def over_workers(losses: Tensor) -> Tensor:
+        return context.sum(losses) / context.world_size
+
     optimizer.zero_grad()
     if loss_module.weigh is not None:
-        seed = settings.seed * 1_000_003 + step
         loss, by_task, by_pair = _aggregated(loss_module, loss_module.weigh, batch, counts, seed, context)
     else:
         # data-parallel training averages gradients over workers, but the update needs their sum
-        loss, by_task, by_pair = _gradients(
-            module, batch, noise, temperature, counts / context.world_size, settings.accumulate
-        )
+        weigh = None if weighting is None else lambda losses: weighting.weigh(over_workers(losses), present, seed)
+        shares = counts / context.world_size
+        loss, by_task, by_pair = _gradients(module, batch, noise, temperature, shares, settings.accumulate, weigh)
     with part(OPTIMIZER, device):
         norm = torch.nn.utils.get_total_norm([p.grad for p in loss_module.parameters() if p.grad is not None])
         theta = loss_module.network.gate.logits.grad
@@ -232,6 +221,9 @@ def train_step(
         optimizer.step()
         for buffers, old in zip(statistics, before, strict=True):
             _refill(buffers, torch.where(refused.bool(), old, _flat(buffers)))
+    if weighting is not None:
+        again = partial(_losses_again, partial(loss_module, batch, temperature, noise, shares), statistics)
+        weighting.update(lambda: over_workers(again()), present, optimizer.param_groups[0]["lr"])
     return StepFigures(by_task, by_pair, gate_gradient, refused) * (1 / context.world_size)
 
 
@@ -261,8 +253,24 @@ def _refill(tensors: list[Tensor], flat: Tensor) -> None:
     torch._foreach_copy_(tensors, list(parts))
 
 
+@torch.no_grad()
+def _losses_again(compute: Callable[[], tuple[Tensor, ...]], statistics: Sequence[list[Tensor]]) -> Tensor:
+    """Compute the gated losses of a batch, `(N,)`, without a change of the running statistics."""
+    before = [_flat(buffers) for buffers in statistics]
+    _, by_task, _ = compute()
+    for buffers, old in zip(statistics, before, strict=True):
+        _refill(buffers, old)
+    return by_task
+
+
 def _gradients(
-    module: nn.Module, batch: Batch, noise: Tensor, temperature: float, counts: Tensor, parts: int
+    module: nn.Module,
+    batch: Batch,
+    noise: Tensor,
+    temperature: float,
+    counts: Tensor,
+    parts: int,
+    weigh: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of a batch in `parts` parts. Return its loss and figures."""
     loss_module, device = cast("WeighedLoss", getattr(module, "module", module)), batch.inputs.device
@@ -272,7 +280,7 @@ def _gradients(
         # without the wrapper, gradients accumulate locally; the last part sums them over the workers
         called = module if number == len(split) - 1 else loss_module
         with part(FORWARD, device):
-            loss, *figures = called(piece, temperature, piece_noise, counts, 1 / len(split))
+            loss, *figures = called(piece, temperature, piece_noise, counts, 1 / len(split), weigh)
         with part(BACKWARD, device):
             loss.backward()
         found = (loss.detach(), *figures)

@@ -88,6 +88,8 @@ class Config(Section):
             values["network"]["rescale_gradients"] = self.network.rescale_gradients == "tasks"
         if self.data.stem_outputs == "auto":
             del values["data"]["stem_outputs"]
+        if self.data.sampler == "uniform":
+            del values["data"]["sampler"]
         if self.network.branch != "lora":
             del values["network"]["adapter"]
         if self.network.branch == "copy":

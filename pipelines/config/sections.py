@@ -58,6 +58,11 @@ class DataSection(Section):
         description="Where the samples are kept: in memory (memory), on the training device (device) or "
         "nowhere, so that every epoch streams them (stream); auto chooses memory or stream by their size.",
     )
+    sampler: Literal["uniform", "balanced"] = Field(
+        "uniform",
+        description="Samples of an epoch: each once (uniform), or as many drawn, those with rare classes more "
+        "often (balanced).",
+    )
     read_threads: int = Field(
         4, ge=1, le=1024, description="Row groups that a streaming worker reads at the same time."
     )
@@ -145,8 +150,12 @@ class TrainSection(Section):
     )
     lr_min: float = Field(0.0, ge=0, description="Smallest learning rate of the schedule.")
     clip_norm: float = Field(0.0, ge=0, description="Largest norm of the gradient; 0 for no limit.")
-    task_weighting: Literal["fixed", "uncertainty"] = Field(
-        "fixed", description="Weights of the tasks in the loss: fixed ones only, or in addition learned ones."
+    task_weighting: Literal[
+        "fixed", "uncertainty", "dwa", "famo", "geometric_mean", "imtl_l", "random", "stch", "uw"
+    ] = Field(
+        "fixed",
+        description="Weights of the tasks in the loss: fixed ones only, in addition learned ones (uncertainty), "
+        "or those of a scalarizer of torchjd (the others; these need the extra aggregators).",
     )
     aggregator: str = Field(
         "sum",

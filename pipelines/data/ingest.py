@@ -112,4 +112,6 @@ def open_data(
     splits: Mapping[str, Samples] = chunks
     if data.cache == "device":
         splits = {split: DeviceArrays(held_here, device) for split, held_here in chunks.items()}
-    return ArrayData(splits, reader.tasks, seed=seed, rank=rank, world_size=world_size, device=device)
+    return ArrayData(
+        splits, reader.tasks, seed=seed, rank=rank, world_size=world_size, device=device, sampler=data.sampler
+    )

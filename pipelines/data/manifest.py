@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dmtg_core.tasks import InputSpec, Task
@@ -83,10 +83,12 @@ class Manifest:
     def tasks(self, names: Sequence[str] | None, where: str) -> tuple[Task, ...]:
         """The tasks with these `names`, in this order; all tasks for None.
 
+        Balanced weights of their losses are those of the labels in the training split.
+
         Raises:
             UserError: For a task that is not in the shards.
         """
-        held = {task.name: task for task in self.description.tasks}
+        held = {task.name: self._weighted(task) for task in self.description.tasks}
         unknown = [name for name in names or () if name not in held]
         if unknown:
             raise UserError(
@@ -94,7 +96,13 @@ class Manifest:
                 where=where,
                 remedy=f"set data.tasks to some of {', '.join(held)}",
             )
-        return self.description.tasks if names is None else tuple(held[name] for name in names)
+        return tuple(held[name] for name in (held if names is None else names))
+
+    def _weighted(self, task: Task) -> Task:
+        if not task.loss_options.balanced:
+            return task
+        counts = self.sums.get("train", {}).get(task.name, {}).get("classes", ())
+        return replace(task, loss_options=task.loss_options.counted(counts))
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as values for JSON; `from_dict` reads them."""

@@ -20,6 +20,14 @@ from pipelines.storage import Location
 
 
 @dataclass(frozen=True)
+class Labels:
+    """Labels of samples, and whether each of them exists, by task; see `Arrays`."""
+
+    labels: dict[str, np.ndarray]
+    present: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
 class Reader:
     """Reads the columns of the chosen tasks from shards as arrays. It is safe to send to a worker.
 
@@ -92,9 +100,23 @@ class Reader:
         except OSError as error:
             raise place.unreachable(error) from error
 
+    def labels(self, file: str) -> Labels:
+        """The labels of a shard, without its inputs.
+
+        Raises:
+            UserError: As `read`.
+        """
+        names = [name for name in self.columns() if name != INPUT]
+        return self._labels(self._parquet(file, lambda shard, _columns: shard.read(columns=names)))
+
     def arrays(self, table: pa.Table) -> Arrays:
         """The columns of a table as arrays. A tensor column with one chunk is not copied."""
-        values = {name: _column(table[name], column) for name, column in self.columns().items()}
+        inputs, held = _column(table[INPUT], self.columns()[INPUT])[0], self._labels(table)
+        return Arrays(inputs, held.labels, held.present, self.outputs)
+
+    def _labels(self, table: pa.Table) -> Labels:
+        columns = {name: column for name, column in self.columns().items() if name != INPUT}
+        values = {name: _column(table[name], column) for name, column in columns.items()}
         labels, present = {}, {}
         for task in self.tasks:
             labels[task.name], there = values[f"task.{task.name}"]
@@ -103,7 +125,7 @@ class Reader:
                 present[task.name] = mask & there.reshape(-1, *[1] * (mask.ndim - 1))
             elif not there.all():
                 present[task.name] = there
-        return Arrays(values[INPUT][0], labels, present, self.outputs)
+        return Labels(labels, present)
 
 
 def _column(chunked: pa.ChunkedArray, column: Column) -> tuple[np.ndarray, np.ndarray]:

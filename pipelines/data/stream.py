@@ -8,6 +8,10 @@ the streams, and a worker reads the streams of its share. Threads of the worker 
 the end of an epoch, while the current windows are used. They read directly from storage: raw tensors need no
 decoding that is worth moving to other processes, and a copy through Ray's object store takes longer than reading
 (`make bench ROWS=ingest` measures both).
+
+With `data.sampler=balanced` each worker first reads the labels of the training split. From them it knows how often
+each sample occurs in an epoch. A row group then has that many rows, in the same order for all workers, and is
+shuffled and divided as before.
 """
 
 from __future__ import annotations
@@ -18,11 +22,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 
+from dmtg_core.sampling import repeats, sample_weights, sampled_tasks
 from dmtg_core.training.data import Arrays, Batch, Chunks, gather, overlapped
 from pipelines.config.sections import DataSection
 from pipelines.data.reader import Reader
@@ -33,17 +39,31 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows `start` to `stop` of a row group."""
+    """Rows `start` to `stop` of a row group, or of `drawn`, its rows that a sampler has drawn, in order."""
 
     file: str
     group: int
     start: int
     stop: int
+    drawn: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def rows(self) -> int:
         """Number of rows."""
         return self.stop - self.start
+
+    def part(self, group: Arrays) -> Arrays:
+        """The rows of the row group that are needed, each once."""
+        if self.drawn is None:
+            return group.part(slice(self.start, self.stop))
+        return group.part(np.unique(self.drawn[self.start : self.stop]))
+
+    def order(self) -> tuple[np.ndarray, int]:
+        """The place of each row in `part`, and the number of rows of `part`."""
+        if self.drawn is None:
+            return np.arange(self.rows), self.rows
+        found, places = np.unique(self.drawn[self.start : self.stop], return_inverse=True)
+        return places, len(found)
 
 
 @dataclass(frozen=True)
@@ -146,8 +166,8 @@ class Stream:
 class StreamData:
     """The share of a worker in the global batches, read ahead; see `dmtg_core.training.data.Data`.
 
-    Every epoch has every sample once. The global batches depend only on the seed, the epoch, the configuration and
-    the shards, not on the number of workers.
+    Every epoch has every sample once, or as often as `data.sampler` says. The global batches depend only on the
+    seed, the epoch, the configuration and the shards, not on the number of workers.
     """
 
     def __init__(
@@ -160,6 +180,8 @@ class StreamData:
         self.seed, self.rank, self.world_size, self.device = seed, rank, world_size, device
         self.pool = ThreadPoolExecutor(data.read_threads, thread_name_prefix="shards")
         self.units = {split: all_units(reader, split) for split in reader.manifest.shards}
+        self.sampler = data.sampler
+        self.drawn: dict[int, list[Unit]] = {}  # epoch → its units; streams read on into the next epoch
         # split and batch size → the next epoch, and its streams, which are already read ahead
         self.ahead: dict[tuple[str, int], tuple[int, list[Stream]]] = {}
         if rank == 0 and self.streams < world_size <= len(self.units["train"]):
@@ -240,17 +262,40 @@ class StreamData:
         ]
 
     def _unit(self, unit: Unit) -> Arrays:
-        return self.reader.read(unit.file, unit.group).part(slice(unit.start, unit.stop))
+        return unit.part(self.reader.read(unit.file, unit.group))
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """Weights of the training samples in the order of the shards."""
+        reader = replace(self.reader, tasks=tuple(sampled_tasks(self.reader.tasks)))
+        files = [shard.file for shard in reader.manifest.shards["train"] if shard.rows]
+        return sample_weights(reader.tasks, list(self.pool.map(reader.labels, files)))
+
+    def train_units(self, epoch: int) -> list[Unit]:
+        """The training units of an epoch, with the rows that the sampler has drawn."""
+        units = self.units["train"]
+        if self.sampler == "uniform":
+            return units
+        if epoch not in self.drawn:
+            counts = np.split(repeats(self.weights, [self.seed, epoch]), np.cumsum([u.rows for u in units])[:-1])
+            drawn = [np.repeat(np.arange(len(held)), held) for held in counts]
+            last = {number: held for number, held in self.drawn.items() if number >= epoch - 1}
+            self.drawn = last | {
+                epoch: [replace(u, stop=len(d), drawn=d) for u, d in zip(units, drawn, strict=True)]
+            }
+        return self.drawn[epoch]
 
     def _plan(self, layout: Layout, epoch: int, stream: int, rows: slice, window: int) -> Iterator[Window]:
         """The windows of a stream: an endless series over the epochs."""
-        units = self.units[layout.split]
         for now in itertools.count(epoch):
+            units = self.train_units(now) if layout.shuffled else self.units[layout.split]
             order = np.arange(len(units))
             if layout.shuffled:
                 order = np.random.default_rng([self.seed, now]).permutation(order)
             for number, members in enumerate(_grouped(stretch([units[i] for i in order], rows), window)):
-                wanted = np.arange(sum(unit.rows for unit in members))
+                orders = [unit.order() for unit in members]
+                firsts = np.cumsum([0, *(held for _, held in orders)])
+                wanted = np.concatenate([rows + at for (rows, _), at in zip(orders, firsts[:-1], strict=True)])
                 if layout.shuffled:
                     # every window has its own generator, so that it does not depend on earlier windows; numbers
                     # start at 1, because trailing zeros of a seed change nothing
@@ -274,7 +319,7 @@ def stretch(units: Sequence[Unit], rows: slice) -> list[Unit]:
     for unit in units:
         start, stop = max(rows.start - first, 0), min(rows.stop - first, unit.rows)
         if start < stop:
-            found.append(Unit(unit.file, unit.group, unit.start + start, unit.start + stop))
+            found.append(replace(unit, start=unit.start + start, stop=unit.start + stop))
         first += unit.rows
     return found
 

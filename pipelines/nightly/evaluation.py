@@ -59,7 +59,7 @@ def evaluate(config: Config, evaluation: str, digest: str, run: Location) -> dic
     }
     served = {side: {t.name for model in held.values() for t in model.tasks} for side, held in models.items()}
     common = served["champion"] & served["challenger"]
-    tasks = [task for task in manifest.description.tasks if task.name in common]
+    tasks = [task for task in manifest.tasks(None, evaluation) if task.name in common]
     check_allowed(code_of_tasks(tasks), trust_code=trust)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reader = Reader(folder, manifest, tuple(tasks))

@@ -14,9 +14,10 @@ from dmtg_core.addresses import load
 from dmtg_core.names import listed
 from dmtg_core.network.batched.choice import built
 from dmtg_core.network.grouping_network import GroupingNetwork
+from dmtg_core.sampling import epoch_steps, sampled_tasks
 from dmtg_core.tasks import Task
 from dmtg_core.training.aggregation import load_aggregator
-from dmtg_core.training.data import epoch_steps
+from dmtg_core.training.objective.scalarizers import task_weighting
 from dmtg_core.training.step import WeighedLoss
 from dmtg_core.training.warm_start import WarmStart
 from pipelines.config.loading import Config
@@ -172,6 +173,7 @@ def check_data(config: Config, manifest: Manifest, folder: Location) -> tuple[Ta
     """
     tasks = manifest.tasks(config.data.tasks, str(folder))
     check_limits(config, tasks)
+    check_sampler(config, tasks)
     check_targets(manifest, tasks, str(folder))
     check_shards(folder, manifest, checksums=config.data.verify_checksums)
     check_workers(config, manifest)
@@ -196,6 +198,17 @@ def check_limits(config: Config, tasks: Sequence[Task]) -> None:
         )
 
 
+def check_sampler(config: Config, tasks: Sequence[Task]) -> None:
+    """Check that the sampler has a task whose labels weight the samples.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if config.data.sampler == "balanced":
+        with _section("data"):
+            sampled_tasks(tasks)
+
+
 def check_network(
     config: Config,
     manifest: Manifest,
@@ -217,6 +230,7 @@ def check_network(
             built(network)
     with _section("train"):
         WeighedLoss(network, aggregator=config.train.aggregator)
+        task_weighting(network, config.settings())
         if config.train.aggregator != "sum":
             load_aggregator(config.train.aggregator)
     if models is not None:

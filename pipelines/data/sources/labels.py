@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -42,6 +42,7 @@ class LabelTask(Section):
     other value is a bad sample); other kinds do not read it, so that `kind` can be changed alone. `missing` lists
     markers of a missing label besides the usual ones (NA, N/A, ?, -, …), such as -1 beside 0 and 1. The metric
     `auto` is auroc for a binary task, balanced_accuracy for a multiclass task and rmse for a regression task.
+    `loss_options` are those of `loss`, such as {pos_weight: balanced} or {gamma: 2}.
     """
 
     model_config = ConfigDict(coerce_numbers_to_str=True)  # YAML reads the class names of `[1, 2, 3]` as numbers
@@ -56,6 +57,7 @@ class LabelTask(Section):
     missing: tuple[str, ...] = ()
     metric: str = ""
     loss: str = ""
+    loss_options: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("name")
     @classmethod
@@ -278,7 +280,8 @@ def _columns(targets: Iterable[Target]) -> str:
 def _targets_of(
     spec: LabelTask, cells: Mapping[str, set[str]], numbers: Mapping[str, Figures], where: str
 ) -> list[Target]:
-    make = partial(Task, metric=spec.headline, loss=spec.loss)
+    options: Any = spec.loss_options
+    make = partial(Task, metric=spec.headline, loss=spec.loss, loss_options=options)
     if spec.kind == "regression":
         figures = numbers[spec.column]
         if not figures.numbers:

@@ -55,6 +55,69 @@ TABLE = {
         [0.125, 0.5, 2.5, 0.0],
         3,
     ),
+    "focal of a flag": (
+        Task("t", "binary", loss="focal"),  # alpha · (1 - p)² · cross-entropy
+        [0.0, 0.0, math.log(3), 5.0],
+        [1.0, 0.0, 1.0, NAN],
+        [LN2 / 16, 3 * LN2 / 16, math.log(4 / 3) / 64, 0.0],
+        3,
+    ),
+    "focal of classes": (
+        Task("t", "multiclass", 3, loss="focal"),
+        [[0.0, 0.0, 0.0], [LN2, 0.0, 0.0], [9.0, 0.0, 0.0]],
+        [2, 0, -1],
+        [4 / 9 * math.log(3), LN2 / 4, 0.0],
+        2,
+    ),
+    "ordinal": (
+        Task("t", "multiclass", 3, loss="ordinal"),
+        [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [LN2, 0.0, 0.0], [9.0, 0.0, 0.0]],
+        [2, 1, 0, -1],  # above 0 and above 1; above 0 and up to 1; up to 0 and up to 1
+        [math.log(3 / 2 * 3), 2 * math.log(3 / 2), math.log(2 * 4 / 3), 0.0],
+        3,
+    ),
+    "huber": (
+        Task("t", "regression", loss="huber", loss_options={"delta": 2.0}),
+        [0.0, 0.0, 0.0],
+        [1.0, -4.0, NAN],  # e²/2 up to 2, then 2 (|e| - 1)
+        [0.5, 6.0, 0.0],
+        2,
+    ),
+    "quantile": (
+        Task("t", "regression", loss="quantile", loss_options={"quantile": 0.9}),
+        [1.0, 1.0, 1.0],
+        [3.0, -2.0, NAN],
+        [1.8, 0.3, 0.0],
+        2,
+    ),
+    "dense focal": (
+        Task("t", "dense_classification", 2, loss="focal", ignore_index=255),
+        [[[[0.0, math.log(3)]], [[0.0, 0.0]]]],
+        [[[1, 0]]],
+        [LN2 / 4 + math.log(4 / 3) / 16],
+        2,
+    ),
+    "dense ordinal": (
+        Task("t", "dense_classification", 3, loss="ordinal", ignore_index=0),
+        [[[[0.0, 9.0]], [[0.0, 0.0]], [[0.0, 0.0]]]],
+        [[[2, 0]]],
+        [math.log(4.5)],
+        1,
+    ),
+    "dense huber": (
+        Task("t", "dense_regression", loss="huber"),
+        [[[[0.0, 0.0], [0.0, 0.0]]]],
+        [[[[0.5, NAN], [3.0, 0.0]]]],
+        [0.125 + 2.5],
+        3,
+    ),
+    "dense quantile": (
+        Task("t", "dense_regression", loss="quantile", loss_options={"quantile": 0.25}),
+        [[[[1.0, 1.0], [1.0, 1.0]]]],
+        [[[[3.0, NAN], [-1.0, 1.0]]]],
+        [0.5 + 1.5],
+        3,
+    ),
     "dense cross-entropy": (
         Task("t", "dense_classification", 2, ignore_index=255),
         [[[[0.0, math.log(3)]], [[0.0, 0.0]]]],

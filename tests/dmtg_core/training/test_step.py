@@ -18,7 +18,8 @@ from dmtg_core import (
     TrainState,
 )
 from dmtg_core.training.losses import label_counts, sample_loss
-from dmtg_core.training.step import WeighedLoss, build_optimizer, prepare_network, step_noise, train_step
+from dmtg_core.training.objective.optimizer import build_optimizer
+from dmtg_core.training.step import WeighedLoss, prepare_network, step_noise, train_step
 from tests.dmtg_core import samples
 from tests.dmtg_core.network.test_grouping_network import pair_outputs
 from tests.dmtg_core.samples import MIXED, SAMPLEWISE, assert_same_tensors, assigned, image_spec, mlp_spec
