@@ -69,7 +69,7 @@ def bare_loop(network: GroupingNetwork, name: str, batches) -> None:
 
 def furthest(found: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """The largest difference of two networks."""
-    return max(float((found[key] - other[key]).abs().max()) for key in found)
+    return max(float((found[key].float() - other[key].float()).abs().max()) for key in found)
 
 
 @pytest.mark.parametrize("name", NAMES)
