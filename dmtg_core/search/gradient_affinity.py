@@ -34,7 +34,7 @@ class GradientAffinities:
     - `tag`: `1 - L_j(θ - η g_i) / L_j(θ)` with unchanged heads (Fifty et al. 2021, equation 1). It is directed:
       from the task of the step to the task of the loss;
     - `etap`: `⟨g_i, g_j⟩ / L_j`, the first-order form of `tag`. It is the linear part of the predictor of Ayman
-      et al. (2026). Their regression on trained groups is not included.
+      et al. (2026). `group_gains` has the other parts, which need trained groups.
 
     The value of a task alone is 0 in all of them, because no other task has an effect on it.
 

@@ -11,7 +11,7 @@ section 3). "At most K groups" is the special case in which each candidate costs
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 MOST_TASKS = 14  # 3^14 splits of a set of tasks take seconds, 3^16 take minutes
 EXACT_PARTITION = 12  # tasks up to which the best partition is exact
 BEAM = 32  # width of the beam search
+
+Value = Callable[[Sequence[int]], float]  # members of a group → its value
 
 
 @dataclass(frozen=True)
@@ -169,8 +171,25 @@ def best_partition(affinity: Tensor, groups: int, *, exact: bool | None = None) 
     if exact and count > MOST_TASKS:
         raise ValueError(f"the exact selection is for 1 to {MOST_TASKS} tasks, got {count}")
     worth: list[list[float]] = affinity.double().tolist()
-    chosen = _exact_parts if (count <= EXACT_PARTITION if exact is None else exact) else _searched_parts
-    parts = chosen(worth, groups)
+    return partition_of(lambda members: group_worth(worth, members), worth, groups, exact=exact)
+
+
+def partition_of(
+    value: Value, worth: Sequence[Sequence[float]], groups: int, *, exact: bool | None = None
+) -> list[int]:
+    """Partition the tasks into groups with the highest sum of values; see `best_partition`.
+
+    Args:
+        value: Value of a group, given its members.
+        worth: Pairwise affinities, by which a search orders the tasks.
+        groups: Largest number of groups.
+        exact: As for `best_partition`.
+    """
+    count = len(worth)
+    if count <= EXACT_PARTITION if exact is None else exact:
+        parts = _exact_parts(value, count, groups)
+    else:
+        parts = _searched_parts(value, worth, groups)
     number = {n: k for k, part in enumerate(sorted(parts, key=min)) for n in part}
     return [number[n] for n in range(count)]
 
@@ -182,10 +201,9 @@ def group_worth(worth: Sequence[Sequence[float]], members: Sequence[int]) -> flo
     return math.fsum(worth[i][j] for j in members for i in members if i != j) / (len(members) - 1)
 
 
-def _exact_parts(worth: Sequence[Sequence[float]], groups: int) -> list[list[int]]:
-    count = len(worth)
+def _exact_parts(value_of: Value, count: int, groups: int) -> list[list[int]]:
     members = [[n for n in range(count) if mask >> n & 1] for mask in range(1 << count)]
-    value = [0.0] + [group_worth(worth, part) for part in members[1:]]
+    value = [0.0] + [value_of(part) for part in members[1:]]
     # best[mask]: the highest sum for these tasks with the groups so far; begins[k][mask]: the first group of it
     best, begins = value, [list(range(1 << count))]
     for _ in range(groups - 1):
@@ -205,7 +223,7 @@ def _exact_parts(worth: Sequence[Sequence[float]], groups: int) -> list[list[int
     return parts
 
 
-def _searched_parts(worth: Sequence[Sequence[float]], groups: int) -> list[list[int]]:
+def _searched_parts(value_of: Value, worth: Sequence[Sequence[float]], groups: int) -> list[list[int]]:
     count = len(worth)
     # tasks with the highest affinities first, so that the cores of groups exist before other tasks are added
     order = sorted(
@@ -217,14 +235,14 @@ def _searched_parts(worth: Sequence[Sequence[float]], groups: int) -> list[list[
         for value, parts in kept:
             for k, part in enumerate([*parts, []] if len(parts) < groups else parts):
                 grown = [*part, n]
-                sums = value + group_worth(worth, grown) - (group_worth(worth, part) if part else 0.0)
+                sums = value + value_of(grown) - (value_of(part) if part else 0.0)
                 whole = [*parts[:k], grown, *parts[k + 1 :]]
                 found[tuple(sorted(tuple(sorted(p)) for p in whole))] = (sums, whole)
         kept = sorted(found.values(), key=lambda one: -one[0])[:BEAM]
-    return _moved_parts(worth, kept[0][1], groups)
+    return _moved_parts(value_of, kept[0][1], groups)
 
 
-def _moved_parts(worth: Sequence[Sequence[float]], parts: list[list[int]], groups: int) -> list[list[int]]:
+def _moved_parts(value_of: Value, parts: list[list[int]], groups: int) -> list[list[int]]:
     """Move single tasks to the group with the largest increase of the sum, until no move increases it."""
     assignment = {n: k for k, part in enumerate(parts) for n in part}
     held = [list(part) for part in parts] + [[] for _ in range(groups - len(parts))]
@@ -234,11 +252,8 @@ def _moved_parts(worth: Sequence[Sequence[float]], parts: list[list[int]], group
         for n in sorted(assignment):
             home = assignment[n]
             rest = [m for m in held[home] if m != n]
-            leaves = (group_worth(worth, rest) if rest else 0.0) - group_worth(worth, held[home])
-            gains = [
-                leaves + group_worth(worth, [*part, n]) - (group_worth(worth, part) if part else 0.0)
-                for part in held
-            ]
+            leaves = (value_of(rest) if rest else 0.0) - value_of(held[home])
+            gains = [leaves + value_of([*part, n]) - (value_of(part) if part else 0.0) for part in held]
             gains[home] = 0.0
             to = max(range(groups), key=gains.__getitem__)
             if gains[to] > 1e-12:

@@ -17,7 +17,8 @@ from dmtg_core.addresses import is_address
 from dmtg_core.evaluation.trees import TREES
 from dmtg_core.grouping import Grouping
 from dmtg_core.search.budget import default_budget
-from dmtg_core.search.selection import best_partition
+from dmtg_core.search.group_gains import GroupGains, TrainedGroup
+from dmtg_core.search.selection import best_partition, partition_of
 from pipelines.compare.cells import (
     AFFINITIES,
     DISTILLED_WIDE,
@@ -83,6 +84,16 @@ class Comparison:
         rng = np.random.default_rng([seed, len(self.tasks), self.groups])
         return list(islice(random_groupings(self.tasks, self.groups, rng), self.config.compare.random_draws))
 
+    def random_sets(self, seed: int, count: int) -> list[tuple[str, ...]]:
+        """At most `count` different random groups of any size below N; more of them begin with the same ones."""
+        rng, found = np.random.default_rng([seed, len(self.tasks), 1]), dict[tuple[str, ...], None]()
+        for _ in range(100 * count):
+            if len(found) == count:
+                break
+            chosen = rng.permutation(len(self.tasks))[: rng.integers(1, max(len(self.tasks), 2))]
+            found[tuple(self.tasks[n] for n in sorted(chosen))] = None
+        return list(found)
+
     def partitions(self) -> list[Grouping]:
         """All partitions into at most K groups."""
         found: list[list[int]] = [[0]]
@@ -137,7 +148,14 @@ def _affinities(_comparison: Comparison, seed: int, _budget: float) -> list[Cell
     return [Cell(AFFINITIES, seed)]
 
 
+def _trained_groups(comparison: Comparison, seed: int, budget: float) -> list[Cell]:
+    """The groups from which `ETAP_FULL` predicts all others: as many as half of the budget can train."""
+    sets = comparison.random_sets(seed, max(int(budget / 2), 2))
+    return [Cell(PAIR, seed, groups=(members,)) for members in sets]
+
+
 SELECTED = ("cs", "tag", "etap", "gradtag")  # affinities that are collected in a run of naive MTL
+ETAP_FULL = "etap_full"
 GUIDED, LONGER_NAIVE, FEATURE_OVERLAP = "guided", "naive_longer", "feature_overlap"
 # methods with a training of their own length
 FIXED: Mapping[str, First] = {
@@ -155,6 +173,10 @@ BUDGETED: Mapping[str, First] = {
     "wide_distilled": _kind(DISTILLED_WIDE),
     "random": _random,
     **dict.fromkeys(SELECTED, _affinities),
+    ETAP_FULL: lambda comparison, seed, budget: [
+        Cell(AFFINITIES, seed),
+        *_trained_groups(comparison, seed, budget),
+    ],
     FEATURE_OVERLAP: _kind(PROPOSAL),
     GUIDED: _search(GUIDED, {"method": "guided"}),
     HEADS_ALONE: _kind(HEADS_ALONE),
@@ -200,11 +222,37 @@ def _grouping_cells(comparison: Comparison, seed: int, budget: float, groups: Se
 def _selected(name: str) -> Second:
     def cells(comparison: Comparison, seed: int, budget: float, found: Found) -> list[Cell]:
         affinity = torch.tensor(found[Cell(AFFINITIES, seed)]["affinities"][name])
-        left = max(budget - _cost_of_grouping(comparison, name, seed, found), LEAST_RUNS)
-        left = math.floor(1000 * left) / 1000  # a short name of the cell
+        left = _left(comparison, name, seed, budget, found)
         return _grouping_cells(comparison, seed, left, best_partition(affinity, comparison.groups))
 
     return cells
+
+
+def _left(comparison: Comparison, method: str, seed: int, budget: float, found: Found) -> float:
+    """The budget for the network of a method after its grouping was found."""
+    left = max(budget - _cost_of_grouping(comparison, method, seed, budget, found), LEAST_RUNS)
+    return math.floor(1000 * left) / 1000  # a short name of the cell
+
+
+def _etap_full(comparison: Comparison, seed: int, budget: float, found: Found) -> list[Cell]:
+    naive = found[Cell(AFFINITIES, seed)]
+    affinity = torch.tensor(naive["affinities"]["etap"])
+    everything = TrainedGroup(dict.fromkeys(range(len(comparison.tasks)), 0.0))  # gains are those over naive MTL
+    trained = [
+        _trained_group(comparison, found[cell], naive) for cell in _trained_groups(comparison, seed, budget)
+    ]
+    gains = GroupGains(affinity, [everything, *trained])
+    groups = partition_of(gains.worth, affinity.double().tolist(), comparison.groups)
+    return _grouping_cells(comparison, seed, _left(comparison, ETAP_FULL, seed, budget, found), groups)
+
+
+def _trained_group(comparison: Comparison, result: Result, naive: Result) -> TrainedGroup:
+    losses, before = (
+        {task: max(values["loss"], 1e-12) for task, values in one["metrics"]["val"].items()}
+        for one in (result, naive)
+    )
+    number = {task: n for n, task in enumerate(comparison.tasks)}
+    return TrainedGroup({number[task]: 1 - loss / before[task] for task, loss in losses.items()})
 
 
 def _hoa(comparison: Comparison, seed: int, _budget: float, found: Found) -> list[Cell]:
@@ -235,6 +283,7 @@ def _best(comparison: Comparison, seed: int, _budget: float, found: Found) -> li
 
 SECOND: Mapping[str, Second] = {
     **{name: _selected(name) for name in SELECTED},
+    ETAP_FULL: _etap_full,
     "hoa": _hoa,
     "exhaustive": _best,
 }
@@ -255,7 +304,7 @@ def results_of(comparison: Comparison, method: str, budget: float, seed: int, fo
         return [_merged(comparison, results)]
     if cells[0].kind == SEARCH and method != "dmtg":
         return [_or_naive(result, found[Cell(NAIVE, seed)]) for result in results]
-    before = _cost_of_grouping(comparison, method, seed, found)
+    before = _cost_of_grouping(comparison, method, seed, budget, found)
     return [result | {"cost": result["cost"] + before} for result in results]
 
 
@@ -281,8 +330,11 @@ def _merged(comparison: Comparison, results: Sequence[Result]) -> Result:
     }
 
 
-def _cost_of_grouping(comparison: Comparison, method: str, seed: int, found: Found) -> float:
+def _cost_of_grouping(comparison: Comparison, method: str, seed: int, budget: float, found: Found) -> float:
     """Training cost of a method before its own network is trained, in runs of naive MTL."""
+    if method == ETAP_FULL:
+        own = math.fsum(found[cell]["cost"] for cell in _trained_groups(comparison, seed, budget))
+        return own + _cost_of_grouping(comparison, "etap", seed, budget, found)
     if method in SELECTED:
         naive = found[Cell(AFFINITIES, seed)]
         return float(naive["cost"] + naive["affinity_costs"][method])

@@ -18,6 +18,7 @@ from pipelines.compare.cells import AFFINITIES, GROUPING, NAIVE, Cell
 from pipelines.compare.driver import ComparisonResult, compare, methods_of
 from pipelines.compare.methods import (
     BUDGETED,
+    ETAP_FULL,
     FIXED,
     SELECTED,
     Comparison,
@@ -192,7 +193,7 @@ def test_only_selectors_collect_affinities_and_the_run_stays_the_same(
     config, done, _ = compared
     comparison = Comparison(config, TASKS)
     kinds = {name: {cell.kind for cell in first_cells(comparison, name, 4, 1)} for name in {**FIXED, **BUDGETED}}
-    assert {name for name, held in kinds.items() if AFFINITIES in held} == {*SELECTED}
+    assert {name for name, held in kinds.items() if AFFINITIES in held} == {*SELECTED, ETAP_FULL}
     naive, with_affinities = (
         (done.folder / "cells" / f"{Cell(kind, 1).name}.json").read_json() for kind in (NAIVE, AFFINITIES)
     )
