@@ -41,12 +41,16 @@ class GroupGains:
 
     Raises:
         ValueError: If there is no trained group, or a number is not finite.
+        ImportError: If scikit-learn is missing.
     """
 
     def __init__(self, affinity: Tensor, trained: Sequence[TrainedGroup]) -> None:
-        from sklearn.linear_model import Ridge
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import SplineTransformer, StandardScaler
+        try:
+            from sklearn.linear_model import Ridge
+            from sklearn.pipeline import make_pipeline
+            from sklearn.preprocessing import SplineTransformer, StandardScaler
+        except ImportError as error:
+            raise ImportError("gains of groups need scikit-learn: pip install 'dmtg[tables]'") from error
 
         self.affinity = affinity.double().cpu().numpy()
         rows = [(tuple(one.gains), task, gain) for one in trained for task, gain in one.gains.items()]
