@@ -194,8 +194,8 @@ def train_step(
     statistics = _by_kind(b for m in network.running for b in m.buffers())
     before = [_flat(buffers) for buffers in statistics]
     with part(COMMUNICATION, device):
-        counts = context.sum(label_counts(loss_module.network.tasks, batch.targets))
-    present, counts, seed = counts > 0, counts.clamp_min(1), settings.seed * 1_000_003 + step
+        labels = context.sum(label_counts(loss_module.network.tasks, batch.targets))
+    counts, seed = labels.clamp_min(1), settings.seed * 1_000_003 + step
 
     def over_workers(losses: Tensor) -> Tensor:
         return context.sum(losses) / context.world_size
@@ -205,7 +205,9 @@ def train_step(
         loss, by_task, by_pair = _aggregated(loss_module, loss_module.weigh, batch, counts, seed, context)
     else:
         # data-parallel training averages gradients over workers, but the update needs their sum
-        weigh = None if weighting is None else lambda losses: weighting.weigh(over_workers(losses), present, seed)
+        weigh = (
+            None if weighting is None else lambda losses: weighting.weigh(over_workers(losses), labels > 0, seed)
+        )
         shares = counts / context.world_size
         loss, by_task, by_pair = _gradients(module, batch, noise, temperature, shares, settings.accumulate, weigh)
     with part(OPTIMIZER, device):
@@ -223,7 +225,7 @@ def train_step(
             _refill(buffers, torch.where(refused.bool(), old, _flat(buffers)))
     if weighting is not None:
         again = partial(_losses_again, partial(loss_module, batch, temperature, noise, shares), statistics)
-        weighting.update(lambda: over_workers(again()), present, optimizer.param_groups[0]["lr"])
+        weighting.update(lambda: over_workers(again()), labels > 0, optimizer.param_groups[0]["lr"])
     return StepFigures(by_task, by_pair, gate_gradient, refused) * (1 / context.world_size)
 
 
