@@ -43,10 +43,16 @@ _LAYOUT = "img_align_celeba/<image>.jpg, list_attr_celeba.txt and list_eval_part
 
 
 class CelebaOptions(Section):
-    """`attributes` are those to read, by their names in the file; images are stored `size` × `size`."""
+    """`attributes` are those to read, by their names in the file; images are stored `size` × `size`.
+
+    All attributes have one `metric`, `loss` and `loss_options`.
+    """
 
     attributes: Literal["all"] | tuple[str, ...] = Field("all", min_length=1)
     size: int = Field(64, ge=8, le=4096)
+    metric: str = ""
+    loss: str = ""
+    loss_options: dict[str, Any] = Field(default_factory=dict)
 
 
 class CelebaSource:
@@ -76,13 +82,20 @@ class CelebaSource:
         """The image and one flag for each attribute. Reads the names of the attributes from their file.
 
         Raises:
-            UserError: For an attribute that is not in the file.
+            UserError: For an attribute that is not in the file, and for a wrong metric or loss.
         """
         size = self._options.size
         columns = {INPUT: Column("uint8", (size, size, 3))}
         columns |= {f"task.{name}": Column("uint8") for name in self._names}
         image = InputSpec("image", (size, size, 3), "uint8", (0.0,), (255.0,))
-        return Description(image, tuple(Task(name, "binary") for name in self._names), columns)
+        chosen: dict[str, Any] = self._options.model_dump(include={"metric", "loss", "loss_options"})
+        try:
+            tasks = tuple(Task(name, "binary", **chosen) for name in self._names)
+        except ValueError as error:
+            raise UserError(
+                str(error), where="source.options", remedy="correct the metric or the loss", wrong_use=True
+            ) from error
+        return Description(image, tasks, columns)
 
     def entries(self) -> Iterator[Entry]:
         """One sample for each row of the file of attributes, in order; no image is opened.

@@ -66,7 +66,7 @@ class TextOptions(Section):
     and number.
 
     Labels are columns (`tasks`), or ids in `labels_column` with one binary task each; `labels_file` has the names
-    of the labels, and all tasks have one `metric`. An empty cell is a missing label.
+    of the labels, and all tasks have one `metric`, `loss` and `loss_options`. An empty cell is a missing label.
 
     `tokenizer` is "bpe" (byte pairs), trained with up to `vocabulary` tokens, on lower-cased text if `lowercase`
     is set; or the path of a tokenizer.json, below the root or absolute. A text is truncated to `length` tokens.
@@ -83,6 +83,8 @@ class TextOptions(Section):
     labels_column: str | None = None
     labels_file: str = "labels.txt"
     metric: str = ""
+    loss: str = ""
+    loss_options: dict[str, Any] = Field(default_factory=dict)
     tokenizer: str = Field("bpe", pattern=r"^(bpe|.+\.json)$")
     vocabulary: int = Field(8000, ge=300)
     lowercase: bool = True
@@ -96,7 +98,7 @@ class TextOptions(Section):
         if (self.labels_column is None) == (not self.tasks):
             raise ValueError("give either labels_column or tasks")
         unused = {"split_column"} if self.files else set()
-        unused |= set() if self.labels_column else {"labels_file", "metric"}
+        unused |= set() if self.labels_column else {"labels_file", "metric", "loss", "loss_options"}
         unused |= {"vocabulary", "lowercase"} if self.tokenizer.endswith(".json") else set()
         for option in sorted(unused & self.model_fields_set):
             raise ValueError(f"{option} has no meaning beside the other options")
@@ -221,11 +223,14 @@ class TextSource(PreparedSource):
             return label_targets(options.tasks, RowsOf(self._entries), str(self._root))
         names = self._label_names()
         try:
-            tasks = [Task(name, "binary", metric=options.metric) for name in names]
+            chosen: dict[str, Any] = options.model_dump(include={"metric", "loss", "loss_options"})
+            tasks = [Task(name, "binary", **chosen) for name in names]
             check_names(tasks)
         except ValueError as error:
             raise UserError(
-                str(error), where=str(self._root / options.labels_file), remedy="correct the labels or the metric"
+                str(error),
+                where=str(self._root / options.labels_file),
+                remedy="correct the labels, the metric or the loss",
             ) from error
         return [LabelId(task, options.labels_column, i, len(names)) for i, task in enumerate(tasks)]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dmtg_core.loss_options import LossOptions
 from pipelines.data.sources import build_source
 from pipelines.data.sources.base import INPUT, BadSampleError
 from pipelines.data.sources.celeba import CelebaSource
@@ -75,6 +76,13 @@ def test_some_attributes_in_the_order_asked_for(root):
         assert [row[f"task.{name}"] for name in asked] == [flags[CELEBA_NAMES.index(n)] == 1 for n in asked]
 
 
+def test_all_attributes_have_one_metric_and_loss(root):
+    chosen = {"metric": "balanced_accuracy", "loss_options": {"pos_weight": "balanced"}}
+    tasks = source(root, attributes=["Bald", "Mustache"], **chosen).describe().tasks
+    assert {(t.metric, t.loss_options.pos_weight) for t in tasks} == {("balanced_accuracy", "balanced")}
+    assert all(task.loss_options == LossOptions() for task in source(root).describe().tasks)
+
+
 @pytest.mark.parametrize(
     ("options", "what", "remedy"),
     [
@@ -82,6 +90,7 @@ def test_some_attributes_in_the_order_asked_for(root):
         ({"attributes": ["Bald", "Bald"]}, "named twice: Bald, Bald", "once"),
         ({"attributes": []}, "at least 1 item", "correct"),
         ({"sise": 64}, "unknown key source.options.sise", "size"),
+        ({"loss_options": {"pos_weight": 0}}, "pos_weight must be positive, got 0", "loss"),
     ],
 )
 def test_wrong_options(root, options, what, remedy):

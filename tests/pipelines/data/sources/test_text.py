@@ -252,11 +252,18 @@ def test_tokenizers_that_cannot_be_used(root):
         ({"columns": ["text", "labels"], "id_column": None}, "line 1 has 3 cells, expected 2"),
         ({"labels_file": "names.txt"}, "the file of label names does not exist"),
         ({"metric": "rmse"}, "unknown metric"),
+        ({"loss_options": {"gamma": 2}}, "loss binary_cross_entropy of a binary task has no option 'gamma'"),
+        ({"labels_column": None, "tasks": [MOOD], "loss": "focal"}, "loss has no meaning"),
     ],
 )
 def test_options_that_cannot_be_used(root, options, message):
     with pytest.raises(UserError, match=message):
         source(root, **options).describe()
+
+
+def test_all_labels_have_one_loss(root):
+    tasks = source(root, loss="focal", loss_options={"gamma": 1}).describe().tasks
+    assert {(task.loss, task.loss_options.gamma) for task in tasks} == {("focal", 1)}
 
 
 def test_a_file_for_two_splits_is_refused(root):
