@@ -232,9 +232,9 @@ RENAMED_METHODS = {
 
 
 METHODS = (
-    "naive_mtl", "naive_longer", "single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap", "etap_full",
-    "gradtag", "feature_overlap", "hoa", "exhaustive", "dmtg", "guided", "heads_alone", "full_finetuning",
-    "extra_trees", "gradient_boosting",
+    "naive_mtl", "naive_longer", "single_task", "wide", "wide_distilled", "random", "cs", "tag", "etap",
+    "etap_full", "gradtag", "feature_overlap", "hoa", "exhaustive", "dmtg", "guided", "heads_alone",
+    "full_finetuning", "extra_trees", "gradient_boosting",
 )  # fmt: skip
 
 
