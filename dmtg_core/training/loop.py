@@ -70,9 +70,9 @@ def score_of(tasks: Sequence[Task], metrics: Metrics) -> float:
     differs from that of the loss. The loss makes the score smooth, because a metric such as the accuracy changes
     in steps. For classes and flags it is the cross-entropy without options, whatever the loss of the training:
     weights of classes or a focal loss do not change the scale of the score. A metric that is not defined, such as
-    the AUROC of one class, is left out. Logarithms give each task the same weight, whatever its unit. Below `SMOOTH`
-    differences do not count: the loss of a task without errors can still fall by orders of magnitude, and would
-    outweigh all other tasks.
+    the AUROC of one class, is left out. Logarithms give each task the same weight, whatever its unit. Below
+    `SMOOTH` differences do not count: the loss of a task without errors can still fall by orders of magnitude, and
+    would outweigh all other tasks.
 
     Args:
         tasks: The tasks.
