@@ -189,6 +189,9 @@ class _Worker:
     def report(self, record: Any, save: Any) -> None:
         raise NotImplementedError
 
+    def checkpoint_due(self) -> bool:
+        raise NotImplementedError
+
     def latest(self) -> None:
         raise NotImplementedError
 

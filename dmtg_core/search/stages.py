@@ -16,7 +16,7 @@ from dmtg_core.search.state import SearchState
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Data
 from dmtg_core.training.loop import Hooks, advance, evaluate, generalisation_gap
-from dmtg_core.training.metrics import Metrics
+from dmtg_core.training.metrics import Metrics, normalized_gain
 from dmtg_core.training.settings import TrainSettings
 from dmtg_core.training.state import TrainState
 from dmtg_core.training.warm_start import WarmStart
@@ -113,9 +113,15 @@ class Stages:
 
         def epoch(state: TrainState) -> None:
             record = {"stage": stage, "spent": self.spent if stage != BASELINE else 0.0, **state.history[-1]}
-            self.context.report(record, self.state.save)
+            self.context.report(record | {"gain": self._gain(record["val"])}, self.state.save)
 
         return Hooks(on_epoch=epoch, on_step=lambda _: self.context.report(None, self.state.save))
+
+    def _gain(self, metrics: Metrics) -> float | None:
+        """The gain of validation metrics over naive MTL in per cent; None before naive MTL has been trained."""
+        if not self.done(BASELINE) or "val" not in self.splits:
+            return None
+        return normalized_gain(self.spec.tasks, metrics, self.result(BASELINE)["metrics"]["val"])
 
     def end(self, name: str, state: TrainState, **found: Any) -> None:
         """Append the result of a stage."""

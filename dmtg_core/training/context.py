@@ -41,6 +41,13 @@ class TrainContext(Protocol):
         """
         ...
 
+    def checkpoint_due(self) -> bool:
+        """Whether a checkpoint is written after this step, such as before a machine is taken away.
+
+        All workers call it after the same steps and get the same answer.
+        """
+        ...
+
     def latest(self) -> Path | None:
         """Return the newest intact checkpoint, or None if there is no checkpoint.
 
@@ -176,6 +183,10 @@ class LocalContext:
         part.rename(self.folder / f"checkpoint_{number:06d}")
         for old in self._checkpoints()[: -self.keep]:
             shutil.rmtree(old)
+
+    def checkpoint_due(self) -> bool:
+        """Never."""
+        return False
 
     def latest(self) -> Path | None:
         """See `TrainContext.latest`."""

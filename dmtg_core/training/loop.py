@@ -108,8 +108,8 @@ class Hooks:
 
     Args:
         on_epoch: Called after each epoch with the state to save.
-        on_step: Called within an epoch, every `TrainSettings.checkpoint_every` steps, with the state to save. If
-            it is None, there is no checkpoint within an epoch.
+        on_step: Called within an epoch, every `TrainSettings.checkpoint_every` steps and when the context has a
+            checkpoint due, with the state to save. If it is None, there is no checkpoint within an epoch.
         should_stop: Stop criterion, called before each epoch.
         prepare: Applied to each training batch before augmentation.
     """
@@ -180,6 +180,7 @@ def _advance(
             "val": metrics,
             "probabilities": state.network.gate.probabilities().tolist(),
             "heads": len(state.network.pairs),
+            "groups": len(set(state.network.gate.assignment())),
             "precision": settings.precision,
             "cuda_graphs": settings.cuda_graphs,
             "batch_branches": state.network.batched is not None,
@@ -236,7 +237,7 @@ def _train_epoch(
         due = bool(settings.checkpoint_every) and state.step % settings.checkpoint_every == 0
         if (due or state.step % CHECK_EVERY == 0) and float(sums.figures.refused):
             break
-        if due and hooks.on_step is not None and state.step < last:
+        if hooks.on_step is not None and state.step < last and (context.checkpoint_due() or due):
             _average_statistics(state.network, context)  # otherwise the checkpoint has those of one worker
             state.partial = sums.share(context)
             hooks.on_step(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pipelines.config.validation import Section
 
@@ -47,3 +47,15 @@ class RegroupSection(Section):
         description="Seconds without a renewal after which the lease of another regroup job is free.",
     )
     webhook: str = Field("", description="HTTP(S) address to which the verdict is sent as JSON.")
+    metrics: str = Field(
+        "",
+        description="Where a nightly run leaves its metrics for Prometheus: address of a Pushgateway (http://…), "
+        "or a file that ends in .prom, for node_exporter's textfile collector.",
+    )
+
+    @field_validator("metrics")
+    @classmethod
+    def _is_place(cls, value: str) -> str:
+        if value and not value.startswith(("http://", "https://")) and not value.endswith(".prom"):
+            raise ValueError("expected an http:// address of a Pushgateway, or a file that ends in .prom")
+        return value

@@ -222,6 +222,18 @@ class TrackSection(Section):
         description="Frozen pretrained weights: a copy in the registry, once for all versions that have them, or "
         "a reference to the place that they were read from.",
     )
+    metrics_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Port of an HTTP endpoint for Prometheus on 127.0.0.1, while dmtg train or dmtg regroup runs; "
+        "0 for none. On Ray, its own endpoint has the metrics as well.",
+    )
+    opentelemetry: bool = Field(
+        False,
+        description="Send metrics with OpenTelemetry, to the exporter that the variables OTEL_* name; its package "
+        "is installed separately.",
+    )
 
 
 RENAMED_METHODS = {

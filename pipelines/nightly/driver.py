@@ -27,9 +27,9 @@ from pipelines.execution.choice import open_executor
 from pipelines.execution.errors import user_error
 from pipelines.execution.executor import Executor
 from pipelines.nightly.datasets import DATE, checked_date, newest, no_data_set, of_date
-from pipelines.nightly.evaluation import evaluate, verdict_of
+from pipelines.nightly.evaluation import KEPT, PROMOTED, VERDICT, evaluate, verdict_of
 from pipelines.nightly.leakage import check_champion, check_evaluation, leakage_notes
-from pipelines.nightly.publish import VERDICT, job_result, publish
+from pipelines.nightly.publish import job_result, publish
 from pipelines.nightly.webhook import check_address
 from pipelines.registry import aliases
 from pipelines.registry.models import load_registered
@@ -46,7 +46,6 @@ PLAN, COMPARISON = "plan.json", "comparison.json"
 EARLIER_PLAN = "night.json"  # of earlier versions
 DECISION = "decision.json"  # the verdict before the alias moves
 LEASE, CHALLENGER, CHAMPION = "lease.json", "challenger", "champion"
-PROMOTED, KEPT = "promoted", "kept"
 logger = logging.getLogger(__name__)
 
 
@@ -211,7 +210,7 @@ class _Job:
         return plan
 
     def digest(self) -> str:
-        rules = self.config.regroup.model_dump_json(exclude={"webhook", "lease_s"})
+        rules = self.config.regroup.model_dump_json(exclude={"webhook", "lease_s", "metrics"})
         return f"{self.config.digest()}-{hashlib.sha256(rules.encode()).hexdigest()[:8]}"
 
     def _new_plan(self, date: str) -> NightlyRun:

@@ -23,6 +23,9 @@ from pipelines.runs.models import group_names, read_model
 from pipelines.serving.evaluate import outputs_for
 from pipelines.storage import Location, locate
 
+VERDICT = "verdict.json"  # file of a nightly run
+PROMOTED, KEPT = "promoted", "kept"
+
 
 def evaluate(config: Config, evaluation: str, digest: str, run: Location) -> dict[str, Any]:
     """Evaluate both models on the evaluation split, over the tasks that both have.
@@ -105,14 +108,14 @@ def verdict_of(found: Mapping[str, Any], rules: RegroupSection) -> tuple[str, st
     gain, percent = compared.gain, f"{rules.confidence:.0%}"
     shown = f"gain {gain.value:+.2f} % ({percent} interval {gain.low:+.2f} to {gain.high:+.2f} %)"
     if not gain.value >= rules.margin:
-        return "kept", f"{shown}, less than the margin of {rules.margin:g} %"
+        return KEPT, f"{shown}, less than the margin of {rules.margin:g} %"
     if not gain.low > 0:
-        return "kept", f"{shown}, not significant"
+        return KEPT, f"{shown}, not significant"
     worse = [
         f"{name} {one.value:+.2f} %, the limit is {0 - limit:g} %"
         for name, one in compared.by_task.items()
         if (limit := rules.limits.get(name, rules.limit)) is not None and not -one.value <= limit
     ]
     if worse:
-        return "kept", f"{shown}, but single tasks lose too much: {'; '.join(worse)}"
-    return "promoted", shown
+        return KEPT, f"{shown}, but single tasks lose too much: {'; '.join(worse)}"
+    return PROMOTED, shown

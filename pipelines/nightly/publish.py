@@ -1,4 +1,6 @@
-"""Publishes a verdict: to its report, to MLflow, and to the webhook. `published.json` records what has been done.
+"""Publishes a verdict: to its report, to MLflow, to the webhook, and as metrics.
+
+`published.json` records what has been done.
 
 Each step can be repeated. A step that failed, or was interrupted, is owed: the same command does it again.
 """
@@ -9,14 +11,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipelines.config.loading import Config
+from pipelines.nightly.evaluation import VERDICT
+from pipelines.nightly.metrics import leave_metrics
 from pipelines.nightly.page import write_page
 from pipelines.nightly.webhook import send
 from pipelines.registry.tracking import connect
 from pipelines.storage import Location
 
-VERDICT, REPORT, PUBLISHED = "verdict.json", "regroup.html", "published.json"
+REPORT, PUBLISHED = "regroup.html", "published.json"
 SENT = "webhook.json"  # in nightly runs of earlier versions, after the webhook has accepted the verdict
-PAGE, MLFLOW, WEBHOOK = "report", "mlflow", "webhook"
+PAGE, MLFLOW, WEBHOOK, METRICS = "report", "mlflow", "webhook", "metrics"
 
 
 def publish(config: Config, folder: Location, log: Callable[[str], None]) -> None:
@@ -26,6 +30,7 @@ def publish(config: Config, folder: Location, log: Callable[[str], None]) -> Non
         PAGE: lambda: _write_page(folder),
         MLFLOW: lambda: _track(config, folder, verdict),
         WEBHOOK: lambda: send(config.regroup.webhook, verdict),
+        METRICS: lambda: leave_metrics(config, folder),
     }
     for name in owed(config, folder):
         problem = steps[name]()
@@ -36,8 +41,9 @@ def publish(config: Config, folder: Location, log: Callable[[str], None]) -> Non
 
 
 def owed(config: Config, folder: Location) -> list[str]:
-    """The steps that have not been done: report, mlflow, webhook."""
-    steps = [PAGE, MLFLOW, *([WEBHOOK] if config.regroup.webhook else [])]
+    """The steps that have not been done: report, mlflow, webhook, metrics."""
+    wanted = {WEBHOOK: config.regroup.webhook, METRICS: config.regroup.metrics}
+    steps = [PAGE, MLFLOW, *(name for name, place in wanted.items() if place)]
     return [name for name in steps if not _done(folder).get(name)]
 
 

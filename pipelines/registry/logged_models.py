@@ -20,7 +20,7 @@ from dmtg_core.network.grouping_network import GroupModel
 from pipelines.data.preprocessing import Preparation, load_preparation
 from pipelines.errors import UserError
 from pipelines.registry import integrity
-from pipelines.registry.records import DETAILS, description_of, registered
+from pipelines.registry.records import DETAILS, model_card, registered
 from pipelines.scratch import temporary_folder
 
 CODE = Path(__file__).parent / "pyfunc_model.py"
@@ -76,7 +76,7 @@ def log_version(
             _save(origin, folder, groups, models, facts, logged)
             return folder / "model"
 
-        return log_files(origin, name, save, tags, description_of(facts))
+        return log_files(origin, name, save, tags, model_card(facts, origin.result.get("notes", ())))
 
 
 def log_files(

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import threading
-import time
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,18 +24,18 @@ from pipelines.errors import UserError, without_credentials
 from pipelines.registry.environment import mlflow_environment
 from pipelines.registry.errors import reached
 from pipelines.registry.lost_runs import ENDED, PROCESS, end_lost_runs, owner_tag
-from pipelines.registry.records import LONGEST_TAG
+from pipelines.registry.records import LONGEST_TAG, SCORE, epoch_metrics, final_metrics, run_description
 from pipelines.registry.sqlite_store import PREFIX as SQLITE
 from pipelines.registry.sqlite_store import ensure_store
 from pipelines.runs.files import METRICS, REGISTERED, TRACKING, read_jsonl
-from pipelines.runs.tree_figures import tree_values
 from pipelines.runs.writer import BackgroundWriter, PendingWrite
+from pipelines.scratch import temporary_folder
 from pipelines.storage import Location
 
 if TYPE_CHECKING:  # it imports torch, which the registry alone does not need
     from pipelines.data.manifest import Manifest
 
-GROUPING_TAG, PARENT_TAG = "dmtg.grouping", "mlflow.parentRunId"
+GROUPING_TAG, PARENT_TAG, NOTE_TAG = "dmtg.grouping", "mlflow.parentRunId", "mlflow.note.content"
 KEY_TAG = "dmtg.key"  # a key that the run folder has before the run is created
 NAME_TAG = "dmtg.name."  # with the key of a task whose name MLflow does not take: its name
 MOST_AT_ONCE = 100  # parameters or tags of a request
@@ -57,8 +56,8 @@ class Tracker(Protocol):
         """Wait until all metrics of the run have been sent."""
         ...
 
-    def finish(self, result: Mapping[str, Any], files: Mapping[str, str]) -> None:
-        """Send the final metrics, and small text files (name → text) as artifacts; mark the run as finished."""
+    def finish(self, result: Mapping[str, Any], files: Mapping[str, str | bytes], description: str = "") -> None:
+        """Send the final metrics, and small files (name → content) as artifacts; mark the run as finished."""
         ...
 
     def fail(self) -> None:
@@ -77,7 +76,7 @@ class NullTracker:
     def deliver(self) -> None:
         """Do nothing."""
 
-    def finish(self, result: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    def finish(self, result: Mapping[str, Any], files: Mapping[str, str | bytes], description: str = "") -> None:
         """Do nothing."""
 
     def fail(self) -> None:
@@ -192,7 +191,7 @@ class MlflowTracker:
         self.client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Add the metrics of an epoch, `<stage>/<key of the task>/<metric>`; the background writer sends them."""
+        """Add the metrics of an epoch; see `records.epoch_metrics`. The background writer sends them."""
         self._add([record])
         self._send_later()
 
@@ -217,21 +216,26 @@ class MlflowTracker:
             try:
                 for (stage, epoch), record in list(self.records.items()):
                     if stage not in self.received:
-                        history = self.client.get_metric_history(self.run_id, f"{stage}/val_score")
-                        self.received[stage] = {metric.step for metric in history}
+                        self.received[stage] = self._epochs(stage)
                     if epoch not in self.received[stage]:
-                        self.client.log_batch(self.run_id, metrics=_metrics(record))
+                        self.client.log_batch(self.run_id, metrics=epoch_metrics(record))
                         self.received[stage].add(epoch)
             except BaseException:
                 self.received.clear()  # it is unknown whether the last request arrived
                 raise
 
-    def finish(self, result: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    def _epochs(self, stage: str) -> set[int]:
+        """The epochs of a stage that MLflow has, also under the names of earlier versions."""
+        names = (f"{SCORE}/{stage}", f"{stage}/val_score")
+        return {held.step for name in names for held in self.client.get_metric_history(self.run_id, name)}
+
+    def finish(self, result: Mapping[str, Any], files: Mapping[str, str | bytes], description: str = "") -> None:
         """Send test metrics and artifacts and mark the run as finished, unless it has been done before.
 
         Args:
             result: As in `result.json`; missing entries are left out.
-            files: Name → text of the artifacts.
+            files: Name → content of the artifacts.
+            description: Text that MLflow shows for the run, above the picture of the groups.
 
         Raises:
             UserError: When the server does not answer; see `registry.errors.retry_while_unreachable`.
@@ -240,12 +244,22 @@ class MlflowTracker:
         with reached(self.uri):
             held = self.client.get_run(self.run_id)
             if held.info.status != "FINISHED" or GROUPING_TAG not in held.data.tags:
-                self.client.log_batch(self.run_id, metrics=_final(result, held.data.metrics))
-                for name, text in files.items():
-                    self.client.log_text(self.run_id, text, name)
+                self.client.log_batch(self.run_id, metrics=final_metrics(result, held.data.metrics))
+                self._log_files(files)
+                if description:
+                    self.client.set_tag(self.run_id, NOTE_TAG, run_description(description, self.run_id, files))
                 self.client.set_tag(self.run_id, GROUPING_TAG, result.get("grouping_name", ""))
                 self.client.set_terminated(self.run_id)
         self.writer.close()
+
+    def _log_files(self, files: Mapping[str, str | bytes]) -> None:
+        with temporary_folder() as folder:
+            for name, content in files.items():
+                if isinstance(content, str):
+                    self.client.log_text(self.run_id, content, name)
+                else:
+                    (folder / name).write_bytes(content)
+                    self.client.log_artifact(self.run_id, str(folder / name))
 
     def fail(self) -> None:
         """Mark the run as failed, unless MLflow is unreachable."""
@@ -257,36 +271,6 @@ class MlflowTracker:
         self.writer.put("the end of the run", PendingWrite(write))
         self.writer.flush(0 if self.writer.failing else FAREWELL_S)
         self.writer.close()
-
-
-def _metrics(record: Mapping[str, Any]) -> list[Any]:
-    """The metrics of an epoch. The validation score is the last one: if MLflow has it, it has them all."""
-    from mlflow.entities import Metric
-
-    values: dict[str, float | None] = {}
-    for task, found in record["val"].items():
-        values |= {f"{record['stage']}/{key_of(task)}/{name}": value for name, value in found.items()}
-        values[f"{record['stage']}/{key_of(task)}/train_loss"] = record["train_loss"][task]
-    defined = {key: value for key, value in values.items() if value is not None}
-    score = record["val_score"]
-    defined[f"{record['stage']}/val_score"] = float("nan") if score is None else score
-    stamp = int(record["time"] * 1000)
-    return [Metric(key, value, stamp, record["epoch"]) for key, value in defined.items()]
-
-
-def _final(result: Mapping[str, Any], held: Mapping[str, float]) -> list[Any]:
-    """The metrics of a result that MLflow does not have."""
-    from mlflow.entities import Metric
-
-    values = {
-        f"{result['split']}/{key_of(task)}/{name}": value
-        for task, found in result.get("metrics", {}).items()
-        for name, value in found.items()
-    }
-    values["normalized_gain"] = result.get("normalized_gain")
-    values |= tree_values(result)
-    stamp = int(time.time() * 1000)
-    return [Metric(k, v, stamp, 0) for k, v in values.items() if v is not None and k not in held]
 
 
 def _parts(values: Sequence[Any]) -> Iterator[Sequence[Any]]:

@@ -16,6 +16,7 @@ from pipelines.storage import Location
 
 DAMAGED, RESIZED, LOST = "damaged", "resized", "lost"
 RESUMED, UNWRITTEN, HUNG, WAITING = "resumed", "unwritten", "hung", "waiting"
+DRAINED = "drained"  # a machine is about to be taken away
 FOR_RESULT = (DAMAGED, RESIZED, LOST, HUNG)  # kinds that are stored with the result
 
 Emit = Callable[[str, str], None]  # kind and message

@@ -25,6 +25,7 @@ from pipelines.config.loading import Config
 from pipelines.config.ray_section import RaySection
 from pipelines.config.sweep_section import SweepSection
 from pipelines.execution.ray_executor import RayExecutor
+from pipelines.monitoring.ray_metrics import RayExporter
 from pipelines.registry.tracking import NullTracker
 from pipelines.runs.events import for_result
 from pipelines.runs.files import EVENTS, METRICS, RESULT, read_jsonl
@@ -98,7 +99,7 @@ class TrialRun(tune.Trainable):
             earlier = read_jsonl(self.job.run / EVENTS)
             executor, log = RayExecutor(self.job.config.ray), start_event_log()
             tracker = _QueueTracker(self.records)
-            with monitoring(self.job.run, executor, log, tracker, _silent, earlier):
+            with monitoring(self.job.run, executor, log, tracker, _silent, earlier, exporters=[RayExporter()]):
                 self.event_log = log
                 if not (self.job.run / RESULT).exists():
                     notes = (*self.job.notes, *for_result(earlier))

@@ -83,6 +83,7 @@ class RunContext:
         self.watchdog = Watchdog(hung_after_s, self.scratch.path / STACKS)
         self.checkpoints = Checkpoints(run / CHECKPOINTS, self.scratch.path, emit)
         self.writer = BackgroundWriter(emit)
+        self.checkpoint_seconds: float | None = None  # of the last whole checkpoint, from its start
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Move a module to the device."""
@@ -98,7 +99,7 @@ class RunContext:
         self.watchdog.progress()
         if self.rank == 0:
             if record is not None:
-                self.records.append(dict(record) | {"time": time.time()})
+                self.records.append(dict(record) | self._figures())
                 self.texts.add(self.records[-1])
             self._checkpoint(save)
             if record is not None:
@@ -106,8 +107,17 @@ class RunContext:
         if record is not None and self.on_record is not None:
             self.on_record(self.records[-1] if self.rank == 0 else record)
 
+    def _figures(self) -> dict[str, Any]:
+        """The figures of this process at the end of an epoch."""
+        memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+        return {"time": time.time(), "gpu_memory": memory, "checkpoint_seconds": self.checkpoint_seconds}
+
+    def checkpoint_due(self) -> bool:
+        """See `TrainContext.checkpoint_due`: never, but on Ray."""
+        return False
+
     def _checkpoint(self, save: Save) -> None:
-        name = self.checkpoints.next_name()
+        name, started = self.checkpoints.next_name(), time.monotonic()
         folder = self.scratch.path / name
         remove = partial(shutil.rmtree, folder, ignore_errors=True)
         try:
@@ -119,7 +129,11 @@ class RunContext:
             remove()
             self.emit(UNWRITTEN, f"{name} is lost, training continues ({error} at {self.scratch.path.parent})")
             return
-        self.writer.put("the checkpoint", PendingWrite(partial(self.checkpoints.add, folder), remove))
+        self.writer.put("the checkpoint", PendingWrite(partial(self._add, folder, started), remove))
+
+    def _add(self, folder: Path, started: float) -> None:
+        self.checkpoints.add(folder)
+        self.checkpoint_seconds = time.monotonic() - started
 
     def _write_metrics(self) -> None:
         """Write the records: the gate's probabilities, then the metrics, as a reader of metrics needs both."""

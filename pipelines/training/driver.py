@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,9 @@ from pipelines.data.renewal import ready_shards
 from pipelines.execution.choice import open_executor
 from pipelines.execution.embedded import EmbeddedExecutor
 from pipelines.execution.executor import Executor
+from pipelines.monitoring.exporter import Exporter
+from pipelines.monitoring.opening import open_exporters
+from pipelines.monitoring.ray_metrics import RayExporter
 from pipelines.registry.models import Registered
 from pipelines.registry.tracking import Tracker, connect, enabled, open_tracker
 from pipelines.runs.events import for_result
@@ -89,6 +92,19 @@ def train(
     """
     base = open_run(config)
     config.check_options()
+    with open_exporters(config.track) as exporters:
+        return _train(config, base, exporters, log, reuse, renew)
+
+
+def _train(
+    config: Config,
+    base: Location,
+    exporters: Sequence[Exporter],
+    log: Callable[[str], None],
+    reuse: bool,
+    renew: bool,
+) -> Trained:
+    """See `train`: the shards, and the folder of the run."""
     ready = ready_shards(config, log) if renew else read_manifest(locate(config.data.shards))
     folder = partial(results_folder, config, base, log=log, named=bool(config.run.name), reuse=reuse)
     run = base if ready is None else folder(ready.digest())
@@ -103,7 +119,7 @@ def train(
             run = folder(data.manifest.digest())
             models = models if run == base else _open(config, run)
         with only_one(run, f"job that trains {run.name}", log) as lease:
-            return _train_once(config, run, models, data, executor, lease, log)
+            return _train_once(config, run, models, data, executor, lease, exporters, log)
 
 
 def dry_run(config: Config, log: Callable[[str], None] = logger.info) -> dict[str, Any]:
@@ -143,6 +159,7 @@ def _train_once(
     data: Prepared,
     executor: Executor,
     lease: Lease,
+    exporters: Sequence[Exporter],
     log: Callable[[str], None],
 ) -> Trained:
     """Train and publish a run of which this is the only job."""
@@ -157,7 +174,7 @@ def _train_once(
         tracker = open_tracker(config, run, data.manifest)
         write_config(config, run)
         with open_workers(data, executor, log) as (chosen, workers):
-            train_monitored(_job(chosen, data, run, models), data, workers, tracker, log)
+            train_monitored(_job(chosen, data, run, models), data, workers, tracker, log, exporters)
         lease.check()
     registered = publish(config, run, tracker, data.manifest, log)
     return Trained(run, tracker.run_id, (run / RESULT).read_json(), registered, finished)
@@ -190,9 +207,14 @@ def _job(config: Config, data: Prepared, run: Location, models: WarmStart | None
 
 
 def train_monitored(
-    job: Job, data: Prepared, executor: Executor, tracker: Tracker, log: Callable[[str], None]
+    job: Job,
+    data: Prepared,
+    executor: Executor,
+    tracker: Tracker,
+    log: Callable[[str], None],
+    exporters: Sequence[Exporter] = (),
 ) -> None:
-    """Train a job and copy its metrics and events to the terminal and the tracker meanwhile.
+    """Train a job and copy its metrics and events to the terminal, the tracker and monitoring systems meanwhile.
 
     Args:
         job: The job, without its tables and its event log.
@@ -200,14 +222,16 @@ def train_monitored(
         executor: The executor of its workers.
         tracker: The tracker of the run.
         log: Called with each line.
+        exporters: Exporters of metrics; on Ray, its endpoints have them as well.
     """
     config, earlier = job.config, read_jsonl(job.run / EVENTS)
+    exporters = [*exporters, *([] if executor.embedded else [RayExporter()])]
     held, event_log = data.samples(executor), new_event_log(executor)
     trees = tree_figures(replace(job, held=held), executor, log)
     plan = Plan.of(config, config.network_spec(data.manifest.description.input, data.tasks))
     with (
         display(plan) as live,
-        monitoring(job.run, executor, event_log, tracker, log, earlier, live),
+        monitoring(job.run, executor, event_log, tracker, log, earlier, live, exporters),
     ):
         notes = (*job.notes, *for_result(earlier))
         train_job(replace(job, held=held, notes=notes, event_log=event_log, trees=trees), executor, log)

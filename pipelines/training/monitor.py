@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 
 from dmtg_core.names import quoted
+from dmtg_core.training.profile import SHARES
 from pipelines.errors import UserError
 from pipelines.execution.executor import Executor
+from pipelines.monitoring.exporter import Exporter, Series
+from pipelines.monitoring.values import run_values, step_values
 from pipelines.registry.tracking import Tracker
 from pipelines.runs.events import LOST, RESIZED, RESUMED, WAITING, Event, EventLog, EventWriter, emitter
-from pipelines.runs.files import ESTIMATE, EVENTS, GATE, METRICS, read_jsonl
+from pipelines.runs.files import ESTIMATE, EVENTS, GATE, METRICS, PROFILE, read_jsonl
 from pipelines.storage import Location
 from pipelines.training.progress import Display, NoDisplay
 
@@ -35,6 +38,7 @@ class Monitor:
         log: Called with each line.
         earlier: The events of earlier calls.
         display: The progress display below the lines.
+        exporters: Receive the metrics for monitoring systems.
     """
 
     def __init__(
@@ -46,12 +50,16 @@ class Monitor:
         log: Callable[[str], None],
         earlier: Sequence[Event],
         display: Display,
+        exporters: Sequence[Exporter] = (),
     ) -> None:
         self.run, self.executor, self.tracker, self.log = run.retrying(0), executor, tracker, log
         self.logged = {(r["stage"], r["epoch"]) for r in read_jsonl(run / METRICS)}
         if self.logged:
             log(f"resuming from the last checkpoint; {len(self.logged)} epochs were trained before")
-        self.display = display
+        self.display, self.exporters = display, exporters
+        self.values: dict[Series, float] = {}
+        if exporters and (run / PROFILE / SHARES).exists():
+            self.values |= step_values(run.name, (run / PROFILE / SHARES).read_json())
         self.event_log = event_log
         self.event_writer = EventWriter(run / EVENTS, self.event_log, earlier)
         self.lost_at: float | None = None
@@ -70,7 +78,9 @@ class Monitor:
             self._estimate()
             self._epochs()
         except UserError:
-            return  # the storage is unreachable, which its writers report; the next poll tries again
+            pass  # the storage is unreachable, which its writers report; the next poll tries again
+        for exporter in self.exporters:
+            exporter.export(self.values)
 
     def _estimate(self) -> None:
         """Log the estimate of a worker, once."""
@@ -90,6 +100,7 @@ class Monitor:
                 for warning in record.get("warnings", ()):
                     self.log(f"note: {warning}")
                 self.tracker.record(record)
+        self.values |= run_values(self.run.name, records, self.event_writer.events)
         if self.display.live:
             self.display.show(records, list(gate.values()), self.event_log.get_step())
 
@@ -112,9 +123,10 @@ def monitoring(
     log: Callable[[str], None],
     earlier: Sequence[Event],
     display: Display = NO_DISPLAY,
+    exporters: Sequence[Exporter] = (),
 ) -> Iterator[None]:
     """Monitor a run for the time of the block. See `Monitor`."""
-    monitor = Monitor(run, executor, event_log, tracker, log, earlier, display)
+    monitor = Monitor(run, executor, event_log, tracker, log, earlier, display, exporters)
     stop = threading.Event()
 
     def loop() -> None:

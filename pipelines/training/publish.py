@@ -19,6 +19,7 @@ from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.errors import UserError, without_credentials
 from pipelines.registry.errors import not_published, reached, retry_while_unreachable
 from pipelines.registry.models import Registered, are_registered, register
+from pipelines.registry.records import PICTURE
 from pipelines.registry.tracking import Tracker, enabled, open_tracker, tracking_uri
 from pipelines.runs.configuration import stored_values
 from pipelines.runs.files import CONFIG, GROUPING, LABELS, REGISTERED, REPORT, RESULT, TRACKING
@@ -45,7 +46,7 @@ def publish(
     Raises:
         UserError: When MLflow is unreachable or refuses. The run folder is complete by then.
     """
-    from pipelines.report.run import write_report
+    from pipelines.report.run import verdict, write_report
 
     if not (run / REPORT).exists():
         write_report(run)
@@ -57,8 +58,11 @@ def publish(
     def send() -> list[Registered]:
         tracker.deliver()
         models = _registered(config, run, tracker.run_id, manifest, result) if registers else []
-        files = {name: (run / name).read_text() for name in (REPORT, GROUPING, CONFIG)}
-        tracker.finish(result, files | {LABELS: json.dumps(manifest.sums["train"])})
+        files: dict[str, str | bytes] = {name: (run / name).read_text() for name in (REPORT, GROUPING, CONFIG)}
+        if (run / PICTURE).exists():  # a report of an earlier version has none
+            files[PICTURE] = (run / PICTURE).read_bytes()
+        files[LABELS] = json.dumps(manifest.sums["train"])
+        tracker.finish(result, files, verdict(result))
         return models
 
     return retry_while_unreachable(send, run, log)

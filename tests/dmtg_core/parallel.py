@@ -55,6 +55,10 @@ class ProcessContext:
     def report(self, record: Mapping[str, Any], save: Any) -> None:
         """Nothing is written."""
 
+    def checkpoint_due(self) -> bool:
+        """Never."""
+        return False
+
     def latest(self) -> Path | None:
         """Nothing was written."""
         return None

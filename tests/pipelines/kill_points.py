@@ -25,9 +25,9 @@ import pytest
 
 CLIENT = (
     "create_run", "update_run", "set_terminated", "set_tag", "log_batch", "log_inputs", "log_outputs", "log_text",
-    "log_model_artifacts", "finalize_logged_model", "delete_logged_model", "create_registered_model",
-    "create_model_version", "set_model_version_tag", "set_registered_model_tag", "delete_registered_model_tag",
-    "set_registered_model_alias", "delete_registered_model_alias",
+    "log_artifact", "log_model_artifacts", "finalize_logged_model", "delete_logged_model",
+    "create_registered_model", "create_model_version", "set_model_version_tag", "set_registered_model_tag",
+    "delete_registered_model_tag", "set_registered_model_alias", "delete_registered_model_alias",
 )  # fmt: skip
 WRITES = (
     *(f"mlflow:MlflowClient.{name}" for name in CLIENT),

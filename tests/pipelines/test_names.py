@@ -116,7 +116,7 @@ def test_mlflow_has_a_key_for_each_name_and_the_names(trained: tuple[Path, dict[
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     run = client.get_run(found["run_id"])
     assert run.info.status == "FINISHED"
-    assert {key.split("/")[1] for key in run.data.metrics if key.startswith("test/")} == set(map(key_of, ALL))
+    assert {key.split("/")[2] for key in run.data.metrics if key.startswith("loss/test/")} == set(map(key_of, ALL))
     told = {key.removeprefix(NAME_TAG): name for key, name in run.data.tags.items() if key.startswith(NAME_TAG)}
     assert told == {key_of(name): name for name in ALL if key_of(name) != name}
     assert run.data.params[f"regroup.limits.{key_of(QUESTION)}"] == "3.0"

@@ -4,6 +4,8 @@
   neither frees nor replaces workers that are lost between the start of their processes and that of training.
 - `TrainController.worker_group_cls`: the controller has to create that worker group.
 - `ControllerCallback.after_controller_start`: the only hook in the controller's process before workers start.
+- `TrainController._is_training_succeeded`: workers that stop because a machine is drained have not finished. Ray
+  would otherwise let them wait until the machine is gone.
 - `TrainController.abort`: a process that exits has to free its workers. Ray does it only with a dashboard.
 - `TorchTrainer._register_sigint_handler`: Ray's handler ends the process on Ctrl-C with exit code 0.
 - `CollectiveTimeoutError`: a timeout in Ray's own collectives has to be told from an error of training.
@@ -60,8 +62,24 @@ class RetriableWorkerGroup(WorkerGroup):
             raise WorkerGroupError(why, {}) from error
 
 
+STOPPED = "stopped: a machine is being drained"  # return value of a worker that stops before its end
+
+
+def is_finished(status: Any) -> bool:
+    """Whether all workers have ended without an error, and none of them because a machine is being drained.
+
+    Ray starts other workers when all have ended and some machine is being drained. No retry is used up by that.
+    """
+    stopped = any(one.return_value == STOPPED for one in status.worker_statuses.values())
+    return bool(status.finished and not status.errors and not stopped)
+
+
+# attributes of Ray's controller that are replaced
+CONTROLLER = {"worker_group_cls": RetriableWorkerGroup, "_is_training_succeeded": staticmethod(is_finished)}
+
+
 class ControllerSetup(ControllerCallback):
-    """Prepares the controller before it starts workers: its kind of worker group, and the way to abort it.
+    """Prepares the controller before it starts workers: `CONTROLLER`, and the way to abort it.
 
     Args:
         register: Takes the controller's actor.
@@ -72,7 +90,8 @@ class ControllerSetup(ControllerCallback):
 
     def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002 - Ray's name
         """Run in the controller's process."""
-        TrainController.worker_group_cls = RetriableWorkerGroup
+        for name, own in CONTROLLER.items():
+            setattr(TrainController, name, own)
         self.register(ray.get_runtime_context().current_actor)
 
 

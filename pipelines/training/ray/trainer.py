@@ -16,19 +16,22 @@ from pipelines.training.ray.failures import training_failed
 from pipelines.training.worker import Job, work
 
 
-def work_on_ray(values: dict[str, Any]) -> None:
-    """The training function of Ray Train; see `work`."""
-    from pipelines.training.ray.context import RayContext
+def work_on_ray(values: dict[str, Any]) -> str:
+    """The training function of Ray Train; see `work`. It returns `STOPPED` if a machine is being drained."""
+    from pipelines.training.ray.adapter import STOPPED
+    from pipelines.training.ray.context import DrainedError, RayContext
 
     job: Job = values["job"]
     context = RayContext(job.run, emitter(job.event_log), job.config.ray.hung_after_s)
     torch.set_num_threads(max(cores() // context.local_world_size, 1))  # the workers of a machine share its cores
-    work(job, context)
+    try:
+        work(job, context)
+    except DrainedError:
+        return STOPPED
+    return ""
 
 
-def run_workers(
-    job: Job, log: Callable[[str], None], work: Callable[[dict[str, Any]], None] = work_on_ray
-) -> None:
+def run_workers(job: Job, log: Callable[[str], None], work: Callable[[dict[str, Any]], Any] = work_on_ray) -> None:
     """Run a job on Ray Train's workers.
 
     Args:
@@ -70,7 +73,8 @@ def run_workers(
                 # Ray's own storage is a temporary folder: a short failure of the run's storage would end the run
                 name=job.run.name,
                 storage_path=str(scratch),
-                failure_config=FailureConfig(max_failures=section.max_failures),
+                # a drained machine is no failure: it may happen any number of times
+                failure_config=FailureConfig(max_failures=section.max_failures, max_preemption_failures=-1),
                 callbacks=controller_callbacks(event_log),
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),

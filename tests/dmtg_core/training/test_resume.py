@@ -154,6 +154,22 @@ def test_checkpoints_within_an_epoch_have_the_requested_number(tmp_path, every, 
     assert len(written) == within + settings.epochs
 
 
+@pytest.mark.parametrize("due", [1, 2, 4])
+def test_a_checkpoint_that_is_due_is_written_after_the_same_step(tmp_path, due):
+    spec = mlp_spec()
+    data = samples.data(spec.input, spec.tasks, 48)
+    settings = replace(SETTINGS, batch_size=16)
+    expected = fit(GroupingNetwork(spec), data, settings, local())
+    context, calls = stopping_after(local(tmp_path), 1 if due < 3 else 2), iter(range(1, 100))
+    context.checkpoint_due = lambda: next(calls) == due
+    with pytest.raises(Interrupted):
+        fit(GroupingNetwork(spec), data, settings, context)
+    # an epoch has three steps; after the last one it is not asked, because the epoch ends with a checkpoint
+    saved = read_json(max(tmp_path.iterdir()) / "loop.json", "step")["step"]
+    assert saved == {1: 1, 2: 2, 4: 5}[due]
+    assert_ends_alike(fit(GroupingNetwork(spec), data, settings, local(tmp_path)), expected)
+
+
 def test_a_damaged_newest_checkpoint_is_skipped(tmp_path, caplog):
     spec = mlp_spec()
     data = samples.data(spec.input, spec.tasks)

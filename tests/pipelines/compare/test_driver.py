@@ -165,7 +165,7 @@ def test_mlflow_has_the_gain_and_the_files(compared: Finished) -> None:
     names = {file.path for file in client.list_artifacts(done.run_id)}
     assert {"compare.html", "compare.json", "config.yaml"} <= names
     for row in done.found["rows"]:
-        assert run.data.metrics[f"test/{row['method']}/gain"] == pytest.approx(row["gain"]["value"])
+        assert run.data.metrics[f"gain/test/{row['method']}"] == pytest.approx(row["gain"]["value"])
 
 
 def test_a_further_seed_trains_only_its_own_cells(compared: Finished) -> None:

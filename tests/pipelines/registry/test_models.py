@@ -22,7 +22,7 @@ from pipelines.errors import UserError
 from pipelines.registry.aliases import champions, promote, set_challenger
 from pipelines.registry.models import load_groups
 from pipelines.registry.pyfunc_model import GroupPredictor
-from pipelines.registry.records import LONGEST_TAG, description_of, registered_models
+from pipelines.registry.records import LONGEST_TAG, model_card, registered_models
 from pipelines.registry.tracking import connect
 from pipelines.registry.versions import list_models, show_model
 from tests.pipelines.cli.test_app import call
@@ -241,21 +241,53 @@ def test_a_version_has_its_grouping_and_the_group_of_each_task(registered) -> No
     assert not list(folder.rglob("*.pkl"))
     version = mlflow.MlflowClient().get_model_version("patients", "1")
     assert version.tags["dmtg.outcome"] == registered.result["outcome"] == version.description.splitlines()[0]
-    assert version.description.splitlines()[4:] == [
-        f"- {group}: {', '.join(tasks)}" for group, tasks in registered.result["grouping"].items()
+    headline = json.loads(version.tags["dmtg.headline"])
+    rows = [line for line in version.description.splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[:3] for row in rows] == [
+        [f"| {task}", group, headline[task]]
+        for group, tasks in registered.result["grouping"].items()
+        for task in tasks
+    ]
+    assert version.tags["dmtg.data_digest"] in version.description
+
+
+def card_facts(groups: dict[str, list[str]]) -> dict[str, Any]:
+    """Facts of a version whose tasks all have the same figures."""
+    tasks = [task for members in groups.values() for task in members]
+    return {
+        "grouping": "g2-1", "split": "test", "groups": groups, "data_digest": "d1", "config_digest": "c1",
+        "code_version": "0.1.0", "headline": dict.fromkeys(tasks, "auroc"),
+        "metrics": {task: {"auroc": 0.91234} for task in tasks}, "baseline": {tasks[0]: {"auroc": 0.9}},
+    }  # fmt: skip
+
+
+def test_a_model_card_has_tasks_data_and_limits() -> None:
+    card = model_card(card_facts({"group_10": ["Größe, cm"], "group_9": ["売上", "a|b"]}), ["task x is rare"])
+    assert card.splitlines() == [
+        "Grouping g2-1.",
+        "",
+        "| task | group | metric | value | naive MTL |",
+        "|---|---|---|---|---|",
+        "| 売上 | group_9 | auroc | 0.9123 | – |",
+        "| a&#124;b | group_9 | auroc | 0.9123 | – |",
+        '| "Größe, cm" | group_10 | auroc | 0.9123 | 0.9 |',
+        "",
+        "Data: digest `d1`, metrics of its test split. Configuration `c1`, DMTG 0.1.0.",
+        "",
+        "Limits: the metrics hold for samples like those of this data set, from one run.",
+        "- task x is rare",
     ]
 
 
-def test_a_description_has_the_names_of_the_file_unless_they_are_too_long() -> None:
-    facts = {
-        "grouping": "g2-1",
-        "split": "test",
-        "groups": {"group_10": ["Größe, cm"], "group_9": ["売上", "a b"]},
-    }
-    assert description_of(facts).splitlines()[2:] == ["- group_9: 売上, a b", '- group_10: "Größe, cm"']
-    many = {**facts, "groups": {"group_0": [f"task {n} " + "x" * 60 for n in range(100)]}}
-    assert "100 tasks in 1 group;" in description_of(many)
-    assert len(description_of(many)) < LONGEST_TAG
+@pytest.mark.parametrize(
+    ("tasks", "length", "words"),
+    [(100, 30, "- group_0: task 0 "), (100, 60, "100 tasks in 1 group; the artifact `details.json`")],
+)
+def test_the_card_of_a_model_of_many_tasks_is_shorter(tasks: int, length: int, words: str) -> None:
+    card = model_card(card_facts({"group_0": [f"task {n} " + "x" * length for n in range(tasks)]}))
+    assert words in card
+    assert "Data: digest `d1`" in card
+    assert len(card) <= LONGEST_TAG
 
 
 @pytest.mark.parametrize("after", others_in_soak([0, 1, 2], 1))  # each write is killed in test_lost_runs.py

@@ -59,14 +59,13 @@ class Server:
 
     def epochs(self, run_id: str, stage: str) -> list[int]:
         """The epochs of a stage that the server has."""
-        return [metric.step for metric in self.database.get_metric_history(run_id, f"{stage}/val_score")]
+        return [metric.step for metric in self.database.get_metric_history(run_id, f"score/{stage}")]
 
     def holds_all_once(self, run_id: str, run: Location) -> bool:
         """Whether the server has every metric of the run folder exactly once."""
         for record in read_jsonl(run / METRICS):
-            stage = record["stage"]
-            for name, value in [("val_score", record["val_score"]), *_figures(record)]:
-                history = self.database.get_metric_history(run_id, f"{stage}/{name}")
+            for name, value in _figures(record):
+                history = self.database.get_metric_history(run_id, name)
                 found = [metric.value for metric in history if metric.step == record["epoch"]]
                 if found != ([] if value is None else [pytest.approx(value)]):
                     return False
@@ -74,7 +73,17 @@ class Server:
 
 
 def _figures(record: dict[str, Any]) -> list[tuple[str, float]]:
-    return [(f"{task}/{name}", value) for task, found in record["val"].items() for name, value in found.items()]
+    stage = record["stage"]
+    found = [
+        (f"{name}/{stage}/{task}", value) for task, held in record["val"].items() for name, value in held.items()
+    ]
+    throughput = f"throughput/{stage}"
+    return [
+        *found, (f"score/{stage}", record["val_score"]), (f"gain/{stage}/error", record["gain"]),
+        (f"gate/{stage}/entropy", record["gate"]["entropy"]), (f"gate/{stage}/groups", record["groups"]),
+        (f"{throughput}/samples_per_second", record["samples_per_second"]),
+        (f"{throughput}/waiting_for_data", record["data_share"]),
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -293,15 +302,34 @@ class TestStore:
         tracker.record(_record("start_0", 3) | {"time": 77.0})  # an epoch that was trained again
         tracker.finish({"split": "test", "metrics": {"task": {"accuracy": 0.5}}, "grouping_name": "all"}, {})
         for _ in range(2):
-            history = tracker.client.get_metric_history(tracker.run_id, "start_0/val_score")
+            history = tracker.client.get_metric_history(tracker.run_id, "score/start_0")
             assert [(m.step, m.timestamp) for m in history] == [
                 (1, 1000), (2, 2000), (3, 3000), (4, 4000)
             ]  # fmt: skip
-            history = tracker.client.get_metric_history(tracker.run_id, "start_0/task/accuracy")
+            history = tracker.client.get_metric_history(tracker.run_id, "accuracy/start_0/task")
             assert [m.step for m in history] == [1, 2, 3, 4]
-            assert len(tracker.client.get_metric_history(tracker.run_id, "test/task/accuracy")) == 1
+            assert len(tracker.client.get_metric_history(tracker.run_id, "accuracy/test/task")) == 1
             tracker.finish({"split": "test", "metrics": {"task": {"accuracy": 0.5}}, "grouping_name": "all"}, {})
         assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
+
+    def test_epochs_that_were_sent_by_an_earlier_version_are_not_sent_again(
+        self, store: str, tmp_path: Path
+    ) -> None:
+        tracker = _tracker(tmp_path, store)
+        tracker.client.log_metric(tracker.run_id, "start_0/val_score", 0.5, step=1)
+        (tmp_path / METRICS).write_text("".join(json.dumps(_record("start_0", n)) + "\n" for n in (1, 2)))
+        tracker.deliver()
+        assert [m.step for m in tracker.client.get_metric_history(tracker.run_id, "score/start_0")] == [2]
+
+    def test_a_run_has_its_verdict_and_the_picture_of_its_groups_as_description(
+        self, store: str, tmp_path: Path
+    ) -> None:
+        tracker, result = _tracker(tmp_path, store), {"split": "test", "grouping_name": "all"}
+        tracker.finish(result, {"grouping.png": b"picture"}, "Two groups.")
+        note = tracker.client.get_run(tracker.run_id).data.tags["mlflow.note.content"]
+        assert note == f"Two groups.\n\n![groups](get-artifact?path=grouping.png&run_uuid={tracker.run_id})"
+        path = tracker.client.download_artifacts(tracker.run_id, "grouping.png", str(tmp_path))
+        assert Path(path).read_bytes() == b"picture"
 
     def test_a_run_that_was_deleted_in_mlflow_is_created_again(self, store: str, tmp_path: Path) -> None:
         tracker = _tracker(tmp_path, store)
@@ -312,7 +340,7 @@ class TestStore:
         assert again.run_id != tracker.run_id
         assert not (tmp_path / tracking.REGISTERED).exists()
         again.deliver()
-        assert [m.step for m in again.client.get_metric_history(again.run_id, "start_0/val_score")] == [1]
+        assert [m.step for m in again.client.get_metric_history(again.run_id, "score/start_0")] == [1]
 
     def test_a_run_can_be_a_part_of_another(self, store: str, tmp_path: Path) -> None:
         whole = _tracker(tmp_path / "whole", store)

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.cli.train import _print_summary
 from pipelines.config.loading import load_config
-from pipelines.registry.tracking import _final
+from pipelines.registry.records import final_metrics
 from pipelines.report.run import facts, task_rows, verdict
 from pipelines.report.trees import better_trees, trees_text
 from pipelines.runs.tree_figures import compare_trees
@@ -101,7 +101,7 @@ def test_nothing_is_said_if_no_trees_were_wanted(trees: Any, capsys: pytest.Capt
     assert not any("xtra trees" in line for line in summary(found, capsys))
     assert "trees" not in facts(found, {}, None)
     assert task_rows(found)[0]["trees"] is None
-    assert {metric.key for metric in _final(found, {})} == {"test/a/auroc", "test/b/auroc"}
+    assert {metric.key for metric in final_metrics(found, {})} == {"auroc/test/a", "auroc/test/b"}
 
 
 def test_the_reason_of_a_failure_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +112,7 @@ def test_the_reason_of_a_failure_is_told(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_mlflow_has_a_metric_of_each_task_and_both_means() -> None:
-    sent = {metric.key: metric.value for metric in _final(result(figures(0.9, 0.85)), {})}
+    sent = {metric.key: metric.value for metric in final_metrics(result(figures(0.9, 0.85)), {})}
     assert sent["extra_trees/test/a/auroc"] == 0.9
     assert sent["extra_trees/test/b/auroc"] == 0.85
     assert sent["extra_trees/mean_error"] == pytest.approx(0.125)

@@ -134,7 +134,7 @@ def test_mlflow_has_a_run_for_the_sweep_and_a_child_run_for_each_trial(swept: Ra
     }
     trial = next(run for run in below if run.info.run_name == GOOD)
     assert trial.data.metrics["normalized_gain"] == pytest.approx(rows(done)[GOOD]["gain"])
-    assert len(client.get_metric_history(trial.info.run_id, "start_0/val_score")) == 4
+    assert len(client.get_metric_history(trial.info.run_id, "score/start_0")) == 4
     assert client.search_registered_models() == []
 
 

@@ -139,10 +139,10 @@ def test_tracking_holds_parameters_metrics_data_and_report(run) -> None:
     stored = client.get_run(done.run_id)
     assert stored.info.status == "FINISHED"
     assert stored.data.params["train.epochs"] == "4"
-    stamps = [m.timestamp for m in client.get_metric_history(done.run_id, "naive_mtl/val_score")]
+    stamps = [m.timestamp for m in client.get_metric_history(done.run_id, "score/naive_mtl")]
     assert all(stored.info.start_time <= stamp <= stored.info.end_time for stamp in stamps)
     assert stored.data.metrics["normalized_gain"] == pytest.approx(done.result["normalized_gain"])
-    assert [len(client.get_metric_history(done.run_id, f"{s}/val_score")) for s in ("naive_mtl", "start_0")] == [
+    assert [len(client.get_metric_history(done.run_id, f"score/{s}")) for s in ("naive_mtl", "start_0")] == [
         4,
         4,
     ]

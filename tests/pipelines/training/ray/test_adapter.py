@@ -30,6 +30,7 @@ RETRY = "retrying a loss of workers between their start and that of training"
 SETUP = "giving the controller its worker group before it starts workers"
 ABORT = "freeing the workers of a process that exits"
 SIGINT = "leaving Ctrl-C to the command"
+DRAIN = "replacing the workers of a drained machine at once"
 TIMEOUT = "telling a timeout of Ray's collectives from an error of training"
 
 NAMES = {  # name → why it is needed
@@ -42,6 +43,7 @@ NAMES = {  # name → why it is needed
     CALLBACK: SETUP,
     f"{CALLBACK}.after_controller_start": SETUP,
     f"{CONTROLLER}.abort": ABORT,
+    f"{CONTROLLER}._is_training_succeeded": DRAIN,
     f"{TRAINER}._register_sigint_handler": SIGINT,
     f"{ERRORS}.CollectiveTimeoutError": TIMEOUT,
     f"{ERRORS}.BroadcastCollectiveTimeoutError": TIMEOUT,
@@ -53,6 +55,7 @@ SIGNATURES = {  # function → parameters
     f"{STATE}.shutdown": ["self"],
     f"{CALLBACK}.after_controller_start": ["self", "train_run_context"],
     f"{CONTROLLER}.abort": ["self"],
+    f"{CONTROLLER}._is_training_succeeded": ["worker_group_status"],
     f"{TRAINER}._register_sigint_handler": ["self", "controller"],
     "ray.train.UserCallback.after_report": ["self", "run_context", "metrics", "checkpoint"],
     "ray.train.UserCallback.after_exception": ["self", "run_context", "worker_exceptions"],
@@ -66,6 +69,10 @@ SOURCES = {  # function, text in its source → why it is needed
     (CONTEXT, "run_config: RunConfig"): RETRY,
     (CONTROLLER, "self.worker_group_cls.create("): SETUP,
     (CONTROLLER, "after_controller_start"): SETUP,
+    (CONTROLLER, "if self._is_training_succeeded(worker_group_status):"): DRAIN,
+    (CONTROLLER, "if worker_group_status.finished or deadline_exceeded:"): DRAIN,
+    (f"{PRIVATE}.execution.worker_group.poll.WorkerGroupPollStatus", "worker_statuses: Dict[int,"): DRAIN,
+    (f"{PRIVATE}.execution.worker_group.poll.WorkerStatus", "return_value: Any"): DRAIN,
     (TRAINER, "_register_sigint_handler(controller)"): SIGINT,
     (f"{GROUP}._poll_workers_and_collect_errors", "health check has been hanging"): "reporting a hanging worker",
     (f"{ERRORS}.WorkerHealthCheckFailedError", "self.health_check_failure = failure"): "finding a failure's cause",
@@ -149,6 +156,30 @@ def test_a_missing_name_is_named_with_what_needs_it() -> None:
         pytest.fail.Exception, match=r"worker_group\.WorkerGroup has no attribute _begin, needed for x"
     ):
         find(f"{GROUP}._begin", "x")
+
+
+# ---------------------------------------------------------------- a drained machine
+
+
+@pytest.mark.parametrize(
+    ("running", "error", "returned", "finished"),
+    [
+        (False, None, "", True),
+        (True, None, None, False),
+        (False, ValueError("wrong"), None, False),
+        (False, None, "stopped: a machine is being drained", False),
+    ],
+)
+def test_workers_that_stop_for_a_drained_machine_have_not_finished(
+    running: bool, error: Exception | None, returned: str | None, finished: bool
+) -> None:
+    from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
+
+    from pipelines.training.ray.adapter import is_finished
+
+    first = WorkerStatus(running=False, return_value="")
+    second = WorkerStatus(running=running, error=error, return_value=returned)
+    assert is_finished(WorkerGroupPollStatus({0: first, 1: second})) is finished
 
 
 # ---------------------------------------------------------------- a start that fails

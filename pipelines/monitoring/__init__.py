@@ -1,0 +1,1 @@
+"""Metrics for monitoring systems: Prometheus, Ray's own metrics and OpenTelemetry."""
