@@ -20,7 +20,9 @@ TRIES = 60  # of half a second: Ray sends its metrics to the endpoint every 10 s
 
 def test_the_endpoint_of_ray_has_every_metric_that_the_dashboard_reads(run: Undisturbed, tmp_path: Path) -> None:
     (node,) = ray.nodes()
-    config = type(run[0]).model_validate(disturbed(run, tmp_path, train=OFTEN).values)
+    # a low rate, so that naive MTL has an error on every task: there is no gain over an error of 0
+    values = disturbed(run, tmp_path, train={**OFTEN, "epochs": 3, "learning_rate": 1e-4}).values
+    config = type(run[0]).model_validate(values)
     profile(config, lambda _: None)
     expected = {f"ray_{metric.name}" for metric in TRAINING}
     with reading(node["MetricsExportPort"]) as endpoint:
