@@ -77,7 +77,7 @@ FINISHED = Metric(
     (MODEL,),
 )  # fmt: skip
 KEPT = Metric(
-    "dmtg_nightly_kept_nights", "1", "Nightly runs in a row, the last one included, that kept the champion.",
+    "dmtg_nightly_kept_runs", "1", "Nightly runs in a row, the last one included, that kept the champion.",
     (MODEL,),
 )  # fmt: skip
 CHAMPION = Metric(

@@ -26,6 +26,7 @@ from pipelines.errors import UserError
 from pipelines.execution.choice import open_executor
 from pipelines.execution.errors import user_error
 from pipelines.execution.executor import Executor
+from pipelines.monitoring.prometheus import is_address
 from pipelines.nightly.datasets import DATE, checked_date, newest, no_data_set, of_date
 from pipelines.nightly.evaluation import KEPT, PROMOTED, VERDICT, evaluate, verdict_of
 from pipelines.nightly.leakage import check_champion, check_evaluation, leakage_notes
@@ -107,6 +108,8 @@ def regroup(
     config.check_options()
     if config.regroup.webhook:
         check_address(config.regroup.webhook)
+    if is_address(config.regroup.metrics):
+        check_address(config.regroup.metrics, "regroup.metrics")
     source = of_date(config, date) if shard else None
     if not enabled(config.track):
         raise UserError(

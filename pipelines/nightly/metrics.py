@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from http.client import HTTPException
 
 from pipelines.config.loading import Config
-from pipelines.errors import without_credentials
+from pipelines.errors import UserError, without_credentials
 from pipelines.monitoring.exporter import Series, Values
 from pipelines.monitoring.names import CHAMPION, FINISHED, KEPT, MODEL
 from pipelines.monitoring.prometheus import leave
@@ -27,10 +28,12 @@ def leave_metrics(config: Config, folder: Location) -> str:
     Returns:
         The reason of a failure; empty after success.
     """
+    from mlflow.exceptions import MlflowException
+
     try:
         leave(nightly_values(config, folder), config.regroup.metrics, {MODEL: config.name})
-    except OSError as error:
-        return without_credentials(str(error))
+    except (OSError, HTTPException, UserError, MlflowException) as error:
+        return without_credentials(str(error)).partition("\n")[0][:200]
     return ""
 
 

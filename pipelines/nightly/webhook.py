@@ -38,8 +38,12 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         """Return no request, so that the answer is an `HTTPError`."""
 
 
-def check_address(address: str) -> None:
-    """Check the whole address of a webhook.
+def check_address(address: str, key: str = "regroup.webhook") -> None:
+    """Check the whole address of a webhook, or of another receiver.
+
+    Args:
+        address: The address.
+        key: The key of the configuration that has it.
 
     Raises:
         UserError: If it is no http(s) address, has no host or no valid port, or carries a user and a password.
@@ -48,7 +52,7 @@ def check_address(address: str) -> None:
     if problem:
         raise UserError(
             f"expected an http(s) address, got one with {problem}",
-            where="regroup.webhook",
+            where=key,
             remedy="write https://host/path, with other characters than ASCII percent-encoded",
             wrong_use=True,
         )

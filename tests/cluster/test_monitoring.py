@@ -73,7 +73,7 @@ def test_there_is_an_alert_for_each_failure_that_needs_one() -> None:
         "DmtgNightlyRunMissing": {"dmtg_nightly_finished_timestamp_seconds"},
         "DmtgNightlyRunNeverFinished": {"dmtg_nightly_finished_timestamp_seconds"},
         "DmtgChampionOld": {"dmtg_champion_timestamp_seconds"},
-        "DmtgChampionKept": {"dmtg_nightly_kept_nights"},
+        "DmtgChampionKept": {"dmtg_nightly_kept_runs"},
         "DmtgWaitingForData": {"dmtg_data_wait_ratio"},
     }
     for rule in rules():
