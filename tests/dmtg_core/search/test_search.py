@@ -1,5 +1,6 @@
 """A whole search: naive MTL, several starts, the best one fine-tuned; interruptions do not change the result."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -19,6 +20,8 @@ from dmtg_core import (
     search,
     training_flops,
 )
+from dmtg_core.search.options import BASELINE
+from dmtg_core.training.metrics import normalized_gain
 from tests.dmtg_core import samples
 from tests.dmtg_core.interrupted import Interrupted, without_times
 from tests.dmtg_core.samples import SAMPLEWISE, assert_same_tensors, mlp_spec
@@ -78,8 +81,21 @@ def test_starts_differ_in_their_seeds(undisturbed, data):
     search(spec, data, settings, SearchOptions("dmtg"), baseline=False, context=local(on_record=alone.append))
     second = [r for r in records if r["stage"] == "start_1"]
     for here, there in zip(second, alone[:2], strict=True):
-        other = {"stage": "", "spent": 0.0}  # the cost of the first start is counted too
+        other = {"stage": "", "spent": 0.0, "gain": None}  # the cost of the first start is counted too
         assert without_times([here | other]) == without_times([there | other])
+
+
+def test_epochs_have_their_gain_once_naive_mtl_has_been_trained(undisturbed):
+    result, records = undisturbed
+    gains = [record["gain"] for record in records if record["stage"] != BASELINE]
+    expected = [
+        normalized_gain(SPEC.tasks, record["val"], result.baseline["val"])
+        for record in records
+        if record["stage"] != BASELINE
+    ]
+    assert gains == expected
+    assert all(math.isfinite(gain) for gain in gains)
+    assert {record["gain"] for record in records if record["stage"] == BASELINE} == {None}
 
 
 def test_one_start_without_a_baseline_is_a_single_training(data):
