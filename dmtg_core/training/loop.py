@@ -234,10 +234,12 @@ def _train_epoch(
         )
         sums.add(figures, len(batch.inputs))
         state.step += 1
-        due = bool(settings.checkpoint_every) and state.step % settings.checkpoint_every == 0
+        saves = hooks.on_step is not None and state.step < last
+        due = saves and context.checkpoint_due()
+        due = due or (bool(settings.checkpoint_every) and state.step % settings.checkpoint_every == 0)
         if (due or state.step % CHECK_EVERY == 0) and float(sums.figures.refused):
             break
-        if hooks.on_step is not None and state.step < last and (context.checkpoint_due() or due):
+        if due and hooks.on_step is not None and state.step < last:
             _average_statistics(state.network, context)  # otherwise the checkpoint has those of one worker
             state.partial = sums.share(context)
             hooks.on_step(state)
