@@ -5,6 +5,7 @@ A metric is named `<family>/<stage or split>/<task>`, so that MLflow shows one s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -60,12 +61,12 @@ def epoch_metrics(record: Mapping[str, Any]) -> list[Any]:
     return [Metric(key, value, stamp, record["epoch"]) for key, value in defined.items()]
 
 
-def final_metrics(result: Mapping[str, Any], held: Container[str]) -> list[Any]:
-    """The metrics of a result that MLflow does not have.
+def final_metrics(result: Mapping[str, Any], held: Mapping[str, float]) -> list[Any]:
+    """The metrics of a result that MLflow does not have, or has with another value.
 
     Args:
         result: As in `result.json`.
-        held: The names that MLflow has.
+        held: The metrics that MLflow has.
     """
     from mlflow.entities import Metric
 
@@ -79,7 +80,16 @@ def final_metrics(result: Mapping[str, Any], held: Container[str]) -> list[Any]:
     values["normalized_gain"] = result.get("normalized_gain")
     values |= tree_values(result)
     stamp = int(time.time() * 1000)
-    return [Metric(k, v, stamp, 0) for k, v in values.items() if v is not None and k not in held]
+    return [Metric(k, v, stamp, 0) for k, v in values.items() if v is not None and held.get(k) != v]
+
+
+def digest_of(files: Mapping[str, str | bytes]) -> str:
+    """SHA-256 of the names and the content of files."""
+    found = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        found.update(hashlib.sha256(name.encode()).digest())
+        found.update(hashlib.sha256(content.encode() if isinstance(content, str) else content).digest())
+    return found.hexdigest()
 
 
 def run_description(text: str, run_id: str, files: Container[str]) -> str:

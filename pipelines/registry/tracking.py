@@ -24,7 +24,7 @@ from pipelines.errors import UserError, without_credentials
 from pipelines.registry.environment import mlflow_environment
 from pipelines.registry.errors import reached
 from pipelines.registry.lost_runs import ENDED, PROCESS, end_lost_runs, owner_tag
-from pipelines.registry.records import LONGEST_TAG, SCORE, epoch_metrics, final_metrics, run_description
+from pipelines.registry.records import LONGEST_TAG, SCORE, digest_of, epoch_metrics, final_metrics, run_description
 from pipelines.registry.sqlite_store import PREFIX as SQLITE
 from pipelines.registry.sqlite_store import ensure_store
 from pipelines.runs.files import METRICS, REGISTERED, TRACKING, read_jsonl
@@ -35,7 +35,8 @@ from pipelines.storage import Location
 if TYPE_CHECKING:  # it imports torch, which the registry alone does not need
     from pipelines.data.manifest import Manifest
 
-GROUPING_TAG, PARENT_TAG, NOTE_TAG = "dmtg.grouping", "mlflow.parentRunId", "mlflow.note.content"
+GROUPING_TAG, FILES_TAG = "dmtg.grouping", "dmtg.files"
+PARENT_TAG, NOTE_TAG = "mlflow.parentRunId", "mlflow.note.content"
 KEY_TAG = "dmtg.key"  # a key that the run folder has before the run is created
 NAME_TAG = "dmtg.name."  # with the key of a task whose name MLflow does not take: its name
 MOST_AT_ONCE = 100  # parameters or tags of a request
@@ -230,7 +231,9 @@ class MlflowTracker:
         return {held.step for name in names for held in self.client.get_metric_history(self.run_id, name)}
 
     def finish(self, result: Mapping[str, Any], files: Mapping[str, str | bytes], description: str = "") -> None:
-        """Send test metrics and artifacts and mark the run as finished, unless it has been done before.
+        """Send test metrics and artifacts and mark the run as finished, unless MLflow has these artifacts.
+
+        A comparison that was extended has others than before.
 
         Args:
             result: As in `result.json`; missing entries are left out.
@@ -242,13 +245,14 @@ class MlflowTracker:
         """
         self.deliver()
         with reached(self.uri):
-            held = self.client.get_run(self.run_id)
-            if held.info.status != "FINISHED" or GROUPING_TAG not in held.data.tags:
+            held, sent = self.client.get_run(self.run_id), digest_of(files)
+            if held.info.status != "FINISHED" or held.data.tags.get(FILES_TAG) != sent:
                 self.client.log_batch(self.run_id, metrics=final_metrics(result, held.data.metrics))
                 self._log_files(files)
                 if description:
                     self.client.set_tag(self.run_id, NOTE_TAG, run_description(description, self.run_id, files))
                 self.client.set_tag(self.run_id, GROUPING_TAG, result.get("grouping_name", ""))
+                self.client.set_tag(self.run_id, FILES_TAG, sent)
                 self.client.set_terminated(self.run_id)
         self.writer.close()
 

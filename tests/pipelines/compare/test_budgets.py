@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import asdict
@@ -43,6 +44,19 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Comparis
     done = compare(config, logged.append)
     assert done.folder.name == one.folder.name
     return config, done, logged
+
+
+def test_mlflow_has_the_rows_of_a_comparison_that_was_extended(
+    extended: tuple[Config, ComparisonResult, list[str]], tmp_path: Path
+) -> None:
+    import mlflow
+
+    config, done, _ = extended
+    client = mlflow.MlflowClient(config.track.uri)
+    metrics = client.get_run(done.run_id).data.metrics
+    sent = json.loads(Path(client.download_artifacts(done.run_id, "compare.json", str(tmp_path))).read_text())
+    assert sent["rows"] == json.loads(json.dumps(done.found["rows"]))
+    assert {"gain/test/wide 3", "gain/test/wide 4", "gain/test/wide 8"} <= metrics.keys()
 
 
 def test_rows_have_the_name_of_their_budget_if_there_are_several(tmp_path: Path) -> None:
