@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from pipelines.cli.__main__ import SPIN, WAITING
 from pipelines.execution.resources import cores
 
 # bound, value, and a function that returns numerator and denominator of the ratio, and notes
@@ -81,7 +82,7 @@ class Bench:
         command = [sys.executable, "-m", self.module, "--row", name, "--repeats", str(repeats)]
         # files and not pipes: processes that a killed row has left behind would keep a pipe open
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-            code = psutil.Popen(command, stdout=out, stderr=errors).wait()
+            code = psutil.Popen(command, stdout=out, stderr=errors, env=environment()).wait()
             out.seek(0), errors.seek(0)
             if not code:
                 row: dict[str, object] = json.loads(out.read().splitlines()[-1])
@@ -90,6 +91,12 @@ class Bench:
         print(printed, file=sys.stderr)
         reason = printed.strip().rpartition("\n")[2] if code == 1 else f"the process ended with code {code}"
         return {"name": name, "error": reason, "command": _command(name), "machine": machine()}
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a row: threads wait as in the command `dmtg`."""
+    given = {} if any(name in os.environ for name in WAITING) else {WAITING[0]: SPIN}
+    return {**os.environ, **given}
 
 
 def measure(name: str, row: Row, repeats: int) -> dict[str, object]:

@@ -193,4 +193,4 @@ def test_every_metric_of_a_task_is_known_as_error_or_score():
         "within_22",
         "within_30",
     }
-    assert {name for names in METRICS.values() for name in names} | {"loss"} == scores | set(ERRORS)
+    assert {name for names in METRICS.values() for name in names} | {"loss", "log_loss"} == scores | set(ERRORS)

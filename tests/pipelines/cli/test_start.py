@@ -71,23 +71,31 @@ def run(script, folder, *arguments, given=None):
     )  # fmt: skip
 
 
-POLICY = """
+WAITING = """
 import os, sys
 
 from pipelines.cli.__main__ import main
 
 sys.argv = ["dmtg", "--version"]
 main()
-print(os.environ["OMP_WAIT_POLICY"])
+print([os.environ.get(name) for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")])
 """
 
 
-@pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_that_wait_sleep_unless_the_environment_says_otherwise(tmp_path, monkeypatch, given, used):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    if given:
-        monkeypatch.setenv("OMP_WAIT_POLICY", given)
-    assert run(POLICY, tmp_path).stdout.splitlines()[-1] == used
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ({}, ["10000", None]),
+        ({"GOMP_SPINCOUNT": "7"}, ["7", None]),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, [None, "PASSIVE"]),
+    ],
+)
+def test_threads_wait_briefly_unless_the_environment_says_otherwise(tmp_path, monkeypatch, given, used):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert run(WAITING, tmp_path).stdout.splitlines()[-1] == str(used)
 
 
 COMMANDS = [
