@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from dmtg_core.training.aggregation import Weigh, aggregate_gradients, load_aggr
 from dmtg_core.training.context import SyncBatchNorm, TrainContext
 from dmtg_core.training.data import Batch
 from dmtg_core.training.losses import PairLosses, label_counts
+from dmtg_core.training.objective.running import by_kind, flat, refill
 from dmtg_core.training.objective.scalarizers import TaskWeighting
 from dmtg_core.training.settings import TrainSettings, is_compiled
 
@@ -100,6 +101,11 @@ class WeighedLoss(nn.Module):
             "task_weights", torch.tensor([float(t.weight) for t in network.tasks]), persistent=False
         )
 
+    @cached_property
+    def statistics(self) -> list[list[Tensor]]:
+        """The running statistics, which a forward pass changes, by dtype and dimension."""
+        return by_kind(b for part in self.network.running for b in part.buffers())
+
     def forward(
         self,
         batch: Batch,
@@ -164,10 +170,13 @@ def step_noise(network: GroupingNetwork, settings: TrainSettings, step: int, ran
 
 @contextmanager
 def part(name: str, device: torch.device) -> Iterator[None]:
-    """Record a part of a step in a profile. Only in a profile it waits for the device at its end."""
+    """Record a part of a step in a profile, and wait for the device at its end. Without a profile do nothing."""
+    if not cast("Any", torch.autograd)._profiler_enabled():  # noqa: SLF001 - no public way to ask
+        yield
+        return
     with record_function(name):
         yield
-        if device.type == "cuda" and cast("Any", torch.autograd)._profiler_enabled():  # noqa: SLF001 - no public way to ask
+        if device.type == "cuda":
             torch.cuda.synchronize(device)
 
 
@@ -189,10 +198,9 @@ def train_step(
         step: Number of the step in the run. It seeds aggregators and scalarizers that draw random numbers.
     """
     loss_module, device = cast("WeighedLoss", getattr(module, "module", module)), batch.inputs.device
-    network, weighting = loss_module.network, loss_module.weighting
-    # the forward pass changes running statistics
-    statistics = _by_kind(b for m in network.running for b in m.buffers())
-    before = [_flat(buffers) for buffers in statistics]
+    weighting = loss_module.weighting
+    statistics, weights = loss_module.statistics, [p for group in optimizer.param_groups for p in group["params"]]
+    before = [flat(buffers) for buffers in statistics]
     with part(COMMUNICATION, device):
         labels = context.sum(label_counts(loss_module.network.tasks, batch.targets))
     counts, seed = labels.clamp_min(1), settings.seed * 1_000_003 + step
@@ -211,57 +219,31 @@ def train_step(
         shares = counts / context.world_size
         loss, by_task, by_pair = _gradients(module, batch, noise, temperature, shares, settings.accumulate, weigh)
     with part(OPTIMIZER, device):
-        norm = torch.nn.utils.get_total_norm([p.grad for p in loss_module.parameters() if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
         theta = loss_module.network.gate.logits.grad
         gate_gradient = norm.new_zeros(()) if theta is None else theta.norm()
         if settings.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(list(loss_module.parameters()), settings.clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(weights, settings.clip_norm, norm)
     with part(COMMUNICATION, device):
         refused = context.sum((~torch.isfinite(loss + norm)).float()).clamp_max(1)
     with part(OPTIMIZER, device):
         cast("Any", optimizer).found_inf = refused
         optimizer.step()
         for buffers, old in zip(statistics, before, strict=True):
-            _refill(buffers, torch.where(refused.bool(), old, _flat(buffers)))
+            refill(buffers, torch.where(refused.bool(), old, flat(buffers)))
     if weighting is not None:
         again = partial(_losses_again, partial(loss_module, batch, temperature, noise, shares), statistics)
         weighting.update(lambda: over_workers(again()), labels > 0, optimizer.param_groups[0]["lr"])
     return StepFigures(by_task, by_pair, gate_gradient, refused) * (1 / context.world_size)
 
 
-def _by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Group tensors by dtype and dimension: one large tensor takes less time than many small ones."""
-    kinds: dict[tuple[torch.dtype, int], list[Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.dtype, tensor.dim()), []).append(tensor)
-    return list(kinds.values())
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    """Concatenate tensors of one dimension into one flat tensor. Running statistics need no view for it."""
-    if tensors[0].dim() == 0:
-        return torch.stack(tensors)
-    return torch.cat(tensors if tensors[0].dim() == 1 else [tensor.reshape(-1) for tensor in tensors])
-
-
-def _refill(tensors: list[Tensor], flat: Tensor) -> None:
-    """Copy a flat tensor back into tensors, the inverse of `_flat`."""
-    if tensors[0].dim() == 0:
-        torch._foreach_copy_(tensors, list(flat.unbind()))
-        return
-    parts: Iterable[Tensor] = flat.split([tensor.numel() for tensor in tensors])
-    if tensors[0].dim() > 1:
-        parts = [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
-    torch._foreach_copy_(tensors, list(parts))
-
-
 @torch.no_grad()
 def _losses_again(compute: Callable[[], tuple[Tensor, ...]], statistics: Sequence[list[Tensor]]) -> Tensor:
     """Compute the gated losses of a batch, `(N,)`, without a change of the running statistics."""
-    before = [_flat(buffers) for buffers in statistics]
+    before = [flat(buffers) for buffers in statistics]
     _, by_task, _ = compute()
     for buffers, old in zip(statistics, before, strict=True):
-        _refill(buffers, old)
+        refill(buffers, old)
     return by_task
 
 
@@ -305,8 +287,8 @@ def _aggregated(
     with part(COMMUNICATION, device):
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         if context.world_size > 1:
-            flat = context.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-            for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            joined = context.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, total in zip(gradients, joined.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(total.view_as(gradient))
     by_pair = torch.stack(losses).detach() * context.world_size
     by_task = torch.zeros_like(module.task_weights).index_copy(0, module.task_of, by_pair)
