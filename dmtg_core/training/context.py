@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dmtg_core.names import by_number
 from dmtg_core.training.checkpoint import check_seal, seal
@@ -68,20 +69,25 @@ def gather(tensor: Tensor, context: TrainContext) -> list[Tensor]:
     return list(context.sum(torch.cat(places)).split(sizes))
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """`torch.nn.SyncBatchNorm` for workers on CPUs, which torch's own refuses."""
+class SyncBatchNorm(_BatchNorm):
+    """`torch.nn.SyncBatchNorm` for workers on CPUs, on which data-parallel training refuses torch's layer."""
 
     @classmethod
-    def convert(cls, module: nn.Module) -> None:
-        """Replace all batch normalisations below `module`."""
-        cls.convert_sync_batchnorm(module)
+    def convert(cls, module: nn.Module, device: torch.device) -> None:
+        """Let all batch normalisations in `module` use the batches of all workers."""
+        if device.type != "cpu":
+            nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            return
         for layer in module.modules():
-            if type(layer) is nn.SyncBatchNorm:
+            if isinstance(layer, _BatchNorm):
                 layer.__class__ = cls
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Accept vectors, sequences, maps and volumes."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, …)` to the same shape, normalised over the batches of all workers."""
-        if not self.training or x.device.type != "cpu" or not torch.distributed.is_initialized():
+        if not self.training or not torch.distributed.is_initialized():
             return super().forward(x)
         over = [d for d in range(x.dim()) if d != 1]
         shape = (1, -1, *[1] * (x.dim() - 2))

@@ -313,7 +313,7 @@ def prepare_network(network: GroupingNetwork, settings: TrainSettings, context: 
     """
     network.recompute = settings.recompute
     if settings.sync_batchnorm and context.world_size > 1:
-        SyncBatchNorm.convert(network)
+        SyncBatchNorm.convert(network, context.device)
     batch_branches(network, settings, context)
     if is_compiled(settings, context.device):
         _compile(network, "reduce-overhead" if settings.cuda_graphs else "default")

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
@@ -142,13 +143,16 @@ def test_the_command_serves_with_replicas_of_each_group_until_it_is_terminated(m
         (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         expected = predicted(root, tmp_path, model.uri, str(tmp_path / "new.jsonl"))
         close(ask(f"http://127.0.0.1:{port}/predict", ROWS)[1]["predictions"], expected)
+        served = f"models:/rows/1 is served at http://127.0.0.1:{port}"  # when all replicas have started
+        while served not in (tmp_path / "log").read_text() and server.poll() is None:
+            time.sleep(0.2)
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)
     text = (tmp_path / "log").read_text()
-    assert f"models:/rows/1 is served at http://127.0.0.1:{port}" in text
+    assert served in text
     assert json.loads(text.splitlines()[-1])["status"] == "done"
     with pytest.raises(OSError, match="refused"):
         ask(f"http://127.0.0.1:{port}/healthz")
