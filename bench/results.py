@@ -73,9 +73,9 @@ those of scikit-learn and LightGBM at their defaults, one for each task, on the 
 encoder were chosen on splits 1 and 2 of the first five tables. The last three were measured afterwards, and
 nothing was changed for them. The smallest error is bold.
 
-Naive MTL has the smallest error on five of the eight tables, and the guided search on `sleep`. On `health` naive MTL is
-2.5 % behind a random forest. On `counties` (262 training rows, features with long tails) the search is 4.9 % behind
-extra trees, and naive MTL 5.2 %. Twice as many epochs did not change the error there.
+Naive MTL has the smallest error on five of the eight tables, and the guided search on `sleep`. On `health`
+naive MTL is 2.5 % behind a random forest. On `counties` (262 training rows, features with long tails) the search
+is 4.9 % behind extra trees, and naive MTL 5.2 %. Twice as many epochs did not change the error there.
 
 The rows of `health` are several years of the same persons, and all parts of a split have rows of a person. Trees
 find the persons again by their exact values. The encoder has a vector for each of these values; without them the
