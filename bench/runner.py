@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from pipelines.cli.__main__ import SPIN, WAITING
+from pipelines.cli.__main__ import wait_briefly
 from pipelines.execution.resources import cores
 
 # bound, value, and a function that returns numerator and denominator of the ratio, and notes
@@ -81,8 +81,10 @@ class Bench:
         """Measure a row in a process of its own. What the process prints is shown if it fails."""
         command = [sys.executable, "-m", self.module, "--row", name, "--repeats", str(repeats)]
         # files and not pipes: processes that a killed row has left behind would keep a pipe open
+        variables = dict(os.environ)
+        wait_briefly(variables)  # as the command `dmtg`
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-            code = psutil.Popen(command, stdout=out, stderr=errors, env=environment()).wait()
+            code = psutil.Popen(command, stdout=out, stderr=errors, env=variables).wait()
             out.seek(0), errors.seek(0)
             if not code:
                 row: dict[str, object] = json.loads(out.read().splitlines()[-1])
@@ -91,12 +93,6 @@ class Bench:
         print(printed, file=sys.stderr)
         reason = printed.strip().rpartition("\n")[2] if code == 1 else f"the process ended with code {code}"
         return {"name": name, "error": reason, "command": _command(name), "machine": machine()}
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of a row: threads wait as in the command `dmtg`."""
-    given = {} if any(name in os.environ for name in WAITING) else {WAITING[0]: SPIN}
-    return {**os.environ, **given}
 
 
 def measure(name: str, row: Row, repeats: int) -> dict[str, object]:

@@ -12,7 +12,6 @@ import json
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from bench.processes import environment
 from dmtg_core import EncoderSpec, GroupingNetwork, NetworkSpec
@@ -97,7 +97,7 @@ class Server:
 
     port: int
     path: str
-    process: subprocess.Popen[bytes]
+    process: psutil.Popen
     latencies: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -142,9 +142,7 @@ class Server:
 def _server(command: list[str], port: int, health: str, path: str, folder: Path, **more: str) -> Iterator[Server]:
     """A server that accepts requests; it ends with the block."""
     with (folder / f"{port}.log").open("wb") as log:
-        process = subprocess.Popen(  # noqa: S603 - commands of this file
-            command, cwd=folder, env=environment(**more), stdout=log, stderr=log
-        )
+        process = psutil.Popen(command, cwd=folder, env=environment(**more), stdout=log, stderr=log)
     try:
         while not _answers(port, health):
             if process.poll() is not None:

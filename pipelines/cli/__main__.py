@@ -2,13 +2,21 @@
 
 import os
 import sys
+from collections.abc import MutableMapping
 
 from pipelines.cli import versions
 
-# Threads of an operator that wait for each other keep their cores for some microseconds only. By default it is a
-# millisecond, and on a machine with other work a step is then five to forty times slower: the thread that they
-# wait for has no core. The variable is read when PyTorch is imported.
 SPIN, WAITING = "10000", ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+def wait_briefly(environment: MutableMapping[str, str]) -> None:
+    """Let threads of an operator that wait for each other keep their cores briefly, unless the user has chosen.
+
+    By default they keep them so long that a step on a machine with other work takes five to forty times as long:
+    the thread that they wait for has no core. The variable is read when PyTorch is imported.
+    """
+    if not any(name in environment for name in WAITING):
+        environment[WAITING[0]] = SPIN
 
 
 def main() -> None:
@@ -17,8 +25,7 @@ def main() -> None:
     Raises:
         SystemExit: With the exit code; without the packages of the extra `pipelines`, with what to install.
     """
-    if not any(name in os.environ for name in WAITING):
-        os.environ[WAITING[0]] = SPIN
+    wait_briefly(os.environ)
     if sys.argv[1:] == ["--version"]:
         print("\n".join(versions()))
         return

@@ -71,7 +71,7 @@ class AnyOptions(nn.Module):
 
 
 class Pair(Net):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x
 
 
