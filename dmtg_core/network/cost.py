@@ -165,7 +165,8 @@ def widened_to(spec: NetworkSpec, flops: int) -> NetworkSpec:
 def _flops(
     network: nn.Module, spec: InputSpec, device: torch.device, call: Callable[[Tensor], object] | None = None
 ) -> int:
-    sample = torch.zeros(1, *spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+    value = (spec.padding + 1) % spec.vocabulary if spec.kind == "tokens" else 0  # a text of full length
+    sample = torch.full((1, *spec.shape), value, dtype=getattr(torch, spec.dtype), device=device)
     counter = _Counter()
     with plain_attention(), counter:
         (call or network)(sample)

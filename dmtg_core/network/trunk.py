@@ -25,7 +25,8 @@ def to_store(output: Tensor | tuple[Tensor, ...], ids: Tensor) -> Tensor:
     if isinstance(output, Tensor):
         return output.to(torch.bfloat16).contiguous()
     columns = ids.int().contiguous().view(torch.bfloat16).view(*ids.shape, ID_COLUMNS)
-    return torch.cat([output[0].to(torch.bfloat16), columns], -1)
+    tokens = nn.functional.pad(output[0], (0, 0, 0, ids.shape[1] - output[0].shape[1]))
+    return torch.cat([tokens.to(torch.bfloat16), columns], -1)
 
 
 def is_stored_output(stored: Tensor) -> bool:
@@ -45,4 +46,4 @@ def restored_output(stem: nn.Sequential, stored: Tensor, *, text: bool) -> Any:
         return stored.float()
     tokens, ids = stored.split([stored.shape[-1] - ID_COLUMNS, ID_COLUMNS], -1)
     first = stem[0](ids.contiguous().view(torch.int32).squeeze(-1).long())
-    return tokens.float(), *first[1:]
+    return tokens[:, : first[0].shape[1]].float(), *first[1:]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dmtg_core.network.encoders.calls import Call, Skipped, calls_of, leading_to, replace_module
 from dmtg_core.network.encoders.masks import register
-from dmtg_core.network.encoders.text import Tokens, read
+from dmtg_core.network.encoders.text import Tokens, read, without_padding
 
 TOLERANCE = 1e-4  # difference between the stages and the library's forward, relative to the size of the features
 
@@ -104,6 +104,7 @@ class Embedding(_OfLibrary):
 
     def forward(self, ids: Tensor) -> Tokens:
         """Compute the state `(tokens, mask, *extras)`."""
+        ids = without_padding(ids, self.padding)
         tokens, mask, found = self.record(ids)
         return tokens, mask, *(e.carried(found[e.layer][1][e.place], ids.shape[0]) for e in self.extras)
 

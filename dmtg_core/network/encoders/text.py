@@ -1,7 +1,7 @@
 """Text encoders that are trained from scratch on token ids.
 
 A stage passes a tuple to the next: tokens `(B, L, F)`, and a mask, bool `(B, L)`, of the tokens that are read.
-Pretrained models add further tensors.
+Pretrained models add further tensors. On a CPU L is the length of the longest text of the batch.
 """
 
 from __future__ import annotations
@@ -70,6 +70,18 @@ def read(ids: Tensor, padding: int = 0) -> Tensor:
     return torch.cat([present[:, :1] | empty, present[:, 1:]], 1)
 
 
+def without_padding(ids: Tensor, padding: int = 0) -> Tensor:
+    """Return ids `(B, L)` without the last columns that are padding in all texts. One column stays.
+
+    Only on a CPU: a GPU would wait for the length. A compiled or exported module keeps all columns, since its
+    shapes must not depend on values.
+    """
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return ids
+    used = (ids != padding).any(0).nonzero()
+    return ids[:, : int(used[-1]) + 1 if len(used) else 1]
+
+
 class Mean(nn.Module):
     """The mean over the tokens that are read, `(B, F)`."""
 
@@ -94,6 +106,7 @@ class _Embedding(nn.Module):
             self.tokens.weight[spec.padding].zero_()
 
     def forward(self, ids: Tensor) -> Tokens:
+        ids = without_padding(ids, self.padding)
         return self.dropout(self.tokens(ids) + self.positions[: ids.shape[1]]), read(ids, self.padding)
 
 

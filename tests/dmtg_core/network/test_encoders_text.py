@@ -18,7 +18,7 @@ from dmtg_core import (
     evaluate,
     fit,
 )
-from dmtg_core.network.encoders.text import read
+from dmtg_core.network.encoders.text import read, without_padding
 from tests.dmtg_core.network.test_encoders import LENGTH, SHAPES, STAGES, VOCABULARY, encoder, inputs_for
 from tests.dmtg_core.samples import SAMPLEWISE, assigned
 
@@ -103,6 +103,27 @@ def test_a_mean_of_embeddings_is_the_mean_over_the_words():
 def test_all_but_padding_is_read_and_one_token_of_an_empty_text():
     ids = torch.tensor([[4, 5, 0, 0], [0, 0, 0, 0], [0, 7, 0, 8]])
     assert read(ids).int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "width"),
+    [([[4, 5, 0, 0], [7, 0, 0, 0]], 2), ([[0, 0, 8, 0], [1, 0, 0, 0]], 3), ([[0, 0], [0, 0]], 1), ([[4, 5]], 2)],
+)
+def test_columns_that_are_padding_in_all_texts_are_not_computed(ids, width):
+    ids = torch.tensor(ids)
+    assert torch.equal(without_padding(ids), ids[:, :width])
+    other = torch.where(ids == 0, 3, ids + 3)
+    assert torch.equal(without_padding(other, 3), other[:, :width])
+
+
+@pytest.mark.parametrize("name", ["text_transformer", "transformers"])
+@torch.no_grad()
+def test_a_layer_computes_as_many_tokens_as_the_longest_text_has(name):
+    first, *_ = whole(name)
+    ids = torch.randint(3, VOCABULARY, (4, LENGTH))
+    ids[:, 3:] = 0
+    tokens, mask, *_ = first(ids)
+    assert tokens.shape[1] == mask.shape[1] == 3
 
 
 @pytest.mark.parametrize("name", ["text_transformer", "transformers"])
