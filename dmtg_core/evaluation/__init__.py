@@ -1,1 +1,1 @@
-"""Evaluation of a method: bootstrap intervals, and problems with known groups."""
+"""Evaluation of a method: bootstrap intervals, standard errors, and problems with known groups."""

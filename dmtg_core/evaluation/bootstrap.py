@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dmtg_core.tasks import Task
 from dmtg_core.training.metrics import Metrics, MetricSums, error_of, task_metrics
-from dmtg_core.training.ranking import AUROC, AVERAGE_PRECISION, EXACT, Scores, joined_bins
+from dmtg_core.training.ranking import AUROC, AVERAGE_PRECISION, EXACT, joined_bins
 
 BLOCKS = 256
 AT_ONCE = 2**22  # numbers that are processed at once
@@ -72,13 +72,7 @@ class BlockSums:
 
     def metrics(self) -> Metrics:
         """Compute task → metric → value over all samples."""
-        total = MetricSums(self.tasks, self.exact)
-        total.sums = {task.name: self.matrix(task).sum(0) for task in self.tasks}
-        total.scores = {
-            name: Scores.joined([block.scores[name].packed(coarse=False) for block in self.blocks], self.exact)
-            for name in total.scores
-        }
-        return total.compute()
+        return MetricSums.joined(self.blocks, self.exact).compute()
 
     def resampled(self, task: Task, counts: Tensor) -> list[float]:
         """Compute the headline error of a task in resamples.

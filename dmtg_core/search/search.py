@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dmtg_core.evaluation.jackknife import score_difference
 from dmtg_core.grouping import Grouping
+from dmtg_core.network.cost import inference_cost
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.guided import GuidedSearch
@@ -112,11 +114,11 @@ def _outcome(stages: Stages, chosen: str) -> SearchResult:
         distilled |= {"metrics": stages.evaluate(trained[chosen]), "cost": after["cost"]}
     network = trained[DISTILLED if after else chosen]
     best = (after or by_name[chosen])["final"]
-    guided = isinstance(stages, GuidedSearch)
-    if guided and naive is not None and by_name[BASELINE]["final"] <= best:
-        network, chosen, distilled, best = naive, BASELINE, {}, by_name[BASELINE]["final"]
     for found in (network, *([naive] if naive is not None else [])):
         found.eval()
+    guided = isinstance(stages, GuidedSearch)
+    if guided and naive is not None and not _is_better(stages, naive, network, by_name[BASELINE]["final"] - best):
+        network, chosen, distilled, best = naive, BASELINE, {}, by_name[BASELINE]["final"]
     order = [name for name in by_name if "probabilities" in by_name[name]]
     return SearchResult(
         network=network,
@@ -133,6 +135,18 @@ def _outcome(stages: Stages, chosen: str) -> SearchResult:
         budget=stages.budget.runs if guided else None,
         costs={name: one["cost"] for name, one in by_name.items() if "cost" in one},
     )
+
+
+def _is_better(stages: Stages, naive: GroupingNetwork, network: GroupingNetwork, gain: float) -> bool:
+    """Whether a network is chosen over naive MTL, given how much lower its validation score is.
+
+    A network that costs more at inference has to be better by more than a standard error over the validation
+    samples (the rule of one standard error, Breiman et al. 1984).
+    """
+    if gain <= 0 or inference_cost(network).flops <= inference_cost(naive).flops:
+        return gain > 0
+    found = score_difference(stages.spec.tasks, naive, network, stages.data, stages.context)
+    return -found.value > found.error
 
 
 def _described(result: dict[str, Any]) -> dict[str, Any]:

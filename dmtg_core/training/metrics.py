@@ -254,6 +254,22 @@ class MetricSums:
             packs = gather(scores.packed(coarse=count > self.exact).to(context.device), context)
             self.scores[name] = Scores.joined(packs, self.exact)
 
+    def start_as(self, other: MetricSums) -> None:
+        """Start with sums of 0 in the form of another object with the same tasks."""
+        self.sums = {name: torch.zeros_like(sums) for name, sums in other.sums.items()}
+        self.plain_sums = {name: torch.zeros_like(sums) for name, sums in other.plain_sums.items()}
+
+    @classmethod
+    def joined(cls, parts: Sequence[MetricSums], exact: int = EXACT) -> MetricSums:
+        """Return the sums over the samples of several parts with the same tasks."""
+        whole = cls(parts[0].tasks, exact)
+        whole.sums = _added([part.sums for part in parts])
+        whole.plain_sums = _added([part.plain_sums for part in parts])
+        for name in whole.scores:
+            packs = [part.scores[name].packed(coarse=False) for part in parts]
+            whole.scores[name] = Scores.joined(packs, exact)
+        return whole
+
     def compute(self) -> Metrics:
         """Compute task → metric → value."""
         found: Metrics = {}
@@ -266,6 +282,11 @@ class MetricSums:
             if task.name in self.plain_sums:
                 found[task.name]["log_loss"] = _ratio(*self.plain_sums[task.name].tolist())
         return found
+
+
+def _added(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sum of each entry over parts with the same entries."""
+    return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
 
 
 def _ranking_metrics(task: Task, scores: Scores) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The guided search: rungs, the budget, further networks and distillation."""
 
+import importlib
 from collections import Counter
 from dataclasses import replace
 from itertools import groupby
@@ -19,6 +20,7 @@ from dmtg_core import (
     inference_cost,
     search,
 )
+from dmtg_core.evaluation.jackknife import Difference
 from dmtg_core.network.cost import history_flops, naive_flops, wide_spec
 from dmtg_core.search.baselines import hard_network
 from dmtg_core.search.distillation import Ensemble
@@ -191,7 +193,15 @@ def test_nothing_is_distilled_if_no_ensemble_is_better_than_the_best_network(dat
     result, records = run(data, spec=spec, seed=6)
     assert stages(records)[-2:] == [("start_0", 6), ("wide", 6)]  # members of an ensemble
     assert result.distilled == {}
-    assert result.score == min(one["final"] for one in result.candidates)
+
+
+@pytest.mark.parametrize(("error", "kept"), [(0.5, True), (1.5, False)])
+def test_a_network_that_costs_more_is_better_than_naive_mtl_by_a_standard_error(data, monkeypatch, error, kept):
+    found = Difference(-1.0, error)
+    module = importlib.import_module("dmtg_core.search.search")  # the package exports a function of this name
+    monkeypatch.setattr(module, "score_difference", lambda *_: found)
+    result, _ = run(data, SearchOptions())
+    assert (result.chosen != "naive_mtl") is kept
 
 
 def test_an_ensemble_predicts_the_mean_probability_of_its_networks(data):
