@@ -262,8 +262,15 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, network: nn.Mod
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors."""
-    save_file({name: _copied(tensor) for name, tensor in tensors.items()}, path)
+    """Write tensors as safetensors.
+
+    Raises:
+        OSError: If the file cannot be written, for example because the disk is full.
+    """
+    try:
+        save_file({name: _copied(tensor) for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # the library's own error for those of the operating system
+        raise OSError(f"{path}: {error}") from error
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dmtg_core.training.checkpoint import read_json
@@ -125,7 +124,7 @@ class RunContext:
             save(folder)
             records = ", ".join(self.texts.whole)
             (folder / PROGRESS).write_text(f'{{"workers": {self.world_size}, "records": [{records}]}}')
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             remove()
             self.emit(UNWRITTEN, f"{name} is lost, training continues ({error} at {self.scratch.path.parent})")
             return

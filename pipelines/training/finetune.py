@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from dmtg_core.addresses import CodeError
 from dmtg_core.network.cost import inference_cost
@@ -134,7 +133,7 @@ class GroupContext(LocalContext):
             local.mkdir()
             save(local)
             self.checkpoints.add(local)
-        except (OSError, SafetensorError, UserError) as error:
+        except (OSError, UserError) as error:
             self.emit(UNWRITTEN, f"{local.name} of a group is lost, training continues ({error})")
         finally:
             shutil.rmtree(local, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -177,6 +178,12 @@ def _write(job: Job, context: RunContext, result: SearchResult) -> None:
             f"training is done, its result {error.what.removeprefix('cannot write: ')}",
             where=error.where,
             remedy=f"{error.remedy}; then run the same command again: it resumes from {last}",
+        ) from error
+    except OSError as error:  # of the files from which it is stored
+        raise PermanentError(
+            f"training is done, its result cannot be written: {error}",
+            where=tempfile.gettempdir(),
+            remedy=f"free space there, or set TMPDIR, and run the same command again: it resumes from {last}",
         ) from error
 
 

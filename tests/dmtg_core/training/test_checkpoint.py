@@ -251,3 +251,8 @@ def test_slices_and_channels_last_tensors_are_written_whole(tmp_path):
     }
     files.save_tensors(tmp_path / "t.safetensors", tensors)
     assert_same_tensors(files.load_tensors(tmp_path / "t.safetensors"), tensors)
+
+
+def test_a_file_that_cannot_be_written_is_an_error_of_the_operating_system(tmp_path):
+    with pytest.raises(OSError, match=r"no/weights: .*No such file or directory"):
+        files.save_tensors(tmp_path / "no" / "weights", {"weight": torch.zeros(3)})

@@ -20,10 +20,8 @@ from pipelines.registry.versions import list_models
 from pipelines.runs.events import DAMAGED, LOST, RESUMED, UNWRITTEN
 from pipelines.runs.files import read_jsonl
 from pipelines.storage import locate
-from pipelines.training.driver import train
 from tests.paths import ROOT
-from tests.pipelines.conftest import make_config
-from tests.pipelines.driver import CHECKPOINTS, OFTEN, Driver, Undisturbed, disturbed, in_own_mounts, same
+from tests.pipelines.driver import CHECKPOINTS, OFTEN, Undisturbed, disturbed, in_own_mounts, same
 from tests.pipelines.s3_server import BUCKET, begin, end, free_port, serving, settings
 
 pytestmark = pytest.mark.ray
@@ -81,29 +79,25 @@ def test_a_command_that_is_ended_resumes_with_the_same_command(
     assert {model["version"] for model in list_models(run[0].track.model_copy(update=track))} == {1}
 
 
-@pytest.mark.usefixtures("ray_session")
 @pytest.mark.soak
 def test_a_result_that_cannot_be_written_is_written_later_without_training_again(
-    images: Path, tmp_path: Path
+    run: Undisturbed, tmp_path: Path
 ) -> None:
-    config = make_config(
-        images, tmp_path, train={"epochs": 2}, search={"baseline": False}, track={"uri": "none"},
-        run={"name": "disturbed"},
-    )  # fmt: skip
-    driver = Driver(tmp_path, {})
-    driver.folder.mkdir(parents=True)
-    (driver.folder / "models").write_text("in the way of a folder")
-    with pytest.raises(UserError, match="training is done, its result") as found:
-        train(config)
-    assert "models" in found.value.where
-    assert "without training again" in found.value.remedy
+    driver = disturbed(run, tmp_path, train=OFTEN)
+    process = driver.start()
+    driver.wait_for(lambda: driver.newest() >= 1)
+    in_the_way = driver.folder / "models"
+    in_the_way.write_text("in the way of a folder")
+    assert process.wait() == 1, driver.log
+    assert "training is done, its result" in driver.log
+    assert f"where: {in_the_way}" in driver.log
+    assert "without training again" in driver.log
     newest = driver.newest()
-    assert newest == 2
-    (driver.folder / "models").unlink()
-    done = train(config)
+    assert newest == CHECKPOINTS
+    in_the_way.unlink()
+    same(driver.finish(), run[1].result)
     assert driver.newest() == newest
-    assert driver.epochs() == [("start_0", 1), ("start_0", 2)]
-    assert set(done.result["metrics"]) == {"colour", "bright", "level"}
+    assert len(driver.epochs()) == 8
 
 
 @pytest.fixture
@@ -232,7 +226,7 @@ def test_a_job_that_is_stopped_marks_its_run_as_failed_and_resumes(run: Undistur
         job = ""
         while not job:
             with contextlib.suppress(RuntimeError):  # its agent is still starting
-                job = client.submit_job(entrypoint=f"cd {ROOT} && exec {' '.join(driver.command())}")
+                job = client.submit_job(entrypoint=f"cd {ROOT} && exec {' '.join(driver.command())} --local-ok")
         while driver.newest() < 5:
             assert client.get_job_status(job) in (JobStatus.PENDING, JobStatus.RUNNING), client.get_job_logs(job)
             time.sleep(0.2)
