@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -188,21 +189,21 @@ def measure(
         learning_rate=1e-9, gate_learning_rate=None, lr_min=0.0,
     )  # fmt: skip
     held, timed = [], {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, network in found.items():
-            state = TrainState.fresh(network.to(context.device), short)
-            timed[name] = _epoch(state, data, short, context, Path(scratch) / name)
-            held.append(state)  # a search holds the networks of all candidates
+    for name, network in found.items():
+        state = TrainState.fresh(network.to(context.device), short)
+        timed[name] = _epoch(state, data, short, context)
+        held.append(state)  # a search holds the networks of all candidates
     return timed, peak_memory(context.device)
 
 
-def _epoch(state: TrainState, data: Data, settings: TrainSettings, context: TrainContext, folder: Path) -> Epoch:
+def _epoch(state: TrainState, data: Data, settings: TrainSettings, context: TrainContext) -> Epoch:
     """Time the second of two short epochs of a network. The first one allocates memory and compiles."""
     watched, ends = _TimedData(data, context.device), []
 
     def on_epoch(state: TrainState) -> None:
-        (folder / str(state.epoch)).mkdir(parents=True)
-        state.save(folder / str(state.epoch))  # as a checkpoint of a run
+        # as a checkpoint of a run; without space for it the estimate lacks its time
+        with suppress(OSError), tempfile.TemporaryDirectory() as folder:
+            state.save(Path(folder))
         ends.append(time.perf_counter())
 
     advance(state, watched, settings, context, until=2, hooks=Hooks(on_epoch=on_epoch))

@@ -1,6 +1,7 @@
 """The estimate before a search: it never spends more, and time follows from the timed steps."""
 
 import math
+import tempfile
 import time
 from dataclasses import replace
 
@@ -152,3 +153,9 @@ def test_networks_are_timed_as_they_are_trained(data):
     few = samples.data(SPEC.input, SPEC.tasks, rows=4)  # fewer steps in an epoch than are timed
     assert few.steps(SETTINGS.batch_size) < WARM_UP
     assert measure({"naive_mtl": found["naive_mtl"]}, few, SETTINGS, local())[0]["naive_mtl"].step > 0
+
+
+def test_without_space_for_temporary_files_the_steps_are_timed_all_the_same(data, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no"))
+    found = {"naive_mtl": networks(SPEC, SearchOptions())["naive_mtl"]}
+    assert measure(found, data, SETTINGS, local())[0]["naive_mtl"].step > 0

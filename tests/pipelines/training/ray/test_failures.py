@@ -212,10 +212,13 @@ def test_storage_that_is_unreachable_for_half_a_minute_is_retried(
 
 
 @pytest.mark.soak
-def test_a_job_that_is_stopped_marks_its_run_as_failed_and_resumes(run: Undisturbed, tmp_path: Path) -> None:
+def test_a_job_that_is_stopped_marks_its_run_as_failed_and_resumes(
+    run: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ray.cluster_utils import Cluster
     from ray.job_submission import JobStatus, JobSubmissionClient
 
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "600")  # after 3 s it would be killed
     ports = {"dashboard_port": free_port(), "dashboard_agent_listen_port": free_port()}
     head = {"num_cpus": 4, "object_store_memory": 128 * 2**20, "include_dashboard": True, **ports}
     cluster = Cluster(initialize_head=True, head_node_args=head)

@@ -205,7 +205,7 @@ def test_hanging_workers_are_replaced_and_their_stacks_are_kept(run: Undisturbed
         assert event["message"] in driver.outcome()["notes"]
     stacks = "".join(file.read_text() for file in driver.folder.glob("hung_*.txt"))
     assert "in read" in stacks
-    assert "ingest.py" in stacks
+    assert "stream.py" in stacks
 
 
 @pytest.fixture
