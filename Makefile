@@ -33,7 +33,7 @@ demo: install
 
 # what a test has freed goes back to the machine: two long processes would keep gigabytes of it for nothing
 test: install $(KFP)
-	MALLOC_TRIM_THRESHOLD_=16777216 $(BIN)/python -m pytest -m "not soak" -n 2 -rs
+	MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=16777216 $(BIN)/python -m pytest -m "not soak" -n 2 -rs
 
 soak: install $(KFP)
 	$(BIN)/python -m pytest -m soak

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from pipelines.cli.__main__ import wait_briefly
+from pipelines.cli.__main__ import keep_memory, wait_briefly
 from pipelines.execution.resources import cores
 
 # bound, value, and a function that returns numerator and denominator of the ratio, and notes
@@ -83,6 +83,7 @@ class Bench:
         # files and not pipes: processes that a killed row has left behind would keep a pipe open
         variables = dict(os.environ)
         wait_briefly(variables)  # as the command `dmtg`
+        keep_memory(variables)
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
             code = psutil.Popen(command, stdout=out, stderr=errors, env=variables).wait()
             out.seek(0), errors.seek(0)

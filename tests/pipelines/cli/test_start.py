@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from pipelines.cli.__main__ import MEMORY
 from pipelines.cli.stages import SLOW, naming_imports
 from tests.paths import ROOT
 
@@ -96,6 +97,39 @@ def test_threads_wait_briefly_unless_the_environment_says_otherwise(tmp_path, mo
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert run(WAITING, tmp_path).stdout.splitlines()[-1] == str(used)
+
+
+KEEPING = """
+import resource, sys
+
+from pipelines.cli.__main__ import main
+
+sys.argv = ["dmtg", "--version"]
+main()
+for warm in (True, False):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        bytearray(20 * 2**20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_memory_that_is_freed_is_used_again_unless_the_environment_says_otherwise(tmp_path, monkeypatch):
+    def faults():
+        return int(run(KEEPING, tmp_path).stdout.splitlines()[-1])
+
+    for name in MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    assert faults() < 1_000
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
+    assert faults() > 200_000  # 5,120 pages, 50 times
+
+
+def test_the_image_and_the_cluster_keep_memory_as_the_command_does():
+    for file in ("Dockerfile", "ray-up.yaml"):
+        text = (ROOT / "cluster" / file).read_text()
+        for name, (_, value) in MEMORY.items():
+            assert f"{name}={value}" in text
 
 
 COMMANDS = [

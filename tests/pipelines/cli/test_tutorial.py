@@ -49,7 +49,7 @@ def test_every_command_of_the_tutorial_gives_the_output_of_the_page(walked: tupl
     assert {"shard", "inspect", "train", "report", "models list", "predict", "models promote"} <= set(logged)
     assert "400 samples in 3 shards" in logged["shard"]
     assert "6 categories" not in logged["shard"]
-    assert re.search(r"^chosen on validation: \w+ \(.*\bguided -?\d", logged["train"], re.MULTILINE)
+    assert re.search(r"^Grouping g\d+-\w+ on test$", logged["train"], re.MULTILINE)
     page = re.search(r"^report: +(\S+)$", logged["report"], re.MULTILINE)
     assert page
     assert (folder / page[1]).is_file()
