@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dmtg_core.evaluation.jackknife import score_difference
+from dmtg_core.evaluation.jackknife import Difference, score_difference
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.cost import inference_cost
 from dmtg_core.network.grouping_network import GroupingNetwork
@@ -40,6 +40,9 @@ class SearchResult:
             of the `ensemble`, the best score after the distillation (`final`), whether the distilled network was
             `kept`, and its part of `cost`. It is empty without a distillation.
         score: Validation score of `network`, see `score_of`.
+        difference: Difference of the validation scores of the best network of "guided" and naive MTL. Naive MTL is
+            the result if it is not negative; for a network that costs more at inference, if it is not below minus
+            its standard error (the rule of one standard error, Breiman et al. 1984). None without a baseline.
         metrics: Split → task → metric → value.
         baseline: Metrics of naive MTL; empty without a baseline.
         candidates: For each network that was trained: `stage`, `grouping`, `score` (its lowest validation score),
@@ -58,6 +61,7 @@ class SearchResult:
     chosen: str
     distilled: dict[str, Any]
     score: float
+    difference: Difference | None
     metrics: dict[str, Metrics]
     baseline: dict[str, Metrics]
     candidates: list[dict[str, Any]]
@@ -117,8 +121,12 @@ def _outcome(stages: Stages, chosen: str) -> SearchResult:
     for found in (network, *([naive] if naive is not None else [])):
         found.eval()
     guided = isinstance(stages, GuidedSearch)
-    if guided and naive is not None and not _is_better(stages, naive, network, by_name[BASELINE]["final"] - best):
-        network, chosen, distilled, best = naive, BASELINE, {}, by_name[BASELINE]["final"]
+    difference = None
+    if guided and naive is not None:
+        difference = score_difference(stages.spec.tasks, naive, network, stages.data, stages.context)
+        costs_more = inference_cost(network).flops > inference_cost(naive).flops
+        if -difference.value <= (difference.error if costs_more else 0.0):
+            network, chosen, distilled, best = naive, BASELINE, {}, by_name[BASELINE]["final"]
     order = [name for name in by_name if "probabilities" in by_name[name]]
     return SearchResult(
         network=network,
@@ -127,6 +135,7 @@ def _outcome(stages: Stages, chosen: str) -> SearchResult:
         chosen=chosen,
         distilled=distilled,
         score=best,
+        difference=difference,
         metrics=stages.evaluate(network),
         baseline=by_name.get(BASELINE, {}).get("metrics", {}),
         candidates=[_described(by_name[name]) for name in order],
@@ -135,18 +144,6 @@ def _outcome(stages: Stages, chosen: str) -> SearchResult:
         budget=stages.budget.runs if guided else None,
         costs={name: one["cost"] for name, one in by_name.items() if "cost" in one},
     )
-
-
-def _is_better(stages: Stages, naive: GroupingNetwork, network: GroupingNetwork, gain: float) -> bool:
-    """Whether a network is chosen over naive MTL, given how much lower its validation score is.
-
-    A network that costs more at inference has to be better by more than a standard error over the validation
-    samples (the rule of one standard error, Breiman et al. 1984).
-    """
-    if gain <= 0 or inference_cost(network).flops <= inference_cost(naive).flops:
-        return gain > 0
-    found = score_difference(stages.spec.tasks, naive, network, stages.data, stages.context)
-    return -found.value > found.error
 
 
 def _described(result: dict[str, Any]) -> dict[str, Any]:

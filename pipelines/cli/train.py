@@ -203,6 +203,8 @@ def _selection(result: dict[str, Any]) -> str:
         scores.append(f"{BASELINE} {result['baseline_score']:.4f}")
     distilled = result["distilled"]
     after = f"; distilled from {', '.join(distilled['teachers'])}: {distilled['final']:.4f}" if distilled else ""
+    if (found := result.get("difference")) is not None:
+        after += f"; difference to {BASELINE} {found['value']:+.4f} ± {found['error']:.4f}"
     return f"chosen on validation: {result['chosen']} ({', '.join(scores)}){after}; spent {spent_text(result)}"
 
 

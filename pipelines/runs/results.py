@@ -70,6 +70,7 @@ def write_result(
         "validation": result.metrics.get("val", {}),
         "chosen": result.chosen,
         "score": finite_or_none(result.score),
+        "difference": asdict(result.difference) if result.difference is not None else None,
         "baseline_score": score_or_none(tasks, result.baseline["val"]) if "val" in result.baseline else None,
         "candidates": result.candidates,
         "distilled": result.distilled,

@@ -25,7 +25,6 @@ from dmtg_core.network.cost import history_flops, naive_flops, wide_spec
 from dmtg_core.search.baselines import hard_network
 from dmtg_core.search.distillation import Ensemble
 from dmtg_core.search.extendable import extend, score_noise
-from dmtg_core.search.stages import Stages
 from dmtg_core.training.loop import score_of
 from dmtg_core.training.state import TrainState
 from tests.dmtg_core import samples, searches
@@ -195,15 +194,6 @@ def test_nothing_is_distilled_if_no_ensemble_is_better_than_the_best_network(dat
     assert result.distilled == {}
 
 
-@pytest.mark.parametrize(("error", "kept"), [(0.5, True), (1.5, False)])
-def test_a_network_that_costs_more_is_better_than_naive_mtl_by_a_standard_error(data, monkeypatch, error, kept):
-    found = Difference(-1.0, error)
-    module = importlib.import_module("dmtg_core.search.search")  # the package exports a function of this name
-    monkeypatch.setattr(module, "score_difference", lambda *_: found)
-    result, _ = run(data, SearchOptions())
-    assert (result.chosen != "naive_mtl") is kept
-
-
 def test_an_ensemble_predicts_the_mean_probability_of_its_networks(data):
     networks = [GroupingNetwork(replace(SPEC, groups=1, seed=seed)) for seed in range(3)]
     found = evaluate(Ensemble(networks), data, "val")
@@ -228,21 +218,29 @@ def test_a_search_without_distillation_ends_with_the_best_candidate(data):
     assert result.score == min(one["final"] for one in result.candidates if one["final"] is not None)
 
 
-def test_naive_mtl_is_the_result_if_no_network_is_better(data, monkeypatch):
-    end = Stages.end
-
-    def ended(self, name, state, **found):
-        if name == "naive_mtl":
-            found["final"] -= 100
-        end(self, name, state, **found)
-
-    monkeypatch.setattr(Stages, "end", ended)
+@pytest.mark.parametrize(
+    ("difference", "kept"),
+    [(Difference(-1.0, 0.5), True), (Difference(-1.0, 1.5), False), (Difference(0.0, 0.0), False)],
+)
+def test_naive_mtl_stays_unless_a_network_is_better_by_a_standard_error(data, monkeypatch, difference, kept):
+    module = importlib.import_module("dmtg_core.search.search")  # the package exports a function of this name
+    monkeypatch.setattr(module, "score_difference", lambda *_: difference)
     result, _ = run(data, SearchOptions())
-    assert result.chosen == "naive_mtl"
-    assert len(result.grouping.groups) == 1
-    assert result.network is result.naive
-    assert result.metrics == result.baseline
-    assert result.distilled == {}
+    assert (result.chosen != "naive_mtl") is kept
+    assert result.difference == difference
+    if not kept:
+        assert len(result.grouping.groups) == 1
+        assert result.network is result.naive
+        assert result.metrics == result.baseline
+        assert result.distilled == {}
+
+
+def test_the_difference_to_naive_mtl_is_that_of_the_scores(data):
+    result, _ = run(data, SearchOptions(distil=False))
+    naive, best = (score_of(SPEC.tasks, found["val"]) for found in (result.baseline, result.metrics))
+    assert result.chosen != "naive_mtl"
+    assert result.difference.value == pytest.approx(best - naive, abs=1e-6)
+    assert 0 < result.difference.error < -result.difference.value
 
 
 def test_the_wide_encoder_has_no_higher_inference_cost_than_the_groups(data):
