@@ -16,6 +16,7 @@ from dmtg_core.tasks import InputSpec, Task
 from dmtg_core.training.checkpoint import save_tensors
 from pipelines.data.sources.base import INPUT, Column, Description, Entry
 from pipelines.storage import Location
+from tests.dmtg_core.pretrained import changed
 
 SIDE = 32
 PICTURES = InputSpec("image", (SIDE, SIDE, 3), "uint8", std=(255.0,))
@@ -42,15 +43,6 @@ def write_weights(folder: Path, seed: int = 0) -> str:
 def encoder(file: str, branch: str = "lora") -> EncoderSpec:
     """The encoder with these weights: the first of its blocks is frozen, or all are."""
     return EncoderSpec("timm", 2, MODEL | {"path": file}, branch, {"rank": 2} if branch == "lora" else None)
-
-
-def changed(network: GroupingNetwork) -> GroupingNetwork:
-    """The network with other branches than at first, each of them different."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in network.branches.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return network
 
 
 def network(file: str, branch: str = "lora") -> GroupingNetwork:

@@ -20,8 +20,9 @@ from pipelines.registry.tracking import connect
 from pipelines.runs.models import write_models
 from pipelines.serving.fitting import open_model
 from pipelines.storage import locate
+from tests.dmtg_core.pretrained import changed
 from tests.dmtg_core.training.test_batching import assert_close
-from tests.pipelines.frozen import Pictures, changed, encoder, pictures, write_weights
+from tests.pipelines.frozen import Pictures, encoder, pictures, write_weights
 from tests.pipelines.untrained import Finished, finish
 
 pytest.importorskip("timm")

@@ -23,8 +23,9 @@ from pipelines.serving import export as exporting
 from pipelines.serving.export import DESCRIPTION, export
 from pipelines.serving.graphs import ComparedQuantiles, inputs_for
 from pipelines.storage import locate
+from tests.dmtg_core.pretrained import changed
 from tests.pipelines.cli.test_app import call
-from tests.pipelines.frozen import MODEL, SIDE, changed, write_weights
+from tests.pipelines.frozen import MODEL, SIDE, write_weights
 from tests.soak import others_in_soak
 
 TRACK = TrackSection(uri="none")
