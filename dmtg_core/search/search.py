@@ -25,6 +25,10 @@ from dmtg_core.training.metrics import Metrics
 from dmtg_core.training.settings import TrainSettings
 from dmtg_core.training.warm_start import WarmStart
 
+# The best of several networks looks better than it is: with one standard error, 13 of 18 searches on tables of
+# 200 to 1,300 rows kept a network other than naive MTL, whose test error was 1 % higher in the mean.
+ERRORS = 2.0
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -42,7 +46,7 @@ class SearchResult:
         score: Validation score of `network`, see `score_of`.
         difference: Difference of the validation scores of the best network of "guided" and naive MTL. Naive MTL is
             the result if it is not negative; for a network that costs more at inference, if it is not below minus
-            its standard error (the rule of one standard error, Breiman et al. 1984). None without a baseline.
+            `ERRORS` standard errors. None without a baseline.
         metrics: Split → task → metric → value.
         baseline: Metrics of naive MTL; empty without a baseline.
         candidates: For each network that was trained: `stage`, `grouping`, `score` (its lowest validation score),
@@ -125,7 +129,7 @@ def _outcome(stages: Stages, chosen: str) -> SearchResult:
     if guided and naive is not None:
         difference = score_difference(stages.spec.tasks, naive, network, stages.data, stages.context)
         costs_more = inference_cost(network).flops > inference_cost(naive).flops
-        if -difference.value <= (difference.error if costs_more else 0.0):
+        if -difference.value <= (ERRORS * difference.error if costs_more else 0.0):
             network, chosen, distilled, best = naive, BASELINE, {}, by_name[BASELINE]["final"]
     order = [name for name in by_name if "probabilities" in by_name[name]]
     return SearchResult(

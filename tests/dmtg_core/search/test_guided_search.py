@@ -220,9 +220,9 @@ def test_a_search_without_distillation_ends_with_the_best_candidate(data):
 
 @pytest.mark.parametrize(
     ("difference", "kept"),
-    [(Difference(-1.0, 0.5), True), (Difference(-1.0, 1.5), False), (Difference(0.0, 0.0), False)],
+    [(Difference(-1.0, 0.4), True), (Difference(-1.0, 0.6), False), (Difference(0.0, 0.0), False)],
 )
-def test_naive_mtl_stays_unless_a_network_is_better_by_a_standard_error(data, monkeypatch, difference, kept):
+def test_naive_mtl_stays_unless_a_network_is_better_by_two_standard_errors(data, monkeypatch, difference, kept):
     module = importlib.import_module("dmtg_core.search.search")  # the package exports a function of this name
     monkeypatch.setattr(module, "score_difference", lambda *_: difference)
     result, _ = run(data, SearchOptions())
@@ -240,7 +240,7 @@ def test_the_difference_to_naive_mtl_is_that_of_the_scores(data):
     naive, best = (score_of(SPEC.tasks, found["val"]) for found in (result.baseline, result.metrics))
     assert result.chosen != "naive_mtl"
     assert result.difference.value == pytest.approx(best - naive, abs=1e-6)
-    assert 0 < result.difference.error < -result.difference.value
+    assert 0 < 2 * result.difference.error < -result.difference.value
 
 
 def test_the_wide_encoder_has_no_higher_inference_cost_than_the_groups(data):
