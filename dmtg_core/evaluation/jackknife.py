@@ -1,4 +1,4 @@
-"""The difference of two networks in the validation score, with its standard error over samples."""
+"""Validation scores without parts of the samples, and the standard error of their difference."""
 
 from __future__ import annotations
 
@@ -32,62 +32,63 @@ class Difference:
 
 
 @torch.no_grad()
-def score_difference(
+def score_parts(
     tasks: Sequence[Task],
-    first: nn.Module,
-    second: nn.Module,
+    network: nn.Module,
     data: Data,
     context: TrainContext,
     *,
     split: str = "val",
     batch_size: int = 256,
     parts: int = PARTS,
-) -> Difference:
-    """Compute `score_of` of the second network minus that of the first, on the same samples.
+) -> list[float]:
+    """Compute `score_of` a network on all samples, and on all samples without one of G parts, for each part.
 
-    The standard error is that of the jackknife that omits one part of the samples after the other (Kott 2001).
-    With G parts it is the square root of (G - 1) / G times the sum of the squared deviations of the G differences
-    from their mean. Sample i is in part i modulo G.
+    Sample i is in part i modulo G.
 
     Args:
         tasks: The tasks.
-        first, second: Hard networks of these tasks, in evaluation mode.
+        network: A hard network of these tasks, in evaluation mode.
         data: Data of this worker.
         context: Context of this worker.
-        split: Split on which both are evaluated.
+        split: Split on which it is evaluated.
         batch_size: Samples that are computed at a time.
-        parts: G. There are never more parts than samples. The error of a single sample is infinite.
+        parts: G. There are never more parts than samples.
     """
     own_rows = sum(len(batch.inputs) for batch in data.evaluate(split, batch_size))
     counts = gather(torch.tensor([own_rows], device=context.device), context)
     place = int(torch.cat(counts[: context.rank]).sum()) if context.rank else 0
     parts = min(parts, int(torch.cat(counts).sum()))
-    found = [[MetricSums(tasks) for _ in range(parts)] for _ in range(2)]
+    found = [MetricSums(tasks) for _ in range(parts)]
     for batch in data.evaluate(split, batch_size):
-        outputs = [network(batch.inputs) for network in (first, second)]
-        rows = len(batch.inputs)
-        for first_row in range(min(parts, rows)):
-            part, own = (place + first_row) % parts, slice(first_row, None, parts)
+        outputs, rows = network(batch.inputs), len(batch.inputs)
+        for first in range(min(parts, rows)):
+            own = slice(first, None, parts)
             targets = {name: target[own] for name, target in batch.targets.items()}
-            for sums, out in zip(found, outputs, strict=True):
-                sums[part].update({name: value[own] for name, value in out.items()}, targets)
+            found[(place + first) % parts].update({name: out[own] for name, out in outputs.items()}, targets)
         place += rows
-    for sums in found:
-        filled = next(part for part in sums if part.sums)
-        for sums_of_part in sums:
-            if not sums_of_part.sums:  # this worker has no sample of it
-                sums_of_part.start_as(filled)
-            sums_of_part.reduce(context)
+    filled = next(part for part in found if part.sums)
+    for part in found:
+        if not part.sums:  # this worker has no sample of it
+            part.start_as(filled)
+        part.reduce(context)
+    kept = [found] + [[*found[:k], *found[k + 1 :]] for k in range(parts) if parts > 1]
+    return [score_of(tasks, MetricSums.joined(some).compute()) for some in kept]
 
-    def difference(omitted: int | None) -> float:
-        before, after = (
-            score_of(tasks, MetricSums.joined([part for k, part in enumerate(sums) if k != omitted]).compute())
-            for sums in found
-        )
-        return after - before
 
-    if parts < 2:
-        return Difference(difference(None), math.inf)
-    without = torch.tensor([difference(part) for part in range(parts)], dtype=torch.float64)
-    squares = float((without - without.mean()).square().sum())
-    return Difference(difference(None), ((parts - 1) / parts * squares) ** 0.5)
+def difference_of(first: Sequence[float], second: Sequence[float]) -> Difference:
+    """Return the second score minus the first, on the same samples.
+
+    The standard error is that of the jackknife that omits one part of the samples after the other (Kott 2001).
+    With G parts it is the square root of (G - 1) / G times the sum of the squared deviations of the G differences
+    from their mean. It is infinite for a single sample.
+
+    Args:
+        first, second: Results of `score_parts` with the same parts.
+    """
+    value, *without = (b - a for a, b in zip(first, second, strict=True))
+    if not without:
+        return Difference(value, math.inf)
+    mean = sum(without) / len(without)
+    squares = sum((one - mean) ** 2 for one in without)
+    return Difference(value, math.sqrt((len(without) - 1) / len(without) * squares))

@@ -16,9 +16,10 @@ from dmtg_core.grouping import Grouping
 from dmtg_core.network.cost import inference_cost, naive_flops, training_flops, wide_spec
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.spec import NetworkSpec
+from dmtg_core.search.budget import Budget
 from dmtg_core.search.distillation import distil, distillation_state
 from dmtg_core.search.extendable import complete, extend, patience_of
-from dmtg_core.search.feature_overlap import cluster, feature_overlap
+from dmtg_core.search.feature_overlap import cluster, feature_overlap, overlap_spec
 from dmtg_core.search.gradient_affinity import DIRECTIONS, GradientAffinities, projected_affinity
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import Data
@@ -169,28 +170,36 @@ def train_distilled(
 
 
 def overlap_groups(
-    spec: NetworkSpec, data: Data, settings: TrainSettings, share: float
+    spec: NetworkSpec, data: Data, settings: TrainSettings, share: float, runs: float
 ) -> tuple[Tensor, Grouping, float]:
     """Propose groups by the feature overlap of the tasks in one encoder, as the guided search does.
 
     Args:
-        spec: The grouping network. The encoder is as wide as all branches, if it can be widened.
+        spec: The grouping network. The encoder is as wide as all branches, if it can be widened, or that of
+            `overlap_spec`.
         settings: Training settings.
-        share: Epochs of the encoder as a share of the epochs.
+        share: Epochs of the encoder as a share of the epochs, unless it is that of `overlap_spec`.
+        runs: The budget in runs of naive MTL.
 
     Returns:
         `feature_overlap` `(N, N)`, the groups, and the cost in runs of naive MTL.
     """
     one = wide_spec(spec) if spec.encoder.can_widen else replace(spec, groups=1, sampling="fixed")
+    epochs, wider, budget = (
+        max(round(share * settings.epochs), 1),
+        overlap_spec(spec),
+        Budget(spec, settings, runs),
+    )
+    if wider is not None and (few := budget.overlap_epochs(budget.epoch_of(wider))):
+        one, epochs = wider, few
     whole, context = replace(settings, search_share=1.0), LocalContext()
     network = hard_network(one, together(one)).to(context.device)
     state = TrainState.fresh(network, whole)
-    extend(state, data, whole, context, until=max(round(share * settings.epochs), 1))
+    extend(state, data, whole, context, until=epochs)
     overlap = feature_overlap(state.network, data, context=context)
     names = [task.name for task in spec.tasks]
     groups = Grouping.from_assignment(names, cluster(overlap, min(spec.groups, len(names))))
-    cost = training_flops(network) * state.epoch / (naive_flops(spec) * settings.epochs)
-    return overlap, groups, cost
+    return overlap, groups, budget.epoch(network) * state.epoch
 
 
 def train_naive_with_affinities(

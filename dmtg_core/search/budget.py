@@ -11,6 +11,9 @@ from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.training.settings import TrainSettings
 
+OVERLAP_EPOCHS = 0.05  # epochs of an encoder for the feature overlap alone, as a share of those of naive MTL
+OVERLAP_SHARE = 1 / 6  # the most of the budget for it
+
 
 def default_budget(groups: int) -> float:
     """Return K + 2: the training of all branches, and two runs to compare candidates."""
@@ -42,7 +45,13 @@ class Budget:
         """Return the cost of an epoch with all heads of a network."""
         return self.epoch(GroupingNetwork(spec.without_weights()))
 
-    def first_rung(self, costs: Mapping[str, float], compare: float, rung: float) -> tuple[list[str], int]:
+    def overlap_epochs(self, cost: float) -> int:
+        """Return the epochs of an encoder for the feature overlap alone; 0 if one, at `cost`, is too costly."""
+        return min(max(round(OVERLAP_EPOCHS * self.naive_epochs), 1), int(OVERLAP_SHARE * self.runs / cost))
+
+    def first_rung(
+        self, costs: Mapping[str, float], compare: float, rung: float, spent: float = 0.0
+    ) -> tuple[list[str], int]:
         """Return the candidates that the budget allows, and the epochs of the first rung.
 
         The last candidates are left out first.
@@ -50,8 +59,9 @@ class Budget:
         Args:
             costs: Candidate → cost of an epoch.
             compare, rung: See `SearchOptions`.
+            spent: Runs that have been used before.
         """
-        names, limit = list(costs), compare * self.runs
+        names, limit = list(costs), compare * self.runs - spent
         while len(names) > 1 and sum(costs[name] for name in names) > limit:
             names.pop()
         most = int(limit / sum(costs[name] for name in names))

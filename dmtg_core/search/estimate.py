@@ -25,8 +25,9 @@ from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.baselines import hard_network
 from dmtg_core.search.budget import Budget
+from dmtg_core.search.feature_overlap import overlap_spec
 from dmtg_core.search.guided import GROUPS, LEAST_DISTILLATION, MEMBERS
-from dmtg_core.search.options import BASELINE, ONE, WIDE, SearchOptions
+from dmtg_core.search.options import BASELINE, ONE, OVERLAP_ENCODER, WIDE, SearchOptions
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Batch, Data
 from dmtg_core.training.loop import Hooks, advance
@@ -48,13 +49,15 @@ class Plan:
         baseline: Runs of the baseline, 1 or 0.
         candidates: Candidates of the first rung; all gates of a search of fixed length.
         left_out: Candidates that the budget leaves out.
+        overlap_epochs: Epochs of an encoder for the feature overlap alone.
         rung: Epochs of each candidate before they are compared first.
-        rung_runs: Cost of these epochs.
+        rung_runs: Cost of these epochs, with those for the feature overlap.
         epochs: Epochs of the best network, if it has all groups and the others are dropped after the first rung.
             With fewer groups there is room for more.
         members: Further networks of an ensemble that is distilled, if each needs as many epochs as naive MTL. The
             baseline is one of them.
-        costs: Cost of an epoch of each network: `BASELINE`, `WIDE` or `ONE`, `GATE`, and `GROUPS` with all groups.
+        costs: Cost of an epoch of each network: `BASELINE`, `WIDE` or `ONE`, `OVERLAP_ENCODER`, `GATE`, and
+            `GROUPS` with all groups.
     """
 
     runs: float
@@ -62,6 +65,7 @@ class Plan:
     baseline: int
     candidates: tuple[str, ...]
     left_out: tuple[str, ...]
+    overlap_epochs: int
     rung: int
     rung_runs: float
     epochs: int
@@ -84,6 +88,8 @@ def networks(spec: NetworkSpec, options: SearchOptions) -> dict[str, GroupingNet
         return found | {GATE: GroupingNetwork(bare), GROUPS: GroupingNetwork(one)}
     if WIDE in options.candidates(spec):
         found[WIDE] = GroupingNetwork(wide_spec(bare))
+        if (wider := overlap_spec(bare)) is not None:
+            found[OVERLAP_ENCODER] = GroupingNetwork(wider)
     elif ONE in options.candidates(spec):
         found[ONE] = GroupingNetwork(one)
     spread = Grouping.from_assignment(names, [n % groups for n in range(len(names))])
@@ -115,14 +121,18 @@ def plan(
         rung, rest = settings.search_epochs, settings.epochs - settings.search_epochs
         first = len(names) * rung * costs[GATE]
         return Plan(
-            first + rest * groups, None, int(baseline), tuple(names), (), rung, first, settings.epochs, 0, costs
+            first + rest * groups, None, int(baseline), tuple(names), (), 0, rung, first, settings.epochs, 0, costs
         )
-    kept, rung = budget.first_rung({name: costs[kind_of(name)] for name in names}, options.compare, options.rung)
-    first = rung * sum(costs[kind_of(name)] for name in kept)
+    wider = costs.get(OVERLAP_ENCODER)
+    apart = budget.overlap_epochs(wider) if wider is not None else 0
+    spent = apart * (wider or 0.0)
+    each = {name: costs[kind_of(name)] for name in names}
+    kept, rung = budget.first_rung(each, options.compare, options.rung, spent)
+    first = spent + rung * sum(costs[kind_of(name)] for name in kept)
     members = _members(costs, budget, settings.epochs, first + max(settings.epochs - rung, 0) * groups, baseline)
     return Plan(
-        max(budget.runs, first), budget.runs, int(baseline), tuple(kept), tuple(names[len(kept) :]), rung, first,
-        rung + budget.epochs(groups, first), members if options.distil else 0, costs,
+        max(budget.runs, first), budget.runs, int(baseline), tuple(kept), tuple(names[len(kept) :]), apart, rung,
+        first, rung + budget.epochs(groups, first), members if options.distil else 0, costs,
     )  # fmt: skip
 
 
@@ -166,6 +176,7 @@ def seconds_of(found: Plan, settings: TrainSettings, epochs: Mapping[str, float]
     """
     total = found.baseline * settings.epochs * epochs[BASELINE]
     total += found.rung * sum(epochs[kind_of(name)] for name in found.candidates)
+    total += found.overlap_epochs * epochs.get(OVERLAP_ENCODER, 0.0)
     if found.budget is None:
         return total + (settings.epochs - found.rung) * epochs[GROUPS]
     rest = [epochs[name] / found.costs[name] for name in (WIDE, ONE, GROUPS) if name in epochs]

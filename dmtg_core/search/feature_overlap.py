@@ -8,11 +8,29 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dmtg_core.network.cost import wide_spec
 from dmtg_core.network.grouping_network import GroupingNetwork
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import Data
 
+CROWDED = 4  # tasks for each branch up to which an encoder as wide as all branches is wide enough
+WIDER = 4.0  # inference cost of a wider one, in that of all branches
 SAMPLES = 1024  # samples for the gradients; more samples hardly change the overlap
+
+
+def overlap_spec(spec: NetworkSpec) -> NetworkSpec | None:
+    """Return the encoder that is trained for the feature overlap alone; None if one as wide as all branches does.
+
+    Many tasks displace each other's features in an encoder as wide as all branches. Mean agreement with the true
+    groups (adjusted Rand index) on two seeds of planted tasks in five groups, for 0.5 to 0.8 runs of naive MTL:
+    with 100 tasks 0.60 in such an encoder and 0.98 in one four times as wide, with 30 tasks 0.95 and 1.00.
+
+    Args:
+        spec: The grouping network. An encoder whose branches are parts of a frozen one is not widened.
+    """
+    crowded = len(spec.tasks) > CROWDED * spec.groups
+    return wide_spec(spec, WIDER) if crowded and spec.encoder.branch == "copy" and spec.encoder.can_widen else None
 
 
 def feature_overlap(

@@ -2,9 +2,11 @@
 
 One wide encoder for all tasks has the inference cost of all branches, because no grouping is better if only
 capacity matters. It is trained first. One gate starts at groups of tasks with a high feature overlap in this
-encoder. Further gates start uniform. If the search starts from the models of a grouping, they are a candidate too.
-After each rung, candidates with a worse validation score are dropped (successive halving, Jamieson and Talwalkar
-2016), and the others go on without a restart (see `extendable`).
+encoder. With many tasks for each branch, the overlap is measured in an encoder of its own, which is wider still
+and trained for a few epochs (see `overlap_spec`). Further gates start uniform. If the search starts from the
+models of a grouping, they are a candidate too. After each rung, candidates with a worse validation score are
+dropped (successive halving, Jamieson and Talwalkar 2016), and the others go on without a restart (see
+`extendable`).
 
 The best one is trained for as long as validation improves and the budget lasts. What is left is spent on further
 networks, if they and a distillation fit into the budget: the narrow encoder of naive MTL, the runners-up, and
@@ -29,7 +31,7 @@ from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.baselines import hard_network
 from dmtg_core.search.distillation import Ensemble, distil, distillation_state
 from dmtg_core.search.extendable import complete, extend, patience_of, score_noise
-from dmtg_core.search.feature_overlap import cluster, feature_overlap
+from dmtg_core.search.feature_overlap import cluster, feature_overlap, overlap_spec
 from dmtg_core.search.options import (
     BASELINE,
     CHAMPION,
@@ -38,6 +40,7 @@ from dmtg_core.search.options import (
     GUIDED,
     ONE,
     OVERLAP,
+    OVERLAP_ENCODER,
     RUNG,
     SELECTED,
     WIDE,
@@ -58,6 +61,7 @@ class GuidedSearch(Stages):
 
     def run(self) -> str:
         """Spend the budget. Return the name of the best network, before distillation."""
+        self._measure_apart()
         while not self.done(SELECTED):
             self._rung()
         self._complete(self.result(SELECTED)["name"], self.result(SELECTED)["most"])
@@ -97,7 +101,8 @@ class GuidedSearch(Stages):
     def _first_rung(self) -> tuple[list[str], int]:
         """Return the candidates that the budget allows, and the epochs of the first rung."""
         costs = {name: self.budget.epoch_of(self._spec(name)) for name in self.candidates}
-        return self.budget.first_rung(costs, self.options.compare, self.options.rung)
+        spent = self.result(OVERLAP_ENCODER)["cost"] if self.done(OVERLAP_ENCODER) else 0.0
+        return self.budget.first_rung(costs, self.options.compare, self.options.rung, spent)
 
     def _extend(self, name: str, until: int) -> None:
         if self.state.current is None:
@@ -106,6 +111,19 @@ class GuidedSearch(Stages):
         extend(state, self.data, self._settings(name), self.context, until=until, hooks=self.reports(name))
         self.state.held[name] = state
         self.state.current = None
+
+    def _measure_apart(self) -> None:
+        """Measure the feature overlap in an encoder of its own, if the wide one is too narrow for all tasks."""
+        wider = overlap_spec(self.spec) if self.options.wide else None
+        if wider is None or self.done(OVERLAP):
+            return
+        epochs = self.budget.overlap_epochs(self.budget.epoch_of(wider))
+        if epochs:
+            state = self.current(wider, None)
+            hooks = self.reports(OVERLAP_ENCODER)
+            extend(state, self.data, self.settings, self.context, until=epochs, hooks=hooks)
+            self._measure(state)
+            self.end(OVERLAP_ENCODER, state)
 
     def _measure(self, state: TrainState) -> None:
         """Measure the feature overlap of the tasks, and propose groups."""

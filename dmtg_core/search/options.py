@@ -9,6 +9,7 @@ from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.budget import default_budget
 
 BASELINE, GUIDED, CHAMPION, WIDE, ONE = "naive_mtl", "guided", "champion", "wide", "one_encoder"
+OVERLAP_ENCODER = "overlap_encoder"
 RUNG, SELECTED, OVERLAP, ENSEMBLE, DISTILLED = "rung", "selected", "overlap", "ensemble", "distilled"
 METHODS = ("guided", "dmtg")
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dmtg_core.addresses import load
+from dmtg_core.evaluation.jackknife import score_parts
 from dmtg_core.evaluation.trees import train_trees
 from dmtg_core.grouping import Grouping
 from dmtg_core.network.cost import inference_cost, naive_flops, wide_spec
@@ -31,6 +32,7 @@ from dmtg_core.search.baselines import (
     train_naive_with_affinities,
     train_within,
 )
+from dmtg_core.search.budget import default_budget
 from dmtg_core.search.search import search
 from dmtg_core.training.context import LocalContext
 from dmtg_core.training.data import Data
@@ -45,7 +47,7 @@ from pipelines.storage import Location
 from pipelines.training.failures import permanent_error, training_failed
 
 CELLS = "cells"
-FORMAT = 3  # format 2 had scores of the losses alone, format 1 AUROC from bins
+FORMAT = 4  # 3 had no parts of the validation score, 2 scores of the losses alone, 1 AUROC from bins
 NAIVE, AFFINITIES, WIDE, DISTILLED_WIDE, GROUPING, PAIR, PROPOSAL, SEARCH, TREE_ENSEMBLES, OWN = (
     "naive_mtl", "affinities", "wide", "wide_distilled", "grouping", "pair", "proposal", "search", "trees", "own"
 )  # fmt: skip
@@ -206,13 +208,17 @@ def _fixed(
         done = train_within(network, data, settings, cell.budget, splits=splits, unit=unit)
     else:
         done = train_hard(network, data, settings, splits=splits, unit=unit)
-    return _training_result(done)
+    return _training_result(done) | {"score_parts": _parts(done.network, data)}
 
 
 def _naive(
     cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], _config: Config
 ) -> Result:
     return _fixed(cell, hard_network(spec, together(spec)), spec, data, settings, splits)
+
+
+def _parts(network: GroupingNetwork, data: Data) -> list[float]:
+    return score_parts(network.tasks, network, data, LocalContext())
 
 
 def _affinities(
@@ -283,7 +289,8 @@ def _pair(
 def _proposal(
     cell: Cell, spec: NetworkSpec, data: Data, settings: TrainSettings, splits: Sequence[str], config: Config
 ) -> Result:
-    overlap, grouping, cost = overlap_groups(spec, data, settings, config.search.rung)
+    runs = cell.budget or default_budget(spec.groups)
+    overlap, grouping, cost = overlap_groups(spec, data, settings, config.search.rung, runs)
     left = replace(cell, budget=max(cell.budget - cost, LEAST_RUNS)) if cell.budget else cell
     found = _fixed(left, hard_network(spec, grouping), spec, data, settings, splits)
     return found | {"affinity": overlap.tolist(), "cost": found["cost"] + cost}
@@ -305,6 +312,7 @@ def _search(
         "affinity": found.affinity,
         "costs": found.costs,
         "probabilities": chosen["probabilities"],
+        "score_parts": _parts(found.network, data),
     }
 
 

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 
 from dmtg_core.addresses import is_address
+from dmtg_core.evaluation.jackknife import difference_of
 from dmtg_core.evaluation.trees import TREES
 from dmtg_core.grouping import Grouping
 from dmtg_core.search.budget import default_budget
 from dmtg_core.search.group_gains import GroupGains, TrainedGroup
+from dmtg_core.search.search import is_better
 from dmtg_core.search.selection import best_partition, partition_of
 from pipelines.compare.cells import (
     AFFINITIES,
@@ -309,8 +311,9 @@ def results_of(comparison: Comparison, method: str, budget: float, seed: int, fo
 
 
 def _or_naive(result: Result, naive: Result) -> Result:
-    """Naive MTL with the cost of the search if it has the better score: `dmtg train` has it as its baseline."""
-    if result["score"] < naive["score"]:
+    """Naive MTL with the cost of the search unless the search is better, as for `dmtg train`."""
+    difference = difference_of(naive["score_parts"], result["score_parts"])
+    if is_better(difference, costs_more=result["flops"] > naive["flops"]):
         return result
     everything = [[1.0] for _ in result["probabilities"]]
     own = {"cost": result["cost"], "chosen": NAIVE, "distilled": {}, "probabilities": everything}

@@ -19,7 +19,7 @@ from pipelines.runs.folders import check_folder
 from pipelines.storage import Location, locate
 
 SIGNAL = "signal.json"
-FORMAT = 2  # of the code whose results are comparable: raise it when the same data gives other figures
+FORMAT = 3  # of the code whose results are comparable: raise it when the same data gives other figures
 OWN = (TRACKING, PROFILE, REPORT)  # in a folder of an earlier version without a record, or of `train --profile`
 FINISHED = (RESULT, "sweep.json", "compare.json", SIGNAL)
 

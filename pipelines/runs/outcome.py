@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dmtg_core.names import by_number, quoted
-from dmtg_core.search.options import BASELINE, DISTILLED, WIDE
+from dmtg_core.search.options import BASELINE, DISTILLED, OVERLAP_ENCODER, WIDE
 
 WIDE_ENCODER, ONE_ENCODER, GROUPS = "wide encoder", "one encoder", "groups"
 LONGEST = 100  # characters of the groups
@@ -77,6 +77,7 @@ def _parts(result: Mapping[str, Any], costs: Mapping[str, float]) -> list[str]:
     complete = [c["stage"] for c in result["candidates"] if c["final"] is not None]
     dropped = [c["stage"] for c in result["candidates"] if c["final"] is None]
     shares = [(complete[:1], ", ".join(complete[:1])), (dropped, "dropped candidates"),
+              ([OVERLAP_ENCODER], "feature overlap"),
               (complete[1:], "further networks"), ([DISTILLED], "distillation")]  # fmt: skip
     found = [(sum(costs.get(name, 0.0) for name in names), what) for names, what in shares]
     return [f"{what} {cost:.1f}" for cost, what in found if cost]

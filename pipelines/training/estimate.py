@@ -64,7 +64,8 @@ def values_of(found: Plan) -> dict[str, Any]:
     """A plan as JSON values."""
     return {
         "runs": found.runs + found.baseline, "budget": found.budget, "baseline": found.baseline,
-        "candidates": list(found.candidates), "left_out": list(found.left_out), "rung_epochs": found.rung,
+        "candidates": list(found.candidates), "left_out": list(found.left_out),
+        "overlap_epochs": found.overlap_epochs, "rung_epochs": found.rung,
         "rung_runs": found.rung_runs, "best_epochs": found.epochs, "further_networks": found.members,
     }  # fmt: skip
 
@@ -89,7 +90,9 @@ def lines_of(values: Mapping[str, Any]) -> list[str]:
 def _described(values: Mapping[str, Any]) -> str:
     """What a budget does."""
     left = f" (without {listed(values['left_out'])})" if values["left_out"] else ""
-    text = f"{listed(values['candidates'])} for {_epochs(values['rung_epochs'])} each{left}; "
+    apart = values["overlap_epochs"]
+    text = f"feature overlap in a wider encoder after {_epochs(apart)}; " if apart else ""
+    text += f"{listed(values['candidates'])} for {_epochs(values['rung_epochs'])} each{left}; "
     text += f"about {_epochs(values['best_epochs'])} for the best one; "
     return text + _distillation(values["further_networks"])
 
@@ -99,6 +102,8 @@ def _change(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     verb = "leaves out" if other["budget"] < ours["budget"] else "adds"
     few, many = sorted((ours, other), key=lambda one: float(one["budget"]))
     parts = [name for name in many["candidates"] if name not in few["candidates"]]
+    if many["overlap_epochs"] > few["overlap_epochs"]:
+        parts.append("a wider encoder for the feature overlap")
     if many["rung_epochs"] != few["rung_epochs"]:
         parts.append(f"{_epochs(many['rung_epochs'] - few['rung_epochs'])} of the first rung")
     if many["best_epochs"] > few["best_epochs"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dmtg_core import ArrayData, Arrays, Batch, EncoderSpec, GroupingNetwork, InputSpec, NetworkSpec, Task
+from dmtg_core.search.feature_overlap import CROWDED
 
 FEATURES = InputSpec("features", (6,), mean=(0.5,), std=(2.0,))
 IMAGE = InputSpec("image", (16, 16, 3), "uint8", mean=(127.5, 120.0, 130.0), std=(60.0, 61.0, 62.0))
@@ -78,6 +80,13 @@ def data(
 def batch(spec: InputSpec, tasks: Sequence[Task], rows: int = 5, *, seed: int = 0, missing: float = 0.0) -> Batch:
     """One encoded batch."""
     return arrays(spec, tasks, rows, seed=seed, missing=missing).batch(tasks, np.arange(rows), torch.device("cpu"))
+
+
+def crowded(spec: NetworkSpec) -> NetworkSpec:
+    """A spec with so many tasks that their overlap is measured in an encoder of its own."""
+    copies = -(-(CROWDED + 1) * spec.groups // len(spec.tasks))
+    tasks = tuple(replace(task, name=f"{task.name}_{i}") for i in range(copies) for task in spec.tasks)
+    return replace(spec, tasks=tasks)
 
 
 def mlp_spec(tasks: Sequence[Task] = SAMPLEWISE, groups: int = 3, *, stem: int = 0, **options: Any) -> NetworkSpec:

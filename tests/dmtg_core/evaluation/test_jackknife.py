@@ -1,7 +1,7 @@
 """The difference of two validation scores: its standard error against formulas and against scipy's bootstrap."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor, nn
 
 from dmtg_core import LocalContext, Task
-from dmtg_core.evaluation.jackknife import score_difference
+from dmtg_core.evaluation.jackknife import Difference, difference_of, score_parts
 from dmtg_core.training.data import Batch
 from dmtg_core.training.loop import SMOOTH
 from tests.dmtg_core.parallel import in_threads
@@ -48,6 +48,10 @@ def context() -> LocalContext:
     return LocalContext(None, device="cpu")
 
 
+def difference(tasks: list[Task], networks: Sequence[Column], data: Rows, worker: object, **options) -> Difference:
+    return difference_of(*(score_parts(tasks, network, data, worker, **options) for network in networks))
+
+
 def absolute_errors(rows: int, seed: int) -> tuple[Column, Column, Rows, np.ndarray]:
     """Two networks with the given absolute errors, all of them positive."""
     errors = torch.rand(2, rows, generator=torch.Generator().manual_seed(seed)) + 0.2
@@ -60,7 +64,7 @@ def absolute_errors(rows: int, seed: int) -> tuple[Column, Column, Rows, np.ndar
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_error_of_a_logarithm_of_a_mean_is_that_of_the_delta_method(rows: int, seed: int) -> None:
     first, second, data, errors = absolute_errors(rows, seed)
-    found = score_difference([VALUE], first, second, data, context(), parts=rows)
+    found = difference([VALUE], (first, second), data, context(), parts=rows)
     means = errors.mean(1)
     assert found.value == pytest.approx(math.log(means[1] + SMOOTH) - math.log(means[0] + SMOOTH), abs=1e-6)
     linear = errors[1] / (means[1] + SMOOTH) - errors[0] / (means[0] + SMOOTH)
@@ -75,9 +79,9 @@ def test_the_error_for_flags_is_that_of_a_bootstrap(seed: int) -> None:
     logits = shared + np.array([[1.0], [0.3]]) * scores
     networks = [Column({"flag": torch.tensor(row)}) for row in logits]
     data = Rows({"flag": torch.tensor(labels.astype(float))})
-    found = score_difference([FLAG], *networks, data, context(), parts=100)
+    found = difference([FLAG], networks, data, context(), parts=100)
 
-    def difference(rows: np.ndarray) -> float:
+    def of_rows(rows: np.ndarray) -> float:
         one = [
             (math.log(log_loss(labels[rows], 1 / (1 + np.exp(-row[rows]))) + SMOOTH)
              + math.log(1 - roc_auc_score(labels[rows], row[rows]) + SMOOTH)) / 2
@@ -85,9 +89,9 @@ def test_the_error_for_flags_is_that_of_a_bootstrap(seed: int) -> None:
         ]  # fmt: skip
         return one[1] - one[0]
 
-    assert found.value == pytest.approx(difference(np.arange(400)), abs=1e-6)
+    assert found.value == pytest.approx(of_rows(np.arange(400)), abs=1e-6)
     again = stats.bootstrap(
-        (np.arange(400),), lambda rows: difference(rows.astype(int)), n_resamples=400, vectorized=False,
+        (np.arange(400),), lambda rows: of_rows(rows.astype(int)), n_resamples=400, vectorized=False,
         method="percentile", rng=np.random.default_rng(0),
     )  # fmt: skip
     assert found.error == pytest.approx(again.standard_error, rel=0.25)
@@ -98,7 +102,7 @@ def test_twenty_parts_estimate_the_same_error() -> None:
     for seed in range(30):
         *networks, data, _ = absolute_errors(400, seed)
         few, all_of_them = (
-            score_difference([VALUE], *networks, data, context(), parts=parts).error for parts in (20, 400)
+            difference([VALUE], networks, data, context(), parts=parts).error for parts in (20, 400)
         )
         ratios.append(few / all_of_them)
     assert np.mean(ratios) == pytest.approx(1.0, abs=0.1)
@@ -107,13 +111,13 @@ def test_twenty_parts_estimate_the_same_error() -> None:
 
 def test_the_difference_to_itself_is_exactly_zero() -> None:
     network, _, data, _ = absolute_errors(50, 1)
-    found = score_difference([VALUE], network, network, data, context())
+    found = difference([VALUE], (network, network), data, context())
     assert (found.value, found.error) == (0.0, 0.0)
 
 
 def test_the_error_of_a_single_sample_is_infinite() -> None:
     first, second, data, _ = absolute_errors(1, 1)
-    assert score_difference([VALUE], first, second, data, context()).error == math.inf
+    assert difference([VALUE], (first, second), data, context()).error == math.inf
 
 
 @pytest.mark.parametrize("workers", [2, 3])
@@ -135,11 +139,11 @@ def test_several_workers_have_the_result_of_one(rows: int, workers: int) -> None
         "class": torch.randint(-1, 3, (rows,), generator=generator),
     }
     networks = [Column(out) for out in outputs]
-    expected = score_difference(tasks, *networks, Rows(targets), context(), batch_size=16)
+    expected = difference(tasks, networks, Rows(targets), context(), batch_size=16)
 
     def work(worker: object) -> object:
         data = Rows(targets, worker.rank, worker.world_size)
-        return score_difference(tasks, *networks, data, worker, batch_size=8)
+        return difference(tasks, networks, data, worker, batch_size=8)
 
     for found in in_threads(workers, work):
         assert found.value == pytest.approx(expected.value, abs=1e-9)

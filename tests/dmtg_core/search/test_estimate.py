@@ -29,6 +29,7 @@ from tests.dmtg_core import samples
 from tests.dmtg_core.searches import SETTINGS, SPEC, local
 
 LONG = replace(SETTINGS, epochs=10)
+CROWDED = samples.crowded(SPEC)
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +45,27 @@ CASES = {
     "one epoch": (SPEC, replace(SETTINGS, epochs=1), SearchOptions(budget=2)),
     "published": (SPEC, SETTINGS, SearchOptions(method="dmtg", starts=2)),
     "one group": (replace(SPEC, groups=1), SETTINGS, SearchOptions()),
+    "many tasks": (CROWDED, LONG, SearchOptions(budget=8)),
+    "many tasks, little budget": (CROWDED, LONG, SearchOptions(budget=2)),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_search_spends_no_more_than_the_estimate_and_begins_as_planned(case, data):
     spec, settings, options = CASES[case]
+    if spec.tasks != SPEC.tasks:
+        data = samples.data(spec.input, spec.tasks)
     expected, records = plan(spec, settings, options, baseline=False), []
     found = search(spec, data, settings, options, baseline=False, context=local(on_record=records.append))
     assert 0 < found.cost <= expected.runs + 1e-9
     assert expected.budget == (None if spec.groups == 1 else found.budget)
     for name in expected.left_out:
         assert name not in [record["stage"] for record in records]
-    first = [name for name in expected.candidates for _ in range(expected.rung)]
+    assert expected.overlap_epochs == (case == "many tasks")
+    first = ["overlap_encoder"] * expected.overlap_epochs
+    first += [name for name in expected.candidates for _ in range(expected.rung)]
     assert [record["stage"] for record in records[: len(first)]] == first
+    assert ("overlap_encoder" in found.costs) is (case == "many tasks")
 
 
 def test_the_baseline_is_one_run_more_and_of_any_other_budget_the_rest_stays(data):
@@ -117,17 +125,22 @@ def test_costs_are_those_of_the_networks():
     assert len(found[GATE].pairs) == SPEC.groups * len(SPEC.tasks)
     assert len(found[GROUPS].pairs) == len(SPEC.tasks)
     assert len(found[GROUPS].grouping().groups) == SPEC.groups
+    wider = networks(CROWDED, SearchOptions())
+    assert list(wider) == ["naive_mtl", "wide", "overlap_encoder", GATE, GROUPS]
+    ratio = training_flops(wider["overlap_encoder"]) / training_flops(wider["wide"])
+    assert 2 < ratio < 5  # four times the operations, in whole units
+    assert list(networks(CROWDED, SearchOptions(wide=False))) == ["naive_mtl", "one_encoder", GATE, GROUPS]
     fixed = replace(SPEC, encoder=EncoderSpec("mlp", 1, {"widths": [8, 8]}))
     assert "one_encoder" in networks(fixed, SearchOptions(wide=False))
 
 
 def test_the_time_is_that_of_the_rungs_and_of_the_rest_in_the_slower_network():
     costs = {"naive_mtl": 0.1, "wide": 0.3, GATE: 0.4, GROUPS: 0.2}
-    guided = Plan(5.0, 5.0, 1, ("wide", "guided", "start_0"), (), 2, 2.2, 20, 0, costs)
+    guided = Plan(5.0, 5.0, 1, ("wide", "guided", "start_0"), (), 0, 2, 2.2, 20, 0, costs)
     epochs = {"naive_mtl": 1.0, "wide": 6.0, GATE: 5.0, GROUPS: 3.0}
     # 10 epochs of naive MTL, 2 of each candidate, and 2.8 runs at 20 s (wide) rather than 15 s (groups)
     assert seconds_of(guided, LONG, epochs) == pytest.approx(10 * 1 + 2 * (6 + 5 + 5) + 2.8 * 20)
-    fixed = Plan(5.0, None, 0, ("start_0", "start_1"), (), 5, 4.0, 10, 0, costs)
+    fixed = Plan(5.0, None, 0, ("start_0", "start_1"), (), 0, 5, 4.0, 10, 0, costs)
     assert seconds_of(fixed, LONG, epochs) == pytest.approx(5 * (5 + 5) + 5 * 3)
     assert Epoch(0.5, 0.25, 2.0).seconds(steps=10, batches=4) == 8.0
 

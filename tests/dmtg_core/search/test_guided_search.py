@@ -23,8 +23,10 @@ from dmtg_core import (
 from dmtg_core.evaluation.jackknife import Difference
 from dmtg_core.network.cost import history_flops, naive_flops, wide_spec
 from dmtg_core.search.baselines import hard_network
+from dmtg_core.search.budget import Budget
 from dmtg_core.search.distillation import Ensemble
 from dmtg_core.search.extendable import extend, score_noise
+from dmtg_core.search.feature_overlap import overlap_spec
 from dmtg_core.training.loop import score_of
 from dmtg_core.training.state import TrainState
 from tests.dmtg_core import samples, searches
@@ -224,7 +226,7 @@ def test_a_search_without_distillation_ends_with_the_best_candidate(data):
 )
 def test_naive_mtl_stays_unless_a_network_is_better_by_two_standard_errors(data, monkeypatch, difference, kept):
     module = importlib.import_module("dmtg_core.search.search")  # the package exports a function of this name
-    monkeypatch.setattr(module, "score_difference", lambda *_: difference)
+    monkeypatch.setattr(module, "difference_of", lambda *_: difference)
     result, _ = run(data, SearchOptions())
     assert (result.chosen != "naive_mtl") is kept
     assert result.difference == difference
@@ -263,6 +265,27 @@ def test_an_interrupted_search_has_the_same_result(tmp_path, data, guided, numbe
     with pytest.raises(Interrupted):
         run(data, folder=tmp_path, stop=number)
     found, rest = run(data, folder=tmp_path)
+    assert_same_result(found, expected)
+    assert without_times(rest) == without_times(records[number:])
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_the_overlap_of_many_tasks_is_measured_in_an_encoder_of_its_own(tmp_path, number):
+    spec, options = samples.crowded(SPEC), SearchOptions(budget=16, distil=False)
+    data = samples.data(spec.input, spec.tasks)
+    expected, records = run(data, options, spec=spec, baseline=False, epochs=40)
+    stages = [record["stage"] for record in records]
+    assert stages[:3] == ["overlap_encoder", "overlap_encoder", "wide"]
+    assert "overlap_encoder" not in [candidate["stage"] for candidate in expected.candidates]
+    assert len(expected.affinity) == len(spec.tasks)
+    wider = overlap_spec(spec)
+    assert expected.costs["overlap_encoder"] == pytest.approx(2 * Budget(spec, SETTINGS, 16).epoch_of(wider) / 10)
+    assert sum(expected.costs.values()) == pytest.approx(expected.cost)
+    assert expected.cost <= 16
+
+    with pytest.raises(Interrupted):
+        run(data, options, spec=spec, folder=tmp_path, stop=number, baseline=False, epochs=40)
+    found, rest = run(data, options, spec=spec, folder=tmp_path, baseline=False, epochs=40)
     assert_same_result(found, expected)
     assert without_times(rest) == without_times(records[number:])
 
