@@ -195,10 +195,14 @@ def test_naive_mtl_is_the_result_of_a_search_that_is_no_better(tmp_path: Path) -
     one, two = {"group_0": ["a", "b"]}, {"group_0": ["a"], "group_1": ["b"]}
     network: dict[str, Any] = {"metrics": {"val": {}}, "flops": 1, "parameters": 1, "cost": 1.0}
     guided = {"chosen": "guided", "distilled": {"kept": True}, "probabilities": [[0.9, 0.1], [0.2, 0.8]]}
-    for score, expected in ((-2.0, two), (-1.0, one), (-0.5, one)):
+    for score, varies, expected in ((-2.0, 0.4, two), (-2.0, 0.6, one), (-1.0, 0.0, one), (-0.5, 0.1, one)):
+        # two parts: the standard error of the difference is `varies`
+        parts = [score, score - varies, score + varies]
         found = {
-            naive: network | {"score": -1.0, "grouping": one},
-            searched: network | guided | {"score": score, "grouping": two, "flops": 2, "cost": 3.5},
+            naive: network | {"score": -1.0, "grouping": one, "score_parts": [-1.0, -1.0, -1.0]},
+            searched: network
+            | guided
+            | {"score": score, "grouping": two, "flops": 2, "cost": 3.5, "score_parts": parts},
         }
         (result,) = results_of(comparison, "guided", 4, 1, found)
         assert result["grouping"] == expected
