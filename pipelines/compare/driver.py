@@ -11,6 +11,7 @@ from typing import Any
 from dmtg_core.addresses import CodeError, is_address, load
 from dmtg_core.evaluation.trees import TREES, trees_apply
 from dmtg_core.grouping import Grouping
+from dmtg_core.names import listed
 from dmtg_core.search.options import SearchOptions
 from dmtg_core.tasks import Task
 from pipelines.compare.cells import FULL_FINETUNING, HEADS_ALONE, NAIVE, CellJob, Result, train_cells
@@ -41,6 +42,7 @@ from pipelines.storage import Location
 from pipelines.training.checks import folder_of_data
 
 FOUND, PAGE = "compare.json", "compare.html"
+WIDENED = ("wide", "wide_distilled")
 logger = logging.getLogger(__name__)
 
 
@@ -76,6 +78,7 @@ def compare(config: Config, log: Callable[[str], None] = logger.info) -> Compari
 
     for name, changes in config.compare.variants.items():
         check_variant(config, name, changes)
+    check_encoder_of_methods(config)
     named, base = open_cells_folder(config, "compare")
     if enabled(config.track):
         connect(config.track)
@@ -122,31 +125,20 @@ def methods_of(config: Config, tasks: Sequence[Task], input_kind: str) -> list[s
     Raises:
         UserError: For a method that cannot run with these tasks or this encoder, and for a name that is taken.
     """
+    check_encoder_of_methods(config)
     check_code_of_methods(config)
     trees = TREES if trees_apply(input_kind, tasks) else ()
     encoder = config.encoder_spec()
     frozen = (HEADS_ALONE, FULL_FINETUNING) if encoder.frozen and encoder.pretrained else ()
-    defaults = () if "methods" in config.compare.model_fields_set else (*frozen, *trees)
-    chosen = list(dict.fromkeys((NAIVE, *config.compare.methods, *defaults)))
+    chosen = [NAIVE, *config.compare.methods]
+    if "methods" not in config.compare.model_fields_set:
+        chosen = [name for name in chosen if encoder.can_widen or name not in WIDENED] + [*frozen, *trees]
+    chosen = list(dict.fromkeys(chosen))
     if "exhaustive" in chosen and len(tasks) > EXHAUSTIVE_TASKS:
         raise UserError(
             f"{len(tasks)} tasks have too many partitions to train them all",
             where="compare.methods: exhaustive",
             remedy=f"leave exhaustive out, or name at most {EXHAUSTIVE_TASKS} tasks in data.tasks",
-            wrong_use=True,
-        )
-    if {"wide", "wide_distilled"} & {*chosen} and not encoder.can_widen:
-        raise UserError(
-            f"encoder {encoder.name} with branch {encoder.branch} has fixed widths and cannot be made wide",
-            where="compare.methods: wide",
-            remedy="leave wide and wide_distilled out of compare.methods",
-            wrong_use=True,
-        )
-    if {HEADS_ALONE, FULL_FINETUNING} & {*chosen} and not encoder.pretrained:
-        raise UserError(
-            f"encoder {encoder.name} has random initial weights",
-            where=f"compare.methods: {HEADS_ALONE}, {FULL_FINETUNING}",
-            remedy="name pretrained weights in network.options, or leave these methods out",
             wrong_use=True,
         )
     if {*TREES} & {*chosen} and not trees:
@@ -178,6 +170,30 @@ def methods_of(config: Config, tasks: Sequence[Task], input_kind: str) -> list[s
                 wrong_use=True,
             ) from error
     return chosen + own
+
+
+def check_encoder_of_methods(config: Config) -> None:
+    """Check methods that not every encoder can have.
+
+    Raises:
+        UserError: For a named method that this encoder cannot have.
+    """
+    encoder = config.encoder_spec()
+    named = {*config.compare.methods} if "methods" in config.compare.model_fields_set else set()
+    if {*WIDENED} & named and not encoder.can_widen:
+        raise UserError(
+            f"encoder {encoder.name} with branch {encoder.branch} has fixed widths and cannot be made wide",
+            where="compare.methods: wide",
+            remedy=f"leave {listed(WIDENED)} out of compare.methods",
+            wrong_use=True,
+        )
+    if {HEADS_ALONE, FULL_FINETUNING} & named and not encoder.pretrained:
+        raise UserError(
+            f"encoder {encoder.name} has random initial weights",
+            where=f"compare.methods: {HEADS_ALONE}, {FULL_FINETUNING}",
+            remedy="name pretrained weights in network.options, or leave these methods out",
+            wrong_use=True,
+        )
 
 
 def check_code_of_methods(config: Config) -> None:

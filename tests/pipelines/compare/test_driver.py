@@ -272,6 +272,19 @@ def test_methods_that_cannot_run_are_refused(tmp_path: Path, sections: dict[str,
         compare(config, lambda _: None) if "variants" in compared else methods_of(config, tasks, "features")
 
 
+def test_an_encoder_of_fixed_widths_is_compared_without_a_wide_one(tmp_path: Path) -> None:
+    fixed = {"network": {"encoder": "resnet18", "options": {}}}
+    values = config_of(tmp_path, **fixed).model_dump()
+    del values["compare"]["methods"]
+    chosen = methods_of(checked(Config, values), planted_data(0, tasks=4, groups=2)[1], "image")
+    assert "guided" in chosen
+    assert not {"wide", "wide_distilled"} & {*chosen}
+    named = config_of(tmp_path, **fixed, compare={"methods": ["wide"], "variants": {}, "groupings": {}})
+    with pytest.raises(UserError, match=r"resnet18 .*has fixed widths"):
+        compare(named, lambda _: None)
+    assert not list(tmp_path.iterdir()), "it is refused before anything is read or written"
+
+
 def test_tables_are_compared_with_tree_ensembles(tmp_path: Path) -> None:
     tasks = planted_data(0, tasks=4, groups=2)[1]
     values = config_of(tmp_path).model_dump()
