@@ -126,7 +126,7 @@ def test_the_command_ends_with_the_estimate_as_json(images: Path, tmp_path: Path
 
 PLAN = {
     "runs": 6.0, "budget": 5.0, "baseline": 1, "candidates": ["wide", "guided", "start_0"], "left_out": [],
-    "rung_epochs": 12, "rung_runs": 1.75, "best_epochs": 81, "further_networks": 0,
+    "overlap_epochs": 0, "rung_epochs": 12, "rung_runs": 1.75, "best_epochs": 81, "further_networks": 0,
 }  # fmt: skip
 HALF = PLAN | {"runs": 3.5, "budget": 2.5, "candidates": ["wide"], "left_out": ["guided", "start_0"],
                "rung_epochs": 11, "best_epochs": 40}  # fmt: skip
@@ -148,6 +148,15 @@ def test_the_estimate_in_words() -> None:
     assert alone[0] == "estimate: at most 2.5 runs of naive MTL; at most 1.5 h on CPU (x86_64)"
     assert "wide for 11 epochs each (without guided, start_0); " in alone[1]
     assert lines_of(PLAN | machine | {"double": PLAN | {"budget": 10.0}})[-1] == "search.budget=10 adds nothing"
+    crowded = PLAN | machine | {"overlap_epochs": 3}
+    lines = lines_of(crowded | {"half": HALF, "double": crowded | {"budget": 10.0}})
+    assert lines[1].startswith(
+        "search.budget=5: feature overlap in a wider encoder after 3 epochs; wide, guided, "
+    )
+    assert lines[2].startswith(
+        "search.budget=2.5 leaves out guided, start_0, a wider encoder for the feature overlap, "
+    )
+    assert lines[3] == "search.budget=10 adds nothing"
     two = DOUBLE | machine | {"half": DOUBLE | {"budget": 5.0, "further_networks": 1}}
     assert lines_of(two)[1].endswith("; a distillation from 3 networks")
     assert lines_of(two)[2] == "search.budget=5 leaves out 1 more network to distil from"
