@@ -10,6 +10,7 @@ from pipelines.errors import UserError
 from pipelines.monitoring.names import TRAINING
 from pipelines.monitoring.prometheus import PrometheusEndpoint
 from pipelines.runs.files import METRICS, read_jsonl
+from pipelines.runs.writer import BackgroundWriter, PendingWrite
 from pipelines.training.driver import train
 from pipelines.training.profiling import profile
 from tests.pipelines.conftest import make_config
@@ -39,6 +40,14 @@ def test_the_endpoint_of_a_run_has_every_metric_while_it_trains(
     config = make_config(images, tmp_path, track={"uri": "none", "metrics_port": port}, train=slow)
     profile(config, lambda _: None)
     with reading(port) as endpoint, monkeypatch.context() as patch:
+        put = BackgroundWriter.put
+
+        def put_and_wait(writer: BackgroundWriter, name: str, pending: PendingWrite) -> None:
+            put(writer, name, pending)
+            assert writer.flush(60)
+
+        # training waits for each write, so the record of an epoch has the time of a checkpoint on any disk
+        patch.setattr(BackgroundWriter, "put", put_and_wait)
         # the last epochs are read while the report is written
         patch.setattr("pipelines.report.run.page", lambda run: endpoint() or "")
         done = train(config)
