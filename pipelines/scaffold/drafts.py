@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dmtg_core.training.settings import default_schedule, table_schedule
 from pipelines.data.sources.rows import table_dialect
 from pipelines.scaffold.comments import Written
-from pipelines.scaffold.inference import ColumnSummary, Use, chosen_targets, id_use, split_use, target
+from pipelines.scaffold.inference import ColumnSummary, Use, chosen_targets, id_use, split_use, target, unit_use
 from pipelines.storage import Location
 
 DROPOUT = 0.1
@@ -23,9 +23,10 @@ def tasks_and_rest(
 
 
 def row_uses(columns: Mapping[str, ColumnSummary]) -> list[Use]:
-    """The split and the id, of those that there are; a text is no id."""
+    """The split, or the column that decides on it, and the id, of those that there are; a text is no id."""
     short = {name: column for name, column in columns.items() if not column.is_text}
-    return [use for use in (split_use(columns), id_use(short)) if use is not None]
+    split = split_use(columns)
+    return [use for use in (split, None if split else unit_use(short), id_use(short)) if use is not None]
 
 
 def row_options(uses: Sequence[Use], table: Location) -> tuple[Written, dict[str, str]]:
@@ -36,6 +37,8 @@ def row_options(uses: Sequence[Use], table: Location) -> tuple[Written, dict[str
     for use in uses:
         if use.use == "id":
             options["id_column"], why["id_column"] = use.column, use.why
+        elif use.use == "split by":
+            options["split_by"], why["split_by"] = use.column, use.why
         else:
             options["split_column"] = use.column if use.use == "split" else None
             why["split_column"] = use.why

@@ -93,7 +93,7 @@ def image_table_draft(data: str, place: Location, given: Sequence[str]) -> Draft
         )
     options: Written = {"image_column": columns[0]}
     why = {"image_column": f"columns of images: {listed(columns)}"}
-    uses = [use for use in row_uses(rest) if use.use == "id"]
+    uses = [use for use in row_uses(rest) if use.use in ("id", "split by")]
     if split := rest.get(SPLIT_COLUMN):
         uses += [use for use in (split_use({split.name: split}),) if use is not None and use.use == "split"]
     found, reasons = row_options(uses, place) if uses else ({}, {})

@@ -41,6 +41,10 @@ FEWEST_WORDS = 5  # of the values of a column of texts, on average
 LOOKED_AT = 500  # different values of a column that are examined
 _CHARACTERS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 _SPLIT = ("split", "set", "subset", "partition", "fold")
+_UNIT = re.compile(
+    r"(?i)(^|[^a-z])(patient|person|subject|participant|proband|respondent|household|customer|client|user|student"
+    r"|animal|speaker|kunde|kunden)s?([^a-z]|id|nr|no|number|nummer|$)"
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Use:
     """The use of a column and the reason for it.
 
     Args:
-        use: "target", "number", "category", "text", "id", "split" or "left out".
+        use: "target", "number", "category", "date", "text", "id", "split", "split by" or "left out".
         options: For a target, `kind` and the other options that the reader takes.
     """
 
@@ -312,6 +316,17 @@ def split_use(columns: Mapping[str, ColumnSummary]) -> Use | None:
             return Use(column.name, "split", counts)
         if splits & {"train", "test"}:
             return Use(column.name, "left out", f"a split needs train and val, it has {listed(column.counts)}")
+    return None
+
+
+def unit_use(columns: Mapping[str, ColumnSummary]) -> Use | None:
+    """The column that says to whom a row belongs, if many persons or the like have several rows; else None."""
+    for column in columns.values():
+        counts = column.counts
+        named = _UNIT.search(column.name) and not column.missing and (column.whole or not column.numeric)
+        if named and len(counts) > MOST_NUMBERS and 2 * sum(n > 1 for n in counts.values()) >= len(counts):
+            why = f"{len(counts)} values in {counts.total()} rows; all rows of a value are in one split"
+            return Use(column.name, "split by", why)
     return None
 
 

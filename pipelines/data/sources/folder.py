@@ -33,14 +33,13 @@ from pipelines.data.sources.labels import (
     label_targets,
     without_markers,
 )
+from pipelines.data.sources.row_splits import SplitOptions
 from pipelines.data.sources.rows import (
-    SPLIT_COLUMN,
     Dialect,
     DialectOptions,
     Row,
     check_root,
     read_rows,
-    split_of,
     table_dialect,
     with_ids,
 )
@@ -49,13 +48,13 @@ from pipelines.storage import Location
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-class FolderOptions(ImageOptions):
+class FolderOptions(ImageOptions, SplitOptions):
     """Paths of images and labels below the root, and the tasks.
 
     `suffix` is added to an id without an extension. Images are stored `size` × `size`: `resize` is "pad" (the
     whole image with its aspect ratio, on mid-grey, which is near zero after normalisation), "crop" (the central
-    square) or "stretch" (the whole image, without its aspect ratio). Without a split column, the split follows
-    from the hash of the id. `labels` is a table of text or Parquet; `dialect` says how it is written.
+    square) or "stretch" (the whole image, without its aspect ratio). `split_column` and `split_by` are those of
+    `SplitOptions`. `labels` is a table of text or Parquet; `dialect` says how it is written.
 
     `preprocessing` names a model of `timm`: mean and std of the input are those of the model, and so are, unless
     they are set, `size`, `interpolation` and `crop_share`, with `resize: crop`. `crop_share` is the side of the
@@ -66,7 +65,6 @@ class FolderOptions(ImageOptions):
     images: str = "images"
     image_column: str = "image"
     suffix: str = ".jpg"
-    split_column: str | None = SPLIT_COLUMN
     dialect: DialectOptions = DialectOptions()
     tasks: tuple[LabelTask, ...] = Field(min_length=1)
 
@@ -126,10 +124,8 @@ class FolderSource:
     def _needed(self) -> list[str]:
         """The columns that the options name; they are required."""
         options = self._options
-        needed = [options.image_column, *(task.column for task in options.tasks)]
-        if options.split_column is not None and "split_column" in options.model_fields_set:
-            needed.append(options.split_column)
-        return list(dict.fromkeys(needed))
+        tasks = (task.column for task in options.tasks)
+        return list(dict.fromkeys((options.image_column, *tasks, *options.split_columns)))
 
     @cached_property
     def _dialect(self) -> Dialect:
@@ -137,7 +133,7 @@ class FolderSource:
 
     def _listed(self, first: bool) -> Iterator[Entry]:
         options, where = self._options, str(self._table)
-        words = [options.image_column]
+        words = [options.image_column, *([options.split_by] if options.split_by is not None else [])]
         rows = read_rows(self._table, self._needed(), dialect=self._dialect, words=words)
         rows = without_markers(rows, label_markers(options.tasks))
         named = with_ids(rows, options.image_column, "", where)
@@ -145,7 +141,7 @@ class FolderSource:
             has_extension = PurePosixPath(name).suffix.lower() in EXTENSIONS
             cells = {task.column: row.cells[task.column] for task in options.tasks}
             file = name if has_extension else name + options.suffix
-            split = split_of(row, options.split_column, name, where)
+            split = options.split_of(row, name, where)
             yield Entry(name, split, {"file": file, "row": Row(row.line, cells)})
 
     @cached_property

@@ -1,8 +1,7 @@
-"""Rows of tables of text and of Parquet files, their ids and their splits, for all readers of tables."""
+"""Rows of tables of text and of Parquet files, and their ids, for all readers of tables."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from pipelines.storage import Location
 
 __all__ = [
     "MOST_NAMES", "SPLITS", "SPLIT_COLUMN", "Dialect", "DialectOptions", "Row", "check_root", "check_unique",
-    "hash_split", "read_head", "read_rows", "split_name", "split_of", "table_dialect", "with_ids",
+    "read_head", "read_rows", "split_name", "table_dialect", "with_ids",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -151,12 +150,6 @@ def check_unique(ids: Sequence[str], where: str) -> None:
         )
 
 
-def hash_split(sample_id: str) -> str:
-    """70 % train, 15 % val, 15 % test, by the hash of the id alone: new samples do not move others."""
-    u = int(hashlib.sha256(sample_id.encode()).hexdigest()[:8], 16) / 2**32
-    return "train" if u < 0.70 else "val" if u < 0.85 else "test"
-
-
 def with_ids(rows: Iterable[AnyRow], column: str | None, prefix: str, where: str) -> Iterator[tuple[AnyRow, str]]:
     """Each row with its id: a cell, or `prefix` and the number of the row if there is no column of ids.
 
@@ -179,21 +172,3 @@ def with_ids(rows: Iterable[AnyRow], column: str | None, prefix: str, where: str
         raise UserError(
             f"no {column} id in line {listed(empty)}{more}", where=where, remedy=f"fill the column {column}"
         )
-
-
-def split_of(row: Row, column: str | None, row_id: str, where: str) -> str:
-    """The split that the cell of a row names; by the hash of the id if there is no such column.
-
-    Raises:
-        UserError: For a cell that names no split.
-    """
-    if column is None or column not in row.cells:
-        return hash_split(row_id)
-    split = split_name(row.cells[column])
-    if split is None:
-        raise UserError(
-            f"unknown split {row.cells[column]!r} in column {column}, {row.place}",
-            where=where,
-            remedy="use train, val (valid, validation, dev) or test",
-        )
-    return split

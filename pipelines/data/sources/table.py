@@ -23,7 +23,7 @@ from dmtg_core.tables.categories import ColumnError
 from dmtg_core.tables.cells import MISSING
 from dmtg_core.tables.features import TableInput, TableRules, table_input
 from dmtg_core.tasks import InputSpec
-from pipelines.config.validation import Section, checked
+from pipelines.config.validation import checked
 from pipelines.data.preprocessing import load_preparation
 from pipelines.data.sources.base import Entry
 from pipelines.data.sources.columns import Replayed, RowsOf, TrainingCells
@@ -36,14 +36,13 @@ from pipelines.data.sources.labels import (
     without_markers,
 )
 from pipelines.data.sources.preprocessed import PreparedSource
+from pipelines.data.sources.row_splits import SplitOptions
 from pipelines.data.sources.rows import (
     MOST_NAMES,
-    SPLIT_COLUMN,
     Dialect,
     DialectOptions,
     Row,
     read_rows,
-    split_of,
     table_dialect,
     with_ids,
 )
@@ -60,16 +59,16 @@ REMEDIES = {  # option of a `ColumnError` → what the options of the reader can
 }
 
 
-class TableOptions(Section):
+class TableOptions(SplitOptions):
     """The table, the targets and the features.
 
     `file` is below the root; empty if the root is the table itself. Without `id_column`, the number of a row is
-    its id. Without a split column, the split follows from the hash of the id. `dialect` says how a table of
-    text is written; what it does not say is found in the file. `features` are "all" remaining columns, or a
-    list. A column of dates becomes numbers: days since the first one, year, month, day, weekday, day of the
-    year and, with times, hour. Without `categorical`, another feature is a category if less than half of its
-    training cells are numbers, or if they are digits with leading zeros, such as postcodes; with it, the
-    features that it does not name are numbers. `missing` are markers of an empty cell.
+    its id. `split_column` and `split_by` are those of `SplitOptions`. `dialect` says how a table of text is
+    written; what it does not say is found in the file. `features` are "all" remaining columns, or a list; the
+    column `split_by` is one only in a list. A column of dates becomes numbers: days since the first one, year,
+    month, day, weekday, day of the year and, with times, hour. Without `categorical`, another feature is a
+    category if less than half of its training cells are numbers, or if they are digits with leading zeros, such
+    as postcodes; with it, the features that it does not name are numbers. `missing` are markers of an empty cell.
 
     A category of more than 100 values is hashed to 256 features, unless most of its rows have values of one or two
     rows. With `max_values`, no category is hashed, and one of more values is refused. `scaling` is that of
@@ -83,7 +82,6 @@ class TableOptions(Section):
 
     file: str = ""
     id_column: str | None = None
-    split_column: str | None = SPLIT_COLUMN
     dialect: DialectOptions = DialectOptions()
     tasks: tuple[LabelTask, ...] = Field(min_length=1)
     features: Literal["all"] | tuple[str, ...] = "all"
@@ -142,14 +140,14 @@ class TableSource(PreparedSource):
 
     def _listed(self, first: bool) -> Iterator[Entry]:
         options, where = self._options, str(self._table)
-        words = [name for name in (options.id_column, options.smiles) if name is not None]
+        words = [name for name in (options.id_column, options.split_by, options.smiles) if name is not None]
         rows = read_rows(self._table, self._named_columns(), dialect=self._dialect, words=words)
         rows = without_markers(rows, self._markers, frozenset(options.missing))
         needed: list[str] = []
         for row, name in kept_rows(with_ids(rows, options.id_column, "", where), options.tasks, where, log=first):
             needed = needed or [*(task.column for task in options.tasks), *self._feature_columns(row)]
             cells = {column: row.cells[column] for column in needed}
-            split = split_of(row, options.split_column, name, where)
+            split = options.split_of(row, name, where)
             yield Entry(name, split, {"row": Row(row.line, cells, row.unit)})
 
     @cached_property
@@ -160,7 +158,7 @@ class TableSource(PreparedSource):
     def _markers(self) -> dict[str, frozenset[str]]:
         """Column → markers of missing values, for columns whose markers are not those of the features."""
         options = self._options
-        kept = dict.fromkeys((options.id_column, options.split_column), frozenset[str]())
+        kept = dict.fromkeys((options.id_column, options.split_column, options.split_by), frozenset[str]())
         given = options.missing if "missing" in options.model_fields_set else None
         return {name: marks for name, marks in kept.items() if name} | label_markers(options.tasks, given)
 
@@ -168,9 +166,9 @@ class TableSource(PreparedSource):
         """The columns that the options name; they are required."""
         options = self._options
         listed = () if options.features == "all" else options.features
-        split = options.split_column if "split_column" in options.model_fields_set else None
-        single = [name for name in (options.id_column, split, options.smiles) if name is not None]
-        every = [*single, *(task.column for task in options.tasks), *listed, *(options.categorical or ())]
+        single = [name for name in (options.id_column, options.smiles) if name is not None]
+        targets = (task.column for task in options.tasks)
+        every = [*single, *options.split_columns, *targets, *listed, *(options.categorical or ())]
         return list(dict.fromkeys(every))
 
     def _feature_columns(self, row: Row) -> list[str]:
@@ -180,7 +178,7 @@ class TableSource(PreparedSource):
         if options.smiles is not None:
             chosen = [options.smiles]
         elif options.features == "all":
-            chosen = [name for name in row.cells if name not in taken]
+            chosen = [name for name in row.cells if name not in taken | {options.split_by}]
         else:
             chosen = list(options.features)
         problem = _problem(chosen, taken, options.categorical or ())

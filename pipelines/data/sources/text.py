@@ -24,7 +24,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from dmtg_core.tasks import InputSpec, Task, check_names
-from pipelines.config.validation import Section, checked
+from pipelines.config.validation import checked
 from pipelines.data.sources.base import BadSampleError, Column, Entry
 from pipelines.data.sources.columns import Replayed, RowsOf
 from pipelines.data.sources.labels import (
@@ -35,14 +35,13 @@ from pipelines.data.sources.labels import (
     without_markers,
 )
 from pipelines.data.sources.preprocessed import PreparedSource, RowTarget, train_cells
+from pipelines.data.sources.row_splits import SplitOptions
 from pipelines.data.sources.rows import (
-    SPLIT_COLUMN,
     Dialect,
     DialectOptions,
     Row,
     check_root,
     read_rows,
-    split_of,
     table_dialect,
     with_ids,
 )
@@ -56,14 +55,13 @@ ENCODED = 1000  # texts that are encoded at a time
 COMPARED = 1_000_000  # texts of other splits that are compared with the training texts
 
 
-class TextOptions(Section):
+class TextOptions(SplitOptions):
     """The texts, the labels and the tokenizer.
 
-    Either `files` names a file for each split, or `file` names one file, with the splits in `split_column` or by
-    the hash of the id. Names that end with `.tsv` are read with tabs and without quotes, others as CSV or Parquet;
-    `dialect` says how they are written.
-    `columns` names the columns of a file without a header line. Without `id_column`, the id of a row is its file
-    and number.
+    Either `files` names a file for each split, or `file` names one file, whose splits follow from `split_column`
+    or `split_by` of `SplitOptions`. Names that end with `.tsv` are read with tabs and without quotes, others as
+    CSV or Parquet; `dialect` says how they are written. `columns` names the columns of a file without a header
+    line. Without `id_column`, the id of a row is its file and number.
 
     Labels are columns (`tasks`), or ids in `labels_column` with one binary task each; `labels_file` has the names
     of the labels, and all tasks have one `metric`, `loss` and `loss_options`. An empty cell is a missing label.
@@ -77,7 +75,6 @@ class TextOptions(Section):
     columns: tuple[str, ...] | None = Field(None, min_length=1)
     text_column: str = "text"
     id_column: str | None = None
-    split_column: str | None = SPLIT_COLUMN
     dialect: DialectOptions = DialectOptions()
     tasks: tuple[LabelTask, ...] = ()
     labels_column: str | None = None
@@ -97,7 +94,7 @@ class TextOptions(Section):
             raise ValueError("give either files (one for each split) or file")
         if (self.labels_column is None) == (not self.tasks):
             raise ValueError("give either labels_column or tasks")
-        unused = {"split_column"} if self.files else set()
+        unused = {"split_column", "split_by"} if self.files else set()
         unused |= set() if self.labels_column else {"labels_file", "metric", "loss", "loss_options"}
         unused |= {"vocabulary", "lowercase"} if self.tokenizer.endswith(".json") else set()
         for option in sorted(unused & self.model_fields_set):
@@ -183,9 +180,9 @@ class TextSource(PreparedSource):
         options, location = self._options, self._root / file
         labels = [options.labels_column] if options.labels_column else [task.column for task in options.tasks]
         needed = list(dict.fromkeys([options.text_column, *labels]))
-        named = options.split_column if not split and "split_column" in options.model_fields_set else None
-        columns = [*needed, *(name for name in (options.id_column, named) if name and name not in needed)]
-        kept = (options.text_column, options.id_column, options.labels_column)
+        extra = [options.id_column, *options.split_columns]
+        columns = [*needed, *(name for name in extra if name and name not in needed)]
+        kept = (options.text_column, options.id_column, options.labels_column, options.split_by)
         rows = read_rows(
             location,
             columns,
@@ -197,7 +194,7 @@ class TextSource(PreparedSource):
         named_rows = with_ids(rows, options.id_column, f"{file}:", str(location))
         for row, name in kept_rows(named_rows, options.tasks, str(location), log=first):
             cells = {column: row.cells[column] for column in needed}
-            place = split or split_of(row, options.split_column, name, str(location))
+            place = split or options.split_of(row, name, str(location))
             yield Entry(name, place, {"row": Row(row.line, cells, f"{file}, {row.unit}")})
 
     @cached_property

@@ -18,7 +18,8 @@ from pipelines.data.renewal import ensure_shards, ready_shards, stale_notes
 from pipelines.data.shards import shard
 from pipelines.data.sources import build_source
 from pipelines.data.sources.columns import training_figures
-from pipelines.data.sources.rows import Row, hash_split
+from pipelines.data.sources.row_splits import hash_split
+from pipelines.data.sources.rows import Row
 from pipelines.errors import UserError
 from pipelines.runs.lease import Lease
 from pipelines.storage import locate

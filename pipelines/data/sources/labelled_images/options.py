@@ -85,9 +85,9 @@ class ImageOptions(Section):
         return Description(self.input, tuple(t.task for t in targets), columns, notes=tuple(notes))
 
 
-def with_validation(split: str, sample_id: str, share: float) -> str:
-    """The split of a sample, if a share of the training samples is for validation, by the hash of their ids."""
+def with_validation(split: str, key: str, share: float) -> str:
+    """The split of a sample, if a share of the training samples is for validation, by the hash of `key`."""
     if split != "train" or not share:
         return split
     # other digits than those of `hash_split`
-    return "val" if int(hashlib.sha256(sample_id.encode()).hexdigest()[8:16], 16) < share * 2**32 else split
+    return "val" if int(hashlib.sha256(key.encode()).hexdigest()[8:16], 16) < share * 2**32 else split

@@ -16,7 +16,8 @@ from pipelines.data.sources.base import Entry
 from pipelines.data.sources.labelled_images.base import LabelledImages, LabelledOptions
 from pipelines.data.sources.labelled_images.options import with_validation
 from pipelines.data.sources.labels import LabelTask, kept_rows, label_markers, without_markers
-from pipelines.data.sources.rows import SPLIT_COLUMN, split_of, with_ids
+from pipelines.data.sources.row_splits import SplitOptions
+from pipelines.data.sources.rows import with_ids
 from pipelines.data.sources.tables.features import classes_of
 from pipelines.data.sources.tables.folders import Part, table_parts
 from pipelines.data.sources.tables.images import TableImages, image_rows
@@ -26,16 +27,16 @@ from pipelines.errors import UserError
 from pipelines.storage import Location
 
 
-class ImageTableOptions(LabelledOptions):
+class ImageTableOptions(LabelledOptions, SplitOptions):
     """The table, its columns and the tasks.
 
     `file` is below the root; empty if the root is the table: a Parquet or Arrow file, a folder of Parquet files, a
     Delta table, or a folder that `save_to_disk` of `datasets` wrote. `image_column` holds bytes, structs with
     `bytes` and `path`, or paths of files from the folder of the table. Without `id_column`, the id of a row is its
-    file and number. Without a split column, the split is the one that folders or names of files have, else it
-    follows from the hash of the id. Class labels of `datasets` are classes by name: a task of kind multiclass has
+    file and number. `split_column` and `split_by` are those of `SplitOptions`; folders or names of files can have
+    splits, too. Class labels of `datasets` are classes by name: a task of kind multiclass has
     their order, and a column `tags` of lists of them has the columns `tags.<class>`. `val_share` of the training
-    rows are for validation, by the hash of their ids.
+    rows are for validation, by the hash of their ids or of `split_by`.
 
     Images are stored `size` × `size`, as by the reader `folder`.
     """
@@ -43,7 +44,6 @@ class ImageTableOptions(LabelledOptions):
     file: str = ""
     image_column: str = "image"
     id_column: str | None = None
-    split_column: str | None = SPLIT_COLUMN
 
 
 class ImageTableSource(LabelledImages):
@@ -81,7 +81,8 @@ class ImageTableSource(LabelledImages):
         rows = without_markers(self._rows(), label_markers(self._label_tasks))
         named = with_ids(rows, options.id_column, "", where) if options.id_column else _numbered(rows)
         for row, name in kept_rows(named, self._label_tasks, where, log=first):
-            split = with_validation(split_of(row, options.split_column, name, where), name, options.val_share)
+            key = options.split_key(row, name, where)
+            split = with_validation(options.split_of(row, name, where), key, options.val_share)
             cells = {column: row.cells[column] for column in columns}
             block = f"{row.image['file']} {row.image['group']}" if "group" in row.image else ""
             yield Entry(name, split, {"row": Row(row.line, cells, row.unit), "image": row.image}, block)
@@ -89,7 +90,7 @@ class ImageTableSource(LabelledImages):
     def _rows(self) -> Iterator[ImageRow]:
         options = self._options
         needed = [task.column for task in options.tasks]
-        needed += [name for name in (options.id_column,) if name]
+        needed += [name for name in (options.id_column, options.split_by) if name]
         split = options.split_column
         if split and ("split_column" in options.model_fields_set or split in self._columns):
             needed.append(split)

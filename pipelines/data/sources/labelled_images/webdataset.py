@@ -31,7 +31,8 @@ from pipelines.data.sources.base import Entry
 from pipelines.data.sources.labelled_images.base import LabelledImages, LabelledOptions
 from pipelines.data.sources.labelled_images.options import with_validation
 from pipelines.data.sources.labels import kept_rows, label_markers, without_markers
-from pipelines.data.sources.rows import check_root, hash_split, with_ids
+from pipelines.data.sources.row_splits import hash_split
+from pipelines.data.sources.rows import check_root, with_ids
 from pipelines.data.sources.tables.folders import path_split
 from pipelines.data.sources.tables.row import ImageRow, Row, check_header
 from pipelines.errors import UserError

@@ -39,7 +39,8 @@ from pipelines.data.sources.images import (
     rgb,
     sixteen_bit,
 )
-from pipelines.data.sources.rows import check_root, hash_split
+from pipelines.data.sources.row_splits import hash_split
+from pipelines.data.sources.rows import check_root
 from pipelines.data.sources.taskonomy.splits import read_splits, split_buildings
 from pipelines.data.sources.taskonomy.tasks import (
     CLASSES,
