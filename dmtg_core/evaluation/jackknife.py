@@ -55,24 +55,23 @@ def score_parts(
         batch_size: Samples that are computed at a time.
         parts: G. There are never more parts than samples.
     """
-    own_rows = sum(len(batch.inputs) for batch in data.evaluate(split, batch_size))
-    counts = gather(torch.tensor([own_rows], device=context.device), context)
-    place = int(torch.cat(counts[: context.rank]).sum()) if context.rank else 0
-    parts = min(parts, int(torch.cat(counts).sum()))
-    found = [MetricSums(tasks) for _ in range(parts)]
+    found, rows = [MetricSums(tasks) for _ in range(parts)], 0  # by the number of the sample of this worker
     for batch in data.evaluate(split, batch_size):
-        outputs, rows = network(batch.inputs), len(batch.inputs)
-        for first in range(min(parts, rows)):
+        outputs, size = network(batch.inputs), len(batch.inputs)
+        for first in range(min(parts, size)):
             own = slice(first, None, parts)
             targets = {name: target[own] for name, target in batch.targets.items()}
-            found[(place + first) % parts].update({name: out[own] for name, out in outputs.items()}, targets)
-        place += rows
+            found[(rows + first) % parts].update({name: out[own] for name, out in outputs.items()}, targets)
+        rows += size
+    counts = torch.cat(gather(torch.tensor([rows], device=context.device), context))
+    before = int(counts[: context.rank].sum()) % parts
+    found = (found[-before:] + found[:-before])[: int(counts.sum())] if before else found[: int(counts.sum())]
     filled = next(part for part in found if part.sums)
     for part in found:
         if not part.sums:  # this worker has no sample of it
             part.start_as(filled)
         part.reduce(context)
-    kept = [found] + [[*found[:k], *found[k + 1 :]] for k in range(parts) if parts > 1]
+    kept = [found] + [[*found[:k], *found[k + 1 :]] for k in range(len(found)) if len(found) > 1]
     return [score_of(tasks, MetricSums.joined(some).compute()) for some in kept]
 
 

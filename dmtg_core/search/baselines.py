@@ -185,11 +185,8 @@ def overlap_groups(
         `feature_overlap` `(N, N)`, the groups, and the cost in runs of naive MTL.
     """
     one = wide_spec(spec) if spec.encoder.can_widen else replace(spec, groups=1, sampling="fixed")
-    epochs, wider, budget = (
-        max(round(share * settings.epochs), 1),
-        overlap_spec(spec),
-        Budget(spec, settings, runs),
-    )
+    epochs = max(round(share * settings.epochs), 1)
+    wider, budget = overlap_spec(spec), Budget(spec, settings, runs)
     if wider is not None and (few := budget.overlap_epochs(budget.epoch_of(wider))):
         one, epochs = wider, few
     whole, context = replace(settings, search_share=1.0), LocalContext()
