@@ -46,6 +46,7 @@ class SearchState:
                 "held": list(self.held),
                 "trained": list(self.trained),
             },
+            indent=None,
         )
 
     @classmethod

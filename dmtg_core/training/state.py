@@ -58,7 +58,7 @@ class TrainState:
             "epoch": self.epoch, "step": self.step, "best_score": score, "history": self.history,
             "decay": self.decay, "partial": self.partial,
         }  # fmt: skip
-        checkpoint.write_json(folder / "loop.json", loop)
+        checkpoint.write_json(folder / "loop.json", loop, indent=None)
 
     @classmethod
     def load(cls, folder: Path, settings: TrainSettings, device: torch.device) -> TrainState:

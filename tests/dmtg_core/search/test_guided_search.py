@@ -269,23 +269,39 @@ def test_an_interrupted_search_has_the_same_result(tmp_path, data, guided, numbe
     assert without_times(rest) == without_times(records[number:])
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 3])
-def test_the_overlap_of_many_tasks_is_measured_in_an_encoder_of_its_own(tmp_path, number):
-    spec, options = samples.crowded(SPEC), SearchOptions(budget=16, distil=False)
-    data = samples.data(spec.input, spec.tasks)
-    expected, records = run(data, options, spec=spec, baseline=False, epochs=40)
+CROWDED, SIXTEEN_RUNS = samples.crowded(SPEC), SearchOptions(budget=16, distil=False)
+
+
+def run_crowded(**more):
+    """A search of so many tasks that their overlap is measured in an encoder of its own."""
+    data = samples.data(CROWDED.input, CROWDED.tasks)
+    return run(data, SIXTEEN_RUNS, spec=CROWDED, baseline=False, epochs=40, **more)
+
+
+@pytest.fixture(scope="module")
+def crowded():
+    """A complete search of many tasks with its records."""
+    return run_crowded()
+
+
+def test_the_overlap_of_many_tasks_is_measured_in_an_encoder_of_its_own(crowded):
+    result, records = crowded
     stages = [record["stage"] for record in records]
     assert stages[:3] == ["overlap_encoder", "overlap_encoder", "wide"]
-    assert "overlap_encoder" not in [candidate["stage"] for candidate in expected.candidates]
-    assert len(expected.affinity) == len(spec.tasks)
-    wider = overlap_spec(spec)
-    assert expected.costs["overlap_encoder"] == pytest.approx(2 * Budget(spec, SETTINGS, 16).epoch_of(wider) / 10)
-    assert sum(expected.costs.values()) == pytest.approx(expected.cost)
-    assert expected.cost <= 16
+    assert "overlap_encoder" not in [candidate["stage"] for candidate in result.candidates]
+    assert len(result.affinity) == len(CROWDED.tasks)
+    epoch = Budget(CROWDED, SETTINGS, 16).epoch_of(overlap_spec(CROWDED))
+    assert result.costs["overlap_encoder"] == pytest.approx(2 * epoch / 10)
+    assert sum(result.costs.values()) == pytest.approx(result.cost)
+    assert result.cost <= 16
 
+
+@pytest.mark.parametrize("number", others_in_soak(range(4), 1))
+def test_an_interrupted_search_of_many_tasks_has_the_same_result(tmp_path, crowded, number):
+    expected, records = crowded
     with pytest.raises(Interrupted):
-        run(data, options, spec=spec, folder=tmp_path, stop=number, baseline=False, epochs=40)
-    found, rest = run(data, options, spec=spec, folder=tmp_path, baseline=False, epochs=40)
+        run_crowded(folder=tmp_path, stop=number)
+    found, rest = run_crowded(folder=tmp_path)
     assert_same_result(found, expected)
     assert without_times(rest) == without_times(records[number:])
 
