@@ -53,8 +53,9 @@ class FolderOptions(ImageOptions, SplitOptions):
 
     `suffix` is added to an id without an extension. Images are stored `size` × `size`: `resize` is "pad" (the
     whole image with its aspect ratio, on mid-grey, which is near zero after normalisation), "crop" (the central
-    square) or "stretch" (the whole image, without its aspect ratio). `split_column` and `split_by` are those of
-    `SplitOptions`. `labels` is a table of text or Parquet; `dialect` says how it is written.
+    square) or "stretch" (the whole image, without its aspect ratio). Without a split column, the split follows
+    from the hash of the id, or of the column `split_by`: all rows with the same value of it are in one split.
+    `labels` is a table of text or Parquet; `dialect` says how it is written.
 
     `preprocessing` names a model of `timm`: mean and std of the input are those of the model, and so are, unless
     they are set, `size`, `interpolation` and `crop_share`, with `resize: crop`. `crop_share` is the side of the

@@ -63,12 +63,13 @@ class TableOptions(SplitOptions):
     """The table, the targets and the features.
 
     `file` is below the root; empty if the root is the table itself. Without `id_column`, the number of a row is
-    its id. `split_column` and `split_by` are those of `SplitOptions`. `dialect` says how a table of text is
-    written; what it does not say is found in the file. `features` are "all" remaining columns, or a list; the
-    column `split_by` is one only in a list. A column of dates becomes numbers: days since the first one, year,
-    month, day, weekday, day of the year and, with times, hour. Without `categorical`, another feature is a
-    category if less than half of its training cells are numbers, or if they are digits with leading zeros, such
-    as postcodes; with it, the features that it does not name are numbers. `missing` are markers of an empty cell.
+    its id. Without a split column, the split follows from the hash of the id, or of the column `split_by`: all
+    rows with the same value of it are in one split. `dialect` says how a table of text is written; what it does
+    not say is found in the file. `features` are "all" remaining columns, or a list; the column `split_by` is one
+    only in a list. A column of dates becomes numbers: days since the first one, year, month, day, weekday, day of
+    the year and, with times, hour. Without `categorical`, another feature is a category if less than half of its
+    training cells are numbers, or if they are digits with leading zeros, such as postcodes; with it, the features
+    that it does not name are numbers. `missing` are markers of an empty cell.
 
     A category of more than 100 values is hashed to 256 features, unless most of its rows have values of one or two
     rows. With `max_values`, no category is hashed, and one of more values is refused. `scaling` is that of

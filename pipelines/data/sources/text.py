@@ -58,10 +58,11 @@ COMPARED = 1_000_000  # texts of other splits that are compared with the trainin
 class TextOptions(SplitOptions):
     """The texts, the labels and the tokenizer.
 
-    Either `files` names a file for each split, or `file` names one file, whose splits follow from `split_column`
-    or `split_by` of `SplitOptions`. Names that end with `.tsv` are read with tabs and without quotes, others as
-    CSV or Parquet; `dialect` says how they are written. `columns` names the columns of a file without a header
-    line. Without `id_column`, the id of a row is its file and number.
+    Either `files` names a file for each split, or `file` names one file, with the splits in `split_column` or by
+    the hash of the id, or of the column `split_by`: all rows with the same value of it are in one split. Names
+    that end with `.tsv` are read with tabs and without quotes, others as CSV or Parquet; `dialect` says how they
+    are written. `columns` names the columns of a file without a header line. Without `id_column`, the id of a row
+    is its file and number.
 
     Labels are columns (`tasks`), or ids in `labels_column` with one binary task each; `labels_file` has the names
     of the labels, and all tasks have one `metric`, `loss` and `loss_options`. An empty cell is a missing label.

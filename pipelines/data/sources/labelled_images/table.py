@@ -33,8 +33,9 @@ class ImageTableOptions(LabelledOptions, SplitOptions):
     `file` is below the root; empty if the root is the table: a Parquet or Arrow file, a folder of Parquet files, a
     Delta table, or a folder that `save_to_disk` of `datasets` wrote. `image_column` holds bytes, structs with
     `bytes` and `path`, or paths of files from the folder of the table. Without `id_column`, the id of a row is its
-    file and number. `split_column` and `split_by` are those of `SplitOptions`; folders or names of files can have
-    splits, too. Class labels of `datasets` are classes by name: a task of kind multiclass has
+    file and number. Without a split column, the split is the one that folders or names of files have, else it
+    follows from the hash of the id, or of the column `split_by`: all rows with the same value of it are in one
+    split. Class labels of `datasets` are classes by name: a task of kind multiclass has
     their order, and a column `tags` of lists of them has the columns `tags.<class>`. `val_share` of the training
     rows are for validation, by the hash of their ids or of `split_by`.
 
