@@ -39,6 +39,7 @@ def feature_overlap(
     *,
     split: str = "val",
     samples: int = SAMPLES,
+    batch_size: int = 256,
     context: TrainContext | None = None,
 ) -> Tensor:
     """Compute the feature overlap of every two tasks, `(N, N)`: 0 to 1, with 1 on the diagonal.
@@ -59,6 +60,7 @@ def feature_overlap(
         data: The data set.
         split: Split of the samples.
         samples: Largest number of samples of a worker.
+        batch_size: Samples that are computed at a time.
         context: Context of the workers, which each have a part of the samples.
 
     Raises:
@@ -75,7 +77,7 @@ def feature_overlap(
         first, rest = stages[:1], stages[1:]
     moments: list[Tensor] = []
     seen, generator = 0, torch.Generator().manual_seed(0)
-    for batch in data.evaluate(split, min(samples, 256)):
+    for batch in data.evaluate(split, min(samples, batch_size)):
         part = batch.inputs[: samples - seen]
         with torch.no_grad():
             shared = first(network.output_of_stem(part))

@@ -46,7 +46,7 @@ from dmtg_core.search.options import (
     WIDE,
 )
 from dmtg_core.search.stages import Stages
-from dmtg_core.training.loop import evaluate, generalisation_gap, score_of
+from dmtg_core.training.loop import evaluate, generalisation_gap, rows_evaluated, score_of
 from dmtg_core.training.settings import TrainSettings
 from dmtg_core.training.state import TrainState
 from dmtg_core.training.warm_start import WarmStart
@@ -127,7 +127,8 @@ class GuidedSearch(Stages):
 
     def _measure(self, state: TrainState) -> None:
         """Measure the feature overlap of the tasks, and propose groups."""
-        overlap = feature_overlap(state.network, self.data, context=self.context)
+        rows = rows_evaluated(self.spec, self.settings)
+        overlap = feature_overlap(state.network, self.data, batch_size=rows, context=self.context)
         proposed = cluster(overlap, min(self.spec.groups, len(self.spec.tasks)))
         self.state.results.append({"stage": OVERLAP, "affinity": overlap.tolist(), "proposed": proposed})
 
@@ -239,7 +240,9 @@ class GuidedSearch(Stages):
     def _score(self, names: Sequence[str]) -> float:
         """Return the validation score of the mean of networks."""
         ensemble = Ensemble(self._networks(names))
-        return score_of(self.spec.tasks, evaluate(ensemble, self.data, "val", context=self.context))
+        rows = rows_evaluated(self.spec, self.settings)
+        metrics = evaluate(ensemble, self.data, "val", batch_size=rows, context=self.context)
+        return score_of(self.spec.tasks, metrics)
 
     def _networks(self, names: Sequence[str]) -> list[GroupingNetwork]:
         return [self.state.trained[name].to(self.context.device) for name in names]

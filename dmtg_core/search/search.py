@@ -21,6 +21,7 @@ from dmtg_core.search.published import PublishedSearch
 from dmtg_core.search.stages import Stages
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import ArrayData, Data
+from dmtg_core.training.loop import rows_evaluated
 from dmtg_core.training.metrics import Metrics
 from dmtg_core.training.settings import TrainSettings
 from dmtg_core.training.warm_start import WarmStart
@@ -126,8 +127,9 @@ def _outcome(stages: Stages, chosen: str) -> SearchResult:
     guided = isinstance(stages, GuidedSearch)
     difference = None
     if guided and naive is not None:
+        rows, tasks = rows_evaluated(stages.spec, stages.settings), stages.spec.tasks
         first, second = (
-            score_parts(stages.spec.tasks, one, stages.data, stages.context) for one in (naive, network)
+            score_parts(tasks, one, stages.data, stages.context, batch_size=rows) for one in (naive, network)
         )
         difference = difference_of(first, second)
         costs_more = inference_cost(network).flops > inference_cost(naive).flops

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dmtg_core.network.grouping_network import GroupingNetwork
+from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.network.threads import threads_of_step
 from dmtg_core.tasks import Task
 from dmtg_core.training.augment import augment, augment_generator, seeded_dropout
@@ -23,7 +24,7 @@ from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import ArrayData, Batch, Data
 from dmtg_core.training.diagnostics import gate_figures, gradient_cosines, warnings
 from dmtg_core.training.metrics import Metrics, MetricSums, error_of, error_scale
-from dmtg_core.training.settings import LR_SCHEDULES, TrainSettings, has_stopped, resolve
+from dmtg_core.training.settings import LR_SCHEDULES, TrainSettings, has_stopped, is_compiled, resolve
 from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import (
     StepFigures,
@@ -33,6 +34,7 @@ from dmtg_core.training.step import (
     train_step,
 )
 
+EVALUATED = 256  # rows of features that are evaluated at a time
 CHECK_EVERY = 100  # steps between two checks for a refused step
 SMOOTH = 0.01  # added to losses and errors in the validation score, so that a task without errors does not decide
 
@@ -41,14 +43,26 @@ class NonFiniteLossError(RuntimeError):
     """The loss or a gradient is NaN or infinite. The step was refused: the weights are those before it."""
 
 
+def rows_evaluated(spec: NetworkSpec, settings: TrainSettings, *, compiled: bool = False) -> int:
+    """Return how many samples are evaluated at a time: those of a training batch, for rows of features more.
+
+    The metrics are computed for one task after the other, which takes longer than the network does on few rows.
+    For images and texts a larger batch needs more memory and is not faster. A compiled network would be compiled
+    again for another size.
+    """
+    more = spec.input.kind == "features" and not compiled
+    return max(settings.batch_size, EVALUATED) if more else settings.batch_size
+
+
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, data: Data, split: str, *, batch_size: int = 256, context: TrainContext | None = None
+    network: nn.Module, data: Data, split: str, *, batch_size: int = EVALUATED, context: TrainContext | None = None
 ) -> Metrics:
     """Compute the metrics of the hard network on a split, over all workers: task → metric → value.
 
     Args:
         network: A `GroupingNetwork` or `GroupModel`.
+        batch_size: Samples of a worker that are computed at a time. The metrics do not depend on it.
     """
     context = context or LocalContext()
     was_training = network.training
@@ -171,7 +185,9 @@ def _advance(
             record = _train_epoch(state, module, data, settings, context, hooks, seed_step)
         state.partial = {}
         _average_statistics(state.network, context)
-        metrics = evaluate(state.network, data, "val", batch_size=settings.batch_size, context=context)
+        compiled = is_compiled(settings, context.device)
+        rows = rows_evaluated(state.network.spec, settings, compiled=compiled)
+        metrics = evaluate(state.network, data, "val", batch_size=rows, context=context)
         state.epoch += 1
         record |= {
             "epoch": state.epoch,

@@ -36,6 +36,7 @@ from dmtg_core.search.budget import default_budget
 from dmtg_core.search.search import search
 from dmtg_core.training.context import LocalContext
 from dmtg_core.training.data import Data
+from dmtg_core.training.loop import rows_evaluated
 from dmtg_core.training.metrics import Metrics
 from dmtg_core.training.settings import TrainSettings
 from pipelines.config.loading import Config
@@ -208,7 +209,7 @@ def _fixed(
         done = train_within(network, data, settings, cell.budget, splits=splits, unit=unit)
     else:
         done = train_hard(network, data, settings, splits=splits, unit=unit)
-    return _training_result(done) | {"score_parts": _parts(done.network, data)}
+    return _training_result(done) | {"score_parts": _parts(done.network, data, settings)}
 
 
 def _naive(
@@ -217,8 +218,9 @@ def _naive(
     return _fixed(cell, hard_network(spec, together(spec)), spec, data, settings, splits)
 
 
-def _parts(network: GroupingNetwork, data: Data) -> list[float]:
-    return score_parts(network.tasks, network, data, LocalContext())
+def _parts(network: GroupingNetwork, data: Data, settings: TrainSettings) -> list[float]:
+    rows = rows_evaluated(network.spec, settings)
+    return score_parts(network.tasks, network, data, LocalContext(), batch_size=rows)
 
 
 def _affinities(
@@ -312,7 +314,7 @@ def _search(
         "affinity": found.affinity,
         "costs": found.costs,
         "probabilities": chosen["probabilities"],
-        "score_parts": _parts(found.network, data),
+        "score_parts": _parts(found.network, data, settings),
     }
 
 

@@ -14,7 +14,9 @@ from dmtg_core.own_code import code_of_tasks
 from dmtg_core.search.search import SearchResult, search
 from dmtg_core.training import checkpoint
 from dmtg_core.training.data import Data
+from dmtg_core.training.loop import rows_evaluated
 from dmtg_core.training.profile import profile_steps
+from dmtg_core.training.settings import is_compiled
 from pipelines.config.code import allow_named, check_allowed, records_of
 from pipelines.config.loading import Config
 from pipelines.data.ingest import open_data
@@ -142,10 +144,11 @@ def _estimate(job: Job, file: Location, context: RunContext) -> None:
     config, (spec, data) = job.config, _open(job, context, reports=False)
     start = warm_start(job.start, trust_code=config.run.trust_code)
     rows = -(-job.reader.manifest.rows("val") // context.world_size)
+    batch = rows_evaluated(spec, config.settings(), compiled=is_compiled(config.settings(), context.device))
     found = estimated(
         spec, data, config.settings(), config.search_options(), context, baseline=config.search.baseline,
         champion=start is not None and start.is_grouping(spec.tasks),
-        validation=-(-rows // config.train.batch_size),
+        validation=-(-rows // batch),
     )  # fmt: skip
     if context.rank == 0:
         file.write_json(found)
