@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dmtg_core.tasks import Task
 from dmtg_core.training.context import TrainContext, gather
-from dmtg_core.training.data import Data
+from dmtg_core.training.data import Batch, Data
 from dmtg_core.training.loop import score_of
 from dmtg_core.training.metrics import MetricSums
 
 PARTS = 20
+ROWS_OF_PART = 128  # samples of a part for which its sums are computed at a time, unless a task is dense
+
+Outputs = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,14 @@ def score_parts(
         parts: G. There are never more parts than samples.
     """
     found, rows = [MetricSums(tasks) for _ in range(parts)], 0  # by the number of the sample of this worker
-    for batch in data.evaluate(split, batch_size):
-        outputs, size = network(batch.inputs), len(batch.inputs)
+    least = 1 if any(task.dense for task in tasks) else ROWS_OF_PART * parts
+    for outputs, targets, size in _joined(network, data.evaluate(split, batch_size), least):
         for first in range(min(parts, size)):
             own = slice(first, None, parts)
-            targets = {name: target[own] for name, target in batch.targets.items()}
-            found[(rows + first) % parts].update({name: out[own] for name, out in outputs.items()}, targets)
+            found[(rows + first) % parts].update(
+                {name: output[own] for name, output in outputs.items()},
+                {name: target[own] for name, target in targets.items()},
+            )
         rows += size
     counts = torch.cat(gather(torch.tensor([rows], device=context.device), context))
     before = int(counts[: context.rank].sum()) % parts
@@ -73,6 +78,29 @@ def score_parts(
         part.reduce(context)
     kept = [found] + [[*found[:k], *found[k + 1 :]] for k in range(len(found)) if len(found) > 1]
     return [score_of(tasks, MetricSums.joined(some).compute()) for some in kept]
+
+
+def _joined(network: nn.Module, batches: Iterable[Batch], least: int) -> Iterator[tuple[Outputs, Outputs, int]]:
+    """Outputs, targets and number of at least `least` samples at a time, unless no more follow."""
+    held: list[tuple[Outputs, Outputs]] = []
+    size = 0
+    for batch in batches:
+        held.append((network(batch.inputs), batch.targets))
+        size += len(batch.inputs)
+        if size >= least:
+            yield *_concatenated(held), size
+            held, size = [], 0
+    if held:
+        yield *_concatenated(held), size
+
+
+def _concatenated(pairs: Sequence[tuple[Outputs, Outputs]]) -> tuple[Outputs, Outputs]:
+    first, second = (list(parts) for parts in zip(*pairs, strict=True))
+    return _joint(first), _joint(second)
+
+
+def _joint(parts: Sequence[Outputs]) -> Outputs:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def difference_of(first: Sequence[float], second: Sequence[float]) -> Difference:

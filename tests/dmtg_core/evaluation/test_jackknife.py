@@ -121,7 +121,7 @@ def test_the_error_of_a_single_sample_is_infinite() -> None:
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-@pytest.mark.parametrize("rows", [7, 45, 260])
+@pytest.mark.parametrize("rows", [7, 45, 260, 5500])
 def test_several_workers_have_the_result_of_one(rows: int, workers: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     tasks = [VALUE, FLAG, CLASSES]
