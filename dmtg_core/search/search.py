@@ -132,8 +132,8 @@ def _outcome(stages: Stages, chosen: str) -> SearchResult:
             score_parts(tasks, one, stages.data, stages.context, batch_size=rows) for one in (naive, network)
         )
         difference = difference_of(first, second)
-        costs_more = inference_cost(network).flops > inference_cost(naive).flops
-        if not is_better(difference, costs_more=costs_more):
+        cost = inference_cost(network).flops / inference_cost(naive).flops
+        if not is_better(difference, cost):
             network, chosen, distilled, best = naive, BASELINE, {}, by_name[BASELINE]["final"]
     order = [name for name in by_name if "probabilities" in by_name[name]]
     return SearchResult(
@@ -154,15 +154,18 @@ def _outcome(stages: Stages, chosen: str) -> SearchResult:
     )
 
 
-def is_better(difference: Difference, *, costs_more: bool) -> bool:
+def is_better(difference: Difference, cost: float) -> bool:
     """Whether a network is chosen over naive MTL.
+
+    At twice the inference cost or more, the difference has to be more than `ERRORS` standard errors below 0. From
+    one to two times the cost this number increases linearly from 0: groups that are adapters of a frozen encoder
+    cost little.
 
     Args:
         difference: The network's validation score minus that of naive MTL.
-        costs_more: Whether the network costs more at inference. The difference then has to be more than `ERRORS`
-            standard errors below 0.
+        cost: Inference cost of the network in that of naive MTL.
     """
-    return -difference.value > (ERRORS * difference.error if costs_more else 0.0)
+    return -difference.value > ERRORS * min(max(cost - 1, 0.0), 1.0) * difference.error
 
 
 def _described(result: dict[str, Any]) -> dict[str, Any]:

@@ -313,7 +313,7 @@ def results_of(comparison: Comparison, method: str, budget: float, seed: int, fo
 def _or_naive(result: Result, naive: Result) -> Result:
     """Naive MTL with the cost of the search unless the search is better, as for `dmtg train`."""
     difference = difference_of(naive["score_parts"], result["score_parts"])
-    if is_better(difference, costs_more=result["flops"] > naive["flops"]):
+    if is_better(difference, result["flops"] / naive["flops"]):
         return result
     everything = [[1.0] for _ in result["probabilities"]]
     own = {"cost": result["cost"], "chosen": NAIVE, "distilled": {}, "probabilities": everything}

@@ -27,6 +27,7 @@ from dmtg_core.search.budget import Budget
 from dmtg_core.search.distillation import Ensemble
 from dmtg_core.search.extendable import extend, score_noise
 from dmtg_core.search.feature_overlap import overlap_spec
+from dmtg_core.search.search import is_better
 from dmtg_core.training.loop import score_of
 from dmtg_core.training.state import TrainState
 from tests.dmtg_core import samples, searches
@@ -235,6 +236,15 @@ def test_naive_mtl_stays_unless_a_network_is_better_by_two_standard_errors(data,
         assert result.network is result.naive
         assert result.metrics == result.baseline
         assert result.distilled == {}
+
+
+@pytest.mark.parametrize(
+    ("cost", "errors"), [(0.9, 0.0), (1.0, 0.0), (1.1, 0.2), (1.5, 1.0), (2.0, 2.0), (7.0, 2.0)]
+)
+def test_the_difference_that_is_needed_follows_from_the_inference_cost(cost, errors):
+    assert is_better(Difference(-errors - 1e-6, 1.0), cost)
+    assert not is_better(Difference(-errors + 1e-6, 1.0), cost)
+    assert not is_better(Difference(0.0, 0.0), cost)
 
 
 def test_the_difference_to_naive_mtl_is_that_of_the_scores(data):
