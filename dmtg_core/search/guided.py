@@ -13,8 +13,8 @@ networks, if they and a distillation fit into the budget: the narrow encoder of 
 networks of the same kind with other seeds. If the mean of some of them is better than the best one on validation
 data, it is distilled into the best one (see `distillation`), at the inference cost of one.
 
-Naive MTL stays unless the result is better, by more than two standard errors if it costs twice as much at inference
-(see `is_better`).
+Naive MTL stays unless the result is better, by more than two standard errors if it costs twice as much at
+inference (see `is_better`).
 """
 
 from __future__ import annotations
