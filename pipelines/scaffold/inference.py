@@ -41,10 +41,12 @@ FEWEST_WORDS = 5  # of the values of a column of texts, on average
 LOOKED_AT = 500  # different values of a column that are examined
 _CHARACTERS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 _SPLIT = ("split", "set", "subset", "partition", "fold")
-_UNIT = re.compile(
-    r"(?i)(^|[^a-z])(patient|person|subject|participant|proband|respondent|household|customer|client|user|student"
-    r"|animal|speaker|kunde|kunden)s?([^a-z]|id|nr|no|number|nummer|$)"
+_UNITS = (
+    "patient|person|subject|participant|proband|respondent|household|customer|client|user|student|animal|speaker"
+    "|device|patienten|personen|probanden|kunde|kunden"
 )
+# "subject", "patient_id", "userId", "Kundennummer"; and neither "users" nor "user_agent"
+_UNIT = re.compile(rf"(?i)^({_UNITS})$|(^|[^a-z])({_UNITS})[ _.-]?(id|nr|no|number|nummer|code|key)\.?$")
 
 
 @dataclass(frozen=True)

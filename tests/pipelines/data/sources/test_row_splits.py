@@ -133,7 +133,12 @@ def test_a_row_without_a_column_of_splits_follows_its_id() -> None:
         ("user", ["new", "old"] * 300, False),  # two values
         ("person_weight", [50 + i / 10 for i in range(600)], False),  # an amount
         ("patient", [f"P{i}" for i in range(600)], False),  # one row each: an id
-        ("superuser_count", [i % 60 for i in range(600)], False),
+        ("superuser_id", [i % 60 for i in range(600)], False),
+        ("users", [i % 60 for i in range(600)], False),  # a count
+        ("number_of_patients", [i % 60 for i in range(600)], False),
+        ("user_agent", [f"agent {i % 60}" for i in range(600)], False),
+        ("customer_city", [f"city {i % 60}" for i in range(600)], False),
+        ("ward_patient_no.", [f"{i % 60:03d}" for i in range(600)], True),
     ],
 )
 def test_new_configurations_keep_the_rows_of_a_person_together(
