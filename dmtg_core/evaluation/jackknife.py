@@ -69,8 +69,8 @@ def score_parts(
             )
         rows += size
     counts = torch.cat(gather(torch.tensor([rows], device=context.device), context))
-    before = int(counts[: context.rank].sum()) % parts
-    found = (found[-before:] + found[:-before])[: int(counts.sum())] if before else found[: int(counts.sum())]
+    turn = parts - int(counts[: context.rank].sum()) % parts
+    found = (found[turn:] + found[:turn])[: int(counts.sum())]  # by the number of the sample of all workers
     filled = next(part for part in found if part.sums)
     for part in found:
         if not part.sums:  # this worker has no sample of it
