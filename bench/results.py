@@ -73,8 +73,8 @@ encoder were chosen on splits 1 and 2 of the first five tables. The other ones w
 nothing was changed for them. The smallest error is bold.
 
 Naive MTL or the guided search has the smallest error on six of the nine tables. On `diamonds` naive MTL is 2.3 %
-behind LightGBM (one split), and on `health` 2.5 % behind a random forest. On `counties` (262 training rows, features
-with long tails) it is 4.8 % behind extra trees. Twice as many epochs did not change the error there.
+behind LightGBM (one split), and on `health` 2.5 % behind a random forest. On `counties` (262 training rows,
+features with long tails) it is 4.8 % behind extra trees. Twice as many epochs did not change the error there.
 
 The guided search kept naive MTL on 25 of 30 splits of tables with 200 to 1,300 rows: no network was better by two
 standard errors of the validation score. Its error was 0.945 to 1.002 times that of naive MTL. Without this rule it
