@@ -82,21 +82,16 @@ def score_parts(
 
 def _joined(network: nn.Module, batches: Iterable[Batch], least: int) -> Iterator[tuple[Outputs, Outputs, int]]:
     """Outputs, targets and number of at least `least` samples at a time, unless no more follow."""
-    held: list[tuple[Outputs, Outputs]] = []
-    size = 0
+    outputs, targets, size = list[Outputs](), list[Outputs](), 0
     for batch in batches:
-        held.append((network(batch.inputs), batch.targets))
+        outputs.append(network(batch.inputs))
+        targets.append(batch.targets)
         size += len(batch.inputs)
         if size >= least:
-            yield *_concatenated(held), size
-            held, size = [], 0
-    if held:
-        yield *_concatenated(held), size
-
-
-def _concatenated(pairs: Sequence[tuple[Outputs, Outputs]]) -> tuple[Outputs, Outputs]:
-    first, second = (list(parts) for parts in zip(*pairs, strict=True))
-    return _joint(first), _joint(second)
+            yield _joint(outputs), _joint(targets), size
+            outputs, targets, size = [], [], 0
+    if size:
+        yield _joint(outputs), _joint(targets), size
 
 
 def _joint(parts: Sequence[Outputs]) -> Outputs:

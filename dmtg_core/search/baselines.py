@@ -23,7 +23,14 @@ from dmtg_core.search.feature_overlap import cluster, feature_overlap, overlap_s
 from dmtg_core.search.gradient_affinity import DIRECTIONS, GradientAffinities, projected_affinity
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import Data
-from dmtg_core.training.loop import NO_HOOKS, Hooks, advance, evaluate, generalisation_gap, rows_evaluated
+from dmtg_core.training.loop import (
+    NO_HOOKS,
+    Hooks,
+    advance,
+    evaluate_splits,
+    generalisation_gap,
+    rows_evaluated,
+)
 from dmtg_core.training.metrics import Metrics
 from dmtg_core.training.settings import TrainSettings
 from dmtg_core.training.state import TrainState
@@ -91,7 +98,7 @@ def train_hard(
     cost = training_flops(network) / (unit or naive_flops(network.spec))  # of all epochs
     advance(state, data, whole, context, until=whole.epochs, hooks=Hooks(on_epoch) if on_epoch else NO_HOOKS)
     state.take_best()
-    metrics = _metrics(state.network, data, settings, splits, context)
+    metrics = evaluate_splits(state.network, data, splits, settings, context)
     cost *= state.epoch / whole.epochs
     return Trained(state.network.eval(), state.best_score, metrics, cost, generalisation_gap(state.history[-1]))
 
@@ -121,7 +128,7 @@ def train_within(
     state = TrainState.fresh(network.to(context.device), whole)
     epoch = training_flops(network) / (unit or naive_flops(network.spec)) / settings.epochs
     complete(state, data, whole, context, most=max(int(runs / epoch + ROUNDING), 1))
-    metrics = _metrics(state.network, data, settings, splits, context)
+    metrics = evaluate_splits(state.network, data, splits, settings, context)
     gap = generalisation_gap(state.history[-1])
     return Trained(state.network.eval(), state.best_score, metrics, epoch * len(state.history), gap)
 
@@ -165,15 +172,8 @@ def train_distilled(
         state = distillation_state(network, score, longer)
         distil(state, [one.network for one in trained], data, longer, context, gap=best.gap)
         network, score, spent = state.network, state.best_score, spent + taught * state.epoch / run
-    metrics = _metrics(network, data, settings, splits, context)
+    metrics = evaluate_splits(network, data, splits, settings, context)
     return Trained(network.eval(), score, metrics, spent, best.gap)
-
-
-def _metrics(
-    network: GroupingNetwork, data: Data, settings: TrainSettings, splits: Sequence[str], context: TrainContext
-) -> dict[str, Metrics]:
-    rows = rows_evaluated(network.spec, settings)
-    return {split: evaluate(network, data, split, batch_size=rows, context=context) for split in splits}
 
 
 def overlap_groups(

@@ -15,7 +15,7 @@ from dmtg_core.search.options import BASELINE, SearchOptions
 from dmtg_core.search.state import SearchState
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Data
-from dmtg_core.training.loop import Hooks, advance, evaluate, generalisation_gap, rows_evaluated
+from dmtg_core.training.loop import Hooks, advance, evaluate_splits, generalisation_gap
 from dmtg_core.training.metrics import Metrics, normalized_gain
 from dmtg_core.training.settings import TrainSettings
 from dmtg_core.training.state import TrainState
@@ -93,11 +93,7 @@ class Stages:
 
     def evaluate(self, network: GroupingNetwork) -> dict[str, Metrics]:
         """Compute the metrics of a network on all splits."""
-        rows = rows_evaluated(self.spec, self.settings)
-        return {
-            split: evaluate(network, self.data, split, batch_size=rows, context=self.context)
-            for split in self.splits
-        }
+        return evaluate_splits(network, self.data, self.splits, self.settings, self.context)
 
     def current(
         self, spec: NetworkSpec, warm_start: WarmStart | None, settings: TrainSettings | None = None

@@ -75,6 +75,18 @@ def evaluate(
     return sums.compute()
 
 
+def evaluate_splits(
+    network: GroupingNetwork,
+    data: Data,
+    splits: Sequence[str],
+    settings: TrainSettings,
+    context: TrainContext | None = None,
+) -> dict[str, Metrics]:
+    """Compute the metrics of a network that is not compiled on several splits, `rows_evaluated` at a time."""
+    rows = rows_evaluated(network.spec, settings)
+    return {split: evaluate(network, data, split, batch_size=rows, context=context) for split in splits}
+
+
 def score_of(tasks: Sequence[Task], metrics: Metrics) -> float:
     """Compute the validation score: the mean over tasks of the logarithms of loss and error, each plus `SMOOTH`.
 

@@ -16,7 +16,7 @@ from dmtg_core.network.cost import inference_cost
 from dmtg_core.tasks import Task
 from dmtg_core.training.checkpoint import group_model
 from dmtg_core.training.context import LocalContext, Save
-from dmtg_core.training.loop import advance, evaluate, reporting, rows_evaluated, score_of
+from dmtg_core.training.loop import advance, evaluate_splits, reporting, score_of
 from dmtg_core.training.state import TrainState
 from pipelines.config.loading import Config
 from pipelines.data.ingest import open_data
@@ -91,9 +91,8 @@ def train_group(job: Job, name: str, members: Sequence[str], before: float) -> t
         except (RuntimeError, MemoryError, CodeError) as error:
             raise permanent_error(error, job.config, str(job.run), 1) or error from error
         state.take_best()
-        rows = rows_evaluated(state.network.spec, settings)
         splits = [split for split in ("val", "test") if reader.manifest.rows(split)]
-        metrics = {split: evaluate(state.network, data, split, batch_size=rows) for split in splits}
+        metrics = evaluate_splits(state.network, data, splits, settings)
     write_model(job.run / GROUPS / name / MODEL, group_model(state.network))
     _done(job.run, name).write_json({"before": before, "after": state.best_score, "metrics": metrics})
     return before, state.best_score

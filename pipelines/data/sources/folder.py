@@ -134,7 +134,7 @@ class FolderSource:
 
     def _listed(self, first: bool) -> Iterator[Entry]:
         options, where = self._options, str(self._table)
-        words = [options.image_column, *([options.split_by] if options.split_by is not None else [])]
+        words = [name for name in (options.image_column, options.split_by) if name is not None]
         rows = read_rows(self._table, self._needed(), dialect=self._dialect, words=words)
         rows = without_markers(rows, label_markers(options.tasks))
         named = with_ids(rows, options.image_column, "", where)

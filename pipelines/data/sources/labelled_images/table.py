@@ -91,10 +91,8 @@ class ImageTableSource(LabelledImages):
     def _rows(self) -> Iterator[ImageRow]:
         options = self._options
         needed = [task.column for task in options.tasks]
-        needed += [name for name in (options.id_column, options.split_by) if name]
-        split = options.split_column
-        if split and ("split_column" in options.model_fields_set or split in self._columns):
-            needed.append(split)
+        needed += [name for name in (options.id_column, *options.split_columns) if name]
+        needed += [name for name in self._columns if name == options.split_column]
         for part in self._parts:
             yield from image_rows(self._where, part, list(dict.fromkeys(needed)), options.image_column)
 

@@ -21,11 +21,11 @@ from tests.pipelines.data.sources.image_files import png
 
 PERSONS, VISITS = 300, 4
 TASKS = [{"column": "a", "kind": "binary"}, {"column": "b", "kind": "binary"}]
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "table": ("t.csv", {"file": "t.csv", "id_column": "visit"}),
-    "text": ("t.csv", {"file": "t.csv", "text_column": "note", "id_column": "visit"}),
-    "folder": ("t.csv", {"labels": "t.csv", "image_column": "visit"}),
-    "image_table": ("t.parquet", {"file": "t.parquet", "id_column": "visit"}),
+KINDS: dict[str, dict[str, Any]] = {
+    "table": {"file": "t.csv", "id_column": "visit"},
+    "text": {"file": "t.csv", "text_column": "note", "id_column": "visit"},
+    "folder": {"labels": "t.csv", "image_column": "visit"},
+    "image_table": {"file": "t.parquet", "id_column": "visit"},
 }
 
 
@@ -55,7 +55,7 @@ def write(root: Path, frame: pd.DataFrame) -> Path:
 
 def splits(root: Path, kind: str, **options: Any) -> dict[str, str]:
     """Visit → split."""
-    source = build_source(kind, str(root), {**KINDS[kind][1], "tasks": TASKS, **options})
+    source = build_source(kind, str(root), {**KINDS[kind], "tasks": TASKS, **options})
     return {entry.id: entry.split for entry in source.entries()}
 
 
@@ -86,7 +86,7 @@ def test_rows_for_validation_are_taken_by_person(tmp_path: Path) -> None:
 def test_the_column_is_a_feature_only_if_it_is_named(tmp_path: Path) -> None:
     root = write(tmp_path / "data", visits())
     for features, names in (("all", {"note", "x"}), (["x", "person"], {"x", "person"})):
-        options = {**KINDS["table"][1], "split_by": "person", "features": features, "tasks": TASKS}
+        options = {**KINDS["table"], "split_by": "person", "features": features, "tasks": TASKS}
         entry = next(iter(build_source("table", str(root), options).entries()))
         assert set(entry.fields["row"].cells) == {"a", "b"} | names
 
