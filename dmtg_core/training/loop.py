@@ -26,13 +26,7 @@ from dmtg_core.training.diagnostics import gate_figures, gradient_cosines, warni
 from dmtg_core.training.metrics import Metrics, MetricSums, error_of, error_scale
 from dmtg_core.training.settings import LR_SCHEDULES, TrainSettings, has_stopped, is_compiled, resolve
 from dmtg_core.training.state import TrainState
-from dmtg_core.training.step import (
-    StepFigures,
-    WeighedLoss,
-    prepare_network,
-    step_noise,
-    train_step,
-)
+from dmtg_core.training.step import StepFigures, WeighedLoss, prepare_network, step_noise, train_step
 
 EVALUATED = 256  # rows of features that are evaluated at a time
 CHECK_EVERY = 100  # steps between two checks for a refused step
@@ -76,11 +70,7 @@ def evaluate(
 
 
 def evaluate_splits(
-    network: GroupingNetwork,
-    data: Data,
-    splits: Sequence[str],
-    settings: TrainSettings,
-    context: TrainContext | None = None,
+    network: GroupingNetwork, data: Data, splits: Sequence[str], settings: TrainSettings, context: TrainContext
 ) -> dict[str, Metrics]:
     """Compute the metrics of a network that is not compiled on several splits, `rows_evaluated` at a time."""
     rows = rows_evaluated(network.spec, settings)
@@ -197,8 +187,7 @@ def _advance(
             record = _train_epoch(state, module, data, settings, context, hooks, seed_step)
         state.partial = {}
         _average_statistics(state.network, context)
-        compiled = is_compiled(settings, context.device)
-        rows = rows_evaluated(state.network.spec, settings, compiled=compiled)
+        rows = rows_evaluated(state.network.spec, settings, compiled=is_compiled(settings, context.device))
         metrics = evaluate(state.network, data, "val", batch_size=rows, context=context)
         state.epoch += 1
         record |= {

@@ -92,7 +92,7 @@ def train_group(job: Job, name: str, members: Sequence[str], before: float) -> t
             raise permanent_error(error, job.config, str(job.run), 1) or error from error
         state.take_best()
         splits = [split for split in ("val", "test") if reader.manifest.rows(split)]
-        metrics = evaluate_splits(state.network, data, splits, settings)
+        metrics = evaluate_splits(state.network, data, splits, settings, context)
     write_model(job.run / GROUPS / name / MODEL, group_model(state.network))
     _done(job.run, name).write_json({"before": before, "after": state.best_score, "metrics": metrics})
     return before, state.best_score
