@@ -23,14 +23,15 @@ Scales = list[tuple[float, float]]  # offset and divisor of each stored value of
 def feature_quantiles(feature: Mapping[str, Any], values: np.ndarray) -> list[tuple[float, ...]]:
     """Quantiles of the stored values of a feature, over the rows that have it; none for flags.
 
-    Their number is that of TabM (Gorishniy et al. 2025): one for 30 rows, at least 10, here at most
-    `MOST_QUANTILES`.
+    They are one for each row, as those of scikit-learn's `QuantileTransformer`, and at most `MOST_QUANTILES`. With
+    one for 30 rows, as TabM has (Gorishniy et al. 2025), the long tail of a feature of a small table would lie
+    between two of them.
 
     Args:
         feature: The feature of the preparation.
         values: `(n, S)`.
     """
-    levels = np.linspace(0, 1, min(max(len(values) // 30, 10), MOST_QUANTILES))
+    levels = np.linspace(0, 1, min(max(len(values), 2), MOST_QUANTILES))
     found: list[tuple[float, ...]] = []
     for numbers in _numbers(feature, values):
         flag = len(np.unique(numbers)) <= 2

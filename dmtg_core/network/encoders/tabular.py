@@ -1,13 +1,16 @@
-"""TabM: an MLP for tables with weight-sharing members and periodic embeddings of numbers."""
+"""TabM: an MLP for tables with weight-sharing members and embeddings of numbers."""
 
 from __future__ import annotations
 
 import importlib
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial, wraps
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,19 +18,20 @@ from dmtg_core.network.inputs import Normalise
 from dmtg_core.tasks import InputSpec
 
 EXTRA = "pip install 'dmtg[tables]'"
-MANY_ROWS = 2_000  # rows from which numbers have a finer embedding
+MANY_ROWS = 2_000  # rows from which the embedding of a number is piecewise linear
 SHARED_ROWS = 3_000  # rows from which members share the first layer
+WIDE_ROWS = 20_000  # rows from which layers are twice as wide
 MOST_EMBEDDED = 512  # values of the embeddings of all numbers, for at least 2 each
 
 
 def tabm_options(rows: int, numbers: int) -> dict[str, Any]:
-    """Options of `tabm` for the size of a table. Width and blocks do not depend on it.
+    """Options of `tabm` for the size of a table.
 
-    A finer embedding of a number can follow steeper functions, which small data do not determine: its frequencies
-    are higher and its values more from `MANY_ROWS` rows. A table of many numbers has fewer values for each. From
-    `SHARED_ROWS` rows the first layer is shared and the members are half as many, which takes half of the time and
-    has no larger error; smaller tables need the differences of 16 members. The limits were chosen on the
-    development tables of `bench.tables`.
+    A piecewise-linear embedding follows steep functions, which need many rows. Small tables have a smoother one,
+    which is periodic with low frequencies. A table of many numbers has fewer values for each. From `SHARED_ROWS`
+    rows the first layer is shared and the members are half as many, which takes half of the time and has no
+    larger error; smaller tables need the differences of 16 members. The number of blocks does not depend on the
+    size. The limits were chosen on tables of `bench.tables`.
 
     Args:
         rows: Rows of the table; the training rows if they are known.
@@ -35,9 +39,11 @@ def tabm_options(rows: int, numbers: int) -> dict[str, Any]:
     """
     most = max(MOST_EMBEDDED // max(numbers, 1), 2)
     if rows < MANY_ROWS:
-        return {"embedding": min(8, most), "frequencies": 16, "frequency_scale": 0.02}
-    finer = {"embedding": min(16, most), "frequencies": 32, "frequency_scale": 0.1}
-    return {**finer, "members": 8, "shared_input": True} if rows >= SHARED_ROWS else finer
+        return {"numbers": "periodic", "embedding": min(8, most), "frequencies": 16, "frequency_scale": 0.02}
+    options = {"numbers": "piecewise_linear", "bins": 48, "embedding": min(16, most)}
+    if rows >= SHARED_ROWS:
+        options |= {"members": 8, "shared_input": True}
+    return options | {"width": 256} if rows >= WIDE_ROWS else options
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class _Tabm:
     width: int = 128
     blocks: int = 3
     members: int = 16
+    numbers: str = "periodic"
+    bins: int = 48
     embedding: int = 8
     frequencies: int = 16
     frequency_scale: float = 0.02
@@ -68,14 +76,19 @@ class _Tabm:
             start = ("normal" if numbers else "random-signs", "ones")
             plain = layer(sum(chunks), width, scaling_init=start, first_scaling_init_chunks=chunks)
             first = nn.Sequential(library.EnsembleView(k=self.members), _Block(plain, self.dropout))
-        return [_Columns(self._embed(len(numbers)), numbers, flags, codes), first, *hidden]
+        return [_Columns(self._embed(numbers), numbers, flags, codes), first, *hidden]
 
-    def _embed(self, numbers: int) -> nn.Module | None:
+    def _embed(self, numbers: list[int]) -> nn.Module | None:
         if not numbers:
             return None
-        make = _library("rtdl_num_embeddings").PeriodicEmbeddings
-        return make(
-            numbers, self.embedding, n_frequencies=self.frequencies,
+        if self.bins < 1:
+            raise ValueError(f"bins must be at least 1, got {self.bins}")
+        if self.numbers == "piecewise_linear":
+            return _PiecewiseLinear(_edges(self.spec, numbers, self.bins), self.embedding)
+        if self.numbers != "periodic":
+            raise ValueError(f"numbers must be periodic or piecewise_linear, got {self.numbers!r}")
+        return _library("rtdl_num_embeddings").PeriodicEmbeddings(
+            len(numbers), self.embedding, n_frequencies=self.frequencies,
             frequency_init_scale=self.frequency_scale, lite=False,
         )  # fmt: skip
 
@@ -84,12 +97,14 @@ class _Tabm:
 def tabm(spec: InputSpec, **options: Any) -> list[nn.Module]:
     """An ensemble of `members` MLPs with common weights (TabM, Gorishniy et al., ICLR 2025, section 3).
 
-    The first stage embeds the numbers (Gorishniy et al., NeurIPS 2022, section 3.3: a linear layer on sine and
-    cosine of learned frequencies, then ReLU). Each further stage is a linear layer with ReLU, dropout, and a
-    residual connection where both widths are equal. Its members differ by scales of inputs and outputs and by
-    biases (BatchEnsemble, Wen et al. 2020, equation 5). Features with `InputSpec.quantiles` are numbers; other
-    features, such as the flags of categories, are used as they are. A number with `InputSpec.codes` is a category
-    as well: each code has a vector, which is added in the first layer and starts at zero.
+    The first stage embeds the numbers (Gorishniy et al., NeurIPS 2022): by a linear layer on sine and cosine of
+    learned frequencies with ReLU (section 3.3), or by a continuous function that is linear within each bin of
+    training rows (section 3.2; version B of `PiecewiseLinearEmbeddings` in the authors' package). Each further
+    stage is a linear layer with ReLU, dropout, and a residual connection where both widths are equal. Its members
+    differ by scales of inputs and outputs and by biases (BatchEnsemble, Wen et al. 2020, equation 5). Features
+    with `InputSpec.quantiles` are numbers; other features, such as the flags of categories, are used as they are.
+    A number with `InputSpec.codes` is a category as well: each code has a vector, which is added in the first
+    layer and starts at zero.
 
     The stages after the first map `(B, members, F)` to `(B, members, F)`. The loss of a task is the mean of the
     losses of its members. A prediction is the mean of the members' predictions, see
@@ -100,15 +115,18 @@ def tabm(spec: InputSpec, **options: Any) -> list[nn.Module]:
         width: Features of each hidden layer.
         blocks: Number of hidden layers.
         members: Size of the ensemble; 1 for a plain MLP.
+        numbers: Embedding of the numbers: "periodic" or "piecewise_linear".
+        bins: Largest number of bins of a piecewise-linear embedding.
         embedding: Values of the embedding of a number.
-        frequencies: Frequencies of the embedding of a number.
+        frequencies: Frequencies of a periodic embedding.
         frequency_scale: Standard deviation of the initial frequencies, in 1 / normalised unit.
         shared_input: Whether the members have no scales of the first layer's inputs. Its product is then computed
             once for all members, and the scales of its outputs start as random signs.
         dropout: Share of values dropped during training.
 
     Raises:
-        ValueError: If the packages `tabm` and `rtdl_num_embeddings` are not installed.
+        ValueError: If the packages `tabm` and `rtdl_num_embeddings` are not installed, or if an option has no such
+            value.
     """
     return _Tabm(spec, **options).stages()
 
@@ -138,6 +156,28 @@ class _Columns(nn.Module):
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
+class _PiecewiseLinear(nn.Module):
+    """Embeddings of numbers that are linear within each bin: `(B, F)` to `(B, F, D)`.
+
+    A number outside all bins has the embedding of the nearest edge, because nothing is known beyond.
+    """
+
+    least: Tensor
+    most: Tensor
+
+    def __init__(self, edges: Sequence[Tensor], size: int) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*just two bin edges")  # numbers most of which are equal
+            make = _library("rtdl_num_embeddings").PiecewiseLinearEmbeddings
+            self.embed = make(list(edges), size, activation=False, version="B")
+        self.register_buffer("least", torch.stack([one[0] for one in edges]), persistent=False)
+        self.register_buffer("most", torch.stack([one[-1] for one in edges]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.embed(x.clamp(self.least, self.most))
+
+
 class _Codes(nn.Module):
     """The sum of the vectors of the codes of a row: `(B, F)` to `(B, width)`.
 
@@ -152,8 +192,8 @@ class _Codes(nn.Module):
 
     def __init__(self, spec: InputSpec, width: int) -> None:
         super().__init__()
-        places = [place for place, codes in enumerate(spec.codes) if codes]
-        scores = [_scores(spec, place) for place in places]
+        columns = {place: codes for place, codes in enumerate(spec.codes) if codes}
+        places, scores = list(columns), _scores(spec, columns)
         counts = torch.tensor(list(map(len, scores))).unsqueeze(1)
         values = torch.full((len(places), int(counts.max())), torch.inf)
         for row, known in zip(values, scores, strict=True):
@@ -172,12 +212,21 @@ class _Codes(nn.Module):
         return (found * known.unsqueeze(2)).sum(0)
 
 
-def _scores(spec: InputSpec, place: int) -> Tensor:
-    """The different normalised values of the codes of a feature, in ascending order."""
-    codes = torch.tensor(spec.codes[place])
-    rows = torch.zeros(len(codes), spec.shape[0])
-    rows[:, place] = codes
-    return Normalise(spec)(rows)[:, place].unique()
+def _scores(spec: InputSpec, columns: Mapping[int, Sequence[float]]) -> list[Tensor]:
+    """The different normalised values of features, in ascending order."""
+    rows = torch.zeros(max(map(len, columns.values())), spec.shape[0])
+    for place, values in columns.items():
+        rows[: len(values), place] = torch.tensor(values)
+    scores = Normalise(spec)(rows)
+    return [scores[: len(values), place].unique() for place, values in columns.items()]
+
+
+def _edges(spec: InputSpec, places: Sequence[int], bins: int) -> list[Tensor]:
+    """At most `bins + 1` edges of each feature, in normalised units, with as many training rows between two."""
+    last = len(spec.quantiles[places[0]]) - 1
+    chosen = np.linspace(0, last, min(bins, last) + 1).round().astype(int).tolist()
+    found = _scores(spec, {place: [spec.quantiles[place][one] for one in chosen] for place in places})
+    return [edges if len(edges) > 1 else torch.cat([edges, edges + 1]) for edges in found]  # or a constant
 
 
 class _SharedLinear(nn.Module):

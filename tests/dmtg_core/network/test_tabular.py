@@ -1,5 +1,6 @@
 """TabM and the normal scores of its input, against `tabm`, scikit-learn and torch."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -35,6 +36,7 @@ from tests.dmtg_core import samples
 from tests.dmtg_core.samples import SAMPLEWISE, assert_same_tensors, assigned
 
 tabm = pytest.importorskip("tabm")
+rtdl_num_embeddings = pytest.importorskip("rtdl_num_embeddings")
 
 EDGES = tuple(np.linspace(-2.0, 2.0, 9))
 INPUT = InputSpec("features", (6,), quantiles=(EDGES, (), EDGES, EDGES, (), EDGES))
@@ -127,6 +129,46 @@ def test_a_layer_is_that_of_the_authors():
     assert (features.channels, features.members, features.stride) == (8, MEMBERS, 0)
 
 
+@given(seed=st.integers(0, 2**32), rows=st.sampled_from([3, 40, 2_000]), bins=st.sampled_from([1, 2, 48, 300]))
+def test_piecewise_linear_embeddings_are_those_of_the_authors(seed, rows, bins):
+    rng = np.random.default_rng(seed)
+    x = tied(rng, rows)
+    x[:2, 2] = 7, 8  # not constant
+    edges = np.quantile(x, np.linspace(0, 1, min(rows, 256)), axis=0).astype(np.float32)
+    given = InputSpec("features", (4,), quantiles=tuple(map(tuple, edges.T.tolist())))
+    normalise = Normalise(given)
+    columns, *_ = tabular.tabm(given, **{**OPTIONS, "numbers": "piecewise_linear", "bins": bins})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chosen = edges[np.linspace(0, len(edges) - 1, min(bins, len(edges) - 1) + 1).round().astype(int)]
+        theirs = rtdl_num_embeddings.PiecewiseLinearEmbeddings(
+            [column.unique() for column in normalise(torch.from_numpy(chosen)).T], 3, activation=False, version="B"
+        )
+    torch.nn.init.normal_(columns.embed.embed.linear.weight)
+    theirs.load_state_dict(columns.embed.embed.state_dict())
+    torch.testing.assert_close(
+        columns(normalise(torch.from_numpy(x))), theirs(normalise(torch.from_numpy(x))).flatten(1)
+    )
+    nearest = torch.from_numpy(edges[[0, -1]])
+    outside = nearest + torch.tensor([[-3.0], [3.0]])
+    torch.testing.assert_close(columns(normalise(outside)), columns(normalise(nearest)))
+
+
+def test_a_constant_number_has_a_constant_embedding():
+    constant = InputSpec("features", (2,), quantiles=((1.0, 1.0, 1.0), (0.0, 1.0, 2.0)))
+    columns, *_ = tabular.tabm(constant, **{**OPTIONS, "numbers": "piecewise_linear"})
+    found = columns(Normalise(constant)(torch.tensor([[1.0, 0.0], [1.0, 2.0]])))
+    assert torch.equal(found[0, :3], found[1, :3])
+    assert not torch.equal(found[0, 3:], found[1, 3:])
+
+
+def test_an_unknown_embedding_is_refused():
+    with pytest.raises(ValueError, match="numbers must be periodic or piecewise_linear, got 'linear'"):
+        tabular.tabm(INPUT, numbers="linear")
+    with pytest.raises(ValueError, match="bins must be at least 1, got 0"):
+        tabular.tabm(INPUT, numbers="piecewise_linear", bins=0)
+
+
 def test_members_have_common_weights_and_start_different():
     _, (branch,), *_ = build_encoder(EncoderSpec("tabm", 0, OPTIONS), INPUT, 1, seed=3)
     out = branch(torch.randn(5, 6))
@@ -176,9 +218,10 @@ def test_the_loss_of_soft_targets_is_that_of_torch():
     assert torch.allclose(found[0], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("numbers", ["periodic", "piecewise_linear"])
 @pytest.mark.parametrize("stem", [0, 1, 2])
-def test_models_of_groups_predict_as_the_network(stem):
-    network = assigned(GroupingNetwork(spec(stem=stem)), [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]).eval()
+def test_models_of_groups_predict_as_the_network(stem, numbers):
+    network = assigned(GroupingNetwork(spec(stem=stem, numbers=numbers)), [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]).eval()
     batch = samples.batch(INPUT, SAMPLEWISE, 5)
     whole, found = network(batch.inputs), {}
     for model in network.specialise().values():
@@ -222,15 +265,18 @@ def test_a_missing_package_is_named(monkeypatch, name):
 
 
 @pytest.mark.parametrize(
-    ("rows", "numbers", "embedding", "scale"),
-    [(300, 10, 8, 0.02), (1_999, 10, 8, 0.02), (2_000, 10, 16, 0.1), (3_000, 64, 8, 0.1), (300, 0, 8, 0.02),
-     (300_000, 1_000, 2, 0.1)],
+    ("rows", "numbers", "embedding", "width"),
+    [(300, 10, 8, 128), (1_999, 10, 8, 128), (2_000, 10, 16, 128), (3_000, 64, 8, 128), (300, 0, 8, 128),
+     (20_000, 3, 16, 256), (300_000, 1_000, 2, 256)],
 )  # fmt: skip
-def test_options_follow_from_rows_and_numbers(rows, numbers, embedding, scale):
+def test_options_follow_from_rows_and_numbers(rows, numbers, embedding, width):
     options = tabular.tabm_options(rows, numbers)
-    assert (options["embedding"], options["frequency_scale"]) == (embedding, scale)
+    assert options["embedding"] == embedding
+    assert options["numbers"] == ("periodic" if rows < 2_000 else "piecewise_linear")
     assert options.get("shared_input", False) == (rows >= 3_000)
-    assert len(tabular.tabm(INPUT, **options)) == 4
+    stages = tabular.tabm(INPUT, **options)
+    assert len(stages) == 4
+    assert stages[3](torch.zeros(1, options.get("members", 16), width)).shape[2] == width
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,10 @@ BERT = {
     "intermediate_size": 24, "max_position_embeddings": 12,
 }  # fmt: skip
 LORA = {"rank": 2, "norms": True}
+MEMBERS = {"width": 8, "blocks": 2, "members": 4}
 KINDS: dict[str, tuple[InputSpec, tuple[Task, ...], EncoderSpec]] = {
-    "tables": (TABLE, SAMPLEWISE, EncoderSpec("tabm", 0, {"width": 8, "blocks": 2, "members": 4})),
+    "tables": (TABLE, SAMPLEWISE, EncoderSpec("tabm", 0, {**MEMBERS, "numbers": "piecewise_linear"})),
+    "small tables": (TABLE, SAMPLEWISE, EncoderSpec("tabm", 0, MEMBERS)),
     "images": (PICTURE, SAMPLEWISE + DENSE, EncoderSpec("convnet", 1, {"widths": [4, 8]})),
     "texts": (TEXT, SAMPLEWISE, EncoderSpec("text_transformer", 1, LAYERS)),
     "last": (TEXT, SAMPLEWISE, EncoderSpec("text_transformer", 2, LAYERS, "last")),

@@ -55,12 +55,12 @@ def test_numbers_become_normal_scores_and_flags_do_not_change(tmp_path: Path) ->
     scores = Normalise(spec)(torch.from_numpy(stored)).numpy()
     train = (frame["split"] == "train").to_numpy()
     income = frame[["income"]].to_numpy(np.float32)
-    expected = QuantileTransformer(n_quantiles=400 // 30, output_distribution="normal").fit(income[train])
+    expected = QuantileTransformer(n_quantiles=256, output_distribution="normal").fit(income[train])
     inside = (income[:, 0] > income[train].min()) & (income[:, 0] < income[train].max())
     np.testing.assert_allclose(scores[inside, 0], expected.transform(income)[inside, 0], atol=2e-3)
     ages = frame["age"].to_numpy(np.float32)
     known = train & ~np.isnan(ages)
-    assert spec.quantiles[1] == tuple(np.quantile(ages[known], np.linspace(0, 1, 13)).astype(np.float32).tolist())
+    assert spec.quantiles[1] == tuple(np.quantile(ages[known], np.linspace(0, 1, 256)).astype(np.float32).tolist())
     # the gap of age, the flag, and the categories (two and other values) are as they are; then six parts of dates
     assert [len(edges) for edges in spec.quantiles[2:7]] == [0] * 5
     assert np.array_equal(scores[:, 4:7], stored[:, 4:7])
@@ -72,6 +72,14 @@ def test_numbers_become_normal_scores_and_flags_do_not_change(tmp_path: Path) ->
         True,
         True,
     ]  # one or two years
+
+
+def test_a_small_table_has_a_quantile_for_each_row(tmp_path: Path) -> None:
+    frame = table(tmp_path, rows=60)
+    train = frame["split"] == "train"
+    assert source(tmp_path).describe().input.quantiles[0] == tuple(
+        np.sort(frame["income"][train].to_numpy(np.float32)).tolist()
+    )
 
 
 def test_the_manifest_keeps_the_quantiles(tmp_path: Path) -> None:
