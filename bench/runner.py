@@ -26,6 +26,7 @@ from pipelines.execution.resources import cores
 
 # bound, value, and a function that returns numerator and denominator of the ratio, and notes
 Row = tuple[str, float, Callable[[], tuple[Any, ...]]]
+KEYS = {"name", "ratio", "bound", "value", "repeats", "medians", "command", "machine"}  # of a result without notes
 RESULT = Path("bench.json")
 
 
@@ -141,7 +142,7 @@ def order(row: Mapping[str, object]) -> int:
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """Return the printed table: for each row its ratio and the medians of its costs, and the machine."""
+    """Return the printed table: for each row its ratio, the medians of its costs and notes, and the machine."""
     lines = [f"{'':6}  {'row':26} {'ratio':>7}  bound           medians"]
     for row in rows:
         mark = ("FAILED", "MISSES", "ok")[order(row)]
@@ -153,4 +154,5 @@ def _figures(row: Mapping[str, Any]) -> str:
     if "error" in row:
         return str(row["error"])
     costs = ", ".join(f"{cost:.3g}" for cost in row["medians"])
-    return f"{row['ratio']:>7}  {row['bound']:8} {row['value']:<5}  {costs}"
+    notes = "".join(f"; {key} {value}" for key, value in row.items() if key not in KEYS)
+    return f"{row['ratio']:>7}  {row['bound']:8} {row['value']:<5}  {costs}{notes}"

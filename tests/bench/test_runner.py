@@ -56,6 +56,12 @@ def test_rows_that_fail_and_miss_are_first(whole: tuple[Path, subprocess.Complet
     ]  # fmt: skip
 
 
+def test_notes_are_printed_beside_the_medians(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, done = whole
+    (line,) = [line for line in done.stdout.splitlines() if line.split()[:2] == ["ok", "good"]]
+    assert line.endswith(f"; process {written(folder)['good']['process']}; threads 1")
+
+
 def test_a_row_is_the_median_of_its_pairs_after_a_warm_up(
     whole: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
