@@ -18,7 +18,7 @@ from dmtg_core.network.inputs import Normalise
 from dmtg_core.tasks import InputSpec
 
 EXTRA = "pip install 'dmtg[tables]'"
-MANY_ROWS = 2_000  # rows from which the embedding of a number is piecewise linear
+MANY_ROWS = 1_000  # rows from which the embedding of a number is piecewise linear
 SHARED_ROWS = 3_000  # rows from which members share the first layer
 WIDE_ROWS = 20_000  # rows from which layers are twice as wide
 MOST_EMBEDDED = 512  # values of the embeddings of all numbers, for at least 2 each

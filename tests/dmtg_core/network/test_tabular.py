@@ -266,13 +266,13 @@ def test_a_missing_package_is_named(monkeypatch, name):
 
 @pytest.mark.parametrize(
     ("rows", "numbers", "embedding", "width"),
-    [(300, 10, 8, 128), (1_999, 10, 8, 128), (2_000, 10, 16, 128), (3_000, 64, 8, 128), (300, 0, 8, 128),
+    [(300, 10, 8, 128), (999, 10, 8, 128), (1_000, 10, 16, 128), (3_000, 64, 8, 128), (300, 0, 8, 128),
      (20_000, 3, 16, 256), (300_000, 1_000, 2, 256)],
 )  # fmt: skip
 def test_options_follow_from_rows_and_numbers(rows, numbers, embedding, width):
     options = tabular.tabm_options(rows, numbers)
     assert options["embedding"] == embedding
-    assert options["numbers"] == ("periodic" if rows < 2_000 else "piecewise_linear")
+    assert options["numbers"] == ("periodic" if rows < 1_000 else "piecewise_linear")
     assert options.get("shared_input", False) == (rows >= 3_000)
     stages = tabular.tabm(INPUT, **options)
     assert len(stages) == 4
