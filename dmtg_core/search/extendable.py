@@ -24,6 +24,7 @@ from dmtg_core.training.state import TrainState
 DECAY = 0.25  # share of the decay in all epochs
 PATIENCE = 0.2  # last epochs whose scores are compared with the best one, as a share of `TrainSettings.epochs`
 LEAST_PATIENCE = 3
+LEAST = 0.5  # epochs before which validation has not turned, as a share of `TrainSettings.epochs`
 
 
 def patience_of(settings: TrainSettings) -> int:
@@ -31,7 +32,15 @@ def patience_of(settings: TrainSettings) -> int:
     return settings.patience or max(round(PATIENCE * settings.epochs), LEAST_PATIENCE)
 
 
-def has_turned(scores: Sequence[float], patience: int) -> bool:
+def least_of(settings: TrainSettings) -> int:
+    """Return the number of epochs before which a training does not end: half of all, or none with a patience.
+
+    The first scores of a few long epochs vary most. A user who sets no patience expects all epochs.
+    """
+    return 0 if settings.patience else math.ceil(LEAST * settings.epochs)
+
+
+def has_turned(scores: Sequence[float], patience: int, least: int = 0) -> bool:
     """Whether validation gets worse: none of the last epochs is as good as the best one before, within the noise.
 
     At a constant learning rate the score of a network that still learns varies from epoch to epoch, and a decay
@@ -40,9 +49,10 @@ def has_turned(scores: Sequence[float], patience: int) -> bool:
     Args:
         scores: Validation scores of all epochs.
         patience: Number of last epochs.
+        least: Number of epochs before which it has not turned.
     """
     before, late = scores[:-patience], scores[-patience:]
-    return bool(before) and min(late) > min(before) + score_noise(scores)
+    return len(scores) >= least and bool(before) and min(late) > min(before) + score_noise(scores)
 
 
 def score_noise(scores: Sequence[float]) -> float:
@@ -100,10 +110,11 @@ def complete(
         NonFiniteLossError: If the loss is not finite.
     """
     if state.decay is None:
-        constant, patience = max(most - max(round(DECAY * most), 1), state.epoch), patience_of(settings)
+        constant = max(most - max(round(DECAY * most), 1), state.epoch)
+        patience, least = patience_of(settings), least_of(settings)
 
         def turned(state: TrainState) -> bool:
-            return has_turned([record["val_score"] for record in state.history], patience)
+            return has_turned([record["val_score"] for record in state.history], patience, least)
 
         stopping = replace(hooks, should_stop=turned)
         advance(state, data, held(settings, constant), context, until=constant, hooks=stopping)

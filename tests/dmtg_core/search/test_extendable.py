@@ -7,7 +7,7 @@ import pytest
 
 from dmtg_core import GroupingNetwork, TrainSettings
 from dmtg_core.search.baselines import hard_network, together, train_within
-from dmtg_core.search.extendable import complete, extend, has_turned, held, patience_of
+from dmtg_core.search.extendable import complete, extend, has_turned, held, least_of, patience_of
 from dmtg_core.training.loop import advance, reporting
 from dmtg_core.training.state import TrainState
 from tests.dmtg_core import samples
@@ -129,6 +129,16 @@ def test_an_interrupted_training_has_the_same_result(data, tmp_path, epoch):
 )
 def test_validation_has_turned_if_the_last_epochs_are_worse_by_more_than_the_noise(scores, expected):
     assert has_turned(scores, 2) is expected
+
+
+@pytest.mark.parametrize(("least", "expected"), [(0, True), (3, True), (4, False)])
+def test_the_first_epochs_do_not_end_a_training(least, expected):
+    assert has_turned([1.0, 3.0, 3.5], 2, least) is expected
+
+
+@pytest.mark.parametrize(("patience", "epochs", "expected"), [(0, 14, 7), (0, 3, 2), (5, 14, 0)])
+def test_a_training_lasts_half_of_its_epochs_unless_it_has_a_patience(patience, epochs, expected):
+    assert least_of(TrainSettings(epochs=epochs, patience=patience)) == expected
 
 
 @pytest.mark.parametrize(("patience", "epochs", "expected"), [(7, 10, 7), (0, 100, 20), (0, 10, 3), (0, 1, 3)])
