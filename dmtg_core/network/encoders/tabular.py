@@ -61,6 +61,12 @@ class _Tabm:
     shared_input: bool = False
     dropout: float = 0.1
 
+    def __post_init__(self) -> None:
+        if self.numbers not in ("periodic", "piecewise_linear"):
+            raise ValueError(f"numbers must be periodic or piecewise_linear, got {self.numbers!r}")
+        if self.bins < 1:
+            raise ValueError(f"bins must be at least 1, got {self.bins}")
+
     def stages(self) -> list[nn.Module]:
         library, width, spec = _library("tabm"), self.width, self.spec
         numbers = [place for place, edges in enumerate(spec.quantiles) if edges]
@@ -81,12 +87,8 @@ class _Tabm:
     def _embed(self, numbers: list[int]) -> nn.Module | None:
         if not numbers:
             return None
-        if self.bins < 1:
-            raise ValueError(f"bins must be at least 1, got {self.bins}")
         if self.numbers == "piecewise_linear":
             return _PiecewiseLinear(_edges(self.spec, numbers, self.bins), self.embedding)
-        if self.numbers != "periodic":
-            raise ValueError(f"numbers must be periodic or piecewise_linear, got {self.numbers!r}")
         return _library("rtdl_num_embeddings").PeriodicEmbeddings(
             len(numbers), self.embedding, n_frequencies=self.frequencies,
             frequency_init_scale=self.frequency_scale, lite=False,
