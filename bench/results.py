@@ -65,6 +65,7 @@ python -m bench.tables players benefits digits trial sleep counties
 python -m bench.tables births workers savings --seeds 1,2,3
 python -m bench.tables health happiness --seeds 1,2,3 --methods ''
 python -m bench.tables diamonds --seeds 1,2 --methods ''
+python -m bench.tables mothers --seeds 1 --methods ''
 ```
 
 Mean error over the tasks on test: 1 - AUROC, 1 - accuracy, or RMSE in standard deviations. Each seed is another
@@ -77,8 +78,10 @@ changed after other tables were seen: small tables have a quantile for each row 
 have piecewise-linear embeddings and wider layers since `diamonds`. The limit of 1,000 rows for these embeddings is
 from molecules of Tox21 with 105 descriptors. Nothing was changed for `births`, `workers` and `savings`.
 
-Naive MTL or the guided search has the smallest error on eight of the twelve tables. On the others it is behind the
-best learner by 0.1 % (`sleep`), 0.4 % (`savings`), 1.4 % (`counties`) and 2.2 % (`health`).
+Naive MTL or the guided search has the smallest error on eight of the thirteen tables. On the others it is behind
+the best learner by 0.1 % (`sleep`), 0.4 % (`savings`), 1.4 % (`counties`), 2.2 % (`health`) and 4.9 % (`mothers`).
+On `mothers` the MLP is better because of one task: the number of children is a class with rare values, and its
+balanced accuracy is 0.25 beside 0.14.
 
 The guided search kept naive MTL on 31 of 39 splits of tables with 200 to 5,600 training rows: no network was
 better by two standard errors of the validation score. Its error was 0.28 (`digits`) to 1.005 times that of naive
