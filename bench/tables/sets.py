@@ -207,5 +207,5 @@ DEVELOPMENT: Mapping[str, Callable[[], TableSet]] = {
     "counties": counties, "health": health, "happiness": happiness, "mothers": mothers, "diamonds": diamonds,
     "molecules": molecules,
 }  # fmt: skip
-# no default was changed after these were seen
+# no default was changed because of these
 UNSEEN: Mapping[str, Callable[[], TableSet]] = {"births": births, "workers": workers, "savings": savings}

@@ -24,7 +24,7 @@ from dmtg_core.training.state import TrainState
 DECAY = 0.25  # share of the decay in all epochs
 PATIENCE = 0.2  # last epochs whose scores are compared with the best one, as a share of `TrainSettings.epochs`
 LEAST_PATIENCE = 3
-LEAST = 0.5  # epochs before which validation has not turned, as a share of `TrainSettings.epochs`
+LEAST_EPOCHS = 0.5  # epochs before which validation has not turned, as a share of `TrainSettings.epochs`
 
 
 def patience_of(settings: TrainSettings) -> int:
@@ -37,7 +37,7 @@ def least_of(settings: TrainSettings) -> int:
 
     The first scores of a few long epochs vary most. A user who sets no patience expects all epochs.
     """
-    return 0 if settings.patience else math.ceil(LEAST * settings.epochs)
+    return 0 if settings.patience else math.ceil(LEAST_EPOCHS * settings.epochs)
 
 
 def has_turned(scores: Sequence[float], patience: int, least: int = 0) -> bool:
