@@ -23,12 +23,11 @@ from pipelines.data.sources.labels import DASHES
 from pipelines.data.sources.rows import MOST_NAMES, Row, split_name
 from pipelines.data.sources.tables.flags import FLAGS
 from pipelines.errors import UserError
-from pipelines.scaffold.quantities import whole_numbers
+from pipelines.scaffold.quantities import ROWS_A_CLASS, whole_numbers
 
 HEAD_ROWS = 20_000
 MOST_VALUES = 100  # most values of a category that is not hashed, and most classes of a target
 MOST_NUMBERS = 20  # most values of a target of whole numbers that counts as classes
-ROWS_A_CLASS = 10  # smallest mean number of rows of such a class
 GAPS = ("na", "n/a", "#n/a", "nan", "null", "none", "?", "-", "--", ".", "unknown", "missing")
 _ID = re.compile(
     r"(?i:^(id|.*[_\s-](id|nr|no)\.?|.*nummer|uid|uuid|guid|key|index|row|ид|номер|编号|unnamed: 0|)$)"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 LONGEST_SCALE = 10  # highest rating of a scale that begins with 0 or 1
 SHORTEST_SCALE = 5  # fewest values of a scale, and of counts that fall off
+ROWS_A_CLASS = 10  # rows below which a class cannot be learned
+FEWEST_PAIRS = 10  # of values on the same side of the most frequent one
 
 # whole words of a name, in common languages; a word of codes wins
 CODES = """
@@ -48,20 +50,50 @@ def _by_values(pairs: list[tuple[int, int]]) -> tuple[bool, str]:
     values, rows = zip(*pairs, strict=True)
     first, last = values[0], values[-1]
     steps = {after - before for before, after in pairwise(values)}
-    if first < 0:
-        return True, "codes are seldom negative"
-    if steps == {1} and first == 0 and len(values) >= SHORTEST_SCALE and _falls(rows):
-        return True, "counts from 0 that fall off"
-    if steps == {1} and first == 1 and SHORTEST_SCALE <= last <= LONGEST_SCALE:
-        return True, f"a scale of ratings from 1 to {last}"
-    if len(steps) == 1 and min(steps) >= SHORTEST_SCALE and first % min(steps) == 0:
-        return True, f"amounts in steps of {min(steps)}"
+    step = min(steps)
+    rare = sum(number < ROWS_A_CLASS for number in rows)
+    signs_of_amounts = (
+        (first < 0, "codes are seldom negative"),
+        (
+            steps == {1} and first == 0 and len(values) >= SHORTEST_SCALE and _falls(rows),
+            "counts from 0 that fall off",
+        ),
+        (
+            steps == {1} and first == 1 and SHORTEST_SCALE <= last <= LONGEST_SCALE,
+            f"a scale of ratings from 1 to {last}",
+        ),
+        (len(steps) == 1 and step >= SHORTEST_SCALE and first % step == 0, f"amounts in steps of {step}"),
+        (
+            _falls_on_both_sides(rows),
+            f"values are the rarer, the farther they are from the most frequent, {values[_peak(rows)]}",
+        ),
+        (2 * rare >= len(values), f"{rare} of {len(values)} values have fewer than {ROWS_A_CLASS} rows"),
+    )
+    for found, why in signs_of_amounts:
+        if found:
+            return True, why
     return False, f"{len(values)} values from {first} to {last} in no order of amounts"
 
 
 def _falls(rows: tuple[int, ...]) -> bool:
     """Whether the numbers of rows fall from their peak, in the first half, to less than half of it at the end."""
-    peak = rows.index(max(rows))
+    peak = _peak(rows)
     tail = rows[peak:]
     rises = sum(max(after - before, 0) for before, after in pairwise(tail))
     return 2 * peak < len(rows) and 2 * rows[-1] < rows[peak] and 10 * rises <= rows[peak]
+
+
+def _falls_on_both_sides(rows: tuple[int, ...]) -> bool:
+    """Whether the numbers of rows fall from their peak to both ends, to a twentieth at one of them.
+
+    Of two values on the same side, the farther has fewer rows in nine of ten pairs. Codes have no such order.
+    """
+    peak = _peak(rows)
+    sides = rows[peak - 1 :: -1] if peak else (), rows[peak + 1 :]
+    pairs = [near >= far for side in sides for near, far in combinations(side, 2)]
+    rarest = min(rows[0], rows[-1])
+    return len(pairs) >= FEWEST_PAIRS and 10 * sum(pairs) >= 9 * len(pairs) and 20 * rarest <= rows[peak]
+
+
+def _peak(rows: tuple[int, ...]) -> int:
+    return rows.index(max(rows))

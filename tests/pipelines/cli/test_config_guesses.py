@@ -43,6 +43,11 @@ def drawn(numbers: Any, rows: int = 500) -> dict[int, int]:
         dict.fromkeys((1, 2, 3, 4, 5, 6, 7, 8, 9, 10), 30),
         dict.fromkeys((-2, -1, 0, 1, 2), 30),
         dict.fromkeys((10, 20, 30, 50, 40), 30),
+        {2: 16215, 3: 10014, 4: 3736, 5: 1374, 6: 323, 7: 134, 8: 47, 9: 6, 10: 4, 11: 2, 12: 2},  # children
+        {0: 1, 1: 4, 2: 10, 3: 14, 4: 9, 5: 15, 6: 34, 7: 79, 8: 566, 9: 1094, 10: 3},  # Apgar scores
+        {0: 575, 1: 2, 2: 5, 3: 5, 5: 11, 6: 6, 8: 2, 10: 50, 12: 1, 15: 7, 20: 39, 30: 6},  # cigarettes a day
+        drawn(lambda rng, n: rng.binomial(20, 0.5, n) + 7),
+        drawn(lambda rng, n: 18 - rng.poisson(3, n)),
     ],
 )
 def test_values_like_amounts_ratings_and_counts_are_numbers(counts: dict[int, int]) -> None:
@@ -56,6 +61,9 @@ def test_values_like_amounts_ratings_and_counts_are_numbers(counts: dict[int, in
         dict.fromkeys(range(10), 30),  # ten digits
         dict.fromkeys((1, 2, 3), 30),
         dict.fromkeys((101, 205, 310, 411, 500), 30),
+        {3: 40, 4: 300, 7: 20, 8: 150, 9: 2, 11: 90, 12: 400, 13: 11},  # frequent and rare ones side by side
+        {3: 400, 4: 200, 7: 100, 8: 50, 9: 3},  # too few values to see an order
+        drawn(lambda rng, n: rng.choice(12, n, p=rng.dirichlet([1] * 12)), 5000),
     ],
 )
 def test_values_in_no_order_are_codes(counts: dict[int, int]) -> None:
