@@ -148,7 +148,9 @@ def changes(before: Manifest, now: Manifest) -> list[str]:
     found += [f"tasks that are gone: {listed(lost)}"] if lost else []
     inputs = [(one.description.input, dict(one.description.preparation)) for one in (before, now)]
     found += [_input_change(before, now)] if inputs[0] != inputs[1] else []
-    labels = [_label_change(name, before, now) for name in tasks if name in earlier]
+    kinds = {name: (task.kind, earlier[name].kind) for name, task in tasks.items() if name in earlier}
+    found += [f"{name} is {kind}, before {was}" for name, (kind, was) in kinds.items() if kind != was][:MOST]
+    labels = [_label_change(name, before, now) for name, (kind, was) in kinds.items() if kind == was]
     found += [change for change in labels if change][:MOST]
     return found or (["the content of some samples"] if now.digest() != before.digest() else [])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.config.loading import Config
 from pipelines.data import raw_data
 from pipelines.data.manifest import FILE, read_manifest
 from pipelines.data.raw_data import differences, identity
@@ -72,6 +74,22 @@ def test_changed_rows_and_columns_are_announced(table: Path, tmp_path: Path) -> 
     assert "source.options differ in features" in lines[0]
     assert any(line.startswith("changed: train has ") for line in lines)
     assert "changed: columns of the input: gone x2" in lines
+
+
+KINDS = ("binary", "multiclass", "regression")
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(KINDS, 2)))
+def test_another_kind_of_task_is_announced(tmp_path: Path, first: str, second: str) -> None:
+    (tmp_path / "t.csv").write_text("x,y\n" + "\n".join(f"{row},{row % 2}" for row in range(200)))
+
+    def of_kind(kind: str) -> Config:
+        options = {"id_column": None, "split_column": None, "tasks": [{"column": "y", "kind": kind}]}
+        source = {"kind": "table", "root": str(tmp_path / "t.csv"), "options": options}
+        return table_config(tmp_path / "t.csv", tmp_path, source=source)
+
+    shard(of_kind(first))
+    assert renewed(of_kind(second))[1:] == [f"changed: y is {second}, before {first}"]
 
 
 def test_a_task_that_was_added_to_the_options_is_not_missing(table: Path, tmp_path: Path) -> None:
