@@ -132,7 +132,7 @@ def mothers() -> TableSet:
     return TableSet(found, ("worked", "weeks", "hours", "labinc", "kids", "morekids"))
 
 
-def molecules(rows: int = 5_000) -> TableSet:
+def molecules(rows: int = 2_000) -> TableSet:
     """QM9 (qm9pack): twelve properties of small molecules, from SMILES; the first rows by a hash of the id."""
     names = {
         "Dipole_debye": "mu", "Polarizability_bohr3": "alpha", "HOMO_au": "homo", "LUMO_au": "lumo",
