@@ -201,7 +201,7 @@ def overlap_groups(
     state = TrainState.fresh(network, whole)
     extend(state, data, whole, context, until=epochs)
     rows = rows_evaluated(spec, settings)
-    overlap = feature_overlap(state.network, data, batch_size=rows, context=context)
+    overlap = feature_overlap(state.validated, data, batch_size=rows, context=context)
     names = [task.name for task in spec.tasks]
     groups = Grouping.from_assignment(names, cluster(overlap, min(spec.groups, len(names))))
     return overlap, groups, budget.epoch(network) * state.epoch

@@ -2,7 +2,8 @@
 
 The learning rate is constant at first, and decreases only at the end (Zhai et al. 2022, section 3.5; Hägele et al.
 2024). The constant part can therefore be extended, and networks that are compared after a few epochs go on without
-a restart. It ends when validation does not improve any more, or when the budget leaves only the decay.
+a restart. It ends when validation does not improve any more, or when the budget leaves only the decay. All scores
+are those of averaged weights, which vary less from epoch to epoch and are lower before the decay.
 
 This replaces the schedule "cosine". The other schedules do not depend on the number of epochs, and apply as they
 are.
@@ -15,16 +16,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+from dmtg_core.network.grouping_network import clone
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Data
 from dmtg_core.training.loop import NO_HOOKS, Hooks, advance
 from dmtg_core.training.settings import TrainSettings
 from dmtg_core.training.state import TrainState
 
-DECAY = 0.25  # share of the decay in all epochs
+DECAY = 0.125  # share of the decay in all epochs
 PATIENCE = 0.2  # last epochs whose scores are compared with the best one, as a share of `TrainSettings.epochs`
 LEAST_PATIENCE = 3
 LEAST_EPOCHS = 0.5  # epochs before which validation has not turned, as a share of `TrainSettings.epochs`
+LONGER = 1 / 3  # least patience of a long training, as a share of the epochs until the best one
 
 
 def patience_of(settings: TrainSettings) -> int:
@@ -40,7 +43,7 @@ def least_of(settings: TrainSettings) -> int:
     return 0 if settings.patience else math.ceil(LEAST_EPOCHS * settings.epochs)
 
 
-def has_turned(scores: Sequence[float], patience: int, least: int = 0) -> bool:
+def has_turned(scores: Sequence[float], patience: int, least: int = 0, longer: float = 0.0) -> bool:
     """Whether validation gets worse: none of the last epochs is as good as the best one before, within the noise.
 
     At a constant learning rate the score of a network that still learns varies from epoch to epoch, and a decay
@@ -50,7 +53,11 @@ def has_turned(scores: Sequence[float], patience: int, least: int = 0) -> bool:
         scores: Validation scores of all epochs.
         patience: Number of last epochs.
         least: Number of epochs before which it has not turned.
+        longer: Least number of last epochs, as a share of the epochs until the best one. The longer a network has
+            learned, the slower it improves.
     """
+    best = scores.index(min(scores)) + 1 if scores else 0
+    patience = max(patience, round(longer * best))
     before, late = scores[:-patience], scores[-patience:]
     return len(scores) >= least and bool(before) and min(late) > min(before) + score_noise(scores)
 
@@ -83,6 +90,7 @@ def extend(
     hooks: Hooks = NO_HOOKS,
 ) -> None:
     """Train at the constant learning rate until epoch `until`. It can be called again with a later epoch."""
+    _begin(state, settings)
     advance(state, data, held(settings, until), context, until=until, hooks=hooks)
 
 
@@ -109,12 +117,14 @@ def complete(
     Raises:
         NonFiniteLossError: If the loss is not finite.
     """
+    _begin(state, settings)
     if state.decay is None:
         constant = max(most - max(round(DECAY * most), 1), state.epoch)
-        patience, least = patience_of(settings), least_of(settings)
+        longer = 0.0 if settings.patience else LONGER
 
         def turned(state: TrainState) -> bool:
-            return has_turned([record["val_score"] for record in state.history], patience, least)
+            scores = [record["val_score"] for record in state.history]
+            return has_turned(scores, patience_of(settings), least_of(settings), longer)
 
         stopping = replace(hooks, should_stop=turned)
         advance(state, data, held(settings, constant), context, until=constant, hooks=stopping)
@@ -125,6 +135,12 @@ def complete(
     settings = replace(settings, epochs=max(last, 1), lr_hold=first, search_share=searched, patience=0)
     advance(state, data, settings, context, until=last, hooks=hooks)
     state.take_best()
+
+
+def _begin(state: TrainState, settings: TrainSettings) -> None:
+    """Begin the average of the weights before the first step."""
+    if settings.average and not state.step:
+        state.average = clone(state.network)
 
 
 def _begin_decay(state: TrainState, settings: TrainSettings, most: int, *, turned: bool) -> None:

@@ -129,7 +129,7 @@ class GuidedSearch(Stages):
     def _measure(self, state: TrainState) -> None:
         """Measure the feature overlap of the tasks, and propose groups."""
         rows = rows_evaluated(self.spec, self.settings)
-        overlap = feature_overlap(state.network, self.data, batch_size=rows, context=self.context)
+        overlap = feature_overlap(state.validated, self.data, batch_size=rows, context=self.context)
         proposed = cluster(overlap, min(self.spec.groups, len(self.spec.tasks)))
         self.state.results.append({"stage": OVERLAP, "affinity": overlap.tolist(), "proposed": proposed})
 

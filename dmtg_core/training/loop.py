@@ -24,6 +24,7 @@ from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import ArrayData, Batch, Data
 from dmtg_core.training.diagnostics import gate_figures, gradient_cosines, warnings
 from dmtg_core.training.metrics import Metrics, MetricSums, error_of, error_scale
+from dmtg_core.training.objective.averaging import average_statistics, averaging
 from dmtg_core.training.settings import LR_SCHEDULES, TrainSettings, has_stopped, is_compiled, resolve
 from dmtg_core.training.state import TrainState
 from dmtg_core.training.step import StepFigures, WeighedLoss, prepare_network, step_noise, train_step
@@ -159,15 +160,16 @@ def advance(
     """Train from the current epoch of a state until epoch `until`.
 
     Before each epoch the heads with a probability below the threshold are pruned. At the end of the search all
-    heads but the likeliest of each task are pruned. After each epoch the hard network is validated. What `resolve`
-    chose is in the record of the epoch. With `TrainSettings.patience` training can end before `until`, and it does
-    not go on then.
+    heads but the likeliest of each task are pruned. After each epoch the hard network is validated, with averaged
+    weights if the state has an average. What `resolve` chose is in the record of the epoch. With
+    `TrainSettings.patience` training can end before `until`, and it does not go on then.
 
     Raises:
         NonFiniteLossError: If a step was refused.
         ValueError: As `prepare_network` and `WeighedLoss`.
     """
-    state.network.to(context.device)
+    for network in state.networks:
+        network.to(context.device)
     settings = resolve(settings, state.network, context.device, context.world_size)
     with threads_of_step(state.network, settings.batch_size // context.world_size):
         return _advance(state, data, settings, context, until, hooks)
@@ -186,9 +188,9 @@ def _advance(
         with seeded_dropout(state.network, settings.seed, context.rank, context.device) as seed_step:
             record = _train_epoch(state, module, data, settings, context, hooks, seed_step)
         state.partial = {}
-        _average_statistics(state.network, context)
+        average_statistics(state.networks, context)
         rows = rows_evaluated(state.network.spec, settings, compiled=is_compiled(settings, context.device))
-        metrics = evaluate(state.network, data, "val", batch_size=rows, context=context)
+        metrics = evaluate(state.validated, data, "val", batch_size=rows, context=context)
         state.epoch += 1
         record |= {
             "epoch": state.epoch,
@@ -237,6 +239,7 @@ def _train_epoch(
     searched = settings.search_epochs * steps
     sums = _Sums.of(state, context)
     temperature = settings.temperature(state.step / searched)
+    average = averaging(state.average, state.network, settings.average * steps)
     module.train()
     batch: Batch | None = None
     for stored in sums.timed(data.train(state.epoch, settings.batch_size, state.step - first)):
@@ -251,13 +254,14 @@ def _train_epoch(
         )
         sums.add(figures, len(batch.inputs))
         state.step += 1
+        average(state.step)
         saves = hooks.on_step is not None and state.step < last
         due = saves and context.checkpoint_due()
         due = due or (bool(settings.checkpoint_every) and state.step % settings.checkpoint_every == 0)
         if (due or state.step % CHECK_EVERY == 0) and float(sums.figures.refused):
             break
         if due and hooks.on_step is not None and state.step < last:
-            _average_statistics(state.network, context)  # otherwise the checkpoint has those of one worker
+            average_statistics(state.networks, context)  # otherwise the checkpoint has those of one worker
             state.partial = sums.share(context)
             hooks.on_step(state)
     assert batch is not None, "a resumed epoch has a step left"
@@ -356,18 +360,6 @@ def _non_finite(state: TrainState, losses: list[float], refused: int) -> NonFini
         f"the loss became NaN or infinite in epoch {state.epoch + 1} ({culprits}); {refused} steps were refused "
         "and the weights are those of the last good step: lower train.learning_rate, or set train.clip_norm=1"
     )
-
-
-def _average_statistics(network: GroupingNetwork, context: TrainContext) -> None:
-    """Average the running statistics over all workers, in one message."""
-    if context.world_size == 1:
-        return
-    buffers = [b for part in network.running for b in part.buffers() if b.is_floating_point()]
-    if not buffers:
-        return
-    flat = context.sum(torch.cat([b.flatten() for b in buffers])) / context.world_size
-    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-        buffer.copy_(mean.reshape(buffer.shape))
 
 
 def fit(

@@ -140,6 +140,7 @@ class TrainSettings:
         weight_decay: Weight decay of all parameters except θ.
         lr_schedule: A key of `LR_SCHEDULES`.
         lr_hold: Epochs with the initial learning rate before the decay ("cosine").
+        average: Epochs over which `dmtg_core.search.extendable` averages the weights; 0 for no average.
         lr_every: Epochs between two halvings ("halving").
         lr_patience: Epochs without progress before a halving ("plateau").
         lr_min: Lower limit of the learning rate.
@@ -181,6 +182,7 @@ class TrainSettings:
     weight_decay: float = 0.0
     lr_schedule: str = "cosine"
     lr_hold: int = 0
+    average: float = 1.0
     lr_every: int = 15
     lr_patience: int = 3
     lr_min: float = 0.0
@@ -229,7 +231,7 @@ class TrainSettings:
             "not negative": (
                 lambda x: x >= 0,
                 ("lr_hold", "lr_patience", "patience", "checkpoint_every", "seed", "weight_decay", "clip_norm",
-                 "lr_min", *gate),
+                 "lr_min", "average", *gate),
             ),
             "finite": (math.isfinite, ("entropy_weight",)),
         }  # fmt: skip

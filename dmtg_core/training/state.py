@@ -17,6 +17,7 @@ from dmtg_core.training.objective.scalarizers import TaskWeighting, task_weighti
 from dmtg_core.training.settings import TrainSettings
 
 WEIGHTING = "weighting.safetensors"  # state of the weighting in a checkpoint
+AVERAGE = "average"  # network with averaged weights in a checkpoint
 
 
 @dataclass
@@ -25,8 +26,10 @@ class TrainState:
 
     `history` has one record for each epoch. `best` is the network after the best epoch (the lowest score), with
     the heads that it had then. `take_best` replaces the network with it. `decay` has the first and the last epoch
-    of the decay of the learning rate, once it has begun; see `dmtg_core.search.extendable`. `partial` has the sums
-    of an unfinished epoch. It is empty between epochs. `weighting` is the weighting of the tasks by a scalarizer.
+    of the decay of the learning rate, once it has begun; see `dmtg_core.search.extendable`. `average` is the
+    network with averaged weights, if there is one; it is validated, and copied to `best`, instead of `network`.
+    `partial` has the sums of an unfinished epoch. It is empty between epochs. `weighting` is the weighting of the
+    tasks by a scalarizer.
     """
 
     network: GroupingNetwork
@@ -37,6 +40,7 @@ class TrainState:
     best_score: float = math.inf
     best: GroupingNetwork | None = None
     decay: tuple[int, int] | None = None
+    average: GroupingNetwork | None = None
     partial: dict[str, Any] = field(default_factory=dict)
     weighting: TaskWeighting | None = None
 
@@ -51,6 +55,8 @@ class TrainState:
         checkpoint.save_optimizer(folder / "optimizer.safetensors", self.optimizer, self.network)
         if self.best is not None:
             checkpoint.save_network(folder / "best", self.best)
+        if self.average is not None:
+            checkpoint.save_network(folder / AVERAGE, self.average)
         if self.weighting is not None:
             checkpoint.save_tensors(folder / WEIGHTING, self.weighting.state())
         score = self.best_score if math.isfinite(self.best_score) else None
@@ -77,33 +83,48 @@ class TrainState:
         state.best_score = math.inf if loop["best_score"] is None else loop["best_score"]
         if state.weighting is not None:
             state.weighting.load_state(checkpoint.load_tensors(folder / WEIGHTING))
+        if (folder / AVERAGE).exists():
+            state.average = checkpoint.load_network(folder / AVERAGE, device)
         if loop["best_score"] is not None:
             state.best = checkpoint.load_network(folder / "best", device)
         return state
 
+    @property
+    def validated(self) -> GroupingNetwork:
+        """The network that is validated: the one with averaged weights, if there is one."""
+        return self.networks[-1]
+
+    @property
+    def networks(self) -> list[GroupingNetwork]:
+        """The network, and the one with averaged weights if there is one."""
+        return [self.network, *([self.average] if self.average is not None else [])]
+
     def take_best(self) -> None:
-        """Replace the network with the hard network of the best epoch."""
-        if self.best is not None:
-            self.network = self.best
+        """Replace the network with the hard network of the best epoch. There is no average any more."""
+        self.network, self.average = self.best or self.validated, None
         self.network.keep(self.network.gate.survivors(2.0))
 
     def restart_from_best(self, settings: TrainSettings) -> None:
         """Go on from the network of the best epoch, with a new optimiser. The epochs are counted on."""
         if self.best is not None:
             self.network = clone(self.best)
+        if self.average is not None:
+            self.average = clone(self.network)
         self.optimizer = build_optimizer(self.network, settings)
 
     def consider(self, score: float) -> None:
         """Copy the network if `score` is the lowest so far."""
         if score < self.best_score:
             self.best_score = score
-            self.best = clone(self.network)
+            self.best = clone(self.validated)
 
     def keep(self, alive: Tensor, settings: TrainSettings) -> None:
         """Prune network and optimiser together. The moments of the kept parameters stay."""
         before = {name: self.optimizer.state.get(p, {}) for name, p in self.network.named_parameters()}
         old_names = {p: name for name, p in self.network.named_parameters()}
         followed = self.network.keep(alive)
+        if self.average is not None:
+            self.average.keep(alive)
         self.optimizer = build_optimizer(self.network, settings)
         for name, parameter in self.network.named_parameters():
             old, rows = followed.get(parameter, (parameter, None))

@@ -116,6 +116,7 @@ class Config(Section):
                 **shared,
                 batch_branches=self.network.batch_branches,
                 search_share=self.search.share,
+                average=self.search.average,
                 gate_learning_rate=self.gate.learning_rate,
                 temperature=TemperatureSchedule(**self.gate.temperature.model_dump()),
                 entropy_weight=self.gate.entropy_weight,

@@ -65,6 +65,12 @@ class SearchSection(Section):
         description="guided: spend what is left of search.budget on further networks and a distillation from all "
         "of them, if the mean of their predictions is better on validation data.",
     )
+    average: float = Field(
+        1.0,
+        ge=0,
+        description="guided: epochs over which the weights of a network are averaged; the averaged network is "
+        "validated and kept. 0 for no average.",
+    )
     share: float = Field(0.5, gt=0, le=1, description="Share of train.epochs in which a gate is trained.")
     group_epochs: int = Field(
         0,

@@ -33,13 +33,13 @@ def rates(state: TrainState) -> list[float]:
     return [record["learning_rate"] / SETTINGS.learning_rate for record in state.history]
 
 
-def test_the_rate_is_constant_until_a_quarter_of_the_epochs_is_left(data):
+def test_the_rate_is_constant_until_an_eighth_of_the_epochs_is_left(data):
     state = state_of(settings=replace(SETTINGS, patience=100))
-    complete(state, data, replace(SETTINGS, patience=100), local(), most=16)
+    complete(state, data, replace(SETTINGS, patience=100), local(), most=32)
     # four epochs of a cosine from 1 to 0, of which neither end is an epoch: (1 + cos(π i / 5)) / 2
     decay = [(1 + math.cos(math.pi * i / 5)) / 2 for i in (1, 2, 3, 4)]
-    assert rates(state) == pytest.approx([1.0] * 12 + decay)
-    assert state.decay == (12, 16)
+    assert rates(state) == pytest.approx([1.0] * 28 + decay)
+    assert state.decay == (28, 32)
 
 
 @pytest.mark.parametrize(("epochs", "hold", "expected"), [(6, 0, [1.0, 0.933013, 0.75, 0.5, 0.25, 0.066987]),
@@ -81,7 +81,7 @@ def test_the_decay_begins_at_the_best_epoch_when_validation_does_not_improve(dat
     best = scores.index(min(scores[:first]))
     assert best + 1 + 3 <= first < 45
     assert [has_turned(scores[:n], 3) for n in range(1, first + 1)] == [False] * (first - 1) + [True]
-    assert last - first == max(round((best + 1) / 3), 1)  # a quarter of the epochs without those of the patience
+    assert last - first == max(round((best + 1) / 7), 1)  # an eighth of the epochs without those of the patience
     assert state.epoch == last < 60
     rate = [record["learning_rate"] for record in state.history]
     assert rate[:first] == [0.5] * first
@@ -134,6 +134,14 @@ def test_validation_has_turned_if_the_last_epochs_are_worse_by_more_than_the_noi
 @pytest.mark.parametrize(("least", "expected"), [(0, True), (3, True), (4, False)])
 def test_the_first_epochs_do_not_end_a_training(least, expected):
     assert has_turned([1.0, 3.0, 3.5], 2, least) is expected
+
+
+@pytest.mark.parametrize(
+    ("longer", "epochs", "expected"), [(0, 3, False), (0, 4, True), (1, 7, False), (1, 8, True)]
+)
+def test_the_patience_grows_with_the_epochs_until_the_best_one(longer, epochs, expected):
+    scores = [4 - 0.1 * n for n in range(8)] + [9.0] * epochs  # the eighth is the best
+    assert has_turned(scores, 4, longer=longer) is expected
 
 
 @pytest.mark.parametrize(("patience", "epochs", "expected"), [(0, 14, 7), (0, 3, 2), (5, 14, 0)])

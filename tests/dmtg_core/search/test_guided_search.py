@@ -86,7 +86,7 @@ def test_candidates_are_trained_side_by_side_and_the_best_one_to_the_end(guided)
         ("naive_mtl", 4),
         # the first rung has one epoch, the second one two, the best of the rung before first
         ("wide", 1), ("guided", 1), ("start_0", 1 + 1), ("guided", 1), ("wide", 1),
-        ("start_0", 17), ("guided", 13), ("wide", 13), ("distilled", 4),
+        ("start_0", 17), ("guided", 12), ("wide", 12), ("distilled", 8),
     ]  # fmt: skip
     for name in CANDIDATES:
         rates = [record["learning_rate"] for record in records if record["stage"] == name]
@@ -150,7 +150,7 @@ def test_the_gate_starts_at_groups_of_the_feature_overlap_in_the_wide_encoder(da
     result, records = guided
     state = TrainState.fresh(GroupingNetwork(wide_spec(SPEC)), SETTINGS)
     extend(state, data, SETTINGS, local(), until=1)
-    overlap = feature_overlap(state.network, data)
+    overlap = feature_overlap(state.validated, data)
     assert result.affinity == overlap.tolist()
     proposed = cluster(overlap, SPEC.groups)
     first = next(r for r in records if r["stage"] == "guided")
@@ -193,7 +193,7 @@ def test_only_networks_that_improve_the_ensemble_are_distilled_into_the_best_one
 def test_nothing_is_distilled_if_no_ensemble_is_better_than_the_best_network(data):
     spec = replace(SPEC, seed=6)
     result, records = run(data, spec=spec, seed=6)
-    assert stages(records)[-2:] == [("start_0", 6), ("wide", 6)]  # members of an ensemble
+    assert stages(records)[-2:] == [("guided", 27), ("start_0", 19)]  # members of an ensemble
     assert result.distilled == {}
 
 
@@ -265,7 +265,7 @@ def test_the_wide_encoder_has_no_higher_inference_cost_than_the_groups(data):
     assert inference_cost(result.network).flops <= grouping_cost(SPEC, spread).flops
 
 
-EPOCHS = 57  # of all stages
+EPOCHS = 59  # of all stages
 
 
 @pytest.mark.parametrize("number", others_in_soak(range(EPOCHS), 0, 5, 9, 24, 30, 50, 56))
