@@ -304,7 +304,7 @@ def _search(
     budget = {"budget": cell.budget} if cell.budget else {}
     section = config.search.model_copy(update=budget | dict(cell.options))
     options = config.model_copy(update={"search": section}).search_options()
-    own = replace(settings, search_share=section.share)
+    own = replace(settings, search_share=section.share, average=section.average)
     found = search(spec, data, own, options, baseline=False, splits=splits)
     chosen = next(candidate for candidate in found.candidates if candidate["stage"] == found.chosen)
     return _result(found.network, found.score, found.metrics, found.cost) | {

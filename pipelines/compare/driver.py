@@ -219,7 +219,7 @@ def check_variant(config: Config, name: str, changes: dict[str, Any]) -> None:
     where = f"compare.variants.{name}"
     section = checked(SearchSection, config.search.model_dump() | changes, where)
     config.model_copy(update={"search": section}).search_options(where)
-    allowed = {"share", *SearchOptions.__dataclass_fields__} - {"budget"}
+    allowed = {"share", "average", *SearchOptions.__dataclass_fields__} - {"budget"}
     other = sorted(set(changes) - allowed)
     if other:
         raise UserError(

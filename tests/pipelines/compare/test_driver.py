@@ -54,7 +54,7 @@ def config_of(work: Path, **sections: Any) -> Config:
             "methods": METHODS,
             "seeds": [1, 2],
             "random_draws": 2,
-            "variants": {"narrow": {"wide": False, "share": 0.4}},
+            "variants": {"narrow": {"wide": False, "share": 0.4, "average": 0}},
             "groupings": {"truth": [["task_0", "task_2"], ["task_1", "task_3"]]},
         },
         "signal": {"partitions": 3, "seeds": [1, 2]},
