@@ -25,6 +25,7 @@ from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.baselines import hard_network
 from dmtg_core.search.budget import Budget
+from dmtg_core.search.extendable import begin_average
 from dmtg_core.search.feature_overlap import overlap_spec
 from dmtg_core.search.guided import GROUPS, LEAST_DISTILLATION, MEMBERS
 from dmtg_core.search.options import BASELINE, ONE, OVERLAP_ENCODER, WIDE, SearchOptions
@@ -186,7 +187,7 @@ def seconds_of(found: Plan, settings: TrainSettings, epochs: Mapping[str, float]
 def measure(
     found: Mapping[str, GroupingNetwork], data: Data, settings: TrainSettings, context: TrainContext
 ) -> tuple[dict[str, Epoch], int | None]:
-    """Time a few training steps of networks, as `advance` trains them.
+    """Time a few training steps of networks, as a guided search trains them.
 
     All workers call it, each with its part of the data. The learning rate is so low that no loss can diverge.
 
@@ -202,6 +203,8 @@ def measure(
     held, timed = [], {}
     for name, network in found.items():
         state = TrainState.fresh(network.to(context.device), short)
+        if name != BASELINE:
+            begin_average(state, short)
         timed[name] = _epoch(state, data, short, context)
         held.append(state)  # a search holds the networks of all candidates
     return timed, peak_memory(context.device)

@@ -80,6 +80,12 @@ def held(settings: TrainSettings, epochs: int) -> TrainSettings:
     )
 
 
+def begin_average(state: TrainState, settings: TrainSettings) -> None:
+    """Give a fresh state the average of its weights, unless `settings.average` is 0."""
+    if settings.average and not state.step:
+        state.average = clone(state.network)
+
+
 def extend(
     state: TrainState,
     data: Data,
@@ -90,7 +96,7 @@ def extend(
     hooks: Hooks = NO_HOOKS,
 ) -> None:
     """Train at the constant learning rate until epoch `until`. It can be called again with a later epoch."""
-    _begin(state, settings)
+    begin_average(state, settings)
     advance(state, data, held(settings, until), context, until=until, hooks=hooks)
 
 
@@ -117,7 +123,7 @@ def complete(
     Raises:
         NonFiniteLossError: If the loss is not finite.
     """
-    _begin(state, settings)
+    begin_average(state, settings)
     if state.decay is None:
         constant = max(most - max(round(DECAY * most), 1), state.epoch)
         longer = 0.0 if settings.patience else LONGER
@@ -135,12 +141,6 @@ def complete(
     settings = replace(settings, epochs=max(last, 1), lr_hold=first, search_share=searched, patience=0)
     advance(state, data, settings, context, until=last, hooks=hooks)
     state.take_best()
-
-
-def _begin(state: TrainState, settings: TrainSettings) -> None:
-    """Begin the average of the weights before the first step."""
-    if settings.average and not state.step:
-        state.average = clone(state.network)
 
 
 def _begin_decay(state: TrainState, settings: TrainSettings, most: int, *, turned: bool) -> None:

@@ -101,7 +101,7 @@ class TrainState:
 
     def take_best(self) -> None:
         """Replace the network with the hard network of the best epoch. There is no average any more."""
-        self.network, self.average = self.best or self.validated, None
+        self.network, self.average = self.validated if self.best is None else self.best, None
         self.network.keep(self.network.gate.survivors(2.0))
 
     def restart_from_best(self, settings: TrainSettings) -> None:

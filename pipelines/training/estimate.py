@@ -46,7 +46,10 @@ def estimated(
     if ours.budget is not None:
         budgets = {"half": 0.5 * ours.budget, "double": 2 * ours.budget}
         other = {name: planned(runs) for name, runs in budgets.items() if runs >= 1}
-    timed, memory = measure(found, data, settings, context)
+    averaged = (
+        settings if ours.budget is not None else replace(settings, average=0)
+    )  # only a guided search averages
+    timed, memory = measure(found, data, averaged, context)
     steps = data.steps(settings.batch_size)
     epochs = {name: epoch.seconds(steps, validation) for name, epoch in timed.items()}
     values = values_of(ours) | {

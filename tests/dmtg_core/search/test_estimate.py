@@ -1,5 +1,6 @@
 """The estimate before a search: it never spends more, and time follows from the timed steps."""
 
+import importlib
 import math
 import tempfile
 import time
@@ -24,6 +25,7 @@ from dmtg_core.search.estimate import (
     seconds_of,
 )
 from dmtg_core.search.guided import GROUPS, MEMBERS
+from dmtg_core.search.options import BASELINE
 from dmtg_core.training.warm_start import WarmStart
 from tests.dmtg_core import samples
 from tests.dmtg_core.searches import SETTINGS, SPEC, local
@@ -166,6 +168,22 @@ def test_networks_are_timed_as_they_are_trained(data):
     few = samples.data(SPEC.input, SPEC.tasks, rows=4)  # fewer steps in an epoch than are timed
     assert few.steps(SETTINGS.batch_size) < WARM_UP
     assert measure({"naive_mtl": found["naive_mtl"]}, few, SETTINGS, local())[0]["naive_mtl"].step > 0
+
+
+@pytest.mark.parametrize("average", [1.0, 0.0])
+def test_weights_are_averaged_as_in_the_search(data, monkeypatch, average):
+    module, found = importlib.import_module("dmtg_core.search.estimate"), networks(SPEC, SearchOptions())
+    names = {id(network): name for name, network in found.items()}
+    train, averaged = module.advance, []
+
+    def advance(state, *arguments, **more):
+        if state.average is not None:
+            averaged.append(names[id(state.network)])
+        return train(state, *arguments, **more)
+
+    monkeypatch.setattr(module, "advance", advance)
+    measure(found, data, replace(SETTINGS, average=average), local())
+    assert sorted(averaged) == sorted(set(found) - {BASELINE} if average else [])
 
 
 def test_without_space_for_temporary_files_the_steps_are_timed_all_the_same(data, monkeypatch, tmp_path):
