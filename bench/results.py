@@ -88,8 +88,9 @@ cigarettes a day are amounts instead of classes since `mothers` and `births`. No
 Naive MTL or the guided search has the smallest error on eleven of the seventeen tables. On four it is behind the
 best learner by less than 0.1 % (`savings`), 0.1 % (`sleep`), 1.4 % (`counties`) and 2.2 % (`health`). On the two
 tables of molecules, one split each, it is behind by 7.2 % (`molecules`) and 12.8 % (`tox21`). Their features are
-2,048 bits of fingerprints, for which `dmtg config new` proposes an MLP. On `tox21` the encoder `tabm` with dropout
-0.6 and layers of 512 has an error of 0.189 on this split, beside 0.187 of the random forest.
+2,048 bits of fingerprints, for which `dmtg config new` proposes an MLP. On `tox21` the encoder `tabm` (8 members,
+`shared_input`, layers of 512, dropout 0.6; learning rate 0.006, batches of 256) has an error of 0.189 on this
+split, beside 0.187 of the random forest.
 
 The guided search kept naive MTL on 49 of 55 splits of tables with 200 to 5,600 training rows: no network was
 better by two standard errors of the validation score. Its error was 0.28 (`digits`) to 1.001 times that of naive

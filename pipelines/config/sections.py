@@ -195,7 +195,7 @@ class TrainSection(Section):
         le=10**6,
         description="Early stopping: epochs without a better validation score after which the training of a "
         "network ends; 0 trains all epochs. In the guided search the decay of the learning rate begins then; 0 is "
-        "a fifth of train.epochs there.",
+        "a fifth of train.epochs there, and more in a long training.",
     )
     trees: bool = Field(
         True, description="Tables: also train extra trees of scikit-learn, as a yardstick beside the result."
