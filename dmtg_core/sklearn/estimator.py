@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -58,6 +58,7 @@ class GroupedEstimator(BaseEstimator):
             numbers only with "quantile".
         max_values: Largest number of values of a category. By default, a category of more than 100 values is
             hashed to 256 features.
+        molecules: Names of columns of molecules, written as SMILES. Their features are the descriptors of RDKit.
         validation_fraction: Share of the rows that are held out. The groups and the best epoch are chosen on them.
         kinds: Kind of all targets, or name → kind for some targets: "binary", "multiclass" or "regression". By
             default, floats with a fraction and many different whole numbers are regressions, and all other values
@@ -93,6 +94,7 @@ class GroupedEstimator(BaseEstimator):
     weight_decay: float = 0.1
     scaling: str = "quantile"
     max_values: int | None = None
+    molecules: Sequence[str] = ()
     validation_fraction: float = 0.15
     kinds: str | Mapping[Any, str] | None = None
     random_state: Any = None
@@ -120,7 +122,7 @@ class GroupedEstimator(BaseEstimator):
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         rows, held = split_rows(labels.known, self.validation_fraction, seed)
         names = column_names(table)
-        self.input_ = describe(table, names, rows, self.scaling, self.max_values)
+        self.input_ = describe(table, names, rows, self.scaling, self.max_values, self.molecules)
         self.columns_ = names
         self._train(stored_rows(self.input_.preparation, table, names), labels, targets, rows, held, seed)
         self._describe(labels, targets)

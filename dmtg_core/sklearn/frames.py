@@ -60,7 +60,12 @@ def category_columns(values: Any) -> list[str]:
 
 
 def describe(
-    values: Any, names: Sequence[str], rows: np.ndarray, scaling: str = "quantile", max_values: int | None = None
+    values: Any,
+    names: Sequence[str],
+    rows: np.ndarray,
+    scaling: str = "quantile",
+    max_values: int | None = None,
+    molecules: Sequence[str] = (),
 ) -> TableInput:
     """The features of a table, with figures of its training rows.
 
@@ -68,14 +73,19 @@ def describe(
         values: `(n, F)`, a DataFrame or an array.
         names: Names of the columns.
         rows: The training rows.
-        scaling, max_values: See `dmtg_core.tables.features.TableRules`.
+        scaling, max_values, molecules: See `dmtg_core.tables.features.TableRules`.
 
     Raises:
-        ValueError: For a column that cannot be a feature, with its remedy.
+        ValueError: For a column that cannot be a feature, with its remedy, and for an unknown name in `molecules`.
     """
+    unknown = [name for name in molecules if name not in names]
+    if unknown:
+        raise ValueError(f"X has no column {unknown[0]!r}, which molecules names")
     texts = [[_filled(cell_text(cell)) for cell in column] for column in columns_of(values)]
     cells = [{name: column[row] for name, column in zip(names, texts, strict=True)} for row in rows]
-    rules = TableRules(categories=category_columns(values), scaling=scaling, max_values=max_values)
+    rules = TableRules(
+        categories=category_columns(values), molecules=molecules, scaling=scaling, max_values=max_values
+    )
     try:
         found = table_input(cells, names, rules)
     except ColumnError as error:

@@ -1,4 +1,4 @@
-"""The features of a table, from the cells of its training rows: numbers, dates and categories.
+"""The features of a table, from the cells of its training rows: numbers, dates, categories and molecules.
 
 The readers of files and `dmtg_core.sklearn` describe a table with this code, and both convert its rows by the
 `TablePreparation` of the result.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,13 @@ import numpy as np
 from dmtg_core.tables.categories import HASHED, ColumnError, category_feature
 from dmtg_core.tables.cells import MISSING
 from dmtg_core.tables.figures import MOST_VALUES, Figures, Rows, column_figures, date_figures, sampled_rows
+from dmtg_core.tables.molecules import descriptor_names, descriptors
 from dmtg_core.tables.preparation import TablePreparation
 from dmtg_core.tables.scaling import FINEST, Scales, feature_quantiles, filled_with, robust_scales, table_codes
 from dmtg_core.tables.stored import stored_column
 from dmtg_core.tasks import InputSpec
+
+LEAST_KNOWN = 0.9  # share of the training molecules that have a descriptor, below which it is left out
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class TableRules:
             is no date is a category if less than half of its filled cells are numbers, or if they are digits with
             leading zeros.
         categories: Columns that are categories whatever their cells are.
+        molecules: Columns of molecules, written as SMILES.
         missing: Markers of an empty cell.
         marks: Decimal mark and separators of thousands, if they are not the usual ones; see `cells.marks_of`.
         max_values: Largest number of values of a category. Without it, a category of more than
@@ -61,6 +66,7 @@ class TableRules:
 
     categorical: Collection[str] | None = None
     categories: Collection[str] = ()
+    molecules: Collection[str] = ()
     missing: tuple[str, ...] = MISSING
     marks: Mapping[str, str] = field(default_factory=dict)
     max_values: int | None = None
@@ -135,6 +141,8 @@ class _Description:
 
     def _feature(self, column: str, figures: Figures) -> tuple[dict[str, Any], Scales]:
         """One feature of the preparation, with mean and standard deviation of each of its stored values."""
+        if column in self._rules.molecules:
+            return self._molecule(column)
         listed = self._rules.categorical
         if column in self._rules.categories or (listed is not None and column in listed):
             return self._category(column, figures)
@@ -152,6 +160,26 @@ class _Description:
             count = f"{len(figures.values)}{' or more' * figures.incomplete}"
             self._hashed.append(f"column {column} has {count} values and is hashed to {HASHED} features")
         return feature, [(0.0, 1.0)] * stored_column(feature).size
+
+    def _molecule(self, column: str) -> tuple[dict[str, Any], Scales]:
+        """The descriptors that vary and that most training molecules have, from a sample of these molecules."""
+        names, found = descriptor_names(), list[np.ndarray]()
+        for row in sampled_rows(self._rows):
+            with suppress(ValueError):  # a molecule that cannot be read
+                found.append(descriptors(row[column], column))
+        if not found:
+            raise ColumnError(f"no molecule in the train rows of column {column}", "remove it", "features")
+        values = np.array(found, np.float64)  # (n, P)
+        known = ~np.isnan(values)
+        kept = np.flatnonzero(known.mean(0) >= LEAST_KNOWN)
+        kept = kept[[len(np.unique(values[known[:, place], place])) > 1 for place in kept]]
+        if not len(kept):
+            raise ColumnError(f"the molecules in the train rows of column {column} are all alike", "remove it")
+        means, deviations = np.nanmean(values[:, kept], 0).tolist(), np.nanstd(values[:, kept], 0).tolist()
+        gaps = not known[:, kept].all()
+        feature = {"column": column, "type": "molecule", "parts": [names[place] for place in kept], "means": means}
+        feature |= {"gaps": gaps, "library": f"rdkit {version('rdkit')}"}
+        return feature, [*zip(means, deviations, strict=True), *[(0.0, 1.0)] * gaps]
 
     def _dates(self, column: str, figures: Figures) -> tuple[dict[str, Any], Scales]:
         (form,), gaps = figures.date_formats, figures.filled < figures.cells

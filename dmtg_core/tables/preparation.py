@@ -21,9 +21,9 @@ class TablePreparation:
 
     A number is one feature in its own unit. A missing number is the `mean` of the training split, with scaling
     "robust" its median; if the training split has missing numbers, a second feature is 1 for them. A date is one
-    feature for each of its `parts`. A category has one feature for each of its `values` and one for all other
-    values; one of them is 1. An empty cell is a value of a category. Numbers are scaled on the device, by
-    `InputSpec.mean` and `InputSpec.std`, or by `InputSpec.quantiles`.
+    feature for each of its `parts`, and a molecule for each of its descriptors. A category has one feature for
+    each of its `values` and one for all other values; one of them is 1. An empty cell is a value of a category.
+    Numbers are scaled on the device, by `InputSpec.mean` and `InputSpec.std`, or by `InputSpec.quantiles`.
 
     `rare` values of a category are in the training split and share the feature of other values. Categories without
     `rare`, as in models of earlier versions, have all values of the training split. A category of many values is
@@ -36,7 +36,6 @@ class TablePreparation:
     """
 
     kind = "table"
-    libraries: tuple[str, ...] = ()
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._features: Sequence[Mapping[str, Any]] = values["features"]
@@ -50,11 +49,16 @@ class TablePreparation:
         """The columns of the features."""
         return tuple(feature["column"] for feature in self._features)
 
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """The library of descriptors, if there are molecules."""
+        return ("rdkit",) if any(feature["type"] == "molecule" for feature in self._features) else ()
+
     def row(self, cells: Mapping[str, Any]) -> np.ndarray:
         """float32 (F,).
 
         Raises:
-            ValueError: For text in a column of numbers or of dates.
+            ValueError: For text in a column of numbers or of dates, and in one of molecules for what is none.
         """
         found = np.zeros(self._starts[-1], np.float32)  # filled in place, because a category can have many values
         for (column, feature), start in zip(self._of_column.items(), self._starts, strict=False):

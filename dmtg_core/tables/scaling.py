@@ -111,16 +111,21 @@ def robust_scales(feature: Mapping[str, Any], values: np.ndarray, scales: Scales
 
 
 def filled_with(feature: Mapping[str, Any], scales: Scales) -> dict[str, Any]:
-    """The feature with the offsets of its scales in place of missing numbers and dates."""
+    """The feature with the offsets of its scales in place of missing numbers, dates and descriptors."""
     if feature["type"] == "number":
         return {**feature, "mean": scales[0][0]}
-    if feature["type"] == "date":
+    if "means" in feature:
         return {**feature, "means": [offset for offset, _ in scales[: len(feature["means"])]]}
     return dict(feature)
 
 
 def _numbers(feature: Mapping[str, Any], values: np.ndarray) -> np.ndarray:
-    """The stored numbers `(P, n)` of a feature, without missing ones; none of a category."""
+    """The stored numbers `(P, n)` of a feature, without missing ones; none of a category.
+
+    Few molecules have all descriptors in some tables. So missing descriptors count, with the mean that they have.
+    """
+    if feature["type"] == "molecule":
+        return values[:, : len(feature["parts"])].T
     if feature["type"] not in ("number", "date"):
         return values[:, :0].T
     if not feature["gaps"]:

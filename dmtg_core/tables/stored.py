@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 
 from dmtg_core.tables.cells import cell_number, normal_form, unique_forms
 from dmtg_core.tables.dates import ISO, PARTS, parts_of, read_date
+from dmtg_core.tables.molecules import descriptor_names, descriptors, smiles_of
 
 _UNSEEN = "\0"  # no cell
 
@@ -32,7 +34,8 @@ class StoredColumn(Protocol):
             value: The raw cell.
 
         Raises:
-            ValueError: For text in a column of numbers or of dates.
+            ValueError: For text in a column of numbers or of dates, and for a cell that is no molecule in a column
+                of molecules.
         """
         ...
 
@@ -78,6 +81,35 @@ class DateColumn:
         found[:count] = parts_of(moment, self._first, clock=count > len(PARTS)) if moment else self._means
         if self._gaps:
             found[count] = not cell
+
+
+class MoleculeColumn:
+    """The descriptors of a molecule, and 1 if one of them is missing, if training has such molecules."""
+
+    example = "CCO"  # ethanol
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._column, self._gaps = values["column"], bool(values["gaps"])
+        self._names: Sequence[str] = values["parts"]
+        self._means = np.array(values["means"], np.float32)
+        self._library = values["library"]
+        self.size = len(self._means) + self._gaps
+
+    def fill(self, found: np.ndarray, _cell: str, value: Any) -> None:
+        """See `StoredColumn.fill`. A missing descriptor has the mean of training."""
+        numbers = descriptors(smiles_of(value, self._column), self._column)[self._places]
+        missing = np.isnan(numbers)
+        found[: len(numbers)] = np.where(missing, self._means, numbers)
+        if self._gaps:
+            found[-1] = missing.any()
+
+    @cached_property
+    def _places(self) -> list[int]:
+        every = descriptor_names()
+        unknown = [name for name in self._names if name not in every]
+        if unknown:
+            raise ImportError(f"rdkit has no descriptor {unknown[0]}: install {self._library}")
+        return [every.index(name) for name in self._names]
 
 
 class CategoryColumn:
@@ -135,6 +167,7 @@ def hash_place(cell: str, places: int) -> int:
 _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], StoredColumn]] = {
     "number": NumberColumn,
     "date": DateColumn,
+    "molecule": MoleculeColumn,
     "category": CategoryColumn,
     "hashed": HashedColumn,
 }

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dmtg_core.names import listed
+from dmtg_core.tables.molecules import read_molecule, smiles_of
 from dmtg_core.tables.preparation import TablePreparation, UnseenValues
 
 logger = logging.getLogger(__name__)
@@ -220,10 +221,7 @@ class SmilesPreparation:
         Raises:
             ValueError: For a value that is not a text, and for a molecule that rdkit cannot read.
         """
-        smiles = cells[self._column]
-        if not isinstance(smiles, str) or not smiles.strip():
-            raise ValueError(f"expected a SMILES string in column {self._column}, got {smiles!r}")
-        return self._make(smiles.strip())
+        return self._make(smiles_of(cells[self._column], self._column))
 
     def _ngrams(self, smiles: str) -> np.ndarray:
         # neither character occurs in SMILES
@@ -241,12 +239,7 @@ class SmilesPreparation:
         return rdFingerprintGenerator.GetMorganGenerator(radius=self._values["radius"], fpSize=self._bits)
 
     def _morgan(self, smiles: str) -> np.ndarray:
-        from rdkit import Chem, rdBase
-
-        with rdBase.BlockLogs():  # rdkit would write the error to stderr as well
-            molecule = Chem.MolFromSmiles(smiles)
-        if molecule is None:
-            raise ValueError(f"{smiles!r} in column {self._column} is not a molecule that rdkit can read")
+        molecule = read_molecule(smiles, self._column)
         return np.asarray(self._generator.GetFingerprintAsNumPy(molecule), np.uint8)
 
     def example(self) -> dict[str, Any]:

@@ -163,8 +163,9 @@ def table_values(inputs: np.ndarray, preparation: Mapping[str, Any]) -> list[Val
                                              for i in range(inputs.shape[1])])  # fmt: skip
     edges = [0, *itertools.accumulate(map(_size, described))]
     return [
-        _feature(one, inputs[:, start:stop])
+        column
         for one, (start, stop) in zip(described, itertools.pairwise(edges), strict=True)
+        for column in _columns(one, inputs[:, start:stop])
     ]
 
 
@@ -174,6 +175,13 @@ def _size(described: Mapping[str, Any]) -> int:
         return len(described["values"]) + 1
     places = described["size"] if described["type"] == "hashed" else len(described.get("means", [0]))
     return int(places) + int(described["gaps"])
+
+
+def _columns(described: Mapping[str, Any], stored: np.ndarray) -> list[Values]:
+    """The columns of a feature: one, or the descriptors of a molecule."""
+    if described["type"] == "molecule":
+        return [Values(name, stored[:, place].astype(np.float64)) for place, name in enumerate(described["parts"])]
+    return [_feature(described, stored)]
 
 
 def _feature(described: Mapping[str, Any], stored: np.ndarray) -> Values:

@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 
 from dmtg_core.network.encoders.tabular import tabm_options
 from dmtg_core.tables.cells import MISSING
+from dmtg_core.tables.molecules import descriptor_names
 from pipelines.config.loading import recipe_config
 from pipelines.config.paths import relative
 from pipelines.config.yaml_text import in_line
@@ -167,18 +168,24 @@ def _table(data: str, place: Location, given: Sequence[str]) -> Draft:
     rows, more = read_head(place, HEAD_ROWS)
     columns = summaries(rows)
     tasks, rest = tasks_and_rest(columns, given, place, more)
-    if molecule := molecules(rest):
-        return _molecules(data, place, molecule, rest, tasks, (len(rows), more))
+    molecule = molecules(rest)
+    if molecule and not importlib.util.find_spec("rdkit"):
+        return _ngrams(data, place, molecule, rest, tasks, (len(rows), more))
+    rest = {name: column for name, column in rest.items() if column is not molecule}
     rows_by = row_uses(rest)
     inputs = [feature(column) for name, column in rest.items() if name not in [use.column for use in rows_by]]
     used = [use.column for use in inputs if use.use in ("number", "category", "date")]
-    if not used:
+    if not used and molecule is None:
         raise UserError(
             "no column is left to predict from", where=str(place),
             remedy="; ".join(f"{use.column}: {use.why}" for use in (*inputs, *rows_by)) or "name fewer targets",
         )  # fmt: skip
     options, why = row_options(rows_by, place)
     options["tasks"] = [dict(use.options) for use in tasks]
+    if molecule:
+        options |= {"smiles": molecule.name, "molecule_features": "descriptors"}
+        why["smiles"] = _molecules_such_as(molecule)
+        why["molecule_features"] = "descriptors of rdkit, such as mass, polar surface and number of rings"
     if len(used) < len(inputs) or (options.get("split_column", "") is None and SPLIT_COLUMN in rest):
         options["features"] = used
         out = [f"{use.column} ({use.why})" for use in inputs if use.use == "left out"]
@@ -189,20 +196,25 @@ def _table(data: str, place: Location, given: Sequence[str]) -> Draft:
     if extra:
         options["missing"] = [*MISSING, *dict.fromkeys(extra)]
         why["missing"] = f"markers of an empty cell; {', '.join(dict.fromkeys(extra))} in columns of numbers"
-    about = f"{len(tasks)} tasks that are predicted from {len(used)} columns, in {data}"
+    about = f"{len(tasks)} tasks that are predicted from {len(used) + bool(molecule)} columns, in {data}"
     options["scaling"] = "quantile"
     why["scaling"] = "numbers are mapped to a normal distribution by their quantiles, for the encoder tabm"
     numbers = sum(use.use in ("number", "date") for use in inputs)
+    numbers += len(descriptor_names()) if molecule else 0
     sizes = {**tabm_options(len(rows), numbers), "dropout": DROPOUT}
     values = {
         "source": {"kind": "table", "root": data, "options": options},
         **training_sections("tabm", 0, sizes, len(tasks), len(rows), None),
     }
-    uses = [*tasks, *rows_by, *inputs]
+    uses = [*tasks, *rows_by, *([Use(molecule.name, "molecules", "SMILES")] if molecule else []), *inputs]
     return Draft("table", inferred_from(about, len(rows), more), values, of_options(why), uses)
 
 
-def _molecules(
+def _molecules_such_as(column: ColumnSummary) -> str:
+    return f"molecules as SMILES, such as {next(iter(column.counts))[:40]}"
+
+
+def _ngrams(
     data: str,
     place: Location,
     column: ColumnSummary,
@@ -210,21 +222,24 @@ def _molecules(
     tasks: Sequence[Use],
     seen: tuple[int, bool],
 ) -> Draft:
-    """The configuration for a table with molecules; `seen`: the number of rows, and whether there are more."""
+    """The configuration for molecules without rdkit; `seen`: the number of rows, and whether there are more."""
     rest.pop(column.name)
     rows_by = row_uses(rest)
     options, why = row_options(rows_by, place)
     options["tasks"] = [dict(use.options) for use in tasks]
     options["smiles"] = column.name
     others = _others(rest, rows_by)
-    why["smiles"] = f"molecules as SMILES, such as {next(iter(column.counts))[:40]}" + (
+    why["smiles"] = _molecules_such_as(column) + (
         f"; they are the only input, because a sample has one; not read: {others}; to predict from these instead, "
         f"remove smiles and molecule_features and add features: [{others}]"
         if others
         else ""
     )
-    options["molecule_features"] = "morgan" if importlib.util.find_spec("rdkit") else "ngrams"
-    why["molecule_features"] = "morgan: fingerprints of rdkit; ngrams: neighbouring characters, without rdkit"
+    options["molecule_features"] = "ngrams"
+    why["molecule_features"] = (
+        "neighbouring characters; the descriptors of rdkit have fewer errors: pip install 'dmtg[molecules]', and "
+        "create this file again"
+    )
     values = {
         "source": {"kind": "table", "root": data, "options": options},
         **training_sections("mlp", 0, {"widths": [256, 128], "dropout": DROPOUT}, len(tasks), seen[0], 1e-3),

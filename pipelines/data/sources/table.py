@@ -76,9 +76,10 @@ class TableOptions(SplitOptions):
     numbers: "standard" (zero mean, unit deviation), "robust" (zero median, unit interquartile range) or "quantile"
     (to a normal distribution, by quantiles of the training rows).
 
-    `smiles` names a column of molecules, which is then the only input. `molecule_features`: "ngrams" (counts of
-    1 to `longest` neighbouring characters, hashed to `bits` features) or "morgan" (rdkit's fingerprint of `radius`
-    and `bits`).
+    `smiles` names a column of molecules. `molecule_features`: "descriptors" (rdkit's, such as mass, polar surface
+    and number of rings, which are numbers beside the other `features`), "morgan" (rdkit's fingerprint of `radius`
+    and `bits`) or "ngrams" (counts of 1 to `longest` neighbouring characters, hashed to `bits` features).
+    Fingerprints and n-grams are the only input.
     """
 
     file: str = ""
@@ -91,7 +92,7 @@ class TableOptions(SplitOptions):
     max_values: int | None = Field(None, ge=2)
     scaling: Literal["standard", "quantile", "robust"] = "standard"
     smiles: str | None = None
-    molecule_features: Literal["ngrams", "morgan"] = "ngrams"
+    molecule_features: Literal["ngrams", "morgan", "descriptors"] = "ngrams"
     bits: int = Field(2048, ge=16)
     longest: int = Field(4, ge=1)
     radius: int = Field(2, ge=0)
@@ -100,7 +101,9 @@ class TableOptions(SplitOptions):
     def _check_use(self) -> Self:
         """Refuse options that would be ignored."""
         unused = {"molecule_features", "bits", "longest", "radius"}
-        if self.smiles is not None:
+        if self.smiles is not None and self.molecule_features == "descriptors":
+            unused = {"bits", "longest", "radius"}
+        elif self.smiles is not None:
             unused = {"features", "categorical", "max_values", "scaling"}
             unused |= {"radius"} if self.molecule_features == "ngrams" else {"longest"}
         for option in sorted(unused & self.model_fields_set):
@@ -124,9 +127,9 @@ class TableSource(PreparedSource):
                 where=str(self._table),
                 remedy="correct source.root and source.options.file: CSV, Parquet or a folder of Parquet",
             )
-        if self._options.molecule_features == "morgan" and importlib.util.find_spec("rdkit") is None:
+        if self._options.molecule_features != "ngrams" and importlib.util.find_spec("rdkit") is None:
             raise UserError(
-                "fingerprints need rdkit, which is not installed",
+                f"{self._options.molecule_features} of molecules need rdkit, which is not installed",
                 where="source.options.molecule_features",
                 remedy="pip install 'dmtg[molecules]', or use ngrams",
             )
@@ -176,13 +179,15 @@ class TableSource(PreparedSource):
         """The columns of the input, in the order of the file or of the list."""
         options = self._options
         taken = {task.column for task in options.tasks} | {options.id_column, options.split_column}
-        if options.smiles is not None:
+        if options.smiles is not None and options.molecule_features != "descriptors":
             chosen = [options.smiles]
         elif options.features == "all":
             chosen = [name for name in row.cells if name not in taken | {options.split_by}]
         else:
             chosen = list(options.features)
-        problem = _problem(chosen, taken, options.categorical or ())
+            if options.smiles is not None and options.smiles not in chosen:
+                chosen = [options.smiles, *chosen]
+        problem = _problem(chosen, taken, options)
         if problem:
             raise UserError(
                 problem, where="source.options", remedy="correct the columns of the input", wrong_use=True
@@ -195,14 +200,16 @@ class TableSource(PreparedSource):
 
     @cached_property
     def _input(self) -> tuple[InputSpec, Mapping[str, Any]]:
-        if self._options.smiles is not None:
-            return self._molecules(self._options.smiles)
+        smiles = self._options.smiles
+        if smiles is not None and self._options.molecule_features != "descriptors":
+            return self._molecules(smiles)
         cells = next(iter(self._entries)).fields["row"].cells
         columns = [column for column in cells if column not in self._target_columns]
         options = self._options
         rules = TableRules(
-            categorical=options.categorical, missing=options.missing, marks=self._dialect.marks,
-            max_values=options.max_values, scaling=options.scaling,
+            categorical=options.categorical, molecules=() if smiles is None else (smiles,),
+            missing=options.missing, marks=self._dialect.marks, max_values=options.max_values,
+            scaling=options.scaling,
         )  # fmt: skip
         try:
             found = table_input(TrainingCells(RowsOf(self._entries)), columns, rules)
@@ -233,7 +240,7 @@ class TableSource(PreparedSource):
         return InputSpec("features", (options.bits,), str(how.row(how.example()).dtype)), preparation
 
 
-def _problem(chosen: Sequence[str], taken: set[str | None], categorical: Sequence[str]) -> str:
+def _problem(chosen: Sequence[str], taken: set[str | None], options: TableOptions) -> str:
     """The problem of the input columns; empty if there is none."""
     if not chosen:
         return "no column is left for the input"
@@ -243,6 +250,9 @@ def _problem(chosen: Sequence[str], taken: set[str | None], categorical: Sequenc
     both = [name for name in chosen if name in taken]
     if both:
         return f"{listed(both)} cannot be a feature: it is a target, the id or the split"
+    categorical = options.categorical or ()
+    if options.smiles in categorical:
+        return f"categorical names {options.smiles}, the molecules"
     lost = [name for name in categorical if name not in chosen]
     return f"categorical names {listed(lost)}, which is not a feature" if lost else ""
 
@@ -262,6 +272,7 @@ def _log_features(where: str, found: TableInput) -> None:
         ("number", "numbers", ("number",)),
         ("date", "dates", ("date",)),
         ("category", "categories", ("category", "hashed")),
+        ("molecule", "molecules", ("molecule",)),
     ):
         names = [feature["column"] for feature in features if feature["type"] in types]
         if names:

@@ -197,15 +197,39 @@ def test_words_and_codes_are_no_molecules(cells: list[str]) -> None:
     assert molecules({"x": ColumnSummary("x", cells)}) is None
 
 
-def test_molecules_are_the_input_and_the_other_columns_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_table_with_molecules(tmp_path: Path, installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     columns = {"id": range(60), "structure": SMILES * 10, "mass": range(60), "a": [0, 1] * 30, "b": [0, 0, 1] * 20}
     file = write(tmp_path / "t.csv", columns)
+    if installed:
+        pytest.importorskip("rdkit")
+    else:
+        monkeypatch.setattr("pipelines.scaffold.inputs.importlib.util.find_spec", lambda name: None)
     config = new(tmp_path, file, "--targets", "a,b")
     assert config.source is not None
-    assert config.source.options["smiles"] == "structure"
-    assert config.source.options["id_column"] == "id"
-    assert "not read: mass;" in " ".join((tmp_path / "c.yaml").read_text().replace("#", "").split())
-    assert len(list(build_source("table", str(file), config.source.options).entries())) == 60
+    options = config.source.options
+    assert (options["smiles"], options["id_column"]) == ("structure", "id")
+    assert options["molecule_features"] == ("descriptors" if installed else "ngrams")
+    assert config.network.encoder == ("tabm" if installed else "mlp")
+    assert config.network.options.get("embedding") == (2 if installed else None)  # of 216 descriptors and mass
+    said = " ".join((tmp_path / "c.yaml").read_text().replace("#", "").split())
+    assert ("not read: mass;" in said) is not installed
+    reader = build_source("table", str(file), options)
+    features = reader.describe().preparation.get("features")
+    assert len(list(reader.entries())) == 60
+    if installed:
+        assert [feature["column"] for feature in features] == ["structure", "mass"]
+
+
+def test_molecules_without_other_columns(tmp_path: Path) -> None:
+    pytest.importorskip("rdkit")
+    columns = {"note": [f"{i} words, of no use to anyone at all" for i in range(60)], "smiles": SMILES * 10}
+    file = write(tmp_path / "t.csv", columns | {"a": [0, 1] * 30, "b": [0, 0, 1] * 20})
+    config = new(tmp_path, file, "--targets", "a,b")
+    assert config.source is not None
+    assert (config.source.options["features"], config.network.encoder) == ([], "tabm")
+    described = build_source("table", str(file), config.source.options).describe()
+    assert [feature["column"] for feature in described.preparation["features"]] == ["smiles"]
 
 
 def test_a_table_with_texts_has_the_text_encoder(tmp_path: Path) -> None:

@@ -1,4 +1,3 @@
-import importlib.util
 import logging
 import pickle
 
@@ -12,10 +11,7 @@ from pipelines.data.sources.base import INPUT, BadSampleError
 from pipelines.data.sources.table import TableSource
 from pipelines.errors import UserError
 from pipelines.storage import locate
-from tests.paths import SHARED
 from tests.pipelines.data.memory_plans import plans
-
-TOX21 = SHARED / "data" / "tox21"
 
 SICK = {"column": "sick", "kind": "binary"}
 COST = {"column": "cost", "kind": "regression"}
@@ -276,53 +272,3 @@ def test_reader_is_sent_to_a_worker_without_the_rows(root):
     assert b"Entry" not in packed
     (root / "t.csv").unlink()
     assert pickle.loads(packed).read(entries[1])[INPUT].tolist() == [40, 0, 1, 0, 0]  # noqa: S301
-
-
-MOLECULES = ["id,smiles,sick,split", "a,CCO,1,train", "b,c1ccccc1,0,train", "c,C(,0,train", "d,,1,val"]
-
-
-def test_ngrams_of_molecules(tmp_path):
-    write(tmp_path, *MOLECULES)
-    reader = source(tmp_path, SICK, smiles="smiles", bits=512, longest=2)
-    description = reader.describe()
-    assert (description.input.shape, description.input.dtype) == ((512,), "float16")
-    a, _, _, d = list(reader.entries())
-    counts = reader.read(a)[INPUT].astype(float) ** 2
-    assert counts.sum() == pytest.approx(9, abs=0.01)  # 5 characters with the marks at the ends, 4 pairs
-    assert counts.max() == pytest.approx(2, abs=0.01)  # two C
-    with pytest.raises(BadSampleError, match="expected a SMILES string in column smiles, got '', line 5"):
-        reader.read(d)
-
-
-def test_morgan_fingerprints(tmp_path):
-    pytest.importorskip("rdkit")
-    write(tmp_path, *MOLECULES)
-    reader = source(tmp_path, SICK, smiles="smiles", molecule_features="morgan", bits=128)
-    description = reader.describe()
-    assert (description.input.shape, description.input.dtype) == ((128,), "uint8")
-    assert description.preparation["library"].startswith("rdkit 20")
-    a, b, c, _ = list(reader.entries())
-    ethanol, benzene = (reader.read(entry)[INPUT] for entry in (a, b))
-    # three atoms and what is around each; in benzene all atoms are alike, up to two bonds away
-    assert (ethanol.sum(), benzene.sum()) == (6, 3)
-    with pytest.raises(BadSampleError, match=r"'C\(' in column smiles is not a molecule"):
-        reader.read(c)
-
-
-def test_fingerprints_without_their_library(tmp_path, monkeypatch):
-    write(tmp_path, *MOLECULES)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="rdkit, which is not installed") as caught:
-        source(tmp_path, SICK, smiles="smiles", molecule_features="morgan")
-    assert "dmtg[molecules]" in caught.value.remedy
-
-
-@pytest.mark.skipif(not TOX21.is_dir(), reason="the shared Tox21 data is not beside the checkout")
-def test_tox21():
-    task = {"column": "SR-p53", "kind": "binary", "metric": "auroc"}
-    reader = source(TOX21, task, file="tox21.csv", id_column="mol_id", smiles="smiles")
-    entries = list(reader.entries())
-    assert len(entries) == 7831
-    found = [reader.read(entry)["task.SR-p53"] for entry in entries[:1000]]
-    missing = sum(value is None for value in found)
-    assert 50 < missing < 300
