@@ -108,7 +108,12 @@ memory at most.
 """
 
 
+OF_NGRAMS = ("tox21", "tox21_6runs", "tox21_budgets", "qm9_3500_budgets")
+NGRAMS = """The recipe of that version read hashed n-grams of the SMILES, with an MLP. The present one reads
+descriptors.
+"""
 ABOUT: Mapping[str, str] = {  # of sections with other data than those of the recipe, or with further figures
+    **dict.fromkeys(OF_NGRAMS, NGRAMS),
     "nuclei_4runs": """Validation scores of seed 1 with averaged weights, in brackets those of the networks below:
 naive MTL trained longer -2.065 (-2.054), one wide encoder -2.027 (-2.029), search -1.998 (-1.961). Without the
 average, but with the shorter decay, the search has -1.966.
@@ -213,7 +218,8 @@ def section(file: Path) -> str:
     found = json.loads(file.read_text())
     reference = found["reference"]
     present = "budgets" in found  # commands of the earlier search have methods and keys that are gone
-    lines = [f"## {file.stem}", "", "```" if present else "```text", found["command"], "```", ""]
+    fence = "```" if present and file.stem not in OF_NGRAMS else "```text"
+    lines = [f"## {file.stem}", "", fence, found["command"], "```", ""]
     about = f"{len(found['tasks'])} tasks, at most {found['groups']} groups, {len(found['seeds'])} seeds."
     lines += [about if present else f"{about} Measured with the earlier search, without a budget.", ""]
     lines += [ABOUT[file.stem]] if file.stem in ABOUT else []
