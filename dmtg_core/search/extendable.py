@@ -35,31 +35,29 @@ def patience_of(settings: TrainSettings) -> int:
     return settings.patience or max(round(PATIENCE * settings.epochs), LEAST_PATIENCE)
 
 
-def least_of(settings: TrainSettings) -> int:
-    """Return the number of epochs before which a training does not end: half of all, or none with a patience.
-
-    The first scores of a few long epochs vary most. A user who sets no patience expects all epochs.
-    """
-    return 0 if settings.patience else math.ceil(LEAST_EPOCHS * settings.epochs)
-
-
-def has_turned(scores: Sequence[float], patience: int, least: int = 0, longer: float = 0.0) -> bool:
+def has_turned(scores: Sequence[float], settings: TrainSettings) -> bool:
     """Whether validation gets worse: none of the last epochs is as good as the best one before, within the noise.
 
     At a constant learning rate the score of a network that still learns varies from epoch to epoch, and a decay
     after more epochs is better. It has turned only if it is worse by more than it varies.
 
+    The last epochs are those of `patience_of`. Without `settings.patience` they are at least a third of the epochs
+    until the best one, because a network improves the slower, the longer it has learned; and it has not turned in
+    the first half of `settings.epochs`, because the scores of a few long epochs vary most at first.
+
     Args:
         scores: Validation scores of all epochs.
-        patience: Number of last epochs.
-        least: Number of epochs before which it has not turned.
-        longer: Least number of last epochs, as a share of the epochs until the best one. The longer a network has
-            learned, the slower it improves.
+        settings: Training settings.
     """
-    best = scores.index(min(scores)) + 1 if scores else 0
-    patience = max(patience, round(longer * best))
-    before, late = scores[:-patience], scores[-patience:]
-    return len(scores) >= least and bool(before) and min(late) > min(before) + score_noise(scores)
+    if not scores:
+        return False
+    last, noise = patience_of(settings), score_noise(scores)
+    if not settings.patience:
+        if len(scores) < LEAST_EPOCHS * settings.epochs:
+            return False
+        last = max(last, round(LONGER * (scores.index(min(scores)) + 1)))
+    before, late = scores[:-last], scores[-last:]
+    return bool(before) and min(late) > min(before) + noise
 
 
 def score_noise(scores: Sequence[float]) -> float:
@@ -126,11 +124,9 @@ def complete(
     begin_average(state, settings)
     if state.decay is None:
         constant = max(most - max(round(DECAY * most), 1), state.epoch)
-        longer = 0.0 if settings.patience else LONGER
 
         def turned(state: TrainState) -> bool:
-            scores = [record["val_score"] for record in state.history]
-            return has_turned(scores, patience_of(settings), least_of(settings), longer)
+            return has_turned([record["val_score"] for record in state.history], settings)
 
         stopping = replace(hooks, should_stop=turned)
         advance(state, data, held(settings, constant), context, until=constant, hooks=stopping)

@@ -7,7 +7,7 @@ import pytest
 
 from dmtg_core import GroupingNetwork, TrainSettings
 from dmtg_core.search.baselines import hard_network, together, train_within
-from dmtg_core.search.extendable import complete, extend, has_turned, held, least_of, patience_of
+from dmtg_core.search.extendable import complete, extend, has_turned, held, patience_of
 from dmtg_core.training.loop import advance, reporting
 from dmtg_core.training.state import TrainState
 from tests.dmtg_core import samples
@@ -80,7 +80,7 @@ def test_the_decay_begins_at_the_best_epoch_when_validation_does_not_improve(dat
     scores = [record["val_score"] for record in state.history]
     best = scores.index(min(scores[:first]))
     assert best + 1 + 3 <= first < 45
-    assert [has_turned(scores[:n], 3) for n in range(1, first + 1)] == [False] * (first - 1) + [True]
+    assert [has_turned(scores[:n], settings) for n in range(1, first + 1)] == [False] * (first - 1) + [True]
     assert last - first == max(round((best + 1) / 7), 1)  # an eighth of the epochs without those of the patience
     assert state.epoch == last < 60
     rate = [record["learning_rate"] for record in state.history]
@@ -128,25 +128,23 @@ def test_an_interrupted_training_has_the_same_result(data, tmp_path, epoch):
     ],
 )
 def test_validation_has_turned_if_the_last_epochs_are_worse_by_more_than_the_noise(scores, expected):
-    assert has_turned(scores, 2) is expected
-
-
-@pytest.mark.parametrize(("least", "expected"), [(0, True), (3, True), (4, False)])
-def test_the_first_epochs_do_not_end_a_training(least, expected):
-    assert has_turned([1.0, 3.0, 3.5], 2, least) is expected
+    assert has_turned(scores, TrainSettings(epochs=1, patience=2)) is expected
 
 
 @pytest.mark.parametrize(
-    ("longer", "epochs", "expected"), [(0, 3, False), (0, 4, True), (1, 7, False), (1, 8, True)]
+    ("patience", "epochs", "expected"), [(3, 100, True), (0, 8, True), (0, 10, True), (0, 11, False)]
 )
-def test_the_patience_grows_with_the_epochs_until_the_best_one(longer, epochs, expected):
-    scores = [4 - 0.1 * n for n in range(8)] + [9.0] * epochs  # the eighth is the best
-    assert has_turned(scores, 4, longer=longer) is expected
+def test_the_first_half_does_not_end_a_training_unless_it_has_a_patience(patience, epochs, expected):
+    scores = [2.0, 1.0, 3.0, 3.0, 3.0]
+    assert has_turned(scores, TrainSettings(epochs=epochs, patience=patience)) is expected
 
 
-@pytest.mark.parametrize(("patience", "epochs", "expected"), [(0, 14, 7), (0, 3, 2), (5, 14, 0)])
-def test_a_training_lasts_half_of_its_epochs_unless_it_has_a_patience(patience, epochs, expected):
-    assert least_of(TrainSettings(epochs=epochs, patience=patience)) == expected
+@pytest.mark.parametrize(
+    ("patience", "late", "expected"), [(3, 2, False), (3, 3, True), (0, 3, False), (0, 9, False), (0, 10, True)]
+)
+def test_the_patience_grows_with_the_epochs_until_the_best_one(patience, late, expected):
+    scores = [40 - 0.1 * n for n in range(30)] + [90.0] * late  # the thirtieth is the best
+    assert has_turned(scores, TrainSettings(epochs=10, patience=patience)) is expected
 
 
 @pytest.mark.parametrize(("patience", "epochs", "expected"), [(7, 10, 7), (0, 100, 20), (0, 10, 3), (0, 1, 3)])
