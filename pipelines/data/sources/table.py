@@ -77,9 +77,9 @@ class TableOptions(SplitOptions):
     (to a normal distribution, by quantiles of the training rows).
 
     `smiles` names a column of molecules. `molecule_features`: "descriptors" (rdkit's, such as mass, polar surface
-    and number of rings, which are numbers beside the other `features`), "morgan" (rdkit's fingerprint of `radius`
-    and `bits`) or "ngrams" (counts of 1 to `longest` neighbouring characters, hashed to `bits` features).
-    Fingerprints and n-grams are the only input.
+    and number of rings, which are numbers), "morgan" (rdkit's fingerprint of `radius` and `bits`) or "ngrams"
+    (counts of 1 to `longest` neighbouring characters, hashed to `bits` features). Descriptors stand beside the
+    other `features`, whether or not these name the column. Fingerprints and n-grams are the only input.
     """
 
     file: str = ""
@@ -97,15 +97,20 @@ class TableOptions(SplitOptions):
     longest: int = Field(4, ge=1)
     radius: int = Field(2, ge=0)
 
+    @property
+    def vectors(self) -> bool:
+        """Whether fingerprints or n-grams of molecules are the only input."""
+        return self.smiles is not None and self.molecule_features != "descriptors"
+
     @model_validator(mode="after")
     def _check_use(self) -> Self:
         """Refuse options that would be ignored."""
         unused = {"molecule_features", "bits", "longest", "radius"}
-        if self.smiles is not None and self.molecule_features == "descriptors":
-            unused = {"bits", "longest", "radius"}
-        elif self.smiles is not None:
+        if self.vectors:
             unused = {"features", "categorical", "max_values", "scaling"}
             unused |= {"radius"} if self.molecule_features == "ngrams" else {"longest"}
+        elif self.smiles is not None:
+            unused = {"bits", "longest", "radius"}
         for option in sorted(unused & self.model_fields_set):
             raise ValueError(f"{option} has no meaning {'with' if self.smiles else 'without'} these molecules")
         return self
@@ -179,8 +184,8 @@ class TableSource(PreparedSource):
         """The columns of the input, in the order of the file or of the list."""
         options = self._options
         taken = {task.column for task in options.tasks} | {options.id_column, options.split_column}
-        if options.smiles is not None and options.molecule_features != "descriptors":
-            chosen = [options.smiles]
+        if options.vectors:
+            chosen = [str(options.smiles)]
         elif options.features == "all":
             chosen = [name for name in row.cells if name not in taken | {options.split_by}]
         else:
@@ -200,14 +205,13 @@ class TableSource(PreparedSource):
 
     @cached_property
     def _input(self) -> tuple[InputSpec, Mapping[str, Any]]:
-        smiles = self._options.smiles
-        if smiles is not None and self._options.molecule_features != "descriptors":
-            return self._molecules(smiles)
+        options = self._options
+        if options.vectors:
+            return self._vectors()
         cells = next(iter(self._entries)).fields["row"].cells
         columns = [column for column in cells if column not in self._target_columns]
-        options = self._options
         rules = TableRules(
-            categorical=options.categorical, molecules=() if smiles is None else (smiles,),
+            categorical=options.categorical, molecules=(options.smiles,) if options.smiles else (),
             missing=options.missing, marks=self._dialect.marks, max_values=options.max_values,
             scaling=options.scaling,
         )  # fmt: skip
@@ -228,9 +232,9 @@ class TableSource(PreparedSource):
     def _target_columns(self) -> set[str]:
         return {task.column for task in self._options.tasks}
 
-    def _molecules(self, column: str) -> tuple[InputSpec, Mapping[str, Any]]:
+    def _vectors(self) -> tuple[InputSpec, Mapping[str, Any]]:
         options = self._options
-        preparation: dict[str, Any] = {"kind": "smiles", "column": column, "bits": options.bits}
+        preparation: dict[str, Any] = {"kind": "smiles", "column": options.smiles, "bits": options.bits}
         preparation |= {"features": options.molecule_features}
         if options.molecule_features == "morgan":
             preparation |= {"radius": options.radius, "library": f"rdkit {version('rdkit')}"}
