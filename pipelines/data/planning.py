@@ -127,7 +127,8 @@ def make_plans(
         raise UserError(
             f"splits hold {', '.join(f'{name}: {count}' for name, count in counts.items())} samples",
             where=source.root,
-            remedy="training needs samples for train and val; check the split column or file"
+            remedy="training needs samples for train and val; check the split column or file. Without one, the "
+            "SHA-256 of the id decides: rows that were chosen by it can be in one split; then add a split column"
             + (", or set source.options.val_share=0.1" if source.kind in ("image_table", "webdataset") else ""),
         )
     plans = [plan for split in splits.values() for plan in split.finished()]
