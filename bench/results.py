@@ -54,9 +54,9 @@ had the epochs of naive MTL. The commands are those of its version. These rows e
 - **`undistilled`**: the earlier search without its distillation.
 - **`retrained`**: the groups of its best gate, trained from scratch.
 
-Sections with budgets, except `planted9_average` and `qm9_2000`, were measured before weights were averaged (`search.average`),
-with a decay of a quarter of the epochs instead of an eighth. On nine planted tasks the figures differ little:
-compare `planted9_average` with `planted9` at 5 runs.
+Sections with budgets, except `planted9_average` and `qm9_2000`, were measured before weights were averaged
+(`search.average`), with a decay of a quarter of the epochs instead of an eighth. On nine planted tasks the figures
+differ little: compare `planted9_average` with `planted9` at 5 runs.
 
 At inference, only the single-task networks cost more than all K groups. Naive MTL and groupings with fewer groups
 cost less. The [glossary](reference/glossary.md) explains the methods.
@@ -112,9 +112,10 @@ descriptors.
 """
 ABOUT: Mapping[str, str] = {  # of sections with other data than those of the recipe, or with further figures
     **dict.fromkeys(OF_NGRAMS, NGRAMS),
-    "qm9_2000": """The first 2,000 molecules by the SHA-256 of their name in QM9, with energies per atom. The encoder
-and its schedule are those of `dmtg config new` for so many rows. Weights were averaged. With seed 5 the search kept
-naive MTL: its groups, those of seed 4, were better by less than two standard errors of the validation score.
+    "qm9_2000": """The first 2,000 molecules by the SHA-256 of their name in QM9, with energies per atom. The
+encoder and its schedule are those of `dmtg config new` for so many rows. Weights were averaged. With seed 5 the
+search kept naive MTL: its groups, those of seed 4, were better by less than two standard errors of the validation
+score.
 """,
     "nuclei_4runs": """Validation scores of seed 1 with averaged weights, in brackets those of the networks below:
 naive MTL trained longer -2.065 (-2.054), one wide encoder -2.027 (-2.029), search -1.998 (-1.961). Without the
