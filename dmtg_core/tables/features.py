@@ -168,13 +168,13 @@ class _Description:
             with suppress(ValueError):  # a molecule that cannot be read
                 found.append(descriptors(row[column], column))
         if not found:
-            raise ColumnError(f"no molecule in the train rows of column {column}", "remove it", "features")
+            raise ColumnError(f"no molecule in the train rows of column {column}", "name another column")
         values = np.array(found, np.float64)  # (n, P)
         known = ~np.isnan(values)
         kept = np.flatnonzero(known.mean(0) >= LEAST_KNOWN)
         kept = kept[[len(np.unique(values[known[:, place], place])) > 1 for place in kept]]
         if not len(kept):
-            raise ColumnError(f"the molecules in the train rows of column {column} are all alike", "remove it")
+            raise ColumnError(f"the molecules in the train rows of column {column} are all alike", "name another column")
         means, deviations = np.nanmean(values[:, kept], 0).tolist(), np.nanstd(values[:, kept], 0).tolist()
         gaps = not known[:, kept].all()
         feature = {"column": column, "type": "molecule", "parts": [names[place] for place in kept], "means": means}

@@ -134,7 +134,7 @@ class TableSource(PreparedSource):
             )
         if self._options.molecule_features != "ngrams" and importlib.util.find_spec("rdkit") is None:
             raise UserError(
-                f"{self._options.molecule_features} of molecules need rdkit, which is not installed",
+                f"molecule_features={self._options.molecule_features} needs rdkit, which is not installed",
                 where="source.options.molecule_features",
                 remedy="pip install 'dmtg[molecules]', or use ngrams",
             )
