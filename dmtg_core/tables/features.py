@@ -174,7 +174,7 @@ class _Description:
         kept = np.flatnonzero(known.mean(0) >= LEAST_KNOWN)
         kept = kept[[len(np.unique(values[known[:, place], place])) > 1 for place in kept]]
         if not len(kept):
-            raise ColumnError(f"the molecules in the train rows of column {column} are all alike", "name another column")
+            raise ColumnError(f"the molecules in the train rows of column {column} are alike", "name another one")
         means, deviations = np.nanmean(values[:, kept], 0).tolist(), np.nanstd(values[:, kept], 0).tolist()
         gaps = not known[:, kept].all()
         feature = {"column": column, "type": "molecule", "parts": [names[place] for place in kept], "means": means}

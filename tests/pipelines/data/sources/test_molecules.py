@@ -176,7 +176,7 @@ def test_unreadable_molecules_are_bad_samples(tmp_path: Path) -> None:
     ("cells", "options", "message"),
     [
         (["C(", "C)"], {}, "no molecule in the train rows of column smiles"),
-        (["CCO", "OCC"], {}, "the molecules in the train rows of column smiles are all alike"),
+        (["CCO", "OCC"], {}, "the molecules in the train rows of column smiles are alike"),
         (["CCO", "CC"], {"categorical": ["smiles"]}, "categorical names smiles, the molecules"),
         (["CCO", "CC"], {"radius": 3}, "radius has no meaning"),
         (["CCO", "CC"], {"features": ["sick"]}, "sick cannot be a feature"),
