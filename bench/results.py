@@ -90,10 +90,12 @@ the best learner by less than 0.1 % (`savings`), 0.1 % (`sleep`), 1.4 % (`counti
 
 On `molecules`, 2,000 rows of QM9, the search has 11 % fewer errors than naive MTL. On each of five splits it finds
 the groups {alpha, r2, zpve, cv}, which grow with the size of a molecule, and {u0, u298, h298, g298}, the energies.
-The other groups are {mu, homo} and {lumo, gap} on three splits, {homo} and {mu, lumo, gap} on two. On the other
-tables, with 200 to 12,100 training rows, the search kept naive MTL on 58 of 65 splits: no network was better by
-two standard errors of the validation score. Its error was 0.28 (`digits`) to 1.001 times that of naive MTL. All
-but `molecules`, `tox21` and `health` were measured before weights were averaged.
+The other groups are {mu, homo} and {lumo, gap} on three splits, {homo} and {mu, lumo, gap} on two. With 20,000
+rows, on split 1, naive MTL has an error of 0.167 and LightGBM of 0.169; nothing else was trained there.
+
+On the other tables, with 200 to 12,100 training rows, the search kept naive MTL on 58 of 65 splits: no network was
+better by two standard errors of the validation score. Its error was 0.28 (`digits`) to 1.001 times that of naive
+MTL. All but `molecules`, `tox21` and `health` were measured before weights were averaged.
 
 On split 1 of `health`, half of the epochs, dropout 0.25, 16 members, and a weight decay of 0.01 or 0.4 are not
 better: errors of 0.597 to 0.605 beside 0.597.
