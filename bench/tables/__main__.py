@@ -2,7 +2,8 @@
 
 Each table is written as CSV with the configuration of `dmtg config new`, and `dmtg compare` trains naive MTL, the
 methods and decision trees on it. Nothing in the configuration is changed. Other learners are trained on the same
-rows. A seed is a split of the table and the seed of all training. The results are in
+rows. A seed is a split of the table and the seed of all training. Networks that `work/tables` holds are not
+trained again: delete the folder after a change of the code. The results are in
 `docs/results/tables/tables.json`, and `python -m bench.results` writes them to the page.
 """
 
