@@ -11,7 +11,7 @@ from typing import Any
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.budget import Budget
-from dmtg_core.search.options import BASELINE, SearchOptions
+from dmtg_core.search.options import BASELINE, GUIDED, SearchOptions
 from dmtg_core.search.state import SearchState
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Data
@@ -115,7 +115,11 @@ class Stages:
             record = {"stage": stage, "spent": self.spent if stage != BASELINE else 0.0, **state.history[-1]}
             self.context.report(record | {"gain": self._gain(record["val"])}, self.state.save)
 
-        return Hooks(on_epoch=epoch, on_step=lambda _: self.context.report(None, self.state.save))
+        return Hooks(
+            on_epoch=epoch,
+            on_step=lambda _: self.context.report(None, self.state.save),
+            proposed=stage == GUIDED,
+        )
 
     def _gain(self, metrics: Metrics) -> float | None:
         """The gain of validation metrics over naive MTL in per cent; None before naive MTL has been trained."""

@@ -96,12 +96,16 @@ def _feature_gradient(network: GroupingNetwork, batch: Batch, features: Tensor, 
     return gradient.flatten()
 
 
-def warnings(history: Sequence[Mapping[str, Any]], tasks: Sequence[str], settings: TrainSettings) -> list[str]:
+def warnings(
+    history: Sequence[Mapping[str, Any]], tasks: Sequence[str], settings: TrainSettings, *, proposed: bool = False
+) -> list[str]:
     """Return warnings about the last epoch of a history, each with a remedy.
 
     Args:
         history: Records of the epochs so far, with `gate`, `phase`, `probabilities` and `cosines`.
         tasks: Names of the tasks in the order of the probabilities.
+        settings: Training settings.
+        proposed: Whether the gate started at proposed groups, so that it is expected to converge early.
     """
     record = history[-1]
     branches = len(record["probabilities"][0])
@@ -111,14 +115,17 @@ def warnings(history: Sequence[Mapping[str, Any]], tasks: Sequence[str], setting
     # the groups of a distilled network are fixed from the start: there is no gate to warn of
     fixed = all(sum(p > 0 for p in row) == 1 for row in history[0]["probabilities"])
     if record["phase"] == "search" and not fixed:
-        found += _of_the_search(record, tasks, settings)
+        found += _of_the_search(history, tasks, settings, proposed)
     last = record["epoch"] == settings.epochs or has_stopped(history, settings)
     if last and (ends := [r for r in history if r["phase"] == "finetune"]):
         found += _of_the_groups([r["cosines"] for r in ends], tasks)
     return found
 
 
-def _of_the_search(record: Mapping[str, Any], tasks: Sequence[str], settings: TrainSettings) -> list[str]:
+def _of_the_search(
+    history: Sequence[Mapping[str, Any]], tasks: Sequence[str], settings: TrainSettings, proposed: bool
+) -> list[str]:
+    record = history[-1]
     gate, epoch = record["gate"], record["epoch"]
     alive = sum(sum(p > 0 for p in row) > 1 for row in record["probabilities"])
     found = []
@@ -128,7 +135,8 @@ def _of_the_search(record: Mapping[str, Any], tasks: Sequence[str], settings: Tr
             "start, and check gate.sampling"
         )
     early = epoch <= max(EARLY * settings.search_epochs, 1) and epoch < settings.search_epochs
-    if early and gate["entropy"] < COLLAPSED:
+    before = len(history) > 1 and history[-2]["gate"]["entropy"] < COLLAPSED
+    if early and not proposed and not before and gate["entropy"] < COLLAPSED:
         found.append(
             f"the gate has converged after {epoch} of {settings.search_epochs} epochs of search, before the "
             "branches can differ: lower gate.learning_rate or raise gate.temperature.start"

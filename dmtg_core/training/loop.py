@@ -129,12 +129,14 @@ class Hooks:
             checkpoint due, with the state to save. If it is None, there is no checkpoint within an epoch.
         should_stop: Stop criterion, called before each epoch.
         prepare: Applied to each training batch before augmentation.
+        proposed: See `warnings`.
     """
 
     on_epoch: Callable[[TrainState], None] = lambda _state: None
     on_step: Callable[[TrainState], None] | None = None
     should_stop: Callable[[TrainState], bool] = lambda _state: False
     prepare: Callable[[Batch], Batch] = lambda batch: batch
+    proposed: bool = False
 
 
 NO_HOOKS = Hooks()
@@ -206,7 +208,8 @@ def _advance(
         }
         state.consider(record["val_score"])
         state.history.append(record)
-        record["warnings"] = warnings(state.history, [task.name for task in state.network.tasks], settings)
+        names = [task.name for task in state.network.tasks]
+        record["warnings"] = warnings(state.history, names, settings, proposed=hooks.proposed)
         hooks.on_epoch(state)
     return state
 

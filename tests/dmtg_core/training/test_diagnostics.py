@@ -148,6 +148,16 @@ def test_a_converged_gate_is_not_warned_of(over):
     assert warnings([record(**over)], ["a", "b"], SETTINGS) == []
 
 
+def test_an_early_gate_is_warned_of_once_and_not_if_groups_were_proposed():
+    first, second = (record(epoch=epoch, gate=gate(entropy=0.01)) for epoch in (1, 2))
+    (found,) = warnings([first], ["a", "b"], SETTINGS)
+    assert "converged after 1 of 10 epochs" in found
+    assert warnings([first, second], ["a", "b"], SETTINGS) == []
+    assert warnings([first], ["a", "b"], SETTINGS, proposed=True) == []
+    lost = record(gate=gate(gradient_norm=1e-7))
+    assert len(warnings([lost], ["a", "b"], SETTINGS, proposed=True)) == 1
+
+
 def test_fixed_groups_are_not_warned_of():
     hard = {"probabilities": [[1.0, 0.0], [0.0, 1.0]], "gate": gate(entropy=0.0)}
     assert warnings([record(epoch=1, **hard)], ["a", "b"], SETTINGS) == []
