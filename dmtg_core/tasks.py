@@ -382,8 +382,8 @@ class InputSpec:
                     raise ValueError(f"{name} must be finite and in ascending order, got {values[:5]} …")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields ready for JSON. `InputSpec(**...)` reads them."""
-        values = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+        """Return the fields ready for JSON, without a copy of each quantile. `InputSpec(**...)` reads them."""
+        values = {key: list(v) if isinstance(v, tuple) else v for key, v in vars(self).items()}
         for name in ("quantiles", "padding", "codes"):
             if not values[name]:  # as in files of earlier versions
                 del values[name]

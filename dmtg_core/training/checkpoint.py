@@ -58,7 +58,7 @@ def _save_network(folder: Path, network: GroupingNetwork, apart: Collection[str]
         described["frozen"] = network.frozen_digest
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(FROZEN)}
     save_tensors(folder / "network.safetensors", tensors)
-    write_json(folder / "network.json", described)
+    write_json(folder / "network.json", described, indent=None)  # a table can have 50,000 quantiles
 
 
 def keeps_base(network: GroupingNetwork) -> bool:
