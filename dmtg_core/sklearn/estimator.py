@@ -109,6 +109,7 @@ class GroupedEstimator(BaseEstimator):
 
         Raises:
             ValueError: For an unknown parameter, too few rows or labels, and columns that cannot be used.
+            TypeError: If `molecules` is a single name.
         """
         self._check_parameters()
         if y is None:
@@ -238,6 +239,8 @@ class GroupedEstimator(BaseEstimator):
         check_counts({"groups": self.groups})
         if self.max_values is not None:
             check_counts({"max_values": self.max_values})
+        if isinstance(self.molecules, str):
+            raise TypeError(f"molecules must be a list of names, such as [{self.molecules!r}]")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be in (0, 1), got {self.validation_fraction}")
         for name in ("epochs", "batch_size"):

@@ -17,7 +17,7 @@ import numpy as np
 from dmtg_core.tables.categories import HASHED, ColumnError, category_feature
 from dmtg_core.tables.cells import MISSING
 from dmtg_core.tables.figures import MOST_VALUES, Figures, Rows, column_figures, date_figures, sampled_rows
-from dmtg_core.tables.molecules import descriptor_names, descriptors
+from dmtg_core.tables.molecules import descriptor_names, descriptors, smiles_of
 from dmtg_core.tables.preparation import TablePreparation
 from dmtg_core.tables.scaling import FINEST, Scales, feature_quantiles, filled_with, robust_scales, table_codes
 from dmtg_core.tables.stored import stored_column
@@ -166,7 +166,7 @@ class _Description:
         names, found = descriptor_names(), list[np.ndarray]()
         for row in sampled_rows(self._rows):
             with suppress(ValueError):  # a molecule that cannot be read
-                found.append(descriptors(row[column], column))
+                found.append(descriptors(smiles_of(row[column], column), column))
         if not found:
             raise ColumnError(f"no molecule in the train rows of column {column}", "name another column")
         values = np.array(found, np.float64)  # (n, P)

@@ -14,18 +14,17 @@ LEFT_OUT = "Ipc"  # grows exponentially with the number of atoms, beyond float32
 _HELD = 32_768  # molecules whose descriptors are held, 30 MB
 
 
-def read_molecule(cell: Any, column: str) -> Any:
-    """The molecule of RDKit for a cell.
+def read_molecule(smiles: str, column: str) -> Any:
+    """The molecule of RDKit for the text of a cell, see `smiles_of`.
 
     Args:
-        cell: The raw cell.
-        column: Name of its column, for the errors.
+        smiles: The text; RDKit reads an empty one as a molecule without atoms.
+        column: Name of the column, for the error.
 
     Raises:
-        ValueError: If the cell is not a text, and for a molecule that RDKit cannot read.
+        ValueError: For a molecule that RDKit cannot read.
         ImportError: Without the package `rdkit`.
     """
-    smiles = smiles_of(cell, column)
     chem, base = _library()
     with base.BlockLogs():  # RDKit would write the error to stderr as well
         molecule = chem.MolFromSmiles(smiles)
@@ -70,10 +69,9 @@ def descriptors(smiles: str, column: str) -> np.ndarray:
         ValueError, ImportError: See `read_molecule`.
     """
     molecule = read_molecule(smiles, column)
-    from rdkit import rdBase
     from rdkit.Chem import Descriptors
 
-    with rdBase.BlockLogs():
+    with _library()[1].BlockLogs():
         every = Descriptors.CalcMolDescriptors(molecule, missingVal=np.nan)
     values = np.array([every[name] for name in descriptor_names()], np.float64)
     with np.errstate(invalid="ignore"):

@@ -216,6 +216,8 @@ def test_the_estimator_has_the_features_of_the_reader(doses: Path) -> None:
     assert model.predict(x).shape == (26, 2)
     with pytest.raises(ValueError, match="X has no column 'structure', which molecules names"):
         model.set_params(molecules=["structure"]).fit(x, y)
+    with pytest.raises(TypeError, match=r"molecules must be a list of names, such as \['smiles'\]"):
+        model.set_params(molecules="smiles").fit(x, y)
     with pytest.raises(ValueError, match=r"row 1 of X: 'C\(' in column smiles is not a molecule"):
         model.predict(x[:2].assign(smiles=["CCO", "C("]))
 
@@ -228,13 +230,8 @@ def test_what_is_read_of_molecules_is_logged(doses: Path, caplog: pytest.LogCapt
 
 @pytest.mark.skipif(not TOX21.is_dir(), reason="the shared Tox21 data is not beside the checkout")
 def test_tox21() -> None:
-    reader = TableSource(
-        locate(str(TOX21)),
-        {
-            "file": "tox21.csv", "id_column": "mol_id", "smiles": "smiles",
-            "tasks": [{"column": "SR-p53", "kind": "binary", "metric": "auroc"}],
-        },
-    )  # fmt: skip
+    task = {"column": "SR-p53", "kind": "binary", "metric": "auroc"}
+    reader = source(TOX21, file="tox21.csv", id_column="mol_id", tasks=[task])
     entries = list(reader.entries())
     assert len(entries) == 7831
     found = [reader.read(entry)["task.SR-p53"] for entry in entries[:1000]]
