@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dmtg_core.addresses import allow_code
     from dmtg_core.grouping import Grouping
+    from dmtg_core.input_spec import InputSpec
     from dmtg_core.loss_options import LossOptions
     from dmtg_core.network.cost import Cost, grouping_cost, inference_cost, training_flops, widened_to
     from dmtg_core.network.encoders import ENCODERS, EncoderSpec
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from dmtg_core.search.options import SearchOptions
     from dmtg_core.search.search import SearchResult, search
     from dmtg_core.search.selection import Candidate, Selection, best_partition, select
-    from dmtg_core.tasks import InputSpec, Task
+    from dmtg_core.tasks import Task
     from dmtg_core.training.aggregation import AGGREGATORS
     from dmtg_core.training.augment import AUGMENTATIONS, augment
     from dmtg_core.training.context import LocalContext, TrainContext
@@ -98,6 +99,7 @@ __all__ = [
 _MODULES = {
     "addresses": ("allow_code",),
     "grouping": ("Grouping",),
+    "input_spec": ("InputSpec",),
     "loss_options": ("LossOptions",),
     "network.cost": ("Cost", "grouping_cost", "inference_cost", "training_flops", "widened_to"),
     "network.encoders": ("ENCODERS", "EncoderSpec"),
@@ -111,7 +113,7 @@ _MODULES = {
     "search.options": ("SearchOptions",),
     "search.search": ("SearchResult", "search"),
     "search.selection": ("Candidate", "Selection", "best_partition", "select"),
-    "tasks": ("InputSpec", "Task"),
+    "tasks": ("Task",),
     "training.aggregation": ("AGGREGATORS",),
     "training.augment": ("AUGMENTATIONS", "augment"),
     "training.context": ("LocalContext", "TrainContext"),

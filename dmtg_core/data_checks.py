@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.input_spec import InputSpec
+from dmtg_core.tasks import Task
 
 BLOCK = 2**20  # values of which the slow check looks at the same time
 

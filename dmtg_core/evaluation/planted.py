@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from dmtg_core.grouping import Grouping
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.input_spec import InputSpec
+from dmtg_core.tasks import Task
 from dmtg_core.training.data import Arrays
 
 NOISE = 0.3  # standard deviation of the noise that is added before a label is thresholded at the median

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dmtg_core.grouping import Grouping
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel, clone
 from dmtg_core.network.spec import NetworkSpec
-from dmtg_core.tasks import InputSpec
 
 FORMULAS = {str(packet): formula for packet, formula in flop_registry.items()}  # "aten.mm" → operations
 

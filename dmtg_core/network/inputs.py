@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmtg_core.tasks import InputSpec
+from dmtg_core.input_spec import InputSpec
 
 
 class Normalise(nn.Module):

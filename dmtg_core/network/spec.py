@@ -9,10 +9,11 @@ from typing import Any
 
 from dmtg_core.addresses import is_address
 from dmtg_core.data_checks import check_choice, check_counts, check_finite
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.network.decoders import DECODERS
 from dmtg_core.network.encoders import EncoderSpec
 from dmtg_core.own_code import code_of_tasks
-from dmtg_core.tasks import InputSpec, Task, check_names
+from dmtg_core.tasks import Task, check_names
 
 TASK_WEIGHTINGS = (
     "fixed", "uncertainty", "dwa", "famo", "geometric_mean", "imtl_l", "random", "stch", "uw",

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from dmtg_core.grouping import Grouping
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.network.encoders import EncoderSpec
 from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel
 from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.network.threads import threads_of_step
 from dmtg_core.search.search import search
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.tasks import Task
 from dmtg_core.training.context import LocalContext
 from dmtg_core.training.data import ArrayData, Arrays
 from dmtg_core.training.loop import fit

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.tables.categories import HASHED, ColumnError, category_feature
 from dmtg_core.tables.cells import MISSING
 from dmtg_core.tables.figures import MOST_VALUES, Figures, Rows, column_figures, date_figures, sampled_rows
@@ -21,7 +22,6 @@ from dmtg_core.tables.molecules import descriptor_names, descriptors, smiles_of
 from dmtg_core.tables.preparation import TablePreparation
 from dmtg_core.tables.scaling import FINEST, Scales, feature_quantiles, filled_with, robust_scales, table_codes
 from dmtg_core.tables.stored import stored_column
-from dmtg_core.tasks import InputSpec
 
 LEAST_KNOWN = 0.9  # share of the training molecules that have a descriptor, below which it is left out
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from dmtg_core.data_checks import check_choice, check_input, check_lengths, check_samples
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.sampling import SAMPLERS, epoch_order, epoch_steps, sample_weights
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.tasks import Task
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,11 @@ from pipelines.errors import UserError
 from pipelines.recipes import RECIPES, recipes
 
 if TYPE_CHECKING:  # a configuration is read without torch
+    from dmtg_core.input_spec import InputSpec
     from dmtg_core.network.encoders import EncoderSpec
     from dmtg_core.network.spec import NetworkSpec
     from dmtg_core.search.options import SearchOptions
-    from dmtg_core.tasks import InputSpec, Task
+    from dmtg_core.tasks import Task
     from dmtg_core.training.settings import TrainSettings
 
 

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.input_spec import InputSpec
+from dmtg_core.tasks import Task
 from pipelines.data import statistics
 from pipelines.data.sources.base import Column, Description
 from pipelines.errors import UserError

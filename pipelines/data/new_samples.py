@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import ValidationError
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.names import listed
 from dmtg_core.tables.cells import cell_text, marks_of
 from dmtg_core.tables.preparation import TablePreparation, UnseenValues
-from dmtg_core.tasks import InputSpec
 from pipelines.data.preprocessing import (
     Preparation,
     for_plain_cells,

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from dmtg_core.tasks import ANGLES, InputSpec, Task
+from dmtg_core.input_spec import InputSpec
+from dmtg_core.tasks import ANGLES, Task
 from pipelines.data import statistics
 from pipelines.data.reader import Reader
 from pipelines.data.statistics import Sums, class_name

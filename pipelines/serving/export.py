@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.network.composite import Composite, library_state, plain
 from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.tasks import Task
 from dmtg_core.training.checkpoint import load_model, save_model, save_tensors
 from pipelines.config.sections import TrackSection
 from pipelines.errors import UserError

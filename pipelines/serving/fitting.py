@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.names import listed
 from dmtg_core.network.grouping_network import GroupModel
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.tasks import Task
 from pipelines.config.sections import TrackSection
 from pipelines.data.new_samples import raw_form
 from pipelines.data.preprocessing import MARKS

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.network.composite import Composite
 from dmtg_core.network.inputs import NormalQuantiles
-from dmtg_core.tasks import InputSpec
 from pipelines.errors import UserError
 
 TRACED = 3  # samples of the input that is traced; with one sample, the number would be a constant

@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.input_spec import InputSpec
+from dmtg_core.tasks import Task
 from pipelines.config.sections import TrackSection
 from pipelines.data.new_samples import Sample, Samples, new_samples
 from pipelines.errors import UserError

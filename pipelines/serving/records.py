@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.names import listed
 from dmtg_core.tables.cells import cell_text
 from dmtg_core.tables.preparation import TablePreparation, UnseenValues
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.tasks import Task
 from pipelines.data.new_samples import ROW, Sample, has_image_form, image_form, prepared
 from pipelines.data.preprocessing import load_preparation
 from pipelines.data.sources.base import BadSampleError

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.network.encoders import EncoderSpec
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.spec import NetworkSpec
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.tasks import Task
 from dmtg_core.training.checkpoint import save_tensors
 from pipelines.data.sources.base import INPUT, Column, Description, Entry
 from pipelines.storage import Location

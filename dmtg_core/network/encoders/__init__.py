@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dmtg_core.addresses import checked_name, full_name, is_address
 from dmtg_core.data_checks import check_choice
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.network.adapters import AdapterBranch, AdapterOptions, SharedStages
 from dmtg_core.network.encoders.basic import convnet, mlp
 from dmtg_core.network.encoders.own import own_options, own_output, own_stages
@@ -29,7 +30,6 @@ from dmtg_core.network.encoders.text import embedding_bag, text_transformer
 from dmtg_core.network.encoders.vit import vit, vit_b_16
 from dmtg_core.network.encoders.xception import xception_taskonomy
 from dmtg_core.network.frozen import Frozen, copies, in_memory_once
-from dmtg_core.tasks import InputSpec
 
 # name → (function that builds the stages of one encoder, kind of its input)
 ENCODERS: Mapping[str, tuple[Callable[..., list[nn.Module]], str]] = {

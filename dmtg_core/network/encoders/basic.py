@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from dmtg_core.tasks import InputSpec
+from dmtg_core.input_spec import InputSpec
 
 
 def mlp(spec: InputSpec, *, widths: Sequence[int] = (64, 32), dropout: float = 0.0) -> list[nn.Module]:

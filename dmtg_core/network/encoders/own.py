@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dmtg_core.addresses import load
-from dmtg_core.tasks import InputSpec
+from dmtg_core.input_spec import InputSpec
 
 SPEC = "spec"  # parameter of a class that receives the `InputSpec`
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.network.encoders.calls import Call, Skipped, calls_of, leading_to, replace_module
 from dmtg_core.network.encoders.layer_cut import TOLERANCE
 from dmtg_core.network.encoders.library import library, name_layers
-from dmtg_core.tasks import InputSpec
 
 GROUPS = ("blocks", "stages", "layers")  # names of the lists of blocks in models of the library
 NUMBERED = re.compile(r"(layer|s)\d+")  # names of the groups of blocks of residual networks

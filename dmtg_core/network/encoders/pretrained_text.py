@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.network.encoders.layer_cut import cut
 from dmtg_core.network.encoders.library import library, name_layers
 from dmtg_core.network.encoders.masks import EAGER, SDPA, register
 from dmtg_core.network.encoders.pooling import POOLINGS, pooling_of
-from dmtg_core.tasks import InputSpec
 
 TRIAL = 8  # tokens of a text of the trial that compares the stages with the library's model
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from dmtg_core.tasks import InputSpec
+from dmtg_core.input_spec import InputSpec
 
 
 def resnet(depth: int) -> Callable[..., list[nn.Module]]:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.network.inputs import Normalise
-from dmtg_core.tasks import InputSpec
 
 EXTRA = "pip install 'dmtg[tables]'"
 MANY_ROWS = 1_000  # rows from which the embedding of a number is piecewise linear

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.network.encoders.basic import layers as dense_layers
-from dmtg_core.tasks import InputSpec
 
 Tokens = tuple[Tensor, ...]  # (B, L, F), (B, L), and further tensors whose first axis is that of the samples
 

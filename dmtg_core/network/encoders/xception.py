@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from dmtg_core.tasks import InputSpec
+from dmtg_core.input_spec import InputSpec
 
 WIDTHS = (32, 64, 128, 256, 728, 728, 728, 728, 728, 728, 728, 728, 728)
 

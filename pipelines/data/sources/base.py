@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.input_spec import InputSpec
+from dmtg_core.tasks import Task
 from pipelines.storage import Location
 
 INPUT = "input"  # column of the network's input

@@ -23,7 +23,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.input_spec import InputSpec
+from dmtg_core.tasks import Task
 from pipelines.config.validation import Section, checked
 from pipelines.data.sources.base import INPUT, BadSampleError, Column, Description, Entry
 from pipelines.data.sources.images import read_image, resize_rgb, rgb

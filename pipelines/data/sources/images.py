@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dmtg_core.tasks import InputSpec
+from dmtg_core.input_spec import InputSpec
 from pipelines.data.sources.base import BadSampleError
 from pipelines.storage import Location
 

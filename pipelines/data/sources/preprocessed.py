@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.names import listed
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.tasks import Task
 from pipelines.data.preprocessing import Preparation, for_plain_cells, load_preparation
 from pipelines.data.sources.base import INPUT, BadSampleError, Column, Description, Entry
 from pipelines.data.sources.rows import Row

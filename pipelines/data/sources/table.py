@@ -18,11 +18,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.names import listed
 from dmtg_core.tables.categories import ColumnError
 from dmtg_core.tables.cells import MISSING
 from dmtg_core.tables.features import TableInput, TableRules, table_input
-from dmtg_core.tasks import InputSpec
 from pipelines.config.validation import checked
 from pipelines.data.preprocessing import load_preparation
 from pipelines.data.sources.base import Entry

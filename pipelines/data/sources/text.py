@@ -23,7 +23,8 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from dmtg_core.tasks import InputSpec, Task, check_names
+from dmtg_core.input_spec import InputSpec
+from dmtg_core.tasks import Task, check_names
 from pipelines.config.validation import checked
 from pipelines.data.sources.base import BadSampleError, Column, Entry
 from pipelines.data.sources.columns import Replayed, RowsOf

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.network.cost import inference_cost
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.spec import NetworkSpec
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.tasks import Task
 from pipelines.runs.results import ALL, NAIVE, SINGLE
 
 SECONDS, FEWEST = 0.05, 3  # least duration of a measurement, and least number of passes

@@ -13,8 +13,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.tables.cells import in_order
-from dmtg_core.tasks import MOST_SHARES, InputSpec, Task
+from dmtg_core.tasks import MOST_SHARES, Task
 from dmtg_core.training.data import ArrayData, Arrays, Chunks, DeviceArrays
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.network.encoders import EncoderSpec
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.tasks import Task
 from pipelines.config.loading import Config
 from pipelines.config.sections import TrackSection
 from pipelines.config.validation import checked

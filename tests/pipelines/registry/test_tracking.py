@@ -18,7 +18,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.input_spec import InputSpec
+from dmtg_core.tasks import Task
 from dmtg_core.training.context import Save
 from pipelines import storage
 from pipelines.cli.app import app

@@ -14,8 +14,9 @@ import torch
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.network.composite import Composite
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.tasks import Task
 from pipelines.cli.app import app
 from pipelines.config.sections import TrackSection
 from pipelines.data.sources.base import INPUT

@@ -18,10 +18,11 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.network.encoders import EncoderSpec
 from dmtg_core.network.grouping_network import GroupingNetwork, GroupModel
 from dmtg_core.network.spec import NetworkSpec
-from dmtg_core.tasks import InputSpec, Task
+from dmtg_core.tasks import Task
 from dmtg_core.training.checkpoint import save_model
 from dmtg_core.training.data import Arrays
 from pipelines.cli.app import app

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.network.encoders.pretrained_images import preprocessing_of
-from dmtg_core.tasks import InputSpec
 from pipelines.config.validation import Section
 from pipelines.data.sources.base import INPUT, Column, Description
 from pipelines.data.sources.images import fitted, image_input, rgb

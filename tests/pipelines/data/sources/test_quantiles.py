@@ -12,10 +12,10 @@ import pytest
 import torch
 from sklearn.preprocessing import QuantileTransformer, RobustScaler
 
+from dmtg_core.input_spec import InputSpec
 from dmtg_core.network.inputs import Normalise
 from dmtg_core.sklearn.frames import column_names, describe
 from dmtg_core.tables.figures import sampled_rows
-from dmtg_core.tasks import InputSpec
 from pipelines.data.preprocessing import prepare
 from pipelines.data.sources.base import INPUT
 from pipelines.data.sources.columns import RowsOf
