@@ -112,7 +112,11 @@ def inputs_for(spec: InputSpec, rows: int) -> np.ndarray:
         return np.where(np.arange(spec.shape[0]) < lengths, ids, spec.padding).astype(spec.dtype)
     if np.issubdtype(np.dtype(spec.dtype), np.integer):
         return rng.integers(0, np.iinfo(spec.dtype).max, shape, endpoint=True).astype(spec.dtype)
-    return (np.array(spec.mean) + np.array(spec.std) * rng.normal(size=shape)).astype(spec.dtype)
+    found = (np.array(spec.mean) + np.array(spec.std) * rng.normal(size=shape)).astype(spec.dtype)
+    for place, codes in enumerate(spec.codes):
+        if codes:  # every other sample has a value with a vector of its own
+            found[::2, place] = rng.choice(codes, len(found[::2]))
+    return found
 
 
 def write_torch(composite: Composite, spec: InputSpec, file: Path) -> Run:

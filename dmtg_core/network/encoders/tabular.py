@@ -208,7 +208,12 @@ class _Codes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         score = x.index_select(1, self.places).T.contiguous()  # (C, B)
-        nearest = torch.searchsorted(self.values, score - self.TOLERANCE).minimum(self.last)
+        least = score - self.TOLERANCE
+        if torch.compiler.is_exporting():  # ONNX has no search
+            nearest = (self.values.unsqueeze(2) < least.unsqueeze(1)).sum(1)
+        else:
+            nearest = torch.searchsorted(self.values, least)
+        nearest = nearest.minimum(self.last)
         known = (self.values.gather(1, nearest) - score).abs() <= self.TOLERANCE
         found = nn.functional.embedding(nearest + self.starts, self.vectors)  # (C, B, width)
         return (found * known.unsqueeze(2)).sum(0)

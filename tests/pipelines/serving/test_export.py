@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -43,14 +44,16 @@ TEXT = InputSpec("tokens", (10,), "uint16", vocabulary=40)
 EDGES = (-1.0, 0.0, 0.0, 0.5, 3.0)
 TABLE = InputSpec("features", (4,), "float32", (0.0,) * 4, (1.0,) * 4, quantiles=(EDGES, (), EDGES, ()))
 LAYERS = {"width": 16, "layers": 3, "heads": 2}
+CODED = replace(TABLE, codes=((-0.7, 0.2, 0.9), (), (-0.3, 1.1), ()))
 BERT = {
     "model_type": "bert", "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
     "intermediate_size": 24, "max_position_embeddings": 12,
 }  # fmt: skip
 LORA = {"rank": 2, "norms": True}
 MEMBERS = {"width": 8, "blocks": 2, "members": 4}
+LARGE = {"numbers": "piecewise_linear", "shared_input": True}
 KINDS: dict[str, tuple[InputSpec, tuple[Task, ...], EncoderSpec]] = {
-    "tables": (TABLE, SAMPLEWISE, EncoderSpec("tabm", 0, {**MEMBERS, "numbers": "piecewise_linear"})),
+    "tables": (CODED, SAMPLEWISE, EncoderSpec("tabm", 0, {**MEMBERS, **LARGE})),
     "small tables": (TABLE, SAMPLEWISE, EncoderSpec("tabm", 0, MEMBERS)),
     "images": (PICTURE, SAMPLEWISE + DENSE, EncoderSpec("convnet", 1, {"widths": [4, 8]})),
     "texts": (TEXT, SAMPLEWISE, EncoderSpec("text_transformer", 1, LAYERS)),
