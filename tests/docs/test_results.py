@@ -3,11 +3,12 @@
 import json
 import re
 from pathlib import Path
+from statistics import mean
 from xml.parsers import expat
 
 import pytest
 
-from bench.results import FOLDER, PAGE, TABLES, chart, page, rounded, section
+from bench.results import FOLDER, OTHERS, PAGE, TABLES, budgets, chart, page, rounded, section
 from dmtg_core import Grouping
 from pipelines.compare.budgets import rows_within
 from pipelines.compare.results import adjusted_p_values, agreements, stability, verdicts
@@ -38,6 +39,31 @@ def test_the_best_method_on_a_table_has_the_smallest_error() -> None:
         means = {m: sum(seed["errors"][m] for seed in seeds.values()) / len(seeds) for m in methods}
         (line,) = (line for line in page().splitlines() if line.startswith(f"| {name} |"))
         assert f"**{min(means.values()):.3g}**" in line
+
+
+def test_the_lines_of_the_budgets_follow_from_the_gains_of_the_seeds() -> None:
+    lines = [line.strip("| ").split(" | ") for line in budgets().splitlines() if line.startswith("| ")]
+    expected, to_wide = [], []
+    for file in PRESENT:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if file.stem.endswith("_parts"):
+            continue
+        for budget in found["budgets"]:
+            mark = f"@{budget:g}" if len(found["budgets"]) > 1 else ""
+            rows = {name.removesuffix(mark): name for name in found["per_seed"]}
+            gains = {
+                m: mean(seed["gain"] for seed in found["per_seed"][name].values()) for m, name in rows.items()
+            }
+            best = max(OTHERS & set(gains), key=gains.__getitem__)
+            expected.append([f"[{file.stem}](#{file.stem})", best, gains["guided"], gains[best]])
+            to_wide.append(gains["guided"] - gains["wide"])
+    shown = sorted((line for line in lines if line[0].startswith("[")), key=lambda line: line[0])
+    for line, (name, best, ours, theirs) in zip(shown, sorted(expected, key=lambda line: line[0]), strict=True):
+        assert [line[0], line[5]] == [name, best]
+        assert [float(line[4].split()[0]), float(line[6].split()[0])] == pytest.approx([ours, theirs], abs=0.06)
+    (wide,) = (line for line in lines if line[0] == "wide")
+    assert wide[1] == str(len(to_wide))
+    assert float(wide[2]) == pytest.approx(mean(to_wide), abs=0.06)
 
 
 def test_figures_are_rounded_and_nothing_else_is_changed() -> None:
