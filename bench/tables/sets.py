@@ -8,7 +8,7 @@ import io
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -27,19 +27,28 @@ class TableSet:
     Args:
         frame: The columns, targets included.
         targets: The columns to predict.
+        together: Rows with equal values of these columns are in one part of a split.
     """
 
     frame: pd.DataFrame
     targets: tuple[str, ...]
+    together: tuple[str, ...] = ()
 
 
 def write(found: TableSet, path: Path, seed: int) -> None:
     """Write a table as CSV with a column `split`, drawn at random: 60 % train, 15 % val, 25 % test."""
-    order = np.random.default_rng(seed).permutation(len(found.frame))
-    ends = np.cumsum([share for _, share in SPLITS]) * len(order)
-    split = np.empty(len(order), object)
+    rng, count = np.random.default_rng(seed), len(found.frame)
+    if found.together:
+        unit = found.frame.groupby(list(found.together), dropna=False).ngroup().to_numpy()
+        order = np.argsort(rng.permutation(unit.max() + 1)[unit], kind="stable")  # the rows of a unit follow
+        last = np.flatnonzero(np.diff(unit[order], append=-1)) + 1  # where units end
+    else:
+        order, last = rng.permutation(count), np.arange(count) + 1
+    ends = np.cumsum([share for _, share in SPLITS]) * count
+    ends = last[np.searchsorted(last, ends.round()).clip(max=len(last) - 1)]
+    split = np.empty(count, object)
     start = 0
-    for (name, _), end in zip(SPLITS, ends.round().astype(int), strict=True):
+    for (name, _), end in zip(SPLITS, ends, strict=True):
         split[order[start:end]] = name
         start = end
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +127,13 @@ def health() -> TableSet:
     """Health insurance experiment of RAND (statsmodels, randhie)."""
     found = _csv("statsmodels==0.15.0", "statsmodels/datasets/randhie/randhie.csv")
     return TableSet(found, ("mdvis", "physlm", "disea", "hlthg", "hlthf", "hlthp"))
+
+
+def families() -> TableSet:
+    """`health`, with all rows of a family, which have the same features, in one part of a split."""
+    found = health()
+    features = tuple(column for column in found.frame if column not in found.targets)
+    return replace(found, together=features)
 
 
 def diamonds() -> TableSet:
@@ -220,8 +236,8 @@ def pupils() -> TableSet:
 # defaults were chosen on these
 DEVELOPMENT: Mapping[str, Callable[[], TableSet]] = {
     "players": players, "benefits": benefits, "digits": digits, "trial": trial, "sleep": sleep,
-    "counties": counties, "health": health, "happiness": happiness, "mothers": mothers, "diamonds": diamonds,
-    "molecules": molecules, "births": births, "workers": workers,
+    "counties": counties, "health": health, "families": families, "happiness": happiness, "mothers": mothers,
+    "diamonds": diamonds, "molecules": molecules, "births": births, "workers": workers,
 }  # fmt: skip
 # no default was changed because of these
 UNSEEN: Mapping[str, Callable[[], TableSet]] = {"savings": savings, "loans": loans, "pupils": pupils}

@@ -30,6 +30,22 @@ def test_a_split_has_its_shares_and_follows_its_seed(tmp_path: Path) -> None:
     assert not table["split"].equals(pd.read_csv(tmp_path / "c.csv")["split"])
 
 
+def test_rows_that_belong_together_are_in_one_part_of_a_split(tmp_path: Path) -> None:
+    person = np.random.default_rng(0).integers(400, size=3_000)
+    frame = pd.DataFrame({"age": person % 20, "town": person // 20, "y": np.arange(3_000)})
+    splits = []
+    for seed in (1, 1, 2):
+        sets.write(sets.TableSet(frame, ("y",), together=("age", "town")), tmp_path / "a.csv", seed)
+        table = pd.read_csv(tmp_path / "a.csv")
+        pd.testing.assert_frame_equal(table.drop(columns="split"), frame)
+        assert table.groupby(["age", "town"])["split"].nunique().eq(1).all()
+        shares = table["split"].value_counts(normalize=True)
+        assert shares[["train", "val", "test"]].to_list() == pytest.approx([0.6, 0.15, 0.25], abs=0.01)
+        splits.append(table["split"])
+    assert splits[0].equals(splits[1])
+    assert not splits[0].equals(splits[2])
+
+
 def test_a_mean_error_has_regressions_in_standard_deviations() -> None:
     tasks = [Task("a", "binary", metric="auroc"), Task("b", "regression", metric="rmse", scale=(4.0,))]
     assert mean_error(tasks, {"a": 0.2, "b": 2.0}) == pytest.approx((0.2 + 0.5) / 2)
