@@ -15,6 +15,7 @@ from pipelines.data.reader import Reader
 from pipelines.data.renewal import stale_notes
 from pipelines.report.dataset import dataset_page
 from pipelines.report.formatting import quantity
+from pipelines.report.repeated import repeated_inputs, repeated_notes
 from pipelines.runs.folders import check_page
 from pipelines.storage import Location, locate
 
@@ -48,14 +49,11 @@ def inspect(config: Config, out: str = "") -> dict[str, Any]:
     problems = broken + _constant(manifest, tasks)
     notes = support_notes(manifest, tasks, config.data.min_support) + _drifts(manifest, tasks)
     notes += [*stale_notes(config, manifest), *manifest.description.notes]
+    reader, unreadable = Reader(folder, manifest, tasks), {problem.partition(" ")[0] for problem in broken}
+    repeated = repeated_inputs(reader, unreadable)
+    notes += repeated_notes(manifest, repeated)
     logger.info("writing the page")
-    drawn = dataset_page(
-        config.name,
-        Reader(folder, manifest, tasks),
-        problems=problems,
-        notes=notes,
-        unreadable={problem.partition(" ")[0] for problem in broken},
-    )
+    drawn = dataset_page(config.name, reader, problems=problems, notes=notes, unreadable=unreadable)
     page.write_text(drawn)
     return {
         "rows": sum(manifest.rows(split) for split in SPLITS),
@@ -63,6 +61,7 @@ def inspect(config: Config, out: str = "") -> dict[str, Any]:
         "digest": manifest.digest(),
         "problems": problems,
         "notes": notes,
+        "repeated": repeated,
         "table": _table(manifest, tasks),
         "statistics": {
             split: {task.name: statistics.summary(manifest.sums[split][task.name]) for task in tasks}
