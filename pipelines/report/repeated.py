@@ -38,8 +38,8 @@ def repeated_inputs(reader: Reader, without: Collection[str] = ()) -> dict[str, 
 def repeated_notes(manifest: Manifest, repeated: Mapping[str, int]) -> list[str]:
     """Return a note for each split with a considerable share of such samples."""
     return [
-        f"{count} of {manifest.rows(split)} {split} samples have the input of a training sample: their errors are "
-        "lower than those of new samples. Rows of one object, such as a person, belong in one split: see "
+        f"{count} of {manifest.rows(split)} {split} samples have the input of a training sample: their errors can "
+        "be lower than those of new samples. Rows of one object, such as a person, belong in one split: see "
         "source.options.split_by"
         for split, count in repeated.items()
         if count >= max(LEAST * manifest.rows(split), 1)
