@@ -40,12 +40,12 @@ def write(found: TableSet, path: Path, seed: int) -> None:
     rng, count = np.random.default_rng(seed), len(found.frame)
     if found.together:
         unit = found.frame.groupby(list(found.together), dropna=False).ngroup().to_numpy()
-        order = np.argsort(rng.permutation(unit.max() + 1)[unit], kind="stable")  # the rows of a unit follow
+        order = np.argsort(rng.permutation(unit.max() + 1)[unit], kind="stable")  # unit by unit
         last = np.flatnonzero(np.diff(unit[order], append=-1)) + 1  # where units end
     else:
         order, last = rng.permutation(count), np.arange(count) + 1
-    ends = np.cumsum([share for _, share in SPLITS]) * count
-    ends = last[np.searchsorted(last, ends.round()).clip(max=len(last) - 1)]
+    wanted = np.cumsum([share for _, share in SPLITS]) * count
+    ends = last[np.searchsorted(last, wanted.round())]
     split = np.empty(count, object)
     start = 0
     for (name, _), end in zip(SPLITS, ends, strict=True):
