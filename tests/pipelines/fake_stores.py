@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from typing import Any, ClassVar
 
 import pyarrow.fs as pafs
@@ -32,6 +33,10 @@ def _in_memory(scheme: str) -> pafs.FileSystem:
     class Memory(MemoryFileSystem):
         store: ClassVar[dict[str, Any]] = {}
         pseudo_dirs: ClassVar[list[str]] = [""]
+
+        def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
+            # all readers of a file in memory would share one position
+            return BytesIO(self.cat_file(path)) if mode == "rb" else super()._open(path, mode, **more)
 
     held = Memory(skip_instance_cache=True)
     opened = pafs.PyFileSystem(pafs.FSSpecHandler(held))
