@@ -51,21 +51,23 @@ class Budget:
 
     def first_rung(
         self, costs: Mapping[str, float], compare: float, rung: float, spent: float = 0.0
-    ) -> tuple[list[str], int]:
-        """Return the candidates that the budget allows, and the epochs of the first rung.
+    ) -> dict[str, int]:
+        """Return the epochs of the first rung of each candidate that the budget allows.
 
-        The last candidates are left out first.
+        All candidates of a rung have the same cost. If an epoch of one costs less than one of the others, as that
+        of a wide adapter of a frozen trunk, it has more epochs. The last candidates are left out first.
 
         Args:
             costs: Candidate → cost of an epoch.
-            compare, rung: See `SearchOptions`.
+            compare, rung: See `SearchOptions`. `rung` is that of the candidate whose epochs cost most.
             spent: Runs that have been used before.
         """
         names, limit = list(costs), compare * self.runs - spent
-        while len(names) > 1 and sum(costs[name] for name in names) > limit:
+        while len(names) > 1 and len(names) * max(costs[name] for name in names) > limit:
             names.pop()
-        most = int(limit / sum(costs[name] for name in names))
-        return names, max(min(round(rung * self.naive_epochs), most), 1)
+        highest = max(costs[name] for name in names)
+        epochs = max(min(round(rung * self.naive_epochs), int(limit / (len(names) * highest))), 1)
+        return {name: round(epochs * highest / costs[name]) for name in names}
 
     def of(self, spec: NetworkSpec, history: Sequence[Mapping[str, Any]]) -> float:
         """Return the cost of the epochs of a history, each with the heads that were live in it.

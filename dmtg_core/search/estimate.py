@@ -48,10 +48,10 @@ class Plan:
         runs: The most training of the search in runs of naive MTL, without the baseline.
         budget: The budget; None for a search of fixed length.
         baseline: Runs of the baseline, 1 or 0.
-        candidates: Candidates of the first rung; all gates of a search of fixed length.
         left_out: Candidates that the budget leaves out.
         overlap_epochs: Epochs of an encoder for the feature overlap alone.
-        rung: Epochs of each candidate before they are compared first.
+        rung: Candidate of the first rung → its epochs before they are compared first. A search of fixed length has
+            all gates in it.
         rung_runs: Cost of these epochs, with those for the feature overlap.
         epochs: Epochs of the best network, if it has all groups and the others are dropped after the first rung.
             With fewer groups there is room for more.
@@ -64,10 +64,9 @@ class Plan:
     runs: float
     budget: float | None
     baseline: int
-    candidates: tuple[str, ...]
     left_out: tuple[str, ...]
     overlap_epochs: int
-    rung: int
+    rung: Mapping[str, int]
     rung_runs: float
     epochs: int
     members: int
@@ -119,21 +118,21 @@ def plan(
     costs = {name: budget.epoch(network) for name, network in found.items()}
     names, groups = options.candidates(spec, champion=champion), costs[GROUPS]
     if runs is None:
-        rung, rest = settings.search_epochs, settings.epochs - settings.search_epochs
-        first = len(names) * rung * costs[GATE]
-        return Plan(
-            first + rest * groups, None, int(baseline), tuple(names), (), 0, rung, first, settings.epochs, 0, costs
-        )
+        rung, rest = dict.fromkeys(names, settings.search_epochs), settings.epochs - settings.search_epochs
+        first = sum(rung.values()) * costs[GATE]
+        return Plan(first + rest * groups, None, int(baseline), (), 0, rung, first, settings.epochs, 0, costs)
     wider = costs.get(OVERLAP_ENCODER)
     apart = budget.overlap_epochs(wider) if wider is not None else 0
     spent = apart * (wider or 0.0)
     each = {name: costs[kind_of(name)] for name in names}
-    kept, rung = budget.first_rung(each, options.compare, options.rung, spent)
-    first = spent + rung * sum(costs[kind_of(name)] for name in kept)
-    members = _members(costs, budget, settings.epochs, first + max(settings.epochs - rung, 0) * groups, baseline)
+    rung = budget.first_rung(each, options.compare, options.rung, spent)
+    first = spent + sum(count * each[name] for name, count in rung.items())
+    trained = min(rung.values())  # those of the candidate whose epochs cost most
+    whole = first + max(settings.epochs - trained, 0) * groups
+    members = _members(costs, budget, settings.epochs, whole, baseline)
     return Plan(
-        max(budget.runs, first), budget.runs, int(baseline), tuple(kept), tuple(names[len(kept) :]), apart, rung,
-        first, rung + budget.epochs(groups, first), members if options.distil else 0, costs,
+        max(budget.runs, first), budget.runs, int(baseline), tuple(names[len(rung) :]), apart, rung,
+        first, trained + budget.epochs(groups, first), members if options.distil else 0, costs,
     )  # fmt: skip
 
 
@@ -176,10 +175,10 @@ def seconds_of(found: Plan, settings: TrainSettings, epochs: Mapping[str, float]
         epochs: Seconds of an epoch of each network of `Plan.costs`.
     """
     total = found.baseline * settings.epochs * epochs[BASELINE]
-    total += found.rung * sum(epochs[kind_of(name)] for name in found.candidates)
+    total += sum(count * epochs[kind_of(name)] for name, count in found.rung.items())
     total += found.overlap_epochs * epochs.get(OVERLAP_ENCODER, 0.0)
     if found.budget is None:
-        return total + (settings.epochs - found.rung) * epochs[GROUPS]
+        return total + (settings.epochs - settings.search_epochs) * epochs[GROUPS]
     rest = [epochs[name] / found.costs[name] for name in (WIDE, ONE, GROUPS) if name in epochs]
     return total + (found.runs - found.rung_runs) * max(rest)
 

@@ -4,9 +4,9 @@ One wide encoder for all tasks has the inference cost of all branches, because n
 capacity matters. It is trained first. One gate starts at groups of tasks with a high feature overlap in this
 encoder. With many tasks for each branch, the overlap is measured in an encoder of its own, which is wider still
 and trained for a few epochs (see `overlap_spec`). Further gates start uniform. If the search starts from the
-models of a grouping, they are a candidate too. After each rung, candidates with a worse validation score are
-dropped (successive halving, Jamieson and Talwalkar 2016), and the others go on without a restart (see
-`extendable`).
+models of a grouping, they are a candidate too. All candidates of a rung have the same cost. After each rung, those
+with a worse validation score are dropped (successive halving, Jamieson and Talwalkar 2016), and the others go on
+without a restart (see `extendable`).
 
 The best one is trained for as long as validation improves and the budget lasts. What is left is spent on further
 networks, if they and a distillation fit into the budget: the narrow encoder of naive MTL, the runners-up, and
@@ -75,23 +75,23 @@ class GuidedSearch(Stages):
     def _rung(self) -> None:
         """Train the remaining candidates until the end of the next rung, and drop the worse ones."""
         last = self.result(RUNG) if self.done(RUNG) else None
-        names, until = (last["kept"], last["next"]) if last else self._first_rung()
-        for name in names:
+        epochs = {name: 2 * last["epochs"][name] for name in last["kept"]} if last else self._first_rung()
+        for name, until in epochs.items():
             if name not in self.state.held or self.state.held[name].epoch < until:
                 self._extend(name, until)
             if name in (WIDE, ONE) and not self.done(OVERLAP):
                 self._measure(self.state.held[name])
-        scores = {name: _best_score(self.state.held[name]) for name in names}
+        scores = {name: _best_score(self.state.held[name]) for name in epochs}
         best = min(scores, key=scores.__getitem__)
         noise = score_noise([record["val_score"] for record in self.state.held[best].history])
         most = scores[best] + self.options.within + noise
-        kept = sorted((name for name in names if scores[name] <= most), key=scores.__getitem__)
-        again = sum(self.budget.epoch(self.state.held[name].network) for name in kept) * until
+        kept = sorted((name for name in epochs if scores[name] <= most), key=scores.__getitem__)
+        again = sum(self.budget.epoch(self.state.held[name].network) * epochs[name] for name in kept)
         fits = self.spent + again <= self.options.compare * self.budget.runs
         self.state.results.append(
-            {"stage": RUNG, "epochs": until, "scores": scores, "noise": noise, "kept": kept, "next": 2 * until}
+            {"stage": RUNG, "epochs": epochs, "scores": scores, "noise": noise, "kept": kept}
         )
-        for name in names:
+        for name in epochs:
             if name not in kept:
                 self._drop(name)
         if len(kept) == 1 or not fits:
@@ -99,8 +99,8 @@ class GuidedSearch(Stages):
             left = self.budget.epochs(self.budget.epoch(state.network), self.spent)
             self.state.results.append({"stage": SELECTED, "name": best, "most": state.epoch + left})
 
-    def _first_rung(self) -> tuple[list[str], int]:
-        """Return the candidates that the budget allows, and the epochs of the first rung."""
+    def _first_rung(self) -> dict[str, int]:
+        """Return the epochs of each candidate that the budget allows."""
         costs = {name: self.budget.epoch_of(self._spec(name)) for name in self.candidates}
         spent = self.result(OVERLAP_ENCODER)["cost"] if self.done(OVERLAP_ENCODER) else 0.0
         return self.budget.first_rung(costs, self.options.compare, self.options.rung, spent)

@@ -25,7 +25,8 @@ class SearchOptions:
         starts: Number of uniform gates, each with its own seed.
         wide: Include one wide encoder with the inference cost of all branches in the candidates ("guided").
             Without it, the feature overlap is measured in one encoder of the width of a branch.
-        rung: Epochs after which candidates are compared first, as a share of the epochs ("guided"). Each further
+        rung: Epochs after which candidates are compared first, as a share of the epochs ("guided"). A candidate
+            whose epochs cost less than those of the others has more, so that all have the same cost. Each further
             rung has twice as many.
         compare: Largest share of the budget for the rungs ("guided").
         probability: Initial probability of a task's proposed group ("guided"). With 1 the proposed groups are

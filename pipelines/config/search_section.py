@@ -42,6 +42,7 @@ class SearchSection(Section):
         gt=0,
         le=1,
         description="guided: epochs after which the candidates are compared first, as a share of train.epochs. "
+        "A candidate whose epochs cost less than those of the others has more, so that all have the same cost. "
         "Each further rung has twice as many.",
     )
     compare: float = Field(

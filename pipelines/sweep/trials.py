@@ -72,11 +72,16 @@ class Trial:
 
     @property
     def prelude(self) -> int:
-        """Largest number of epochs in the first rung, whose scores are those of different candidates."""
-        settings, options = self.config.settings(), self.config.search_options()
-        if options.runs(self.config.network.groups) is None:
+        """Largest number of epochs in the first rung, whose scores are those of different candidates.
+
+        An epoch of one encoder costs at least 1 / K of one of a gate with K branches, and a rung has the same cost
+        for all candidates. A wide encoder costs about as much as K branches, unless they share a frozen one.
+        """
+        settings, options, network = self.config.settings(), self.config.search_options(), self.config.network
+        if options.runs(network.groups) is None:
             return 0
-        return max(round(options.rung * settings.epochs), 1) * (options.starts + 2)
+        cheap = network.groups if network.branch != "copy" or not options.wide else 1
+        return max(round(options.rung * settings.epochs), 1) * (options.starts + 1 + cheap)
 
 
 def sweep_name(config: Config) -> str:

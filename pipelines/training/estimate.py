@@ -67,8 +67,7 @@ def values_of(found: Plan) -> dict[str, Any]:
     """A plan as JSON values."""
     return {
         "runs": found.runs + found.baseline, "budget": found.budget, "baseline": found.baseline,
-        "candidates": list(found.candidates), "left_out": list(found.left_out),
-        "overlap_epochs": found.overlap_epochs, "rung_epochs": found.rung,
+        "left_out": list(found.left_out), "overlap_epochs": found.overlap_epochs, "rung_epochs": dict(found.rung),
         "rung_runs": found.rung_runs, "best_epochs": found.epochs, "further_networks": found.members,
     }  # fmt: skip
 
@@ -95,7 +94,7 @@ def _described(values: Mapping[str, Any]) -> str:
     left = f" (without {listed(values['left_out'])})" if values["left_out"] else ""
     apart = values["overlap_epochs"]
     text = f"feature overlap in a wider encoder after {_epochs(apart)}; " if apart else ""
-    text += f"{listed(values['candidates'])} for {_epochs(values['rung_epochs'])} each{left}; "
+    text += f"{_rung(values['rung_epochs'])}{left}; "
     text += f"about {_epochs(values['best_epochs'])} for the best one; "
     return text + _distillation(values["further_networks"])
 
@@ -104,17 +103,25 @@ def _change(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """What another budget leaves out or adds."""
     verb = "leaves out" if other["budget"] < ours["budget"] else "adds"
     few, many = sorted((ours, other), key=lambda one: float(one["budget"]))
-    parts = [name for name in many["candidates"] if name not in few["candidates"]]
+    parts = [name for name in many["rung_epochs"] if name not in few["rung_epochs"]]
     if many["overlap_epochs"] > few["overlap_epochs"]:
         parts.append("a wider encoder for the feature overlap")
-    if many["rung_epochs"] != few["rung_epochs"]:
-        parts.append(f"{_epochs(many['rung_epochs'] - few['rung_epochs'])} of the first rung")
+    if more := min(many["rung_epochs"].values()) - min(few["rung_epochs"].values()):
+        parts.append(f"{_epochs(more)} of the first rung")
     if many["best_epochs"] > few["best_epochs"]:
         parts.append(f"{_epochs(many['best_epochs'] - few['best_epochs'])} of the best network")
     if more := many["further_networks"] - few["further_networks"]:
         added = f"{more} more network{'s' * (more > 1)} to distil from"
         parts.append(added if few["further_networks"] else _distillation(many["further_networks"]))
     return f"{verb} {', '.join(parts)}" if parts else f"{verb} nothing"
+
+
+def _rung(epochs: Mapping[str, int]) -> str:
+    """The epochs of candidates; those with the same number are together."""
+    names = {count: [name for name, own in epochs.items() if own == count] for count in epochs.values()}
+    return ", ".join(
+        f"{listed(same)} for {_epochs(count)}{' each' * (len(same) > 1)}" for count, same in names.items()
+    )
 
 
 def _epochs(count: int) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from dmtg_core import EncoderSpec, SearchOptions, search, training_flops
 from dmtg_core.network.cost import naive_flops
+from dmtg_core.search.budget import Budget
 from dmtg_core.search.estimate import (
     GATE,
     STEPS,
@@ -18,6 +19,7 @@ from dmtg_core.search.estimate import (
     Epoch,
     Plan,
     _TimedData,
+    kind_of,
     measure,
     networks,
     peak_memory,
@@ -65,7 +67,7 @@ def test_a_search_spends_no_more_than_the_estimate_and_begins_as_planned(case, d
         assert name not in [record["stage"] for record in records]
     assert expected.overlap_epochs == (case == "many tasks")
     first = ["overlap_encoder"] * expected.overlap_epochs
-    first += [name for name in expected.candidates for _ in range(expected.rung)]
+    first += [name for name, count in expected.rung.items() for _ in range(count)]
     assert [record["stage"] for record in records[: len(first)]] == first
     assert ("overlap_encoder" in found.costs) is (case == "many tasks")
 
@@ -77,7 +79,7 @@ def test_the_baseline_is_one_run_more_and_of_any_other_budget_the_rest_stays(dat
     assert (ours.members, without.members) == (1, 0)  # naive MTL is trained as a member otherwise
     assert ours.runs == ours.budget == SPEC.groups + 2
     small, large = (plan(SPEC, LONG, SearchOptions(budget=runs)) for runs in (1, 40))
-    assert set(small.left_out) | set(small.candidates) == set(ours.candidates)
+    assert {*small.left_out, *small.rung} == {*ours.rung}
     assert small.left_out
     assert small.epochs < ours.epochs < large.epochs
     assert large.members == MEMBERS
@@ -93,8 +95,8 @@ def test_the_models_of_a_grouping_are_a_candidate_too(data):
     expected, records = plan(SPEC, LONG, options, baseline=False, champion=True), []
     context = local(on_record=records.append)
     found = search(SPEC, data, LONG, options, baseline=False, context=context, warm_start=start)
-    assert expected.candidates == ("wide", "guided", "champion", "start_0")
-    first = [name for name in expected.candidates for _ in range(expected.rung)]
+    assert list(expected.rung) == ["wide", "guided", "champion", "start_0"]
+    first = [name for name, count in expected.rung.items() for _ in range(count)]
     assert [record["stage"] for record in records[: len(first)]] == first
     assert found.cost <= expected.runs + 1e-9
 
@@ -103,8 +105,9 @@ def test_the_models_of_a_grouping_are_a_candidate_too(data):
 def test_room_for_further_networks_is_their_training_and_half_as_many_epochs_of_distillation(baseline):
     found = plan(SPEC, LONG, SearchOptions(budget=40), baseline=baseline)
     naive, groups = (found.costs[name] * LONG.epochs for name in ("naive_mtl", GROUPS))
-    best = found.rung_runs + (LONG.epochs - found.rung) * found.costs[GROUPS]
+    best = found.rung_runs + (LONG.epochs - found.rung["guided"]) * found.costs[GROUPS]
     narrow = 0 if baseline else naive  # the baseline is there already
+    room = len(found.rung) * found.rung["guided"] * found.costs[GATE]  # for the first rung
     needed = [
         best + narrow + (groups + groups / 3 + naive / 3) / 2,
         best + narrow + groups + (groups + 2 * groups / 3 + naive / 3) / 2,
@@ -112,8 +115,40 @@ def test_room_for_further_networks_is_their_training_and_half_as_many_epochs_of_
     ]
     for count, runs in enumerate(needed):
         for budget, members in ((runs - 1e-6, count), (runs + 1e-6, count + 1)):
-            options = SearchOptions(budget=budget, compare=min(found.rung_runs / budget + 1e-9, 1))
+            options = SearchOptions(budget=budget, compare=min(room / budget + 1e-9, 1))
             assert plan(SPEC, LONG, options, baseline=baseline).members == members
+
+
+@pytest.mark.parametrize("case", ["default", "large", "no distillation", "many tasks"])
+def test_candidates_of_a_rung_have_the_same_cost(case):
+    spec, settings, options = CASES[case]
+    options = replace(options, budget=100)
+    found = plan(spec, settings, options)
+    costs = [count * found.costs[kind_of(name)] for name, count in found.rung.items()]
+    assert found.rung["guided"] == found.rung["start_0"] == max(round(options.rung * settings.epochs), 1)
+    assert len(set(found.rung.values())) == 2
+    for name, cost in zip(found.rung, costs, strict=True):
+        assert abs(cost - max(costs)) <= found.costs[kind_of(name)]  # epochs are whole
+    assert found.rung_runs == pytest.approx(
+        sum(costs) + found.overlap_epochs * found.costs.get("overlap_encoder", 0)
+    )
+
+
+@pytest.mark.parametrize("compare", [0.1, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("budget", [1.0, 2.0, 5.0, 17.0, 300.0])
+def test_the_first_rung_has_all_candidates_that_its_share_allows(budget, compare):
+    costs = {"wide": 0.04, "guided": 0.1, "start_0": 0.1, "start_1": 0.1}
+    found = Budget(SPEC, LONG, budget).first_rung(costs, compare, 0.5)
+    cost = {name: count * costs[name] for name, count in found.items()}
+    limit = compare * budget
+    assert list(found) == list(costs)[: len(found)]
+    assert len(found) == 1 or len(found) * max(costs[name] for name in found) <= limit
+    if len(found) < len(costs):
+        assert (len(found) + 1) * 0.1 > limit
+    else:
+        assert found["guided"] == min(5, int(limit / 0.4))
+        assert found["wide"] == round(found["guided"] * 2.5)
+        assert sum(cost.values()) <= limit + costs["wide"] / 2
 
 
 def test_costs_are_those_of_the_networks():
@@ -138,11 +173,11 @@ def test_costs_are_those_of_the_networks():
 
 def test_the_time_is_that_of_the_rungs_and_of_the_rest_in_the_slower_network():
     costs = {"naive_mtl": 0.1, "wide": 0.3, GATE: 0.4, GROUPS: 0.2}
-    guided = Plan(5.0, 5.0, 1, ("wide", "guided", "start_0"), (), 0, 2, 2.2, 20, 0, costs)
+    guided = Plan(5.0, 5.0, 1, (), 0, {"wide": 3, "guided": 2, "start_0": 2}, 2.5, 20, 0, costs)
     epochs = {"naive_mtl": 1.0, "wide": 6.0, GATE: 5.0, GROUPS: 3.0}
-    # 10 epochs of naive MTL, 2 of each candidate, and 2.8 runs at 20 s (wide) rather than 15 s (groups)
-    assert seconds_of(guided, LONG, epochs) == pytest.approx(10 * 1 + 2 * (6 + 5 + 5) + 2.8 * 20)
-    fixed = Plan(5.0, None, 0, ("start_0", "start_1"), (), 0, 5, 4.0, 10, 0, costs)
+    # 10 epochs of naive MTL, the first rung, and 2.5 runs at 20 s (wide) rather than 15 s (groups)
+    assert seconds_of(guided, LONG, epochs) == pytest.approx(10 * 1 + 3 * 6 + 2 * (5 + 5) + 2.5 * 20)
+    fixed = Plan(5.0, None, 0, (), 0, {"start_0": 5, "start_1": 5}, 4.0, 10, 0, costs)
     assert seconds_of(fixed, LONG, epochs) == pytest.approx(5 * (5 + 5) + 5 * 3)
     assert Epoch(0.5, 0.25, 2.0).seconds(steps=10, batches=4) == 8.0
 

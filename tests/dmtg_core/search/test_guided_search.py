@@ -35,12 +35,13 @@ from tests.dmtg_core.interrupted import Interrupted, without_times
 from tests.dmtg_core.searches import assert_same_result, local
 from tests.soak import others_in_soak
 
-SEED = 4  # with it a uniform gate is best, and the ensemble of it and the wide encoder is better
+SEED = 85  # with it a uniform gate is best, and the ensemble of it and the proposed groups is better
 SPEC = replace(searches.SPEC, seed=SEED)
 SETTINGS = replace(searches.SETTINGS, seed=SEED)
 # enough for further networks and a distillation; a large `within` keeps all candidates while the budget allows it
 GUIDED = SearchOptions(budget=40, within=10.0, rung=0.25, compare=0.15)
 CANDIDATES = ("wide", "guided", "start_0")
+FIRST = {"wide": 2, "guided": 1, "start_0": 1}  # epochs of the first rung: those of the wide encoder cost less
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +85,18 @@ def test_candidates_are_trained_side_by_side_and_the_best_one_to_the_end(guided)
     _, records = guided
     assert stages(records) == [
         ("naive_mtl", 4),
-        # the first rung has one epoch, the second one two, the best of the rung before first
-        ("wide", 1), ("guided", 1), ("start_0", 1 + 1), ("guided", 1), ("wide", 1),
-        ("start_0", 17), ("guided", 12), ("wide", 12), ("distilled", 8),
+        # the second rung has twice the epochs of the first one, the best of the rung before first
+        ("wide", 2), ("guided", 1), ("start_0", 1 + 1), ("guided", 1), ("wide", 2),
+        ("start_0", 17), ("guided", 11), ("wide", 9), ("distilled", 8),
     ]  # fmt: skip
     for name in CANDIDATES:
         rates = [record["learning_rate"] for record in records if record["stage"] == name]
-        assert rates[:2] == [SETTINGS.learning_rate] * 2  # constant in the rungs
+        assert set(rates[: 2 * FIRST[name]]) == {SETTINGS.learning_rate}  # constant in the rungs
         assert 0 < rates[-1] < SETTINGS.learning_rate
         assert sorted(rates, reverse=True) == rates
     scores = {
-        name: min(r["val_score"] for r in records if r["stage"] == name and r["epoch"] <= 2) for name in CANDIDATES
+        name: min(r["val_score"] for r in records if r["stage"] == name and r["epoch"] <= 2 * count)
+        for name, count in FIRST.items()
     }
     assert min(scores, key=scores.__getitem__) == "start_0"
 
@@ -113,7 +115,10 @@ def test_the_cost_is_that_of_all_epochs_and_of_the_predictions_of_teachers(guide
     unit = naive_flops(SPEC) * SETTINGS.epochs
     by_stage = {stage: [r for r in records if r["stage"] == stage] for stage in (*CANDIDATES, "distilled")}
     expected = {name: history_flops(spec_of(name), by_stage[name]) / unit for name in CANDIDATES}
-    teachers = [hard_network(SPEC, result.grouping), GroupingNetwork(wide_spec(SPEC))]
+    names, found = [task.name for task in SPEC.tasks], {one["stage"]: one for one in result.candidates}
+    teachers = [
+        hard_network(SPEC, Grouping.from_dict(found[name]["grouping"], names)) for name in ("start_0", "guided")
+    ]
     taught = sum(inference_cost(teacher).flops for teacher in teachers)
     own = history_flops(result.network.spec, by_stage["distilled"])
     expected["distilled"] = (own + len(by_stage["distilled"]) * taught) / unit
@@ -149,7 +154,7 @@ def test_a_small_budget_has_fewer_candidates(data):
 def test_the_gate_starts_at_groups_of_the_feature_overlap_in_the_wide_encoder(data, guided):
     result, records = guided
     state = TrainState.fresh(GroupingNetwork(wide_spec(SPEC)), SETTINGS)
-    extend(state, data, SETTINGS, local(), until=1)
+    extend(state, data, SETTINGS, local(), until=FIRST["wide"])
     overlap = feature_overlap(state.validated, data)
     assert result.affinity == overlap.tolist()
     proposed = cluster(overlap, SPEC.groups)
@@ -171,17 +176,20 @@ def test_with_probability_one_the_proposed_groups_are_trained_without_a_gate(dat
 def test_much_worse_candidates_are_dropped_after_the_first_rung(data):
     result, records = run(data, replace(GUIDED, within=0.0), baseline=False)
     epochs = Counter(record["stage"] for record in records)
-    scores = {name: next(r["val_score"] for r in records if r["stage"] == name) for name in CANDIDATES}
+    scores = {
+        name: min(r["val_score"] for r in records if r["stage"] == name and r["epoch"] <= count)
+        for name, count in FIRST.items()
+    }
     first, second, third = sorted(CANDIDATES, key=scores.__getitem__)
     by_name = {one["stage"]: one for one in result.candidates}
     assert by_name[first]["final"] is not None
-    assert epochs[second] == epochs[third] == 1
+    assert (epochs[second], epochs[third]) == (FIRST[second], FIRST[third])
     assert by_name[second]["final"] is by_name[third]["final"] is None
 
 
 def test_only_networks_that_improve_the_ensemble_are_distilled_into_the_best_one(data, guided):
     result, records = guided
-    assert result.distilled["teachers"] == ["start_0", "wide"]  # and neither the baseline nor the guided gate
+    assert result.distilled["teachers"] == ["start_0", "guided"]  # and neither the baseline nor the wide encoder
     finals = {one["stage"]: one["final"] for one in result.candidates}
     assert result.distilled["ensemble"] < finals["start_0"] == min(finals.values()) == result.distilled["score"]
     later = min(r["val_score"] for r in records if r["stage"] == "distilled")
@@ -193,7 +201,7 @@ def test_only_networks_that_improve_the_ensemble_are_distilled_into_the_best_one
 def test_nothing_is_distilled_if_no_ensemble_is_better_than_the_best_network(data):
     spec = replace(SPEC, seed=6)
     result, records = run(data, spec=spec, seed=6)
-    assert stages(records)[-2:] == [("guided", 27), ("start_0", 19)]  # members of an ensemble
+    assert stages(records)[-2:] == [("wide", 25), ("guided", 9)]  # a member of an ensemble
     assert result.distilled == {}
 
 
@@ -265,7 +273,7 @@ def test_the_wide_encoder_has_no_higher_inference_cost_than_the_groups(data):
     assert inference_cost(result.network).flops <= grouping_cost(SPEC, spread).flops
 
 
-EPOCHS = 59  # of all stages
+EPOCHS = 57  # of all stages
 
 
 @pytest.mark.parametrize("number", others_in_soak(range(EPOCHS), 0, 5, 9, 24, 30, 50, 56))

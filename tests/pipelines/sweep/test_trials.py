@@ -85,6 +85,11 @@ def test_a_trial_with_a_budget_reports_no_more_epochs_than_naive_mtl_would_train
     given = guided.model_copy(update={"budget": 2.6, "starts": 2})
     last = trials(config.model_copy(update={"search": given}))[-1]
     assert (last.reports, last.prelude) == (12, 4 * 2)
+    narrow = config.model_copy(update={"search": guided.model_copy(update={"wide": False})})
+    network = config.network.model_copy(update={"branch": "lora", "stem": 1})
+    adapters = config.model_copy(update={"search": guided, "network": network})
+    for cheap in (narrow, adapters):  # one encoder has up to K = 3 times the epochs of a gate
+        assert trials(cheap)[-1].prelude == (3 + 2) * 2
 
 
 def test_the_same_command_has_the_same_folder_and_other_commands_have_others(config: Config) -> None:

@@ -125,11 +125,12 @@ def test_the_command_ends_with_the_estimate_as_json(images: Path, tmp_path: Path
 
 
 PLAN = {
-    "runs": 6.0, "budget": 5.0, "baseline": 1, "candidates": ["wide", "guided", "start_0"], "left_out": [],
-    "overlap_epochs": 0, "rung_epochs": 12, "rung_runs": 1.75, "best_epochs": 81, "further_networks": 0,
+    "runs": 6.0, "budget": 5.0, "baseline": 1, "left_out": [], "overlap_epochs": 0,
+    "rung_epochs": {"wide": 12, "guided": 12, "start_0": 12}, "rung_runs": 1.75, "best_epochs": 81,
+    "further_networks": 0,
 }  # fmt: skip
-HALF = PLAN | {"runs": 3.5, "budget": 2.5, "candidates": ["wide"], "left_out": ["guided", "start_0"],
-               "rung_epochs": 11, "best_epochs": 40}  # fmt: skip
+HALF = PLAN | {"runs": 3.5, "budget": 2.5, "left_out": ["guided", "start_0"], "rung_epochs": {"wide": 11},
+               "best_epochs": 40}  # fmt: skip
 DOUBLE = PLAN | {"runs": 11.0, "budget": 10.0, "best_epochs": 82, "further_networks": 2}
 
 
@@ -146,7 +147,10 @@ def test_the_estimate_in_words() -> None:
     assert lines_of(PLAN | machine | {"half": HALF, "double": DOUBLE}) == TEXT
     alone = lines_of(HALF | machine | {"baseline": 0, "runs": 2.5, "memory_bytes": None})
     assert alone[0] == "estimate: at most 2.5 runs of naive MTL; at most 1.5 h on CPU (x86_64)"
-    assert "wide for 11 epochs each (without guided, start_0); " in alone[1]
+    assert "wide for 11 epochs (without guided, start_0); " in alone[1]
+    adapters = PLAN | machine | {"rung_epochs": {"wide": 5, "guided": 2, "start_0": 2}, "half": HALF}
+    assert "wide for 5 epochs, guided, start_0 for 2 epochs each; " in lines_of(adapters)[1]
+    assert " 9 epochs of the first rung" not in lines_of(adapters)[2]
     assert lines_of(PLAN | machine | {"double": PLAN | {"budget": 10.0}})[-1] == "search.budget=10 adds nothing"
     crowded = PLAN | machine | {"overlap_epochs": 3}
     lines = lines_of(crowded | {"half": HALF, "double": crowded | {"budget": 10.0}})
