@@ -119,7 +119,7 @@ def _change(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 def _rung(epochs: Mapping[str, int]) -> str:
     """The epochs of candidates; those with the same number are together."""
     names = {count: [name for name, own in epochs.items() if own == count] for count in epochs.values()}
-    return ", ".join(
+    return "; ".join(
         f"{listed(same)} for {_epochs(count)}{' each' * (len(same) > 1)}" for count, same in names.items()
     )
 

@@ -149,7 +149,7 @@ def test_the_estimate_in_words() -> None:
     assert alone[0] == "estimate: at most 2.5 runs of naive MTL; at most 1.5 h on CPU (x86_64)"
     assert "wide for 11 epochs (without guided, start_0); " in alone[1]
     adapters = PLAN | machine | {"rung_epochs": {"wide": 5, "guided": 2, "start_0": 2}, "half": HALF}
-    assert "wide for 5 epochs, guided, start_0 for 2 epochs each; " in lines_of(adapters)[1]
+    assert "wide for 5 epochs; guided, start_0 for 2 epochs each; " in lines_of(adapters)[1]
     assert " 9 epochs of the first rung" not in lines_of(adapters)[2]
     assert lines_of(PLAN | machine | {"double": PLAN | {"budget": 10.0}})[-1] == "search.budget=10 adds nothing"
     crowded = PLAN | machine | {"overlap_epochs": 3}
