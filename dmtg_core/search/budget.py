@@ -65,9 +65,9 @@ class Budget:
         names, limit = list(costs), compare * self.runs - spent
         while len(names) > 1 and len(names) * max(costs[name] for name in names) > limit:
             names.pop()
-        highest = max(costs[name] for name in names)
-        epochs = max(min(round(rung * self.naive_epochs), int(limit / (len(names) * highest))), 1)
-        return {name: round(epochs * highest / costs[name]) for name in names}
+        share, highest = limit / len(names), max(costs[name] for name in names)
+        equal = highest * max(min(round(rung * self.naive_epochs), int(share / highest)), 1)
+        return {name: max(min(round(equal / costs[name]), int(share / costs[name])), 1) for name in names}
 
     def of(self, spec: NetworkSpec, history: Sequence[Mapping[str, Any]]) -> float:
         """Return the cost of the epochs of a history, each with the heads that were live in it.
