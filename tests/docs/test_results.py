@@ -15,6 +15,7 @@ from pipelines.compare.results import adjusted_p_values, agreements, stability, 
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 FILES = sorted(FOLDER.glob("*.json"))
+ABLATIONS = {"parts": "undistilled", "gate": "no_gate"}  # variants of the search alone: name after "_" → a variant
 # the comparisons of the earlier search have other methods, sentences and families of tests
 PRESENT = [file for file in FILES if "budgets" in json.loads(file.read_text(encoding="utf-8"))]
 
@@ -28,7 +29,7 @@ def test_each_file_names_its_command_and_is_small(file) -> None:
     found = json.loads(file.read_text(encoding="utf-8"))
     assert found["command"].splitlines()[-1].startswith("dmtg compare -c ")
     assert len(found["seeds"]) >= 3
-    compared = {"naive_mtl", "guided"} | ({"undistilled"} if file.stem.endswith("_parts") else {"wide"})
+    compared = {"naive_mtl", "guided", ABLATIONS.get(file.stem.rpartition("_")[2], "wide")}
     assert compared <= {row.get("base", row["method"]) for row in found["rows"]}
     assert file.stat().st_size < 200_000
 
@@ -46,7 +47,7 @@ def test_the_lines_of_the_budgets_follow_from_the_gains_of_the_seeds() -> None:
     expected, to_wide = [], []
     for file in PRESENT:
         found = json.loads(file.read_text(encoding="utf-8"))
-        if file.stem.endswith("_parts"):
+        if file.stem.rpartition("_")[2] in ABLATIONS:
             continue
         for budget in found["budgets"]:
             mark = f"@{budget:g}" if len(found["budgets"]) > 1 else ""
