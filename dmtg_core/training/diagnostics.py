@@ -15,7 +15,7 @@ from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Batch
 from dmtg_core.training.losses import sample_loss
-from dmtg_core.training.settings import TrainSettings, has_stopped
+from dmtg_core.training.settings import TrainSettings
 
 NO_GRADIENT = 1e-6  # norm of θ's gradient, in units of the loss, below which the gate is not trained
 COLLAPSED, EARLY = 0.05, 0.2  # share of the largest entropy; share of the search that counts as early
@@ -116,9 +116,6 @@ def warnings(
     fixed = all(sum(p > 0 for p in row) == 1 for row in history[0]["probabilities"])
     if record["phase"] == "search" and not fixed:
         found += _of_the_search(history, tasks, settings, proposed)
-    last = record["epoch"] == settings.epochs or has_stopped(history, settings)
-    if last and (ends := [r for r in history if r["phase"] == "finetune"]):
-        found += _of_the_groups([r["cosines"] for r in ends], tasks)
     return found
 
 
@@ -151,14 +148,19 @@ def _of_the_search(
     return found
 
 
-def _of_the_groups(cosines: Sequence[Sequence[Sequence[float | None]]], tasks: Sequence[str]) -> list[str]:
-    """Warn of tasks of a group with conflicting gradients, by the mean over all epochs."""
+def conflicts(history: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> list[tuple[str, str, float]]:
+    """Return the pairs of tasks of a group whose gradients conflict, with their mean cosine.
+
+    The mean is over the epochs with hard groups. Two tasks that depend on the same features in opposite ways
+    conflict too, and may gain from a common encoder.
+
+    Args:
+        history: Records of the epochs of a network, with `phase` and `cosines`.
+        tasks: Names of the tasks in the order of the cosines.
+    """
     found = []
     for a, b in combinations(range(len(tasks)), 2):
-        values = [value for one in cosines if (value := one[a][b]) is not None]
+        values = [v for r in history if r["phase"] == "finetune" and (v := r["cosines"][a][b]) is not None]
         if values and (mean := sum(values) / len(values)) < CONFLICT:
-            found.append(
-                f"{tasks[a]} and {tasks[b]} share a group and conflict (mean gradient cosine {mean:.2f}): "
-                "try more groups (network.groups) or more starts (search.starts)"
-            )
+            found.append((tasks[a], tasks[b], mean))
     return found

@@ -11,10 +11,13 @@ from typing import Any
 from dmtg_core.addresses import CodeError
 from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.own_code import code_of_tasks
+from dmtg_core.search.options import DISTILLED
 from dmtg_core.search.search import SearchResult, search
 from dmtg_core.training import checkpoint
 from dmtg_core.training.data import Data
+from dmtg_core.training.diagnostics import conflicts
 from dmtg_core.training.loop import rows_evaluated
+from dmtg_core.training.metrics import normalized_gain
 from dmtg_core.training.profile import profile_steps
 from dmtg_core.training.settings import is_compiled
 from pipelines.config.code import allow_named, check_allowed, records_of
@@ -171,7 +174,8 @@ def _write(job: Job, context: RunContext, result: SearchResult) -> None:
     try:
         if job.details:
             write_details(job, run, result)
-        notes = (*job.notes, *warnings_of(context.records), *for_result(job.event_log.after(0)))
+        warned = (*warnings_of(context.records), *conflict_notes(context.records, result))
+        notes = (*job.notes, *warned, *for_result(job.event_log.after(0)))
         file = SEARCHED if job.config.search.group_epochs else RESULT
         estimate = job.estimate.read_json() if job.estimate is not None and job.estimate.exists() else None
         code = records_of(job.config.model_dump(), job.reader.tasks)
@@ -200,6 +204,26 @@ def write_details(job: Job, run: Location, result: SearchResult) -> None:
         samples=config.run.samples, batch_size=config.train.batch_size, seed=config.train.seed,
     )  # fmt: skip
     (run / DETAILS).write_json(found)
+
+
+def conflict_notes(records: Sequence[Mapping[str, Any]], result: SearchResult) -> list[str]:
+    """Notes on two tasks of a group with conflicting gradients, of which one is worse than with naive MTL."""
+    if len(result.grouping.groups) == 1:
+        return []
+    chosen = DISTILLED if result.distilled.get("kept") else result.chosen
+    history, tasks = [one for one in records if one["stage"] == chosen], result.network.spec.tasks
+    found = []
+    for a, b, cosine in conflicts(history, [task.name for task in tasks]):
+        own = [task for task in tasks if task.name in (a, b)]
+        base, metrics = result.baseline.get("val"), result.metrics["val"]
+        worse = [task.name for task in own if base is not None and normalized_gain([task], metrics, base) < 0]
+        if base is None or worse:
+            behind = f", and {' and '.join(worse)} lost against naive MTL" if worse else ""
+            found.append(
+                f"{a} and {b} share a group and their gradients conflict (mean cosine {cosine:.2f}){behind}: "
+                "try more groups (network.groups) or more starts (search.starts)"
+            )
+    return found
 
 
 def warnings_of(records: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 
 from dmtg_core import GroupingNetwork, Task, TrainSettings, fit
 from dmtg_core.network.grouping_network import pooled
-from dmtg_core.training.diagnostics import gate_figures, gradient_cosines, warnings
+from dmtg_core.training.diagnostics import conflicts, gate_figures, gradient_cosines, warnings
 from dmtg_core.training.losses import sample_loss
 from tests.dmtg_core import samples
 from tests.dmtg_core.samples import assigned, image_spec, mlp_spec
@@ -166,7 +166,7 @@ def test_fixed_groups_are_not_warned_of():
     assert warnings([record(epoch=1), record(epoch=2, **hard)], ["a", "b"], SETTINGS)
 
 
-def test_conflicting_tasks_are_named_at_the_end_by_the_mean_of_the_epochs():
+def test_conflicting_tasks_are_named_by_the_mean_of_the_epochs_with_hard_groups():
     def tuned(epoch, cosine):
         return record(epoch=epoch, phase="finetune", cosines=[[1.0, cosine], [cosine, 1.0]])
 
@@ -175,10 +175,11 @@ def test_conflicting_tasks_are_named_at_the_end_by_the_mean_of_the_epochs():
         *(tuned(e, -0.3) for e in range(11, 20)),
         tuned(20, -0.1),
     ]
-    (found,) = warnings(history, ["a", "b"], SETTINGS)
-    assert "a and b share a group and conflict (mean gradient cosine -0.28)" in found
-    assert warnings(history[:-1], ["a", "b"], SETTINGS) == []
-    assert warnings([tuned(20, -0.1)], ["a", "b"], SETTINGS) == []
+    ((a, b, cosine),) = conflicts(history, ["a", "b"])
+    assert (a, b, cosine) == ("a", "b", pytest.approx(-0.28))
+    assert conflicts([tuned(20, -0.1)], ["a", "b"]) == []
+    assert conflicts([tuned(20, None)], ["a", "b"]) == []
+    assert conflicts(history[:1], ["a", "b"]) == []
 
 
 def test_identical_branches_are_warned_of():
