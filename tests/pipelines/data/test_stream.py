@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from dmtg_core import Batch, GroupingNetwork, fit
 from dmtg_core.training.checkpoint import load_network
 from dmtg_core.training.context import LocalContext
+from pipelines.config.sections import DataSection
 from pipelines.data.reader import Reader
 from pipelines.data.stream import Division, StreamData
 from pipelines.errors import UserError
@@ -217,14 +218,16 @@ def allocated() -> int:
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_memory_is_bounded_by_the_shuffle_size(numbered: Numbered, group_rows: int, world_size: int):
     reader = numbered((512, 512, 512), group_rows, 1024)
-    mixed = 128 * reader.row_bytes()
+    mixed, group = 128 * reader.row_bytes(), group_rows * reader.row_bytes()
     for worker in crew(reader, 128, world_size):
         before, most = allocated(), 0
         for epoch in range(2):
             for _ in worker.train(epoch, 48):
                 most = max(most, pa.total_allocated_bytes() - before)
-        # what is about to be used up, what is used and what is read ahead; a few bytes for where each value begins
-        assert mixed < most <= 3.1 * mixed
+        # what is about to be used up, what is used and what is read ahead, with a few bytes for offsets;
+        # for a moment the pages of a row group, from which a thread decodes it
+        decoded = min(DataSection.model_fields["read_threads"].default, worker.streams) * group
+        assert mixed < most <= 3.1 * mixed + decoded
         worker.pool.shutdown()
         del worker
 
