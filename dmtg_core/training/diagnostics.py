@@ -102,7 +102,7 @@ def warnings(
     """Return warnings about the last epoch of a history, each with a remedy.
 
     Args:
-        history: Records of the epochs so far, with `gate`, `phase`, `probabilities` and `cosines`.
+        history: Records of the epochs so far, with `gate`, `phase` and `probabilities`.
         tasks: Names of the tasks in the order of the probabilities.
         settings: Training settings.
         proposed: Whether the gate started at proposed groups, so that it is expected to converge early.
