@@ -158,9 +158,9 @@ def conflicts(history: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> lis
         history: Records of the epochs of a network, with `phase` and `cosines`.
         tasks: Names of the tasks in the order of the cosines.
     """
-    found = []
+    found, hard = [], [record["cosines"] for record in history if record["phase"] == "finetune"]
     for a, b in combinations(range(len(tasks)), 2):
-        values = [v for r in history if r["phase"] == "finetune" and (v := r["cosines"][a][b]) is not None]
+        values = [value for one in hard if (value := one[a][b]) is not None]
         if values and (mean := sum(values) / len(values)) < CONFLICT:
             found.append((tasks[a], tasks[b], mean))
     return found

@@ -106,7 +106,7 @@ def _change(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     parts = [name for name in many["rung_epochs"] if name not in few["rung_epochs"]]
     if many["overlap_epochs"] > few["overlap_epochs"]:
         parts.append("a wider encoder for the feature overlap")
-    if more := min(many["rung_epochs"].values()) - min(few["rung_epochs"].values()):
+    if (more := min(many["rung_epochs"][name] - count for name, count in few["rung_epochs"].items())) > 0:
         parts.append(f"{_epochs(more)} of the first rung")
     if many["best_epochs"] > few["best_epochs"]:
         parts.append(f"{_epochs(many['best_epochs'] - few['best_epochs'])} of the best network")

@@ -212,12 +212,12 @@ def conflict_notes(records: Sequence[Mapping[str, Any]], result: SearchResult) -
         return []
     chosen = DISTILLED if result.distilled.get("kept") else result.chosen
     history, tasks = [one for one in records if one["stage"] == chosen], result.network.spec.tasks
+    naive, metrics = result.baseline.get("val"), result.metrics["val"]
+    lost = {task.name for task in tasks if naive and normalized_gain([task], metrics, naive) < 0}
     found = []
     for a, b, cosine in conflicts(history, [task.name for task in tasks]):
-        own = [task for task in tasks if task.name in (a, b)]
-        base, metrics = result.baseline.get("val"), result.metrics["val"]
-        worse = [task.name for task in own if base is not None and normalized_gain([task], metrics, base) < 0]
-        if base is None or worse:
+        worse = [name for name in (a, b) if name in lost]
+        if worse or not naive:
             behind = f", and {' and '.join(worse)} lost against naive MTL" if worse else ""
             found.append(
                 f"{a} and {b} share a group and their gradients conflict (mean cosine {cosine:.2f}){behind}: "

@@ -148,9 +148,16 @@ def test_the_estimate_in_words() -> None:
     alone = lines_of(HALF | machine | {"baseline": 0, "runs": 2.5, "memory_bytes": None})
     assert alone[0] == "estimate: at most 2.5 runs of naive MTL; at most 1.5 h on CPU (x86_64)"
     assert "wide for 11 epochs (without guided, start_0); " in alone[1]
-    adapters = PLAN | machine | {"rung_epochs": {"wide": 5, "guided": 2, "start_0": 2}, "half": HALF}
-    assert "wide for 5 epochs; guided, start_0 for 2 epochs each; " in lines_of(adapters)[1]
-    assert " 9 epochs of the first rung" not in lines_of(adapters)[2]
+    shorter, longer = ({"rung_epochs": {"wide": count}, "best_epochs": 40} for count in (2, 11))
+    adapters = PLAN | machine | {"rung_epochs": {"wide": 5, "guided": 2, "start_0": 2}}
+    lines = lines_of(adapters | {"half": HALF | shorter, "double": PLAN | {"budget": 10.0}})
+    assert "wide for 5 epochs; guided, start_0 for 2 epochs each; " in lines[1]
+    assert lines[2] == (
+        "search.budget=2.5 leaves out guided, start_0, 3 epochs of the first rung, 41 epochs of the best network"
+    )
+    assert lines[3] == "search.budget=10 adds 7 epochs of the first rung"
+    fewer = lines_of(adapters | {"half": HALF | longer})[2]  # alone, the wide encoder has more epochs
+    assert fewer == "search.budget=2.5 leaves out guided, start_0, 41 epochs of the best network"
     assert lines_of(PLAN | machine | {"double": PLAN | {"budget": 10.0}})[-1] == "search.budget=10 adds nothing"
     crowded = PLAN | machine | {"overlap_epochs": 3}
     lines = lines_of(crowded | {"half": HALF, "double": crowded | {"budget": 10.0}})
