@@ -37,6 +37,7 @@ def shard(
     """Convert raw data (source) to Parquet shards (data.shards). If it was killed, the same command resumes."""
 
     def body() -> dict[str, Any]:
+        from pipelines.data.manifest import repeated_notes
         from pipelines.data.shards import shard as write_shards
         from pipelines.nightly.datasets import checked_date, of_date
 
@@ -50,6 +51,8 @@ def shard(
             f"{described['rows']} samples in {done.made + done.kept} shards ({done.kept} kept), "
             f"{described['quarantined']} quarantined: {loaded.data.shards}"
         )
+        for note in repeated_notes(done.manifest):
+            show(f"note: {note}")
         shards = [f"data.shards={loaded.data.shards}"] if night else []
         inspecting = command_line(["inspect"], config, [*(overrides or []), *shards], ray_config)
         step = Next("inspect the shards", inspecting)

@@ -19,6 +19,7 @@ from pipelines.storage import Location, finite
 FILE = "_manifest.json"
 SCHEMA_VERSION = 2
 SPLITS = ("train", "val", "test")
+REPEATED = 0.01  # share of a split with repeated inputs from which a note says so
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Manifest:
         quarantined: Number of samples that were left out; `_quarantine.jsonl` lists them.
         group_rows: Samples of every row group of a shard, except its last.
         made: `pipelines.data.raw_data.identity` of the raw data; empty in shards of earlier versions.
+        repeated: `pipelines.data.statistics.repeated_inputs`; empty if a shard is of an earlier version.
     """
 
     description: Description
@@ -52,6 +54,7 @@ class Manifest:
     quarantined: int = 0
     group_rows: int = 1
     made: Mapping[str, Any] = field(default_factory=dict)
+    repeated: Mapping[str, int] = field(default_factory=dict)
 
     def rows(self, split: str) -> int:
         """Number of samples of a split."""
@@ -125,6 +128,7 @@ class Manifest:
             "digest": self.digest(),
             "source": dict(self.source),
             "made": dict(self.made),
+            "repeated": dict(self.repeated),
         }
         return values | {"seal": seal_of(values)}
 
@@ -142,6 +146,7 @@ class Manifest:
             quarantined=values["quarantined"],
             group_rows=values["group_rows"],
             made=values.get("made", {}),
+            repeated=values.get("repeated", {}),
         )
 
 
@@ -261,3 +266,14 @@ def support_notes(manifest: Manifest, tasks: Sequence[Task], least: int) -> list
                 notes.append(f"task {task.name} has too few labels in {split} for a reliable result: {thin}")
                 break
     return notes
+
+
+def repeated_notes(manifest: Manifest) -> list[str]:
+    """A line for each split of which a considerable share has inputs of training samples."""
+    return [
+        f"{count} of {manifest.rows(split)} {split} samples have the input of a training sample: their errors can "
+        "be lower than those of new samples. Rows of one object, such as a person, belong in one split: see "
+        "source.options.split_by"
+        for split, count in manifest.repeated.items()
+        if count >= max(REPEATED * manifest.rows(split), 1)
+    ]

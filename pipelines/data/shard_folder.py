@@ -128,15 +128,24 @@ def _brief_note(file: Location) -> dict[str, Any] | None:
 
 
 def brief(note: Mapping[str, Any]) -> dict[str, Any]:
-    """A note with `EXAMPLES` of the quarantined samples, and their number as `bad`."""
+    """A note without digests, with `EXAMPLES` of the quarantined samples, and their number as `bad`."""
+    held = {key: value for key, value in note.items() if key != "inputs"}
     quarantined = note.get("quarantined", [])
-    return {**note, "quarantined": quarantined[:EXAMPLES], "bad": len(quarantined)}
+    return {**held, "quarantined": quarantined[:EXAMPLES], "bad": len(quarantined)}
 
 
 def quarantined_in(folder: Location, shard_file: str) -> list[dict[str, str]]:
     """The quarantined samples of a shard, from its note."""
     quarantined: list[dict[str, str]] = (folder / PARTS / f"{shard_file}.json").read_json()["quarantined"]
     return quarantined
+
+
+def digests_in(folder: Location, shard_files: Sequence[str]) -> list[str] | None:
+    """The texts of `input_digests` of shards, from their notes; None if one was written by an earlier version."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        notes = pool.map(lambda file: _json(folder / PARTS / f"{file}.json"), shard_files)
+        held = [note["inputs"] if isinstance(note, dict) and "inputs" in note else None for note in notes]
+    return None if None in held else [text for texts in held for text in texts or ()]
 
 
 def _json(file: Location) -> Any:

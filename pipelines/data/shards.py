@@ -39,6 +39,7 @@ from pipelines.data.shard_folder import (
     REFUSED,
     brief,
     check_apart,
+    digests_in,
     quarantined_in,
     read_records,
     record_job,
@@ -46,7 +47,7 @@ from pipelines.data.shard_folder import (
 )
 from pipelines.data.shard_tasks import write_all
 from pipelines.data.sources import build_source
-from pipelines.data.sources.base import BadSampleError, Column, Description, Entry, Source
+from pipelines.data.sources.base import INPUT, BadSampleError, Column, Description, Entry, Source
 from pipelines.data.sources.encoding import encode_like
 from pipelines.errors import UserError
 from pipelines.execution.choice import open_executor
@@ -197,6 +198,13 @@ class BadSamples:
         )
 
 
+def _repeated(folder: Location, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, int]:
+    """The repeated inputs of the shards; empty if one was written by an earlier version."""
+    found = {split: digests_in(folder, [part["shard"]["file"] for part in held]) for split, held in parts.items()}
+    known = {split: texts for split, texts in found.items() if texts is not None}
+    return statistics.repeated_inputs(known) if len(known) == len(found) else {}
+
+
 def _write_quarantine(file: Location, folder: Location, shards: Iterable[str]) -> None:
     """Write the bad samples of some shards, one a line. The note of one shard is in memory at a time."""
     with temporary_folder() as scratch:
@@ -256,11 +264,11 @@ def write_shard(
 
     Returns:
         `shard_folder.brief` of the note. The note has the digest of the plan, the `Shard`, the sums of each
-        task, and the quarantined samples.
+        task, the digests of the inputs, and the quarantined samples.
     """
     quarantined: list[dict[str, str]] = []
     sums: dict[str, list[statistics.Sums]] = {task.name: [] for task in description.tasks}
-    sink, rows = io.BytesIO(), 0
+    sink, rows, inputs = io.BytesIO(), 0, list[str]()
     # dictionaries and page statistics take time and are useless for pixels
     with pq.ParquetWriter(
         sink,
@@ -274,6 +282,7 @@ def write_shard(
             rows += len(group)
             for task in description.tasks:
                 sums[task.name].append(_sums(task, group))
+            inputs.append(statistics.input_digests(value for _, row in group if (value := row[INPUT]) is not None))
     data = sink.getvalue()
     (folder / plan.file).write_bytes(data)
     written = Shard(plan.file, rows, len(data), hashlib.sha256(data).hexdigest())
@@ -282,6 +291,7 @@ def write_shard(
         "shard": asdict(written),
         # a shard without usable samples has the sums of no labels
         "sums": {t.name: statistics.merge(sums[t.name] or [_sums(t, [])]) for t in description.tasks},
+        "inputs": inputs,
         "quarantined": quarantined,
     }
     (folder / PARTS / f"{plan.file}.json").write_json(part)
@@ -378,6 +388,7 @@ def _publish(
         quarantined=sum(part["bad"] for part in parts_in_order),
         group_rows=group_rows(description),
         made=made,
+        repeated=_repeated(folder, by_split),
     )
     check_shards(folder, manifest, checksums=False)  # another job can have removed shards that this job kept
     (folder / FILE).write_json(manifest.to_dict())

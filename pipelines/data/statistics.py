@@ -1,9 +1,11 @@
-"""Statistics of labels as mergeable sums, and the problems of a task that they show."""
+"""Statistics of labels as mergeable sums, the problems of a task that they show, and repeated inputs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ Sums = dict[str, Any]  # JSON-ready sums of a task
 # differences between splits that are visible in a plot
 VISIBLE_SHARE = 0.05
 VISIBLE_DEVIATIONS = 0.2
+DIGEST = 8  # bytes: two of a million different inputs have the same digest with a probability of 3e-8
 
 
 def label_sums(task: Task, labels: Sequence[np.ndarray | None], masks: Sequence[np.ndarray | None]) -> Sums:
@@ -187,3 +190,23 @@ def thin_support(task: Task, sums: Mapping[str, Any], least: int) -> str:
     names = task.labels or tuple(str(i) for i in range(len(sums["classes"])))
     few = [f"{name}: {count}" for name, count in zip(names, sums["classes"], strict=True) if count < least]
     return f"classes with fewer than {least} labels ({listed(few)})" if few else ""
+
+
+def input_digests(inputs: Iterable[np.ndarray]) -> str:
+    """Return the digests of stored inputs as text for JSON."""
+    found = (blake2b(value.tobytes(), digest_size=DIGEST).digest() for value in inputs)
+    return b64encode(b"".join(found)).decode()
+
+
+def repeated_inputs(digests: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Count the samples of other splits whose stored input is that of a training sample, byte for byte.
+
+    Args:
+        digests: Split → texts of `input_digests`.
+
+    Returns:
+        Split → count, for the other splits with samples.
+    """
+    found = {split: np.frombuffer(b"".join(map(b64decode, texts)), np.uint64) for split, texts in digests.items()}
+    known = np.unique(found.pop("train"))
+    return {split: int(np.isin(own, known).sum()) for split, own in found.items() if own.size}

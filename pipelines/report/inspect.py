@@ -10,12 +10,18 @@ from typing import Any
 from dmtg_core.tasks import Task
 from pipelines.config.loading import Config
 from pipelines.data import statistics
-from pipelines.data.manifest import SPLITS, Manifest, broken_shards, read_manifest, support_notes
+from pipelines.data.manifest import (
+    SPLITS,
+    Manifest,
+    broken_shards,
+    read_manifest,
+    repeated_notes,
+    support_notes,
+)
 from pipelines.data.reader import Reader
 from pipelines.data.renewal import stale_notes
 from pipelines.report.dataset import dataset_page
 from pipelines.report.formatting import quantity
-from pipelines.report.repeated import repeated_inputs, repeated_notes
 from pipelines.runs.folders import check_page
 from pipelines.storage import Location, locate
 
@@ -48,10 +54,9 @@ def inspect(config: Config, out: str = "") -> dict[str, Any]:
     broken = broken_shards(folder, manifest, checksums=True)
     problems = broken + _constant(manifest, tasks)
     notes = support_notes(manifest, tasks, config.data.min_support) + _drifts(manifest, tasks)
+    notes += repeated_notes(manifest)
     notes += [*stale_notes(config, manifest), *manifest.description.notes]
     reader, unreadable = Reader(folder, manifest, tasks), {problem.partition(" ")[0] for problem in broken}
-    repeated = repeated_inputs(reader, unreadable)
-    notes += repeated_notes(manifest, repeated)
     logger.info("writing the page")
     drawn = dataset_page(config.name, reader, problems=problems, notes=notes, unreadable=unreadable)
     page.write_text(drawn)
@@ -61,7 +66,7 @@ def inspect(config: Config, out: str = "") -> dict[str, Any]:
         "digest": manifest.digest(),
         "problems": problems,
         "notes": notes,
-        "repeated": repeated,
+        "repeated": dict(manifest.repeated),
         "table": _table(manifest, tasks),
         "statistics": {
             split: {task.name: statistics.summary(manifest.sums[split][task.name]) for task in tasks}

@@ -22,7 +22,7 @@ from dmtg_core.training.step import WeighedLoss
 from dmtg_core.training.warm_start import WarmStart
 from pipelines.config.loading import Config
 from pipelines.data.ingest import keeps_in_memory, load_splits
-from pipelines.data.manifest import Manifest, check_shards, check_targets, support_notes
+from pipelines.data.manifest import Manifest, check_shards, check_targets, repeated_notes, support_notes
 from pipelines.data.reader import Reader
 from pipelines.data.renewal import ensure_shards, ready_shards, renew_shards
 from pipelines.data.stem_outputs import with_outputs
@@ -101,7 +101,8 @@ def prepare(
         check_network(config, manifest, tasks, log=log)
     else:
         check(manifest, tasks)
-    notes = (*support_notes(manifest, tasks, config.data.min_support), *batch_notes(config, manifest))
+    labels = support_notes(manifest, tasks, config.data.min_support)
+    notes = (*labels, *repeated_notes(manifest), *batch_notes(config, manifest))
     reader = Reader(folder, manifest, tasks)
     training = with_outputs(config, reader, executor, log)
     return Prepared(config, reader, notes, training if training.outputs else None)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -53,7 +53,6 @@ from pipelines.storage import Location, locate
 logger = logging.getLogger(__name__)
 
 ENCODED = 1000  # texts that are encoded at a time
-COMPARED = 1_000_000  # texts of other splits that are compared with the training texts
 
 
 class TextOptions(SplitOptions):
@@ -164,11 +163,6 @@ class TextSource(PreparedSource):
     @cached_property
     def _entries(self) -> Replayed[Entry]:
         return Replayed(self._listed)
-
-    def entries(self) -> Iterator[Entry]:
-        """See `PreparedSource.entries`. Training texts that are also in another split are counted first."""
-        _warn_repeated(self._entries, self._options.text_column, str(self._root))
-        yield from self._entries
 
     def _listed(self, first: bool) -> Iterator[Entry]:
         options = self._options
@@ -282,22 +276,4 @@ class TextSource(PreparedSource):
         logger.info(
             "%s: %d tokens in the vocabulary; %d of %d training texts are longer than length=%d and are truncated",
             self._root, vocabulary, cut, count, self._options.length,
-        )  # fmt: skip
-
-
-def _warn_repeated(entries: Iterable[Entry], column: str, where: str) -> None:
-    """Log how many training texts are also in another split, where they measure memorisation.
-
-    The hashes of the first `COMPARED` texts of the other splits are held in memory.
-    """
-    other = (entry.fields["row"].cells[column] for entry in entries if entry.split != "train")
-    others = set(map(hash, islice(other, COMPARED)))
-    count, repeated = 0, 0
-    for text in train_cells(entries, column):
-        count += 1
-        repeated += hash(text) in others
-    if repeated:
-        logger.warning(
-            "%s: %d of %d training texts are also in val or test, word for word; they are kept",
-            where, repeated, count,
         )  # fmt: skip

@@ -120,15 +120,6 @@ def test_long_texts_are_truncated_and_counted(root, caplog):
     assert reader.read(next(reader.entries()))[INPUT].shape == (2,)
 
 
-def test_texts_that_other_splits_repeat_are_counted_and_kept(root, caplog):
-    assert len(list(source(root).entries())) == 8
-    assert "1 of 4 training texts are also in val or test" in caplog.text
-    (root / "dev.tsv").write_text("something else\t0\tv0\n")
-    caplog.clear()
-    list(source(root).entries())
-    assert "word for word" not in caplog.text
-
-
 @pytest.mark.parametrize(
     ("number", "reason"),
     [

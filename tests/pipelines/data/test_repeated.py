@@ -7,19 +7,30 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from pipelines.config.loading import Config
 from pipelines.data.shards import shard
+from pipelines.execution.embedded import EmbeddedExecutor
 from pipelines.report.inspect import inspect
+from pipelines.storage import locate
+from pipelines.training.checks import prepare
 from tests.pipelines.conftest import make_config
 
 ROWS = 3_000
 
 
-def found_in(folder: Path, frame: pd.DataFrame, split: dict[str, str]) -> dict[str, Any]:
-    """What `inspect` finds for a table."""
+def config_of(folder: Path, frame: pd.DataFrame, split: dict[str, str]) -> Config:
+    """The configuration of a table."""
     frame.to_csv(folder / "table.csv", index=False)
     options = {"tasks": [{"column": "y", "kind": "regression"}], "features": ["a", "b"], **split}
     source = {"kind": "table", "root": str(folder / "table.csv"), "options": options}
-    config = make_config(folder, folder, source=source, data={"rows_per_shard": 700})
+    return make_config(
+        folder, folder, source=source, data={"rows_per_shard": 700}, network={"encoder": "mlp", "options": {}}
+    )
+
+
+def found_in(folder: Path, frame: pd.DataFrame, split: dict[str, str]) -> dict[str, Any]:
+    """What `inspect` finds for a table."""
+    config = config_of(folder, frame, split)
     shard(config)
     return inspect(config)
 
@@ -58,3 +69,28 @@ def test_a_few_equal_rows_are_counted_without_a_note(tmp_path, frame) -> None:
     found = found_in(tmp_path, frame, {"split_column": "split"})
     assert found["repeated"] == {"val": 0, "test": 5}
     assert not any("training sample" in note for note in found["notes"])
+
+
+def test_a_training_notes_them_and_shards_that_are_kept_are_counted_too(tmp_path, frame) -> None:
+    config = config_of(tmp_path, frame, {"split_column": "split"})
+    first = shard(config)
+    assert first.manifest.repeated["test"] > 100
+    (locate(config.data.shards) / "_manifest.json").delete()
+    again = shard(config)
+    assert (again.made, again.kept) == (0, first.made)
+    assert again.manifest.repeated == first.manifest.repeated
+    with EmbeddedExecutor(config.ray) as executor:
+        notes = prepare(config, executor, print).notes
+    assert [note.partition(" of ")[0] for note in notes if "input of a training sample" in note] == [
+        str(first.manifest.repeated[split]) for split in ("val", "test")
+    ]
+
+
+def test_shards_of_an_earlier_version_are_not_counted(tmp_path, frame) -> None:
+    config = config_of(tmp_path, frame, {"split_column": "split"})
+    manifest, folder = shard(config).manifest, locate(config.data.shards)
+    note = folder / "_parts" / f"{manifest.files()[0]}.json"
+    note.write_json({key: value for key, value in note.read_json().items() if key != "inputs"})
+    (folder / "_manifest.json").delete()
+    assert shard(config).manifest.repeated == {}
+    assert not any("training sample" in line for line in inspect(config)["notes"])
