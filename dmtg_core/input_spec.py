@@ -87,6 +87,10 @@ class InputSpec:
                 if not all(map(math.isfinite, values)) or any(b < a for a, b in pairwise(values)):
                     raise ValueError(f"{name} must be finite and in ascending order, got {values[:5]} …")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> InputSpec:
+        """Return the spec itself, which does not change: copies of an encoder share its quantiles."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields ready for JSON, without a copy of each quantile. `InputSpec(**...)` reads them."""
         values = {key: list(v) if isinstance(v, tuple) else v for key, v in vars(self).items()}

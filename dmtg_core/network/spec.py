@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from dmtg_core.addresses import is_address
@@ -95,6 +97,15 @@ class NetworkSpec:
             **plain,
             "rescale_gradients": AS_BOOLEAN.get(self.rescale_gradients, self.rescale_gradients),
         }
+
+    @cached_property
+    def text(self) -> str:
+        """`to_dict` as JSON. It is encoded once: a table can have 50,000 quantiles."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NetworkSpec:
+        """Return the spec itself, which does not change: copies of a network share it."""
+        return self
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NetworkSpec:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,10 +74,9 @@ class Budget:
         It is called after each epoch, so that only the epochs since the last call are counted.
         """
         _, count, total = self._counted.get(id(history), (history, 0, 0.0))
-        described = json.dumps(spec.to_dict()) if count < len(history) else ""
         for record in history[count:]:
             alive = [[p > 0 for p in row] for row in record["probabilities"]]
-            key = f"{described} {alive}"
+            key = f"{spec.text} {alive}"
             if key not in self._epochs:
                 self._epochs[key] = flops_of_heads(spec, alive) / self.run
             total += self._epochs[key]

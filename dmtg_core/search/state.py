@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,16 @@ class SearchState:
             state.save(folder / "held" / name)
         for name, network in self.trained.items():
             checkpoint.save_network(folder / "trained" / name, network)
-        checkpoint.write_json(
-            folder / "search.json",
-            {
-                "plan": self.plan,
-                "results": self.results,
-                "current": self.current is not None,
-                "held": list(self.held),
-                "trained": list(self.trained),
-            },
-            indent=None,
-        )
+        described = {
+            "results": self.results, "current": self.current is not None, "held": [*self.held],
+            "trained": [*self.trained],
+        }  # fmt: skip
+        parts = {key: checkpoint.encoded(value) for key, value in described.items()}
+        checkpoint.write_encoded(folder / "search.json", {"plan": self._plan_text, **parts})
+
+    @cached_property
+    def _plan_text(self) -> str:
+        return checkpoint.encoded(self.plan)
 
     @classmethod
     def load(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,15 @@ def _save_network(folder: Path, network: GroupingNetwork, apart: Collection[str]
     """Write a network without the tensors that are written apart."""
     folder.mkdir(parents=True, exist_ok=True)
     alive = [[bool(x) for x in row] for row in network.gate.alive.tolist()]
-    described = {"format": FORMAT, "spec": network.spec.to_dict(), "alive": alive}
+    parts = {"format": encoded(FORMAT), "spec": network.spec.text, "alive": encoded(alive)}
     if network.spec.code:
-        described["code"] = [recorded(*pair).to_dict() for pair in network.spec.code]
+        parts["code"] = encoded([recorded(*pair).to_dict() for pair in network.spec.code])
     tensors = {name: tensor for name, tensor in network.state_dict().items() if name not in apart}
     if keeps_base(network):
-        described["frozen"] = network.frozen_digest
+        parts["frozen"] = encoded(network.frozen_digest)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(FROZEN)}
     save_tensors(folder / "network.safetensors", tensors)
-    write_json(folder / "network.json", described, indent=None)  # a table can have 50,000 quantiles
+    write_encoded(folder / "network.json", parts)
 
 
 def keeps_base(network: GroupingNetwork) -> bool:
@@ -296,8 +296,21 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """Write JSON. Python encodes indented text many times more slowly than a single line (`indent=None`)."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+    _write_text(path, encoded(value, indent))
+
+
+def write_encoded(path: Path, parts: Mapping[str, str]) -> None:
+    """Write a JSON object whose values are already encoded."""
+    _write_text(path, f"{{{', '.join(f'{encoded(key)}: {text}' for key, text in parts.items())}}}")
+
+
+def encoded(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON."""
+    return json.dumps(value, indent=indent, ensure_ascii=False)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:

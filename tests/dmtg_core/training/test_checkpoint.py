@@ -3,12 +3,15 @@
 import io
 import json
 import pickletools
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dmtg_core import GroupingNetwork, TrainSettings, TrainState
+from dmtg_core import GroupingNetwork, InputSpec, TrainSettings, TrainState
+from dmtg_core.network.grouping_network import clone
 from dmtg_core.training import checkpoint as files
 from dmtg_core.training.context import LocalContext
 from dmtg_core.training.step import WeighedLoss, step_noise, train_step
@@ -107,6 +110,23 @@ def looks_like_a_pickle(content: bytes) -> bool:
     except Exception:  # noqa: BLE001 - anything that does not parse is no pickle
         return False
     return True
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_all_copies_of_a_network_share_its_spec_which_is_encoded_once(tmp_path, monkeypatch, name):
+    spec, encode, calls = replace(SPECS[name], seed=7), InputSpec.to_dict, []
+    monkeypatch.setattr(InputSpec, "to_dict", lambda spec: calls.append(spec) or encode(spec))
+    network = GroupingNetwork(spec)
+    copied = clone(network)
+    assert copied.spec is network.spec is spec
+    assert deepcopy(spec.input) is spec.input
+    for place, one in (("first", network), ("second", copied), ("third", network)):
+        files.save_network(tmp_path / place, one)
+        held = json.loads((tmp_path / place / "network.json").read_text())
+        assert held["spec"] == json.loads(json.dumps(spec.to_dict()))
+        assert held.keys() >= {"format", "alive"}
+    assert len(calls) == 1 + 3  # one of the files, three of this test
+    assert replace(spec, seed=8).text != spec.text  # another spec has its own text
 
 
 def test_a_checkpoint_holds_safetensors_and_json_and_no_pickle(tmp_path):
