@@ -15,6 +15,7 @@ from pipelines.compare.results import adjusted_p_values, agreements, stability, 
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 FILES = sorted(FOLDER.glob("*.json"))
+COMMANDS = ("dmtg compare -c ", "python -m bench.planted_problems ")
 ABLATIONS = {"parts": "undistilled", "gate": "no_gate"}  # variants of the search alone: name after "_" → a variant
 # the comparisons of the earlier search have other methods, sentences and families of tests
 PRESENT = [file for file in FILES if "budgets" in json.loads(file.read_text(encoding="utf-8"))]
@@ -27,7 +28,7 @@ def test_the_page_is_made_from_the_files() -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_each_file_names_its_command_and_is_small(file) -> None:
     found = json.loads(file.read_text(encoding="utf-8"))
-    assert found["command"].splitlines()[-1].startswith("dmtg compare -c ")
+    assert found["command"].splitlines()[-1].startswith(COMMANDS)
     assert len(found["seeds"]) >= 3
     compared = {"naive_mtl", "guided", ABLATIONS.get(file.stem.rpartition("_")[2], "wide")}
     assert compared <= {row.get("base", row["method"]) for row in found["rows"]}
