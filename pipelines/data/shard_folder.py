@@ -14,8 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from pipelines.config.sections import SourceSection
 from pipelines.data.manifest import listed_files
+from pipelines.data.statistics import read_digests
 from pipelines.errors import UserError
 from pipelines.runs.folders import check_folder
 from pipelines.storage import Location, locate
@@ -140,12 +143,17 @@ def quarantined_in(folder: Location, shard_file: str) -> list[dict[str, str]]:
     return quarantined
 
 
-def digests_in(folder: Location, shard_files: Sequence[str]) -> list[str] | None:
-    """The texts of `input_digests` of shards, from their notes; None if one was written by an earlier version."""
+def digests_in(folder: Location, shard_files: Sequence[str]) -> np.ndarray | None:
+    """The digests of the inputs of shards `(n,)`, from their notes; None if an earlier version wrote a shard."""
+
+    def read(file: str) -> np.ndarray | None:
+        note = _json(folder / PARTS / f"{file}.json")
+        return read_digests(note["inputs"]) if isinstance(note, dict) and "inputs" in note else None
+
     with ThreadPoolExecutor(THREADS) as pool:
-        notes = pool.map(lambda file: _json(folder / PARTS / f"{file}.json"), shard_files)
-        held = [note["inputs"] if isinstance(note, dict) and "inputs" in note else None for note in notes]
-    return None if None in held else [text for texts in held for text in texts or ()]
+        held = list(pool.map(read, shard_files))
+    known = [digests for digests in held if digests is not None]
+    return np.concatenate([read_digests(()), *known]) if len(known) == len(held) else None
 
 
 def _json(file: Location) -> Any:
