@@ -33,7 +33,7 @@ class Budget:
     def __init__(self, spec: NetworkSpec, settings: TrainSettings, runs: float) -> None:
         self.runs, self.naive_epochs = runs, settings.epochs
         self.run = naive_flops(spec) * settings.epochs  # operations for each sample of the training split
-        self._epochs: dict[str, float] = {}
+        self._epochs: dict[tuple[str, str], float] = {}
         self._counted: dict[int, tuple[Sequence[Mapping[str, Any]], int, float]] = {}
 
     def epoch(self, network: GroupingNetwork) -> float:
@@ -76,7 +76,7 @@ class Budget:
         _, count, total = self._counted.get(id(history), (history, 0, 0.0))
         for record in history[count:]:
             alive = [[p > 0 for p in row] for row in record["probabilities"]]
-            key = f"{spec.text} {alive}"
+            key = spec.text, str(alive)
             if key not in self._epochs:
                 self._epochs[key] = flops_of_heads(spec, alive) / self.run
             total += self._epochs[key]

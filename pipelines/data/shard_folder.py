@@ -14,11 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from pipelines.config.sections import SourceSection
 from pipelines.data.manifest import listed_files
-from pipelines.data.statistics import read_digests
 from pipelines.errors import UserError
 from pipelines.runs.folders import check_folder
 from pipelines.storage import Location, locate
@@ -131,29 +128,15 @@ def _brief_note(file: Location) -> dict[str, Any] | None:
 
 
 def brief(note: Mapping[str, Any]) -> dict[str, Any]:
-    """A note without digests, with `EXAMPLES` of the quarantined samples, and their number as `bad`."""
-    held = {key: value for key, value in note.items() if key != "inputs"}
+    """A note with `EXAMPLES` of the quarantined samples, and their number as `bad`."""
     quarantined = note.get("quarantined", [])
-    return {**held, "quarantined": quarantined[:EXAMPLES], "bad": len(quarantined)}
+    return {**note, "quarantined": quarantined[:EXAMPLES], "bad": len(quarantined)}
 
 
 def quarantined_in(folder: Location, shard_file: str) -> list[dict[str, str]]:
     """The quarantined samples of a shard, from its note."""
     quarantined: list[dict[str, str]] = (folder / PARTS / f"{shard_file}.json").read_json()["quarantined"]
     return quarantined
-
-
-def digests_in(folder: Location, shard_files: Sequence[str]) -> np.ndarray | None:
-    """The digests of the inputs of shards `(n,)`, from their notes; None if an earlier version wrote a shard."""
-
-    def read(file: str) -> np.ndarray | None:
-        note = _json(folder / PARTS / f"{file}.json")
-        return read_digests(note["inputs"]) if isinstance(note, dict) and "inputs" in note else None
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        held = list(pool.map(read, shard_files))
-    known = [digests for digests in held if digests is not None]
-    return np.concatenate([read_digests(()), *known]) if len(known) == len(held) else None
 
 
 def _json(file: Location) -> Any:

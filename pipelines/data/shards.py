@@ -5,8 +5,8 @@ content. After a job was killed, the next one keeps every shard that has a note 
 another plan have other names. The manifest is written last. The previous data set stays complete until then;
 afterwards the files that only the previous data set needs are removed (`pipelines.data.shard_folder`). A task
 holds one row group of samples in memory at a time, and the encoded bytes of the row groups before it. The driver
-holds a plan and a brief note for each shard, and nothing for each sample (`pipelines.data.planning`). At the end
-it compares digests of eight bytes of all inputs.
+holds a plan and a brief note for each shard, and of each sample only a short digest of its input
+(`pipelines.data.planning`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from pipelines.data.shard_folder import (
     REFUSED,
     brief,
     check_apart,
-    digests_in,
     quarantined_in,
     read_records,
     record_job,
@@ -199,11 +198,13 @@ class BadSamples:
         )
 
 
-def _repeated(folder: Location, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, int]:
+def _repeated(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, int]:
     """The repeated inputs of the shards; empty if one was written by an earlier version."""
-    found = {split: digests_in(folder, [part["shard"]["file"] for part in held]) for split, held in parts.items()}
-    known = {split: digests for split, digests in found.items() if digests is not None}
-    return statistics.repeated_inputs(known) if len(known) == len(found) else {}
+    if any("inputs" not in part for held in parts.values() for part in held):
+        return {}
+    return statistics.repeated_inputs(
+        {split: [text for part in held for text in part["inputs"]] for split, held in parts.items()}
+    )
 
 
 def _write_quarantine(file: Location, folder: Location, shards: Iterable[str]) -> None:
@@ -389,7 +390,7 @@ def _publish(
         quarantined=sum(part["bad"] for part in parts_in_order),
         group_rows=group_rows(description),
         made=made,
-        repeated=_repeated(folder, by_split),
+        repeated=_repeated(by_split),
     )
     check_shards(folder, manifest, checksums=False)  # another job can have removed shards that this job kept
     (folder / FILE).write_json(manifest.to_dict())

@@ -193,25 +193,20 @@ def thin_support(task: Task, sums: Mapping[str, Any], least: int) -> str:
 
 
 def input_digests(inputs: Iterable[np.ndarray]) -> str:
-    """Return the digests of stored inputs as text for JSON. `read_digests` reads it."""
+    """Return the digests of stored inputs as text for JSON."""
     found = (blake2b(value.tobytes(), digest_size=DIGEST).digest() for value in inputs)
     return b64encode(b"".join(found)).decode()
 
 
-def read_digests(texts: Iterable[str]) -> np.ndarray:
-    """Return the digests of texts of `input_digests` as one array `(n,)`."""
-    return np.frombuffer(b"".join(map(b64decode, texts)), np.uint64)
-
-
-def repeated_inputs(digests: Mapping[str, np.ndarray]) -> dict[str, int]:
+def repeated_inputs(digests: Mapping[str, Sequence[str]]) -> dict[str, int]:
     """Count the samples of other splits whose stored input is that of a training sample, byte for byte.
 
     Args:
-        digests: Split → digests of its inputs `(n,)`.
+        digests: Split → texts of `input_digests`.
 
     Returns:
         Split → count, for the other splits with samples.
     """
-    known = np.unique(digests["train"])
-    others = {split: found for split, found in digests.items() if split != "train"}
-    return {split: int(np.isin(found, known).sum()) for split, found in others.items() if found.size}
+    found = {split: np.frombuffer(b"".join(map(b64decode, texts)), np.uint64) for split, texts in digests.items()}
+    known = np.unique(found.pop("train"))
+    return {split: int(np.isin(own, known).sum()) for split, own in found.items() if own.size}
