@@ -7,9 +7,11 @@ it was killed, and methods that find the same grouping share its cell.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -45,6 +47,7 @@ from pipelines.data.reader import Reader
 from pipelines.errors import UserError
 from pipelines.execution.executor import Executor, Held
 from pipelines.storage import Location
+from pipelines.training.estimate import duration
 from pipelines.training.failures import permanent_error, training_failed
 
 CELLS = "cells"
@@ -95,6 +98,11 @@ class Cell:
         length = f"_{self.epochs}epochs" * bool(self.epochs) + f"_{self.budget:g}runs" * bool(self.budget)
         return f"{stem}{length}_seed{self.seed}"
 
+    @property
+    def without_seed(self) -> Cell:
+        """What cells that differ in their seed, or in its random groups, have in common."""
+        return replace(self, seed=0, groups=())
+
     @classmethod
     def of(cls, grouping: Grouping, seed: int, epochs: int = 0, budget: float = 0.0) -> Cell:
         """The cell that trains a grouping from scratch."""
@@ -137,27 +145,52 @@ def train_cells(
         return found
     if len(found) < len(stored):
         log(f"{len(stored) - len(found)} results are from an earlier version with other figures: trained again")
-    log(f"{len(left)} of {len(wanted)} networks and searches to train")
+    log(f"{len(left)} of {len(wanted)} networks and searches to train; lower scores are better")
     failed: list[UserError] = []
+    started, waiting = time.perf_counter(), dict.fromkeys(left)
     for done in executor.run(partial(train_cell, job), left):
         cell = left[done.index]
+        del waiting[cell]
         if done.error is not None:  # raised below, after the other cells have ended
             failed.append(training_failed(done.error, str(job.run)))
             log(f"{cell.name} failed: {failed[-1].what}")
             continue
         found[cell] = done.value
-        count = sum(one in found for one in left)
-        log(f"{count}/{len(left)} {cell.name}: validation score {found[cell]['score']:.4f}")
+        trained = [one for one in left if one in found]
+        remaining = time_left(found, trained, waiting, time.perf_counter() - started)
+        log(f"{len(trained)}/{len(left)} {cell.name}: validation score {found[cell]['score']:.4f}{remaining}")
     if failed:
         raise failed[0]
     return found
+
+
+def time_left(found: Mapping[Cell, Result], trained: Sequence[Cell], left: Iterable[Cell], elapsed: float) -> str:
+    """Estimate the time that the cells that are left take, from those with other seeds, for a line of progress.
+
+    Args:
+        found: Results, also those of earlier calls.
+        trained: The cells with a result of this call.
+        left: The cells that this call has still to train.
+        elapsed: Seconds since its start.
+
+    Returns:
+        An empty text if no cell is left, or if one has none of its kind with another seed in `found`.
+    """
+    seconds = defaultdict(list)
+    for cell, result in found.items():
+        seconds[cell.without_seed].append(result["seconds"])
+    known = [seconds[cell.without_seed] for cell in left]
+    if not known or not all(known):
+        return ""
+    at_once = sum(found[cell]["seconds"] for cell in trained) / elapsed
+    return f", about {duration(sum(map(fmean, known)) / at_once)} left"
 
 
 def train_cell(job: CellJob, cell: Cell) -> Result:
     """Train one cell in its own process and write its file.
 
     Returns:
-        `grouping`, `score` (mean logarithm of the validation losses), `metrics` by split, `cost` in runs of naive
+        `grouping`, `score` (the validation score, see `score_of`), `metrics` by split, `cost` in runs of naive
         MTL, `flops` and `parameters` of inference, `seconds`, and the keys that its kind adds.
     """
     context = LocalContext()

@@ -14,7 +14,7 @@ import yaml
 
 from dmtg_core import Grouping
 from dmtg_core.evaluation.trees import TREES
-from pipelines.compare.cells import AFFINITIES, GROUPING, NAIVE, Cell
+from pipelines.compare.cells import AFFINITIES, GROUPING, NAIVE, Cell, time_left
 from pipelines.compare.driver import ComparisonResult, compare, methods_of
 from pipelines.compare.methods import (
     BUDGETED,
@@ -177,6 +177,18 @@ def test_a_further_seed_trains_only_its_own_cells(compared: Finished) -> None:
     assert trained
     assert all("_seed3" in name for name in trained)
     assert [row["method"] for row in found["rows"]] == ["naive_mtl", "wide", "random", "narrow", "truth"]
+
+
+def test_the_time_left_is_that_of_the_same_methods_with_other_seeds() -> None:
+    groups = [Cell.of(Grouping.of(names), seed) for seed, names in enumerate([[["a"], ["b"]], [["b"], ["a"]]], 1)]
+    naive = [Cell(NAIVE, seed, budget=5) for seed in (1, 2, 3)]
+    found = {naive[0]: {"seconds": 100.0}, groups[0]: {"seconds": 500.0}}
+    both = list(found)
+    left = [naive[1], naive[2], groups[1]]  # 700 s of work, of which two processes do 2 s in a second
+    assert time_left(found, both, left, elapsed=300.0) == ", about 6 min left"
+    assert time_left(found, both[:1], left, elapsed=100.0) == ", about 12 min left"  # one of an earlier call
+    assert time_left(found, both, [], elapsed=300.0) == ""
+    assert time_left(found, both, [*left, Cell(NAIVE, 2, budget=8)], elapsed=300.0) == ""  # never trained yet
 
 
 def test_methods_with_the_same_grouping_share_its_cell() -> None:
