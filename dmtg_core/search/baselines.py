@@ -19,7 +19,7 @@ from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.budget import Budget
 from dmtg_core.search.distillation import distil, distillation_state
 from dmtg_core.search.extendable import complete, extend, patience_of
-from dmtg_core.search.feature_overlap import cluster, feature_overlap, overlap_spec
+from dmtg_core.search.feature_overlap import are_stable, cluster, feature_overlap, measured_after, overlap_spec
 from dmtg_core.search.gradient_affinity import DIRECTIONS, GradientAffinities, projected_affinity
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import Data
@@ -185,7 +185,8 @@ def overlap_groups(
         spec: The grouping network. The encoder is as wide as all branches, if it can be widened, or that of
             `overlap_spec`.
         settings: Training settings.
-        share: Epochs of the encoder as a share of the epochs, unless it is that of `overlap_spec`.
+        share: Least epochs of the encoder as a share of the epochs, unless it is that of `overlap_spec`. It is
+            trained on until the groups are stable.
         runs: The budget in runs of naive MTL.
 
     Returns:
@@ -194,17 +195,21 @@ def overlap_groups(
     one = wide_spec(spec) if spec.encoder.can_widen else replace(spec, groups=1, sampling="fixed")
     epochs = max(round(share * settings.epochs), 1)
     wider, budget = overlap_spec(spec), Budget(spec, settings, runs)
+    most = budget.longest(epochs, budget.epoch_of(one))
     if wider is not None and (few := budget.overlap_epochs(budget.epoch_of(wider))):
-        one, epochs = wider, few
+        one, epochs, most = wider, few, few
     whole, context = replace(settings, search_share=1.0), LocalContext()
     network = hard_network(one, together(one)).to(context.device)
     state = TrainState.fresh(network, whole)
-    extend(state, data, whole, context, until=epochs)
-    rows = rows_evaluated(spec, settings)
-    overlap = feature_overlap(state.validated, data, batch_size=rows, context=context)
-    names = [task.name for task in spec.tasks]
-    groups = Grouping.from_assignment(names, cluster(overlap, min(spec.groups, len(names))))
-    return overlap, groups, budget.epoch(network) * state.epoch
+    names, rows = [task.name for task in spec.tasks], rows_evaluated(spec, settings)
+    proposed: list[list[int]] = []
+    for epoch in measured_after(epochs, most):
+        if epoch > epochs and are_stable(proposed):
+            break
+        extend(state, data, whole, context, until=epoch)
+        overlap = feature_overlap(state.validated, data, batch_size=rows, context=context)
+        proposed.append(cluster(overlap, min(spec.groups, len(names))))
+    return overlap, Grouping.from_assignment(names, proposed[-1]), budget.epoch(network) * state.epoch
 
 
 def train_naive_with_affinities(

@@ -12,6 +12,7 @@ from dmtg_core.training.settings import TrainSettings
 
 OVERLAP_EPOCHS = 0.05  # epochs of an encoder for the feature overlap alone, as a share of those of naive MTL
 OVERLAP_SHARE = 1 / 6  # the most of the budget for it
+LONGEST, GROUPS_SHARE = 3, 1 / 3  # the most first rungs, and of the budget, until groups of a candidate are stable
 
 
 def default_budget(groups: int) -> float:
@@ -47,6 +48,15 @@ class Budget:
     def overlap_epochs(self, cost: float) -> int:
         """Return the epochs of an encoder for the feature overlap alone; 0 if one, at `cost`, is too costly."""
         return min(max(round(OVERLAP_EPOCHS * self.naive_epochs), 1), int(OVERLAP_SHARE * self.runs / cost))
+
+    def longest(self, epochs: int, cost: float) -> int:
+        """Return the most epochs of a candidate until its groups are stable.
+
+        Args:
+            epochs: Its epochs in the first rung.
+            cost: Cost of an epoch.
+        """
+        return max(min(LONGEST * epochs, int(GROUPS_SHARE * self.runs / cost)), epochs)
 
     def first_rung(
         self, costs: Mapping[str, float], compare: float, rung: float, spent: float = 0.0

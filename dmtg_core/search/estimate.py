@@ -50,8 +50,8 @@ class Plan:
         baseline: Runs of the baseline, 1 or 0.
         left_out: Candidates that the budget leaves out.
         overlap_epochs: Epochs of an encoder for the feature overlap alone.
-        rung: Candidate of the first rung → its epochs before they are compared first. A search of fixed length has
-            all gates in it.
+        rung: Candidate of the first rung → its epochs before they are compared first. The first one may have more,
+            until its groups are stable (`Budget.longest`). A search of fixed length has all gates in it.
         rung_runs: Cost of these epochs, with those for the feature overlap.
         epochs: Epochs of the best network, if it has all groups and the others are dropped after the first rung.
             With fewer groups there is room for more.

@@ -2,11 +2,11 @@
 
 One wide encoder for all tasks has the inference cost of all branches, because no grouping is better if only
 capacity matters. It is trained first. One gate starts at groups of tasks with a high feature overlap in this
-encoder. With many tasks for each branch, the overlap is measured in an encoder of its own, which is wider still
-and trained for a few epochs (see `overlap_spec`). Further gates start uniform. If the search starts from the
-models of a grouping, they are a candidate too. All candidates of a rung have the same cost. After each rung, those
-with a worse validation score are dropped (successive halving, Jamieson and Talwalkar 2016), and the others go on
-without a restart (see `extendable`).
+encoder, which is trained on until the groups are stable. With many tasks for each branch, the overlap is measured
+in an encoder of its own, which is wider still and trained for a few epochs (see `overlap_spec`). Further gates
+start uniform. If the search starts from the models of a grouping, they are a candidate too. All candidates of a
+rung have the same cost. After each rung, those with a worse validation score are dropped (successive halving,
+Jamieson and Talwalkar 2016), and the others go on without a restart (see `extendable`).
 
 The best one is trained for as long as validation improves and the budget lasts. What is left is spent on further
 networks, if they and a distillation fit into the budget: the narrow encoder of naive MTL, the runners-up, and
@@ -19,7 +19,7 @@ inference (see `is_better`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.baselines import hard_network
 from dmtg_core.search.distillation import Ensemble, distil, distillation_state
 from dmtg_core.search.extendable import complete, extend, patience_of, score_noise
-from dmtg_core.search.feature_overlap import cluster, feature_overlap, overlap_spec
+from dmtg_core.search.feature_overlap import are_stable, cluster, feature_overlap, measured_after, overlap_spec
 from dmtg_core.search.options import (
     BASELINE,
     CHAMPION,
@@ -77,16 +77,17 @@ class GuidedSearch(Stages):
         last = self.result(RUNG) if self.done(RUNG) else None
         epochs = {name: 2 * last["epochs"][name] for name in last["kept"]} if last else self._first_rung()
         for name, until in epochs.items():
-            if name not in self.state.held or self.state.held[name].epoch < until:
-                self._extend(name, until)
-            if name in (WIDE, ONE) and not self.done(OVERLAP):
-                self._measure(self.state.held[name])
-        scores = {name: _best_score(self.state.held[name]) for name in epochs}
+            if last is None and name in (WIDE, ONE):
+                self._propose_groups(name, epochs)
+            self._extend(name, until)
+        seen = {name: _scores(self.state.held[name])[:until] for name, until in epochs.items()}
+        scores = {name: min(found) for name, found in seen.items()}
         best = min(scores, key=scores.__getitem__)
-        noise = score_noise([record["val_score"] for record in self.state.held[best].history])
+        noise = score_noise(seen[best])
         most = scores[best] + self.options.within + noise
         kept = sorted((name for name in epochs if scores[name] <= most), key=scores.__getitem__)
-        again = sum(self.budget.epoch(self.state.held[name].network) * epochs[name] for name in kept)
+        states = [(self.state.held[name], 2 * epochs[name]) for name in kept]
+        again = sum(self.budget.epoch(one.network) * max(until - one.epoch, 0) for one, until in states)
         fits = self.spent + again <= self.options.compare * self.budget.runs
         self.state.results.append(
             {"stage": RUNG, "epochs": epochs, "scores": scores, "noise": noise, "kept": kept}
@@ -105,7 +106,28 @@ class GuidedSearch(Stages):
         spent = self.result(OVERLAP_ENCODER)["cost"] if self.done(OVERLAP_ENCODER) else 0.0
         return self.budget.first_rung(costs, self.options.compare, self.options.rung, spent)
 
+    def _propose_groups(self, name: str, epochs: Mapping[str, int]) -> None:
+        """Train the first candidate for its first rung, and further until the groups that it proposes are stable.
+
+        The features of some tasks are learned late: with 18 tasks of three cameras and five seeds, the mean
+        agreement with the true groups was 0.40 after the two epochs of the first rung, and 0.93 after the four to
+        six epochs until groups were stable.
+        """
+        if self.done(OVERLAP_ENCODER):
+            return
+        most = least = epochs[name]
+        if GUIDED in epochs:
+            most = self.budget.longest(least, self.budget.epoch_of(self._spec(name)))
+        proposed = [one["proposed"] for one in self.state.results if one["stage"] == OVERLAP]
+        for epoch in measured_after(least, most)[len(proposed) :]:
+            if epoch > least and are_stable(proposed):
+                return
+            self._extend(name, epoch)
+            proposed.append(self._measure(self.state.held[name]))
+
     def _extend(self, name: str, until: int) -> None:
+        if name in self.state.held and self.state.held[name].epoch >= until:
+            return
         if self.state.current is None:
             self.state.current = self.state.held.pop(name, None) or self._fresh(name)
         state = self.state.current
@@ -126,12 +148,13 @@ class GuidedSearch(Stages):
             self._measure(state)
             self.end(OVERLAP_ENCODER, state)
 
-    def _measure(self, state: TrainState) -> None:
+    def _measure(self, state: TrainState) -> list[int]:
         """Measure the feature overlap of the tasks, and propose groups."""
         rows = rows_evaluated(self.spec, self.settings)
         overlap = feature_overlap(state.validated, self.data, batch_size=rows, context=self.context)
         proposed = cluster(overlap, min(self.spec.groups, len(self.spec.tasks)))
         self.state.results.append({"stage": OVERLAP, "affinity": overlap.tolist(), "proposed": proposed})
+        return proposed
 
     def _spec(self, name: str) -> NetworkSpec:
         kind, number = _numbered(name)
@@ -182,7 +205,7 @@ class GuidedSearch(Stages):
     def _drop(self, name: str) -> None:
         """End a candidate that is not trained to the end."""
         state = self.state.held.pop(name)
-        self.end(name, state, score=_best_score(state), final=None, probabilities=_soft(state))
+        self.end(name, state, score=min(_scores(state)), final=None, probabilities=_soft(state))
 
     def _complete(self, name: str, most: int) -> None:
         """Train a network to the end."""
@@ -301,8 +324,9 @@ def _numbered(name: str) -> tuple[str, int]:
     return (kind, int(number)) if number.isdigit() else (name, 0)
 
 
-def _best_score(state: TrainState) -> float:
-    return min(record["val_score"] for record in state.history)
+def _scores(state: TrainState) -> list[float]:
+    """The validation scores after each epoch."""
+    return [record["val_score"] for record in state.history]
 
 
 def _soft(state: TrainState) -> list[list[float]]:
@@ -316,5 +340,5 @@ def _useful(state: TrainState) -> int:
     """Epochs of a training without those after its best epoch at the constant learning rate."""
     assert state.decay is not None
     first, last = state.decay
-    scores = [record["val_score"] for record in state.history[:first]]
+    scores = _scores(state)[:first]
     return scores.index(min(scores)) + 1 + last - first if scores else last

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
+from sklearn.metrics import adjusted_rand_score
 
 from dmtg_core import (
     ArrayData,
@@ -23,7 +24,7 @@ from dmtg_core import (
     TrainSettings,
     fit,
 )
-from dmtg_core.search.feature_overlap import cluster, feature_overlap
+from dmtg_core.search.feature_overlap import are_stable, cluster, feature_overlap, measured_after
 from tests.dmtg_core.network.test_encoders import LENGTH, SHAPES, VOCABULARY
 from tests.dmtg_core.network.test_encoders import encoder as small
 from tests.dmtg_core.planted import planted_data
@@ -142,3 +143,25 @@ def test_clusters_are_those_of_average_linkage(count: int, seed: int) -> None:
 def test_invalid_affinities_are_refused(affinity: torch.Tensor, groups: int, what: str) -> None:
     with pytest.raises(ValueError, match=what):
         cluster(affinity, groups)
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "epochs"),
+    [
+        (1, 1, [1]), (1, 3, [1, 2, 3]), (2, 5, [1, 2, 3, 4, 5]), (3, 9, [1, 3, 5, 7, 9]), (5, 12, [2, 5, 8, 11]),
+        (12, 12, [12]), (12, 36, [6, 12, 18, 24, 30, 36]),
+    ],
+)  # fmt: skip
+def test_groups_are_proposed_after_each_half_of_a_rung(least: int, most: int, epochs: list[int]) -> None:
+    assert list(measured_after(least, most)) == epochs
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=2, max_size=300), st.integers(0, 30), st.randoms(use_true_random=False)
+)
+def test_groups_are_stable_if_the_index_of_the_last_two_is_high(before, moved, random) -> None:
+    last = list(before)
+    for place in random.sample(range(len(last)), min(moved, len(last))):
+        last[place] = random.randrange(4)
+    assert are_stable([[0] * len(last), before, last]) is bool(adjusted_rand_score(before, last) >= 0.9)
+    assert not are_stable([last])

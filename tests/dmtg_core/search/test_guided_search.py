@@ -23,10 +23,10 @@ from dmtg_core import (
 from dmtg_core.evaluation.jackknife import Difference
 from dmtg_core.network.cost import history_flops, naive_flops, wide_spec
 from dmtg_core.search.baselines import hard_network
-from dmtg_core.search.budget import Budget
+from dmtg_core.search.budget import LONGEST, Budget
 from dmtg_core.search.distillation import Ensemble
 from dmtg_core.search.extendable import extend, score_noise
-from dmtg_core.search.feature_overlap import overlap_spec
+from dmtg_core.search.feature_overlap import are_stable, overlap_spec
 from dmtg_core.search.search import is_better
 from dmtg_core.training.loop import score_of
 from dmtg_core.training.state import TrainState
@@ -163,6 +163,51 @@ def test_the_gate_starts_at_groups_of_the_feature_overlap_in_the_wide_encoder(da
     assert sum(a == b for a, b in zip(likely, proposed, strict=True)) > len(proposed) / 2
 
 
+def unstable(data, seed, within=10.0, **more):
+    """A search whose groups after the first rung differ from those in the middle of it."""
+    options = replace(GUIDED, distil=False, within=within)
+    return run(data, options, spec=replace(SPEC, seed=seed), seed=seed, baseline=False, **more)
+
+
+@pytest.mark.parametrize(("seed", "epochs"), [(28, 3), (16, 4), (8, 5), (6, 6)])  # and never for the last one
+def test_the_wide_encoder_is_trained_on_until_its_groups_are_stable(data, seed, epochs):
+    result, records = unstable(data, seed)
+    settings, proposed = replace(SETTINGS, seed=seed), []
+    state = TrainState.fresh(GroupingNetwork(wide_spec(replace(SPEC, seed=seed))), settings)
+    for epoch in range(1, epochs + 1):
+        assert epoch <= FIRST["wide"] or not are_stable(proposed)
+        extend(state, data, settings, local(), until=epoch)
+        overlap = feature_overlap(state.validated, data)
+        proposed.append(cluster(overlap, SPEC.groups))
+    assert are_stable(proposed) is (epochs < LONGEST * FIRST["wide"])
+    assert stages(records)[:2] == [("wide", epochs), ("guided", 1)]
+    assert result.affinity == overlap.tolist()
+
+
+@pytest.mark.parametrize("seed", [8, 16, 28])
+def test_candidates_are_compared_after_the_same_cost_if_one_has_been_trained_for_longer(data, seed):
+    result, records = unstable(data, seed, within=0.0)
+    rung = {
+        name: [r["val_score"] for r in records if r["stage"] == name and r["epoch"] <= count]
+        for name, count in FIRST.items()
+    }
+    best = min(rung, key=lambda name: min(rung[name]))
+    near = min(map(min, rung.values())) + score_noise(rung[best])
+    kept = {name for name, scores in rung.items() if min(scores) <= near}
+    assert {one["stage"] for one in result.candidates if one["final"] is not None} <= kept
+    assert result.chosen in kept
+
+
+@pytest.mark.parametrize("number", others_in_soak(range(8), 1, 2, 3, 5))
+def test_a_search_interrupted_before_its_groups_are_stable_has_the_same_result(tmp_path, data, number):
+    expected, records = unstable(data, 8)
+    with pytest.raises(Interrupted):
+        unstable(data, 8, folder=tmp_path, stop=number)
+    found, rest = unstable(data, 8, folder=tmp_path)
+    assert_same_result(found, expected)
+    assert without_times(rest) == without_times(records[number:])
+
+
 def test_with_probability_one_the_proposed_groups_are_trained_without_a_gate(data):
     result, records = run(data, replace(GUIDED, probability=1.0, distil=False), baseline=False)
     proposed = cluster(torch.tensor(result.affinity), SPEC.groups)
@@ -201,7 +246,7 @@ def test_only_networks_that_improve_the_ensemble_are_distilled_into_the_best_one
 def test_nothing_is_distilled_if_no_ensemble_is_better_than_the_best_network(data):
     spec = replace(SPEC, seed=6)
     result, records = run(data, spec=spec, seed=6)
-    assert stages(records)[-2:] == [("wide", 25), ("guided", 9)]  # a member of an ensemble
+    assert stages(records)[-2:] == [("wide", 21), ("guided", 19)]  # a member of an ensemble
     assert result.distilled == {}
 
 
