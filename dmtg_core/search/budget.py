@@ -12,7 +12,8 @@ from dmtg_core.training.settings import TrainSettings
 
 OVERLAP_EPOCHS = 0.05  # epochs of an encoder for the feature overlap alone, as a share of those of naive MTL
 OVERLAP_SHARE = 1 / 6  # the most of the budget for it
-LONGEST, GROUPS_SHARE = 3, 1 / 3  # the most first rungs, and of the budget, until groups of a candidate are stable
+LONGEST = 3  # the most training of the first candidate until its groups are stable, in first rungs
+GROUPS_SHARE = 1 / 3  # and as a share of the budget
 
 
 def default_budget(groups: int) -> float:

@@ -17,7 +17,7 @@ from dmtg_core.training.data import Data
 
 CROWDED = 4  # tasks for each branch up to which an encoder as wide as all branches is wide enough
 WIDER = 4.0  # inference cost of a wider one, in that of all branches
-SAMPLES = 256  # samples for the gradients; with 1,024 the proposed groups are the same
+SAMPLES = 256  # samples for the gradients; with 1,024, the groups of 17 of 18 encoders were as good
 STABLE = 0.9  # adjusted Rand index of groups that are proposed one after the other, from which they are stable
 
 

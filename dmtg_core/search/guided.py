@@ -153,6 +153,8 @@ class GuidedSearch(Stages):
         rows = rows_evaluated(self.spec, self.settings)
         overlap = feature_overlap(state.validated, self.data, batch_size=rows, context=self.context)
         proposed = cluster(overlap, min(self.spec.groups, len(self.spec.tasks)))
+        for one in self.state.results:
+            one.pop("affinity", None)  # every checkpoint has the last one only
         self.state.results.append({"stage": OVERLAP, "affinity": overlap.tolist(), "proposed": proposed})
         return proposed
 

@@ -162,6 +162,14 @@ def test_the_first_rung_has_all_candidates_that_its_share_allows(budget, compare
         assert found["wide"] == min(round(found["guided"] * 2.5), int(limit / 4 / costs["wide"]))
 
 
+@pytest.mark.parametrize(
+    ("runs", "epochs", "cost", "longest"),
+    [(30, 4, 0.1, 12), (3, 4, 0.1, 10), (2, 4, 0.1, 6), (1, 4, 0.1, 4), (1, 4, 2.0, 4), (12, 1, 1.0, 3)],
+)
+def test_groups_are_proposed_within_three_rungs_and_a_third_of_the_budget(runs, epochs, cost, longest):
+    assert Budget(SPEC, LONG, runs).longest(epochs, cost) == longest
+
+
 def test_costs_are_those_of_the_networks():
     found = networks(SPEC, SearchOptions())
     assert list(found) == ["naive_mtl", "wide", GATE, GROUPS]
