@@ -19,7 +19,7 @@ from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.search.budget import Budget
 from dmtg_core.search.distillation import distil, distillation_state
 from dmtg_core.search.extendable import complete, extend, patience_of
-from dmtg_core.search.feature_overlap import are_stable, cluster, feature_overlap, measured_after, overlap_spec
+from dmtg_core.search.feature_overlap import cluster, feature_overlap, overlap_spec, propose_until_stable
 from dmtg_core.search.gradient_affinity import DIRECTIONS, GradientAffinities, projected_affinity
 from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import Data
@@ -202,14 +202,15 @@ def overlap_groups(
     network = hard_network(one, together(one)).to(context.device)
     state = TrainState.fresh(network, whole)
     names, rows = [task.name for task in spec.tasks], rows_evaluated(spec, settings)
-    proposed: list[list[int]] = []
-    for epoch in measured_after(epochs, most):
-        if epoch > epochs and are_stable(proposed):
-            break
+    measured: list[Tensor] = []
+
+    def propose(epoch: int) -> list[int]:
         extend(state, data, whole, context, until=epoch)
-        overlap = feature_overlap(state.validated, data, batch_size=rows, context=context)
-        proposed.append(cluster(overlap, min(spec.groups, len(names))))
-    return overlap, Grouping.from_assignment(names, proposed[-1]), budget.epoch(network) * state.epoch
+        measured.append(feature_overlap(state.validated, data, batch_size=rows, context=context))
+        return cluster(measured[-1], min(spec.groups, len(names)))
+
+    groups = Grouping.from_assignment(names, propose_until_stable(propose, epochs, most))
+    return measured[-1], groups, budget.epoch(network) * state.epoch
 
 
 def train_naive_with_affinities(

@@ -100,7 +100,7 @@ class Cell:
 
     @property
     def without_seed(self) -> Cell:
-        """What cells that differ in their seed, or in its random groups, have in common."""
+        """The cell without its seed and its groups, which is equal for all seeds of a method."""
         return replace(self, seed=0, groups=())
 
     @classmethod
