@@ -2,7 +2,8 @@
 
 With COMMAND, FILE is the `compare.json` of a finished comparison. It is first copied to `docs/results/NAME.json`.
 Without COMMAND, FILE is the `signal.json` of the same configuration. Its verdict is added to `NAME.json`. A
-comparison with several budgets has a plot of gain against training cost, `docs/results/NAME.svg`.
+comparison with several budgets has a plot of gain against training cost, `docs/results/NAME.svg`. The text of
+`docs/results/NAME.md`, if there is one, is above its figures.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pipelines.config.sections import METHODS
 
 FOLDER = Path(__file__).parents[1] / "docs" / "results"
 PAGE = FOLDER.with_suffix(".md")
-TABLES = FOLDER / "tables" / "tables.json"  # written by `bench.tables`
+TABLES = FOLDER / "tables" / "tables.json"  # written by `bench.tables`; the text above the figures is `tables.md`
 LEARNERS = {
     "naive_mtl": "naive MTL", "guided": "guided search", "extra_trees": "extra trees",
     "random_forest": "random forest",
@@ -82,143 +83,8 @@ has the mean difference to each of them.
 METHODS_HEAD = """
 | method | budgets | mean difference | lowest | highest |
 |---|---|---|---|---|"""
-TABLES_HEAD = """## Tables
-
-```
-python -m bench.tables players benefits digits trial health sleep counties happiness births workers savings \
-mothers pupils loans molecules
-python -m bench.tables diamonds --seeds 3
-python -m bench.tables diamonds --seeds 1,2,4,5 --methods ''
-python -m bench.tables families --methods ''
-python -m bench.tables --csv /data/tox21/tox21.csv NR-AR,NR-AR-LBD,NR-AhR,NR-Aromatase,NR-ER,NR-ER-LBD,\
-NR-PPAR-gamma,SR-ARE,SR-ATAD5,SR-HSE,SR-MMP,SR-p53
-```
-
-Mean error over the tasks on test: 1 - AUROC, 1 - accuracy, or RMSE in standard deviations. Each seed is another
-split. Naive MTL is the encoder that `dmtg config new` proposes, with no option changed. The other learners are
-those of scikit-learn and LightGBM at their defaults, one for each task, on the same features. The smallest error
-is bold.
-
-The options of the encoder were chosen on `players`, `benefits`, `digits`, `trial` and `health`. Two of them were
-changed after other tables were seen: small tables have a quantile for each row since `counties`, and large
-tables have piecewise-linear embeddings and wider layers since `diamonds`. The limit of 1,000 rows for these
-embeddings is from molecules of Tox21 with 105 descriptors. Whole numbers such as the number of children or of
-cigarettes a day are amounts instead of classes since `mothers` and `births`. Molecules are read as descriptors
-instead of fingerprints since `molecules` and `tox21`. Nothing was changed for `savings`, `pupils` and `loans`.
-
-Naive MTL or the guided search has the smallest error on thirteen of the eighteen tables. On five it is behind
-the best learner by less than 0.1 % (`savings`), 0.1 % (`sleep`), 1.2 % (`families`), 1.4 % (`counties`) and
-2.1 % (`health`).
-
-On `molecules`, 2,000 rows of QM9, the search has 11 % fewer errors than naive MTL. On each of five splits it finds
-the groups {alpha, r2, zpve, cv}, which grow with the size of a molecule, and {u0, u298, h298, g298}, the energies.
-The other groups are {mu, homo} and {lumo, gap} on three splits, {homo} and {mu, lumo, gap} on two. With 20,000
-rows, on split 1, naive MTL has an error of 0.167 and LightGBM of 0.169; nothing else was trained there.
-
-On the other tables, with 200 to 32,400 training rows, the search kept naive MTL on 65 of 76 splits: no network
-was better by two standard errors of the validation score. Its error was between 0.64 times (`digits`) and
-1.0002 times (`sleep`) that of naive MTL. All but `molecules`, `tox21`, `health`, `happiness`, `mothers` and
-split 3 of `diamonds` were measured before weights were averaged.
-
-The MLP of scikit-learn has errors of 297 and 108 on two splits of `loans`, and 0.62 to 0.65 on the others.
-
-The rows of `health` are several years of the same persons. On split 1, 99.5 % of the test rows have the
-features of a training row (`dmtg inspect` counts them), and trees find these families again by their exact
-values. The encoder has a vector for each of these values; without them an earlier version had an error of 0.706.
-There, half of the epochs or twice as many, dropout 0 or 0.25, 16 members, 200 bins, and a weight decay of
-0.001, 0.01 or 0.4 are not better: errors of 0.596 to 0.605 beside 0.597. A network for each task is 2.4 %
-worse. Vectors for pairs of values, on five splits, have 0.593 beside 0.594. `families` is the same table with
-all rows of a family in one part of a split, which gives the errors for new families: there, the random forest
-is behind naive MTL by 10 %.
-
-`python -m bench table_encoder` trains on 10,000 rows with 50 features and 10 targets. On two cores, naive MTL took
-14.2 s and extra trees (300 trees) 5.4 s (medians of three): a ratio of 2.6. The processes had 918 and 2,191 MiB of
-memory at most.
-"""
-
-
+# their commands ran with the features of an earlier recipe
 OF_NGRAMS = ("tox21", "tox21_6runs", "tox21_budgets", "qm9_3500_budgets")
-NGRAMS = """The recipe of that version read hashed n-grams of the SMILES, with an MLP. The present one reads
-descriptors.
-"""
-ABOUT: Mapping[str, str] = {  # of sections with other data than those of the recipe, or with further figures
-    **dict.fromkeys(OF_NGRAMS, NGRAMS),
-    "qm9_2000": """The first 2,000 molecules by the SHA-256 of their name in QM9, with energies per atom. The
-encoder and its schedule are those of `dmtg config new` for so many rows. Weights were averaged. With seed 5 the
-search kept naive MTL: its groups, those of seed 4, were better by less than two standard errors of the validation
-score.
-""",
-    "nuclei_4runs": """Validation scores of seed 1 with averaged weights, in brackets those of the networks below:
-naive MTL trained longer -2.065 (-2.054), one wide encoder -2.027 (-2.029), search -1.998 (-1.961). Without the
-average, but with the shorter decay, the search has -1.966.
-""",
-    "clothing_efficientnet": """Mean AUROC of the twelve binary tasks and balanced accuracy of `garment` on test:
-
-| method | AUROC | balanced accuracy |
-|---|---|---|
-| guided, wide | 0.928 | 0.505 |
-| feature_overlap | 0.923 | 0.471 |
-| naive_mtl | 0.916 | 0.459 |
-| random | 0.914 | 0.466 |
-| heads_alone | 0.882 | 0.424 |
-
-An epoch of the wide adapter costs half of an epoch of the gate. When candidates were compared after the same
-number of epochs instead of the same cost, the search dropped the wide adapter: with seed 1 it gained 0.
-""",
-    "three_cameras_budgets": """With groups that are proposed after the two epochs of the first rung, the search
-gained 36.2 ± 23.9 % with the same budget, and the groups by feature overlap 29.9 ± 20.4 %.
-""",
-    "planted9": """One problem with several seeds. At 8 runs random groups have a higher gain than the search
-here; over twelve problems (`planted9_problems`) they are 8 points behind it. With `no_gate` the proposed groups
-are trained as they are.
-""",
-    "planted9_problems": """Seed s is that of the networks and of a problem. Twelve problems are generated, where
-`planted9` is one with several seeds: its intervals say nothing about other problems. With `no_gate` the proposed
-groups are trained as they are.
-""",
-    "planted9_gate": """With seed 6 the groups by feature overlap have one task in the wrong group. The gate
-moves it to the right one, with a validation score of -1.679 instead of -1.560. With seed 3 the search keeps the
-wide encoder.
-""",
-    "goemotions28_minilm": """All labels, with the comments of `goemotions12_minilm`. Six labels have fewer than 20
-positive comments for training or validation. Mean figures on test, of three seeds:
-
-| method | AUROC | average precision | F1 |
-|---|---|---|---|
-| naive_longer | 0.871 | 0.361 | 0.300 |
-| guided, wide | 0.863 | 0.366 | 0.290 |
-| heads_alone | 0.769 | 0.173 | 0.164 |
-| naive_mtl | 0.697 | 0.165 | 0.051 |
-
-The gain is one of length: after its three epochs, naive MTL has an AUROC of 0.607 to 0.767, and one narrow adapter
-that is trained for longer is as good as a wide one. The search keeps the wide one with each seed.
-""",
-    "goemotions12_minilm": """The first 2,500, 1,500 and 3,000 comments of the three files. Mean AUROC on test:
-wide 0.898, guided 0.896, naive_mtl 0.888, heads_alone 0.802 (two seeds).
-
-Before weights were averaged and candidates were compared after the same cost: wide 0.891, feature_overlap 0.889,
-naive_mtl 0.888 (which the search kept with each of three seeds), heads_alone 0.802 (0.800 with five times the
-learning rate, one seed).
-
-One adapter for all twelve labels with more comments, one seed each: the same command with train.epochs=2,
-'compare.methods=[]' and 'compare.seeds=[1]'.
-
-| training comments | test comments | network.branch | AUROC | average precision | F1 |
-|---|---|---|---|---|---|
-| 15,000 | 3,000 | lora | 0.922 | 0.592 | 0.504 |
-| 15,000 | 3,000 | last, train.learning_rate=2.0e-4 | 0.927 | 0.610 | 0.522 |
-| 43,410 | 5,427 | lora | 0.931 | 0.611 | 0.507 |
-
-One adapter for all 28 labels with 43,410 comments (the same, without data.tasks) has 0.924, 0.489 and 0.410; on
-the twelve labels above it has 0.929, 0.610 and 0.513.
-
-DoRA (Liu et al. 2024) instead of LoRA, one adapter for the twelve labels of the 2,500 comments, three seeds: the
-mean AUROC is 0.0015 higher (0.0009 to 0.0021). It is not offered, because so little does not pay for its code.
-
-The recipe goemotions, which trains an encoder from scratch on all 43,410 comments, has 0.856 for naive MTL and
-0.852 for an earlier state of its search: the errors of the adapter are less than half.
-""",
-}
 
 
 def store_comparison(file: Path, name: str, command: str) -> None:
@@ -308,7 +174,7 @@ def tables() -> str:
         name for name in LEARNERS if any(name in seed["errors"] for row in found.values() for seed in row.values())
     ]
     lines = [
-        TABLES_HEAD,
+        TABLES.with_suffix(".md").read_text(encoding="utf-8"),
         f"| table | training rows | tasks | splits | {' | '.join(LEARNERS[name] for name in methods)} |",
         f"|{'---|' * (len(methods) + 4)}",
     ]
@@ -332,7 +198,8 @@ def section(file: Path) -> str:
     lines = [f"## {file.stem}", "", fence, found["command"], "```", ""]
     about = f"{len(found['tasks'])} tasks, at most {found['groups']} groups, {len(found['seeds'])} seeds."
     lines += [about if present else f"{about} Measured with the earlier search, without a budget.", ""]
-    lines += [ABOUT[file.stem]] if file.stem in ABOUT else []
+    text = file.with_suffix(".md")
+    lines += [text.read_text(encoding="utf-8")] if text.exists() else []
     if _several(found):
         lines += [f"![Gain against training cost]({FOLDER.name}/{file.stem}.svg)", ""]
     lines += [f"- {verdict}" for verdict in found["verdicts"]]
