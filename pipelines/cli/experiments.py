@@ -61,7 +61,7 @@ def signal(
 
     def body() -> dict[str, Any]:
         loaded = _load(
-            config, overrides, ray_config, "pipelines.compare.cells", local_ok=local_ok, trust_code=trust_code
+            config, overrides, ray_config, "pipelines.compare.training", local_ok=local_ok, trust_code=trust_code
         )
         from pipelines.compare.signal import signal as measure_signal
 
@@ -146,7 +146,12 @@ def compare(
     def body() -> dict[str, Any]:
         found = _compare(
             _load(
-                config, overrides, ray_config, "pipelines.compare.cells", local_ok=local_ok, trust_code=trust_code
+                config,
+                overrides,
+                ray_config,
+                "pipelines.compare.training",
+                local_ok=local_ok,
+                trust_code=trust_code,
             )
         )
         verdict = of_compare(found["rows"], found.pop("reference"))

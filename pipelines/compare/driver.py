@@ -14,7 +14,7 @@ from dmtg_core.grouping import Grouping
 from dmtg_core.names import listed
 from dmtg_core.search.options import SearchOptions
 from dmtg_core.tasks import Task
-from pipelines.compare.cells import FULL_FINETUNING, HEADS_ALONE, NAIVE, CellJob, Result, train_cells
+from pipelines.compare.cells import FULL_FINETUNING, HEADS_ALONE, NAIVE, Result
 from pipelines.compare.methods import (
     BUDGETED,
     EXHAUSTIVE_TASKS,
@@ -28,6 +28,7 @@ from pipelines.compare.methods import (
 )
 from pipelines.compare.preparation import cell_job, cells_session, open_cells_folder
 from pipelines.compare.results import summary
+from pipelines.compare.training import CellJob, train_cells
 from pipelines.config.code import allow_named, records_of
 from pipelines.config.loading import Config
 from pipelines.config.search_section import SearchSection

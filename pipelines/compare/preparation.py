@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from dmtg_core.tasks import Task
-from pipelines.compare.cells import CellJob
+from pipelines.compare.training import CellJob
 from pipelines.config.loading import Config
 from pipelines.data.manifest import Manifest
 from pipelines.errors import UserError

@@ -21,11 +21,12 @@ import numpy as np
 from dmtg_core.grouping import Grouping
 from dmtg_core.names import quoted
 from dmtg_core.tasks import Task
-from pipelines.compare.cells import NAIVE, PROPOSAL, WIDE, Cell, Result, train_cells
+from pipelines.compare.cells import NAIVE, PROPOSAL, WIDE, Cell, Result
 from pipelines.compare.effects import Layout, conclude, effect_text, enough_runs, relation_text
 from pipelines.compare.methods import random_groupings
 from pipelines.compare.preparation import cell_job, cells_session, open_cells_folder
 from pipelines.compare.significance import agreement, intraclass_correlation, mean_of
+from pipelines.compare.training import train_cells
 from pipelines.compare.verdicts import UNCLEAR
 from pipelines.config.loading import Config
 from pipelines.config.sections import SignalSection

@@ -14,7 +14,7 @@ import yaml
 
 from dmtg_core import Grouping
 from dmtg_core.evaluation.trees import TREES
-from pipelines.compare.cells import AFFINITIES, GROUPING, NAIVE, Cell, time_left
+from pipelines.compare.cells import AFFINITIES, GROUPING, NAIVE, Cell
 from pipelines.compare.driver import ComparisonResult, compare, methods_of
 from pipelines.compare.methods import (
     BUDGETED,
@@ -29,6 +29,7 @@ from pipelines.compare.methods import (
 )
 from pipelines.compare.preparation import open_cells_folder
 from pipelines.compare.signal import signal
+from pipelines.compare.training import time_left
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
 from pipelines.data.sources import build_source
