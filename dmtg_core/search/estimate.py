@@ -28,7 +28,7 @@ from dmtg_core.search.budget import Budget
 from dmtg_core.search.extendable import begin_average
 from dmtg_core.search.feature_overlap import overlap_spec
 from dmtg_core.search.guided import GROUPS, LEAST_DISTILLATION, MEMBERS
-from dmtg_core.search.options import BASELINE, ONE, OVERLAP_ENCODER, WIDE, SearchOptions
+from dmtg_core.search.options import BASELINE, GUIDED, ONE, OVERLAP_ENCODER, WIDE, SearchOptions
 from dmtg_core.training.context import TrainContext
 from dmtg_core.training.data import Batch, Data
 from dmtg_core.training.loop import Hooks, advance
@@ -50,8 +50,9 @@ class Plan:
         baseline: Runs of the baseline, 1 or 0.
         left_out: Candidates that the budget leaves out.
         overlap_epochs: Epochs of an encoder for the feature overlap alone.
-        rung: Candidate of the first rung → its epochs before they are compared first. The first one may have more,
-            until its groups are stable (`Budget.longest`). A search of fixed length has all gates in it.
+        rung: Candidate of the first rung → its epochs before they are compared first. A search of fixed length has
+            all gates in it.
+        longest: The most epochs of the first candidate until its groups are stable, see `Budget.longest`.
         rung_runs: Cost of these epochs, with those for the feature overlap.
         epochs: Epochs of the best network, if it has all groups and the others are dropped after the first rung.
             With fewer groups there is room for more.
@@ -67,6 +68,7 @@ class Plan:
     left_out: tuple[str, ...]
     overlap_epochs: int
     rung: Mapping[str, int]
+    longest: int
     rung_runs: float
     epochs: int
     members: int
@@ -120,18 +122,33 @@ def plan(
     if runs is None:
         rung, rest = dict.fromkeys(names, settings.search_epochs), settings.epochs - settings.search_epochs
         first = sum(rung.values()) * costs[GATE]
-        return Plan(first + rest * groups, None, int(baseline), (), 0, rung, first, settings.epochs, 0, costs)
+        return Plan(
+            first + rest * groups,
+            None,
+            int(baseline),
+            (),
+            0,
+            rung,
+            settings.search_epochs,
+            first,
+            settings.epochs,
+            0,
+            costs,
+        )
     wider = costs.get(OVERLAP_ENCODER)
     apart = budget.overlap_epochs(wider) if wider is not None else 0
     spent = apart * (wider or 0.0)
     each = {name: costs[kind_of(name)] for name in names}
     rung = budget.first_rung(each, options.compare, options.rung, spent)
+    longest = rung[names[0]]
+    if GUIDED in rung and not apart:
+        longest = budget.longest(longest, each[names[0]])
     first = spent + sum(count * each[name] for name, count in rung.items())
     trained = min(rung.values())  # those of the candidate whose epochs cost most
     whole = first + max(settings.epochs - trained, 0) * groups
     members = _members(costs, budget, settings.epochs, whole, baseline)
     return Plan(
-        max(budget.runs, first), budget.runs, int(baseline), tuple(names[len(rung) :]), apart, rung,
+        max(budget.runs, first), budget.runs, int(baseline), tuple(names[len(rung) :]), apart, rung, longest,
         first, trained + budget.epochs(groups, first), members if options.distil else 0, costs,
     )  # fmt: skip
 

@@ -68,7 +68,8 @@ def values_of(found: Plan) -> dict[str, Any]:
     return {
         "runs": found.runs + found.baseline, "budget": found.budget, "baseline": found.baseline,
         "left_out": list(found.left_out), "overlap_epochs": found.overlap_epochs, "rung_epochs": dict(found.rung),
-        "rung_runs": found.rung_runs, "best_epochs": found.epochs, "further_networks": found.members,
+        "longest_epochs": found.longest, "rung_runs": found.rung_runs, "best_epochs": found.epochs,
+        "further_networks": found.members,
     }  # fmt: skip
 
 
@@ -95,6 +96,9 @@ def _described(values: Mapping[str, Any]) -> str:
     apart = values["overlap_epochs"]
     text = f"feature overlap in a wider encoder after {_epochs(apart)}; " if apart else ""
     text += f"{_rung(values['rung_epochs'])}{left}; "
+    first, count = next(iter(values["rung_epochs"].items()))
+    if (longest := values["longest_epochs"]) > count:
+        text += f"{first} for up to {longest} epochs until its groups are stable; "
     text += f"about {_epochs(values['best_epochs'])} for the best one; "
     return text + _distillation(values["further_networks"])
 

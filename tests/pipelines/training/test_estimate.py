@@ -126,7 +126,8 @@ def test_the_command_ends_with_the_estimate_as_json(images: Path, tmp_path: Path
 
 PLAN = {
     "runs": 6.0, "budget": 5.0, "baseline": 1, "left_out": [], "overlap_epochs": 0,
-    "rung_epochs": {"wide": 12, "guided": 12, "start_0": 12}, "rung_runs": 1.75, "best_epochs": 81,
+    "rung_epochs": {"wide": 12, "guided": 12, "start_0": 12}, "longest_epochs": 12,
+    "rung_runs": 1.75, "best_epochs": 81,
     "further_networks": 0,
 }  # fmt: skip
 HALF = PLAN | {"runs": 3.5, "budget": 2.5, "left_out": ["guided", "start_0"], "rung_epochs": {"wide": 11},
@@ -150,7 +151,9 @@ def test_the_estimate_in_words() -> None:
     assert "wide for 11 epochs (without guided, start_0); " in alone[1]
     shorter, longer = ({"rung_epochs": {"wide": count}, "best_epochs": 40} for count in (2, 11))
     adapters = PLAN | machine | {"rung_epochs": {"wide": 5, "guided": 2, "start_0": 2}}
-    lines = lines_of(adapters | {"half": HALF | shorter, "double": PLAN | {"budget": 10.0}})
+    stable = lines_of(adapters | {"longest_epochs": 15})[1]
+    assert "for 2 epochs each; wide for up to 15 epochs until its groups are stable; about " in stable
+    lines = lines_of(adapters | {"longest_epochs": 5, "half": HALF | shorter, "double": PLAN | {"budget": 10.0}})
     assert "wide for 5 epochs; guided, start_0 for 2 epochs each; " in lines[1]
     assert lines[2] == (
         "search.budget=2.5 leaves out guided, start_0, 3 epochs of the first rung, 41 epochs of the best network"
