@@ -24,6 +24,7 @@ from tests.dmtg_core.pretrained import changed
 from tests.dmtg_core.training.test_batching import assert_close
 from tests.pipelines.frozen import Pictures, encoder, pictures, write_weights
 from tests.pipelines.untrained import Finished, finish
+from tests.soak import others_in_soak
 
 pytest.importorskip("timm")
 STORED = torch.from_numpy(pictures())
@@ -60,7 +61,7 @@ def check_serves(run: Finished, uri: str, groups: dict[str, list[str]]) -> None:
             torch.testing.assert_close(torch.from_numpy(predicted[name]), values, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("branch", ["lora", "last"])
+@pytest.mark.parametrize("branch", others_in_soak(["lora", "last"], "lora"))
 def test_frozen_weights_are_registered_once(branch, root, embedded, tmp_path) -> None:
     file, name = Path(write_weights(tmp_path)), f"base_{branch}"
     run = finished(name, str(file), root, embedded, branch)

@@ -26,6 +26,7 @@ from pipelines.sweep.driver import sweep
 from pipelines.training import driver
 from pipelines.training.driver import train
 from tests.pipelines.changing import table_config, write_table
+from tests.soak import others_in_soak
 
 pytestmark = pytest.mark.usefixtures("plain_reports")
 
@@ -115,7 +116,10 @@ COMPARE = {"methods": ("single_task",), "seeds": (1,)}
 SIGNAL = {"partitions": 2, "seeds": (1, 2)}
 
 
-@pytest.mark.parametrize(("command", "section"), [(sweep, SWEEP), (compare, COMPARE), (signal, SIGNAL)])
+COMMANDS = [(sweep, SWEEP), (compare, COMPARE), (signal, SIGNAL)]
+
+
+@pytest.mark.parametrize(("command", "section"), others_in_soak(COMMANDS, *COMMANDS[:2]))
 def test_results_of_many_runs_are_not_shown_on_other_data(
     table: Path, tmp_path: Path, command: Callable[..., Any], section: dict[str, Any]
 ) -> None:
