@@ -56,14 +56,13 @@ had the epochs of naive MTL. The commands are those of its version. These rows e
 - **`undistilled`**: the earlier search without its distillation.
 - **`retrained`**: the groups of its best gate, trained from scratch.
 
-In `three_cameras_budgets`, `clothing_budgets` and `planted9_problems`, groups are proposed when they are stable.
-In the other sections with budgets they were proposed after the first rung.
+In `three_cameras_budgets`, `clothing_budgets`, `planted9_problems` and `qm9_2000`, groups are proposed when they are
+stable. In the other sections with budgets they were proposed after the first rung.
 
 Sections with budgets, except these, `clothing_efficientnet`, `goemotions12_minilm`, `goemotions28_minilm`,
-`hall_gate`, `planted9`, `planted9_gate`, `planted9_average` and `qm9_2000`, were measured before weights were
-averaged (`search.average`), with a decay of a quarter of the epochs instead of an eighth. There, and in
-`planted9_average` and `qm9_2000`, candidates were compared after the same number of epochs instead of the same
-cost. This matters for adapters.
+`hall_gate`, `planted9`, `planted9_gate` and `planted9_average`, were measured before weights were averaged
+(`search.average`), with a decay of a quarter of the epochs instead of an eighth. There, and in `planted9_average`,
+candidates were compared after the same number of epochs instead of the same cost. This matters for adapters.
 
 At inference, only the single-task networks cost more than all K groups. Naive MTL and groupings with fewer groups
 cost less. The [glossary](reference/glossary.md) explains the methods.
