@@ -123,18 +123,10 @@ def plan(
         rung, rest = dict.fromkeys(names, settings.search_epochs), settings.epochs - settings.search_epochs
         first = sum(rung.values()) * costs[GATE]
         return Plan(
-            first + rest * groups,
-            None,
-            int(baseline),
-            (),
-            0,
-            rung,
-            settings.search_epochs,
-            first,
-            settings.epochs,
-            0,
-            costs,
-        )
+            runs=first + rest * groups, budget=None, baseline=int(baseline), left_out=(), overlap_epochs=0,
+            rung=rung, longest=settings.search_epochs, rung_runs=first, epochs=settings.epochs, members=0,
+            costs=costs,
+        )  # fmt: skip
     wider = costs.get(OVERLAP_ENCODER)
     apart = budget.overlap_epochs(wider) if wider is not None else 0
     spent = apart * (wider or 0.0)
@@ -148,8 +140,9 @@ def plan(
     whole = first + max(settings.epochs - trained, 0) * groups
     members = _members(costs, budget, settings.epochs, whole, baseline)
     return Plan(
-        max(budget.runs, first), budget.runs, int(baseline), tuple(names[len(rung) :]), apart, rung, longest,
-        first, trained + budget.epochs(groups, first), members if options.distil else 0, costs,
+        runs=max(budget.runs, first), budget=budget.runs, baseline=int(baseline),
+        left_out=tuple(names[len(rung) :]), overlap_epochs=apart, rung=rung, longest=longest, rung_runs=first,
+        epochs=trained + budget.epochs(groups, first), members=members if options.distil else 0, costs=costs,
     )  # fmt: skip
 
 
