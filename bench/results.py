@@ -56,8 +56,8 @@ had the epochs of naive MTL. The commands are those of its version. These rows e
 - **`undistilled`**: the earlier search without its distillation.
 - **`retrained`**: the groups of its best gate, trained from scratch.
 
-In `three_cameras_budgets`, `clothing_budgets`, `planted9_problems` and `qm9_2000`, groups are proposed when they
-are stable. In the other sections with budgets they were proposed after the first rung.
+In `hall`, `three_cameras_budgets`, `clothing_budgets`, `planted9_problems` and `qm9_2000`, groups are proposed
+when they are stable. In the other sections with budgets they were proposed after the first rung.
 
 Sections with budgets, except these, `clothing_efficientnet`, `goemotions12_minilm`, `goemotions28_minilm`,
 `hall_gate`, `planted9`, `planted9_gate` and `planted9_average`, were measured before weights were averaged
