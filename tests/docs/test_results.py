@@ -12,6 +12,7 @@ from bench.results import FOLDER, OTHERS, PAGE, TABLES, budgets, chart, page, ro
 from dmtg_core import Grouping
 from pipelines.compare.budgets import rows_within
 from pipelines.compare.results import adjusted_p_values, agreements, stability, verdicts
+from tests.paths import ROOT
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 FILES = sorted(FOLDER.glob("*.json"))
@@ -162,3 +163,16 @@ def test_a_section_has_the_rows_of_every_budget_and_says_what_is_of_the_earlier_
         expat.ParserCreate().Parse(drawn, True)  # a file of its own is XML
         assert drawn.startswith('<svg style="background: white')
         assert "wide +1.0 ± 1.0 % at 2.0, +2.0 ± 1.0 % at 3.0" in drawn
+
+
+def test_the_figures_of_the_demo_in_the_readme_are_those_of_its_seeds() -> None:
+    found = json.loads((FOLDER / "hall.json").read_text(encoding="utf-8"))
+    seeds = found["per_seed"]["guided"]
+    gains = [seed["gain"] for seed in seeds.values()]
+    (true,) = {str(seed["groupings"]) for seed in found["per_seed"]["truth"].values()}
+    exact = sum(str(seed["groupings"]) == true for seed in seeds.values())
+    wide = next(row for row in found["rows"] if row["method"] == "wide")
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"with {len(gains)} seeds of this demo it is {min(gains):+.0f} % to {max(gains):+.0f} %" in text
+    assert f"the groups are those of the machines with {exact} seeds" in text
+    assert f"it is {wide['behind']['value']:.0f} points more than that of one wide encoder" in text
