@@ -173,6 +173,6 @@ def test_the_figures_of_the_demo_in_the_readme_are_those_of_its_seeds() -> None:
     exact = sum(str(seed["groupings"]) == true for seed in seeds.values())
     wide = next(row for row in found["rows"] if row["method"] == "wide")
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"with {len(gains)} seeds of this demo it is {min(gains):+.0f} % to {max(gains):+.0f} %" in text
-    assert f"the groups are those of the machines with {exact} seeds" in text
+    assert f"with {len(gains)} other seeds of this demo it is {min(gains):+.0f} % to {max(gains):+.0f} %" in text
+    assert f"the groups are those of the machines with {exact} of them" in text
     assert f"it is {wide['behind']['value']:.0f} points more than that of one wide encoder" in text
