@@ -22,52 +22,13 @@ from pipelines.config.sections import METHODS
 
 FOLDER = Path(__file__).parents[1] / "docs" / "results"
 PAGE = FOLDER.with_suffix(".md")
-TABLES = FOLDER / "tables" / "tables.json"  # written by `bench.tables`; the text above the figures is `tables.md`
+TABLES = FOLDER / "tables" / "tables.json"  # written by `bench.tables`
+TEXTS = FOLDER / "page"  # texts of the page that are of no single comparison
 LEARNERS = {
     "naive_mtl": "naive MTL", "guided": "guided search", "extra_trees": "extra trees",
     "random_forest": "random forest",
     "gradient_boosting": "gradient boosting", "lightgbm": "LightGBM", "mlp_sklearn": "MLP of scikit-learn",
 }  # fmt: skip
-HEAD = """# Results
-
-Each section is one run of `dmtg compare`. All choices use validation data. The test split is read once, for the
-figures below.
-
-- **Gain**: the mean relative reduction over tasks, in per cent, against naive MTL with the same seed. Naive MTL is
-  one encoder for all tasks. Positive is better. "Errors" are those of the recipe's headline metrics: 1 - AUROC,
-  1 - accuracy, RMSE. "Losses" are the losses of the tasks.
-- **±**: half of a 95 % confidence interval over seeds.
-- **Against guided**: the paired difference of the method to the guided search with the same budget, in points of
-  gain of the errors. Positive means that the method is better. The sentences call a difference significant if the
-  p-value of its paired t test is below 0.05 after Holm's correction for the number of methods that a sentence can
-  name. The intervals are not corrected.
-- **Training**: the training cost in runs of naive MTL. It includes all that a method needs to find its groups.
-- **Budget**: the most training of a method in the same unit. A method ends earlier if its validation score stops
-  improving. Methods with a training of their own length have none. They are compared with the largest budget.
-- **Front** of a budget: the method with the highest gain, and the methods whose gain is not significantly lower.
-- **Agreement**: the mean adjusted Rand index between the groupings of a method with different seeds. It is 0 by
-  chance. One encoder for all tasks is no grouping: the share of such results stands beside it.
-
-Sections without budgets are of the earlier search. It trained every candidate to the end, and the other methods
-had the epochs of naive MTL. The commands are those of its version. These rows exist only there:
-
-- **`_long`**: the same method, trained for as many epochs as the earlier search cost in total. `affinity_long`
-  trains the groups of the affinity that is best on validation data.
-- **`undistilled`**: the earlier search without its distillation.
-- **`retrained`**: the groups of its best gate, trained from scratch.
-
-In `hall`, `three_cameras_budgets`, `clothing_budgets`, `planted9_problems` and `qm9_2000`, groups are proposed
-when they are stable. In the other sections with budgets they were proposed after the first rung.
-
-Sections with budgets, except these, `clothing_efficientnet`, `goemotions12_minilm`, `goemotions28_minilm`,
-`hall_gate`, `planted9`, `planted9_gate` and `planted9_average`, were measured before weights were averaged
-(`search.average`), with a decay of a quarter of the epochs instead of an eighth. There, and in `planted9_average`,
-candidates were compared after the same number of epochs instead of the same cost. This matters for adapters.
-
-At inference, only the single-task networks cost more than all K groups. Naive MTL and groupings with fewer groups
-cost less. The [glossary](reference/glossary.md) explains the methods.
-
-"""
 OTHERS = set(METHODS) - {"naive_mtl", "guided"}
 BUDGETS_HEAD = """## Budgets
 
@@ -124,7 +85,8 @@ def files() -> list[Path]:
 
 def page() -> str:
     """Return the whole page."""
-    return HEAD + "\n".join([budgets(), *(section(file) for file in files()), tables()])
+    introduction = (TEXTS / "introduction.md").read_text(encoding="utf-8")
+    return "\n".join([introduction, budgets(), *(section(file) for file in files()), tables()])
 
 
 def budgets() -> str:
@@ -173,7 +135,7 @@ def tables() -> str:
         name for name in LEARNERS if any(name in seed["errors"] for row in found.values() for seed in row.values())
     ]
     lines = [
-        TABLES.with_suffix(".md").read_text(encoding="utf-8"),
+        (TEXTS / "tables.md").read_text(encoding="utf-8"),
         f"| table | training rows | tasks | splits | {' | '.join(LEARNERS[name] for name in methods)} |",
         f"|{'---|' * (len(methods) + 4)}",
     ]
