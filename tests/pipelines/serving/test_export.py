@@ -61,7 +61,7 @@ KINDS: dict[str, tuple[InputSpec, tuple[Task, ...], EncoderSpec]] = {
     "lora": (TEXT, SAMPLEWISE, EncoderSpec("transformers", 2, {"config": BERT}, "lora", LORA)),
     "lora of images": (PICTURE, SAMPLEWISE, EncoderSpec("timm", 2, MODEL, "lora", LORA)),
 }
-# a graph takes five seconds: some kinds once in `make test`, and the two forms of all kinds in `make soak`
+# a graph takes five seconds: all kinds in both forms are in `make soak`
 QUICK = [
     ("onnx", "tables"), ("onnx", "images"), ("onnx", "lora"), ("torch-export", "texts"),
     ("torch-export", "lora of images"),
