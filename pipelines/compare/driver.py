@@ -14,12 +14,17 @@ from dmtg_core.grouping import Grouping
 from dmtg_core.names import listed
 from dmtg_core.search.options import SearchOptions
 from dmtg_core.tasks import Task
-from pipelines.compare.cells import FULL_FINETUNING, HEADS_ALONE, NAIVE, Result
+from pipelines.compare.cells import Result
 from pipelines.compare.methods import (
     BUDGETED,
+    DISTILLED_WIDE,
     EXHAUSTIVE_TASKS,
     FIXED,
+    FULL_FINETUNING,
+    HEADS_ALONE,
     MARK,
+    NAIVE,
+    WIDE,
     Comparison,
     first_cells,
     results_of,
@@ -43,7 +48,7 @@ from pipelines.storage import Location
 from pipelines.training.checks import folder_of_data
 
 FOUND, PAGE = "compare.json", "compare.html"
-WIDENED = ("wide", "wide_distilled")
+WIDENED = (WIDE, DISTILLED_WIDE)
 logger = logging.getLogger(__name__)
 
 

@@ -21,22 +21,7 @@ from dmtg_core.search.budget import default_budget
 from dmtg_core.search.group_gains import GroupGains, TrainedGroup
 from dmtg_core.search.search import is_better
 from dmtg_core.search.selection import best_partition, partition_of
-from pipelines.compare.cells import (
-    AFFINITIES,
-    DISTILLED_WIDE,
-    FULL_FINETUNING,
-    HEADS_ALONE,
-    LEAST_RUNS,
-    NAIVE,
-    OWN,
-    PAIR,
-    PROPOSAL,
-    SEARCH,
-    TREE_ENSEMBLES,
-    WIDE,
-    Cell,
-    Result,
-)
+from pipelines.compare.cells import LEAST_RUNS, Cell, Kind, Result
 from pipelines.config.loading import Config
 
 MARK = "@"  # between method and budget in the name of a row
@@ -109,26 +94,26 @@ First = Callable[[Comparison, int, float], list[Cell]]
 Second = Callable[[Comparison, int, float, Found], list[Cell]]
 
 
-def _kind(kind: str) -> First:
+def _kind(kind: Kind) -> First:
     return lambda _comparison, seed, budget: [Cell(kind, seed, budget=budget)]
 
 
 def _search(label: str, options: Mapping[str, Any]) -> First:
     changes = tuple(sorted(options.items()))
-    return lambda _comparison, seed, budget: [Cell(SEARCH, seed, budget=budget, options=changes, label=label)]
+    return lambda _comparison, seed, budget: [Cell(Kind.SEARCH, seed, budget=budget, options=changes, label=label)]
 
 
 def _trees(method: str) -> First:
-    return lambda _comparison, seed, _budget: [Cell(TREE_ENSEMBLES, seed, label=method)]
+    return lambda _comparison, seed, _budget: [Cell(Kind.TREE_ENSEMBLES, seed, label=method)]
 
 
 def _singles(comparison: Comparison, seed: int, _budget: float = 0.0) -> list[Cell]:
-    return [Cell(PAIR, seed, groups=((task,),)) for task in comparison.tasks]
+    return [Cell(Kind.PAIR, seed, groups=((task,),)) for task in comparison.tasks]
 
 
 def _pairs(comparison: Comparison, seed: int, _budget: float = 0.0) -> list[Cell]:
     return _singles(comparison, seed) + [
-        Cell(PAIR, seed, groups=(two,)) for two in combinations(comparison.tasks, 2)
+        Cell(Kind.PAIR, seed, groups=(two,)) for two in combinations(comparison.tasks, 2)
     ]
 
 
@@ -147,22 +132,25 @@ def _random(comparison: Comparison, seed: int, budget: float) -> list[Cell]:
 
 
 def _affinities(_comparison: Comparison, seed: int, _budget: float) -> list[Cell]:
-    return [Cell(AFFINITIES, seed)]
+    return [Cell(Kind.AFFINITIES, seed)]
 
 
 def _trained_groups(comparison: Comparison, seed: int, budget: float) -> list[Cell]:
     """The groups from which `ETAP_FULL` predicts all others: as many as half of the budget can train."""
     sets = comparison.random_sets(seed, max(int(budget / 2), 2))
-    return [Cell(PAIR, seed, groups=(members,)) for members in sets]
+    return [Cell(Kind.PAIR, seed, groups=(members,)) for members in sets]
 
 
+NAIVE, LONGER_NAIVE, SINGLE, WIDE, DISTILLED_WIDE, RANDOM = (
+    "naive_mtl", "naive_longer", "single_task", "wide", "wide_distilled", "random"
+)  # fmt: skip
+GUIDED, FEATURE_OVERLAP, ETAP_FULL = "guided", "feature_overlap", "etap_full"
+HEADS_ALONE, FULL_FINETUNING = "heads_alone", "full_finetuning"
 SELECTED = ("cs", "tag", "etap", "gradtag")  # affinities that are collected in a run of naive MTL
-ETAP_FULL = "etap_full"
-GUIDED, LONGER_NAIVE, FEATURE_OVERLAP = "guided", "naive_longer", "feature_overlap"
 # methods with a training of their own length
 FIXED: Mapping[str, First] = {
-    NAIVE: lambda _comparison, seed, _budget: [Cell(NAIVE, seed)],
-    "single_task": _singles,
+    NAIVE: lambda _comparison, seed, _budget: [Cell(Kind.NAIVE, seed)],
+    SINGLE: _singles,
     "hoa": _pairs,
     "exhaustive": _all_partitions,
     "dmtg": _published,
@@ -170,19 +158,19 @@ FIXED: Mapping[str, First] = {
 }
 # methods that spend a budget
 BUDGETED: Mapping[str, First] = {
-    LONGER_NAIVE: _kind(NAIVE),
-    "wide": _kind(WIDE),
-    "wide_distilled": _kind(DISTILLED_WIDE),
-    "random": _random,
+    LONGER_NAIVE: _kind(Kind.NAIVE),
+    WIDE: _kind(Kind.WIDE),
+    DISTILLED_WIDE: _kind(Kind.DISTILLED_WIDE),
+    RANDOM: _random,
     **dict.fromkeys(SELECTED, _affinities),
     ETAP_FULL: lambda comparison, seed, budget: [
-        Cell(AFFINITIES, seed),
+        Cell(Kind.AFFINITIES, seed),
         *_trained_groups(comparison, seed, budget),
     ],
-    FEATURE_OVERLAP: _kind(PROPOSAL),
+    FEATURE_OVERLAP: _kind(Kind.PROPOSAL),
     GUIDED: _search(GUIDED, {"method": "guided"}),
-    HEADS_ALONE: _kind(HEADS_ALONE),
-    FULL_FINETUNING: _kind(FULL_FINETUNING),
+    HEADS_ALONE: _kind(Kind.HEADS_ALONE),
+    FULL_FINETUNING: _kind(Kind.FULL_FINETUNING),
 }
 
 
@@ -213,7 +201,7 @@ def first_cells(comparison: Comparison, method: str, budget: float, seed: int) -
         groups = Grouping.of(comparison.config.compare.groupings[method], comparison.tasks)
         return [Cell.of(groups, seed, budget=budget)]
     if is_address(method):
-        return [Cell(OWN, seed, budget=budget, label=method)]
+        return [Cell(Kind.OWN, seed, budget=budget, label=method)]
     return {**FIXED, **BUDGETED}[method](comparison, seed, budget)
 
 
@@ -223,7 +211,7 @@ def _grouping_cells(comparison: Comparison, seed: int, budget: float, groups: Se
 
 def _selected(name: str) -> Second:
     def cells(comparison: Comparison, seed: int, budget: float, found: Found) -> list[Cell]:
-        affinity = torch.tensor(found[Cell(AFFINITIES, seed)]["affinities"][name])
+        affinity = torch.tensor(found[Cell(Kind.AFFINITIES, seed)]["affinities"][name])
         left = _left(comparison, name, seed, budget, found)
         return _grouping_cells(comparison, seed, left, best_partition(affinity, comparison.groups))
 
@@ -237,7 +225,7 @@ def _left(comparison: Comparison, method: str, seed: int, budget: float, found: 
 
 
 def _etap_full(comparison: Comparison, seed: int, budget: float, found: Found) -> list[Cell]:
-    naive = found[Cell(AFFINITIES, seed)]
+    naive = found[Cell(Kind.AFFINITIES, seed)]
     affinity = torch.tensor(naive["affinities"]["etap"])
     everything = TrainedGroup(dict.fromkeys(range(len(comparison.tasks)), 0.0))  # gains are those over naive MTL
     trained = [
@@ -302,10 +290,10 @@ def results_of(comparison: Comparison, method: str, budget: float, seed: int, fo
     """The results of a method with a seed, each with its whole training cost: several for `random`, else one."""
     cells = second_cells(comparison, method, budget, seed, found)
     results = [found[cell] for cell in cells]
-    if method == "single_task":
+    if method == SINGLE:
         return [_merged(comparison, results)]
-    if cells[0].kind == SEARCH and method != "dmtg":
-        return [_or_naive(result, found[Cell(NAIVE, seed)]) for result in results]
+    if cells[0].kind == Kind.SEARCH and method != "dmtg":
+        return [_or_naive(result, found[Cell(Kind.NAIVE, seed)]) for result in results]
     before = _cost_of_grouping(comparison, method, seed, budget, found)
     return [result | {"cost": result["cost"] + before} for result in results]
 
@@ -339,7 +327,7 @@ def _cost_of_grouping(comparison: Comparison, method: str, seed: int, budget: fl
         own = math.fsum(found[cell]["cost"] for cell in _trained_groups(comparison, seed, budget))
         return own + _cost_of_grouping(comparison, "etap", seed, budget, found)
     if method in SELECTED:
-        naive = found[Cell(AFFINITIES, seed)]
+        naive = found[Cell(Kind.AFFINITIES, seed)]
         return float(naive["cost"] + naive["affinity_costs"][method])
     if method == "hoa":
         return math.fsum(found[cell]["cost"] for cell in _pairs(comparison, seed))

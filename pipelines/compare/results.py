@@ -12,8 +12,19 @@ from dmtg_core.grouping import Grouping
 from dmtg_core.tasks import Task
 from dmtg_core.training.metrics import error_of, total_error
 from pipelines.compare.budgets import budget_sentence, front, rows_within
-from pipelines.compare.cells import DISTILLED_WIDE, NAIVE, WIDE, Result
-from pipelines.compare.methods import FEATURE_OVERLAP, GUIDED, LONGER_NAIVE, SELECTED, Comparison, rows_of
+from pipelines.compare.cells import Result
+from pipelines.compare.methods import (
+    DISTILLED_WIDE,
+    FEATURE_OVERLAP,
+    GUIDED,
+    LONGER_NAIVE,
+    NAIVE,
+    RANDOM,
+    SELECTED,
+    WIDE,
+    Comparison,
+    rows_of,
+)
 from pipelines.compare.significance import (
     SIGNIFICANT,
     Mean,
@@ -29,7 +40,6 @@ from pipelines.compare.significance import (
 from pipelines.runs.results import finite_or_none, gain_of, numbers
 
 Results = Mapping[str, Mapping[int, Sequence[Result]]]
-RANDOM = "random"
 SELECTORS = (*SELECTED, "hoa")
 STABLE, UNSTABLE = 0.8, 0.3  # mean adjusted Rand index over seeds
 # the methods that a sentence can compare with the search: the number of tests that p-values are adjusted for

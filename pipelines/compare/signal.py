@@ -21,7 +21,7 @@ import numpy as np
 from dmtg_core.grouping import Grouping
 from dmtg_core.names import quoted
 from dmtg_core.tasks import Task
-from pipelines.compare.cells import NAIVE, PROPOSAL, WIDE, Cell, Result
+from pipelines.compare.cells import Cell, Kind, Result
 from pipelines.compare.effects import Layout, conclude, effect_text, enough_runs, relation_text
 from pipelines.compare.methods import random_groupings
 from pipelines.compare.preparation import cell_job, cells_session, open_cells_folder
@@ -79,7 +79,8 @@ def signal(config: Config, log: Callable[[str], None] = logger.info) -> SignalRe
                 remedy="give fewer groups or more tasks",
                 wrong_use=True,
             )
-        kinds = (NAIVE, PROPOSAL, WIDE) if config.encoder_spec().can_widen else (NAIVE, PROPOSAL)
+        wide = (Kind.WIDE,) if config.encoder_spec().can_widen else ()
+        kinds = (Kind.NAIVE, Kind.PROPOSAL, *wide)
         cells = [Cell.of(one, seed, epochs) for one in partitions for seed in section.seeds]
         cells += [Cell(kind, seed, epochs) for kind in kinds for seed in section.seeds]
         results = train_cells(cell_job(data, executor, folder), executor, cells, log)
@@ -93,9 +94,9 @@ def signal(config: Config, log: Callable[[str], None] = logger.info) -> SignalRe
         **analyse(
             data.tasks,
             grouped,
-            of_kind[NAIVE],
-            of_kind[PROPOSAL],
-            of_kind.get(WIDE, []),
+            of_kind[Kind.NAIVE],
+            of_kind[Kind.PROPOSAL],
+            of_kind.get(Kind.WIDE, []),
             section,
             left_out=thin_losses(data.manifest, data.tasks, config.data.min_support),
             most=count_partitions(len(names), groups),

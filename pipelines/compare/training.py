@@ -40,25 +40,7 @@ from dmtg_core.training.data import Data
 from dmtg_core.training.loop import rows_evaluated
 from dmtg_core.training.metrics import Metrics
 from dmtg_core.training.settings import TrainSettings
-from pipelines.compare.cells import (
-    AFFINITIES,
-    CELLS,
-    DISTILLED_WIDE,
-    FORMAT,
-    FULL_FINETUNING,
-    GROUPING,
-    HEADS_ALONE,
-    LEAST_RUNS,
-    NAIVE,
-    OWN,
-    PAIR,
-    PROPOSAL,
-    SEARCH,
-    TREE_ENSEMBLES,
-    WIDE,
-    Cell,
-    Result,
-)
+from pipelines.compare.cells import CELLS, FORMAT, LEAST_RUNS, Cell, Kind, Result
 from pipelines.config.loading import Config
 from pipelines.data.ingest import open_data
 from pipelines.data.reader import Reader
@@ -174,7 +156,7 @@ def train_cell(job: CellJob, cell: Cell) -> Result:
     config = job.config
     # all of an encoder is trained on inputs
     reader, held = (
-        (job.inputs, None) if cell.kind == FULL_FINETUNING and job.reader.outputs else (job.reader, job.held)
+        (job.inputs, None) if cell.kind == Kind.FULL_FINETUNING and job.reader.outputs else (job.reader, job.held)
     )
     work = Work(
         cell,
@@ -330,17 +312,17 @@ def _trees(work: Work) -> Result:
     return {"grouping": grouping, **figures, "cost": 0.0, "flops": 0, "parameters": 0}
 
 
-TRAIN: Mapping[str, Callable[[Work], Result]] = {
-    NAIVE: _naive,
-    AFFINITIES: _affinities,
-    WIDE: _wide,
-    DISTILLED_WIDE: _distilled_wide,
-    GROUPING: _grouping,
-    PAIR: _pair,
-    PROPOSAL: _proposal,
-    SEARCH: _search,
-    HEADS_ALONE: _heads_alone,
-    FULL_FINETUNING: _full_finetuning,
-    TREE_ENSEMBLES: _trees,
-    OWN: own_method,
+TRAIN: Mapping[Kind, Callable[[Work], Result]] = {
+    Kind.NAIVE: _naive,
+    Kind.AFFINITIES: _affinities,
+    Kind.WIDE: _wide,
+    Kind.DISTILLED_WIDE: _distilled_wide,
+    Kind.GROUPING: _grouping,
+    Kind.PAIR: _pair,
+    Kind.PROPOSAL: _proposal,
+    Kind.SEARCH: _search,
+    Kind.HEADS_ALONE: _heads_alone,
+    Kind.FULL_FINETUNING: _full_finetuning,
+    Kind.TREE_ENSEMBLES: _trees,
+    Kind.OWN: own_method,
 }

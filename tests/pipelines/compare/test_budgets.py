@@ -15,9 +15,9 @@ from dmtg_core.grouping import Grouping
 from dmtg_core.names import key_of
 from pipelines.cli.experiments import _compare as shown_comparison
 from pipelines.compare.budgets import budget_sentence, front, rows_within
-from pipelines.compare.cells import AFFINITIES, LEAST_RUNS, NAIVE, SEARCH, Cell
+from pipelines.compare.cells import LEAST_RUNS, Cell, Kind
 from pipelines.compare.driver import ComparisonResult, _tracked, compare
-from pipelines.compare.methods import FIXED, Comparison, results_of, rows_of, second_cells
+from pipelines.compare.methods import FIXED, NAIVE, Comparison, results_of, rows_of, second_cells
 from pipelines.compare.page import gain_against_cost
 from pipelines.compare.results import summary
 from pipelines.compare.significance import Mean, holm, mean_of, p_value
@@ -96,7 +96,7 @@ def test_no_method_costs_more_than_its_budget(extended: tuple[Config, Comparison
             (spent,) = done.found["per_seed"][name][str(seed)]["cost"]
             limit = row["budget"]
             if row["base"] == "tag":  # what measuring has cost is part of it
-                naive = (done.folder / "cells" / f"{Cell(AFFINITIES, seed).name}.json").read_json()
+                naive = (done.folder / "cells" / f"{Cell(Kind.AFFINITIES, seed).name}.json").read_json()
                 limit = max(limit, naive["cost"] + naive["affinity_costs"]["tag"] + LEAST_RUNS)
                 assert spent > naive["cost"] + naive["affinity_costs"]["tag"]
             assert 0 < spent <= limit + 1e-9
@@ -191,7 +191,10 @@ def test_the_terminal_and_mlflow_have_the_figures_of_the_largest_budget(
 
 def test_naive_mtl_is_the_result_of_a_search_that_is_no_better(tmp_path: Path) -> None:
     comparison = Comparison(config_of(tmp_path, compare=section()), ("a", "b"))
-    naive, searched = Cell(NAIVE, 1), Cell(SEARCH, 1, budget=4, options=(("method", "guided"),), label="guided")
+    naive, searched = (
+        Cell(Kind.NAIVE, 1),
+        Cell(Kind.SEARCH, 1, budget=4, options=(("method", "guided"),), label="guided"),
+    )
     one, two = {"group_0": ["a", "b"]}, {"group_0": ["a"], "group_1": ["b"]}
     network: dict[str, Any] = {"metrics": {"val": {}}, "flops": 1, "parameters": 1, "cost": 1.0}
     guided = {"chosen": "guided", "distilled": {"kept": True}, "probabilities": [[0.9, 0.1], [0.2, 0.8]]}
@@ -221,7 +224,7 @@ def test_groups_of_an_affinity_are_trained_for_what_measuring_leaves(
     comparison = Comparison(config_of(tmp_path, compare=section()), ("a", "b", "c"))
     affinity = [[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]]
     measured = {"cost": 1.0, "affinities": {"tag": affinity}, "affinity_costs": {"tag": 1.7654}}
-    found = {Cell(AFFINITIES, 1): measured}
+    found = {Cell(Kind.AFFINITIES, 1): measured}
     (cell,) = second_cells(comparison, "tag", budget, 1, found)
     assert cell == Cell.of(Grouping.of([["a", "b"], ["c"]]), 1, budget=left)
     found[cell] = {"cost": left}

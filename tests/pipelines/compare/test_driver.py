@@ -14,12 +14,13 @@ import yaml
 
 from dmtg_core import Grouping
 from dmtg_core.evaluation.trees import TREES
-from pipelines.compare.cells import AFFINITIES, GROUPING, NAIVE, Cell
+from pipelines.compare.cells import Cell, Kind
 from pipelines.compare.driver import ComparisonResult, compare, methods_of
 from pipelines.compare.methods import (
     BUDGETED,
     ETAP_FULL,
     FIXED,
+    NAIVE,
     SELECTED,
     Comparison,
     first_cells,
@@ -182,22 +183,22 @@ def test_a_further_seed_trains_only_its_own_cells(compared: Finished) -> None:
 
 def test_the_time_left_is_that_of_the_same_methods_with_other_seeds() -> None:
     groups = [Cell.of(Grouping.of(names), seed) for seed, names in enumerate([[["a"], ["b"]], [["b"], ["a"]]], 1)]
-    naive = [Cell(NAIVE, seed, budget=5) for seed in (1, 2, 3)]
+    naive = [Cell(Kind.NAIVE, seed, budget=5) for seed in (1, 2, 3)]
     found = {naive[0]: {"seconds": 100.0}, groups[0]: {"seconds": 500.0}}
     both = list(found)
     left = [naive[1], naive[2], groups[1]]  # 700 s of work, of which two processes do 2 s in a second
     assert time_left(found, both, left, elapsed=300.0) == ", about 6 min left"
     assert time_left(found, both[:1], left, elapsed=100.0) == ", about 12 min left"  # one of an earlier call
     assert time_left(found, both, [], elapsed=300.0) == ""
-    assert time_left(found, both, [*left, Cell(NAIVE, 2, budget=8)], elapsed=300.0) == ""  # never trained yet
+    assert time_left(found, both, [*left, Cell(Kind.NAIVE, 2, budget=8)], elapsed=300.0) == ""  # never trained yet
 
 
 def test_methods_with_the_same_grouping_share_its_cell() -> None:
     one = Grouping.of([["a", "b"], ["c"]])
     assert Cell.of(one, 1) == Cell.of(Grouping.of([["c"], ["b", "a"]], ["a", "b", "c"]), 1)
-    cells = [Cell.of(one, 1), Cell.of(one, 2), Cell.of(one, 1, 7), Cell.of(one, 1, budget=7), Cell(NAIVE, 1)]
+    cells = [Cell.of(one, 1), Cell.of(one, 2), Cell.of(one, 1, 7), Cell.of(one, 1, budget=7), Cell(Kind.NAIVE, 1)]
     assert len({cell.name for cell in cells}) == 5
-    assert Cell.of(one, 1).kind == GROUPING
+    assert Cell.of(one, 1).kind == Kind.GROUPING
 
 
 def test_only_selectors_collect_affinities_and_the_run_stays_the_same(
@@ -206,9 +207,10 @@ def test_only_selectors_collect_affinities_and_the_run_stays_the_same(
     config, done, _ = compared
     comparison = Comparison(config, TASKS)
     kinds = {name: {cell.kind for cell in first_cells(comparison, name, 4, 1)} for name in {**FIXED, **BUDGETED}}
-    assert {name for name, held in kinds.items() if AFFINITIES in held} == {*SELECTED, ETAP_FULL}
+    assert {name for name, held in kinds.items() if Kind.AFFINITIES in held} == {*SELECTED, ETAP_FULL}
     naive, with_affinities = (
-        (done.folder / "cells" / f"{Cell(kind, 1).name}.json").read_json() for kind in (NAIVE, AFFINITIES)
+        (done.folder / "cells" / f"{Cell(kind, 1).name}.json").read_json()
+        for kind in (Kind.NAIVE, Kind.AFFINITIES)
     )
     assert set(with_affinities["affinities"]) == set(SELECTED)
     assert with_affinities["metrics"] == naive["metrics"]

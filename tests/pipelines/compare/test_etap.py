@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dmtg_core.grouping import Grouping
-from pipelines.compare.cells import AFFINITIES, LEAST_RUNS, PAIR, Cell
+from pipelines.compare.cells import LEAST_RUNS, Cell, Kind
 from pipelines.compare.driver import compare
 from pipelines.compare.methods import ETAP_FULL, Comparison, first_cells
 from tests.pipelines.compare.test_driver import TASKS, config_of
@@ -27,7 +27,7 @@ def test_random_groups_are_different_and_more_of_them_begin_with_the_same(tmp_pa
 @pytest.mark.parametrize(("budget", "groups"), [(1.0, 2), (4.0, 2), (9.0, 4)])
 def test_half_of_the_budget_trains_groups(tmp_path: Path, budget: float, groups: int) -> None:
     cells = first_cells(Comparison(config_of(tmp_path), TASKS), ETAP_FULL, budget, 1)
-    assert [cell.kind for cell in cells] == [AFFINITIES] + [PAIR] * groups
+    assert [cell.kind for cell in cells] == [Kind.AFFINITIES] + [Kind.PAIR] * groups
 
 
 def test_the_cost_of_its_groups_is_its_own_and_comes_from_its_budget(tmp_path: Path) -> None:
@@ -37,8 +37,8 @@ def test_the_cost_of_its_groups_is_its_own_and_comes_from_its_budget(tmp_path: P
     rows = {row["method"]: row for row in done.found["rows"]}
     held = {cell: (done.folder / "cells" / f"{cell.name}.json").read_json() for cell in first_cells(
         Comparison(config, TASKS), ETAP_FULL, 9.0, 1)}  # fmt: skip
-    naive = held[Cell(AFFINITIES, 1)]
-    groups = [result["cost"] for cell, result in held.items() if cell.kind == PAIR]
+    naive = held[Cell(Kind.AFFINITIES, 1)]
+    groups = [result["cost"] for cell, result in held.items() if cell.kind == Kind.PAIR]
     before = naive["cost"] + naive["affinity_costs"]["etap"] + sum(groups)
     assert len(groups) == 4
     left = int(1000 * max(9 - before, LEAST_RUNS)) / 1000

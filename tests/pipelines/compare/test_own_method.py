@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dmtg_core import addresses
-from pipelines.compare.cells import OWN, Cell
+from pipelines.compare.cells import Cell, Kind
 from pipelines.compare.driver import compare
 from pipelines.errors import UserError
 from tests.dmtg_core import own
@@ -45,7 +45,7 @@ def test_a_method_of_another_package_is_trained_in_the_processes_of_the_pool(tmp
 
 
 def test_a_cell_of_another_package_has_a_name_of_a_file() -> None:
-    assert Cell(OWN, 3, budget=4, label="a.b:c").name == "a.b.c_4runs_seed3"
+    assert Cell(Kind.OWN, 3, budget=4, label="a.b:c").name == "a.b.c_4runs_seed3"
 
 
 def test_a_method_that_cannot_be_used_is_refused_before_training(tmp_path: Path) -> None:
