@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +31,17 @@ LEARNERS = {
 OTHERS = set(METHODS) - {"naive_mtl", "guided"}
 BUDGETS_HEAD = """## Budgets
 
-The guided search beside the other method with the highest gain, at each budget. The true groups are left out,
-because no user knows them. The search is at the front of {front} of {all} budgets. The difference is that of the
-search to the other method, in points of gain: positive means that the search is better. It is paired over seeds,
-and not corrected for the choice of the best of several methods, which is not the same everywhere. The second table
-has the mean difference to each of them.
+The guided search beside the other method with the highest gain, at each budget. A method with a training of its
+own length is there if it costs no more. The true groups are left out, because no user knows them. The search is at
+the front of {front} of {all} budgets. The difference is that of the search to the other method, in points of gain:
+positive means that the search is better. It is paired over seeds, and not corrected for the choice of the best of
+several methods, which is not the same everywhere. The second table has the mean difference to each of them.
 
 | comparison | seeds | budget | spent | the search | best other method | its gain | difference | front |
 |---|---|---|---|---|---|---|---|---|"""
 METHODS_HEAD = """
 | method | budgets | mean difference | lowest | highest |
 |---|---|---|---|---|"""
-# their commands ran with the features of an earlier recipe
-OF_NGRAMS = ("tox21", "tox21_6runs", "tox21_budgets", "qm9_3500_budgets")
 
 
 def store_comparison(file: Path, name: str, command: str) -> None:
@@ -94,18 +91,18 @@ def budgets() -> str:
     lines, fronts, differences = [], list[bool](), dict[str, list[float]]()
     for file in files():
         found = json.loads(file.read_text())
-        if "budgets" not in found or not OTHERS & {_method(row) for row in found["rows"]}:
+        if not OTHERS & {row["base"] for row in found["rows"]}:  # variants of the search alone
             continue
         seeds = len(found["seeds"])
         for within in found["fronts"]:
-            rows = {_method(row): row for row in rows_within(found["rows"], within["budget"], at_most=False)}
+            rows = {row["base"]: row for row in rows_within(found["rows"], within["budget"])}
             search = rows["guided"]
             for name in OTHERS & set(rows):
                 differences.setdefault(name, []).append(rows[name]["behind"]["value"])
             other = max((rows[name] for name in OTHERS & set(rows)), key=lambda row: row["gain"]["value"])
             fronts.append("guided" in within["methods"])
             cells = [f"[{file.stem}](#{file.stem})", seeds, f"{within['budget']:g}", f"{search['cost']:.1f}"]
-            cells += [interval(search["gain"]), _method(other), interval(other["gain"]), interval(other["behind"])]
+            cells += [interval(search["gain"]), other["base"], interval(other["gain"]), interval(other["behind"])]
             lines.append(f"| {' | '.join(map(str, cells))} | {'yes' if fronts[-1] else 'no'} |")
     head = BUDGETS_HEAD.format(front=sum(fronts), all=len(fronts))
     means = sorted((sum(values) / len(values), name, values) for name, values in differences.items())
@@ -124,8 +121,8 @@ def chart(found: dict[str, Any]) -> str:
 
 
 def _several(found: dict[str, Any]) -> bool:
-    """Whether a comparison has several budgets. Those of the earlier search have none."""
-    return len(found.get("budgets", [])) > 1
+    """Whether a comparison has several budgets."""
+    return len(found["budgets"]) > 1
 
 
 def tables() -> str:
@@ -154,11 +151,8 @@ def section(file: Path) -> str:
     """Return the section of one comparison."""
     found = json.loads(file.read_text())
     reference = found["reference"]
-    present = "budgets" in found  # commands of the earlier search have methods and keys that are gone
-    fence = "```" if present and file.stem not in OF_NGRAMS else "```text"
-    lines = [f"## {file.stem}", "", fence, found["command"], "```", ""]
-    about = f"{len(found['tasks'])} tasks, at most {found['groups']} groups, {len(found['seeds'])} seeds."
-    lines += [about if present else f"{about} Measured with the earlier search, without a budget.", ""]
+    lines = [f"## {file.stem}", "", "```", found["command"], "```", ""]
+    lines += [f"{len(found['tasks'])} tasks, at most {found['groups']} groups, {len(found['seeds'])} seeds.", ""]
     text = file.with_suffix(".md")
     lines += [text.read_text(encoding="utf-8")] if text.exists() else []
     if _several(found):
@@ -168,12 +162,9 @@ def section(file: Path) -> str:
     if chosen:
         counts = ", ".join(f"{name} {chosen.count(name)}" for name in sorted(set(chosen)))
         lines.append(f"- Candidate with the best validation score, number of seeds: {counts}.")
-    truth = next((row for row in _compared(found) if _method(row) == "truth"), None)
-    if truth is not None:
-        # `retrained` trained the final groups of the earlier search's best gate, whichever candidate was selected
-        named = {"guided": "guided", "retrained": "the groups of its best gate", "dmtg": "dmtg"}
-        rows = {_method(row): row["method"] for row in _compared(found)}
-        listed = [_with_truth(found, rows[m], truth["method"], name) for m, name in named.items() if m in rows]
+    rows = {row["base"]: row["method"] for row in rows_within(found["rows"], max(found["budgets"]), at_most=False)}
+    if "truth" in rows:
+        listed = [_with_truth(found, rows[m], rows["truth"], m) for m in ("guided", "dmtg") if m in rows]
         lines.append(f"- Agreement with the true groups: {', '.join(listed)}.")
     if found.get("signal"):
         lines.append(f"- Grouping signal (`dmtg signal`): {found['signal']}")
@@ -183,17 +174,6 @@ def section(file: Path) -> str:
         figures = " | ".join(map(interval, (row["gain"], row["gain_loss"], ahead(row["behind"]))))
         lines.append(f"| {row['method']} | {figures} | {row['cost']:.1f} | {agreement(row, short=True)} |")
     return "\n".join([*lines, ""])
-
-
-def _method(row: Mapping[str, Any]) -> str:
-    """Return the method of a row, without its budget."""
-    return str(row.get("base", row["method"]))
-
-
-def _compared(found: dict[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """Return the rows with the largest budget, and those without a budget."""
-    rows: Sequence[Mapping[str, Any]] = found["rows"]
-    return rows_within(rows, max(found["budgets"]), at_most=False) if "budgets" in found else rows
 
 
 def _with_truth(found: dict[str, Any], method: str, truth: str, name: str) -> str:
