@@ -302,7 +302,7 @@ def _difference_sentence(row: Mapping[str, Any], adjusted: Mapping[str, float]) 
     if p < SIGNIFICANT:
         return f"It is {'better' if behind['value'] > 0 else 'worse'} than {name}: {interval}."
     excludes = behind["low"] * behind["high"] > 0  # an interval is that of one test
-    note = f" (p = {p:.2f}, adjusted for {len(adjusted)} methods)" if excludes else ""
+    note = f" (p = {p:.3f}, adjusted for {len(adjusted)} methods)" if excludes else ""
     return f"It is not significantly different from {name}: {interval}{note}."
 
 

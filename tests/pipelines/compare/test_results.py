@@ -48,7 +48,7 @@ def test_a_verdict_is_corrected_for_the_number_of_methods_and_its_interval_is_no
     )
     text = "one wide encoder of the same inference cost: +4.0 points of gain, +1.5 to +6.5"
     assert alone[1] == f"It is better than {text}."
-    assert both[2] == f"It is not significantly different from {text} (p = 0.06, adjusted for 3 methods)."
+    assert both[2] == f"It is not significantly different from {text} (p = 0.061, adjusted for 3 methods)."
 
 
 def test_methods_without_a_sentence_are_no_tests() -> None:
