@@ -19,6 +19,7 @@ from dmtg_core.evaluation.trees import TREES
 from dmtg_core.grouping import Grouping
 from dmtg_core.search.budget import default_budget
 from dmtg_core.search.group_gains import GroupGains, TrainedGroup
+from dmtg_core.search.options import BASELINE
 from dmtg_core.search.search import is_better
 from dmtg_core.search.selection import best_partition, partition_of
 from pipelines.compare.cells import LEAST_RUNS, Cell, Kind, Result
@@ -304,7 +305,7 @@ def _or_naive(result: Result, naive: Result) -> Result:
     if is_better(difference, result["flops"] / naive["flops"]):
         return result
     everything = [[1.0] for _ in result["probabilities"]]
-    own = {"cost": result["cost"], "chosen": NAIVE, "distilled": {}, "probabilities": everything}
+    own = {"cost": result["cost"], "chosen": BASELINE, "distilled": {}, "probabilities": everything}
     return result | naive | own
 
 

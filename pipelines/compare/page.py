@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from pipelines.compare.budgets import rows_within
-from pipelines.compare.methods import NAIVE, SINGLE
 from pipelines.config.loading import Config
 from pipelines.registry.tracking import shown
 from pipelines.report.figures import COLOURS, NEUTRAL, STYLE, WIDTH, heatmap, label_rows, svg
 from pipelines.report.render import render
 from pipelines.storage import Location
 
+NAIVE, SINGLE = "naive_mtl", "single_task"  # names of methods; `compare.methods` would import torch
 TINTS = (*COLOURS[1:6], COLOURS[7])  # of methods other than the search; yellow is faint as a line
 DASHES: Any = ("-", "--", "-.", (0, (1, 1)), (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = "osv^D*P"
