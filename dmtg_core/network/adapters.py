@@ -23,6 +23,7 @@ from dmtg_core.network.frozen import Frozen
 
 ALL = "all"
 LARGEST_RANK = 4096
+TOLERANCE = 1e-3  # of features of one pass, relative to those of branches one after the other
 PASS = threading.RLock()  # the updates of a pass are attributes of stages that threads of a server share
 
 
@@ -131,7 +132,8 @@ class AdaptedLayer(nn.Module):
         rows = x.reshape(len(a), -1, x.shape[-1])  # (K, rows, in)
         low = torch.bmm(rows, a.transpose(1, 2))  # (K, rows, rank)
         flat = out.reshape(len(a), -1, out.shape[-1])  # (K, rows, out)
-        return torch.baddbmm(flat, low, b.transpose(1, 2), alpha=self.scale).view(out.shape)
+        transposed = b.transpose(1, 2).contiguous()  # (K, rank, out): its gradients are faster products
+        return torch.baddbmm(flat, low, transposed, alpha=self.scale).view(out.shape)
 
 
 class AdaptedNorm(nn.Module):
@@ -161,25 +163,36 @@ class AdaptedNorm(nn.Module):
 class SharedStages(nn.Module):
     """Frozen stages that all branches share, with the places of their updates.
 
+    A trial finds out whether branches can be computed in one pass. They cannot if a target layer gets another
+    tensor than that of the samples, such as the embeddings of relative positions of DeBERTa, which all samples
+    share. Branches are then computed one after the other.
+
     Args:
         stages: The stages after the stem. Their target layers are replaced.
         options: The updates. Branches may have another rank and alpha.
+        sample: Output of the stem for a sample.
 
     Raises:
-        ValueError: If the stages have none of the targets.
+        ValueError: If the stages compute none of the targets.
     """
 
-    def __init__(self, stages: Sequence[nn.Module], options: AdapterOptions) -> None:
+    def __init__(self, stages: Sequence[nn.Module], options: AdapterOptions, sample: Any) -> None:
         super().__init__()
         self.options = options
         self.layers = Frozen(*stages)
         self.adapted: list[AdaptedLayer] = []
         self.norms: list[AdaptedNorm] = []
+        self.one_pass = True
         if options.rank:
-            self._replace()
+            self._replace(sample)
+            self.one_pass = self._try_one_pass(sample)
 
-    def _replace(self) -> None:
-        found = dict(self.layers.named_modules())
+    def _replace(self, sample: Any) -> None:
+        for module in self.layers.modules():
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0  # its fused code would read the weights of the target layers
+        computed = _computed(self.layers, sample)
+        found = {name: module for name, module in self.layers.named_modules() if module in computed}
         linear = {name: m for name, m in found.items() if isinstance(m, nn.Linear | nn.Conv2d) and _is_linear(m)}
         for name, layer in linear.items():
             if self.options.wants(library_name(layer, name)):
@@ -188,9 +201,6 @@ class SharedStages(nn.Module):
         if not self.adapted:
             names = listed([library_name(layer, name) for name, layer in linear.items()] or ["none"], 6)
             raise ValueError(f"no layer is a target {self.options.targets!r}; the linear layers are {names}")
-        for module in found.values():
-            if isinstance(module, nn.TransformerEncoderLayer):
-                module.activation_relu_or_gelu = 0  # its fused code would read the weights of the target layers
         norms = {n: m for n, m in found.items() if isinstance(m, nn.LayerNorm) and m.bias is not None}
         norms = norms if self.options.norms else {}
         if self.options.norms and not norms:
@@ -198,6 +208,28 @@ class SharedStages(nn.Module):
         for name, norm in norms.items():
             self.norms.append(AdaptedNorm(norm, library_name(norm, name)))
             _set(self.layers, name, self.norms[-1])
+
+    @torch.no_grad()
+    def _try_one_pass(self, sample: Any) -> bool:
+        """Whether two branches have the same features in one pass and one after the other."""
+        self.eval()  # without the dropout of updates
+        generator, branches = torch.Generator().manual_seed(0), []
+        for _ in range(2):
+            branch = AdapterBranch(self, self.options)
+            branch.scale = 1.0
+            for parameter in branch.parameters():  # an update about as large as the product with the weights
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[-1]))
+            branches.append(branch)
+        try:
+            found, expected = self._pass(sample, branches), [branch(sample) for branch in branches]
+        except (RuntimeError, ValueError):  # the rows of a tensor are no multiple of the number of branches
+            return False
+        finally:
+            self.train()
+        differences = [
+            float((mine - other).norm() / other.norm()) for mine, other in zip(found, expected, strict=True)
+        ]
+        return max(differences) <= TOLERANCE
 
     def train(self, mode: bool = True) -> SharedStages:
         """Set the mode. The stages stay in evaluation mode, except for the dropout of the updates."""
@@ -211,7 +243,7 @@ class SharedStages(nn.Module):
         return self
 
     def forward(self, shared: Any, branches: Sequence[AdapterBranch]) -> list[Tensor]:
-        """Compute the features of branches in one pass.
+        """Compute the features of branches.
 
         Args:
             shared: Output of the stem for B samples.
@@ -220,6 +252,12 @@ class SharedStages(nn.Module):
         Returns:
             The features of each branch.
         """
+        if self.one_pass:
+            return self._pass(shared, branches)
+        return [features for branch in branches for features in self._pass(shared, [branch])]
+
+    def _pass(self, shared: Any, branches: Sequence[AdapterBranch]) -> list[Tensor]:
+        """The features of branches, in one pass."""
         places: list[AdaptedLayer | AdaptedNorm] = [*self.adapted, *self.norms]
         pairs = list(zip(*(branch.pairs() for branch in branches), strict=True))
         with nullcontext() if torch.compiler.is_compiling() else PASS:
@@ -275,6 +313,17 @@ def merged_state(stages: SharedStages, branch: AdapterBranch) -> dict[str, Tenso
             held |= dict(zip(("weight", "bias"), (first, second), strict=True))
         state |= {f"{path}.{key}": tensor.detach() for key, tensor in held.items()}
     return state
+
+
+@torch.no_grad()
+def _computed(stages: nn.Module, sample: Any) -> set[nn.Module]:
+    """The modules whose forward runs. Others may have their weights read, and an update would have no effect."""
+    computed: set[nn.Module] = set()
+    hooks = [m.register_forward_hook(lambda module, *_: computed.add(module)) for m in stages.modules()]
+    stages(sample)
+    for hook in hooks:
+        hook.remove()
+    return computed
 
 
 def library_name(layer: nn.Module, name: str) -> str:

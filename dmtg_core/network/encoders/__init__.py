@@ -303,8 +303,10 @@ def build_encoder(encoder: EncoderSpec, spec: InputSpec, groups: int, seed: int)
     with seeded(seed):
         stages = _standardised(encoder, encoder.stages(spec))
         first, rest = stages[: encoder.stem], stages[encoder.stem :]
+        stem = Frozen(*first) if encoder.frozen else nn.Sequential(*first)
+        features = _features(encoder.name, spec, stem, nn.Sequential(*rest))
         if encoder.branch == "lora":
-            shared = SharedStages(rest, options)
+            shared = SharedStages(rest, options, stem(_sample(spec)))
             branches += [AdapterBranch(shared, options) for _ in range(groups)]
         elif encoder.branch == "last":
             branches += copies(rest, groups)
@@ -312,8 +314,7 @@ def build_encoder(encoder: EncoderSpec, spec: InputSpec, groups: int, seed: int)
             branches += [nn.Sequential(*rest)]
             others = (_standardised(encoder, encoder.stages(spec)) for _ in range(groups - 1))
             branches += [nn.Sequential(*other[encoder.stem :]) for other in others]
-    stem = Frozen(*first) if encoder.frozen else nn.Sequential(*first)
-    return Encoder(stem, branches, _features(encoder.name, spec, stem, branches[0]), shared)
+    return Encoder(stem, branches, features, shared)
 
 
 def _standardised(encoder: EncoderSpec, stages: list[nn.Module]) -> list[nn.Module]:
@@ -332,6 +333,15 @@ def frozen_once(
     if shared is not None:
         shared = in_memory_once(shared, f"{structure} {shared.options.structure()}")
     return stem, shared
+
+
+def _sample(spec: InputSpec) -> Tensor:
+    """One sample of random input."""
+    with seeded(0):
+        if spec.kind == "tokens":
+            ids = torch.randint(spec.vocabulary, (1, *spec.shape))
+            return ids.masked_fill(ids == spec.padding, (spec.padding + 1) % spec.vocabulary)
+        return torch.randn((1, spec.shape[2], *spec.shape[:2]) if spec.kind == "image" else (1, *spec.shape))
 
 
 @torch.no_grad()

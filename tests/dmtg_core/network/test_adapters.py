@@ -197,11 +197,11 @@ def test_outputs_are_those_of_peft(rank, alpha):
     ours, theirs = Stages(), Stages()
     theirs.load_state_dict(ours.state_dict())
     options = AdapterOptions(rank, alpha)
-    shared = SharedStages([ours], options)
+    x = torch.randn(4, 6, 5, 3)
+    shared = SharedStages([ours], options, x)
     branches = [AdapterBranch(shared, options) for _ in range(3)]
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["conv", "linear"], lora_dropout=0.0)
     peft.inject_adapter_in_model(config, theirs)
-    x = torch.randn(4, 6, 5, 3)
     for branch in branches:
         nn.init.normal_(branch.updates[0].b), nn.init.normal_(branch.updates[1].b)
     for branch, found in zip(branches, shared(x, branches), strict=True):
