@@ -14,6 +14,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,9 +43,9 @@ def minilm(groups: int, layers: int = 3) -> NetworkSpec:
     return NetworkSpec(TOKENS, TASKS, encoder, groups)
 
 
-def _arrays(rows: int) -> Arrays:
+def _arrays(rows: int, length: int = 32) -> Arrays:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, 30_522, (rows, 32), generator=generator)
+    ids = torch.randint(1, 30_522, (rows, length), generator=generator)
     labels = {
         task.name: torch.randint(0, 2, (rows,), generator=generator).numpy().astype("uint8") for task in TASKS
     }
@@ -170,10 +171,33 @@ def trunk_cached() -> tuple[Any, ...]:
     return epoch(stored), epoch(inputs)
 
 
+def _lengths_step(*, by_length: bool) -> Callable[[], object]:
+    """A step of four adapters on 32 texts of 4 to 48 tokens, whose mean is that of short comments, 19."""
+    settings, context = TrainSettings(), LocalContext(device="cpu")
+    spec = replace(minilm(4, layers=2), input=replace(TOKENS, shape=(48,)))
+    arrays, rng = _arrays(32, 48), np.random.default_rng(0)
+    long = np.clip(rng.gamma(3.0, 5.5, 32) + 2.5, 4, 48).astype(int)
+    ids = np.where(np.arange(48) < long[:, None], arrays.inputs, 0).astype("uint16")
+    state = TrainState.fresh(GroupingNetwork(spec), settings)
+    batch = next(ArrayData({"train": replace(arrays, inputs=ids)}, TASKS).train(0, 32))
+    batch = replace(batch, inputs=state.network.stored_output(batch.inputs))
+    prepare_network(state.network, settings, context)
+    state.network.by_length = by_length
+    module = WeighedLoss(state.network).train()
+    noise = step_noise(state.network, settings, 0, 0, 32)
+    return lambda: train_step(module, state.optimizer, batch, noise, 1.0, settings, context)
+
+
+def texts_by_length() -> tuple[Any, ...]:
+    """Seconds of a step with texts of similar length together, and with all as long as the longest."""
+    return _seconds(_lengths_step(by_length=True)), _seconds(_lengths_step(by_length=False))
+
+
 # name → (bound, value, function that returns numerator and denominator of the ratio)
 ROWS: dict[str, tuple[str, float, Callable[[], Any]]] = {
     "adapters_k4_over_k1": ("at_most", 2.2, adapters_k4_over_k1),
     "adapters_memory": ("at_most", 1.3, adapters_memory),
     "adapters_batched_over_loop": ("at_most", 0.7, adapters_batched_over_loop),
     "trunk_cached": ("at_most", 0.5, trunk_cached),
+    "texts_by_length": ("at_most", 0.8, texts_by_length),
 }

@@ -47,18 +47,19 @@ class Composite(nn.Module):
     def forward(self, raw: Tensor) -> dict[str, Tensor]:
         """Compute task name → output from stored input `(B, …)`, as `GroupModel.forward`."""
         networks = [model.network for model in self._held]
+        if self.one_stem:
+            computed = networks[0].in_parts(lambda part: self._features(part, networks), raw)
+        else:
+            computed = [network.features(raw)[0] for network in networks]
         return {
             task.name: network.head(0, n, features, network.size)
-            for network, features in zip(networks, self._features(raw, networks), strict=True)
+            for network, features in zip(networks, computed, strict=True)
             for n, task in enumerate(network.tasks)
         }
 
     def _features(self, raw: Tensor, networks: list[GroupingNetwork]) -> list[Tensor]:
-        """The features of each group."""
+        """The features of each group, from one stem."""
         branches, stages = [network.branches[0] for network in networks], networks[0].shared
-        if not self.one_stem:
-            pairs = zip(branches, networks, strict=True)
-            return [branch(network.output_of_stem(raw)) for branch, network in pairs]
         shared = networks[0].output_of_stem(raw)
         if self.one_pass and stages is not None:
             return stages(shared, branches)

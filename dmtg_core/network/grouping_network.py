@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +17,7 @@ from dmtg_core.grouping import Grouping
 from dmtg_core.network.adapters import AdapterBranch, SharedStages
 from dmtg_core.network.batched.branches import BatchedBranches
 from dmtg_core.network.decoders import DECODERS
-from dmtg_core.network.encoders import build_encoder, frozen_once, seeded
+from dmtg_core.network.encoders import build_encoder, frozen_once, lengths, seeded
 from dmtg_core.network.frozen import Frozen, digest
 from dmtg_core.network.gate import GroupGate
 from dmtg_core.network.heads import HeadBank
@@ -25,7 +25,7 @@ from dmtg_core.network.inputs import Normalise, scaled
 from dmtg_core.network.members import average
 from dmtg_core.network.numbered import Numbered
 from dmtg_core.network.spec import NetworkSpec
-from dmtg_core.network.trunk import is_stored_output, restored_output, to_store
+from dmtg_core.network.trunk import is_stored_output, restored_output, stored_ids, to_store
 
 Pair = tuple[int, int]  # (branch, task)
 
@@ -55,7 +55,8 @@ class GroupingNetwork(nn.Module):
     the backward pass (Chen et al. 2016). A step of K branches then needs about the memory of one branch. Set
     `cuda_graphs` if parts are compiled with CUDA graphs (`mode="reduce-overhead"`). If `batched` is set,
     training computes all branches in one pass. It is None again after a branch is removed. Branches that are
-    low-rank updates (`EncoderSpec.branch` "lora") are computed in one pass if `one_pass` is set.
+    low-rank updates (`EncoderSpec.branch` "lora") are computed in one pass if `one_pass` is set. Texts of similar
+    length are computed together if `by_length` is set, see `encoders.lengths`.
 
     Args:
         spec: See `NetworkSpec`.
@@ -72,6 +73,7 @@ class GroupingNetwork(nn.Module):
         self.cuda_graphs = False
         self.batched: BatchedBranches | None = None
         self.one_pass = True
+        self.by_length = spec.encoder.name in lengths.ENCODERS
         weighs = spec.task_weighting == "uncertainty"
         self.log_variance = nn.Parameter(torch.zeros(len(spec.tasks))) if weighs else None
         generator = torch.Generator().manual_seed(spec.seed)
@@ -151,28 +153,37 @@ class GroupingNetwork(nn.Module):
         """
         if not self.frozen:
             raise ValueError("only the output of a frozen stem can be stored: set branch to last or lora")
-        normalised = self.normalise(raw)
-        return to_store(self.stem(normalised), normalised)
+        return self.in_parts(lambda part: [to_store(self.stem(part), part)], self.normalise(raw))[0]
 
     def features(self, raw: Tensor, branches: Iterable[int] | None = None) -> dict[int, Tensor]:
         """Compute the features of the live branches, or of `branches`: `(B, F)` or `(B, F, h, w)`."""
         if self.cuda_graphs:  # they may overwrite outputs of the previous pass, but not outputs of this pass
             torch.compiler.cudagraph_mark_step_begin()  # imports the compiler, which takes seconds
+        wanted = list(self.branches) if branches is None else sorted(set(branches))
+        batched = self.batched if self.training and branches is None else None
+        out = self.in_parts(lambda part: self._features(part, wanted, batched), raw)
+        return dict(zip(wanted, out, strict=True))
+
+    def in_parts(self, compute: Callable[[Tensor], Sequence[Tensor]], raw: Tensor) -> list[Tensor]:
+        """Compute tensors of samples. With `by_length`, texts of similar length are computed together."""
+        if not self.by_length:
+            return list(compute(raw))
+        ids = stored_ids(raw) if is_stored_output(raw) else raw
+        return lengths.in_parts(compute, raw, ids, self.spec.input.padding)
+
+    def _features(self, raw: Tensor, wanted: list[int], batched: BatchedBranches | None) -> list[Tensor]:
         shared = self.output_of_stem(raw)
         factors = self.spec.gradient_factors
         if factors is not None:
             shared = scaled(shared, factors[1])
-        wanted = list(self.branches) if branches is None else sorted(set(branches))
-        if self.batched is not None and self.training and branches is None:
-            out = self.batched(shared)
+        if batched is not None:
+            computed = batched(shared)
+            out = [computed[k] for k in wanted]
         elif self.shared is not None and self.one_pass:
-            held = [self.branches[k] for k in wanted]
-            out = dict(zip(wanted, self._run(self.shared, shared, held), strict=True))
+            out = self._run(self.shared, shared, [self.branches[k] for k in wanted])
         else:
-            out = {k: self._run(self.branches[k], shared) for k in wanted}
-        if factors is not None:
-            out = {k: scaled(f, factors[0]) for k, f in out.items()}
-        return out
+            out = [self._run(self.branches[k], shared) for k in wanted]
+        return out if factors is None else [scaled(features, factors[0]) for features in out]
 
     def _run(self, part: nn.Module, *inputs: Any) -> Any:
         """Compute the output of a part. In training with `recompute`, do not store its activations."""

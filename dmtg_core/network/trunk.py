@@ -44,6 +44,10 @@ def restored_output(stem: nn.Sequential, stored: Tensor, *, text: bool) -> Any:
     """
     if not text:
         return stored.float()
-    tokens, ids = stored.split([stored.shape[-1] - ID_COLUMNS, ID_COLUMNS], -1)
-    first = stem[0](ids.contiguous().view(torch.int32).squeeze(-1).long())
-    return tokens[:, : first[0].shape[1]].float(), *first[1:]
+    first = stem[0](stored_ids(stored).long())
+    return stored[:, : first[0].shape[1], :-ID_COLUMNS].float(), *first[1:]
+
+
+def stored_ids(stored: Tensor) -> Tensor:
+    """Return the token ids `(B, L)` of stored outputs of a text encoder, `(B, L, F + 2)`."""
+    return stored[..., -ID_COLUMNS:].contiguous().view(torch.int32).squeeze(-1)

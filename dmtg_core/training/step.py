@@ -330,6 +330,8 @@ def batch_branches(network: GroupingNetwork, settings: TrainSettings, context: T
         ValueError: If `batch_branches` is "on" and the branches cannot be computed in one pass.
     """
     network.one_pass = settings.batch_branches != "off"
+    if network.shared is not None and not network.shared.one_pass and len(network.branches) > 1:
+        log_once("branches are computed one after the other: a layer gets a tensor that all samples share")
     if not network.one_pass or len(network.branches) < 2 or network.shared is not None:
         network.batched = None
     elif network.batched is None:
@@ -368,6 +370,7 @@ def _compile(network: GroupingNetwork, mode: str) -> None:
     import torch.compiler.config
 
     network.cuda_graphs = mode == "reduce-overhead"
+    network.by_length = False  # each length would be compiled
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, COMPILE_LIMIT)
     branches = network.branches.values() if network.shared is None else [network.shared.layers]
     single = (network.stem, *branches, *network.decoders.values())
