@@ -166,7 +166,7 @@ class GroupingNetwork(nn.Module):
 
     def in_parts(self, compute: Callable[[Tensor], Sequence[Tensor]], raw: Tensor) -> list[Tensor]:
         """Compute tensors of samples. With `by_length`, texts of similar length are computed together."""
-        if not self.by_length:
+        if not self.by_length or raw.dim() < 2:  # an input of another shape is refused by `normalise`
             return list(compute(raw))
         ids = stored_ids(raw) if is_stored_output(raw) else raw
         return lengths.in_parts(compute, raw, ids, self.spec.input.padding)

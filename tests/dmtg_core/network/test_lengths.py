@@ -167,5 +167,11 @@ def test_an_exported_model_has_any_number_of_samples(branch):
             torch.testing.assert_close(found[name], expected, **CLOSE)
 
 
+@pytest.mark.parametrize("shape", [(40,), (40, COLUMNS + 1), (3, 40, COLUMNS)])
+def test_an_input_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=rf"expected input of shape \(B, {COLUMNS}\), got"):
+        network("text_transformer")(torch.zeros(shape, dtype=torch.int32))
+
+
 def test_other_encoders_compute_a_batch_as_it_is():
     assert not network("embedding_bag").by_length
