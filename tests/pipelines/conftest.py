@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import os
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from PIL import Image
+from sqlalchemy import Engine, event
 
 from pipelines.config.loading import Config
 from pipelines.config.validation import checked
@@ -21,6 +23,13 @@ from tests.pipelines.s3_server import free_port, serving, settings
 
 if TYPE_CHECKING:
     from pipelines.training.driver import Trained
+
+
+@event.listens_for(Engine, "connect")
+def _without_waiting_for_the_disk(connection: object, _record: object) -> None:
+    """A test's MLflow database need not survive a loss of power, and MLflow commits after each value."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous = OFF")
 
 
 def write_images(root: Path, rows: int = 96) -> Path:
