@@ -165,8 +165,11 @@ class GroupingNetwork(nn.Module):
         return dict(zip(wanted, out, strict=True))
 
     def in_parts(self, compute: Callable[[Tensor], Sequence[Tensor]], raw: Tensor) -> list[Tensor]:
-        """Compute tensors of samples. With `by_length`, texts of similar length are computed together."""
-        if not self.by_length or raw.dim() < 2:  # an input of another shape is refused by `normalise`
+        """Compute tensors of samples. With `by_length`, texts of similar length are computed together on a CPU.
+
+        A GPU would wait for the lengths. An input of another shape is refused by `normalise`.
+        """
+        if not self.by_length or raw.device.type != "cpu" or raw.dim() < 2:
             return list(compute(raw))
         ids = stored_ids(raw) if is_stored_output(raw) else raw
         return lengths.in_parts(compute, raw, ids, self.spec.input.padding)

@@ -28,8 +28,7 @@ def in_parts(
 ) -> list[Tensor]:
     """Compute tensors whose first axis is that of the samples, for texts of similar length together.
 
-    A GPU would wait for the lengths, and the shapes of a compiled or exported module must not depend on values:
-    there the batch is computed as it is.
+    The shapes of a compiled or exported module must not depend on values: it computes the batch as it is.
 
     Args:
         compute: Computes the tensors of some samples.
@@ -40,7 +39,7 @@ def in_parts(
     Returns:
         What `compute(batch)` returns, up to rounding.
     """
-    if batch.device.type != "cpu" or torch.compiler.is_compiling() or len(batch) < 2 * TEXTS:
+    if torch.compiler.is_compiling() or len(batch) < 2 * TEXTS:
         return list(compute(batch))
     parts = min(len(batch) // TEXTS, PARTS)
     order = lengths(ids, padding).argsort(stable=True)

@@ -154,6 +154,12 @@ def test_a_compiled_network_computes_a_batch_as_it_is():
     assert not net.by_length
 
 
+def test_lengths_are_not_read_on_another_device():
+    net, given = network("text_transformer"), texts(40).to("meta")
+    found = net.in_parts(lambda part: [part], given)
+    assert found[0] is given
+
+
 @pytest.mark.parametrize("branch", ["lora", "copy"])
 @torch.no_grad()
 def test_an_exported_model_has_any_number_of_samples(branch):
