@@ -39,6 +39,18 @@ class Normalise(nn.Module):
         return value.permute(0, 3, 1, 2) if self.spec.kind == "image" else value  # (B, C, H, W), channels last
 
 
+def random_input(spec: InputSpec, rows: int) -> Tensor:
+    """Return stored input of random values, for a trial. It is the same each time."""
+    shape, generator = (rows, *spec.shape), torch.Generator().manual_seed(0)
+    if spec.kind == "tokens":
+        raw = torch.randint(0, spec.vocabulary, shape, generator=generator)
+    elif spec.dtype.startswith("float"):
+        raw = torch.randn(shape, generator=generator)
+    else:
+        raw = torch.randint(0, 256, shape, generator=generator)
+    return raw.to(getattr(torch, spec.dtype))
+
+
 class NormalQuantiles(nn.Module):
     """Maps features to a normal distribution by their quantiles.
 

@@ -15,6 +15,7 @@ from dmtg_core.network.batched.branches import BatchedBranches
 from dmtg_core.network.batched.layers import NotBatchableError
 from dmtg_core.network.cost import training_flops
 from dmtg_core.network.grouping_network import GroupingNetwork
+from dmtg_core.network.inputs import random_input
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +53,8 @@ def log_once(message: str) -> None:
     log.info(message)
 
 
-def _random_input(network: GroupingNetwork, rows: int) -> Tensor:
-    spec, generator = network.spec.input, torch.Generator().manual_seed(0)
-    shape = (rows, *spec.shape)
-    if spec.kind == "tokens":
-        raw = torch.randint(0, spec.vocabulary, shape, generator=generator)
-    elif spec.dtype.startswith("float"):
-        raw = torch.randn(shape, generator=generator)
-    else:
-        raw = torch.randint(0, 256, shape, generator=generator)
-    return raw.to(network.gate.logits.device, getattr(torch, spec.dtype))
+def _raw(network: GroupingNetwork, rows: int) -> Tensor:
+    return random_input(network.spec.input, rows).to(network.gate.logits.device)
 
 
 @torch.no_grad()
@@ -69,14 +62,14 @@ def features_of_stem(network: GroupingNetwork) -> Tensor:
     """Output of the stem for a few samples. Running statistics do not change."""
     was_training = network.training
     network.eval()
-    found: Tensor = network.stem(network.normalise(_random_input(network, 3)))
+    found: Tensor = network.stem(network.normalise(_raw(network, 3)))
     network.train(was_training)
     return found
 
 
 def measured(network: GroupingNetwork, batched: BatchedBranches, batch_size: int, precision: str) -> float:
     """Measure forward and backward passes of the encoders: time of one pass ÷ one after the other."""
-    raw = _random_input(network, max(batch_size, 2))
+    raw = _raw(network, max(batch_size, 2))
     was_training, held = network.training, [buffer.clone() for buffer in network.buffers()]
     network.train()
 

@@ -30,6 +30,7 @@ from dmtg_core.network.encoders.text import embedding_bag, text_transformer
 from dmtg_core.network.encoders.vit import vit, vit_b_16
 from dmtg_core.network.encoders.xception import xception_taskonomy
 from dmtg_core.network.frozen import Frozen, copies, in_memory_once
+from dmtg_core.network.inputs import Normalise, random_input
 
 # name → (function that builds the stages of one encoder, kind of its input)
 ENCODERS: Mapping[str, tuple[Callable[..., list[nn.Module]], str]] = {
@@ -306,7 +307,7 @@ def build_encoder(encoder: EncoderSpec, spec: InputSpec, groups: int, seed: int)
         stem = Frozen(*first) if encoder.frozen else nn.Sequential(*first)
         features = _features(encoder.name, spec, stem, nn.Sequential(*rest))
         if encoder.branch == "lora":
-            shared = SharedStages(rest, options, stem(_sample(spec)))
+            shared = SharedStages(rest, options, stem(Normalise(spec)(random_input(spec, 1))))
             branches += [AdapterBranch(shared, options) for _ in range(groups)]
         elif encoder.branch == "last":
             branches += copies(rest, groups)
@@ -333,15 +334,6 @@ def frozen_once(
     if shared is not None:
         shared = in_memory_once(shared, f"{structure} {shared.options.structure()}")
     return stem, shared
-
-
-def _sample(spec: InputSpec) -> Tensor:
-    """One sample of random input."""
-    with seeded(0):
-        if spec.kind == "tokens":
-            ids = torch.randint(spec.vocabulary, (1, *spec.shape))
-            return ids.masked_fill(ids == spec.padding, (spec.padding + 1) % spec.vocabulary)
-        return torch.randn((1, spec.shape[2], *spec.shape[:2]) if spec.kind == "image" else (1, *spec.shape))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dmtg_core import GroupingNetwork, InputSpec, LocalContext, NetworkSpec, TrainSettings
+from dmtg_core import EncoderSpec, GroupingNetwork, InputSpec, LocalContext, NetworkSpec, TrainSettings
 from dmtg_core.network.batched.choice import built
 from dmtg_core.network.composite import Composite
 from dmtg_core.network.encoders.lengths import PARTS, in_parts, lengths
@@ -32,11 +32,8 @@ def texts(rows: int, padding: int = 0, seed: int = 0) -> Tensor:
 def network(name: str, padding: int = 0, *, branch: str = "copy", **options) -> GroupingNetwork:
     """Three branches with the tasks assigned to two of them."""
     spec = InputSpec("tokens", (COLUMNS,), "int32", vocabulary=VOCABULARY, padding=padding)
-    made = encoder(name, 1, **options)
-    return assigned(
-        GroupingNetwork(NetworkSpec(spec, SAMPLEWISE[:4], type(made)(name, 1, made.options, branch), 3)),
-        [0, 2, 2, 0],
-    )
+    made = EncoderSpec(name, 1, encoder(name, **options).options, branch)
+    return assigned(GroupingNetwork(NetworkSpec(spec, SAMPLEWISE[:4], made, 3)), [0, 2, 2, 0])
 
 
 def of_family(family: str, branch: str = "lora") -> tuple[GroupingNetwork, int]:
