@@ -22,6 +22,7 @@ from dmtg_core.training.losses import label_counts, sample_loss
 
 DIRECTIONS = 32  # dimensions of Grad-TAG's random subspace of the parameters
 ROUNDS = 10  # quasi-Newton steps of its fits
+COUNTS = "counts"  # of batches and samples, beside the sums
 STEP = 1e-3  # step of its central differences, as a share of the parameters' norm
 
 
@@ -45,7 +46,7 @@ class GradientAffinities:
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = tuple(tasks)
         self.sums: dict[str, Tensor] = {}
-        self.updates = 0
+        self.updates = self.samples = 0
 
     def update(self, network: GroupingNetwork, batch: Batch, learning_rate: float) -> None:
         """Add the affinities of one batch.
@@ -79,6 +80,16 @@ class GradientAffinities:
             alone = value.cpu().fill_diagonal_(0.0)
             self.sums[name] = self.sums[name] + alone if name in self.sums else alone
         self.updates += 1
+        self.samples += len(batch.inputs)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the sums and counts, for a checkpoint."""
+        return self.sums | {COUNTS: torch.tensor([self.updates, self.samples])}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue with the sums and counts of `state`."""
+        self.sums = {name: value for name, value in state.items() if name != COUNTS}
+        self.updates, self.samples = state[COUNTS].tolist()
 
     def means(self) -> dict[str, Tensor]:
         """Return the mean affinities by name."""

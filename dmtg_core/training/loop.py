@@ -10,6 +10,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,7 +22,7 @@ from dmtg_core.network.spec import NetworkSpec
 from dmtg_core.network.threads import threads_of_step
 from dmtg_core.tasks import Task
 from dmtg_core.training.augment import augment, augment_generator, seeded_dropout
-from dmtg_core.training.context import LocalContext, TrainContext
+from dmtg_core.training.context import LocalContext, Save, TrainContext
 from dmtg_core.training.data import ArrayData, Batch, Data
 from dmtg_core.training.diagnostics import gate_figures, gradient_cosines, warnings
 from dmtg_core.training.metrics import Metrics, MetricSums, error_of, error_scale
@@ -142,11 +144,21 @@ class Hooks:
 NO_HOOKS = Hooks()
 
 
-def reporting(context: TrainContext) -> Hooks:
-    """Return the hooks that report metrics and checkpoints of a single training to its context."""
+def reporting(context: TrainContext, also: Save = lambda _folder: None) -> Hooks:
+    """Return the hooks that report metrics and checkpoints of a single training to its context.
+
+    Args:
+        context: The context.
+        also: Writes further files into each checkpoint.
+    """
+
+    def save(state: TrainState, folder: Path) -> None:
+        state.save(folder)
+        also(folder)
+
     return Hooks(
-        on_epoch=lambda state: context.report(state.history[-1], state.save),
-        on_step=lambda state: context.report(None, state.save),
+        on_epoch=lambda state: context.report(state.history[-1], partial(save, state)),
+        on_step=lambda state: context.report(None, partial(save, state)),
     )
 
 
@@ -380,14 +392,8 @@ def fit(
     if isinstance(data, ArrayData):
         data.check(network.spec.input, network.tasks)
     context = context or LocalContext()
-    latest = context.latest()
-    network.to(context.device)
-    state = TrainState.load(latest, settings, context.device) if latest else TrainState.fresh(network, settings)
+    state = TrainState.begin(network, settings, context)
     advance(state, data, settings, context, until=settings.epochs, hooks=reporting(context))
-    _finish(state)
-    return state
-
-
-def _finish(state: TrainState) -> None:
     state.take_best()
     state.network.eval()
+    return state

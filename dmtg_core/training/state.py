@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dmtg_core.network.grouping_network import GroupingNetwork, clone
 from dmtg_core.training import checkpoint
+from dmtg_core.training.context import TrainContext
 from dmtg_core.training.objective.optimizer import build_optimizer
 from dmtg_core.training.objective.scalarizers import TaskWeighting, task_weighting
 from dmtg_core.training.settings import TrainSettings
@@ -48,6 +49,18 @@ class TrainState:
     def fresh(cls, network: GroupingNetwork, settings: TrainSettings) -> TrainState:
         """Return the state at the beginning of a run."""
         return cls(network, build_optimizer(network, settings), weighting=task_weighting(network, settings))
+
+    @classmethod
+    def begin(cls, network: GroupingNetwork, settings: TrainSettings, context: TrainContext) -> TrainState:
+        """Return the state of the context's latest checkpoint; without one, the fresh state of `network`.
+
+        Raises:
+            ValueError: If the checkpoint is damaged.
+        """
+        latest = context.latest()
+        if latest is not None:
+            return cls.load(latest, settings, context.device)
+        return cls.fresh(network.to(context.device), settings)
 
     def save(self, folder: Path) -> None:
         """Write the state into `folder`."""

@@ -1,11 +1,13 @@
 """The training of the cells of a comparison, each by a task of the executor.
 
 Each cell writes its result to a file. A cell with a file is not trained again, so that a comparison resumes after
-it was killed, and methods that find the same grouping share its cell.
+it was killed, and methods that find the same grouping share its cell. A cell that is trained for more than
+`CHECKPOINT_S` writes checkpoints, from which it resumes.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,7 +37,7 @@ from dmtg_core.search.baselines import (
 )
 from dmtg_core.search.budget import default_budget
 from dmtg_core.search.search import search
-from dmtg_core.training.context import LocalContext
+from dmtg_core.training.context import LocalContext, TrainContext
 from dmtg_core.training.data import Data
 from dmtg_core.training.loop import rows_evaluated
 from dmtg_core.training.metrics import Metrics
@@ -46,9 +48,16 @@ from pipelines.data.ingest import open_data
 from pipelines.data.reader import Reader
 from pipelines.errors import UserError
 from pipelines.execution.executor import Executor, Held
+from pipelines.scratch import temporary_folder
 from pipelines.storage import Location
+from pipelines.training.context import TaskContext
 from pipelines.training.estimate import duration
 from pipelines.training.failures import permanent_error, training_failed
+
+UNFINISHED = "unfinished"  # folder of the checkpoints of cells in training
+CHECKPOINT_S = 60.0  # between two of them
+NETWORK, ENCODER, SEARCH = "network", "encoder", "search"  # their trainings
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,10 @@ class CellJob:
 
 @dataclass(frozen=True)
 class Work:
-    """What one cell is trained with: the network, data and settings of its seed, and the splits of its metrics."""
+    """What one cell is trained with: the network, data and settings of its seed, and the splits of its metrics.
+
+    `contexts` returns the context of a training by its name, which resumes from its latest checkpoint.
+    """
 
     cell: Cell
     spec: NetworkSpec
@@ -80,6 +92,7 @@ class Work:
     settings: TrainSettings
     splits: Sequence[str]
     config: Config
+    contexts: Callable[[str], TrainContext]
 
     @property
     def unit(self) -> int:
@@ -100,11 +113,14 @@ def train_cells(
     stored = {cell: file.read_json() for cell, file in files.items() if file.exists()}
     found = {cell: result for cell, result in stored.items() if result.get("format") == FORMAT}
     left = [cell for cell in wanted if cell not in found]
+    begun = _begun(job, found)
     if not left:
         return found
     if len(found) < len(stored):
         log(f"{len(stored) - len(found)} results are from an earlier version with other figures: trained again")
-    log(f"{len(left)} of {len(wanted)} networks and searches to train; lower scores are better")
+    resumed = sum(cell.name in begun for cell in left)
+    resume = f", {resumed} of them from {'their' if resumed > 1 else 'its'} last checkpoint" if resumed else ""
+    log(f"{len(left)} of {len(wanted)} networks and searches to train{resume}; lower scores are better")
     failed: list[UserError] = []
     started, waiting = time.perf_counter(), dict.fromkeys(left)
     for done in executor.run(partial(train_cell, job), left):
@@ -152,29 +168,54 @@ def train_cell(job: CellJob, cell: Cell) -> Result:
         `grouping`, `score` (the validation score, see `score_of`), `metrics` by split, `cost` in runs of naive
         MTL, `flops` and `parameters` of inference, `seconds`, and the keys that its kind adds.
     """
-    context = LocalContext()
-    config = job.config
+    config, folder, device = job.config, job.run / UNFINISHED / cell.name, LocalContext().device
     # all of an encoder is trained on inputs
     reader, held = (
         (job.inputs, None) if cell.kind == Kind.FULL_FINETUNING and job.reader.outputs else (job.reader, job.held)
     )
-    work = Work(
-        cell,
-        spec=replace(config.network_spec(job.reader.manifest.description.input, job.reader.tasks), seed=cell.seed),
-        data=open_data(reader, held, config.data, seed=cell.seed, rank=0, world_size=1, device=context.device),
-        settings=replace(config.settings(), seed=cell.seed, epochs=cell.epochs or config.train.epochs),
-        splits=[split for split in ("val", "test") if job.reader.manifest.rows(split)],
-        config=config,
-    )
-    started = time.perf_counter()
-    try:
-        result = TRAIN[cell.kind](work)
-    except (RuntimeError, MemoryError) as error:
-        raise permanent_error(error, config, str(job.run), 1) or error from error
+    opened: list[TaskContext] = []
+    with temporary_folder() as scratch:
+
+        def context(training: str) -> TrainContext:
+            opened.append(TaskContext(folder / training, scratch, _warn, CHECKPOINT_S))
+            return opened[-1]
+
+        work = Work(
+            cell,
+            spec=replace(
+                config.network_spec(job.reader.manifest.description.input, job.reader.tasks), seed=cell.seed
+            ),
+            data=open_data(reader, held, config.data, seed=cell.seed, rank=0, world_size=1, device=device),
+            settings=replace(config.settings(), seed=cell.seed, epochs=cell.epochs or config.train.epochs),
+            splits=[split for split in ("val", "test") if job.reader.manifest.rows(split)],
+            config=config,
+            contexts=context,
+        )
+        started = time.perf_counter()
+        try:
+            result = TRAIN[cell.kind](work)
+        except (RuntimeError, MemoryError) as error:
+            raise permanent_error(error, config, str(job.run), 1) or error from error
+    seconds = time.perf_counter() - started + sum(one.before for one in opened)
     result["cost"] *= (cell.epochs or config.train.epochs) / config.train.epochs
-    result |= {"format": FORMAT, "kind": cell.kind, "seed": cell.seed, "seconds": time.perf_counter() - started}
+    result |= {"format": FORMAT, "kind": cell.kind, "seed": cell.seed, "seconds": seconds}
     (job.run / CELLS / f"{cell.name}.json").write_json(result)
+    if any(one.checkpoints.whole for one in opened):
+        folder.delete()
     return result
+
+
+def _warn(_kind: str, message: str) -> None:
+    logger.warning(message)
+
+
+def _begun(job: CellJob, found: Mapping[Cell, Result]) -> set[str]:
+    """The names of unfinished cells with checkpoints. Those of finished cells, left by a kill, are removed."""
+    finished, folder = {cell.name for cell in found}, job.run / UNFINISHED
+    names = {*folder.folders()}
+    for name in names & finished:
+        (folder / name).delete()
+    return names - finished
 
 
 def _result(network: GroupingNetwork, score: float, metrics: Mapping[str, Metrics], cost: float) -> Result:
@@ -200,10 +241,18 @@ def _fixed(network: GroupingNetwork, work: Work, budget: float | None = None) ->
     """Train a network with fixed groups within a budget, by default that of the cell; with 0 for its epochs."""
     budget = work.cell.budget if budget is None else budget
     if budget:
-        done = train_within(network, work.data, work.settings, budget, splits=work.splits, unit=work.unit)
+        done = train_within(
+            network, work.data, work.settings, budget, splits=work.splits, context=work.contexts(NETWORK),
+            unit=work.unit,
+        )  # fmt: skip
     else:
-        done = train_hard(network, work.data, work.settings, splits=work.splits, unit=work.unit)
+        done = _own_length(network, work)
     return _result_of(done) | {"score_parts": _parts(done.network, work)}
+
+
+def _own_length(network: GroupingNetwork, work: Work) -> Trained:
+    context = work.contexts(NETWORK)
+    return train_hard(network, work.data, work.settings, splits=work.splits, context=context, unit=work.unit)
 
 
 def _one_encoder(spec: NetworkSpec, work: Work) -> Result:
@@ -228,7 +277,9 @@ def _full_finetuning(work: Work) -> Result:
 
 
 def _affinities(work: Work) -> Result:
-    done, affinities, costs = train_naive_with_affinities(work.spec, work.data, work.settings, splits=work.splits)
+    done, affinities, costs = train_naive_with_affinities(
+        work.spec, work.data, work.settings, splits=work.splits, context=work.contexts(NETWORK)
+    )
     return _result_of(done) | {
         "affinities": {name: value.tolist() for name, value in affinities.items()},
         "affinity_costs": costs,
@@ -237,7 +288,10 @@ def _affinities(work: Work) -> Result:
 
 def _distilled_wide(work: Work) -> Result:
     specs = [replace(wide_spec(work.spec), seed=work.spec.seed + n) for n in range(3)]
-    done = train_distilled(specs, work.data, work.settings, work.cell.budget, splits=work.splits, unit=work.unit)
+    done = train_distilled(
+        specs, work.data, work.settings, work.cell.budget, splits=work.splits, contexts=work.contexts,
+        unit=work.unit,
+    )  # fmt: skip
     return _result_of(done)
 
 
@@ -250,13 +304,15 @@ def _pair(work: Work) -> Result:
     own = tuple(task for task in work.spec.tasks if task.name in work.cell.groups[0])
     spec = replace(work.spec, tasks=own)
     network = hard_network(spec, together(spec))
-    return _result_of(train_hard(network, work.data, work.settings, splits=work.splits, unit=work.unit))
+    return _result_of(_own_length(network, work))
 
 
 def _proposal(work: Work) -> Result:
     budget = work.cell.budget
     runs = budget or default_budget(work.spec.groups)
-    overlap, grouping, cost = overlap_groups(work.spec, work.data, work.settings, work.config.search.rung, runs)
+    overlap, grouping, cost = overlap_groups(
+        work.spec, work.data, work.settings, work.config.search.rung, runs, context=work.contexts(ENCODER)
+    )
     left = max(budget - cost, LEAST_RUNS) if budget else 0.0
     found = _fixed(hard_network(work.spec, grouping), work, left)
     return found | {"affinity": overlap.tolist(), "cost": found["cost"] + cost}
@@ -267,7 +323,9 @@ def _search(work: Work) -> Result:
     section = work.config.search.model_copy(update=budget | dict(work.cell.options))
     options = work.config.model_copy(update={"search": section}).search_options()
     settings = replace(work.settings, search_share=section.share, average=section.average)
-    found = search(work.spec, work.data, settings, options, baseline=False, splits=work.splits)
+    found = search(
+        work.spec, work.data, settings, options, baseline=False, splits=work.splits, context=work.contexts(SEARCH)
+    )
     chosen = next(candidate for candidate in found.candidates if candidate["stage"] == found.chosen)
     return _result(found.network, found.score, found.metrics, found.cost) | {
         "chosen": found.chosen,

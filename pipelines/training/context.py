@@ -1,4 +1,4 @@
-"""`TrainContext` of a run: checkpoints and metrics in its folder. A write that fails does not stop training."""
+"""`TrainContext` of a run, and of a task of the executor. A write that fails does not stop training."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmtg_core.training.checkpoint import read_json
-from dmtg_core.training.context import Save
+from dmtg_core.training.checkpoint import read_json, write_json
+from dmtg_core.training.context import LocalContext, Save
+from pipelines.errors import UserError
 from pipelines.runs.checkpoints import Checkpoints
 from pipelines.runs.events import RESIZED, RESUMED, UNWRITTEN, Emit
 from pipelines.runs.files import CHECKPOINTS, GATE, METRICS
@@ -25,7 +26,8 @@ from pipelines.training.failures import PermanentError
 from pipelines.training.watchdog import Watchdog, worker_scratch
 
 CLOSING_S = 5.0  # on Ray, the process is ended then
-PROGRESS = "progress.json"  # in a checkpoint: the records of all epochs before it, and the number of workers
+PROGRESS = "progress.json"  # in a checkpoint: what a context stores of the training before it
+TRAINING = 20  # least time between two checkpoints of a task, in times that the first of them took
 
 
 class RecordTexts:
@@ -44,6 +46,11 @@ class RecordTexts:
         self.whole.append(_encoded(record))
         self.lines[GATE].append(_encoded(gate) + "\n")
         self.lines[METRICS].append(_encoded(plain) + "\n")
+
+
+def _damaged(error: ValueError, checkpoints: Checkpoints) -> PermanentError:
+    remedy = "delete them to train again from the start"
+    return PermanentError(str(error), where=str(checkpoints.folder), remedy=remedy)
 
 
 def _encoded(record: Mapping[str, Any]) -> str:
@@ -151,9 +158,7 @@ class RunContext:
                 return None
             progress = read_json(found / PROGRESS, "records", "workers")
         except ValueError as error:
-            raise PermanentError(
-                str(error), where=str(self.checkpoints.folder), remedy="delete them to train again from the start"
-            ) from error
+            raise _damaged(error, self.checkpoints) from error
         self.records = progress["records"]
         self.texts = RecordTexts(self.records)
         self._write_metrics()  # the checkpoint may have been written before them
@@ -180,3 +185,58 @@ class RunContext:
         self.writer.flush(CLOSING_S)  # other workers may have been lost while the checkpoint was being written
         self.writer.close()
         self.scratch.close()
+
+
+class TaskContext(LocalContext):
+    """`TrainContext` of a task of the executor: one process, with checkpoints in a folder.
+
+    Args:
+        folder: Folder of the checkpoints.
+        scratch: Local folder for temporary files.
+        emit: Called if a checkpoint is damaged or could not be written.
+        every_s: Least seconds between two checkpoints, which are written within epochs too. It is longer if
+            writing takes more than a twentieth of it. With 0 there is one after each epoch.
+    """
+
+    def __init__(self, folder: Location, scratch: Path, emit: Emit, every_s: float = 0) -> None:
+        super().__init__()
+        self.scratch, self.emit, self.every_s = scratch, emit, every_s
+        self.checkpoints = Checkpoints(folder, scratch, emit)
+        self.started = time.monotonic()
+        self.due = self.started + every_s
+        self.before = 0.0  # seconds of training before the checkpoint from which it resumed
+
+    def checkpoint_due(self) -> bool:
+        """See `TrainContext.checkpoint_due`."""
+        return bool(self.every_s) and time.monotonic() >= self.due
+
+    def report(self, record: Mapping[str, Any] | None, save: Save) -> None:  # noqa: ARG002 - `TrainContext`'s
+        """Write a checkpoint, if it is time for one."""
+        if self.every_s and not self.checkpoint_due():
+            return
+        local, began = self.scratch / self.checkpoints.next_name(), time.monotonic()
+        try:
+            local.mkdir()
+            save(local)
+            write_json(local / PROGRESS, {"seconds": self.before + began - self.started})
+            self.checkpoints.add(local)
+        except (OSError, UserError) as error:
+            self.emit(UNWRITTEN, f"{local.name} is lost, training continues ({error})")
+        finally:
+            shutil.rmtree(local, ignore_errors=True)
+            now = time.monotonic()
+            self.due = now + max(self.every_s, TRAINING * (now - began))
+
+    def latest(self) -> Path | None:
+        """See `TrainContext.latest`.
+
+        Raises:
+            PermanentError: If there are checkpoints and all of them are damaged.
+        """
+        try:
+            found = self.checkpoints.newest()
+        except ValueError as error:
+            raise _damaged(error, self.checkpoints) from error
+        if found is not None and (found / PROGRESS).exists():  # earlier versions wrote none
+            self.before = read_json(found / PROGRESS, "seconds")["seconds"]
+        return found

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from dmtg_core.addresses import CodeError
 from dmtg_core.network.cost import inference_cost
 from dmtg_core.tasks import Task
 from dmtg_core.training.checkpoint import group_model
-from dmtg_core.training.context import LocalContext, Save
+from dmtg_core.training.context import LocalContext
 from dmtg_core.training.loop import advance, evaluate_splits, reporting, score_of
 from dmtg_core.training.state import TrainState
 from pipelines.config.loading import Config
 from pipelines.data.ingest import open_data
-from pipelines.errors import UserError
 from pipelines.execution.executor import Executor
-from pipelines.runs.checkpoints import Checkpoints
-from pipelines.runs.events import UNWRITTEN, Emit, emitter
+from pipelines.runs.events import emitter
 from pipelines.runs.files import CHECKPOINTS, DETAILS, MODELS, RESULT, SEARCHED
 from pipelines.runs.models import group_names, read_model, write_model
 from pipelines.runs.outcome import outcome
 from pipelines.runs.results import gains, numbers, score_or_none
 from pipelines.scratch import temporary_folder
 from pipelines.storage import Location
+from pipelines.training.context import TaskContext
 from pipelines.training.failures import permanent_error, training_failed
 from pipelines.training.worker import Job
 
@@ -81,7 +76,7 @@ def train_group(job: Job, name: str, members: Sequence[str], before: float) -> t
     reader = replace(job.training, tasks=tuple(task for task in job.reader.tasks if task.name in members))
     settings = group_settings(job.config)
     with temporary_folder() as scratch:
-        context = GroupContext(job.run / GROUPS / name, scratch, emitter(job.event_log))
+        context = TaskContext(job.run / GROUPS / name / CHECKPOINTS, scratch, emitter(job.event_log))
         data = open_data(
             reader, job.held, job.config.data, seed=settings.seed, rank=0, world_size=1, device=context.device
         )
@@ -107,7 +102,7 @@ def group_settings(config: Config) -> Any:
     )  # fmt: skip
 
 
-def _state(job: Job, name: str, context: GroupContext, before: float) -> TrainState:
+def _state(job: Job, name: str, context: TaskContext, before: float) -> TrainState:
     settings, latest = group_settings(job.config), context.latest()
     if latest is not None:
         return TrainState.load(latest, settings, context.device)
@@ -115,31 +110,6 @@ def _state(job: Job, name: str, context: GroupContext, before: float) -> TrainSt
     state = TrainState.fresh(model.network.to(context.device), settings)
     state.consider(before)
     return state
-
-
-class GroupContext(LocalContext):
-    """`TrainContext` of one process with checkpoints in the run folder; a failed checkpoint is only reported."""
-
-    def __init__(self, folder: Location, scratch: Path, emit: Emit) -> None:
-        super().__init__(device="cuda" if torch.cuda.is_available() else "cpu")
-        self.scratch, self.emit = scratch, emit
-        self.checkpoints = Checkpoints(folder / CHECKPOINTS, scratch, emit)
-
-    def report(self, record: Mapping[str, Any] | None, save: Save) -> None:  # noqa: ARG002 - `TrainContext`'s
-        """Write a checkpoint."""
-        local = self.scratch / self.checkpoints.next_name()
-        try:
-            local.mkdir()
-            save(local)
-            self.checkpoints.add(local)
-        except (OSError, UserError) as error:
-            self.emit(UNWRITTEN, f"{local.name} of a group is lost, training continues ({error})")
-        finally:
-            shutil.rmtree(local, ignore_errors=True)
-
-    def latest(self) -> Path | None:
-        """See `TrainContext.latest`."""
-        return self.checkpoints.newest()
 
 
 def _done(run: Location, name: str) -> Location:
@@ -181,7 +151,7 @@ def rewrite_samples(job: Job, split: str) -> None:
     from pipelines.training.diagnostics import MergedGroups, SplitAnalysis
 
     job.allow_code()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = LocalContext().device
     models = {name: read_model(job.run / MODELS / name) for name in group_names(job.run / MODELS)}
     config, network = job.config, MergedGroups(models).to(device).eval()
     analysis = SplitAnalysis(network, None, job.reader, split, config.train.batch_size, config.train.seed)
