@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from pipelines.cli.console import Next, log, print_table, run, show
 from pipelines.cli.options import (
@@ -130,6 +132,9 @@ def _after_signal(found: Mapping[str, Any], config: str, overrides: Sequence[str
 def compare(
     config: ConfigFile,
     overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check everything, and estimate the training and its time.")
+    ] = False,
     ray_config: RayFile = "",
     trust_code: TrustCode = False,
     local_ok: LocalOk = False,
@@ -144,20 +149,25 @@ def compare(
     """
 
     def body() -> dict[str, Any]:
-        found = _compare(
-            _load(
-                config,
-                overrides,
-                ray_config,
-                "pipelines.compare.training",
-                local_ok=local_ok,
-                trust_code=trust_code,
-            )
+        loaded = _load(
+            config, overrides, ray_config, "pipelines.compare.training", local_ok=local_ok, trust_code=trust_code
         )
+        if dry_run:
+            step = Next("compare the methods", command_line(["compare"], config, overrides, ray_config))
+            return {"estimate": _dry_run(loaded), "next": step}
+        found = _compare(loaded)
         verdict = of_compare(found["rows"], found.pop("reference"))
         return found | {"next": next_step(verdict, config, overrides, ray_config)}
 
     run("compare", body, reads=config, as_json=as_json, debug=debug)
+
+
+def _dry_run(config: Config) -> dict[str, Any]:
+    from pipelines.compare.driver import dry_run
+
+    found = dry_run(config, log)
+    show(*found["text"])
+    return found
 
 
 def _compare(config: Config) -> dict[str, Any]:

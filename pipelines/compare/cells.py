@@ -8,7 +8,6 @@ from typing import Any
 
 from dmtg_core.grouping import Grouping
 
-CELLS = "cells"
 FORMAT = 4  # 3 had no parts of the validation score, 2 scores of the losses alone, 1 AUROC from bins
 LEAST_RUNS = 0.5  # training of groups in runs of naive MTL, also if finding them has used the budget
 Result = dict[str, Any]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -15,9 +16,12 @@ from dmtg_core.names import listed
 from dmtg_core.search.options import SearchOptions
 from dmtg_core.tasks import Task
 from pipelines.compare.cells import Result
+from pipelines.compare.estimate import estimated
+from pipelines.compare.job import CellJob
 from pipelines.compare.methods import (
     BUDGETED,
     DISTILLED_WIDE,
+    EXHAUSTIVE,
     EXHAUSTIVE_TASKS,
     FIXED,
     FULL_FINETUNING,
@@ -33,19 +37,19 @@ from pipelines.compare.methods import (
 )
 from pipelines.compare.preparation import cell_job, cells_session, open_cells_folder
 from pipelines.compare.results import summary
-from pipelines.compare.training import CellJob, train_cells
+from pipelines.compare.training import train_cells
 from pipelines.config.code import allow_named, records_of
 from pipelines.config.loading import Config
 from pipelines.config.search_section import SearchSection
 from pipelines.config.validation import checked
 from pipelines.errors import UserError
 from pipelines.execution.executor import Executor
-from pipelines.execution.resources import cells_cpus
+from pipelines.execution.resources import cells_cpus, processes
 from pipelines.registry.tracking import connect, enabled, open_tracker
 from pipelines.runs.files import CONFIG
 from pipelines.runs.identity import earlier_verdict
 from pipelines.storage import Location
-from pipelines.training.checks import folder_of_data
+from pipelines.training.checks import Prepared, folder_of_data
 
 FOUND, PAGE = "compare.json", "compare.html"
 WIDENED = (WIDE, DISTILLED_WIDE)
@@ -82,6 +86,42 @@ def compare(config: Config, log: Callable[[str], None] = logger.info) -> Compari
     """
     from pipelines.compare.page import write_page
 
+    with _opened(config, log) as (data, executor, folder):
+        comparison, methods = _methods(config, data)
+        job = cell_job(data, executor, folder)
+        tracker = open_tracker(data.config, folder, data.manifest)
+        results = train_methods(comparison, methods, job, executor, log)
+        found = summary(comparison, data.tasks, methods, results, data.notes)
+        found["code"] = records_of(config.model_dump(), data.tasks, methods=True)
+        found |= {"name": folder.name, "signal": earlier_verdict(config, data.manifest.digest())}
+        write_page(folder / PAGE, found, config)
+        (folder / FOUND).write_json(found)
+    artifacts = {name: (folder / name).read_text() for name in (PAGE, FOUND, CONFIG)}
+    tracker.finish(_tracked(found), artifacts)
+    return ComparisonResult(folder, tracker.run_id, found)
+
+
+def dry_run(config: Config, log: Callable[[str], None] = logger.info) -> dict[str, Any]:
+    """Run every check of `compare` that needs no training, and estimate its time. Its folder does not change.
+
+    Shards that are missing are written, and so are the outputs of a frozen stem.
+
+    Returns:
+        The estimate, see `estimated`.
+
+    Raises:
+        UserError: As `compare`.
+    """
+    with _opened(config, log) as (data, executor, folder):
+        comparison, methods = _methods(config, data)
+        job = CellJob(data.config, data.training, data.samples(executor), folder, data.reader)
+        at_once = processes(config.ray) if executor.embedded else 0
+        return estimated(comparison, methods, job, executor, at_once)
+
+
+@contextmanager
+def _opened(config: Config, log: Callable[[str], None]) -> Iterator[tuple[Prepared, Executor, Location]]:
+    """Check the configuration and the data; the data, the executor and the folder of the comparison."""
     for name, changes in config.compare.variants.items():
         check_variant(config, name, changes)
     check_encoder_of_methods(config)
@@ -92,19 +132,12 @@ def compare(config: Config, log: Callable[[str], None] = logger.info) -> Compari
         folder_of_data(config, named, base, cells_cpus(config.ray), log) as (named, folder, manifest),
         cells_session(named, log, folder, manifest) as (data, executor),
     ):
-        methods = methods_of(config, data.tasks, data.manifest.description.input.kind)
-        comparison = Comparison(config, tuple(task.name for task in data.tasks))
-        job = cell_job(data, executor, folder)
-        tracker = open_tracker(named, folder, data.manifest)
-        results = train_methods(comparison, methods, job, executor, log)
-        found = summary(comparison, data.tasks, methods, results, data.notes)
-        found["code"] = records_of(config.model_dump(), data.tasks, methods=True)
-        found |= {"name": folder.name, "signal": earlier_verdict(config, manifest.digest())}
-        write_page(folder / PAGE, found, config)
-        (folder / FOUND).write_json(found)
-    artifacts = {name: (folder / name).read_text() for name in (PAGE, FOUND, CONFIG)}
-    tracker.finish(_tracked(found), artifacts)
-    return ComparisonResult(folder, tracker.run_id, found)
+        yield data, executor, folder
+
+
+def _methods(config: Config, data: Prepared) -> tuple[Comparison, list[str]]:
+    methods = methods_of(config, data.tasks, data.manifest.description.input.kind)
+    return Comparison(config, tuple(task.name for task in data.tasks)), methods
 
 
 def _tracked(found: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +173,7 @@ def methods_of(config: Config, tasks: Sequence[Task], input_kind: str) -> list[s
     if "methods" not in config.compare.model_fields_set:
         chosen = [name for name in chosen if encoder.can_widen or name not in WIDENED] + [*frozen, *trees]
     chosen = list(dict.fromkeys(chosen))
-    if "exhaustive" in chosen and len(tasks) > EXHAUSTIVE_TASKS:
+    if EXHAUSTIVE in chosen and len(tasks) > EXHAUSTIVE_TASKS:
         raise UserError(
             f"{len(tasks)} tasks have too many partitions to train them all",
             where="compare.methods: exhaustive",

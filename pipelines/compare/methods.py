@@ -145,7 +145,7 @@ def _trained_groups(comparison: Comparison, seed: int, budget: float) -> list[Ce
 NAIVE, LONGER_NAIVE, SINGLE, WIDE, DISTILLED_WIDE, RANDOM = (
     "naive_mtl", "naive_longer", "single_task", "wide", "wide_distilled", "random"
 )  # fmt: skip
-GUIDED, FEATURE_OVERLAP, ETAP_FULL = "guided", "feature_overlap", "etap_full"
+GUIDED, FEATURE_OVERLAP, ETAP_FULL, EXHAUSTIVE = "guided", "feature_overlap", "etap_full", "exhaustive"
 HEADS_ALONE, FULL_FINETUNING = "heads_alone", "full_finetuning"
 SELECTED = ("cs", "tag", "etap", "gradtag")  # affinities that are collected in a run of naive MTL
 # methods with a training of their own length
@@ -153,7 +153,7 @@ FIXED: Mapping[str, First] = {
     NAIVE: lambda _comparison, seed, _budget: [Cell(Kind.NAIVE, seed)],
     SINGLE: _singles,
     "hoa": _pairs,
-    "exhaustive": _all_partitions,
+    EXHAUSTIVE: _all_partitions,
     "dmtg": _published,
     **{method: _trees(method) for method in TREES},
 }
@@ -276,7 +276,7 @@ SECOND: Mapping[str, Second] = {
     **{name: _selected(name) for name in SELECTED},
     ETAP_FULL: _etap_full,
     "hoa": _hoa,
-    "exhaustive": _best,
+    EXHAUSTIVE: _best,
 }
 
 
@@ -332,7 +332,7 @@ def _cost_of_grouping(comparison: Comparison, method: str, seed: int, budget: fl
         return float(naive["cost"] + naive["affinity_costs"][method])
     if method == "hoa":
         return math.fsum(found[cell]["cost"] for cell in _pairs(comparison, seed))
-    if method == "exhaustive":
+    if method == EXHAUSTIVE:
         others = {*_all_partitions(comparison, seed)} - set(_best(comparison, seed, 0.0, found))
         return math.fsum(found[cell]["cost"] for cell in others)
     return 0.0

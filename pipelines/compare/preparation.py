@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from functools import partial
 
 from dmtg_core.tasks import Task
-from pipelines.compare.training import CellJob
+from pipelines.compare.job import CellJob
+from pipelines.compare.training import train_cell
 from pipelines.config.loading import Config
 from pipelines.data.manifest import Manifest
 from pipelines.errors import UserError
@@ -52,7 +53,7 @@ def cells_session(
     with (
         only_one(folder, f"job that trains {folder.name}", log),
         open_executor(
-            section, processes=processes(section), imports=[CellJob.__module__], cpus=cells_cpus(section)
+            section, processes=processes(section), imports=[train_cell.__module__], cpus=cells_cpus(section)
         ) as executor,
     ):
         yield prepare(config, executor, log, partial(check_cells, config), manifest), executor

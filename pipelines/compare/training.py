@@ -11,7 +11,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from statistics import fmean
 
@@ -21,7 +21,7 @@ from dmtg_core.addresses import load
 from dmtg_core.evaluation.jackknife import score_parts
 from dmtg_core.evaluation.trees import train_trees
 from dmtg_core.grouping import Grouping
-from dmtg_core.network.cost import inference_cost, naive_flops, wide_spec
+from dmtg_core.network.cost import inference_cost, wide_spec
 from dmtg_core.network.encoders import heads_alone
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.network.spec import NetworkSpec
@@ -36,20 +36,19 @@ from dmtg_core.search.baselines import (
     train_within,
 )
 from dmtg_core.search.budget import default_budget
+from dmtg_core.search.options import SearchOptions
 from dmtg_core.search.search import search
 from dmtg_core.training.context import LocalContext, TrainContext
-from dmtg_core.training.data import Data
 from dmtg_core.training.loop import rows_evaluated
 from dmtg_core.training.metrics import Metrics
 from dmtg_core.training.settings import TrainSettings
-from pipelines.compare.cells import CELLS, FORMAT, LEAST_RUNS, Cell, Kind, Result
+from pipelines.compare.cells import FORMAT, LEAST_RUNS, Cell, Kind, Result
+from pipelines.compare.job import CELLS, CellJob, Work, is_current, stored
 from pipelines.config.loading import Config
 from pipelines.data.ingest import open_data
-from pipelines.data.reader import Reader
 from pipelines.errors import UserError
-from pipelines.execution.executor import Executor, Held
+from pipelines.execution.executor import Executor
 from pipelines.scratch import temporary_folder
-from pipelines.storage import Location
 from pipelines.training.context import TaskContext
 from pipelines.training.estimate import duration
 from pipelines.training.failures import permanent_error, training_failed
@@ -58,46 +57,6 @@ UNFINISHED = "unfinished"  # folder of the checkpoints of cells in training
 CHECKPOINT_S = 60.0  # between two of them
 NETWORK, ENCODER, SEARCH = "network", "encoder", "search"  # their trainings
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CellJob:
-    """The input that all cells of a comparison share.
-
-    Args:
-        config: Configuration of the comparison.
-        reader: Reader of what training reads: the shards, or the outputs of a frozen stem.
-        held: Samples that the executor holds; None if they are streamed.
-        run: Folder of the comparison.
-        inputs: Reader of the shards.
-    """
-
-    config: Config
-    reader: Reader
-    held: Mapping[str, Sequence[Held]] | None
-    run: Location
-    inputs: Reader
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one cell is trained with: the network, data and settings of its seed, and the splits of its metrics.
-
-    `contexts` returns the context of a training by its name, which resumes from its latest checkpoint.
-    """
-
-    cell: Cell
-    spec: NetworkSpec
-    data: Data
-    settings: TrainSettings
-    splits: Sequence[str]
-    config: Config
-    contexts: Callable[[str], TrainContext]
-
-    @property
-    def unit(self) -> int:
-        """The operations of an epoch of naive MTL for each sample."""
-        return naive_flops(self.spec)
 
 
 def train_cells(
@@ -109,15 +68,14 @@ def train_cells(
         UserError: If a cell fails. All other cells are trained first.
     """
     wanted = list(dict.fromkeys(cells))
-    files = {cell: job.run / CELLS / f"{cell.name}.json" for cell in wanted}
-    stored = {cell: file.read_json() for cell, file in files.items() if file.exists()}
-    found = {cell: result for cell, result in stored.items() if result.get("format") == FORMAT}
+    written = stored(job, wanted)
+    found = {cell: result for cell, result in written.items() if is_current(result)}
     left = [cell for cell in wanted if cell not in found]
     begun = _begun(job, found)
     if not left:
         return found
-    if len(found) < len(stored):
-        log(f"{len(stored) - len(found)} results are from an earlier version with other figures: trained again")
+    if len(found) < len(written):
+        log(f"{len(written) - len(found)} results are from an earlier version with other figures: trained again")
     resumed = sum(cell.name in begun for cell in left)
     resume = f", {resumed} of them from {'their' if resumed > 1 else 'its'} last checkpoint" if resumed else ""
     log(f"{len(left)} of {len(wanted)} networks and searches to train{resume}; lower scores are better")
@@ -169,10 +127,7 @@ def train_cell(job: CellJob, cell: Cell) -> Result:
         MTL, `flops` and `parameters` of inference, `seconds`, and the keys that its kind adds.
     """
     config, folder, device = job.config, job.run / UNFINISHED / cell.name, LocalContext().device
-    # all of an encoder is trained on inputs
-    reader, held = (
-        (job.inputs, None) if cell.kind == Kind.FULL_FINETUNING and job.reader.outputs else (job.reader, job.held)
-    )
+    reader, held = job.samples(cell.kind)
     opened: list[TaskContext] = []
     with temporary_folder() as scratch:
 
@@ -182,9 +137,7 @@ def train_cell(job: CellJob, cell: Cell) -> Result:
 
         work = Work(
             cell,
-            spec=replace(
-                config.network_spec(job.reader.manifest.description.input, job.reader.tasks), seed=cell.seed
-            ),
+            spec=job.spec(cell.seed),
             data=open_data(reader, held, config.data, seed=cell.seed, rank=0, world_size=1, device=device),
             settings=replace(config.settings(), seed=cell.seed, epochs=cell.epochs or config.train.epochs),
             splits=[split for split in ("val", "test") if job.reader.manifest.rows(split)],
@@ -271,9 +224,13 @@ def _heads_alone(work: Work) -> Result:
     return _one_encoder(replace(work.spec, encoder=heads_alone(work.spec.encoder)), work)
 
 
+def unfrozen(spec: NetworkSpec) -> NetworkSpec:
+    """The spec with an encoder of which nothing is frozen."""
+    return replace(spec, encoder=replace(spec.encoder, branch="copy", adapter=None))
+
+
 def _full_finetuning(work: Work) -> Result:
-    encoder = replace(work.spec.encoder, branch="copy", adapter=None)
-    return _one_encoder(replace(work.spec, encoder=encoder), work)
+    return _one_encoder(unfrozen(work.spec), work)
 
 
 def _affinities(work: Work) -> Result:
@@ -318,11 +275,16 @@ def _proposal(work: Work) -> Result:
     return found | {"affinity": overlap.tolist(), "cost": found["cost"] + cost}
 
 
+def search_of(cell: Cell, config: Config, settings: TrainSettings) -> tuple[SearchOptions, TrainSettings]:
+    """The options and settings of a SEARCH, with its own changes."""
+    budget = {"budget": cell.budget} if cell.budget else {}
+    section = config.search.model_copy(update=budget | dict(cell.options))
+    options = config.model_copy(update={"search": section}).search_options()
+    return options, replace(settings, search_share=section.share, average=section.average)
+
+
 def _search(work: Work) -> Result:
-    budget = {"budget": work.cell.budget} if work.cell.budget else {}
-    section = work.config.search.model_copy(update=budget | dict(work.cell.options))
-    options = work.config.model_copy(update={"search": section}).search_options()
-    settings = replace(work.settings, search_share=section.share, average=section.average)
+    options, settings = search_of(work.cell, work.config, work.settings)
     found = search(
         work.spec, work.data, settings, options, baseline=False, splits=work.splits, context=work.contexts(SEARCH)
     )

@@ -14,7 +14,8 @@ from dmtg_core import GroupingNetwork
 from dmtg_core.network.encoders import EncoderSpec
 from dmtg_core.training.checkpoint import SEAL, OutdatedNetworkError, save_network
 from pipelines.compare.cells import FORMAT, Cell
-from pipelines.compare.training import CellJob, train_cells
+from pipelines.compare.job import CellJob
+from pipelines.compare.training import train_cells
 from pipelines.config.ray_section import RaySection
 from pipelines.config.sections import TrackSection
 from pipelines.data.sources.base import Source
