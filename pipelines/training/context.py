@@ -210,8 +210,9 @@ class TaskContext(LocalContext):
         """See `TrainContext.checkpoint_due`."""
         return bool(self.every_s) and time.monotonic() >= self.due
 
-    def report(self, record: Mapping[str, Any] | None, save: Save) -> None:  # noqa: ARG002 - `TrainContext`'s
+    def report(self, record: Mapping[str, Any] | None, save: Save) -> None:
         """Write a checkpoint, if it is time for one."""
+        del record  # the state that is saved has it
         if self.every_s and not self.checkpoint_due():
             return
         local, began = self.scratch / self.checkpoints.next_name(), time.monotonic()

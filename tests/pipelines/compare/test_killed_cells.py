@@ -51,7 +51,10 @@ def test_no_checkpoints_are_left(whole: Done) -> None:
     assert not (done.folder / UNFINISHED).folders()
 
 
-@pytest.mark.parametrize("share", [0.1, 0.35, 0.6, 0.85])
+@pytest.mark.parametrize(
+    "share",
+    [pytest.param(0.1, marks=pytest.mark.soak), 0.35, pytest.param(0.6, marks=pytest.mark.soak), 0.85],
+)
 def test_a_killed_comparison_resumes_in_its_cell(
     whole: Done, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
