@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from dmtg_core.names import listed
 from dmtg_core.network.grouping_network import GroupingNetwork
 from dmtg_core.search.baselines import hard_network, together
 from dmtg_core.search.budget import Budget
@@ -19,7 +20,7 @@ from dmtg_core.training.loop import rows_evaluated
 from dmtg_core.training.settings import is_compiled
 from pipelines.compare.cells import LEAST_RUNS, Cell, Kind, Result
 from pipelines.compare.job import CellJob, is_current, stored
-from pipelines.compare.methods import EXHAUSTIVE, SECOND, Comparison, first_cells, rows_of, second_cells
+from pipelines.compare.methods import EXHAUSTIVE, GUIDED, SECOND, Comparison, first_cells, rows_of, second_cells
 from pipelines.compare.training import search_of, unfrozen
 from pipelines.data.ingest import open_data
 from pipelines.execution.executor import Executor
@@ -45,6 +46,7 @@ class Speeds:
         costs: Network → cost of an epoch in runs of naive MTL.
         seconds: Network → seconds of an epoch.
         searches: SEARCH without its seed → the most that it needs.
+        left_out: SEARCH without its seed → candidates that its budget leaves out.
         epochs: Epochs of a run of naive MTL.
         device: Name of the device.
     """
@@ -52,6 +54,7 @@ class Speeds:
     costs: Mapping[str, float]
     seconds: Mapping[str, float]
     searches: Mapping[Cell, Most]
+    left_out: Mapping[Cell, Sequence[str]]
     epochs: int
     device: str
 
@@ -99,6 +102,7 @@ def estimated(
     values = {
         "cells": len(cells), "finished": len(cells) - len(most), "runs": runs,
         "seconds": max(seconds / max(at_once, 1), longest), "at_once": at_once, "device": speeds.device,
+        "left_out": {f"{cell.budget:g}": list(names) for cell, names in speeds.left_out.items() if names},
     }  # fmt: skip
     return values | {"text": lines_of(values)}
 
@@ -110,6 +114,10 @@ def lines_of(values: Mapping[str, Any]) -> list[str]:
     return [
         f"estimate: {values['cells']} networks and searches{ended}; {runs}",
         f"at most {duration(values['seconds'])} with {at_once} at a time, each on {values['device']}",
+        *(
+            f"a search with {budget} runs leaves out {listed(names)}; raise compare.budgets or train.epochs"
+            for budget, names in values["left_out"].items()
+        ),
     ]
 
 
@@ -141,19 +149,21 @@ def measured(job: CellJob, cells: Sequence[Cell]) -> Speeds:
     found = networks(spec, replace(options, wide=True))
     budget, seconds = Budget(spec, settings, math.inf), _seconds(job, Kind.NAIVE, found)
     found[ONE], seconds[ONE] = found[BASELINE], seconds[BASELINE]  # of a search without a wide encoder
-    searches = {}
+    searches, left_out = {}, {}
     for cell in {cell.without_seed for cell in cells if cell.kind == Kind.SEARCH}:
         own, own_settings = search_of(cell, config, settings)
         kept = found if own.wide else {k: v for k, v in found.items() if k not in (WIDE, OVERLAP_ENCODER)}
         ours = plan(spec, own_settings, own, baseline=False, found=kept)
         known = {name: seconds[name] for name in kept}
         searches[cell] = ours.runs, seconds_of(ours, own_settings, known)
+        if cell.label == GUIDED:
+            left_out[cell] = ours.left_out
     if any(cell.kind == Kind.FULL_FINETUNING for cell in cells):
         whole = unfrozen(spec).without_weights()
         found[FULL] = hard_network(whole, together(whole))
         seconds |= _seconds(job, Kind.FULL_FINETUNING, {FULL: found[FULL]})
     costs = {name: budget.epoch(network) for name, network in found.items()}
-    return Speeds(costs, seconds, searches, settings.epochs, name_of(device))
+    return Speeds(costs, seconds, searches, left_out, settings.epochs, name_of(device))
 
 
 def _seconds(job: CellJob, kind: Kind, found: Mapping[str, GroupingNetwork]) -> dict[str, float]:

@@ -37,6 +37,7 @@ from pipelines.compare.significance import (
     several,
     together_share,
 )
+from pipelines.runs.outcome import was_searched
 from pipelines.runs.results import finite_or_none, gain_of, numbers
 
 Results = Mapping[str, Mapping[int, Sequence[Result]]]
@@ -80,7 +81,9 @@ def summary(
         budget: front({row["base"]: values[row["method"]] for row in rows_within(rows, budget)})
         for budget in references
     }
-    sentences = verdicts(blocks[largest], reference, groupings)
+    of_search = [r for of_seed in results[reference].values() for r in of_seed] if reference != NAIVE else []
+    searched = any(map(was_searched, of_search))
+    sentences = verdicts(blocks[largest], reference, groupings, searched=searched)
     if len(references) > 1 and reference != NAIVE:
         said = [budget_sentence(blocks[budget], ref, fronts[budget]) for budget, ref in references.items()]
         trees = len(tree_sentences(blocks[largest]))
@@ -231,8 +234,18 @@ def confidence(comparison: Comparison, guided: Mapping[int, Sequence[Result]]) -
     }
 
 
+NOT_SEARCHED = (
+    "No grouping was searched: the budget has room for one encoder for all tasks alone. Raise compare.budgets or "
+    "train.epochs."
+)
+
+
 def verdicts(
-    rows: Sequence[Mapping[str, Any]], reference: str, groupings: Mapping[str, Sequence[Grouping]]
+    rows: Sequence[Mapping[str, Any]],
+    reference: str,
+    groupings: Mapping[str, Sequence[Grouping]],
+    *,
+    searched: bool = True,
 ) -> list[str]:
     """Sentences about the guided search and its grouping.
 
@@ -242,6 +255,7 @@ def verdicts(
         rows: As in `compare.json`.
         reference: Row of the guided search, or NAIVE if it is not among the methods. There are no sentences then.
         groupings: Row → its groupings over seeds.
+        searched: Whether a candidate of the search could have several groups.
     """
     if reference == NAIVE:
         return []
@@ -254,7 +268,7 @@ def verdicts(
     baselines += TREES
     sentences = [*tree_sentences(rows), _gain_sentence(by_name[GUIDED]["gain"])]
     sentences += [_difference_sentence(by_name[name], adjusted) for name in baselines if name in by_name]
-    return [*sentences, _grouping_sentence(groupings[reference])]
+    return [*sentences, _grouping_sentence(groupings[reference]) if searched else NOT_SEARCHED]
 
 
 def tree_sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:

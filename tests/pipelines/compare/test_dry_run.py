@@ -13,6 +13,7 @@ from pipelines.compare.cells import Cell, Kind
 from pipelines.compare.driver import compare, dry_run
 from pipelines.compare.estimate import NETWORKS, Speeds, lines_of
 from pipelines.compare.job import CELLS
+from pipelines.compare.results import NOT_SEARCHED
 from pipelines.config.loading import Config
 from pipelines.storage import locate
 from tests.pipelines.compare.test_driver import METHODS, config_of
@@ -21,6 +22,7 @@ SPEEDS = Speeds(
     costs=dict.fromkeys(NETWORKS.values(), 0.5) | {BASELINE: 0.25},
     seconds=dict.fromkeys(NETWORKS.values(), 10.0) | {BASELINE: 3.0},
     searches={Cell(Kind.SEARCH, 0, budget=4.0): (4.0, 90.0)},
+    left_out={},
     epochs=4,
     device="CPU",
 )
@@ -81,11 +83,31 @@ def test_every_kind_that_trains_one_network_has_a_speed() -> None:
 
 
 def test_the_lines_name_what_is_finished() -> None:
-    values = {"cells": 9, "finished": 0, "runs": 27.0, "seconds": 7200.0, "at_once": 2, "device": "CPU"}
+    values = {
+        "cells": 9,
+        "finished": 0,
+        "runs": 27.0,
+        "seconds": 7200.0,
+        "at_once": 2,
+        "device": "CPU",
+        "left_out": {},
+    }
     first, second = lines_of(values)
     assert first == "estimate: 9 networks and searches; at most 27 runs of naive MTL"
     assert second == "at most 2.0 h with 2 at a time, each on CPU"
     first, second = lines_of(values | {"finished": 3, "at_once": 0})
     assert first == "estimate: 9 networks and searches, 3 of them finished; at most 27 runs of naive MTL"
     assert second == "at most 2.0 h with 1 at a time, each on CPU"
+    *_, last = lines_of(values | {"left_out": {"4": ["guided", "start_0"]}})
+    assert last == "a search with 4 runs leaves out guided, start_0; raise compare.budgets or train.epochs"
     assert dataclasses.replace(SPEEDS, epochs=8).most(Cell(Kind.NAIVE, 1)) == (2.0, 24.0)
+
+
+def test_a_budget_for_one_encoder_alone_searches_no_groups_and_says_so(tmp_path: Path) -> None:
+    config = config_of(
+        tmp_path, compare={"methods": ["guided"], "seeds": [1], "budgets": [3], "variants": {}, "groupings": {}},
+        train={"epochs": 1}, track={"uri": ""},
+    )  # fmt: skip
+    found = dry_run(config)
+    assert found["left_out"] == {"3": ["guided", "start_0"]}
+    assert compare(config).found["verdicts"][-1] == NOT_SEARCHED
