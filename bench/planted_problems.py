@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.compare.cells import CELLS
 from pipelines.compare.driver import ComparisonResult, compare
+from pipelines.compare.job import CELLS
 from pipelines.config.loading import load_config
 
 

@@ -41,7 +41,8 @@ def test_memory_is_the_sum_over_all_processes(tmp_path: Path) -> None:
     forked = f"{hold}; os.fork(); time.sleep(0.5)"
     assert 100 < peak_mib(python(alone), tmp_path) < 150
     assert 200 < peak_mib(python(both), tmp_path) < 300
-    assert 100 < peak_mib(python(forked), tmp_path) < 150
+    # one process can be read before the fork and the other after it: one and a half times the memory, not twice
+    assert 100 < peak_mib(python(forked), tmp_path) < 180
 
 
 def test_clusters_and_servers_of_the_environment_are_not_used(
