@@ -193,12 +193,7 @@ def train_distilled(
     network, score, context = best.network, best.score, contexts(DISTILLED)
     if len(trained) > 1 and epochs:
         longer = replace(settings, epochs=epochs, search_share=1.0, patience=patience_of(settings))
-        latest = context.latest()
-        state = (
-            TrainState.load(latest, longer, context.device)
-            if latest is not None
-            else distillation_state(network, score, longer)
-        )
+        state = TrainState.resumed(longer, context) or distillation_state(network, score, longer)
         teachers, hooks = [one.network for one in trained], reporting(context)
         distil(state, teachers, data, longer, context, gap=best.gap, hooks=hooks)
         network, score, spent = state.network, state.best_score, spent + taught * state.epoch / run

@@ -20,9 +20,9 @@ from dmtg_core.tasks import Task
 from dmtg_core.training.data import Batch
 from dmtg_core.training.losses import label_counts, sample_loss
 
+COUNTS = "counts"  # in a state: those of batches and samples, beside the sums
 DIRECTIONS = 32  # dimensions of Grad-TAG's random subspace of the parameters
 ROUNDS = 10  # quasi-Newton steps of its fits
-COUNTS = "counts"  # of batches and samples, beside the sums
 STEP = 1e-3  # step of its central differences, as a share of the parameters' norm
 
 

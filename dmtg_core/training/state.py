@@ -52,15 +52,18 @@ class TrainState:
 
     @classmethod
     def begin(cls, network: GroupingNetwork, settings: TrainSettings, context: TrainContext) -> TrainState:
-        """Return the state of the context's latest checkpoint; without one, the fresh state of `network`.
+        """Return the state of `resumed`; without a checkpoint, the fresh state of `network`."""
+        return cls.resumed(settings, context) or cls.fresh(network.to(context.device), settings)
+
+    @classmethod
+    def resumed(cls, settings: TrainSettings, context: TrainContext) -> TrainState | None:
+        """Return the state of the context's latest checkpoint, or None if there is no checkpoint.
 
         Raises:
             ValueError: If the checkpoint is damaged.
         """
         latest = context.latest()
-        if latest is not None:
-            return cls.load(latest, settings, context.device)
-        return cls.fresh(network.to(context.device), settings)
+        return None if latest is None else cls.load(latest, settings, context.device)
 
     def save(self, folder: Path) -> None:
         """Write the state into `folder`."""

@@ -35,7 +35,7 @@ from pipelines.compare.methods import (
     rows_of,
     second_cells,
 )
-from pipelines.compare.preparation import cell_job, cells_session, open_cells_folder
+from pipelines.compare.preparation import cell_job, cells_session, open_cells_folder, unwritten_job
 from pipelines.compare.results import summary
 from pipelines.compare.training import train_cells
 from pipelines.config.code import allow_named, records_of
@@ -114,7 +114,7 @@ def dry_run(config: Config, log: Callable[[str], None] = logger.info) -> dict[st
     """
     with _opened(config, log) as (data, executor, folder):
         comparison, methods = _methods(config, data)
-        job = CellJob(data.config, data.training, data.samples(executor), folder, data.reader)
+        job = unwritten_job(data, executor, folder)
         at_once = processes(config.ray) if executor.embedded else 0
         return estimated(comparison, methods, job, executor, at_once)
 

@@ -95,7 +95,8 @@ def estimated(
     for row in rows:
         for seed in seeds:
             cells |= {*_second(comparison, *row, seed, found, lambda cell: speeds.most(cell)[0])}
-    found |= _finished(job, [cell for cell in cells if cell.kind != Kind.GROUPING or cell.groups])
+    known = [cell for cell in cells if cell.kind != Kind.GROUPING or cell.groups]
+    found |= _finished(job, [cell for cell in known if cell not in found])
     most = [speeds.most(cell) for cell in cells if cell not in found]
     runs, seconds = math.fsum(runs for runs, _ in most), math.fsum(seconds for _, seconds in most)
     longest = max((seconds for _, seconds in most), default=0.0)

@@ -86,4 +86,9 @@ def cell_job(data: Prepared, executor: Executor, folder: Location) -> CellJob:
     """Write the configuration into the folder, and load the input of the cells."""
     write_config(data.config, folder)
     record_identity(folder, data.config, data.manifest.digest())
+    return unwritten_job(data, executor, folder)
+
+
+def unwritten_job(data: Prepared, executor: Executor, folder: Location) -> CellJob:
+    """Load the input of the cells, without a change of the folder."""
     return CellJob(data.config, data.training, data.samples(executor), folder, data.reader)

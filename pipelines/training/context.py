@@ -27,7 +27,7 @@ from pipelines.training.watchdog import Watchdog, worker_scratch
 
 CLOSING_S = 5.0  # on Ray, the process is ended then
 PROGRESS = "progress.json"  # in a checkpoint: what a context stores of the training before it
-TRAINING = 20  # least time between two checkpoints of a task, in times that the first of them took
+SPACING = 20  # least time from one checkpoint of a task to the next, in times that writing one takes
 
 
 class RecordTexts:
@@ -226,7 +226,7 @@ class TaskContext(LocalContext):
         finally:
             shutil.rmtree(local, ignore_errors=True)
             now = time.monotonic()
-            self.due = now + max(self.every_s, TRAINING * (now - began))
+            self.due = now + max(self.every_s, SPACING * (now - began))
 
     def latest(self) -> Path | None:
         """See `TrainContext.latest`.

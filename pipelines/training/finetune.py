@@ -103,9 +103,10 @@ def group_settings(config: Config) -> Any:
 
 
 def _state(job: Job, name: str, context: TaskContext, before: float) -> TrainState:
-    settings, latest = group_settings(job.config), context.latest()
-    if latest is not None:
-        return TrainState.load(latest, settings, context.device)
+    settings = group_settings(job.config)
+    resumed = TrainState.resumed(settings, context)
+    if resumed is not None:
+        return resumed
     model = read_model(job.run / MODELS / name)
     state = TrainState.fresh(model.network.to(context.device), settings)
     state.consider(before)

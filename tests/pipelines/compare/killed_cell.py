@@ -27,7 +27,7 @@ def checkpoints_at_each_step(patch: pytest.MonkeyPatch) -> None:
     """Let cells be trained in this process, with checkpoints as often as possible."""
     patch.setattr(preparation, "processes", lambda _section: 0)
     patch.setattr(training, "CHECKPOINT_S", 1e-9)
-    patch.setattr(context, "TRAINING", 0)
+    patch.setattr(context, "SPACING", 0)
 
 
 def main(config: str, number: int) -> None:

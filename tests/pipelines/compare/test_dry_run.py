@@ -100,6 +100,9 @@ def test_the_lines_name_what_is_finished() -> None:
     assert second == "at most 2.0 h with 1 at a time, each on CPU"
     *_, last = lines_of(values | {"left_out": {"4": ["guided", "start_0"]}})
     assert last == "a search with 4 runs leaves out guided, start_0; raise compare.budgets or train.epochs"
+
+
+def test_a_training_of_its_own_length_has_the_epochs_of_a_run() -> None:
     assert dataclasses.replace(SPEEDS, epochs=8).most(Cell(Kind.NAIVE, 1)) == (2.0, 24.0)
 
 
